@@ -1,0 +1,29 @@
+"""meftbench: which fine-tuning method fits your GPU, and what does it cost?"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from meftbench.methods import apply_method as apply_method
+    from meftbench.records.store import load_run as load_run
+    from meftbench.runner import run_suite as run_suite
+    from meftbench.step import measure as measure
+
+# Resolved on first use, so that `import meftbench` and the command line do not import torch.
+_HOMES = {
+    "apply_method": "meftbench.methods",
+    "measure": "meftbench.step",
+    "run_suite": "meftbench.runner",
+    "load_run": "meftbench.records.store",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'meftbench' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

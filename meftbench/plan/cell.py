@@ -1,0 +1,106 @@
+"""One point of a sweep: everything that says what is run, nothing about how it is measured."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meftbench.plan.catalogue import METHODS
+from meftbench.plan.identity import digest
+
+
+class Levers(BaseModel):
+    """What composes with a method by `+`; every lever is recorded, on or off."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    checkpoint: bool = False
+    offload: bool = False
+    chunked_loss: bool = False
+    compile: bool = False
+    optimizer_in_backward: bool = False
+
+    def names(self) -> list[str]:
+        """The levers that are on, in the order of the fields."""
+        return [name for name, on in self.model_dump().items() if on]
+
+
+class Cell(BaseModel):
+    """A model, a method with its settings and levers, a shape, and the numerical setting.
+
+    batch_size, micro_batch_size: samples; the step runs batch_size / micro_batch_size forward and
+        backward passes and one optimizer step.  sequence_length: tokens a sample.
+    method_params: the method's settings that differ from its defaults.
+    device: `counted`, `cuda`, or `predicted:PROFILE`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str
+    model_config_overrides: dict[str, Any] = Field(default_factory=dict)
+    method: str
+    method_params: dict[str, Any] = Field(default_factory=dict)
+    levers: Levers = Levers()
+    batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    sequence_length: int = Field(ge=1)
+    precision: str = "fp32"
+    attention_requested: str = "sdpa"
+    optimizer: str = "adamw"
+    optimizer_impl: str | None = None
+    device: str = "counted"
+    seed: int = 0
+
+    @cached_property
+    def cell_id(self) -> str:
+        """Hash of what differs from the defaults: a field added later leaves old ids as they are."""
+        return digest(self.model_dump(mode="json", exclude_defaults=True))
+
+    @property
+    def weights(self) -> str:
+        return "random" if self.model.endswith("@random") else "pretrained"
+
+    @property
+    def method_label(self) -> str:
+        """`lora+checkpoint`, `meft1(adapter_size=8)`: the method as tables and plots name it."""
+        return "+".join([_labelled(self.method, self.method_params), *self.levers.names()])
+
+    @property
+    def model_label(self) -> str:
+        return _labelled(self.model, self.model_config_overrides)
+
+    @property
+    def label(self) -> str:
+        """MODEL/METHOD/bBATCH/sLENGTH, then what differs from the defaults: what budgets match."""
+        fields = type(self).model_fields
+        rest = [
+            str(getattr(self, name))
+            for name in ("precision", "attention_requested", "optimizer", "optimizer_impl")
+            if getattr(self, name) != fields[name].default
+        ]
+        if self.micro_batch_size != self.batch_size:
+            rest.insert(0, f"mb{self.micro_batch_size}")
+        if self.seed != fields["seed"].default:
+            rest.append(f"seed{self.seed}")
+        return "/".join(
+            [self.model_label, self.method_label, f"b{self.batch_size}", f"s{self.sequence_length}", *rest]
+        )
+
+    def settings(self) -> Any:
+        """The method's validated settings, defaults filled in."""
+        return METHODS[self.method].settings.model_validate(self.method_params)
+
+    def recorded(self) -> dict[str, Any]:
+        """The `cell` of a record (MEASURING 3.2): all fields, and the method's settings in full."""
+        full = self.model_dump(mode="json")
+        full["method_params"] = self.settings().model_dump(mode="json", by_alias=True)
+        full["model_config"] = full.pop("model_config_overrides")
+        return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
+
+
+def _labelled(name: str, settings: dict[str, Any]) -> str:
+    if not settings:
+        return name
+    return f"{name}({','.join(f'{key}={value}' for key, value in sorted(settings.items()))})"

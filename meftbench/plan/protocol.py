@@ -1,0 +1,57 @@
+"""How cells are measured, hashed into every record: records of two protocols are not comparable."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from meftbench.plan.identity import digest
+from meftbench.units import parse_bytes, parse_duration
+
+Pass = Literal["memory", "throughput", "reconstruction"]
+
+
+def _split_size(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) != {"max_split_size_mb"}:
+        raise ValueError("write `default`, `expandable` or `{max_split_size_mb: N}`")
+    return value
+
+
+class Protocol(BaseModel):
+    """How a cell is measured (DESIGN 4, MEASURING 3.1).
+
+    warmup: steps before the measured ones; at least 1 is taken where the optimizer has state.
+    steps: measured steps of each pass; a peak is the largest over them.
+    repeats: fresh processes a cell; None: 3 on CUDA, 1 where bytes are counted.
+    timeout: seconds a cell may take before its process group is killed.
+    allocator: the CUDA caching allocator's setting, put into the worker's environment.
+    on_oom: `record` it and go on; `skip-larger`: cells that need more are not started;
+        `bracket`: as skip-larger, and cells between a fitting and a failing batch are tried from the middle.
+    padding: share of each sequence that is padding, 0 to below 1.
+    threads: CPU threads of a worker; None: the cores, divided by the jobs.
+    memory_limit: bytes of device memory a cell may hold before it ends as `oom`; None: what the device has.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    warmup: int = Field(default=2, ge=0)
+    steps: int = Field(default=5, ge=1)
+    repeats: int | None = Field(default=None, ge=1)
+    timeout: Annotated[float, BeforeValidator(parse_duration)] = Field(default=600.0, gt=0)
+    passes: tuple[Pass, ...] = Field(default=("memory", "throughput", "reconstruction"), min_length=1, strict=False)
+    allocator: Annotated[Literal["default", "expandable"] | dict[str, int], BeforeValidator(_split_size)] = "default"
+    on_oom: Literal["record", "bracket", "skip-larger"] = "bracket"
+    exclusive: bool = True
+    padding: float = Field(default=0.0, ge=0, lt=1)
+    threads: int | None = Field(default=None, ge=1)
+    memory_limit: Annotated[int | None, BeforeValidator(lambda v: None if v is None else parse_bytes(v))] = None
+
+    @property
+    def protocol_id(self) -> str:
+        """Hash of everything that changes what is measured; the time allowed and the repeats do not."""
+        return digest(self.model_dump(mode="json", exclude={"timeout", "repeats", "on_oom"}))
+
+    def repeats_on(self, device: str) -> int:
+        """Fresh processes for a cell on `device`."""
+        return self.repeats if self.repeats is not None else (3 if device == "cuda" else 1)

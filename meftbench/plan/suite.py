@@ -1,0 +1,295 @@
+"""From a suite file to its cells: what is to be run, checked in full before anything starts (MEASURING 3.1)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from meftbench.errors import UserError, unknown
+from meftbench.plan.catalogue import ATTENTIONS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
+from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.identity import digest
+from meftbench.plan.models import check_sequence_length, check_model
+from meftbench.plan.protocol import Protocol
+from meftbench.plan.strict_yaml import Document, KeyPath, read, validated, validated_part
+
+MAX_CELLS = 10_000
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Named = Any  # "meft1", or {name: meft1, adapter_size: 8}
+Size = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Point(_Strict):
+    """The axes of a cell; None: not said here."""
+
+    model: Named | None = None
+    method: Named | None = None
+    batch_size: Size | None = None
+    micro_batch_size: Size | None = None
+    sequence_length: Size | None = None
+    precision: str | None = None
+    attention: str | None = None
+    optimizer: str | None = None
+    optimizer_impl: Literal["foreach", "fused", "loop"] | None = None
+    device: str | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+
+
+def _axis(kind: Any) -> Any:
+    return Annotated[list[kind], BeforeValidator(_as_list), Field(default_factory=list)]
+
+
+class Grid(_Strict):
+    """Each axis a value or a list; the grid is their product."""
+
+    model: _axis(Any)
+    method: _axis(Any)
+    batch_size: _axis(Size)
+    micro_batch_size: _axis(Size)
+    sequence_length: _axis(Size)
+    precision: _axis(str)
+    attention: _axis(str)
+    optimizer: _axis(str)
+    optimizer_impl: _axis(Literal["foreach", "fused", "loop"])
+    device: _axis(str)
+    seed: _axis(Annotated[int, Field(ge=0)])
+
+
+class SuiteFile(_Strict):
+    """The keys of a suite file."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str = ""
+    protocol: Protocol = Protocol()
+    defaults: Point = Point()
+    grid: Grid = Grid()
+    include: list[Point] = []
+    exclude: list[Point] = []
+    budgets: str | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A checked plan: the cells in the order in which they are listed, and how to measure them."""
+
+    name: str
+    description: str
+    protocol: Protocol
+    cells: tuple[Cell, ...]
+    budgets: Path | None
+    source: Path | None = None
+
+    @property
+    def suite_id(self) -> str:
+        """Hash of what is run and how; the name and the description may change."""
+        return digest([self.protocol.protocol_id, sorted(cell.cell_id for cell in self.cells)])
+
+    def on(self, device: str) -> Suite:
+        """The same suite with every cell on `device`."""
+        return replace(self, cells=tuple(cell.model_copy(update={"device": device}) for cell in self.cells))
+
+
+def shipped_suites() -> dict[str, Path]:
+    """Name to file of the suites that come with the package."""
+    here = Path(__file__).resolve().parents[1]
+    folder = next((f for f in (here / "shipped_suites", here.parent / "suites") if f.is_dir()), None)
+    files = sorted(folder.glob("*.yaml")) if folder else []
+    return {file.stem: file for file in files if not file.name.endswith(".budgets.yaml")}
+
+
+def find_suite(name: str) -> Path:
+    """A path, ./suites/NAME.yaml, or a shipped suite, in this order. Raises UserError with the nearest name."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        return path
+    local = Path("suites") / f"{name}.yaml"
+    if local.is_file():
+        return local
+    shipped = shipped_suites()
+    if name not in shipped:
+        known = {*shipped, *(file.stem for file in Path("suites").glob("*.yaml") if ".budgets" not in file.name)}
+        raise unknown("run", "suite", name, known)
+    return shipped[name]
+
+
+def load_suite(name: str) -> Suite:
+    """The suite called `name` (see `find_suite`), every cell checked. Raises UserError at the first fault."""
+    file = find_suite(name)
+    return parse_suite(read(file))
+
+
+def parse_suite(document: Document) -> Suite:
+    """A suite from a parsed file. Raises UserError with file, line, key path and cure."""
+    _check_schema(document)
+    parsed = validated(document, SuiteFile)
+    excluded = [_wanted(document, ("exclude", i), point) for i, point in enumerate(parsed.exclude)]
+    cells: dict[str, Cell] = {}
+    for path_of, values in itertools.chain(_grid_points(document, parsed.grid), _included(parsed.include)):
+        cell = _cell(document, path_of, _said(parsed.defaults, "defaults", path_of) | values)
+        if not any(_matches(cell, wanted) for wanted in excluded):
+            cells.setdefault(cell.cell_id, cell)
+    if not cells:
+        raise document.error(("grid",), "no cell is left", "name at least one model, method, batch_size and sequence_length")
+    budgets = None
+    if parsed.budgets is not None:
+        budgets = (document.file.parent / parsed.budgets).resolve()
+        if not budgets.is_file():
+            raise document.error(("budgets",), f"no such file {parsed.budgets!r}", "the path is relative to the suite file")
+    return Suite(parsed.name, parsed.description, parsed.protocol, tuple(cells.values()), budgets, document.file)
+
+
+def _check_schema(document: Document) -> None:
+    schema = document.content.get("schema")
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema > 1:
+        cure = "update meftbench, or write `schema: 1`"
+        raise document.error(("schema",), f"schema {schema} is newer than this program (1)", cure)
+
+
+# --- points: (where each axis' value stands, the values) ---
+
+Places = dict[str, KeyPath]
+
+
+def _grid_points(document: Document, grid: Grid) -> Iterator[tuple[Places, dict[str, Any]]]:
+    axes = {name: getattr(grid, name) for name in Grid.model_fields if getattr(grid, name)}
+    if not axes:
+        return
+    size = 1
+    for values in axes.values():
+        size *= len(values)
+    if size > MAX_CELLS:
+        raise document.error(("grid",), f"has {size:,} cells", f"at most {MAX_CELLS:,} are run: split the suite")
+    written = document.content.get("grid") or {}
+    for indices in itertools.product(*(range(len(values)) for values in axes.values())):
+        places: Places = {}
+        for name, index in zip(axes, indices, strict=True):
+            places[name] = ("grid", name, index) if isinstance(written.get(name), list) else ("grid", name)
+        yield places, {name: axes[name][index] for name, index in zip(axes, indices, strict=True)}
+
+
+def _included(points: list[Point]) -> Iterator[tuple[Places, dict[str, Any]]]:
+    for index, point in enumerate(points):
+        values = point.model_dump(exclude_none=True)
+        yield {name: ("include", index, name) for name in values} | {"": ("include", index)}, values
+
+
+def _said(defaults: Point, key: str, places: Places) -> dict[str, Any]:
+    values = defaults.model_dump(exclude_none=True)
+    for name in values:
+        places.setdefault(name, (key, name))
+    return values
+
+
+def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
+    root = places.get("", ("grid",))
+    for required in ("model", "method", "batch_size", "sequence_length"):
+        if required not in values:
+            raise document.error((*root, required), "is missing", f"name a {required} here or under `defaults`")
+    place = {name: places.get(name, (*root, name)) for name in Point.model_fields}
+    model, overrides = _named(document, place["model"], values["model"], "model")
+    overrides = overrides.pop("config", {}) if set(overrides) <= {"config"} else _refuse_keys(document, place, overrides)
+    method, levers, params = parse_method(document, place["method"], values["method"])
+    batch = values["batch_size"]
+    micro = values.get("micro_batch_size", batch)
+    if batch % micro:
+        cure = f"write a divisor of {batch}"
+        raise document.error(place["micro_batch_size"], f"micro_batch_size {micro} does not divide batch_size {batch}", cure)
+    names = {"precision": PRECISIONS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
+    for key, known in names.items():
+        if key in values and values[key] not in known:
+            raise unknown(document.where(place[key]), key, values[key], known)
+    device = parse_device(document.where(place["device"]), values.get("device", "counted"))
+    check_model(document.where(place["model"]), model, overrides)
+    check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"])
+    return Cell(
+        model=model,
+        model_config_overrides=overrides,
+        method=method,
+        method_params=params,
+        levers=levers,
+        batch_size=batch,
+        micro_batch_size=micro,
+        sequence_length=values["sequence_length"],
+        precision=values.get("precision", "fp32"),
+        attention_requested=values.get("attention", "sdpa"),
+        optimizer=values.get("optimizer", "adamw"),
+        optimizer_impl=values.get("optimizer_impl"),
+        device=device,
+        seed=values.get("seed", 0),
+    )
+
+
+def _refuse_keys(document: Document, place: dict[str, KeyPath], keys: dict[str, Any]) -> dict[str, Any]:
+    wrong = next(key for key in keys if key != "config")
+    raise unknown(document.where((*place["model"], wrong)), "key", wrong, ["name", "config"])
+
+
+def parse_device(where: str, device: str) -> str:
+    """`counted` or `cuda`. Raises UserError for anything else."""
+    if device.partition(":")[0] == "predicted":
+        raise UserError(where, "prediction is not part of this version", "use `counted` or `cuda`")
+    if device not in ("counted", "cuda"):
+        raise unknown(where, "device", device, ["counted", "cuda"])
+    return device
+
+
+def _named(document: Document, path: KeyPath, value: Any, kind: str) -> tuple[str, dict[str, Any]]:
+    """A name and what is set beside it, from "name" or {name: ..., key: value}."""
+    settings = dict(value) if isinstance(value, dict) else {"name": value}
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        hint = "YAML reads yes, no, on and off as true or false: put the word in quotes"
+        cure = hint if isinstance(name, bool) else f"write a name, or {{name: ..., setting: ...}}; `meftbench list {kind}s`"
+        raise document.error(path, f"{name!r} is not the name of a {kind}", cure)
+    return name, settings
+
+
+def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Levers, dict[str, Any]]:
+    """Method, levers and settings of "lora+checkpoint" or {name: meft1, adapter_size: 8}. Raises UserError."""
+    text, settings = _named(document, path, value, "method")
+    name, *levers = text.split("+")
+    if name not in METHODS:
+        raise unknown(document.where(path), "method", name, METHODS)
+    for lever in levers:
+        if lever not in LEVERS:
+            raise unknown(document.where(path), "lever", lever, LEVERS)
+        if levers.count(lever) > 1:
+            raise document.error(path, f"lever {lever!r} is named twice", "name it once")
+    schema = METHODS[name].settings
+    checked = validated_part(document, path, settings, schema)
+    return name, Levers(**dict.fromkeys(levers, True)), checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
+    wanted = point.model_dump(exclude_none=True)
+    if "model" in wanted:
+        wanted["model"] = _named(document, (*path, "model"), wanted["model"], "model")[0]
+    if "method" in wanted:
+        wanted["method"] = parse_method(document, (*path, "method"), wanted["method"])
+    if "attention" in wanted:
+        wanted["attention_requested"] = wanted.pop("attention")
+    if not wanted:
+        raise document.error(path, "names nothing", "name the axes of the cells to leave out")
+    return wanted
+
+
+def _matches(cell: Cell, wanted: dict[str, Any]) -> bool:
+    found = {name: getattr(cell, name) for name in wanted if name != "method"}
+    if "method" in wanted:
+        found["method"] = (cell.method, cell.levers, cell.method_params)
+    return found == wanted

@@ -1,0 +1,115 @@
+"""Every metric that leaves the program: its unit, which direction is better, and what it means (MEASURING 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """unit: of the stored value.  better: "lower", "higher" or "neither".  meaning: column help and tooltip."""
+
+    unit: str
+    better: str
+    meaning: str
+
+
+def _bytes(meaning: str) -> Kind:
+    return Kind("byte", "lower", meaning)
+
+
+def _seconds(meaning: str) -> Kind:
+    return Kind("second", "lower", meaning)
+
+
+BREAKDOWN = (
+    "parameters_bytes",
+    "buffers_bytes",
+    "gradients_bytes",
+    "optimizer_bytes",
+    "activations_bytes",
+    "temporaries_bytes",
+    "inputs_bytes",
+    "workspace_bytes",
+    "other_bytes",
+)
+
+METRICS: dict[str, Kind] = {
+    # torch peaks; `phases` of the metric holds load, forward, backward, optimizer, step
+    "peak_allocated_bytes": _bytes("largest sum of live blocks during a step, in blocks of 512 bytes"),
+    "peak_active_bytes": _bytes("as allocated, with blocks that wait for another stream"),
+    "peak_reserved_bytes": _bytes("largest sum of segments the allocator held from the device"),
+    "peak_requested_bytes": _bytes("largest sum of what was asked for, before rounding"),
+    # step structure
+    "baseline_allocated_bytes": _bytes("allocated right before the step: parameters, optimizer state, inputs"),
+    "activation_peak_bytes": _bytes("peak of forward and backward above the level before the step"),
+    "saved_bytes": _bytes("held at the end of forward above the level before the step, minus outputs"),
+    "optimizer_peak_bytes": _bytes("peak during the optimizer step"),
+    "first_step_peak_allocated_bytes": _bytes("peak of the first step, before optimizer state exists"),
+    "drift_bytes_per_step": _bytes("growth of the level before a step, from one measured step to the next; 0: no leak"),
+    "peak_phase": Kind("phase", "neither", "the phase in which the step's peak falls"),
+    # breakdown at the step's peak; sums to peak_allocated_bytes
+    "parameters_bytes": _bytes("model parameters at the peak"),
+    "buffers_bytes": _bytes("model buffers at the peak"),
+    "gradients_bytes": _bytes("gradients of trained parameters at the peak"),
+    "optimizer_bytes": _bytes("optimizer state at the peak"),
+    "activations_bytes": _bytes("tensors made in forward and alive at the peak"),
+    "temporaries_bytes": _bytes("tensors made in backward or in the optimizer step and alive at the peak"),
+    "inputs_bytes": _bytes("the batch at the peak"),
+    "workspace_bytes": _bytes("library workspaces inside torch's allocator at the peak"),
+    "other_bytes": _bytes("what none of the categories holds at the peak"),
+    # outside torch
+    "process_device_bytes": _bytes("device memory of the process, as the driver reports it"),
+    "device_used_bytes": _bytes("device memory in use by all processes, as the driver reports it"),
+    "context_bytes": _bytes("process minus reserved after warm-up: CUDA context and kernels"),
+    "host_rss_peak_bytes": _bytes("largest resident set of the worker process on the host"),
+    "host_pinned_peak_bytes": _bytes("largest sum of host memory that `+offload` holds for the device"),
+    # allocator health
+    "fragmentation_ratio": Kind("ratio", "lower", "1 - allocated / reserved at the peak"),
+    "alloc_retries": Kind("count", "lower", "times the allocator freed its cache and tried again; above 0: at the edge"),
+    "ooms": Kind("count", "lower", "allocations that failed"),
+    "device_allocs": Kind("count", "lower", "segments asked from the device"),
+    # speed
+    "step_time_s": _seconds("forward, backward, optimizer step; median of the measured steps, min and max: quartiles"),
+    "forward_s": _seconds("forward and loss; median"),
+    "backward_s": _seconds("backward; median"),
+    "optimizer_s": _seconds("optimizer step and zero_grad; median"),
+    "tokens_per_s": Kind("token/second", "higher", "tokens that are not padding, divided by the median step time"),
+    "samples_per_s": Kind("sample/second", "higher", "samples divided by the median step time"),
+    "recompute_overhead_ratio": Kind("ratio", "lower", "step time divided by that of the method without recomputation"),
+    # fidelity
+    "reconstruction_rel": Kind(
+        "ratio", "lower", "norm of (recomputed - true) / norm of true, per layer [first stream, second stream]"
+    ),
+    "reconstruction_rel_max": Kind("ratio", "lower", "worst reconstruction_rel over layers and streams"),
+    "reconstruction_abs_max": Kind("absolute", "lower", "largest |recomputed - true| over layers, streams and elements"),
+    "gradient_rel_max": Kind(
+        "ratio", "lower", "worst relative L2 error of a trained tensor's gradient against ordinary autograd"
+    ),
+    "gradient_cosine_min": Kind("cosine", "higher", "worst cosine of a trained tensor's gradient with ordinary autograd's"),
+    "loss_abs_diff": Kind("absolute", "lower", "|loss - loss under ordinary autograd|"),
+    "zero_grad_tensors": Kind("count", "lower", "trained tensors whose gradient is all zero or absent"),
+    "overflow_events": Kind("count", "lower", "NaN or infinite values met in streams or gradients"),
+    "starting_point_shift": Kind(
+        "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, before training, adapters at zero"
+    ),
+    # size
+    "parameters_total": Kind("count", "neither", "parameters of the model with the method applied"),
+    "parameters_trainable": Kind("count", "lower", "parameters that are trained"),
+    "adapter_file_bytes": _bytes("size of the trained tensors as a file"),
+    # compatibility
+    "paper_meft_activation_bytes": _bytes("the paper's own definition: max_allocated - allocated after training"),
+    "paper_lst_memory": _bytes("LST's definition: max_allocated over the run"),
+    # levers, as observed
+    "forward_calls_ratio": Kind("ratio", "neither", "layer forwards a step divided by those of a forward pass alone"),
+    "offloaded_bytes": Kind("byte", "neither", "bytes moved to the host in one step"),
+    # conditions
+    "device_shared": Kind("flag", "lower", "1: another process used the device"),
+    "throttle_reasons": Kind("names", "neither", "why the clocks were held down while timing"),
+    "clocks_mhz": Kind("megahertz", "neither", "SM clock after the timed steps"),
+    "temperature_c": Kind("celsius", "neither", "device temperature after the timed steps"),
+    "power_w": Kind("watt", "neither", "power draw after the timed steps"),
+    # the harness
+    "build_s": _seconds("building model, method, optimizer and batch"),
+    "passes_s": _seconds("the measuring passes, warm-up included"),
+}

@@ -1,0 +1,111 @@
+"""A record: everything known about one executed cell, one line of JSON.
+
+History of the format: 1, the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from meftbench.records.metrics import METRICS
+
+SCHEMA = 1
+Status = Literal["ok", "oom", "timeout", "error", "skipped"]
+Source = Literal["measured", "counted", "predicted"]
+Value = int | float | str | list[Any] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that leaves the program, in the unit of its Kind (bytes, never MiB).
+
+    value: None where it could not be had; then `absent` says why. Never -1, 0 or nan for "unknown".
+    n, min, max, samples: over the measured steps.  phases: peak per phase of a step.
+    """
+
+    value: Value
+    source: Source
+    absent: str | None = None
+    n: int | None = None
+    min: float | None = None
+    max: float | None = None
+    samples: list[float] | None = None
+    phases: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.absent is None):
+            raise ValueError("a metric has either a value or the reason why it is absent")
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """The metric with its unit; fields that say nothing are left out, `value` never is."""
+        said = {key: value for key, value in asdict(self).items() if value is not None}
+        return {"value": self.value, "unit": METRICS[name].unit, **said}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Metric:
+        return Metric(**{key: value for key, value in content.items() if key in Metric.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Record:
+    """One executed cell and repeat. Field names are those of MEASURING 3.2.
+
+    cell: `Cell.recorded()`, with what was observed (`attention_used`, `model_revision`).
+    status_detail: type, message, phase, requested_bytes, free_bytes, capacity_bytes, dominated_by,
+        exit_signal, traceback; only those that are known.
+    wall_s: seconds from the start of the process to its end.
+    """
+
+    record_id: str
+    run_id: str
+    cell_id: str
+    repeat: int
+    protocol_id: str
+    environment_id: str
+    meftbench_version: str
+    code_digest: str
+    started_at: str
+    finished_at: str
+    host: str
+    worker_pid: int | None
+    cell: dict[str, Any]
+    status: Status
+    status_detail: dict[str, Any] = field(default_factory=dict)
+    wall_s: float = 0.0
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def label(self) -> str:
+        """MODEL/METHOD/bBATCH/sLENGTH of the cell."""
+        return str(self.cell["label"])
+
+    @property
+    def method_label(self) -> str:
+        """The method with its levers and settings, as the label of the cell has it."""
+        return self.label.split("/b" + str(self.cell["batch_size"]) + "/s")[0][len(self.model_label) + 1 :]
+
+    @property
+    def model_label(self) -> str:
+        overrides = self.cell.get("model_config") or {}
+        name = str(self.cell["model"])
+        if not overrides:
+            return name
+        return f"{name}({','.join(f'{key}={value}' for key, value in sorted(overrides.items()))})"
+
+    def value(self, name: str) -> Value:
+        """Value of a metric; None where it is absent or was not taken."""
+        metric = self.metrics.get(name)
+        return metric.value if metric else None
+
+    def to_json(self) -> dict[str, Any]:
+        content = {key: value for key, value in vars(self).items() if key != "metrics"}
+        return content | {"metrics": {name: metric.to_json(name) for name, metric in self.metrics.items()}}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Record:
+        """Raises KeyError, TypeError or ValueError where the content is not a record."""
+        metrics = {name: Metric.from_json(value) for name, value in content["metrics"].items()}
+        known = {key: value for key, value in content.items() if key in Record.__dataclass_fields__}
+        return Record(**(known | {"metrics": metrics}))

@@ -1,0 +1,166 @@
+"""The run folder: suite.yaml, environment.json, records.jsonl. One writer appends; anybody reads.
+
+A record is one line, written, flushed and fsynced; every other file is written beside and moved into place.
+So whatever moment a run is killed at, finished records are kept, and at most the last line is torn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from meftbench.errors import UserError
+from meftbench.records.record import SCHEMA, Record
+
+SUITE, ENVIRONMENT, RECORDS, BUDGETS, LOCK = "suite.yaml", "environment.json", "records.jsonl", "budgets.yaml", ".lock"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read: the resolved suite, the environment, and the records in the order of their writing.
+
+    torn: a last line that was cut off was left out (the run was killed while writing it).
+    """
+
+    path: Path
+    suite: dict[str, Any]
+    environment: dict[str, Any]
+    records: list[Record]
+    torn: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.suite["name"])
+
+    @property
+    def run_id(self) -> str:
+        return str(self.suite["run_id"])
+
+
+def load_run(path: Path | str) -> Run:
+    """Read a run folder. Raises UserError (exit 2): no such folder, not a run, damaged inside, newer schema."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(str(folder), "no such run folder", "name a folder that `meftbench run` wrote")
+    if not (folder / SUITE).is_file() or not (folder / ENVIRONMENT).is_file():
+        cure = f"a run has {SUITE}, {ENVIRONMENT} and {RECORDS}; `meftbench run` writes one"
+        raise UserError(str(folder), "is not a run folder", cure)
+    try:
+        suite = yaml.safe_load((folder / SUITE).read_text(encoding="utf-8"))
+        environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        if not (isinstance(suite, dict) and {"name", "run_id"} <= suite.keys() and isinstance(environment, dict)):
+            raise ValueError("keys are missing")
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(str(folder), f"{SUITE} or {ENVIRONMENT} is damaged ({error})", "run the suite again") from None
+    records, torn = read_records(folder / RECORDS)
+    return Run(folder, suite, environment, records, torn)
+
+
+def read_records(file: Path) -> tuple[list[Record], bool]:
+    """The records of a JSONL file, and whether a torn last line was left out."""
+    if not file.exists():
+        return [], False
+    lines = file.read_bytes().split(b"\n")
+    torn = lines[-1] != b""
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            content = json.loads(line)
+            if content["schema"] > SCHEMA:
+                raise UserError(f"{file}:{number}", f"record of schema {content['schema']}", "update meftbench")
+            records.append(Record.from_json(content))
+        except (ValueError, KeyError, TypeError) as error:
+            cure = "remove the line, or take the file from a backup"
+            raise UserError(f"{file}:{number}", f"is not a record ({error})", cure) from None
+    return records, torn
+
+
+def warn_if_torn(run: Run) -> None:
+    """One line on stderr where the last record was cut off."""
+    if run.torn:
+        print(
+            f"{run.path / RECORDS}: the last line is cut off and was left out; `meftbench run --resume` repeats that cell",
+            file=sys.stderr,
+        )
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write `file` so that it is there in full or not at all. Raises UserError where the folder is not writable."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise unwritable(file.parent, error) from None
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(str(folder), f"cannot be written ({error.strerror or error})", "choose another folder with --out")
+
+
+class Writer:
+    """The one writer of a run folder. Use through `writing`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor = os.open(folder / RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._drop_torn_line()
+
+    def append(self, record: Record) -> None:
+        """Add one record; it is on the disk when this returns."""
+        line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+
+    def write(self, name: str, text: str) -> None:
+        """Write another file of the folder, whole or not at all."""
+        write_whole(self.folder / name, text)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _drop_torn_line(self) -> None:
+        """A line without its end was never a finished record; the next one must not be glued to it."""
+        content = (self.folder / RECORDS).read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.ftruncate(self._descriptor, whole)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Writer]:
+    """The writer of `folder`, made if needed. Raises UserError: not writable, or another run writes there."""
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(str(folder), "another run writes here", "wait for it, or choose another --out") from None
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        writer = Writer(folder)
+        try:
+            yield writer
+        finally:
+            writer.close()
+    finally:
+        lock.release()
