@@ -34,3 +34,16 @@ def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserEr
     near = get_close_matches(str(name), names, n=1)
     cure = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names)}"
     return UserError(where, f"unknown {kind} {name!r}", cure)
+
+
+class CellFailure(Exception):
+    """A cell that ended otherwise than `ok`, with what is known of it: a result, not a bug.
+
+    status: "oom", "error" or "skipped".  detail: fields of a record's `status_detail`
+    (type, message, phase, requested_bytes, free_bytes, capacity_bytes ...).
+    """
+
+    def __init__(self, status: str, **detail: object) -> None:
+        super().__init__(str(detail.get("message", detail.get("type", status))))
+        self.status = status
+        self.detail = {key: value for key, value in detail.items() if value is not None}

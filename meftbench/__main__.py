@@ -1,0 +1,5 @@
+"""`python -m meftbench`."""
+
+from meftbench.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""The command line: one thin file a verb; here the verbs are put together and errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import click
+import typer
+
+from meftbench import __version__
+from meftbench.cli import check, compare, doctor, listing, report, run, show
+from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
+
+EXIT_CODES = """
+Exit codes: 0 done, budgets held · 1 over budget or regressed · 2 usage, unreadable or invalid input ·
+3 cells ended in error or timeout · 4 not comparable, or the device is absent · 5 nothing matched ·
+130/143 interrupted, finished records kept
+"""
+
+app = typer.Typer(
+    name="meftbench",
+    help="Which fine-tuning method fits your GPU, and what does it cost?",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+for name, verb in {
+    "run": run.run,
+    "show": show.show,
+    "report": report.report,
+    "compare": compare.compare,
+    "check": check.check,
+    "list": listing.list_,
+    "doctor": doctor.doctor,
+}.items():
+    app.command(name)(verb)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"meftbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Which fine-tuning method fits your GPU, and what does it cost?"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit. Users' errors are one line; tracebacks are for bugs (exit 70)."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
+    command = typer.main.get_command(app)
+    try:
+        outcome = command.main(args=arguments, prog_name="meftbench", standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except UserError as error:
+        print(f"meftbench: {error}", file=sys.stderr)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return INVALID
+    except click.ClickException as error:
+        error.show()
+        return INVALID
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone: nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("meftbench: this is a bug; please report it with the lines above", file=sys.stderr)
+        return BUG

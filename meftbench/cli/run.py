@@ -1,0 +1,2 @@
+def run() -> None:
+    raise SystemExit("not written yet")
