@@ -7,7 +7,6 @@ import sys
 import traceback
 from typing import Annotated
 
-import click
 import typer
 
 from meftbench import __version__
@@ -24,7 +23,7 @@ app = typer.Typer(
     name="meftbench",
     help="Which fine-tuning method fits your GPU, and what does it cost?",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -49,11 +48,19 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Which fine-tuning method fits your GPU, and what does it cost?"""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(INVALID)
+
+
+# typer < 0.20 raises click's exceptions, later ones those of a copy it carries.
+_ClickException: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,13 +76,11 @@ def _exit_code(arguments: list[str] | None) -> int:
     except UserError as error:
         print(f"meftbench: {error}", file=sys.stderr)
         return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
+    except _ClickException as error:
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        print(f"meftbench: {message.rstrip('.')}; see `meftbench --help`", file=sys.stderr)
         return INVALID
-    except click.ClickException as error:
-        error.show()
-        return INVALID
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone: nobody is left to tell.
