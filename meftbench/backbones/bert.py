@@ -1,0 +1,84 @@
+"""BERT and RoBERTa: post-norm layers, LN(x + attention(x)) then LN(x + feed_forward(x))."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from meftbench.backbones.layout import Layout, Site
+
+
+def _attention(layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # args are (attention_mask, encoder_hidden_states): the second is None, decoders are refused.
+    attention: Any = layer.attention
+    output_BLD: Tensor = attention(h_BLD, *args[:1], **kwargs)[0]
+    return output_BLD
+
+
+def _feed_forward(layer: nn.Module, h_BLD: Tensor) -> Tensor:
+    output_BLD: Tensor = layer.feed_forward_chunk(h_BLD)  # type: ignore[operator]
+    return output_BLD
+
+
+# Hooks are plain functions that find their adapter through the module they are called on: so they survive
+# deepcopy and pickling, where a closure would keep pointing at the original.
+
+
+def _added_to_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + module.adapter(output)
+
+
+def _added_beside_dropout(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + module.adapter(args[0])
+
+
+def _added_to_residual(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # BertOutput is called with (intermediate, x) and computes LN(dropout(dense(intermediate)) + x).
+    intermediate, x_BLD = args
+    return intermediate, x_BLD + module.adapter(x_BLD)
+
+
+def _added_to_normed(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    (x_BLD,) = args
+    # `forward`, not a call: a call would run this hook again.
+    return (x_BLD + module.adapter(module.forward(x_BLD)),)
+
+
+def _attach(layer: nn.Module, site: Site, adapter: nn.Module) -> None:
+    place = {
+        Site.AFTER_ATTENTION: "attention.output.dropout",
+        Site.BESIDE_ATTENTION_OUTPUT: "attention.output.dropout",
+        Site.AFTER_FEED_FORWARD: "output.dropout",
+        Site.BESIDE_FEED_FORWARD: "output",
+        Site.BETWEEN_NORMS: "output.LayerNorm",
+    }[site]
+    module = layer.get_submodule(place)
+    module.add_module("adapter", adapter)
+    if site in (Site.AFTER_ATTENTION, Site.AFTER_FEED_FORWARD):
+        module.register_forward_hook(_added_to_output)
+    elif site is Site.BESIDE_ATTENTION_OUTPUT:
+        module.register_forward_hook(_added_beside_dropout)
+    elif site is Site.BESIDE_FEED_FORWARD:
+        module.register_forward_pre_hook(_added_to_residual)
+    else:
+        module.register_forward_pre_hook(_added_to_normed)
+
+
+def _refuses(config: Any) -> str | None:
+    if config.is_decoder or config.add_cross_attention:
+        return "is configured as a decoder; only encoders are supported"
+    return None
+
+
+BERT = Layout(
+    layers="encoder.layer",
+    attach=_attach,
+    attention=_attention,
+    feed_forward=_feed_forward,
+    hidden_size=lambda config: int(config.hidden_size),
+    activation=lambda config: str(config.hidden_act),
+    attention_targets=("query", "value"),
+    refuses=_refuses,
+)
+ROBERTA = BERT

@@ -1,0 +1,78 @@
+"""A transformers model from a name: hub, local folder, or random weights in a published configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from meftbench.errors import UserError
+from meftbench.plan.catalogue import MODELS
+from meftbench.plan.models import folder_of, known_config, split_name
+
+
+def build_model(
+    name: str,
+    overrides: dict[str, Any] | None = None,
+    *,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    num_labels: int = 2,
+) -> nn.Module:
+    """A sequence classifier on the backbone called `name`, in training mode, on the CPU.
+
+    name: of `meftbench list models`, a hub id or a folder; `@random` gives random weights from `seed`
+        without any download.  overrides: fields of the configuration.  num_labels: 1 is regression.
+    The global RNG state is left as it was found.
+
+    Raises UserError: the configuration is refused by transformers, a field is unknown, nothing can be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    source, random = split_name(name)
+    settings = dict(overrides or {}) | {"num_labels": num_labels}
+    folder = folder_of(source)
+    try:
+        if random and source in MODELS and folder is None:
+            published = known_config(name, {}) or {}
+            config = AutoConfig.for_model(published.pop("model_type"), **published)
+        else:
+            config = AutoConfig.from_pretrained(folder or _hub(source))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
+    for key, value in settings.items():
+        if key != "num_labels" and not hasattr(config, key):
+            raise UserError(name, f"its configuration has no field {key!r}", "see the model's configuration class")
+        setattr(config, key, value)
+    config._attn_implementation = attention
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if random:
+                model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+            else:
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    folder or _hub(source), config=config, dtype=dtype
+                )
+        except (OSError, ValueError) as error:
+            raise _not_loaded(name, error) from None
+    assert isinstance(model, nn.Module)
+    return model.train()
+
+
+def revision_of(model: nn.Module) -> str | None:
+    """Commit on the hub the weights were loaded from; None for random weights and local folders."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return str(commit) if commit else None
+
+
+def _hub(source: str) -> str | Path:
+    return MODELS[source].hub if source in MODELS else source
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return UserError(name, f"cannot be loaded ({reason})", "check the name, the folder or the network, or add @random")

@@ -1,0 +1,71 @@
+"""What a backbone tells about itself: where its layers are, how one splits into halves, where adapters attach.
+
+Layouts call and extend the modules of `transformers`; no modelling code is repeated. An adapter is attached as a
+submodule named `adapter` with a hook, so the keys of the pre-trained weights stay what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from meftbench.errors import unknown
+from meftbench.plan.catalogue import BACKBONES
+
+
+class Site(Enum):
+    """Where in a layer an adapter is attached; x is what the adapter reads."""
+
+    AFTER_ATTENTION = "x = projected attention output, after dropout; added to x before the residual (Houlsby 2019)"
+    AFTER_FEED_FORWARD = "x = feed-forward output, after dropout; added to x before the residual (Houlsby 2019)"
+    BETWEEN_NORMS = "x = the layer's output; added to what its last norm reads, which runs again (Pfeiffer 2021)"
+    BESIDE_ATTENTION_OUTPUT = "x = projected attention output; added before the residual and the norm (MEFT3)"
+    BESIDE_FEED_FORWARD = "x = the input of the feed-forward; added to its output before the last norm (He 2022, MEFT)"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One backbone family. B samples, L positions, D hidden size.
+
+    layers: dotted path from the base model to the list of layers.
+    attach: puts an adapter (a module from (B, L, D) to (B, L, D)) at a site of a layer.
+    attention, feed_forward: the halves of a layer, residuals and norms included: the layer is
+        feed_forward(attention(h)). Each takes (layer, h (B, L, D)) and what the model passes its layers beside h.
+    hidden_size, activation: read off the configuration.
+    attention_targets: names of the projections LoRA adapts by default.
+    refuses: None, or why a model of this configuration cannot be split.
+    """
+
+    layers: str
+    attach: Callable[[nn.Module, Site, nn.Module], None]
+    attention: Callable[..., Tensor]
+    feed_forward: Callable[[nn.Module, Tensor], Tensor]
+    hidden_size: Callable[[Any], int]
+    activation: Callable[[Any], str]
+    attention_targets: tuple[str, ...]
+    refuses: Callable[[Any], str | None]
+
+    def list_of(self, model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+        """The module that owns the layers, the name it has for them, and the list."""
+        base = getattr(model, model.base_model_prefix, model)  # type: ignore[arg-type]
+        path, _, name = self.layers.rpartition(".")
+        owner = base.get_submodule(path)
+        layers = getattr(owner, name)
+        assert isinstance(layers, nn.ModuleList)
+        return owner, name, layers
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout for a transformers model. Raises UserError where its type has none."""
+    config: Any = model.config
+    if config.model_type not in BACKBONES:
+        raise unknown(type(model).__name__, "backbone", config.model_type, BACKBONES)
+    module, _, name = BACKBONES[config.model_type].home.partition(":")
+    layout = getattr(import_module(module), name)
+    assert isinstance(layout, Layout)
+    return layout
