@@ -30,7 +30,7 @@ class Document:
         while known and known not in self.lines:
             known = known[:-1]
         dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
-        place = f"{self.file}:{self.lines.get(known, 1)}"
+        place = f"{self.file}:{self.lines.get(known, 1)}" if self.lines else str(self.file)
         return f"{place}: {dotted}" if dotted else place
 
     def error(self, path: KeyPath, what: str, cure: str) -> UserError:
@@ -99,6 +99,11 @@ def validated_part(document: Document, path: KeyPath, content: Any, schema: type
     if kind == "missing":
         raise document.error(loc, "is missing", "add it")
     raise document.error(loc, _sentence(first["msg"]), _cure(kind, value))
+
+
+def settings_of(where: str, schema: type[M], settings: dict[str, Any]) -> M:
+    """`settings` given from Python as a `schema`. Raises UserError with the nearest key."""
+    return validated_part(Document(Path(where), settings, {}), (), settings, schema)
 
 
 def _sentence(message: str) -> str:

@@ -60,7 +60,8 @@ class Float:
         return kept_BLD if factor == 1.0 else kept_BLD / factor
 
     def add(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        return x_BLD + value_BLD
+        # Autocast computes halves in lower precision than the streams are held in.
+        return x_BLD + value_BLD.to(x_BLD.dtype)
 
     def subtract(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        return x_BLD - value_BLD
+        return x_BLD - value_BLD.to(x_BLD.dtype)

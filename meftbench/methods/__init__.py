@@ -1,0 +1,58 @@
+"""How a model is fine-tuned: methods and levers by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from meftbench.errors import UserError, unknown
+from meftbench.methods.applied import Applied
+from meftbench.plan.catalogue import LEVERS, METHODS
+from meftbench.plan.strict_yaml import settings_of
+
+__all__ = ["Applied", "apply_method", "prepare"]
+
+
+def apply_method(model: nn.Module, method: str, *, seed: int | None = None, **settings: Any) -> nn.Module:
+    """Apply a method to a transformers model, in place, and return the model to train.
+
+    method: a name of `meftbench list methods`, levers joined by `+` ("meft1", "lora+checkpoint").
+    settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
+    seed: for the new weights; None: drawn from torch's global generator.
+    `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu.
+
+    Raises UserError: unknown name or setting, a model without a layout, a method applied twice.
+    """
+    if "offload" in method.split("+")[1:]:
+        cure = "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)"
+        raise UserError(method, "offload is not part of a model", cure)
+    return prepare(model, method, settings, seed=seed).model
+
+
+def prepare(model: nn.Module, method: str, settings: dict[str, Any] | None = None, *, seed: int | None = None) -> Applied:
+    """As `apply_method`, giving back what the step and the probes need beside the model."""
+    name, *levers = method.split("+")
+    if name not in METHODS:
+        raise unknown("apply_method", "method", name, METHODS)
+    for lever in levers:
+        if lever not in LEVERS:
+            raise unknown("apply_method", "lever", lever, LEVERS)
+    entry = METHODS[name]
+    checked = settings_of(name, entry.settings, settings or {})
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        applied = _load(entry.home)(model, checked)
+    for lever in LEVERS:
+        if lever in levers:
+            _load(LEVERS[lever].home)(applied)
+    assert isinstance(applied, Applied)
+    return applied
+
+
+def _load(home: str) -> Any:
+    module, _, name = home.partition(":")
+    return getattr(import_module(module), name)

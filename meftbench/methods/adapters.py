@@ -1,0 +1,33 @@
+"""The adapter baselines: which sites of every layer get a bottleneck."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from meftbench.backbones import Site
+from meftbench.methods.applied import Applied, checked_layout, freeze_backbone, new_adapter
+from meftbench.plan.catalogue import Bottleneck
+
+
+def apply_houlsby(model: nn.Module, settings: Bottleneck) -> Applied:
+    """Houlsby et al. 2019, figure 2: an adapter after each sub-layer, before its residual."""
+    return _apply(model, settings, (Site.AFTER_ATTENTION, Site.AFTER_FEED_FORWARD))
+
+
+def apply_pfeiffer(model: nn.Module, settings: Bottleneck) -> Applied:
+    """Pfeiffer et al. 2021, figure 3: one adapter after the feed-forward's norm, and the norm again."""
+    return _apply(model, settings, (Site.BETWEEN_NORMS,))
+
+
+def apply_parallel(model: nn.Module, settings: Bottleneck) -> Applied:
+    """He et al. 2022, table 1: one adapter that reads what the feed-forward reads."""
+    return _apply(model, settings, (Site.BESIDE_FEED_FORWARD,))
+
+
+def _apply(model: nn.Module, settings: Bottleneck, sites: tuple[Site, ...]) -> Applied:
+    layout = checked_layout(model)
+    freeze_backbone(model)
+    for layer in layout.list_of(model)[2]:
+        for site in sites:
+            layout.attach(layer, site, new_adapter(model, layout, settings))
+    return Applied(model)

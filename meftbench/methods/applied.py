@@ -1,0 +1,84 @@
+"""What applying a method gives back: the model to train, and what the probes need to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from meftbench.backbones import Layout, layout_of
+from meftbench.errors import UserError
+from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
+from meftbench.reversible import ReversibleStack
+
+from .bottleneck import Bottleneck
+
+
+@dataclass
+class Applied:
+    """A model with a method applied.
+
+    model: what is called and trained (for LoRA peft's wrapper; otherwise the model that was given).
+    around_forward: entered around forward and loss of every step (the offload lever).
+    ordinary: entered to run the same equations under ordinary autograd: nothing recomputed or offloaded.
+    """
+
+    model: nn.Module
+    around_forward: Callable[[], AbstractContextManager[object]] = ExitStack
+    ordinary_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
+    recomputes: bool = False
+
+    @property
+    def stacks(self) -> list[ReversibleStack]:
+        """The reversible stacks of the model, empty for other methods."""
+        return [module for module in self.model.modules() if isinstance(module, ReversibleStack)]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def ordinary(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for switch in self.ordinary_switches:
+                stack.enter_context(switch())
+            yield
+
+    def zero_adapters(self) -> None:
+        """Make every adapter's output zero, where the method has adapters."""
+        for module in self.model.modules():
+            if isinstance(module, Bottleneck):
+                module.zero()
+
+
+def checked_layout(model: nn.Module) -> Layout:
+    """The model's layout. Raises UserError where its configuration cannot be split, or a method is on it already."""
+    layout = layout_of(model)
+    reason = layout.refuses(model.config)
+    if reason:
+        raise UserError(type(model).__name__, reason, "choose another model")
+    if any(isinstance(module, (Bottleneck, ReversibleStack)) for module in model.modules()):
+        raise UserError(type(model).__name__, "has a method applied already", "load the pre-trained model afresh")
+    return layout
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Freeze everything but the task head: what the pre-trained base model does not own.
+
+    BERT's pooler is part of the base model and stays frozen, the classifier is trained (PAPER, settings).
+    """
+    base = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+
+
+def new_adapter(model: nn.Module, layout: Layout, settings: BottleneckSettings) -> Bottleneck:
+    """An adapter of the model's hidden size, dtype and device."""
+    config = model.config
+    activation = settings.activation or layout.activation(config)
+    adapter = Bottleneck(layout.hidden_size(config), settings.adapter_size, activation, settings.init_std)
+    like = next(model.parameters())
+    return adapter.to(device=like.device, dtype=like.dtype if like.dtype.is_floating_point else torch.float32)

@@ -1,0 +1,15 @@
+"""Full fine-tuning: every weight is trained."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from meftbench.methods.applied import Applied
+from meftbench.plan.catalogue import Full
+
+
+def apply(model: nn.Module, settings: Full) -> Applied:
+    """`model` as it is, all parameters trained."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return Applied(model)

@@ -1,0 +1,106 @@
+"""What composes with any method by `+`. A lever changes how activations are held, never what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from meftbench.methods.applied import Applied
+
+# True while a copy to the host is made: on a machine without an accelerator host and device are one memory, and
+# whoever counts device bytes must be able to tell them apart (probes.memory_counted).
+copying_to_host: ContextVar[bool] = ContextVar("copying_to_host", default=False)
+
+
+def checkpoint(applied: Applied) -> None:
+    """Keep only the input of each layer, run the layer again in backward (non-reentrant).
+
+    On reversible stacks: each block is checkpointed instead of reversed, through the same equations.
+    Source: torch.utils.checkpoint; transformers' gradient_checkpointing_enable.
+    """
+    stacks = applied.stacks
+    reversible = {id(module) for stack in stacks for module in stack.modules()}
+    model: nn.Module = applied.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    for layer in layers:
+        if id(layer) in reversible:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]  # the block around it is checkpointed
+    for stack in stacks:
+        stack.activations = "checkpoint"
+    switched = [layer for layer in layers if id(layer) not in reversible]
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        for layer in switched:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for layer in switched:
+                layer.gradient_checkpointing = True  # type: ignore[assignment]
+
+    applied.ordinary_switches.append(without)
+    applied.recomputes = True
+
+
+class Offload:
+    """Tensors saved for backward wait in host memory, pinned where there is an accelerator.
+
+    As torch.autograd.graph.save_on_cpu, but parameters and buffers, which stay on the device anyway, are not
+    moved, and a storage that several operations saved is moved once.  moved_bytes: since the last `reset`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.moved_bytes = 0
+        self.enabled = True
+        self._model = model
+
+    def reset(self) -> None:
+        self.moved_bytes = 0
+
+    def __call__(self) -> AbstractContextManager[object]:
+        if not self.enabled:
+            return ExitStack()
+        resident = {t.untyped_storage()._cdata for t in [*self._model.parameters(), *self._model.buffers()]}
+
+        def pack(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
+            if tensor.untyped_storage()._cdata in resident:
+                return None, tensor
+            token = copying_to_host.set(True)
+            try:
+                pinned = tensor.device.type != "cpu"
+                host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned)
+                host.copy_(tensor, non_blocking=pinned)
+            finally:
+                copying_to_host.reset(token)
+            self.moved_bytes += host.nbytes
+            return tensor.device, host
+
+        def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
+            device, tensor = packed
+            if device is None:
+                return tensor
+            return tensor.to(device, non_blocking=True) if device.type != "cpu" else tensor.clone()
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def offload(applied: Applied) -> None:
+    """Hold what backward needs in host memory; with `+checkpoint`: the checkpoints."""
+    hooks = Offload(applied.model)
+    applied.around_forward = hooks
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        hooks.enabled = False
+        try:
+            yield
+        finally:
+            hooks.enabled = True
+
+    applied.ordinary_switches.append(without)

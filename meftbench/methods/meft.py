@@ -1,0 +1,157 @@
+"""MEFT1, MEFT2, MEFT3 (Liao, Tan, Monz, NeurIPS 2023, section 3; DESIGN 3.1, 3.2).
+
+A variant is a row of the table below: what F and G are, which of the two factors goes to zero, whether the streams
+are swapped, and which stream carries the last layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from meftbench.backbones import Layout, Site
+from meftbench.errors import UserError
+from meftbench.methods.applied import Applied, checked_layout, freeze_backbone, new_adapter
+from meftbench.plan.catalogue import Meft
+from meftbench.reversible import Block, Coupling, Float, ReversibleStack
+from meftbench.reversible.stack import Half
+
+
+def _whole_layer(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    output_BLD: Tensor = block.layer(h_BLD, *args, **kwargs)
+    return output_BLD
+
+
+def _adapter(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    output_BLD: Tensor = block.adapter(h_BLD)
+    return output_BLD
+
+
+def _attention(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _layout(block).attention(block.layer, h_BLD, *args, **kwargs)
+
+
+def _feed_forward(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _layout(block).feed_forward(block.layer, h_BLD)
+
+
+def _layout(block: Any) -> Layout:
+    layout: Layout = block.layout
+    return layout
+
+
+@dataclass(frozen=True)
+class Variant:
+    """factors: the paper's (λ, β).  small: which of the two halves has a factor near zero (centred if asked).
+    sites: where the layer's own adapters are attached.  own_adapter: F or G is an adapter by itself.
+    carrier: the stream, 0 or 1, that carries the last layer's output."""
+
+    f: Half
+    g: Half
+    factors: tuple[float, float]
+    small: tuple[bool, bool]
+    sites: tuple[Site, ...]
+    own_adapter: bool
+    swap: bool
+    carrier: int
+
+
+VARIANTS: dict[str, Variant] = {
+    "meft1": Variant(
+        _whole_layer, _adapter, (0.1, 1.0), (True, False), (Site.BESIDE_FEED_FORWARD,), own_adapter=True, swap=True, carrier=0
+    ),
+    "meft2": Variant(
+        _adapter, _whole_layer, (1.0, 0.1), (False, True), (Site.BESIDE_FEED_FORWARD,), own_adapter=True, swap=True, carrier=1
+    ),
+    "meft3": Variant(
+        _attention,
+        _feed_forward,
+        (0.1, 0.1),
+        (True, True),
+        (Site.BESIDE_ATTENTION_OUTPUT, Site.BESIDE_FEED_FORWARD),
+        own_adapter=False,
+        swap=False,
+        carrier=1,
+    ),
+}
+
+
+def apply_meft1(model: nn.Module, settings: Meft) -> Applied:
+    """F the whole layer with a parallel adapter, G an adapter; λ→0, β=1; streams swapped."""
+    return _apply(model, settings, VARIANTS["meft1"])
+
+
+def apply_meft2(model: nn.Module, settings: Meft) -> Applied:
+    """F an adapter, G the whole layer with a parallel adapter; λ=1, β→0; streams swapped."""
+    return _apply(model, settings, VARIANTS["meft2"])
+
+
+def apply_meft3(model: nn.Module, settings: Meft) -> Applied:
+    """F the attention half, G the feed-forward half, an adapter in each; λ=β→0; not swapped."""
+    return _apply(model, settings, VARIANTS["meft3"])
+
+
+def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
+    layout = checked_layout(model)
+    owner, name, layers = layout.list_of(model)
+    reversible, below, above = _split(list(layers), settings)
+    freeze_backbone(model)
+    adapted = [*reversible, *(below + above if settings.remaining == "adapted" else [])]
+    for layer in adapted:
+        for site in variant.sites:
+            layout.attach(layer, site, new_adapter(model, layout, settings))
+    stack = ReversibleStack(
+        (_block(model, layer, layout, settings, variant) for layer in reversible),
+        *_couplings(settings, variant),
+        swap=variant.swap,
+        carrier=variant.carrier,
+        output=settings.output,
+    )
+    setattr(owner, name, nn.ModuleList([*below, stack.train(model.training), *above]))
+
+    @contextmanager
+    def cached() -> Iterator[None]:
+        found, stack.activations = stack.activations, "cache"
+        try:
+            yield
+        finally:
+            stack.activations = found
+
+    return Applied(model, ordinary_switches=[cached], recomputes=True)
+
+
+def _split(layers: list[nn.Module], settings: Meft) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+    """The reversible layers, and the ordinary ones below and above them."""
+    count = len(layers) if settings.reversible_layers == "all" else settings.reversible_layers
+    if not 1 <= count <= len(layers):
+        cure = f"write all, or a number from 1 to {len(layers)}"
+        raise UserError("reversible_layers", f"{count} of {len(layers)} layers", cure)
+    if settings.remaining == "frozen" and settings.reversible_at == "bottom" and count < len(layers):
+        cure = "use remaining: adapted, or reversible_at: top"
+        raise UserError("remaining", "frozen layers above trained ones save nothing", cure)
+    if settings.reversible_at == "top":
+        return layers[len(layers) - count :], layers[: len(layers) - count], []
+    return layers[:count], [], layers[count:]
+
+
+def _block(model: nn.Module, layer: nn.Module, layout: Layout, settings: Meft, variant: Variant) -> Block:
+    parts = {"layer": layer}
+    if variant.own_adapter:
+        parts["adapter"] = new_adapter(model, layout, settings)
+    block = Block(parts, variant.f, variant.g)
+    block.layout = layout  # type: ignore[assignment]
+    return block
+
+
+def _couplings(settings: Meft, variant: Variant) -> tuple[Coupling, Coupling]:
+    arithmetic = Float()
+    factors = (
+        variant.factors[0] if settings.lambda_ is None else settings.lambda_,
+        variant.factors[1] if settings.beta is None else settings.beta,
+    )
+    centred = [settings.coupling == "centred" and small for small in variant.small]
+    return Coupling(arithmetic, factors[0], centred[0]), Coupling(arithmetic, factors[1], centred[1])
