@@ -1,0 +1,1 @@
+"""Budgets held against a run, and two runs held against each other."""

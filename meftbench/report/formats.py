@@ -1,0 +1,274 @@
+"""Verdicts and comparisons for machines: JSON, GitHub annotations and step summary, Markdown, JUnit (MEASURING 3.5)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from meftbench.verdicts.compare import Change, Comparison
+from meftbench.verdicts.judge import STATES, State, Verdict
+from meftbench.verdicts.outcome import said
+
+# GitHub shows 10 annotations of a kind for a step; the tenth says how many more there are.
+_SHOWN = 9
+_SUMMARY_ROWS = 200
+# GitHub refuses the whole upload where a step's summary is above 1 MiB.
+_SUMMARY_BYTES = 1_000_000
+
+
+# --- verdicts ---
+
+
+def verdicts_text(verdicts: Sequence[Verdict]) -> str:
+    """One line for each verdict that is not simply held, worst first, then a summary."""
+    lines = [
+        verdict.text() if verdict.fails else f"{_word(verdict)}: {verdict.text()}"
+        for verdict in verdicts
+        if not verdict.silent
+    ]
+    return "\n".join([*lines, verdicts_summary(verdicts)])
+
+
+def verdicts_summary(verdicts: Sequence[Verdict]) -> str:
+    """`12 verdicts: 1 over, 11 held; least headroom 3.2 MiB (0.8%, counted) ...`: how close the next failure is."""
+    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in STATES}
+    said_counts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    line = f"{len(verdicts)} verdict{'s' * (len(verdicts) != 1)}: {said_counts or 'nothing was judged'}"
+    held = [v for v in verdicts if v.state == "held" and v.headroom is not None and v.bound]
+    if not held:
+        return line
+    least = min(held, key=lambda v: (v.headroom or 0) / abs(v.bound or 1))
+    room = f"{said(least.headroom or 0, least.unit)} ({(least.headroom or 0) / abs(least.bound or 1):.1%}"
+    return f"{line}; least headroom {room}, {least.source}) in {least.metric} of {' '.join(least.label.split())}"
+
+
+def verdicts_json(verdicts: Sequence[Verdict]) -> str:
+    """A list of verdicts, worst first; values in the metric's unit, headroom negative where over."""
+    return json.dumps([_verdict_content(verdict) for verdict in verdicts], indent=2, ensure_ascii=False)
+
+
+def _verdict_content(verdict: Verdict) -> dict[str, Any]:
+    numbers = {"value": verdict.value, "bound": verdict.bound, "headroom": verdict.headroom}
+    content = {key: value for key, value in vars(verdict).items() if key not in numbers}
+    return (
+        content
+        | {"file": str(verdict.file), "unit": verdict.unit, "fails": verdict.fails}
+        | {key: _finite(value) for key, value in numbers.items()}
+    )
+
+
+def _finite(value: float | None) -> float | str | None:
+    """JSON has no inf and nan: they are text, as in records."""
+    return str(value) if value is not None and (value != value or abs(value) == float("inf")) else value
+
+
+def verdicts_github(verdicts: Sequence[Verdict]) -> str:
+    """Workflow commands: the nine worst errors and warnings, "and N more", then the summary line."""
+    errors = [verdict for verdict in verdicts if verdict.fails]
+    warnings = [verdict for verdict in verdicts if not verdict.fails and not verdict.silent]
+    lines = []
+    for kind, shown in (("error", errors), ("warning", warnings)):
+        lines += [_annotation(kind, v.file, v.line, _TITLES[v.state], v.text()) for v in shown[:_SHOWN]]
+        if len(shown) > _SHOWN:
+            rest = f"and {len(shown) - _SHOWN} more, see the summary"
+            lines.append(_annotation(kind, shown[0].file, 1, "budgets", rest))
+    return "\n".join([*lines, verdicts_summary(verdicts)])
+
+
+_TITLES: dict[State, str] = {
+    "over": "over budget",
+    "oom": "out of memory",
+    "failed": "cell failed",
+    "elsewhere": "another environment",
+    "unmatched": "matches no cell",
+    "missing": "not measured",
+    "warned": "near budget",
+    "waived": "waived",
+    "held": "held",
+}
+
+
+def _word(verdict: Verdict) -> str:
+    return {"warned": "warning", "waived": "waived"}.get(verdict.state, "warning")
+
+
+def verdicts_markdown(verdicts: Sequence[Verdict]) -> str:
+    """A table of the worst 200 verdicts under the summary line."""
+    rows = [
+        (
+            _TITLES[v.state],
+            v.label,
+            v.metric,
+            "" if v.value is None else f"{said(v.value, v.unit)} ({v.source})",
+            "" if v.bound is None else f"{v.limit} {said(v.bound, v.unit)}",
+            "" if v.headroom is None else _signed(v.headroom, v.unit),
+            f"{v.file}:{v.line}",
+        )
+        for v in verdicts
+    ]
+    head = ("verdict", "cell", "metric", "value", "bound", "headroom", "budget")
+    return f"{_markdown(verdicts_summary(verdicts))}\n\n{markdown_table(head, rows)}"
+
+
+def _signed(value: float, unit: str) -> str:
+    return f"{'-' if value < 0 else ''}{said(abs(value), unit)}"
+
+
+def verdicts_junit(verdicts: Sequence[Verdict], suite: str) -> str:
+    """JUnit XML: a test case for each verdict; over is a failure, a failed cell an error, a missing number skipped."""
+    root = ElementTree.Element("testsuite", name=_xml_text(suite), tests=str(len(verdicts)))
+    tally = {"failures": 0, "errors": 0, "skipped": 0}
+    for verdict in verdicts:
+        case = ElementTree.SubElement(
+            root,
+            "testcase",
+            classname=_xml_text(suite),
+            name=_xml_text(f"{verdict.label}::{verdict.metric}"),
+            time=f"{verdict.wall_s:.3f}",
+            file=_xml_text(str(verdict.file)),
+            line=str(verdict.line),
+        )
+        properties = ElementTree.SubElement(case, "properties")
+        for name in ("value", "bound", "headroom", "source"):
+            if (value := getattr(verdict, name)) is not None:
+                ElementTree.SubElement(properties, "property", name=f"{name}", value=str(value))
+        ElementTree.SubElement(properties, "property", name="unit", value=verdict.unit)
+        tag = _junit_tag(verdict)
+        if tag:
+            ElementTree.SubElement(case, tag, message=_xml_text(verdict.text()), type=verdict.state)
+            tally[{"failure": "failures", "error": "errors", "skipped": "skipped"}[tag]] += 1
+    root.attrib.update({name: str(count) for name, count in tally.items()})
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode")
+
+
+def _junit_tag(verdict: Verdict) -> str | None:
+    if verdict.fails:
+        return "failure" if verdict.state in ("over", "oom") else "error"
+    return "skipped" if verdict.state in ("waived", "elsewhere", "unmatched", "missing") else None
+
+
+def _xml_text(text: str) -> str:
+    """Without the control characters that XML 1.0 cannot hold at all."""
+    return "".join(char for char in text if char in "\t\n\r" or ord(char) >= 32)
+
+
+VERDICT_FORMATS: dict[str, Callable[[Sequence[Verdict]], str]] = {
+    "text": verdicts_text,
+    "json": verdicts_json,
+    "github": verdicts_github,
+    "markdown": verdicts_markdown,
+}
+
+
+def render_verdicts(verdicts: Sequence[Verdict], format_: str, suite: str) -> str:
+    """The verdicts in one of text, json, github, junit, markdown."""
+    return verdicts_junit(verdicts, suite) if format_ == "junit" else VERDICT_FORMATS[format_](verdicts)
+
+
+# --- comparisons ---
+
+
+def comparison_text(comparison: Comparison, only_changed: bool = False) -> str:
+    """One line a change, worst first, then cells of one run alone, notes, and a summary."""
+    lines = [change.text() for change in comparison.shown(only_changed)]
+    lines += [f"only in the first: {' '.join(label.split())}" for label in comparison.only_first]
+    lines += [f"only in the second: {' '.join(label.split())}" for label in comparison.only_second]
+    return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes), comparison.summary()])
+
+
+def comparison_json(comparison: Comparison, only_changed: bool = False) -> str:
+    """The comparison as one object; changes worst first, values in the metric's unit."""
+    changes = [_change_content(change) for change in comparison.shown(only_changed)]
+    rest = {key: value for key, value in vars(comparison).items() if key != "changes"}
+    content = rest | {"counts": comparison.counts(), "changes": changes}
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _change_content(change: Change) -> dict[str, Any]:
+    numbers = {"before": change.before, "after": change.after, "delta": change.delta, "share": change.share}
+    return vars(change) | {key: _finite(value) for key, value in numbers.items()}
+
+
+def comparison_github(comparison: Comparison, only_changed: bool = False) -> str:
+    """Workflow commands: the nine worst regressions as errors, "and N more", then the summary line."""
+    worse = [change for change in comparison.changes if change.judgement == "worse"]
+    lines = [_annotation("error", None, None, "regressed", change.text()) for change in worse[:_SHOWN]]
+    if len(worse) > _SHOWN:
+        lines.append(_annotation("error", None, None, "regressed", f"and {len(worse) - _SHOWN} more, see the summary"))
+    return "\n".join([*lines, comparison.summary()])
+
+
+def comparison_markdown(comparison: Comparison, only_changed: bool = False) -> str:
+    """A table of the worst 200 changes under the summary line."""
+    rows = [(c.judgement, c.label, c.metric, c.numbers()) for c in comparison.shown(only_changed)]
+    table = markdown_table(("", "cell", "metric", "before -> after"), rows)
+    notes = "".join(f"\n\n{_markdown(note)}" for note in comparison.notes)
+    return f"{_markdown(comparison.summary())}{notes}\n\n{table}"
+
+
+COMPARISON_FORMATS: dict[str, Callable[[Comparison, bool], str]] = {
+    "text": comparison_text,
+    "json": comparison_json,
+    "github": comparison_github,
+    "markdown": comparison_markdown,
+}
+
+
+# --- shared ---
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of at most 200 rows; what a cell holds cannot end it or become markup."""
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    lines += [f"| {' | '.join(_markdown(value) for value in row)} |" for row in rows[:_SUMMARY_ROWS]]
+    if len(rows) > _SUMMARY_ROWS:
+        lines.append(f"\nand {len(rows) - _SUMMARY_ROWS} more")
+    return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for char in "\\`*_|[]":
+        escaped = escaped.replace(char, "\\" + char)
+    return " ".join(escaped.split())
+
+
+def _annotation(kind: str, file: Path | None, line: int | None, title: str, message: str) -> str:
+    where = "" if file is None else f"file={_property(str(file))},line={line},"
+    return f"::{kind} {where}title={_property(title)}::{_data(message)}"
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def append_step_summary(markdown: str, title: str) -> None:
+    """Add to the file that $GITHUB_STEP_SUMMARY names, if it is set; cut at whole lines below GitHub's limit."""
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    file = Path(name)
+    room = _SUMMARY_BYTES - (file.stat().st_size if file.exists() else 0)
+    text = _cut(f"## {_markdown(title)}\n\n{markdown}\n\n".splitlines(keepends=True), room)
+    if text:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+
+def _cut(lines: Iterable[str], room: int) -> str:
+    kept: list[str] = []
+    for line in lines:
+        room -= len(line.encode())
+        if room < 0:
+            break
+        kept.append(line)
+    return "".join(kept)

@@ -1,0 +1,224 @@
+"""The budgets file: bounds on metrics of the cells that a glob names (MEASURING 3.1)."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from meftbench.errors import unknown
+from meftbench.plan.catalogue import METHODS
+from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.strict_yaml import Document, read, validated
+from meftbench.records.metrics import METRICS
+from meftbench.units import parse_bytes
+from meftbench.verdicts.outcome import Outcome
+
+SCHEMA = 1
+Missing = Literal["error", "warn", "ignore"]
+# Values that are no single number: there is nothing to hold a bound against.
+NOT_A_NUMBER = frozenset({"peak_phase", "reconstruction_rel", "throttle_reasons"})
+
+
+@dataclass(frozen=True)
+class Increase:
+    """How much a value may grow: a share of the baseline, or an amount in the metric's unit."""
+
+    share: float = 0.0
+    amount: float = 0.0
+
+    def above(self, baseline: float) -> float:
+        """The largest value that is held."""
+        grown = baseline * (1 + self.share) if self.share else baseline
+        return grown + self.amount
+
+
+def _amount(value: Any) -> Any:
+    """A number as it stands, or the bytes of "412MiB"."""
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _share(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", value)
+        if not match:
+            raise ValueError(f"{value!r} is not a share; write 1% or 0.01")
+        return float(match[1]) / 100
+    return value
+
+
+def _increase(value: Any) -> Any:
+    if isinstance(value, str) and "%" in value:
+        return Increase(share=_share(value))
+    amount = _amount(value)
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+        raise ValueError(f"{value!r} is not an increase; write 1%, 4MiB or a plain number")
+    return Increase(amount=amount)
+
+
+def _baseline(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(label): _amount(amount) for label, amount in value.items()}
+    return _amount(value)
+
+
+def _date(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"{value!r} is not a date; write 2026-12-31")
+    return value
+
+
+Amount = Annotated[int | float, BeforeValidator(_amount)]
+Share = Annotated[float, BeforeValidator(_share), Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class Default(_Strict):
+    """What rows take that do not say otherwise.
+
+    tolerance: of counted and predicted values, which repeat exactly.  measured_tolerance: of measured ones.
+    """
+
+    tolerance: Share = 0.0
+    measured_tolerance: Share = 0.01
+    missing: Missing = "error"
+
+
+class Row(_Strict):
+    """One bound.
+
+    match: glob on the label MODEL/METHOD/bBATCH/sLENGTH...; `*` and `?`, anything else stands for itself
+        (labels hold brackets).  when: values of the cell's fields, levers or method settings.
+    max, min, warn: in the metric's unit; bytes as 412MiB too.  warn is worth a word, not a failure.
+    baseline: the value to grow from, one for all cells or one a label; true: that of the baseline run.
+    environment: glob on the names of the environment (`environment_names`); elsewhere the row is not judged.
+    expires, reason: until then the row is waived, and the verdict says why.
+    """
+
+    match: str = Field(min_length=1)
+    metric: str
+    source: Literal["measured", "counted", "predicted"] | None = None
+    max: Amount | None = None
+    min: Amount | None = None
+    warn: Amount | None = None
+    max_increase: Annotated[Increase | None, BeforeValidator(_increase)] = None
+    baseline: Annotated[int | float | dict[str, int | float] | Literal[True] | None, BeforeValidator(_baseline)] = None
+    tolerance: Share | None = None
+    missing: Missing | None = None
+    when: dict[str, Any] = {}
+    environment: str | None = None
+    expires: Annotated[datetime.date | None, BeforeValidator(_date)] = None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Row:
+        if self.max is None and self.min is None and self.max_increase is None and self.warn is None:
+            raise ValueError("the row has no bound: give max, min, max_increase or warn")
+        if (self.max_increase is None) != (self.baseline is None):
+            raise ValueError("max_increase and baseline go together")
+        if (self.expires is None) != (self.reason is None):
+            raise ValueError("expires and reason go together: a waived row says until when and why")
+        if self.max is not None and self.warn is not None and self.warn > self.max:
+            raise ValueError("warn is above max and would never be seen")
+        return self
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return glob(self.match)
+
+    def matches(self, outcome: Outcome) -> bool:
+        """Whether the row is about this cell, whatever became of it."""
+        if not self._pattern.fullmatch(outcome.label) or not _fits_device(self.source, outcome.cell):
+            return False
+        return all(_field(outcome.cell, name) == wanted for name, wanted in self.when.items())
+
+
+class BudgetsFile(_Strict):
+    """The keys of a budgets file."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    default: Default = Default()
+    budgets: list[Row] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """A checked budgets file: its rows in order, and where each stands."""
+
+    document: Document
+    default: Default
+    rows: list[Row]
+
+    @property
+    def file(self) -> Path:
+        return self.document.file
+
+    def line(self, index: int) -> int:
+        """Line of the row, from 1."""
+        return self.document.lines.get(("budgets", index), 1)
+
+    def tolerance(self, row: Row, source: str) -> float:
+        """Share by which a value may pass the row's bound."""
+        if row.tolerance is not None:
+            return row.tolerance
+        return self.default.measured_tolerance if source == "measured" else self.default.tolerance
+
+
+def load_budgets(file: Path | str) -> Budgets:
+    """Read and check a budgets file. Raises UserError with file, line, key path and cure."""
+    document = read(Path(file))
+    schema = document.content.get("schema")
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
+        raise document.error(("schema",), f"schema {schema} is newer than this program ({SCHEMA})", "update meftbench")
+    parsed = validated(document, BudgetsFile)
+    for index, row in enumerate(parsed.budgets):
+        path = ("budgets", index)
+        if row.metric not in METRICS:
+            raise unknown(document.where((*path, "metric")), "metric", row.metric, METRICS)
+        if row.metric in NOT_A_NUMBER:
+            cure = "name a metric with one number, such as reconstruction_rel_max"
+            raise document.error((*path, "metric"), f"{row.metric} is not one number", cure)
+        for name in row.when:
+            if name not in _FIELDS:
+                raise unknown(document.where((*path, "when", name)), "cell field", name, _FIELDS)
+    return Budgets(document, parsed.default, parsed.budgets)
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+    """A pattern in which only `*` (any text, also across `/`) and `?` (one character) are special."""
+    parts = re.split(r"([*?])", pattern)
+    return re.compile("".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in parts), re.DOTALL)
+
+
+def _settings_names() -> set[str]:
+    return {f.alias or name for method in METHODS.values() for name, f in method.settings.model_fields.items()}
+
+
+_FIELDS = (
+    (set(Cell.model_fields) - {"model_config_overrides", "method_params", "levers"})
+    | {"weights", "model_revision", "attention_used", "label"}
+    | set(Levers.model_fields)
+    | _settings_names()
+)
+_UNSET = object()
+
+
+def _field(cell: dict[str, Any], name: str) -> Any:
+    for place in (cell, cell.get("levers") or {}, cell.get("method_params") or {}):
+        if name in place:
+            return place[name]
+    return _UNSET
+
+
+def _fits_device(source: str | None, cell: dict[str, Any]) -> bool:
+    """A counted row is not about a cell that ran on CUDA; measured is also what a clock says on CPU."""
+    device = str(cell.get("device", "counted"))
+    return source in (None, "measured") or device.partition(":")[0] == source

@@ -1,0 +1,233 @@
+"""Two runs held against each other, cell by cell: what changed, and whether that is more than noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
+from meftbench.records.metrics import METRICS
+from meftbench.records.store import Run
+from meftbench.verdicts.budgets import NOT_A_NUMBER
+from meftbench.verdicts.environment import differences
+from meftbench.verdicts.outcome import Figure, Outcome, outcomes, said, said_apart
+
+Judgement = Literal["worse", "better", "changed", "noise", "same"]
+_ORDER: tuple[Judgement, ...] = ("worse", "better", "changed", "noise", "same")
+# They say under which conditions a cell ran, or how busy the host was; not what the method costs.
+_NOT_JUDGED = frozenset(
+    {"device_shared", "clocks_mhz", "temperature_c", "power_w", "build_s", "passes_s", "host_rss_peak_bytes"}
+)
+_CLOCKED = ("second", "token/second", "sample/second")
+_MEASURED_THRESHOLD = 0.01
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric of one cell in both runs; or its status, where that differs (metric "status", no numbers)."""
+
+    label: str
+    cell_id: str
+    metric: str
+    judgement: Judgement
+    source: str = ""
+    before: int | float | None = None
+    after: int | float | None = None
+    statuses: tuple[str, str] | None = None
+
+    @property
+    def delta(self) -> float | None:
+        """After minus before, in the metric's unit."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+    @property
+    def share(self) -> float:
+        """The change as a share of before; inf where before is 0."""
+        if self.delta is None or not self.delta:
+            return 0.0
+        return self.delta / abs(self.before) if self.before else float("inf")
+
+    def text(self) -> str:
+        """`worse: LABEL: metric 412.0 MiB -> 430.0 MiB counted (+18.0 MiB, +4.37%)`, on one line."""
+        return " ".join(f"{self.judgement}: {self.label}: {self.metric} {self.numbers()}".split())
+
+    def numbers(self) -> str:
+        """The two values with their source, and the change."""
+        if self.statuses:
+            return f"{self.statuses[0]} -> {self.statuses[1]}"
+        if self.before is None or self.after is None or self.delta is None:
+            return ""
+        unit = METRICS[self.metric].unit
+        before, after = said_apart(self.before, self.after, unit)
+        if not self.delta:
+            return f"{after} {self.source}, unchanged"
+        sign = "-" if self.delta < 0 else "+"
+        share = f", {self.share:+.2%}" if abs(self.share) < float("inf") else ""
+        return f"{before} -> {after} {self.source} ({sign}{said(abs(self.delta), unit)}{share})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """changes: worst first.  only_first, only_second: labels of cells that one run alone has.
+
+    notes: what was left out, and why.
+    """
+
+    changes: list[Change]
+    only_first: list[str]
+    only_second: list[str]
+    cells: int
+    notes: list[str]
+
+    @property
+    def regressed(self) -> bool:
+        return any(change.judgement == "worse" for change in self.changes)
+
+    def shown(self, only_changed: bool) -> list[Change]:
+        """All changes, or those that are neither noise nor nothing."""
+        return [c for c in self.changes if not only_changed or c.judgement not in ("same", "noise")]
+
+    def counts(self) -> dict[Judgement, int]:
+        return {kind: sum(c.judgement == kind for c in self.changes) for kind in _ORDER}
+
+    def summary(self) -> str:
+        """One line: how many numbers are worse, better, unchanged; which cells one run alone has."""
+        counted = ", ".join(f"{count} {kind}" for kind, count in self.counts().items() if count)
+        alone = [
+            f"{len(labels)} only in {which}"
+            for labels, which in ((self.only_first, "the first"), (self.only_second, "the second"))
+            if labels
+        ]
+        return "; ".join([f"{self.cells} cells in both runs: {counted or 'no number in common'}", *alone])
+
+
+def compare(first: Run, second: Run, metrics: Iterable[str] = (), threshold: float | None = None) -> Comparison:
+    """What changed from `first` to `second`.
+
+    metrics: only these; empty: all that are numbers and in both.
+    threshold: share below which a change is `same`; default 0 for counted and predicted values, 1 % for measured.
+    Measured times count as changed only where the quartiles of the two do not overlap.
+
+    Raises UserError: exit 2 for an unknown metric; exit 4 where protocol, schema or (for measured values)
+    environment differ; exit 5 where no cell is in both.
+    """
+    wanted = list(metrics)
+    for name in wanted:
+        if name not in METRICS or name in NOT_A_NUMBER:
+            raise unknown("--metric", "metric", name, METRICS.keys() - NOT_A_NUMBER)
+    left = {outcome.cell_id: outcome for outcome in outcomes(first)}
+    right = {outcome.cell_id: outcome for outcome in outcomes(second)}
+    common = [cell_id for cell_id in left if cell_id in right]
+    runs = f"{first.path}, {second.path}"
+    if not common:
+        cure = "compare runs of suites that share cells; `meftbench show RUN` lists them"
+        raise UserError(runs, "no cell is in both runs", cure, NOTHING_MATCHED)
+    _refuse_other_ways(first, second, [(left[cell_id], right[cell_id]) for cell_id in common])
+    here = {cell_id: _same_environment(left[cell_id], right[cell_id]) for cell_id in common}
+    changes: list[Change] = []
+    left_out = 0
+    for cell_id in common:
+        found, skipped = _changes(left[cell_id], right[cell_id], wanted, threshold, here[cell_id])
+        changes += found
+        left_out += skipped
+    notes = []
+    if left_out:
+        why = "; ".join(differences(first.environment, second.environment)[:5]) or "environment_id differs"
+        if wanted or not changes:
+            cure = "rerun one of them on the other's machine, or compare counted metrics"
+            raise UserError(runs, f"measured in different environments ({why})", cure, NOT_COMPARABLE)
+        notes.append(f"{left_out} measured numbers are left out: the environments differ ({why})")
+    if wanted and not changes:
+        raise UserError(runs, f"no cell has {', '.join(wanted)} in both runs", "name other metrics", NOTHING_MATCHED)
+    return Comparison(
+        changes=sorted(changes, key=lambda c: (_ORDER.index(c.judgement), not c.statuses, -abs(c.share))),
+        only_first=[outcome.label for cell_id, outcome in left.items() if cell_id not in right],
+        only_second=[outcome.label for cell_id, outcome in right.items() if cell_id not in left],
+        cells=len(common),
+        notes=notes,
+    )
+
+
+def exit_code(comparison: Comparison, fail_on_regression: bool) -> int:
+    """1 where something is worse and that was asked to fail, else 0."""
+    return OVER_BUDGET if fail_on_regression and comparison.regressed else DONE
+
+
+def _refuse_other_ways(first: Run, second: Run, pairs: list[tuple[Outcome, Outcome]]) -> None:
+    """Raises UserError (exit 4) where the two were not measured in the same way."""
+    runs = f"{first.path}, {second.path}"
+    for left, right in pairs:
+        schemas = left.records[-1].schema, right.records[-1].schema
+        if schemas[0] != schemas[1]:
+            what = f"records of schema {schemas[0]} and {schemas[1]}"
+            raise UserError(runs, what, "rerun the older one", NOT_COMPARABLE)
+        if left.records[-1].protocol_id != right.records[-1].protocol_id:
+            protocols: list[dict[str, Any]] = [run.suite.get("protocol") or {} for run in (first, second)]
+            why = "; ".join(differences(*protocols)[:5]) or "protocol_id differs"
+            cure = "rerun one of them with the other's protocol"
+            raise UserError(runs, f"measured with different protocols ({why})", cure, NOT_COMPARABLE)
+
+
+def _same_environment(left: Outcome, right: Outcome) -> bool:
+    places = {record.environment_id for record in (*left.records, *right.records)}
+    return len(places) == 1
+
+
+def _changes(
+    left: Outcome, right: Outcome, wanted: list[str], threshold: float | None, same_environment: bool
+) -> tuple[list[Change], int]:
+    """The changes of one cell, and how many measured numbers were left out."""
+    found: list[Change] = []
+    if left.status != right.status:
+        worse: Judgement = "worse" if left.status == "ok" else ("better" if right.status == "ok" else "changed")
+        statuses = (str(left.status), str(right.status))
+        found.append(Change(left.label, left.cell_id, "status", worse, statuses=statuses))
+    names = wanted or [name for name in METRICS if name not in NOT_A_NUMBER and name not in _NOT_JUDGED]
+    left_out = 0
+    for name in names:
+        before, after = left.figure(name), right.figure(name)
+        if before is None or after is None or before.source != after.source:
+            continue
+        if after.source == "measured" and not same_environment:
+            left_out += 1
+            continue
+        judgement = _judge(name, left, right, before, after, threshold)
+        found.append(Change(left.label, left.cell_id, name, judgement, after.source, before.value, after.value))
+    return found, left_out
+
+
+def _judge(
+    name: str, left: Outcome, right: Outcome, before: Figure, after: Figure, threshold: float | None
+) -> Judgement:
+    if before.value == after.value or (before.value != before.value and after.value != after.value):
+        return "same"
+    measured = after.source == "measured"
+    bar = threshold if threshold is not None else (_MEASURED_THRESHOLD if measured else 0.0)
+    if abs(after.value - before.value) <= bar * abs(before.value):
+        return "noise" if measured else "same"
+    if measured and METRICS[name].unit in _CLOCKED and _overlap(name, left, right):
+        return "noise"
+    better = METRICS[name].better
+    if better == "neither":
+        return "changed"
+    # nan is worse than any number, whichever direction is better.
+    if after.value != after.value or before.value != before.value:
+        return "worse" if after.value != after.value else "better"
+    return "better" if (after.value > before.value) == (better == "higher") else "worse"
+
+
+def _overlap(name: str, left: Outcome, right: Outcome) -> bool:
+    """Whether the quartiles overlap. A speed without its own (tokens/s) is as sure as the step time it comes from."""
+    spans = [_span(left.figure(which), right.figure(which)) for which in (name, "step_time_s")]
+    known = next((span for span in spans if span is not None), None)
+    # Without quartiles on both sides nobody knows the noise: not a regression.
+    return known is None or known
+
+
+def _span(before: Figure | None, after: Figure | None) -> bool | None:
+    if before is None or after is None:
+        return None
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return None
+    return before.low <= after.high and after.low <= before.high

@@ -1,0 +1,295 @@
+"""Budgets held against a run. Nothing is held in silence: a row without a cell or a number is a verdict too."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from meftbench.errors import CELLS_FAILED, DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET
+from meftbench.records.metrics import METRICS
+from meftbench.records.store import Run
+from meftbench.units import format_bytes
+from meftbench.verdicts.budgets import Budgets, Missing, Row, glob
+from meftbench.verdicts.environment import environment_names
+from meftbench.verdicts.outcome import Figure, Outcome, outcomes, said, said_apart
+
+State = Literal["over", "oom", "failed", "elsewhere", "unmatched", "missing", "warned", "waived", "held"]
+# Worst first: what a reader has to see on top, and what decides the exit code.
+STATES: dict[State, int] = {
+    "over": OVER_BUDGET,
+    "oom": OVER_BUDGET,
+    "failed": CELLS_FAILED,
+    "elsewhere": NOT_COMPARABLE,
+    "unmatched": NOTHING_MATCHED,
+    "missing": NOTHING_MATCHED,
+    "warned": DONE,
+    "waived": DONE,
+    "held": DONE,
+}
+_POLICED = ("elsewhere", "unmatched", "missing")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row of the budgets held against one cell (or against none: `unmatched`).
+
+    value, bound: in the metric's unit; None where there is none.
+    limit: which bound: "max", "min", "warn" or "max_increase".
+    message: what is wrong, without place and label; "" where held.
+    missing: the policy on what is absent, for the states elsewhere, unmatched and missing.
+    """
+
+    file: Path
+    line: int
+    metric: str
+    state: State
+    label: str
+    cell_id: str | None = None
+    source: str | None = None
+    value: int | float | None = None
+    bound: int | float | None = None
+    limit: str | None = None
+    message: str = ""
+    missing: Missing = "error"
+    wall_s: float = 0.0
+
+    @property
+    def unit(self) -> str:
+        return METRICS[self.metric].unit
+
+    @property
+    def headroom(self) -> float | None:
+        """What is left to the bound, in the metric's unit; negative: over by that much."""
+        if self.value is None or self.bound is None:
+            return None
+        return self.value - self.bound if self.limit == "min" else self.bound - self.value
+
+    @property
+    def excess(self) -> float:
+        """How far over, as a share of the bound: what "worst" means among violations."""
+        if self.headroom is None or self.headroom != self.headroom:
+            return float("inf")
+        return -self.headroom / abs(self.bound) if self.bound else (float("inf") if self.headroom < 0 else 0.0)
+
+    @property
+    def fails(self) -> bool:
+        """Whether the verdict makes the check fail."""
+        return STATES[self.state] != DONE and (self.state not in _POLICED or self.missing == "error")
+
+    @property
+    def silent(self) -> bool:
+        return self.state == "held" or (self.state in _POLICED and self.missing == "ignore")
+
+    def text(self) -> str:
+        """`file:line: label: metric value (source) is over max ...`; one line, whatever the label holds."""
+        place = f"{self.file}:{self.line}: {self.label}: {self.metric}"
+        return " ".join(f"{place} {self.message}".split())
+
+
+def judge(
+    run: Run,
+    budgets: Budgets,
+    baseline: Run | None = None,
+    missing: Missing | None = None,
+    today: datetime.date | None = None,
+) -> list[Verdict]:
+    """Every row against every cell it is about, worst first. Of rows on the same metric and source, the last wins.
+
+    baseline: the run that rows with `baseline: true` grow from.  missing: overrides the file's policy.
+    today: for waived rows; default the current UTC date.
+    """
+    day = today or datetime.datetime.now(datetime.UTC).date()
+    cells = outcomes(run)
+    before = {outcome.cell_id: outcome for outcome in outcomes(baseline)} if baseline else {}
+    verdicts: list[Verdict] = []
+    for outcome, index in winners(cells, budgets):
+        verdicts.append(_Case(run, budgets, index, missing, before, day).of(outcome))
+    for index, row in enumerate(budgets.rows):
+        if not any(row.matches(outcome) for outcome in cells):
+            verdicts.append(_unmatched(budgets, index, row, missing))
+    return sorted(verdicts, key=lambda verdict: (list(STATES).index(verdict.state), -verdict.excess))
+
+
+def winners(cells: Iterable[Outcome], budgets: Budgets) -> list[tuple[Outcome, int]]:
+    """Each cell with the rows that judge it: of those on the same metric and source, the last."""
+    chosen: dict[tuple[str, str, str | None], tuple[Outcome, int]] = {}
+    for outcome in cells:
+        for index, row in enumerate(budgets.rows):
+            if row.matches(outcome):
+                figure = outcome.figure(row.metric)
+                # A row that names no source is about the one the cell has.
+                source = row.source or (figure.source if figure else None)
+                chosen[outcome.cell_id, row.metric, source] = (outcome, index)
+    return list(chosen.values())
+
+
+def exit_code(verdicts: list[Verdict]) -> int:
+    """0 held · 1 over budget · 3 a bounded cell failed · 4 another environment · 5 a row or number is missing.
+
+    The lowest of those that apply: what is certain before what is unknown. Nothing judged at all is 5.
+    """
+    codes = [STATES[verdict.state] for verdict in verdicts if verdict.fails]
+    if codes:
+        return min(codes)
+    judged = any(verdict.state not in _POLICED for verdict in verdicts)
+    return DONE if judged else NOTHING_MATCHED
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is needed to hold one row against one cell."""
+
+    run: Run
+    budgets: Budgets
+    index: int
+    missing: Missing | None
+    before: dict[str, Outcome]
+    today: datetime.date
+
+    @property
+    def row(self) -> Row:
+        return self.budgets.rows[self.index]
+
+    def of(self, outcome: Outcome) -> Verdict:
+        row, worst = self.row, outcome.worst
+        if outcome.status in ("error", "timeout"):
+            return self._verdict(outcome, "failed", message=f"not measured: the cell ended in {_ended(outcome)}")
+        if outcome.status == "oom":
+            return self._waived(self._verdict(outcome, "oom", message=f"not held: the cell ended in {_ended(outcome)}"))
+        if outcome.status == "skipped":
+            why = worst.status_detail.get("message") or worst.status_detail.get("type") or "not started"
+            return self._verdict(outcome, "missing", message=f"not measured: the cell was skipped ({why})")
+        figure = outcome.figure(row.metric)
+        if figure is None or (row.source and figure.source != row.source):
+            return self._verdict(outcome, "missing", message=f"not measured: {_why_absent(outcome, row, figure)}")
+        if row.environment and not any(
+            glob(row.environment.lower()).fullmatch(name.lower()) for name in environment_names(self.run)
+        ):
+            here = ", ".join(environment_names(self.run)) or "unknown"
+            message = f"not comparable: the row is for environment {row.environment}, the run is from {here}"
+            return self._verdict(outcome, "elsewhere", figure, message=message)
+        return self._held_against(outcome, figure)
+
+    def _held_against(self, outcome: Outcome, figure: Figure) -> Verdict:
+        row, tolerance = self.row, self.budgets.tolerance(self.row, figure.source)
+        bounds: list[tuple[str, float, float]] = []  # which, as written, as held
+        if row.max is not None:
+            bounds.append(("max", row.max, _beyond(row.max, tolerance)))
+        if row.min is not None:
+            bounds.append(("min", row.min, _beyond(row.min, -tolerance)))
+        if row.max_increase is not None:
+            start = self._baseline(outcome)
+            if start is None:
+                cure = "name a run with --baseline, or write the value under `baseline`"
+                return self._verdict(outcome, "missing", figure, message=f"not judged: no baseline for it; {cure}")
+            limit = row.max_increase.above(start)
+            bounds.append(("max_increase", limit, limit))
+        for which, written, limit in bounds:
+            if not _within(figure.value, which, limit):
+                direction = "under" if which == "min" else "over"
+                message = _sentence(direction, figure, which, written, METRICS[row.metric].unit)
+                return self._waived(self._verdict(outcome, "over", figure, written, which, message))
+        if row.warn is not None and not _within(figure.value, "max", row.warn):
+            message = _sentence("over", figure, "warn", row.warn, METRICS[row.metric].unit)
+            return self._verdict(outcome, "warned", figure, row.warn, "warn", message)
+        tightest = min(bounds, key=lambda bound: abs(bound[1] - figure.value), default=None)
+        if tightest is None:
+            return self._verdict(outcome, "held", figure, row.warn, "warn")
+        return self._verdict(outcome, "held", figure, tightest[1], tightest[0])
+
+    def _baseline(self, outcome: Outcome) -> float | None:
+        given = self.row.baseline
+        if given is True:
+            before = self.before.get(outcome.cell_id)
+            figure = before.figure(self.row.metric) if before else None
+            return figure.value if figure else None
+        return given.get(outcome.label) if isinstance(given, dict) else given
+
+    def _waived(self, verdict: Verdict) -> Verdict:
+        expires = self.row.expires
+        if expires is None:
+            return verdict
+        if self.today > expires:
+            return _changed(verdict, message=f"{verdict.message}; its waiver ({self.row.reason}) ended on {expires}")
+        message = f"{verdict.message}; waived until {expires}: {self.row.reason}"
+        return _changed(verdict, state="waived", message=message)
+
+    def _verdict(
+        self,
+        outcome: Outcome,
+        state: State,
+        figure: Figure | None = None,
+        bound: float | None = None,
+        limit: str | None = None,
+        message: str = "",
+    ) -> Verdict:
+        return Verdict(
+            file=self.budgets.file,
+            line=self.budgets.line(self.index),
+            metric=self.row.metric,
+            state=state,
+            label=outcome.label,
+            cell_id=outcome.cell_id,
+            source=figure.source if figure else self.row.source,
+            value=figure.value if figure else None,
+            bound=bound,
+            limit=limit,
+            message=message,
+            missing=self.missing or self.row.missing or self.budgets.default.missing,
+            wall_s=sum(record.wall_s for record in outcome.records),
+        )
+
+
+def _changed(verdict: Verdict, **fields: Any) -> Verdict:
+    return Verdict(**(vars(verdict) | fields))
+
+
+def _beyond(bound: float, tolerance: float) -> float:
+    # Without a tolerance the bound stays an int: a float cannot tell neighbouring bytes above 2^53 apart.
+    return bound + abs(bound) * tolerance if tolerance else bound
+
+
+def _within(value: float, which: str, limit: float) -> bool:
+    # Written so that nan is never within a bound.
+    return value >= limit if which == "min" else value <= limit
+
+
+def _sentence(direction: str, figure: Figure, which: str, bound: float, unit: str) -> str:
+    value, limit = said_apart(figure.value, bound, unit)
+    off = abs(figure.value - bound)
+    share = f" ({off / abs(bound):.2%})" if bound and off < float("inf") else ""
+    amount = "" if off != off or off == float("inf") else f"; {direction} by {said(off, unit)}{share}"
+    return f"{value} ({figure.source}) is {direction} {which} {limit}{amount}"
+
+
+def _ended(outcome: Outcome) -> str:
+    detail = outcome.worst.status_detail
+    asked = detail.get("requested_bytes")
+    if outcome.status == "oom" and isinstance(asked, int):
+        return f"oom (asked for {format_bytes(asked)})"
+    why = detail.get("message") or detail.get("type")
+    return f"{outcome.status} ({str(why).splitlines()[0]})" if why else outcome.status
+
+
+def _why_absent(outcome: Outcome, row: Row, figure: Figure | None) -> str:
+    if figure is not None:
+        return f"the cell has a {figure.source} value, the row wants a {row.source} one"
+    metric = outcome.metric(row.metric)
+    return metric.absent if metric and metric.absent else "the cell has no such metric"
+
+
+def _unmatched(budgets: Budgets, index: int, row: Row, missing: Missing | None) -> Verdict:
+    asked = "".join(f", {name}={value}" for name, value in row.when.items()) + (f", {row.source}" if row.source else "")
+    return Verdict(
+        file=budgets.file,
+        line=budgets.line(index),
+        metric=row.metric,
+        state="unmatched",
+        label=row.match,
+        source=row.source,
+        message=f"matches no cell of the run (match {row.match!r}{asked})",
+        missing=missing or row.missing or budgets.default.missing,
+    )

@@ -1,0 +1,123 @@
+"""What a run says of one cell: its repeats taken together, the same way for budgets, comparison and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from meftbench.records.record import Metric, Record, Status
+from meftbench.records.store import Run
+from meftbench.units import format_bytes
+
+# A cell is as good as its worst repeat.
+_WORST_FIRST: tuple[Status, ...] = ("error", "timeout", "oom", "skipped", "ok")
+_NOT_FINITE = {"inf": float("inf"), "-inf": float("-inf"), "infinity": float("inf"), "nan": float("nan")}
+
+
+def as_number(value: object) -> int | float | None:
+    """A metric's value as a number; None where it is none. JSON has no inf and nan, records hold them as text."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, (int, float)):
+        return value
+    return _NOT_FINITE.get(value.lower()) if isinstance(value, str) else None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of a cell over its repeats, in the unit of its Kind.
+
+    value: median over the repeats where measured, the largest where counted or predicted (they should be equal).
+    low, high: the spread, over repeats and measured steps (quartiles where the metric has them); None: not known.
+    """
+
+    value: int | float
+    source: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One cell of a run. records: the last one of each repeat, since a cell may have been tried again."""
+
+    cell_id: str
+    records: tuple[Record, ...]
+
+    @property
+    def worst(self) -> Record:
+        return min(self.records, key=lambda record: _WORST_FIRST.index(record.status))
+
+    @property
+    def status(self) -> Status:
+        return self.worst.status
+
+    @property
+    def label(self) -> str:
+        return self.records[0].label
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        return self.records[-1].cell
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric as the last finished repeat has it, absent or not; None where no repeat took it."""
+        finished = [record for record in self.records if record.status == "ok"] or list(self.records)
+        return next((r.metrics[name] for r in reversed(finished) if name in r.metrics), None)
+
+    def figure(self, name: str) -> Figure | None:
+        """The number over the repeats; None where the metric is absent, not a number, or the cell did not end ok."""
+        if self.status != "ok":
+            return None
+        taken = [record.metrics[name] for record in self.records if name in record.metrics]
+        numbers = [number for metric in taken if (number := as_number(metric.value)) is not None]
+        if not numbers:
+            return None
+        source = next(metric.source for metric in taken if as_number(metric.value) is not None)
+        lows = [metric.min for metric in taken if metric.min is not None]
+        highs = [metric.max for metric in taken if metric.max is not None]
+        if len(numbers) > 1:
+            lows, highs = [*lows, min(numbers)], [*highs, max(numbers)]
+        value = median(numbers) if source == "measured" else max(numbers)
+        return Figure(value, source, min(lows, default=None), max(highs, default=None))
+
+
+def outcomes(run: Run) -> list[Outcome]:
+    """The cells of a run in the order in which they were first written."""
+    return collect(run.records)
+
+
+def collect(records: Iterable[Record]) -> list[Outcome]:
+    """As `outcomes`, from records alone."""
+    cells: dict[str, dict[int, Record]] = {}
+    for record in records:
+        cells.setdefault(record.cell_id, {})[record.repeat] = record
+    return [Outcome(cell_id, tuple(repeats.values())) for cell_id, repeats in cells.items()]
+
+
+def said(value: float, unit: str, exact: bool = False) -> str:
+    """A number with its unit for people: "412.0 MiB", "12.3 ms", "8,320 tokens/s", "0.14".
+
+    exact: every digit (bytes in full), for two numbers that look alike when rounded.
+    """
+    if value != value or value in (float("inf"), float("-inf")):
+        return {"inf": "inf", "-inf": "-inf"}.get(str(value), "nan")
+    if unit == "byte":
+        return f"{value:,.0f} B" if exact else format_bytes(value)
+    if unit == "second":
+        return f"{value!r} s" if exact else (f"{value * 1000:,.3g} ms" if value < 1 else f"{value:,.2f} s")
+    if exact:
+        return f"{value!r}"
+    if unit in ("token/second", "sample/second"):
+        return f"{value:,.0f} {unit.split('/')[0]}s/s" if value >= 100 else f"{value:.3g} {unit.split('/')[0]}s/s"
+    if unit == "count" or (isinstance(value, int) and abs(value) < 10**15):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def said_apart(first: float, second: float, unit: str) -> tuple[str, str]:
+    """Two numbers for people; in full where rounding would make different ones look equal."""
+    exact = first != second and said(first, unit) == said(second, unit)
+    return said(first, unit, exact), said(second, unit, exact)

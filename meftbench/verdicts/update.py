@@ -1,0 +1,123 @@
+"""`check --update`: the bounds of a budgets file set to a run's numbers, the rest of the file left as it is."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from meftbench.plan.strict_yaml import KeyPath
+from meftbench.records.metrics import METRICS
+from meftbench.records.store import Run, write_whole
+from meftbench.units import MiB
+from meftbench.verdicts.budgets import Budgets, Row
+from meftbench.verdicts.judge import winners
+from meftbench.verdicts.outcome import Outcome, outcomes
+
+
+@dataclass(frozen=True)
+class Update:
+    """A budgets file with new bounds, not yet written.
+
+    kept: rows with a `max` that stay as they are, and why: `file:line: reason`.
+    """
+
+    file: Path
+    before: str
+    after: str
+    kept: list[str]
+
+    def diff(self) -> str:
+        """The change as a unified diff; "" where nothing changes."""
+        name = str(self.file)
+        lines = difflib.unified_diff(self.before.splitlines(True), self.after.splitlines(True), name, name)
+        return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
+
+    def write(self) -> None:
+        """Replace the file, whole or not at all. Raises UserError where it cannot be written."""
+        if self.after != self.before:
+            # Behind a symbolic link the file is replaced, not the link.
+            write_whole(self.file.resolve(), self.after)
+
+
+def updated(run: Run, budgets: Budgets) -> Update:
+    """Set each `max` to the largest value of the cells that its row judges; comments and everything else stay.
+
+    A row stays as it is where a cell it judges did not end ok, lacks the metric, or where the row is waived.
+    """
+    # newline="": line ends are kept as they are, and offsets count them.
+    with budgets.file.open(encoding="utf-8", newline="") as stream:
+        before = stream.read()
+    spans = _spans(before)
+    judged: dict[int, list[Outcome]] = {}
+    for outcome, index in winners(outcomes(run), budgets):
+        judged.setdefault(index, []).append(outcome)
+    edits: list[tuple[int, int, str]] = []
+    kept: list[str] = []
+    for index, row in enumerate(budgets.rows):
+        if row.max is None:
+            continue
+        span = spans.get(("budgets", index, "max"))
+        shared = span is None or list(spans.values()).count(span) > 1
+        value, why = _largest(row, judged.get(index, []))
+        if shared:
+            value, why = None, "its max stands elsewhere (a YAML anchor)"
+        if value is None or span is None:
+            kept.append(f"{budgets.file}:{budgets.line(index)}: kept: {why}")
+        elif value != row.max:
+            edits.append((*span, _written(value, METRICS[row.metric].unit)))
+    after = before
+    for start, end, text in sorted(edits, reverse=True):
+        after = after[:start] + text + after[end:]
+    return Update(budgets.file, before, after, kept)
+
+
+def _largest(row: Row, cells: list[Outcome]) -> tuple[int | float | None, str]:
+    if row.expires is not None:
+        return None, f"it is waived until {row.expires} ({row.reason})"
+    if not cells:
+        return None, "it judges no cell of the run"
+    values = []
+    for outcome in cells:
+        figure = outcome.figure(row.metric)
+        if figure is None or (row.source and figure.source != row.source):
+            return None, f"{outcome.label} ended {outcome.status} or has no {row.metric}"
+        if figure.value != figure.value or abs(figure.value) == float("inf"):
+            return None, f"{outcome.label} has {figure.value}"
+        values.append(figure.value)
+    largest = max(values)
+    if row.warn is not None and row.warn > largest:
+        return None, f"its warn would be above the new max {largest}: lower warn first"
+    return largest, ""
+
+
+def _written(value: int | float, unit: str) -> str:
+    """A number as YAML 1.1 reads it back exactly: whole MiB by name, bytes in full, floats with a point."""
+    if isinstance(value, int):
+        return f"{value // MiB}MiB" if unit == "byte" and value and value % MiB == 0 else str(value)
+    digits, e, exponent = repr(value).partition("e")
+    # PyYAML reads 1e-05 as text; 1.0e-05 is a number.
+    return f"{digits if '.' in digits else digits + '.0'}{e}{exponent}"
+
+
+def _spans(text: str) -> dict[KeyPath, tuple[int, int]]:
+    """Where the value of each key stands in the text, as offsets of characters."""
+    spans: dict[KeyPath, tuple[int, int]] = {}
+
+    def walk(node: yaml.Node, path: KeyPath) -> None:
+        if isinstance(node, yaml.ScalarNode):
+            spans[path] = (node.start_mark.index, node.end_mark.index)
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                walk(value, (*path, str(key.value)))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                walk(value, (*path, index))
+
+    # The loader in Python: its marks carry offsets.
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        walk(root, ())
+    return spans
