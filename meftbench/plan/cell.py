@@ -84,9 +84,7 @@ class Cell(BaseModel):
             rest.insert(0, f"mb{self.micro_batch_size}")
         if self.seed != fields["seed"].default:
             rest.append(f"seed{self.seed}")
-        return "/".join(
-            [self.model_label, self.method_label, f"b{self.batch_size}", f"s{self.sequence_length}", *rest]
-        )
+        return "/".join([self.model_label, self.method_label, f"b{self.batch_size}", f"s{self.sequence_length}", *rest])
 
     def settings(self) -> Any:
         """The method's validated settings, defaults filled in."""

@@ -39,7 +39,7 @@ def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None
     name, _ = split_name(model)
     folder = folder_of(name)
     if folder is not None and (folder / "config.json").is_file():
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))) | overrides
     if name in MODELS:
         return {"model_type": MODELS[name].model_type} | MODELS[name].config | overrides
     return None
@@ -64,7 +64,8 @@ def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
 
 def _check_folder(where: str, folder: Path, random: bool) -> None:
     if not folder.is_dir():
-        raise UserError(where, f"no model folder {str(folder)!r}", "check the path, or name a model of `meftbench list models`")
+        cure = "check the path, or name a model of `meftbench list models`"
+        raise UserError(where, f"no model folder {str(folder)!r}", cure)
     if not (folder / "config.json").is_file():
         raise UserError(where, f"{str(folder)!r} has no config.json", "name a folder written by save_pretrained")
     try:

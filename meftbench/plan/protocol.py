@@ -18,6 +18,10 @@ def _split_size(value: Any) -> Any:
     return value
 
 
+def _bytes(value: Any) -> Any:
+    return None if value is None else parse_bytes(value)
+
+
 class Protocol(BaseModel):
     """How a cell is measured (DESIGN 4, MEASURING 3.1).
 
@@ -38,14 +42,16 @@ class Protocol(BaseModel):
     warmup: int = Field(default=2, ge=0)
     steps: int = Field(default=5, ge=1)
     repeats: int | None = Field(default=None, ge=1)
-    timeout: Annotated[float, BeforeValidator(parse_duration)] = Field(default=600.0, gt=0)
+    timeout: Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)] = Field(
+        default=600.0, gt=0
+    )
     passes: tuple[Pass, ...] = Field(default=("memory", "throughput", "reconstruction"), min_length=1, strict=False)
     allocator: Annotated[Literal["default", "expandable"] | dict[str, int], BeforeValidator(_split_size)] = "default"
     on_oom: Literal["record", "bracket", "skip-larger"] = "bracket"
     exclusive: bool = True
     padding: float = Field(default=0.0, ge=0, lt=1)
     threads: int | None = Field(default=None, ge=1)
-    memory_limit: Annotated[int | None, BeforeValidator(lambda v: None if v is None else parse_bytes(v))] = None
+    memory_limit: Annotated[int | None, BeforeValidator(_bytes, json_schema_input_type=int | str | None)] = None
 
     @property
     def protocol_id(self) -> str:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -14,7 +14,7 @@ from meftbench.errors import UserError, unknown
 from meftbench.plan.catalogue import ATTENTIONS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.identity import digest
-from meftbench.plan.models import check_sequence_length, check_model
+from meftbench.plan.models import check_model, check_sequence_length
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.strict_yaml import Document, KeyPath, read, validated, validated_part
 
@@ -49,24 +49,32 @@ class Point(_Strict):
     seed: Annotated[int, Field(ge=0)] | None = None
 
 
-def _axis(kind: Any) -> Any:
-    return Annotated[list[kind], BeforeValidator(_as_list), Field(default_factory=list)]
+T = TypeVar("T")
+Axis = Annotated[list[T], BeforeValidator(_as_list)]
+
+
+def _one_or_a_list(schema: dict[str, Any]) -> None:
+    """Say in the JSON Schema what `_as_list` accepts, so that editors do not mark it."""
+    for name, axis in schema["properties"].items():
+        schema["properties"][name] = {"anyOf": [axis["items"], axis]}
 
 
 class Grid(_Strict):
     """Each axis a value or a list; the grid is their product."""
 
-    model: _axis(Any)
-    method: _axis(Any)
-    batch_size: _axis(Size)
-    micro_batch_size: _axis(Size)
-    sequence_length: _axis(Size)
-    precision: _axis(str)
-    attention: _axis(str)
-    optimizer: _axis(str)
-    optimizer_impl: _axis(Literal["foreach", "fused", "loop"])
-    device: _axis(str)
-    seed: _axis(Annotated[int, Field(ge=0)])
+    model_config = ConfigDict(json_schema_extra=_one_or_a_list)
+
+    model: Axis[Named] = []
+    method: Axis[Named] = []
+    batch_size: Axis[Size] = []
+    micro_batch_size: Axis[Size] = []
+    sequence_length: Axis[Size] = []
+    precision: Axis[str] = []
+    attention: Axis[str] = []
+    optimizer: Axis[str] = []
+    optimizer_impl: Axis[Literal["foreach", "fused", "loop"]] = []
+    device: Axis[str] = []
+    seed: Axis[Annotated[int, Field(ge=0)]] = []
 
 
 class SuiteFile(_Strict):
@@ -144,12 +152,14 @@ def parse_suite(document: Document) -> Suite:
         if not any(_matches(cell, wanted) for wanted in excluded):
             cells.setdefault(cell.cell_id, cell)
     if not cells:
-        raise document.error(("grid",), "no cell is left", "name at least one model, method, batch_size and sequence_length")
+        cure = "name at least one model, method, batch_size and sequence_length"
+        raise document.error(("grid",), "no cell is left", cure)
     budgets = None
     if parsed.budgets is not None:
         budgets = (document.file.parent / parsed.budgets).resolve()
         if not budgets.is_file():
-            raise document.error(("budgets",), f"no such file {parsed.budgets!r}", "the path is relative to the suite file")
+            cure = "the path is relative to the suite file"
+            raise document.error(("budgets",), f"no such file {parsed.budgets!r}", cure)
     return Suite(parsed.name, parsed.description, parsed.protocol, tuple(cells.values()), budgets, document.file)
 
 
@@ -202,13 +212,14 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
             raise document.error((*root, required), "is missing", f"name a {required} here or under `defaults`")
     place = {name: places.get(name, (*root, name)) for name in Point.model_fields}
     model, overrides = _named(document, place["model"], values["model"], "model")
-    overrides = overrides.pop("config", {}) if set(overrides) <= {"config"} else _refuse_keys(document, place, overrides)
+    _refuse_keys(document, place["model"], overrides)
+    overrides = overrides.pop("config", {})
     method, levers, params = parse_method(document, place["method"], values["method"])
     batch = values["batch_size"]
     micro = values.get("micro_batch_size", batch)
     if batch % micro:
-        cure = f"write a divisor of {batch}"
-        raise document.error(place["micro_batch_size"], f"micro_batch_size {micro} does not divide batch_size {batch}", cure)
+        what = f"micro_batch_size {micro} does not divide batch_size {batch}"
+        raise document.error(place["micro_batch_size"], what, f"write a divisor of {batch}")
     names = {"precision": PRECISIONS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
     for key, known in names.items():
         if key in values and values[key] not in known:
@@ -234,9 +245,10 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     )
 
 
-def _refuse_keys(document: Document, place: dict[str, KeyPath], keys: dict[str, Any]) -> dict[str, Any]:
-    wrong = next(key for key in keys if key != "config")
-    raise unknown(document.where((*place["model"], wrong)), "key", wrong, ["name", "config"])
+def _refuse_keys(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> None:
+    for key in beside_name:
+        if key != "config":
+            raise unknown(document.where((*place, key)), "key", key, ["name", "config"])
 
 
 def parse_device(where: str, device: str) -> str:
@@ -254,7 +266,8 @@ def _named(document: Document, path: KeyPath, value: Any, kind: str) -> tuple[st
     name = settings.pop("name", None)
     if not isinstance(name, str):
         hint = "YAML reads yes, no, on and off as true or false: put the word in quotes"
-        cure = hint if isinstance(name, bool) else f"write a name, or {{name: ..., setting: ...}}; `meftbench list {kind}s`"
+        plain = f"write a name of `meftbench list {kind}s`, or {{name: ..., key: value}}"
+        cure = hint if isinstance(name, bool) else plain
         raise document.error(path, f"{name!r} is not the name of a {kind}", cure)
     return name, settings
 
@@ -272,7 +285,8 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
             raise document.error(path, f"lever {lever!r} is named twice", "name it once")
     schema = METHODS[name].settings
     checked = validated_part(document, path, settings, schema)
-    return name, Levers(**dict.fromkeys(levers, True)), checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    said = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return name, Levers(**dict.fromkeys(levers, True)), said
 
 
 def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:

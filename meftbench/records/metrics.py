@@ -66,7 +66,7 @@ METRICS: dict[str, Kind] = {
     "host_pinned_peak_bytes": _bytes("largest sum of host memory that `+offload` holds for the device"),
     # allocator health
     "fragmentation_ratio": Kind("ratio", "lower", "1 - allocated / reserved at the peak"),
-    "alloc_retries": Kind("count", "lower", "times the allocator freed its cache and tried again; above 0: at the edge"),
+    "alloc_retries": Kind("count", "lower", "times the allocator freed its cache and tried again; above 0: the edge"),
     "ooms": Kind("count", "lower", "allocations that failed"),
     "device_allocs": Kind("count", "lower", "segments asked from the device"),
     # speed
@@ -82,16 +82,16 @@ METRICS: dict[str, Kind] = {
         "ratio", "lower", "norm of (recomputed - true) / norm of true, per layer [first stream, second stream]"
     ),
     "reconstruction_rel_max": Kind("ratio", "lower", "worst reconstruction_rel over layers and streams"),
-    "reconstruction_abs_max": Kind("absolute", "lower", "largest |recomputed - true| over layers, streams and elements"),
+    "reconstruction_abs_max": Kind("absolute", "lower", "largest |recomputed - true| over layers, streams, elements"),
     "gradient_rel_max": Kind(
         "ratio", "lower", "worst relative L2 error of a trained tensor's gradient against ordinary autograd"
     ),
-    "gradient_cosine_min": Kind("cosine", "higher", "worst cosine of a trained tensor's gradient with ordinary autograd's"),
+    "gradient_cosine_min": Kind("cosine", "higher", "worst cosine of a trained tensor's gradient with autograd's"),
     "loss_abs_diff": Kind("absolute", "lower", "|loss - loss under ordinary autograd|"),
     "zero_grad_tensors": Kind("count", "lower", "trained tensors whose gradient is all zero or absent"),
     "overflow_events": Kind("count", "lower", "NaN or infinite values met in streams or gradients"),
     "starting_point_shift": Kind(
-        "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, before training, adapters at zero"
+        "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, untrained, adapters at zero"
     ),
     # size
     "parameters_total": Kind("count", "neither", "parameters of the model with the method applied"),

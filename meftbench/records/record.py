@@ -5,6 +5,7 @@ History of the format: 1, the first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ SCHEMA = 1
 Status = Literal["ok", "oom", "timeout", "error", "skipped"]
 Source = Literal["measured", "counted", "predicted"]
 Value = int | float | str | list[Any] | None
+
+# JSON has no word for these, and a reconstruction error may well be infinite: they are written as strings.
+_NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class Metric:
             raise ValueError("a metric has either a value or the reason why it is absent")
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """The metric with its unit; fields that say nothing are left out, `value` never is."""
-        said = {key: value for key, value in asdict(self).items() if value is not None}
-        return {"value": self.value, "unit": METRICS[name].unit, **said}
+        """The metric with its unit; fields that say nothing are left out, `value` never is.
+
+        Infinity and NaN, in lists too, are the strings "Infinity", "-Infinity" and "NaN": the line stays JSON.
+        """
+        said = {key: _written(value) for key, value in asdict(self).items() if value is not None}
+        return {"value": None, "unit": METRICS[name].unit, **said}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Metric:
-        return Metric(**{key: value for key, value in content.items() if key in Metric.__dataclass_fields__})
+        """The metric that `to_json` wrote, its infinities floats again. Raises TypeError or ValueError."""
+        return Metric(**{key: _read(value) for key, value in content.items() if key in Metric.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -109,3 +117,15 @@ class Record:
         metrics = {name: Metric.from_json(value) for name, value in content["metrics"].items()}
         known = {key: value for key, value in content.items() if key in Record.__dataclass_fields__}
         return Record(**(known | {"metrics": metrics}))
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return [_written(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    return [_read(item) for item in value] if isinstance(value, list) else value

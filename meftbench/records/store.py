@@ -27,7 +27,7 @@ SUITE, ENVIRONMENT, RECORDS, BUDGETS, LOCK = "suite.yaml", "environment.json", "
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read: the resolved suite, the environment, and the records in the order of their writing.
+    """A run folder as read: the resolved suite, the environment, and the last record of each cell and repeat.
 
     torn: a last line that was cut off was left out (the run was killed while writing it).
     """
@@ -63,7 +63,9 @@ def load_run(path: Path | str) -> Run:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(str(folder), f"{SUITE} or {ENVIRONMENT} is damaged ({error})", "run the suite again") from None
     records, torn = read_records(folder / RECORDS)
-    return Run(folder, suite, environment, records, torn)
+    # A cell tried again (`--retry`) has two lines: the later one says how it ended.
+    latest = {(record.cell_id, record.repeat): record for record in records}
+    return Run(folder, suite, environment, list(latest.values()), torn)
 
 
 def read_records(file: Path) -> tuple[list[Record], bool]:
@@ -88,10 +90,8 @@ def read_records(file: Path) -> tuple[list[Record], bool]:
 def warn_if_torn(run: Run) -> None:
     """One line on stderr where the last record was cut off."""
     if run.torn:
-        print(
-            f"{run.path / RECORDS}: the last line is cut off and was left out; `meftbench run --resume` repeats that cell",
-            file=sys.stderr,
-        )
+        cure = "`meftbench run --resume` repeats that cell"
+        print(f"{run.path / RECORDS}: the last line is cut off and was left out; {cure}", file=sys.stderr)
 
 
 def write_whole(file: Path, text: str) -> None:
