@@ -1,0 +1,384 @@
+"""The parent's side of the worker (meftbench.worker): start it, give it jobs, end those that overrun, read results.
+
+Torch is never imported here. One thread: `poll` waits for whatever comes next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from meftbench.errors import UserError
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol
+from meftbench.records.record import Metric, Status
+
+# By name only: what is behind it imports torch.
+WORKER = (sys.executable, "-m", "meftbench.worker")
+IMPORT_SECONDS = 600.0
+START_SECONDS = 60.0
+TERM_SECONDS = 2.0
+KILL_SECONDS = 10.0
+LOG_TAIL = 400
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to be measured in a process of its own.
+
+    result, log: files; the log takes what the process prints.  timeout: seconds.  threads: CPU threads.
+    memory_bytes: of the host, that the process may take; None: no limit.
+    environment: variables set in the process before anything looks at a device.
+    """
+
+    cell: Cell
+    protocol: Protocol
+    result: Path
+    log: Path
+    timeout: float
+    threads: int = 1
+    memory_bytes: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. wall_s: from giving it to the worker until its process was gone."""
+
+    job: Job
+    status: Status
+    detail: dict[str, Any]
+    metrics: dict[str, Metric]
+    observed: dict[str, Any]
+    pid: int | None
+    started_at: str
+    finished_at: str
+    wall_s: float
+
+
+Stage = Literal["running", "terminated", "killed"]
+
+
+@dataclass
+class _Running:
+    job: Job
+    started_at: str
+    start: float
+    deadline: float
+    stage: Stage = "running"
+    pid: int | None = None
+
+
+def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variables the worker is started with.
+
+    The allocator is the protocol's, whatever the shell had: it changes the answer by a third (MEASURING 2, no. 9).
+    """
+    environment = {
+        name: value
+        for name, value in inherited.items()
+        if name not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    }
+    if protocol.allocator == "expandable":
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    elif isinstance(protocol.allocator, dict):
+        environment["PYTORCH_ALLOC_CONF"] = ",".join(f"{key}:{value}" for key, value in protocol.allocator.items())
+    return environment | {
+        "OMP_NUM_THREADS": str(threads),
+        # numpy's BLAS would start its threads on import, and a process with threads should not fork.
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Lets libraries ask `torch.cuda.is_available()` on import without initialising CUDA before the fork.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
+
+
+class Worker:
+    """A worker process and the jobs it is running.
+
+    log: file for what the worker itself prints.  facts: what its `describe` says of torch, once started.
+
+    Raises UserError where the worker cannot start (torch is missing, or broken).
+    """
+
+    def __init__(self, environment: Mapping[str, str], log: Path, command: Sequence[str] = WORKER) -> None:
+        self._environment, self._log, self._command = dict(environment), log, tuple(command)
+        self._jobs: dict[int, _Running] = {}
+        self._ended: deque[Outcome] = deque()
+        self._number = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.facts: dict[str, Any] = {}
+        self._begin()
+
+    @property
+    def running(self) -> int:
+        """Jobs that were given and have not ended."""
+        return len(self._jobs)
+
+    def give(self, job: Job) -> None:
+        """Hand a job to the worker, which starts it at once. A worker that has died is replaced first."""
+        if self._process is None:
+            self._begin()
+        self._number += 1
+        for stale in (job.result, job.log):
+            stale.unlink(missing_ok=True)
+        now = time.monotonic()
+        self._jobs[self._number] = _Running(job, _utc(), now, now + START_SECONDS)
+        line = {
+            "id": self._number,
+            "cell": job.cell.model_dump(mode="json"),
+            "protocol": job.protocol.model_dump(mode="json"),
+            "result": str(job.result.resolve()),
+            "log": str(job.log.resolve()),
+            "threads": job.threads,
+            "memory_bytes": job.memory_bytes,
+            "environment": dict(job.environment),
+        }
+        try:
+            stdin, _ = self._pipes()
+            stdin.write(json.dumps(line).encode() + b"\n")
+            stdin.flush()
+        except BrokenPipeError:
+            self._died()
+
+    def poll(self) -> Outcome | None:
+        """Wait until a job ends, and give its outcome; None where none is running. Overdue jobs are ended here."""
+        while not self._ended and self._jobs:
+            due = min(running.deadline for running in self._jobs.values())
+            for event in self._events(max(0.0, due - time.monotonic())):
+                self._take(event)
+            now = time.monotonic()
+            for number, running in list(self._jobs.items()):
+                if now >= running.deadline and number in self._jobs:
+                    self._overdue(number, running, now)
+        return self._ended.popleft() if self._ended else None
+
+    def close(self) -> None:
+        """End the worker and everything it runs; unfinished jobs have no outcome."""
+        self._end(grace=TERM_SECONDS)
+        for running in self._jobs.values():
+            _kill(running.pid, signal.SIGKILL)
+        self._jobs.clear()
+
+    # --- the worker process ---
+
+    def _begin(self) -> None:
+        self._unread = b""
+        with self._log.open("ab") as log:
+            # A session of its own: Ctrl-C on the terminal is for the runner, which decides what to do.
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
+            )
+        limit = time.monotonic() + IMPORT_SECONDS
+        while self._process is not None:
+            for event in self._events(max(0.0, limit - time.monotonic())):
+                if event.get("event") == "ready":
+                    self.facts = dict(event.get("facts") or {})
+                    return
+                if event.get("event") == "broken":
+                    self._end(grace=TERM_SECONDS)
+                    raise self._unusable(str(event.get("message")))
+            if time.monotonic() >= limit:
+                self._end(grace=0)
+                raise self._unusable(f"was not ready after {IMPORT_SECONDS:.0f} s")
+        raise self._unusable(f"ended while it was starting: {_tail(self._log)}")
+
+    def _unusable(self, what: str) -> UserError:
+        return UserError("worker", what, f"see {self._log}; `meftbench doctor` says what this machine can measure")
+
+    def _end(self, grace: float) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        stdin, stdout = _pipes(process)
+        # Unsent bytes for a worker that is gone are of no use to anybody.
+        with suppress(BrokenPipeError):
+            stdin.close()
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            _kill(process.pid, signal.SIGKILL)
+            process.wait()
+        stdout.close()
+
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        assert self._process is not None
+        return _pipes(self._process)
+
+    def _events(self, seconds: float) -> list[dict[str, Any]]:
+        """The worker's next events, after `seconds` at the latest."""
+        _, stdout = self._pipes()
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return []
+        arrived = os.read(stdout.fileno(), 1 << 16)
+        if not arrived:
+            self._died()
+            return []
+        *lines, self._unread = (self._unread + arrived).split(b"\n")
+        return [event for line in lines if (event := _parsed(line)) is not None]
+
+    def _died(self) -> None:
+        """The worker is gone: its jobs end as `error`, and the next one starts another worker."""
+        assert self._process is not None
+        process = self._process
+        self._end(grace=TERM_SECONDS)
+        self._lose_jobs(f"the worker died ({_ending(process.returncode)}): {_tail(self._log)}")
+
+    def _lose_jobs(self, message: str) -> None:
+        for number, running in list(self._jobs.items()):
+            _kill(running.pid, signal.SIGKILL)
+            self._finish(number, "error", {"type": "WorkerDied", "message": message})
+
+    # --- its jobs ---
+
+    def _take(self, event: dict[str, Any]) -> None:
+        running = self._jobs.get(event.get("id", 0))
+        if running is None:
+            return
+        if event.get("event") == "started":
+            running.pid = int(event["pid"])
+            running.deadline = time.monotonic() + running.job.timeout
+        elif event.get("event") == "exited":
+            self._exited(int(event["id"]), running, int(event["code"]))
+
+    def _exited(self, number: int, running: _Running, code: int) -> None:
+        result = read_result(running.job.result)
+        if isinstance(result, dict):
+            self._finish(number, **result)
+        elif running.stage != "running":
+            self._finish(number, "timeout", _timeout(running))
+        elif code == -signal.SIGKILL:
+            message = "killed by signal 9, most likely by the kernel because the host ran out of memory"
+            self._finish(number, "oom", {"type": "Killed", "message": message, "exit_signal": 9})
+        elif code < 0:
+            message = f"{_ending(code)}: {_tail(running.job.log)}"
+            self._finish(number, "error", {"type": "Crash", "message": message, "exit_signal": -code})
+        else:
+            message = f"{result} ({_ending(code)}): {_tail(running.job.log)}"
+            self._finish(number, "error", {"type": "NoResult", "message": message})
+
+    def _overdue(self, number: int, running: _Running, now: float) -> None:
+        if running.pid is None:
+            self._end(grace=0)
+            self._lose_jobs(f"the worker did not start the job within {START_SECONDS:g} s and was killed")
+        elif running.stage == "running":
+            _kill(running.pid, signal.SIGTERM)
+            running.stage, running.deadline = "terminated", now + TERM_SECONDS
+        elif running.stage == "terminated":
+            _kill(running.pid, signal.SIGKILL)
+            running.stage, running.deadline = "killed", now + KILL_SECONDS
+        else:
+            # Not even SIGKILL ended it (a driver call that hangs): go on without it.
+            self._finish(number, "timeout", _timeout(running))
+
+    def _finish(
+        self,
+        number: int,
+        status: Status,
+        status_detail: dict[str, Any],
+        metrics: dict[str, Metric] | None = None,
+        observed: dict[str, Any] | None = None,
+    ) -> None:
+        running = self._jobs.pop(number)
+        running.job.result.unlink(missing_ok=True)
+        if running.job.log.exists() and running.job.log.stat().st_size == 0:
+            running.job.log.unlink()
+        wall = time.monotonic() - running.start
+        self._ended.append(
+            Outcome(
+                running.job,
+                status,
+                status_detail,
+                metrics or {},
+                observed or {},
+                running.pid,
+                running.started_at,
+                _utc(),
+                wall,
+            )
+        )
+
+
+def read_result(file: Path) -> dict[str, Any] | str:
+    """The content of a result file, its metrics as `Metric`; or, where it is none, what is wrong with it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        metrics = {name: Metric.from_json(metric) for name, metric in content["metrics"].items()}
+        if content["status"] not in ("ok", "oom", "error", "skipped"):
+            raise ValueError(f"status {content['status']!r}")
+        detail, observed = dict(content["status_detail"]), dict(content["observed"])
+        return {"status": content["status"], "status_detail": detail, "metrics": metrics, "observed": observed}
+    except FileNotFoundError:
+        return "the process left no result"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"the process left an unreadable result, {type(error).__name__}: {error}"
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """An event; None for anything else (a library that writes to the pipe must not end the sweep)."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _timeout(running: _Running) -> dict[str, Any]:
+    return {"type": "Timeout", "message": f"took longer than {running.job.timeout:g} s and was killed"}
+
+
+def _kill(pid: int | None, number: signal.Signals) -> None:
+    if pid is None:
+        return
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):
+        # It ended by itself in the meantime.
+        return
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code}, {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _tail(log: Path) -> str:
+    """The end of what was printed, in one line."""
+    try:
+        text = log.read_bytes().decode(errors="replace")
+    except OSError:
+        return "it printed nothing"
+    return " | ".join(text.split("\n")).strip(" |")[-LOG_TAIL:] or "it printed nothing"
+
+
+def _utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,312 @@
+"""The door to the torch side: a cell goes in, what was measured comes out. It never raises.
+
+`python -m meftbench.worker` is a fork server. It imports torch, transformers and peft once, without touching
+CUDA, and forks a fresh child for each job: a process a cell, without seconds of imports a cell. A child is its
+own process group, so that whoever kills a cell kills what the cell has started, too.
+
+In, a line of JSON a job:  {"id", "cell", "protocol", "result", "log", "threads", "memory_bytes", "environment"}
+Out, a line of JSON an event:  {"event": "ready", "facts"} once, or {"event": "broken", "message"}; then for each job
+    {"event": "started", "id", "pid"} and {"event": "exited", "id", "pid", "code"} (as Popen.returncode: -9 for SIGKILL)
+The result file holds {"status", "status_detail", "metrics", "observed"}; it is there in full or not at all.
+At the end of stdin, however the runner died, every child is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from meftbench.errors import CellFailure, UserError
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol
+from meftbench.records.store import write_whole
+from meftbench.units import parse_bytes
+
+MEASUREMENT = "meftbench.measurement"
+TRACEBACK_CHARACTERS = 8_000
+MESSAGE_CHARACTERS = 2_000
+
+# torch's CPU allocator raises a plain RuntimeError, and CUDA libraries report exhaustion as a failed call: these are
+# the only failures known by their text (seen in torch 2.13).
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory"
+)
+_REQUESTED = re.compile(r"[Tt]ried to allocate ([0-9.]+ ?(?:bytes|B|KiB|MiB|GiB|TiB))")
+
+
+# --- one cell ---
+
+
+def run_cell(measurement: ModuleType, cell: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    """Measure one cell; whatever happens, the content of a result file.
+
+    measurement: has `measure_cell(Cell, Protocol)`, which gives `.metrics` and `.observed`.
+    """
+    try:
+        # Through JSON, since strict models take an object for a nested model only from there.
+        outcome = measurement.measure_cell(
+            Cell.model_validate_json(json.dumps(cell)), Protocol.model_validate_json(json.dumps(protocol))
+        )
+        metrics = {name: metric.to_json(name) for name, metric in outcome.metrics.items()}
+        content = {"status": "ok", "status_detail": {}, "metrics": metrics, "observed": outcome.observed}
+        json.dumps(content, allow_nan=False)
+        return content
+    # The last net: an interpreter that ends here without a result would cost the record of the cell.
+    except BaseException as error:
+        return failure(error)
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """The content of a result file for a cell that ended by `error`: `oom`, or `error` with its traceback."""
+    lines = traceback.format_exception(error)
+    detail: dict[str, Any] = {"type": type(error).__name__, "message": str(error)[:MESSAGE_CHARACTERS]}
+    if isinstance(error, CellFailure):
+        status, detail = error.status, detail | json.loads(json.dumps(error.detail, default=str))
+    elif is_out_of_memory(error):
+        status = "oom"
+        if match := _REQUESTED.search(str(error)):
+            detail["requested_bytes"] = parse_bytes(match[1].replace("bytes", "B"))
+    else:
+        status = "error"
+    if status == "error" and not isinstance(error, UserError):
+        detail.setdefault("traceback", "".join(lines)[-TRACEBACK_CHARACTERS:])
+    return {"status": status, "status_detail": detail, "metrics": {}, "observed": {}}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that host or device memory did not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def perform(measurement: ModuleType, job: dict[str, Any]) -> None:
+    """Run a job in this process and write its result file."""
+    os.environ.update(job["environment"])
+    _use_threads(job["threads"])
+    with _memory_limit(job["memory_bytes"]):
+        content = run_cell(measurement, job["cell"], job["protocol"])
+    write_whole(Path(job["result"]), json.dumps(content, allow_nan=False))
+
+
+def _use_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # The measurement brings torch; a stand-in for it in a test does not, and needs no threads.
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+
+
+class _memory_limit:  # noqa: N801 - used as a function
+    """Within it the process may allocate `more` bytes than it holds; None: no limit.
+
+    Beyond that malloc fails and torch raises, where otherwise the kernel would kill the largest process it finds.
+    Only the soft limit is lowered, so that the way out is open even when memory is gone.
+    """
+
+    def __init__(self, more: int | None) -> None:
+        self.more = more
+        self.before = resource.getrlimit(resource.RLIMIT_DATA)
+
+    def __enter__(self) -> None:
+        if self.more is not None:
+            limit, hard = _data_bytes() + self.more, self.before[1]
+            soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, self.before)
+
+
+def _data_bytes() -> int:
+    """What RLIMIT_DATA counts of this process: its private writable memory. 0 where the kernel does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    match = re.search(r"VmData:\s+([0-9]+) kB", status)
+    return int(match[1]) * 1024 if match else 0
+
+
+# --- the server ---
+
+
+class Server:
+    """Starts a process a job, and tells of its start and its end."""
+
+    def __init__(self, name: str, fork: bool) -> None:
+        # Only this process may write to the pipe: fd 1 of everything else leads to a log.
+        self._reports = os.dup(1)
+        os.dup2(2, 1)
+        self._name, self._fork = name, fork
+        self._running: dict[int, int] = {}  # pid -> id of the job
+        self._unread = b""
+
+    def serve(self) -> int:
+        """Serve until the end of stdin; the exit code."""
+        try:
+            self._measurement = importlib.import_module(self._name)
+        except Exception as error:
+            traceback.print_exc()
+            self._report(event="broken", message=f"{type(error).__name__}: {error}")
+            return 1
+        wake, waker = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(waker, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._report(event="ready", facts=self._facts())
+        with selectors.DefaultSelector() as selector:
+            selector.register(0, selectors.EVENT_READ)
+            selector.register(wake, selectors.EVENT_READ)
+            while True:
+                ready = {key.fd for key, _ in selector.select()}
+                if wake in ready:
+                    os.read(wake, 4096)
+                self._reap()
+                if 0 in ready and not self._take_jobs():
+                    self._kill_all()
+                    return 0
+
+    def _report(self, **event: Any) -> None:
+        line = json.dumps(event, default=str).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._reports, line) :]
+        except BrokenPipeError:
+            # The runner has gone; the end of stdin, which follows, says what to do.
+            return
+
+    def _facts(self) -> dict[str, Any]:
+        """What `describe` says, asked in a child: a look at the device here would poison every later fork."""
+        if not self._fork:
+            return dict(self._measurement.describe())
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self._become_child(os.devnull)
+            try:
+                text = json.dumps(self._measurement.describe(), default=str)
+            except Exception as error:
+                text = json.dumps({"absent": f"{type(error).__name__}: {error}"})
+            with os.fdopen(write, "w", encoding="utf-8") as pipe:
+                pipe.write(text)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read, encoding="utf-8") as pipe:
+            text = pipe.read()
+        os.waitpid(pid, 0)
+        return dict(json.loads(text)) if text else {"absent": "the process that was asked for them died"}
+
+    def _take_jobs(self) -> bool:
+        """Start the jobs that have arrived; False at the end of stdin."""
+        arrived = os.read(0, 1 << 16)
+        *lines, self._unread = (self._unread + arrived).split(b"\n")
+        for line in lines:
+            self._start(json.loads(line))
+        return bool(arrived)
+
+    def _start(self, job: dict[str, Any]) -> None:
+        pid = self._forked(job) if self._fork else self._spawned(job)
+        self._running[pid] = job["id"]
+        self._report(event="started", id=job["id"], pid=pid)
+
+    def _forked(self, job: dict[str, Any]) -> int:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                os.close(write)
+                os.close(read)
+                self._become_child(job["log"])
+                perform(self._measurement, job)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                # No atexit handlers and no destructors: they belong to the server.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(write)
+        # Until the child leads its own group, a kill of that group would go astray.
+        os.read(read, 1)
+        os.close(read)
+        return pid
+
+    def _spawned(self, job: dict[str, Any]) -> int:
+        with open(job["log"], "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "meftbench.worker", "--measurement", self._name, "--job", json.dumps(job)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        # Reaped here, with the others; Popen must not try to.
+        process.returncode = 0
+        return process.pid
+
+    def _become_child(self, log: str) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.close(self._reports)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def _reap(self) -> None:
+        for pid, job in list(self._running.items()):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                continue
+            # While the child is unreaped its number cannot be reused, so what it has left behind can be killed safely.
+            _kill_group(pid)
+            _, status = os.waitpid(pid, 0)
+            del self._running[pid]
+            self._report(event="exited", id=job, pid=pid, code=os.waitstatus_to_exitcode(status))
+
+    def _kill_all(self) -> None:
+        for pid in self._running:
+            _kill_group(pid)
+        for pid in self._running:
+            os.waitpid(pid, 0)
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        # Nobody is left in it. (macOS says EPERM for a group of zombies.)
+        return
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve, or with --job run one job in this process. Returns the exit code."""
+    parser = argparse.ArgumentParser("python -m meftbench.worker", description="The fork server of `meftbench run`.")
+    parser.add_argument("--measurement", default=MEASUREMENT, help="module with measure_cell and describe")
+    parser.add_argument("--spawn", action="store_true", help="a new interpreter for each job, instead of a fork")
+    parser.add_argument("--job", help="run this job (JSON) and exit")
+    options = parser.parse_args(arguments)
+    if options.job is not None:
+        perform(importlib.import_module(options.measurement), json.loads(options.job))
+        return 0
+    return Server(options.measurement, fork=hasattr(os, "fork") and not options.spawn).serve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
