@@ -44,6 +44,7 @@ class Job:
     """
 
     cell: Cell
+    repeat: int
     protocol: Protocol
     result: Path
     log: Path
@@ -135,7 +136,7 @@ class Worker:
         for stale in (job.result, job.log):
             stale.unlink(missing_ok=True)
         now = time.monotonic()
-        self._jobs[self._number] = _Running(job, _utc(), now, now + START_SECONDS)
+        self._jobs[self._number] = _Running(job, utc_now(), now, now + START_SECONDS)
         line = {
             "id": self._number,
             "cell": job.cell.model_dump(mode="json"),
@@ -312,7 +313,7 @@ class Worker:
                 observed or {},
                 running.pid,
                 running.started_at,
-                _utc(),
+                utc_now(),
                 wall,
             )
         )
@@ -380,5 +381,6 @@ def _tail(log: Path) -> str:
     return " | ".join(text.split("\n")).strip(" |")[-LOG_TAIL:] or "it printed nothing"
 
 
-def _utc() -> str:
+def utc_now() -> str:
+    """Now, as RFC 3339 in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

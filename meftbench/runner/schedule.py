@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -32,7 +32,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells in their order, how often each is run (by cell_id), and what an `oom` means for larger ones."""
+    """All cells in their order, how often each is run, and what an `oom` means for larger ones.
+
+    repeats: by cell_id; a cell that is not named is not run, but what is known of it counts.
+    """
 
     cells: Sequence[Cell]
     repeats: Mapping[str, int]
@@ -42,7 +45,7 @@ class Plan:
     def attempts(self) -> list[Attempt]:
         """Every cell once, then every cell again: what drifts on a machine falls on all cells alike."""
         rounds = range(max(self.repeats.values(), default=0))
-        return [Attempt(c, n) for n in rounds for c in self.cells if n < self.repeats[c.cell_id]]
+        return [Attempt(cell, n) for n in rounds for cell in self.cells if n < self.repeats.get(cell.cell_id, 0)]
 
 
 def pending(plan: Plan, finished: Mapping[Key, Status], running: Collection[Key] = ()) -> list[Attempt]:
@@ -51,13 +54,17 @@ def pending(plan: Plan, finished: Mapping[Key, Status], running: Collection[Key]
 
 
 def next_attempt(
-    plan: Plan, finished: Mapping[Key, Status], running: Collection[Key] = (), device: str | None = None
+    plan: Plan,
+    finished: Mapping[Key, Status],
+    running: Collection[Key] = (),
+    among: Callable[[Cell], bool] = lambda cell: True,
 ) -> Attempt | None:
     """The attempt to make, or to skip (`dominated_by` is set), next; None where nothing is left to start.
 
-    finished: status of what has ended, in this execution or an earlier one.  device: only cells on it.
+    finished: status of what has ended, in this execution or an earlier one.
+    among: the cells there is room for.
     """
-    left = [a for a in pending(plan, finished, running) if device is None or a.cell.device == device]
+    left = [attempt for attempt in pending(plan, finished, running) if among(attempt.cell)]
     if not left:
         return None
     if plan.on_oom == "record":

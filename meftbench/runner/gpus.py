@@ -1,0 +1,108 @@
+"""What the NVIDIA driver says of the devices, without CUDA: never a crash, never a zero for "unknown"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from meftbench.errors import NOT_COMPARABLE, UserError
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The devices in the driver's order; where there are none, `absent` says why.
+
+    devices: index, uuid, name, memory_bytes, ... ; a fact that the driver refuses is None, its reason in `refused`.
+    """
+
+    devices: list[dict[str, Any]] = field(default_factory=list)
+    driver: str | None = None
+    absent: str | None = None
+
+
+def read(nvml: Any = None) -> Gpus:
+    """Ask the driver through `pynvml`, or through `nvml`, which stands in for that module."""
+    if nvml is None:
+        try:
+            import pynvml as nvml
+        except ImportError as error:
+            return Gpus(absent=f"pynvml cannot be imported ({error})")
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        return Gpus(absent=f"no NVIDIA driver answers ({error})")
+    try:
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
+        devices = [_device(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        return Gpus(devices, driver, None if devices else "the NVIDIA driver lists no device")
+    except nvml.NVMLError as error:
+        return Gpus(absent=f"the NVIDIA driver refuses ({error})")
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _device(nvml: Any, index: int) -> dict[str, Any]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    facts: dict[str, Callable[[], Any]] = {
+        "uuid": lambda: _text(nvml.nvmlDeviceGetUUID(handle)),
+        "name": lambda: _text(nvml.nvmlDeviceGetName(handle)),
+        "memory_bytes": lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        "compute_capability": lambda: ".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+        "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+        "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(handle)[0]),
+        "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(handle)),
+        "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(handle)[0]),
+        "processes": lambda: [process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)],
+    }
+    device: dict[str, Any] = {"index": index}
+    refused = {}
+    for name, ask in facts.items():
+        try:
+            device[name] = ask()
+        except nvml.NVMLError as error:
+            # A driver in a container, on a MIG slice or under Windows refuses single questions (MEASURING 2, no. 22).
+            device[name], refused[name] = None, str(error)
+    return device | ({"refused": refused} if refused else {})
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def slots(gpus: Gpus, asked: tuple[int, ...], jobs: int, environment: Mapping[str, str]) -> list[str]:
+    """One value of CUDA_VISIBLE_DEVICES for each cell that may run at a time.
+
+    asked: indices as `nvidia-smi` shows them; empty: the first `jobs` devices that this process may see.
+    UUIDs, since CUDA may count devices in another order than the driver.
+
+    Raises UserError (exit 4) where there is no device, or none of that index.
+    """
+    if gpus.absent:
+        raise UserError(
+            "device cuda", gpus.absent, "use `--device counted`, which needs no GPU", exit_code=NOT_COMPARABLE
+        )
+    names = {device["index"]: str(device["uuid"] or device["index"]) for device in gpus.devices}
+    for index in asked:
+        if index not in names:
+            known = ", ".join(map(str, sorted(names)))
+            raise UserError("--gpus", f"there is no GPU {index}", f"this machine has: {known}", NOT_COMPARABLE)
+    if asked:
+        return [names[index] for index in asked]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(names.values())[:jobs]
+    chosen = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if not chosen:
+        cure = "unset it, or use `--device counted`"
+        raise UserError("device cuda", f"CUDA_VISIBLE_DEVICES is {visible!r}", cure, NOT_COMPARABLE)
+    return chosen[:jobs]
+
+
+def refuse_shared(gpus: Gpus, slots: list[str]) -> None:
+    """Raises UserError (exit 4) where another process computes on a device of `slots` (`exclusive` of the protocol)."""
+    for device in gpus.devices:
+        if device["processes"] and {str(device["uuid"]), str(device["index"])} & set(slots):
+            what = f"is in use by process {', '.join(map(str, device['processes']))}"
+            cure = "wait for it, choose another with --gpus, or set `exclusive: false` in the protocol"
+            raise UserError(f"GPU {device['index']} ({device['name']})", what, cure, NOT_COMPARABLE)

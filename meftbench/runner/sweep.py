@@ -1,0 +1,274 @@
+"""The sweep: start what the schedule says, wait, write each end down at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import meftbench
+from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
+from meftbench.plan.cell import Cell
+from meftbench.plan.identity import uuid7
+from meftbench.plan.suite import Suite
+from meftbench.records.record import Record, Status
+from meftbench.records.store import Run, Writer, load_run, writing
+from meftbench.runner import folder, gpus, host
+from meftbench.runner.environment import code_digest, environment
+from meftbench.runner.process import WORKER, Job, Outcome, Worker, utc_now, worker_environment
+from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
+
+
+@dataclass(frozen=True)
+class Started:
+    """A cell was given to the worker. done, total: attempts of this execution."""
+
+    cell: Cell
+    repeat: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A cell ended, or was skipped, and its record is on the disk."""
+
+    record: Record
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something the user should know, in a sentence."""
+
+    text: str
+
+
+Event = Started | Ended | Noted
+
+
+def run_suite(
+    suite: Suite,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    retry: frozenset[str] = frozenset(),
+    jobs: int = 1,
+    gpu_indices: tuple[int, ...] = (),
+    limit: int | None = None,
+    where: Callable[[Cell], bool] | None = None,
+    fail_fast: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+    command: Sequence[str] = WORKER,
+    nvml: Any = None,
+) -> Run:
+    """Run the cells of `suite` and give back the run folder `out`, read again.
+
+    resume: take up the run in `out`; what has ended is not repeated, but for the statuses in `retry`.
+    jobs: cells at a time on the CPU; on CUDA one cell a device.  gpu_indices: devices as `nvidia-smi` counts them.
+    limit: at most so many cells are started.  where: only cells for which it is true.
+    fail_fast: start nothing more after the first `error` or `timeout`.
+    on_event: told of each start and each end.  command, nvml: stand-ins for the worker and for `pynvml`.
+    KeyboardInterrupt, SystemExit: the running cells are killed, finished records are kept.
+
+    Raises UserError: the folder is not empty, not writable, in use, or of another suite or protocol (exit 4);
+    CUDA is asked for and absent, or busy (exit 4); `where` matches nothing (exit 5); the worker cannot start.
+    """
+    out = Path(out)
+    chosen = [cell for cell in suite.cells if where is None or where(cell)]
+    if not chosen:
+        cure = "`--dry-run` without it lists them"
+        raise UserError("--where", f"none of the {len(suite.cells)} cells matches", cure, NOTHING_MATCHED)
+    devices = gpus.read(nvml)
+    slots = _slots(suite, chosen, devices, gpu_indices, jobs)
+    # Before anything is written, and once more when nobody else can write.
+    folder.earlier_run(suite, out, resume or bool(retry))
+    with writing(out) as writer:
+        earlier = folder.earlier_run(suite, out, resume or bool(retry))
+        finished = {key: record.status for key, record in folder.finished_records(earlier, retry).items()}
+        plan = _plan(suite, chosen, limit, finished)
+        if earlier is None or pending(plan, finished):
+            _execute(suite, writer, earlier, _Sweep(plan, finished, slots, fail_fast, on_event), command, devices)
+    return load_run(out)
+
+
+def _slots(
+    suite: Suite, chosen: list[Cell], devices: gpus.Gpus, indices: tuple[int, ...], jobs: int
+) -> dict[str, list[str]]:
+    """For each kind of device, a name for each cell that may run there at a time."""
+    slots = {}
+    kinds = {cell.device for cell in chosen}
+    if "cuda" in kinds:
+        slots["cuda"] = gpus.slots(devices, indices, jobs, os.environ)
+        if suite.protocol.exclusive:
+            gpus.refuse_shared(devices, slots["cuda"])
+    elif indices:
+        raise UserError("--gpus", "no cell of the suite runs on cuda", "add `--device cuda`, or leave it out")
+    if kinds - {"cuda"}:
+        slots["counted"] = [str(number) for number in range(jobs)]
+    return slots
+
+
+def _plan(suite: Suite, chosen: list[Cell], limit: int | None, finished: dict[Key, Status]) -> Plan:
+    repeats = {cell.cell_id: suite.protocol.repeats_on(cell.device) for cell in chosen}
+    plan = Plan(suite.cells, repeats, suite.protocol.on_oom)
+    if limit is None:
+        return plan
+    unfinished = list(dict.fromkeys(attempt.cell.cell_id for attempt in pending(plan, finished)))
+    return Plan(suite.cells, {cell_id: repeats[cell_id] for cell_id in unfinished[:limit]}, suite.protocol.on_oom)
+
+
+def _execute(
+    suite: Suite,
+    writer: Writer,
+    earlier: Run | None,
+    sweep: _Sweep,
+    command: Sequence[str],
+    devices: gpus.Gpus,
+) -> None:
+    logs = writer.folder / folder.LOGS
+    logs.mkdir(exist_ok=True)
+    parallel = sum(map(len, sweep.free.values()))
+    threads = suite.protocol.threads or max(1, host.cores() // parallel)
+    worker = Worker(worker_environment(suite.protocol, threads, os.environ), logs / "worker.log", command)
+    try:
+        if "cuda" in sweep.free and worker.facts.get("cuda_available") is False:
+            cure = "install a CUDA build of torch, or use `--device counted`"
+            raise UserError("device cuda", "this torch cannot use the GPU", cure, NOT_COMPARABLE)
+        facts = environment(devices, worker.facts)
+        if earlier is None:
+            run_id = folder.begin(writer, suite, facts)
+        else:
+            run_id = earlier.run_id
+            if note := folder.continue_in(writer, earlier, facts):
+                sweep.on_event(Noted(note))
+        identity = {
+            "run_id": run_id,
+            "protocol_id": suite.protocol.protocol_id,
+            "environment_id": facts["environment_id"],
+            "meftbench_version": meftbench.__version__,
+            "code_digest": code_digest(),
+            "host": socket.gethostname(),
+        }
+        sweep.go(worker, writer, suite, identity, threads, host.available_bytes() // parallel)
+    finally:
+        worker.close()
+
+
+@dataclass
+class _Sweep:
+    """What is left to do in one execution. free: idle slots by kind of device."""
+
+    plan: Plan
+    finished: dict[Key, Status]
+    free: dict[str, list[str]]
+    fail_fast: bool
+    on_event: Callable[[Event], None]
+    running: dict[Key, tuple[Attempt, str]] = field(default_factory=dict)
+    done: int = 0
+    stopped: bool = False
+
+    def go(
+        self, worker: Worker, writer: Writer, suite: Suite, identity: dict[str, Any], threads: int, memory: int
+    ) -> None:
+        """Until nothing is left: fill the free slots, wait for an end, write it down."""
+        total = len(pending(self.plan, self.finished))
+        while True:
+            for attempt, slot in self._next():
+                if attempt.dominated_by is not None:
+                    self._write(writer, _skipped(identity, attempt, self.plan), total)
+                    continue
+                self.on_event(Started(attempt.cell, attempt.repeat, self.done, total))
+                self.running[attempt.key] = attempt, slot
+                worker.give(_job(writer.folder / folder.LOGS, suite, attempt, slot, threads, memory))
+            outcome = worker.poll()
+            if outcome is None:
+                return
+            attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
+            self.free[_kind(attempt.cell)].append(slot)
+            self._write(writer, _record(identity, attempt, outcome), total)
+            self.stopped |= self.fail_fast and outcome.status in ("error", "timeout")
+
+    def _next(self) -> Iterator[tuple[Attempt, str]]:
+        """Attempts to start or to skip, one after the other, as long as there is room."""
+        for kind, slots in self.free.items():
+            among = partial(_is_of, kind)
+            while slots and not self.stopped:
+                attempt = next_attempt(self.plan, self.finished, self.running, among)
+                if attempt is None:
+                    break
+                yield attempt, "" if attempt.dominated_by is not None else slots.pop(0)
+
+    def _write(self, writer: Writer, record: Record, total: int) -> None:
+        writer.append(record)
+        self.finished[record.cell_id, record.repeat] = record.status
+        self.done += 1
+        self.on_event(Ended(record, self.done, total))
+
+
+def _kind(cell: Cell) -> str:
+    return "cuda" if cell.device == "cuda" else "counted"
+
+
+def _is_of(kind: str, cell: Cell) -> bool:
+    return _kind(cell) == kind
+
+
+def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, memory: int) -> Job:
+    name = f"{attempt.cell.cell_id}-{attempt.repeat}"
+    on_gpu = _kind(attempt.cell) == "cuda"
+    return Job(
+        attempt.cell,
+        attempt.repeat,
+        suite.protocol,
+        result=logs / f"{name}.json",
+        log=logs / f"{name}.log",
+        timeout=suite.protocol.timeout,
+        threads=threads,
+        # CUDA maps far more than it uses: there the device's own allocator says when memory is out.
+        memory_bytes=None if on_gpu else memory,
+        environment={"CUDA_VISIBLE_DEVICES": slot if on_gpu else ""},
+    )
+
+
+def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome) -> Record:
+    return Record(
+        record_id=uuid7(),
+        cell_id=attempt.cell.cell_id,
+        repeat=attempt.repeat,
+        started_at=outcome.started_at,
+        finished_at=outcome.finished_at,
+        worker_pid=outcome.pid,
+        cell=attempt.cell.recorded() | outcome.observed | {"threads": outcome.job.threads},
+        status=outcome.status,
+        status_detail=outcome.detail,
+        wall_s=outcome.wall_s,
+        metrics=outcome.metrics,
+        **identity,
+    )
+
+
+def _skipped(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
+    smaller = next(cell for cell in plan.cells if cell.cell_id == attempt.dominated_by)
+    now = utc_now()
+    return Record(
+        record_id=uuid7(),
+        cell_id=attempt.cell.cell_id,
+        repeat=attempt.repeat,
+        started_at=now,
+        finished_at=now,
+        worker_pid=None,
+        cell=attempt.cell.recorded(),
+        status="skipped",
+        status_detail={
+            "type": "Dominated",
+            "message": f"needs at least what {smaller.label} needs, which was out of memory",
+            "dominated_by": attempt.dominated_by,
+        },
+        **identity,
+    )
