@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -62,8 +63,10 @@ def _verdict_content(verdict: Verdict) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | str | None:
-    """JSON has no inf and nan: they are text, as in records."""
-    return str(value) if value is not None and (value != value or abs(value) == float("inf")) else value
+    """JSON has no inf and nan: they are the words that records use."""
+    if value is None or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def verdicts_github(verdicts: Sequence[Verdict]) -> str:

@@ -1,0 +1,279 @@
+"""The plots: one function a plot, frame in, axes drawn; nothing is saved here. `figures.py` lays them out.
+
+A frame is what `tables.frame_of` makes, of one model and setting. Colours are those of Okabe and Ito, which
+colour-blind readers tell apart; a method keeps its colour in every figure, levers and settings change the marker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from meftbench.records.metrics import BREAKDOWN
+from meftbench.report.tables import methods_in_order, rows_of
+from meftbench.units import GiB, MiB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+COLOUR = {
+    "full": "#000000",
+    "lora": "#0072B2",
+    "houlsby": "#E69F00",
+    "pfeiffer": "#7F7F7F",
+    "parallel": "#CC79A7",
+    "meft1": "#009E73",
+    "meft2": "#56B4E9",
+    "meft3": "#D55E00",
+}
+_ANY_OTHER = "#5B3A29"
+LINE = {"measured": "-", "counted": "-.", "predicted": "--"}
+CATEGORY = dict(
+    zip(
+        BREAKDOWN,
+        ("#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#D55E00", "#CC79A7", "#009E73", "#7F7F7F", "#000000"),
+        strict=True,
+    )
+)
+_LEVER_MARKERS = {"": "o", "checkpoint": "s", "offload": "^", "checkpoint+offload": "D"}
+_SETTING_MARKERS = ("v", "P", "X", "*", "<", ">", "p", "h")
+_DOMINATED = "#B8B8B8"
+# What a floating-point zero is called on a log axis, where it has no place of its own.
+EXACT = "0 (bit-identical)"
+
+
+def plot_activation_by_length(frame: DataFrame, ax: Axes) -> None:
+    """Activation memory against sequence length (tokens), log-log, a line a method; the line style is the source.
+
+    frame: `method`, `sequence_length`, `status`, `activation_peak_bytes` and its source, at one batch size.
+    The slope in the legend is that of the fitted power: 1 is linear, 2 quadratic.
+    """
+    _plot_activation(frame, ax, "sequence_length", "sequence length (tokens)")
+
+
+def plot_activation_by_batch(frame: DataFrame, ax: Axes) -> None:
+    """As `plot_activation_by_length`, against batch size (samples), at one sequence length."""
+    _plot_activation(frame, ax, "batch_size", "batch size (samples)")
+
+
+def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
+    rows = sorted(rows_of(frame), key=lambda row: row[axis])
+    looks = markers(frame)
+    size, unit = _unit(row["activation_peak_bytes"] for row in rows)
+    failed: dict[Any, int] = {}
+    for method in methods_in_order(frame):
+        mine = [row for row in rows if row["method"] == method]
+        known = [row for row in mine if row["activation_peak_bytes"] is not None]
+        for source in sorted({row["activation_peak_bytes_source"] for row in known}):
+            points = [
+                (r[axis], r["activation_peak_bytes"]) for r in known if r["activation_peak_bytes_source"] == source
+            ]
+            xs, ys = [x for x, _ in points], [y / size for _, y in points]
+            power = slope(points)
+            said = f"{method}, slope {power:.2f} ({source})" if power is not None else f"{method} ({source})"
+            ax.plot(xs, ys, LINE[source], color=colour(method), marker=looks[method], markersize=5, label=said)
+        for row in mine:
+            if row["status"] != "ok":
+                # Several at one place would hide each other: one below the other, from the top.
+                place = 0.96 - 0.055 * failed.setdefault(row[axis], 0)
+                failed[row[axis]] += 1
+                ax.plot([row[axis]], [place], color=colour(method), marker="x", markersize=7, markeredgewidth=2,
+                        linestyle="none", transform=ax.get_xaxis_transform(), label=f"{method}: {row['status']}",
+                        clip_on=False)  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel=label, ylabel=f"activation memory ({unit})")
+    places = sorted({row[axis] for row in rows})
+    ax.set_xticks(places, [str(place) for place in places])
+    ax.minorticks_off()
+    # Room for the crosses, so that they are not read as values.
+    if failed:
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high * (high / low) ** (0.12 + 0.06 * max(failed.values())))
+    if len(places) == 1:
+        ax.set_xlim(places[0] / 2, places[0] * 2)
+    _plain_numbers(ax)
+    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    _legend_beside(ax)
+
+
+def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
+    """What the peak consists of, a bar a method, the total at its end. frame: one cell a method, at one shape."""
+    rows = {row["method"]: row for row in rows_of(frame)}
+    order = methods_in_order(frame)
+    size, unit = _unit(row["peak_allocated_bytes"] for row in rows.values())
+    starts = dict.fromkeys(order, 0.0)
+    for name, shade in CATEGORY.items():
+        widths = [float(rows[method].get(name) or 0) / size for method in order]
+        if not any(widths):
+            continue
+        lefts = [starts[method] for method in order]
+        ax.barh(order, widths, left=lefts, color=shade, edgecolor="white", linewidth=0.5, label=_category(name))
+        starts = {method: starts[method] + width for method, width in zip(order, widths, strict=True)}
+    largest = max(starts.values(), default=0.0)
+    for place, method in enumerate(order):
+        row = rows[method]
+        text = f"{starts[method]:,.1f}" if row["status"] == "ok" else row["status"]
+        ax.text(starts[method] + largest * 0.01, place, text, va="center", fontsize=8)
+    known = sorted({row["peak_allocated_bytes_source"] for row in rows.values() if row["peak_allocated_bytes"]})
+    ax.set(xlabel=f"memory at the peak of a step ({unit}, {' and '.join(known) or 'none measured'})")
+    ax.set_xlim(0, largest * 1.12 or 1)
+    ax.set_yticks(range(len(order)), order)
+    ax.invert_yaxis()
+    _legend_beside(ax)
+
+
+def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
+    """Relative reconstruction error per layer, log axis, a line a method and stream (second stream hollow).
+
+    frame: one cell a method, with `reconstruction_rel` = [[first stream, second stream] per layer].
+    Exactly 0 stands on a floor of its own; inf and nan are marked at the top and named.
+    """
+    looks = markers(frame)
+    rows = {row["method"]: row for row in rows_of(frame) if row.get("reconstruction_rel")}
+    values = [float(value) for row in rows.values() for layer in row["reconstruction_rel"] for value in layer]
+    finite = [value for value in values if math.isfinite(value) and value > 0]
+    low, high = (min(finite), max(finite)) if finite else (1e-16, 1e-15)
+    floor, ceiling = low / 30, high * 30
+    for method in methods_in_order(frame):
+        if method not in rows:
+            continue
+        layers = rows[method]["reconstruction_rel"]
+        for stream in range(max(len(layer) for layer in layers)):
+            errors = [float(layer[stream]) for layer in layers]
+            drawn = [floor if error == 0 else error if math.isfinite(error) else ceiling for error in errors]
+            label = f"{method} ({rows[method]['reconstruction_rel_source']})" if stream == 0 else "_second stream"
+            ax.plot(range(len(drawn)), drawn, "-" if stream == 0 else ":", color=colour(method), label=label,
+                    marker=looks[method], markersize=5,
+                    markerfacecolor=colour(method) if stream == 0 else "white")  # fmt: skip
+            for layer, error in enumerate(errors):
+                if not math.isfinite(error):
+                    ax.annotate("nan" if math.isnan(error) else "inf", (layer, ceiling), xytext=(0, 5),
+                                textcoords="offset points", ha="center", fontsize=8, color=colour(method))  # fmt: skip
+    depth = max((len(row["reconstruction_rel"]) for row in rows.values()), default=1)
+    ax.set(yscale="log", xlabel="layer (0: nearest the input)", ylabel="relative reconstruction error")
+    ax.set_ylim(floor / 3, ceiling * 6)
+    step = max(1, math.ceil(depth / 12))
+    ax.set_xticks(range(0, depth, step))
+    if 0.0 in values:
+        ax.axhline(floor, color="#999999", linewidth=0.8)
+        powers = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+        powers = powers[:: max(1, len(powers) // 8)] if finite else []
+        ax.set_yticks([floor, *powers], [EXACT, *(f"1e{round(math.log10(power)):d}" for power in powers)])
+        ax.minorticks_off()
+    ax.grid(True, axis="y", which="major", color="#DDDDDD", linewidth=0.6)
+    _legend_beside(ax, title="filled: first stream, hollow: second")
+
+
+def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
+    """Peak memory against tokens/s, a point a method; grey: another method is smaller and faster.
+
+    frame: one cell a method, at one shape and setting.
+    """
+    looks = markers(frame)
+    rows = [
+        row for row in rows_of(frame) if row["peak_allocated_bytes"] is not None and row["tokens_per_s"] is not None
+    ]
+    size, unit = _unit(row["peak_allocated_bytes"] for row in rows)
+    beaten = dominated([(row["peak_allocated_bytes"], row["tokens_per_s"]) for row in rows])
+    for row, loses in zip(rows, beaten, strict=True):
+        shade = _DOMINATED if loses else colour(row["method"])
+        ax.plot([row["peak_allocated_bytes"] / size], [row["tokens_per_s"]], marker=looks[row["method"]],
+                linestyle="none", color=shade, markersize=8)  # fmt: skip
+    memory = " and ".join(sorted({row["peak_allocated_bytes_source"] for row in rows})) or "none"
+    speed = " and ".join(sorted({row["tokens_per_s_source"] for row in rows})) or "none"
+    ax.set(xlabel=f"peak allocated ({unit}, {memory})", ylabel=f"tokens/s ({speed})")
+    ax.margins(0.12)
+    ax.grid(True, color="#DDDDDD", linewidth=0.6)
+    points = [(row["peak_allocated_bytes"] / size, row["tokens_per_s"]) for row in rows]
+    names = [f"{row['method']}{' (dominated)' if loses else ''}" for row, loses in zip(rows, beaten, strict=True)]
+    _label_beside(ax, points, names)
+
+
+# --- what the plots share ---
+
+
+def slope(points: Iterable[tuple[float, float]]) -> float | None:
+    """Power p of the least-squares fit y = c·xᵖ; None below two different x or where y is not positive."""
+    known = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
+    if len({x for x, _ in known}) < 2:
+        return None
+    mean_x, mean_y = (sum(values) / len(known) for values in zip(*known, strict=True))
+    across = sum((x - mean_x) * (y - mean_y) for x, y in known)
+    return float(across / sum((x - mean_x) ** 2 for x, _ in known))
+
+
+def dominated(points: list[tuple[float, float]]) -> list[bool]:
+    """For each (memory, speed): whether another has no more memory and no less speed, and is better in one."""
+    return [
+        any(m <= memory and s >= speed and (m, s) != (memory, speed) for m, s in points) for memory, speed in points
+    ]
+
+
+def colour(method: str) -> str:
+    """The colour of a method, whatever its levers and settings."""
+    name = method.partition("+")[0].partition("(")[0]
+    return COLOUR.get(name, _ANY_OTHER)
+
+
+def markers(frame: DataFrame) -> dict[str, str]:
+    """A marker a method: by its levers; methods with settings of their own take the next free one in their colour."""
+    found: dict[str, str] = {}
+    taken: set[tuple[str, str]] = set()
+    rows = {row["method"]: row for row in rows_of(frame)}
+    for method in sorted(methods_in_order(frame), key=lambda name: "(" in name):
+        usual = [_LEVER_MARKERS[rows[method]["levers"]]] if rows[method]["levers"] in _LEVER_MARKERS else []
+        free = [mark for mark in (*usual, *_SETTING_MARKERS) if (colour(method), mark) not in taken]
+        found[method] = free[0] if free else "."
+        taken.add((colour(method), found[method]))
+    return found
+
+
+def _unit(values: Iterable[float | None]) -> tuple[int, str]:
+    largest = max((value for value in values if value is not None), default=0)
+    return (GiB, "GiB") if largest >= 10 * GiB else (MiB, "MiB")
+
+
+def _category(name: str) -> str:
+    words = name.removesuffix("_bytes")
+    return "optimizer state" if words == "optimizer" else words
+
+
+def _plain_numbers(ax: Axes) -> None:
+    """0.1, 10, 1,000 on a log axis rather than powers of ten, and a tick even where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = ax.get_ylim()
+    subs = (1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _legend_beside(ax: Axes, title: str | None = None) -> None:
+    handles, _ = ax.get_legend_handles_labels()
+    if handles:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8, title=title,
+                  title_fontsize=8, borderaxespad=0.0, handlelength=3.0)  # fmt: skip
+
+
+def _label_beside(ax: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
+    """Names in a column right of the axes, apart from each other, each with a line to its point.
+
+    Labels at the points themselves collide as soon as two methods cost about the same.
+    """
+    spacing = 0.058
+    order = sorted(range(len(points)), key=lambda index: (points[index][1], -points[index][0]))
+    low, high = ax.get_ylim()
+    heights: list[float] = []
+    for index in order:
+        wanted = (points[index][1] - low) / (high - low) if high > low else 0.5
+        heights.append(max(wanted, heights[-1] + spacing) if heights else wanted)
+    over = max(0.0, heights[-1] - 0.98) if heights else 0.0
+    # What sticks out at the top pushes those below it down.
+    for place in reversed(range(len(heights))):
+        ceiling = heights[place + 1] - spacing if place + 1 < len(heights) else heights[place] - over
+        heights[place] = min(heights[place], ceiling)
+    for index, height in zip(order, heights, strict=True):
+        ax.annotate(names[index], points[index], xytext=(1.04, height), textcoords="axes fraction", va="center",
+                    fontsize=8, annotation_clip=False,
+                    arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6})  # fmt: skip

@@ -1,0 +1,192 @@
+"""The comparison table on the terminal: which method costs what, at the same shape and setting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from meftbench.records.record import Record
+from meftbench.records.store import Run
+from meftbench.report.tables import (
+    Group,
+    detail_of,
+    frame_of,
+    groups,
+    methods_in_order,
+    rows_of,
+    share_of_full,
+    sources,
+)
+from meftbench.units import GiB, MiB, format_bytes
+from meftbench.verdicts.outcome import outcomes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.console import Console
+    from rich.table import Table
+
+_MARK = {"measured": "m", "counted": "c", "predicted": "p"}
+
+
+def print_summary(run: Run, console: Console | None = None) -> None:
+    """Print the table of a run; then what went wrong in each cell that did not end ok, a line each."""
+    from rich.console import Console
+    from rich.text import Text
+
+    out = console or Console()
+    if not run.records:
+        out.print(Text("no cell has finished"))
+        return
+    frame = frame_of(run)
+    shares = share_of_full(frame)
+    found = groups(frame)
+    for group in found:
+        out.print(Text(group.title, style="bold"))
+        out.print(Text(caption(group.frame)))
+        out.print(_table(group, shares, roomy=out.width >= 100))
+    if len(found) > 1:
+        out.print(Text("Between tables more than the method differs: do not rank across them."))
+    out.print(Text(ending(run)))
+    for line in failures(run):
+        out.print(Text(line, overflow="fold"))
+
+
+def caption(frame: DataFrame) -> str:
+    """Which columns are counted, measured, predicted, and what is compared with what."""
+    columns = {
+        "memory": ("activation_peak_bytes", "peak_allocated_bytes"),
+        "time": ("step_time_s", "tokens_per_s"),
+        "errors": ("reconstruction_rel_max", "gradient_rel_max"),
+    }
+    parts = []
+    for name, metrics in columns.items():
+        known = sorted({source for metric in metrics for source in sources(frame, metric)})
+        if known:
+            parts.append(f"{name} {' and '.join(known)}")
+    return f"{', '.join(parts) or 'nothing measured'}; compared at equal batch, micro-batch and length"
+
+
+def ending(run: Run) -> str:
+    """`12 cells: 10 ok, 1 oom, 1 error`."""
+    statuses = [outcome.status for outcome in outcomes(run)]
+    counts = ", ".join(
+        f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses, key=_first_ok))
+    )
+    return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}"
+
+
+def _first_ok(status: str) -> int:
+    return ("ok", "oom", "timeout", "error", "skipped").index(status)
+
+
+def failures(run: Run) -> list[str]:
+    """A line for each cell that did not end ok: its label, how it ended, why."""
+    bad = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
+    return [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in bad]
+
+
+def _why(record: Record) -> str:
+    asked = record.status_detail.get("requested_bytes")
+    parts = [f"asked for {format_bytes(asked)}"] if isinstance(asked, int) else []
+    parts += [detail_of(record)] if detail_of(record) else []
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _table(group: Group, shares: dict[str, float], roomy: bool) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    frame = group.frame
+    size, unit = unit_of(frame)
+    table = Table(box=None, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=15)
+    heads = (f"activation\n{unit}", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s")
+    for head in (*heads, "recon.\nerror", "gradient\nerror", "trained"):
+        table.add_column(head, justify="right", no_wrap=True)
+    mixed = {metric for metric in _SHOWN if len(sources(frame, metric)) > 1}
+    order = methods_in_order(frame)
+    rows = list(rows_of(frame))
+    for shape in dict.fromkeys((r["batch_size"], r["micro_batch_size"], r["sequence_length"]) for r in rows):
+        here = [r for r in rows if (r["batch_size"], r["micro_batch_size"], r["sequence_length"]) == shape]
+        table.add_row(Text(_short(*shape), style="italic"))
+        for row in sorted(here, key=lambda r: order.index(r["method"])):
+            table.add_row(Text(_in_lines(row["method"])), *(Text(text) for text in _cells(row, shares, size, mixed)))
+    if mixed:
+        table.caption = "m measured, c counted, p predicted"
+    return table
+
+
+def _short(batch: int, micro_batch: int, length: int) -> str:
+    return f"{batch}{f' (mb{micro_batch})' if micro_batch != batch else ''} × {length}"
+
+
+def _in_lines(method: str) -> str:
+    """A method's settings under its name, so that a long label does not push the numbers off the screen."""
+    parts = re.fullmatch(r"([^(]+)\((.*)\)([^)]*)", method, re.DOTALL)
+    if not parts:
+        return f" {method}"
+    return "\n".join([f" {parts[1]}{parts[3]}", *(f"   {setting}" for setting in parts[2].split(","))])
+
+
+_SHOWN = (
+    "activation_peak_bytes",
+    "peak_allocated_bytes",
+    "step_time_s",
+    "tokens_per_s",
+    "reconstruction_rel_max",
+    "gradient_rel_max",
+)
+
+
+def unit_of(frame: DataFrame) -> tuple[int, str]:
+    """GiB where the largest peak has ten of them, else MiB: one unit for a whole column, so that it can be compared."""
+    largest = frame["peak_allocated_bytes"].astype(float).max()
+    return (GiB, "GiB") if largest >= 10 * GiB else (MiB, "MiB")
+
+
+def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str]) -> Sequence[str]:
+    if row["status"] != "ok":
+        return [row["status"], "", "", "", "", "", "", ""]
+
+    def told(metric: str, text: str) -> str:
+        return f"{text} {_MARK[row[f'{metric}_source']]}" if metric in mixed and row[metric] is not None else text
+
+    share = shares.get(row["cell_id"])
+    return [
+        told("activation_peak_bytes", number(row["activation_peak_bytes"], size)),
+        f"{share:.1%}".rstrip("%") if share is not None else "-",
+        told("peak_allocated_bytes", number(row["peak_allocated_bytes"], size)),
+        told("step_time_s", number(row["step_time_s"], 1e-3)),
+        told("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
+        told("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
+        told("gradient_rel_max", error(row["gradient_rel_max"])),
+        count(row["parameters_trainable"]),
+    ]
+
+
+def number(value: float | None, size: float) -> str:
+    """A value in units of `size`, with as many digits as it needs; "-" where there is none."""
+    if value is None:
+        return "-"
+    scaled = value / size
+    return f"{scaled:,.1f}" if scaled >= 10 else f"{scaled:.2f}"
+
+
+def error(value: float | None) -> str:
+    """A relative error: "0" means exactly zero, "-" not taken."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if 0.01 <= value < 1000 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def count(value: float | None) -> str:
+    """A count for a narrow column: 1,234 or 12.3k or 109.5M."""
+    if value is None:
+        return "-"
+    for limit, size, letter in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if value >= limit:
+            return f"{value / size:,.1f}{letter}"
+    return f"{value:,.0f}"

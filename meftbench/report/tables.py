@@ -1,0 +1,186 @@
+"""Runs as one pandas frame, a row a cell; and the figures that tables and plots share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meftbench.plan.catalogue import METHODS
+from meftbench.records.metrics import METRICS
+from meftbench.records.record import Record
+from meftbench.records.store import Run, write_whole
+from meftbench.verdicts.budgets import NOT_A_NUMBER
+from meftbench.verdicts.outcome import Outcome, outcomes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# Two cells that differ in one of these are not comparable by method alone.
+SETTING = ("run", "model", "device", "precision", "attention_requested", "optimizer", "optimizer_impl", "seed")
+SHAPE = ("batch_size", "micro_batch_size", "sequence_length")
+_CELL = (
+    "model_revision",
+    "weights",
+    "precision",
+    "attention_requested",
+    "attention_used",
+    "optimizer",
+    "optimizer_impl",
+    "device",
+    "seed",
+    *SHAPE,
+)
+
+
+def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
+    """One row a cell, in the order of the runs and of their writing.
+
+    Columns: run (name, with the folder where two share it), cell_id, label, model, method (as labelled, with levers
+    and settings), the fields of the cell, status, detail, repeats, wall_s; and for each metric that any cell has
+    NAME (in the unit of its Kind; missing where absent), NAME_low, NAME_high, NAME_source. Metrics that are lists or
+    words are in NAME as recorded. Repeats are taken together as in `Outcome.figure`: median where measured.
+    """
+    from pandas import DataFrame
+
+    listed = [runs] if isinstance(runs, Run) else list(runs)
+    names = run_names(listed)
+    rows = [_row(name, outcome) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
+    present = {key for row in rows for key in row}
+    # A plot or table may ask for these of any run, also of one in which every cell failed.
+    always = [f"{name}{part}" for name in _HEADLINE for part in ("", "_low", "_high", "_source")]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns += [key for key in always if key not in present]
+    # As objects: None (not taken) and nan (what was taken) are different answers, and counts stay whole numbers.
+    return DataFrame([{key: row.get(key) for key in columns} for row in rows], columns=columns, dtype=object)
+
+
+_HEADLINE = (
+    "activation_peak_bytes",
+    "peak_allocated_bytes",
+    "step_time_s",
+    "tokens_per_s",
+    "reconstruction_rel",
+    "reconstruction_rel_max",
+    "gradient_rel_max",
+    "parameters_total",
+    "parameters_trainable",
+)
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """A name a run, and no name twice: the suite's, with the folder where suites share one."""
+    plain = [run.name for run in runs]
+    named = [name if plain.count(name) == 1 else f"{name} ({run.path})" for name, run in zip(plain, runs, strict=True)]
+    return [name if named.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(named, start=1)]
+
+
+def _row(run: str, outcome: Outcome) -> dict[str, Any]:
+    worst, last = outcome.worst, outcome.records[-1]
+    row: dict[str, Any] = {
+        "run": run,
+        "cell_id": outcome.cell_id,
+        "label": outcome.label,
+        "model": last.model_label,
+        "method": last.method_label,
+        "method_name": last.cell.get("method"),
+    }
+    row |= {name: last.cell.get(name) for name in _CELL}
+    row |= {"levers": "+".join(name for name, on in (last.cell.get("levers") or {}).items() if on)}
+    row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
+    row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
+    for name in METRICS:
+        metric = outcome.metric(name)
+        if metric is None:
+            continue
+        row[f"{name}_source"] = metric.source
+        if name in NOT_A_NUMBER:
+            row[name] = metric.value if outcome.status == "ok" else None
+        elif figure := outcome.figure(name):
+            row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+        else:
+            row[name] = None
+    return row
+
+
+def detail_of(record: Record) -> str:
+    """Why a cell did not end ok, as one line; "" where it did."""
+    detail = record.status_detail
+    said = detail.get("message") or detail.get("type") or ""
+    return " ".join(str(said).split())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that differ in method and shape alone, so that they may be ranked. title: what they share."""
+
+    title: str
+    frame: DataFrame
+
+
+def groups(frame: DataFrame) -> list[Group]:
+    """The cells apart by every setting that is not the method or the shape; the title says how they differ."""
+    found = []
+    differing = [name for name in SETTING if frame[name].nunique(dropna=False) > 1]
+    for values, rows in frame.groupby(list(SETTING), dropna=False, sort=False):
+        shared = dict(zip(SETTING, values, strict=True))
+        parts = [str(shared["model"]), *(_setting(name, shared[name]) for name in differing if name != "model")]
+        found.append(Group(", ".join(parts), rows))
+    return found
+
+
+def _setting(name: str, value: object) -> str:
+    said = "default" if value is None or value != value else str(value)
+    return said if name in ("run", "device", "precision") else f"{name.removesuffix('_requested')} {said}"
+
+
+def shape_text(batch: int, micro_batch: int, length: int) -> str:
+    """`batch 8 × 128 tokens`, with the micro-batch where it is smaller."""
+    micro = f" (micro-batch {micro_batch})" if micro_batch != batch else ""
+    return f"batch {batch}{micro} × {length} tokens"
+
+
+def share_of_full(frame: DataFrame, metric: str = "activation_peak_bytes") -> dict[str, float]:
+    """cell_id to the metric as a share of that of plain `full` at the same shape and setting; where both are known."""
+    keys = [*SETTING, *SHAPE]
+    shares: dict[str, float] = {}
+    for _, rows in frame.groupby(keys, dropna=False, sort=False):
+        full = rows[rows["method"] == "full"][metric].dropna()
+        if len(full) == 0 or not full.iloc[0]:
+            continue
+        for cell_id, value in zip(rows["cell_id"], rows[metric], strict=True):
+            if value is not None:
+                shares[str(cell_id)] = float(value) / float(full.iloc[0])
+    return shares
+
+
+def sources(frame: DataFrame, metric: str) -> list[str]:
+    """Where the values of a metric come from: measured, counted, predicted; those that occur."""
+    pairs = zip(frame[metric], frame[f"{metric}_source"], strict=True)
+    return sorted({source for value, source in pairs if value is not None})
+
+
+def write_csv(frame: DataFrame, file: Path) -> None:
+    """The table as CSV: a unit in each metric's heading, its source beside it."""
+    headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
+    # A nan that was measured is a finding; an empty field is a number that was not taken.
+    table = frame.map(lambda value: "NaN" if value != value else value).rename(columns=headings)
+    write_whole(file, table.to_csv(index=False))
+
+
+def methods_in_order(frame: DataFrame) -> list[str]:
+    """Methods in the order of the catalogue's families, as they were first run within one."""
+    families = list(METHODS)
+    first = dict(zip(frame["method"], frame["method_name"], strict=True))
+
+    def place(method: str) -> int:
+        return families.index(first[method]) if first[method] in families else len(families)
+
+    return sorted(dict.fromkeys(frame["method"]), key=place)
+
+
+def rows_of(frame: DataFrame) -> Iterator[dict[str, Any]]:
+    """The rows as mappings from column to value."""
+    for row in frame.to_dict("records"):
+        yield {str(key): value for key, value in row.items()}
