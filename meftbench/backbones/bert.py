@@ -16,9 +16,19 @@ def _attention(layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Te
     return output_BLD
 
 
-def _feed_forward(layer: nn.Module, h_BLD: Tensor) -> Tensor:
-    output_BLD: Tensor = layer.feed_forward_chunk(h_BLD)  # type: ignore[operator]
-    return output_BLD
+def _feed_forward(layer: Any, h_BLD: Tensor) -> Tensor:
+    """BertLayer.feed_forward_chunk from its submodules: there, the caller's frame would hold the intermediate
+    state, the widest tensor of the layer, until the last norm is done."""
+    output = layer.output
+    projected_BLD = output.dropout(output.dense(layer.intermediate(h_BLD)))
+    result_BLD: Tensor = output.LayerNorm(projected_BLD + _residual(output, h_BLD))
+    return result_BLD
+
+
+def _residual(output: Any, x_BLD: Tensor) -> Tensor:
+    """What is added to the feed-forward's output: x, and the adapter beside the feed-forward where there is one."""
+    residual_BLD: Tensor = x_BLD + output.adapter(x_BLD) if "adapter" in output._modules else x_BLD
+    return residual_BLD
 
 
 # Hooks are plain functions that find their adapter through the module they are called on: so they survive
@@ -36,7 +46,7 @@ def _added_beside_dropout(module: Any, args: tuple[Tensor, ...], output: Tensor)
 def _added_to_residual(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     # BertOutput is called with (intermediate, x) and computes LN(dropout(dense(intermediate)) + x).
     intermediate, x_BLD = args
-    return intermediate, x_BLD + module.adapter(x_BLD)
+    return intermediate, _residual(module, x_BLD)
 
 
 def _added_to_normed(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

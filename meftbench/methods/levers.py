@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,12 @@ def checkpoint(applied: Applied) -> None:
     stacks = applied.stacks
     reversible = {id(module) for stack in stacks for module in stack.modules()}
     model: nn.Module = applied.model
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # Renamed in transformers 5; the first argument of both is the keyword arguments of torch's `checkpoint`.
+    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    # transformers also makes the embedding output require grad, for the reentrant kind. Here it would only bring
+    # back what autograd prunes below the first trained weight (MEASURING 5, no. 22).
+    model.disable_input_require_grads()  # type: ignore[operator]
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     for layer in layers:
         if id(layer) in reversible:

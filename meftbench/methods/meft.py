@@ -22,8 +22,7 @@ from meftbench.reversible.stack import Half
 
 
 def _whole_layer(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    output_BLD: Tensor = block.layer(h_BLD, *args, **kwargs)
-    return output_BLD
+    return _feed_forward(block, _attention(block, h_BLD, *args, **kwargs))
 
 
 def _adapter(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,6 +110,9 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
         carrier=variant.carrier,
         output=settings.output,
     )
+    if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
+        # The last block's second half writes the stream that is not returned: its adapter has nothing to learn.
+        stack.blocks[-1].get_submodule("adapter").requires_grad_(False)
     setattr(owner, name, nn.ModuleList([*below, stack.train(model.training), *above]))
 
     @contextmanager

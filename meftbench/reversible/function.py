@@ -52,17 +52,58 @@ class Context:
         return args, kwargs, roots
 
 
+@dataclass
+class Passage:
+    """What goes from one node of the pair below to the other, past the autograd engine.
+
+    streams: in forward, from Reversal to Finish.  gradients: in backward, from Finish to Reversal.
+    """
+
+    stack: ReversibleStack
+    context: Context
+    streams: list[Tensor] | None = None
+    gradients: list[Tensor] | None = None
+
+
+class Finish(torch.autograd.Function):
+    """The hidden state (B, L, D) from the last two streams. `token` stands for them in the graph.
+
+    A node of its own because the engine holds the gradient that a node is given until its backward returns: in
+    one node with the walk, a stream-sized buffer would live through the whole walk for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, passage: Passage, token: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.passage = passage
+        ctx.save_for_backward(token)
+        assert passage.streams is not None
+        streams, passage.streams = passage.streams, None
+        return passage.stack.finish(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh_BLD: Tensor) -> tuple[None, Tensor]:
+        (token,) = ctx.saved_tensors
+        ctx.passage.gradients = ctx.passage.stack.gradients_of_streams(dh_BLD)
+        return None, torch.zeros_like(token)
+
+
 class Reversal(torch.autograd.Function):
-    """h, and everything trained, to the stack's output. Inputs: stack, context, count of trained tensors, h,
-    the context's differentiable tensors, the trained tensors. Gradients are returned once, never accumulated by a
-    backward inside: hooks (DDP, GradScaler, user's) see one gradient a parameter (DESIGN 3.5)."""
+    """h, and everything trained, to the last two streams. Inputs: passage, count of trained tensors, h, the
+    context's differentiable tensors, the trained tensors. Gradients are returned once, never accumulated by a
+    backward inside: hooks (DDP, GradScaler, user's) see one gradient a parameter (DESIGN 3.5).
+
+    The output is a token without content, to be given to `Finish`.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, stack: ReversibleStack, context: Context, trained: int, h_BLD: Tensor, *tensors: Tensor
+        ctx: Any, passage: Passage, trained: int, h_BLD: Tensor, *tensors: Tensor
     ) -> Tensor:
+        stack, context = passage.stack, passage.context
         device = h_BLD.device
-        ctx.stack, ctx.context, ctx.trained, ctx.device = stack, context, tensors[len(tensors) - trained :], device
+        ctx.passage, ctx.stack, ctx.context, ctx.device = passage, stack, context, device
+        ctx.trained = tensors[len(tensors) - trained :]
         ctx.autocast = AutocastState.now(device.type)
         ctx.rng = []
         # Dropout may be switched between forward and backward; recomputation must see the forward's mode.
@@ -87,18 +128,21 @@ class Reversal(torch.autograd.Function):
                     sides.append(side)
                     del value_BLD, other_BLD, side
         ctx.save_for_backward(*streams, *sides)
-        return stack.finish(streams)
+        passage.streams = streams
+        return h_BLD.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh_BLD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # kept only if the graph is retained
         streams, sides = saved[:2], saved[2:]
         del saved
         stack: ReversibleStack = ctx.stack
-        walk = _Walk(ctx, streams, stack.gradients_of_streams(dh_BLD))
-        del streams, dh_BLD
+        assert ctx.passage.gradients is not None
+        walk = _Walk(ctx, streams, ctx.passage.gradients)
+        ctx.passage.gradients = None
+        del streams
         with modes_as(stack, ctx.modes):
             for index in reversed(range(len(stack.blocks))):
                 walk.reverse_half(index, 1, sides.pop())
@@ -108,10 +152,10 @@ class Reversal(torch.autograd.Function):
                 if stack.swap and index:
                     walk.streams.reverse()
                     walk.gradients.reverse()
-        dh0_BLD = walk.gradients[0] + walk.gradients[1] if ctx.needs_input_grad[3] else None
+        dh0_BLD = walk.gradients[0] + walk.gradients[1] if ctx.needs_input_grad[2] else None
         gradients = [walk.of_context[i] for i in range(len(ctx.context.places))]
         gradients += [walk.of_trained.get(id(parameter)) for parameter in ctx.trained]
-        return (None, None, None, dh0_BLD, *gradients)
+        return (None, None, dh0_BLD, *gradients)
 
 
 class _Walk:
@@ -128,7 +172,7 @@ class _Walk:
         block, coupling = self.stack.blocks[index], self.stack.couplings[replaced]
         other = 1 - replaced
         # The first half of the lowest block reads the stack's input: its gradient may not be wanted.
-        wanted = index > 0 or replaced == 1 or self.ctx.needs_input_grad[3]
+        wanted = index > 0 or replaced == 1 or self.ctx.needs_input_grad[2]
         args, kwargs, context_roots = self.ctx.context.fresh(differentiable=True)
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         with (

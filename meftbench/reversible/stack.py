@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meftbench.reversible.arithmetic import Arithmetic
 from meftbench.reversible.coupling import Coupling
-from meftbench.reversible.function import Context, Reversal
+from meftbench.reversible.function import Context, Finish, Passage, Reversal
 
 Half = Callable[..., Tensor]  # (block, h_BLD, *args, **kwargs) -> (B, L, D)
 Observer = Callable[[str, int, list[Tensor]], None]
@@ -87,8 +87,9 @@ class ReversibleStack(nn.Module):
         inputs = [h_BLD, *context.differentiable, *trained]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             return self.finish(self._ordinary(h_BLD, args, kwargs))
-        # The cast matters: applying a Function is untyped in torch.
-        output_BLD: Tensor = Reversal.apply(self, context, len(trained), *inputs)  # type: ignore[no-untyped-call]
+        passage = Passage(self, context)
+        token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
+        output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
         return output_BLD
 
     def finish(self, streams: list[Tensor]) -> Tensor:

@@ -1,0 +1,286 @@
+"""Bytes of live tensor storages, counted exactly: every storage is followed from birth to death (DESIGN 4).
+
+The counter sees what operators return, below autograd and inside backward. What a kernel allocates and frees
+within itself is not seen; on CUDA it is what the allocator reports beyond the count.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from meftbench.errors import CellFailure
+from meftbench.methods.levers import copying_to_host
+from meftbench.records.record import Metric, Source
+from meftbench.step import Step
+from meftbench.units import format_bytes
+
+CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
+BLOCK = 512  # bytes: the CUDA caching allocator hands out multiples of this
+
+_BORN_IN = {"forward": "activations", "backward": "temporaries", "optimizer": "temporaries"}
+
+
+@dataclass
+class Peak:
+    """The largest total seen, the phase it fell in, and what the bytes were."""
+
+    total: int = 0
+    phase: str = "load"
+    breakdown: dict[str, int] = field(default_factory=dict)
+
+
+class StorageCounter(TorchDispatchMode):
+    """Counts live bytes by category while it is entered.
+
+    device_type: storages of other devices are not counted.  block: sizes are rounded up to it (1: not at all).
+    limit: bytes above which an allocation ends the cell as `oom`; None: no limit.
+
+    live: bytes now, by category.  phase: set by `mark`; says what new storages are.  peak: since `reset`.
+    attention_kernels: fused attention operators seen.
+    """
+
+    def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
+        super().__init__()
+        self.device_type, self.block, self.limit = device_type, block, limit
+        self.live = dict.fromkeys(CATEGORIES, 0)
+        self.total = self.host = self.host_peak = 0
+        self.phase = "load"
+        self.peak = Peak()
+        self.phase_peaks: dict[str, int] = {}
+        self.attention_kernels: set[str] = set()
+        self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        name = func.__name__
+        if "dot_product" in name and "backward" not in name:
+            self.attention_kernels.add(name.partition(".")[0].strip("_"))
+        category = _BORN_IN.get(self.phase, "other")
+        if isinstance(result, Tensor):
+            self._see(result, category)
+        elif isinstance(result, (tuple, list)):
+            for item in result:
+                if isinstance(item, Tensor):
+                    self._see(item, category)
+        return result
+
+    def book(self, tensor: Tensor, category: str) -> None:
+        """Count a storage that exists already, or move it to another category."""
+        entry = self._storages.get(tensor.untyped_storage()._cdata)
+        if entry is None:
+            self._see(tensor, category)
+        elif entry[2] not in (category, "host"):
+            reference, size, before = entry
+            self._storages[tensor.untyped_storage()._cdata] = (reference, size, category)
+            self.live[before] -= size
+            self.live[category] += size
+
+    def mark(self, phase: str) -> None:
+        """A phase begins: its peak starts at the present level."""
+        self.phase = phase
+        self.phase_peaks[phase] = max(self.phase_peaks.get(phase, 0), self.total)
+
+    def reset(self) -> None:
+        """Begin a window: peaks start at the present level."""
+        self.phase_peaks = {}
+        self.peak = Peak(self.total, self.phase, dict(self.live))
+        self.host_peak = self.host
+
+    def _see(self, tensor: Tensor, category: str) -> None:
+        if tensor.device.type != self.device_type:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // self.block) * self.block
+        entry = self._storages.get(key)
+        if entry is not None:
+            if entry[1] == size:
+                return
+            self._forget(key, entry[0])  # resized in place
+            category = entry[2]
+        elif copying_to_host.get():
+            category = "host"
+        if size == 0:
+            return
+        reference = weakref.ref(storage, lambda dead: self._forget(key, dead))
+        self._storages[key] = (reference, size, category)
+        if category == "host":
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+            return
+        self.live[category] += size
+        self.total += size
+        self._raise_peaks(size)
+
+    def _forget(self, key: int, reference: weakref.ref[Any]) -> None:
+        entry = self._storages.get(key)
+        if entry is None or entry[0] is not reference:
+            return
+        _, size, category = self._storages.pop(key)
+        if category == "host":
+            self.host -= size
+        else:
+            self.live[category] -= size
+            self.total -= size
+
+    def _raise_peaks(self, requested: int) -> None:
+        if self.total > self.phase_peaks.get(self.phase, 0):
+            self.phase_peaks[self.phase] = self.total
+        if self.total > self.peak.total:
+            self.peak = Peak(self.total, self.phase, dict(self.live))
+        if self.limit is not None and self.total > self.limit:
+            free = max(0, self.limit - self.total + requested)
+            raise CellFailure(
+                "oom",
+                type="memory_limit",
+                message=f"{format_bytes(requested)} more than fit into {format_bytes(self.limit)}",
+                phase=self.phase,
+                requested_bytes=requested,
+                free_bytes=free,
+                capacity_bytes=self.limit,
+            )
+
+
+@dataclass
+class Observed:
+    """What the counter saw in one step, in bytes."""
+
+    baseline: int
+    saved: int
+    phase_peaks: dict[str, int]
+    peak: Peak
+    host_peak: int
+
+    @property
+    def activation_peak(self) -> int:
+        return max(self.phase_peaks.get("forward", 0), self.phase_peaks.get("backward", 0)) - self.baseline
+
+
+class CountedStep:
+    """A step under a counter that knows what its tensors are. Use as a context manager."""
+
+    def __init__(self, step: Step, *, block: int = BLOCK, limit: int | None = None) -> None:
+        self.step = step
+        self.counter = StorageCounter(step.device.type, block, limit)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> CountedStep:
+        gc.collect()
+        counter, model = self.counter, self.step.model
+        for parameter in model.parameters():
+            counter.book(parameter, "parameters")
+        for buffer in model.buffers():
+            counter.book(buffer, "buffers")
+        for tensor in self.step.batch.values():
+            counter.book(tensor, "inputs")
+        self._book_optimizer()
+        for parameter in self.step.applied.trained().values():
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._book_gradient))
+        counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.counter.__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def run(self) -> Observed:
+        """One step, observed."""
+        # Function contexts form cycles which gc would otherwise free at a random moment (MEASURING 5, no. 33).
+        gc.collect()
+        counter = self.counter
+        baseline, saved = counter.total, 0
+        counter.mark("forward")
+        counter.reset()
+
+        def mark(phase: str) -> None:
+            nonlocal saved
+            if phase == "backward":
+                # The loss is the only output that is held; it is not saved for backward.
+                saved = max(saved, counter.total - baseline - counter.block)
+            if phase == "end":
+                self._book_optimizer()
+            counter.mark(phase)
+
+        self.step.run(mark)
+        counter.phase_peaks.pop("end", None)
+        return Observed(baseline, max(saved, 0), dict(counter.phase_peaks), counter.peak, counter.host_peak)
+
+    def _book_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.counter.book(parameter.grad, "gradients")
+
+    def _book_optimizer(self) -> None:
+        for state in self.step.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    self.counter.book(value, "optimizer")
+
+
+def warmup_steps(step: Step, asked: int) -> int:
+    """Steps before the measured ones: at least one where the optimizer keeps state, which the first step creates."""
+    keeps_state = not isinstance(step.optimizer, torch.optim.SGD)
+    return max(asked, int(keeps_state))
+
+
+def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) -> dict[str, Metric]:
+    """Metrics of the counted steps; peaks are the largest over them (MEASURING 3.2). Raises CellFailure (oom)."""
+    with CountedStep(step, limit=limit) as counted:
+        warm = [counted.run() for _ in range(warmup_steps(step, warmup))]
+        measured = [counted.run() for _ in range(steps)]
+    return step_metrics(warm, measured, "counted") | {
+        "host_pinned_peak_bytes": Metric(max(o.host_peak for o in measured), "counted"),
+    }
+
+
+def step_metrics(warm: list[Observed], measured: list[Observed], source: Source) -> dict[str, Metric]:
+    """The step structure and the breakdown at the peak, from observed steps."""
+
+    def over_steps(value: Callable[[Observed], int]) -> Metric:
+        values = [value(observed) for observed in measured]
+        return Metric(max(values), source, n=len(values), min=min(values), max=max(values))
+
+    worst = max(measured, key=lambda observed: observed.peak.total)
+    phases = {name: max(o.phase_peaks.get(name, 0) for o in measured) for name in ("forward", "backward", "optimizer")}
+    first = (warm or measured)[0]
+    drift = (measured[-1].baseline - measured[0].baseline) / max(1, len(measured) - 1)
+    metrics = {
+        "peak_allocated_bytes": Metric(
+            worst.peak.total,
+            source,
+            n=len(measured),
+            min=min(o.peak.total for o in measured),
+            max=worst.peak.total,
+            phases={**phases, "step": worst.peak.total},
+        ),
+        "baseline_allocated_bytes": over_steps(lambda o: o.baseline),
+        "activation_peak_bytes": over_steps(lambda o: o.activation_peak),
+        "saved_bytes": over_steps(lambda o: o.saved),
+        "optimizer_peak_bytes": over_steps(lambda o: o.phase_peaks.get("optimizer", 0)),
+        "first_step_peak_allocated_bytes": Metric(first.peak.total, source),
+        "drift_bytes_per_step": Metric(drift, source),
+        "peak_phase": Metric(worst.peak.phase, source),
+    }
+    for category in CATEGORIES:
+        metrics[f"{category}_bytes"] = Metric(worst.peak.breakdown.get(category, 0), source)
+    metrics["workspace_bytes"] = Metric(0, source)
+    return metrics
+
+
+def parameter_counts(model: nn.Module) -> dict[str, Metric]:
+    """Parameters in total and trained, each once however often it is used."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    return {
+        "parameters_total": Metric(sum(p.numel() for p in parameters), "counted"),
+        "parameters_trainable": Metric(sum(p.numel() for p in trained), "counted"),
+    }

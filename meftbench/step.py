@@ -1,0 +1,151 @@
+"""The one training step that every method runs: forward, loss, backward, optimizer step, zero_grad (DESIGN 4).
+
+No method is named here. What differs between methods is in the model, and in what is entered around its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meftbench.backbones.build import build_model
+from meftbench.methods import Applied, prepare
+from meftbench.plan.cell import Cell
+
+PHASES = ("forward", "backward", "optimizer")
+Mark = Callable[[str], None]
+
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "bf16-autocast": torch.float32}
+
+
+def _unmarked(phase: str) -> None:
+    """The step is not observed."""
+
+
+@dataclass
+class Step:
+    """A model under a method, its optimizer and a resident batch.
+
+    batch: arguments of the model's forward by name, each with B samples in its first dimension.
+    micro_batch_size: samples a forward; losses are weighted so that gradients are those of the whole batch.
+    autocast: dtype of the autocast region around forward and loss; None: no region.
+    phase: the phase that runs now, for whoever must say where something happened.
+    """
+
+    applied: Applied
+    optimizer: torch.optim.Optimizer
+    batch: dict[str, Tensor]
+    micro_batch_size: int
+    device: torch.device
+    autocast: torch.dtype | None = None
+    phase: str = "load"
+
+    @property
+    def model(self) -> nn.Module:
+        return self.applied.model
+
+    @property
+    def batch_size(self) -> int:
+        return len(next(iter(self.batch.values())))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch that are not padding."""
+        return int(self.batch["attention_mask"].sum())
+
+    def run(self, mark: Mark = _unmarked) -> float:
+        """One step; the loss of the batch. `mark` is called with a phase's name when it begins, and with "end"."""
+        loss = self.forward_backward(mark)
+        self._enter("optimizer", mark)
+        self.optimizer.step()
+        # set_to_none: gradients kept as zeros would live through the next forward (MEASURING 5, no. 3).
+        self.optimizer.zero_grad(set_to_none=True)
+        self._enter("end", mark)
+        return float(loss)
+
+    def forward_backward(self, mark: Mark = _unmarked) -> Tensor:
+        """Forward, loss and backward over all micro-batches; gradients are left in the parameters."""
+        total = torch.zeros((), device=self.device)
+        for start in range(0, self.batch_size, self.micro_batch_size):
+            self._enter("forward", mark)
+            loss = self._forward(start)
+            self._enter("backward", mark)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            del loss
+        return total
+
+    def _forward(self, start: int) -> Tensor:
+        stop = min(start + self.micro_batch_size, self.batch_size)
+        samples = {name: tensor[start:stop] for name, tensor in self.batch.items()}
+        with self.applied.around_forward(), self.autocast_region():
+            loss: Tensor = self.model(**samples).loss
+            return loss * ((stop - start) / self.batch_size) if stop - start < self.batch_size else loss
+
+    def autocast_region(self) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return ExitStack()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def _enter(self, phase: str, mark: Mark) -> None:
+        self.phase = phase
+        mark(phase)
+
+
+def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
+    """The step of a cell: everything from its seed, model and method built on the CPU, then moved to `device`.
+
+    padding: share of each sequence that is padding.
+    Raises UserError: the model cannot be loaded, the method does not fit it.
+    """
+    dtype = _DTYPES[cell.precision]
+    model = build_model(
+        cell.model,
+        cell.model_config_overrides,
+        attention=cell.attention_requested,
+        dtype=dtype,
+        seed=cell.seed,
+    )
+    method = "+".join([cell.method, *cell.levers.names()])
+    applied = prepare(model, method, cell.method_params, seed=cell.seed)
+    applied.model.to(device)
+    return Step(
+        applied=applied,
+        optimizer=build_optimizer(cell, list(applied.trained().values())),
+        batch=synthetic_batch(model, cell.batch_size, cell.sequence_length, device, padding, cell.seed),
+        micro_batch_size=cell.micro_batch_size,
+        device=device,
+        autocast=torch.bfloat16 if cell.precision == "bf16-autocast" else None,
+    )
+
+
+def build_optimizer(cell: Cell, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The cell's optimizer; the learning rate is small enough that random labels do not drive weights away."""
+    implementation = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
+    options = implementation[cell.optimizer_impl] if cell.optimizer_impl else {}
+    if cell.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=1e-4, **options)  # type: ignore[arg-type]
+    return torch.optim.AdamW(parameters, lr=1e-4, **options)  # type: ignore[arg-type]
+
+
+def synthetic_batch(
+    model: nn.Module, batch_size: int, sequence_length: int, device: torch.device, padding: float = 0.0, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random tokens and labels from `seed`: input_ids, attention_mask (B, L), labels (B).
+
+    Memory and speed do not depend on the values; a resident batch keeps the loader out of the window.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    reserved = 5 if config.vocab_size > 1000 else 1 + (config.pad_token_id or 0)
+    ids = torch.randint(reserved, config.vocab_size, (batch_size, sequence_length), generator=generator)
+    mask = torch.ones_like(ids)
+    real = max(1, round(sequence_length * (1 - padding)))
+    ids[:, real:] = config.pad_token_id or 0
+    mask[:, real:] = 0
+    labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
+    return {name: t.to(device) for name, t in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
