@@ -71,7 +71,10 @@ def run_cell(measurement: ModuleType, cell: dict[str, Any], protocol: dict[str, 
 def failure(error: BaseException) -> dict[str, Any]:
     """The content of a result file for a cell that ended by `error`: `oom`, or `error` with its traceback."""
     lines = traceback.format_exception(error)
-    detail: dict[str, Any] = {"type": type(error).__name__, "message": str(error)[:MESSAGE_CHARACTERS]}
+    detail: dict[str, Any] = {
+        "type": type(error).__name__,
+        "message": str(error)[:MESSAGE_CHARACTERS] or type(error).__name__,
+    }
     if isinstance(error, CellFailure):
         status, detail = error.status, detail | json.loads(json.dumps(error.detail, default=str))
     elif is_out_of_memory(error):

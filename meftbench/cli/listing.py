@@ -1,2 +1,91 @@
-def list_() -> None:
-    raise SystemExit("not written yet")
+"""`meftbench list`: what a suite may name, and what the numbers mean."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+
+class Kind(StrEnum):
+    methods = "methods"
+    models = "models"
+    suites = "suites"
+    metrics = "metrics"
+    schema = "schema"
+
+
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list; `schema` is the JSON Schema of a suite file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the methods, models, suites or metrics, or print the JSON Schema of a suite file."""
+    content = LISTINGS[kind]()
+    if as_json or kind is Kind.schema:
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, content), default=0)
+    for name, about in content.items():
+        settings = " ".join(f"{key}={value}" for key, value in about.get("settings", {}).items())
+        print(f"{name:<{width}}  {about['summary']}" + (f"\n{'':<{width}}  {settings}" if settings else ""))
+
+
+def methods() -> dict[str, Any]:
+    """Methods with their settings and defaults, then the levers that compose with any of them by `+`."""
+    from meftbench.plan.catalogue import LEVERS, METHODS
+
+    listed: dict[str, Any] = {
+        name: {"summary": method.summary, "settings": method.settings().model_dump(mode="json", by_alias=True)}
+        for name, method in METHODS.items()
+    }
+    return listed | {f"+{name}": {"summary": lever.summary} for name, lever in LEVERS.items()}
+
+
+def models() -> dict[str, Any]:
+    """Named models; `@random` after any of them needs no download."""
+    from meftbench.plan.catalogue import MODELS
+
+    return {name: {"summary": f"{model.summary} ({model.hub})"} for name, model in MODELS.items()}
+
+
+def suites() -> dict[str, Any]:
+    """Suites of ./suites and of the package, with their descriptions."""
+    from pathlib import Path
+
+    from meftbench.plan.strict_yaml import read
+    from meftbench.plan.suite import shipped_suites
+
+    local = {file.stem: file for file in sorted(Path("suites").glob("*.yaml")) if ".budgets" not in file.name}
+    return {
+        name: {"summary": str(read(file).content.get("description", "")), "file": str(file)}
+        for name, file in sorted((shipped_suites() | local).items())
+    }
+
+
+def metrics() -> dict[str, Any]:
+    """Every metric of a record: its unit, its better direction, its meaning."""
+    from meftbench.records.metrics import METRICS
+
+    return {
+        name: {"summary": f"[{kind.unit}, {kind.better}] {kind.meaning}", "unit": kind.unit, "better": kind.better}
+        for name, kind in METRICS.items()
+    }
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a suite file."""
+    from meftbench.plan.suite import SuiteFile
+
+    content = SuiteFile.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | content
+
+
+LISTINGS = {
+    Kind.methods: methods,
+    Kind.models: models,
+    Kind.suites: suites,
+    Kind.metrics: metrics,
+    Kind.schema: schema,
+}

@@ -1,2 +1,183 @@
-def run() -> None:
-    raise SystemExit("not written yet")
+"""`meftbench run`: sweep a suite."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserError, unknown
+
+if TYPE_CHECKING:
+    from meftbench.plan.suite import Suite
+    from meftbench.records.store import Run
+
+RETRYABLE = ("error", "timeout", "oom", "skipped")
+
+
+def run(
+    suite: Annotated[str, typer.Argument(help="A name of `meftbench list suites`, or the path of a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/NAME-TIME]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Finish the run in --out (or the newest of this suite).")
+    ] = False,
+    retry: Annotated[
+        str, typer.Option(metavar="STATUS,...", help="With --resume: try cells again that ended so: error,timeout.")
+    ] = "",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=GLOB,...", help="Only cells that match all parts; given again: or those of another."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Start at most so many cells.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and stop.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cuda or counted, for all cells.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; on CUDA one cell a GPU.")] = 1,
+    gpus: Annotated[str, typer.Option(metavar="I,J,...", help="GPUs to use, as `nvidia-smi` counts them.")] = "",
+    timeout: Annotated[str | None, typer.Option(help="Time allowed for a cell: 90s, 10m.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Fresh processes for a cell.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every start and end, and tracebacks.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop after the first error or timeout.")] = False,
+) -> None:
+    """Run every cell of SUITE, each in a process of its own, and print the comparison.
+
+    Exits 3 if a cell ended in error or timeout (out of memory is a result), 5 if --where matches nothing.
+    """
+    from meftbench.plan.suite import load_suite
+    from meftbench.plan.where import parse_where
+
+    plan = _overridden(load_suite(suite), device, timeout, repeats)
+    chosen, again = parse_where(where or []), _statuses(retry)
+    if dry_run:
+        _print_cells(plan, [cell for cell in plan.cells if chosen(cell)][:limit], as_json)
+        return
+    folder = out or _folder(plan, resume or bool(again))
+    options = {"resume": resume, "retry": again, "where": chosen, "limit": limit, "jobs": jobs, "fail_fast": fail_fast}
+    with _interruptions(suite, folder):
+        finished = _sweep(plan, folder, quiet, verbose, **options, gpu_indices=_indices(gpus))
+    code = CELLS_FAILED if any(r.status in ("error", "timeout") for r in finished.records) else DONE
+    if as_json:
+        print(json.dumps(_summary(finished, code), ensure_ascii=False))
+    else:
+        _print_run(finished)
+    raise typer.Exit(code)
+
+
+def _overridden(suite: Suite, device: str | None, timeout: str | None, repeats: int | None) -> Suite:
+    """The suite with what the command line says instead."""
+    from dataclasses import replace
+
+    from meftbench.plan.suite import parse_device
+    from meftbench.runner import gpus
+    from meftbench.units import parse_duration
+
+    changes: dict[str, Any] = {}
+    if timeout is not None:
+        try:
+            changes["timeout"] = parse_duration(timeout)
+        except ValueError as error:
+            raise UserError("--timeout", str(error).partition(";")[0], "write 600s, 10m or 1h") from None
+        if changes["timeout"] <= 0:
+            raise UserError("--timeout", f"{timeout} leaves no time", "write 600s, 10m or 1h")
+    if repeats is not None:
+        changes["repeats"] = repeats
+    if changes:
+        suite = replace(suite, protocol=suite.protocol.model_copy(update=changes))
+    if device is None:
+        return suite
+    if device == "auto":
+        return suite.on("counted" if gpus.read().absent else "cuda")
+    return suite.on(parse_device("--device", device))
+
+
+def _statuses(text: str) -> frozenset[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in RETRYABLE:
+            raise unknown("--retry", "status", name, RETRYABLE)
+    return frozenset(names)
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(index) for index in text.split(",") if index.strip()))
+    except ValueError:
+        raise UserError("--gpus", f"{text!r} is not a list of indices", "write 0 or 0,1") from None
+
+
+def _folder(suite: Suite, resume: bool) -> Path:
+    from meftbench.runner.folder import default_folder, latest_folder
+
+    return latest_folder(suite) if resume else default_folder(suite.name)
+
+
+@contextmanager
+def _interruptions(suite: str, folder: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the sweep with 130 and 143, and a line that says how to go on."""
+
+    def terminate(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        cure = f"`meftbench run {suite} --out {folder} --resume` goes on"
+        print(f"meftbench: interrupted: finished records are kept in {folder}; {cure}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED if isinstance(end, KeyboardInterrupt) else TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sweep(suite: Suite, folder: Path, quiet: bool, verbose: bool, **options: Any) -> Run:
+    from meftbench.cli.progress import progress
+    from meftbench.runner import run_suite
+
+    with progress(quiet, verbose) as tell:
+        return run_suite(suite, folder, **options, on_event=tell)
+
+
+def _print_cells(suite: Suite, cells: list[Any], as_json: bool) -> None:
+    from meftbench.errors import NOTHING_MATCHED
+
+    if not cells:
+        raise UserError("--where", f"none of the {len(suite.cells)} cells matches", "change it", NOTHING_MATCHED)
+    repeats = {cell.cell_id: suite.protocol.repeats_on(cell.device) for cell in cells}
+    if as_json:
+        listed = [{"cell_id": c.cell_id, "label": c.label, "device": c.device} for c in cells]
+        content = {"suite": suite.name, "suite_id": suite.suite_id, "cells": listed, "processes": sum(repeats.values())}
+        print(json.dumps(content, ensure_ascii=False))
+        return
+    for cell in cells:
+        print(f"{cell.cell_id}  {cell.device:<8} {cell.label}")
+    print(f"{len(cells)} cells, {sum(repeats.values())} processes; nothing was run")
+
+
+def _summary(run: Run, code: int) -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "run_id": run.run_id,
+        "suite": run.name,
+        "suite_id": run.suite["suite_id"],
+        "counts": dict(Counter(record.status for record in run.records)),
+        "exit_code": code,
+        "records": [record.to_json() for record in run.records],
+    }
+
+
+def _print_run(run: Run) -> None:
+    from meftbench.records.store import BUDGETS
+    from meftbench.report.summary import print_summary
+
+    print_summary(run)
+    print(f"\nrun folder: {run.path}")
+    print(f"next: meftbench report {run.path} · meftbench show {run.path} CELL", end="")
+    print(f" · meftbench check {run.path}" if (run.path / BUDGETS).is_file() else "")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pynvml
+
 from meftbench.errors import NOT_COMPARABLE, UserError
 
 
@@ -23,11 +25,7 @@ class Gpus:
 
 def read(nvml: Any = None) -> Gpus:
     """Ask the driver through `pynvml`, or through `nvml`, which stands in for that module."""
-    if nvml is None:
-        try:
-            import pynvml as nvml
-        except ImportError as error:
-            return Gpus(absent=f"pynvml cannot be imported ({error})")
+    nvml = nvml or pynvml
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:

@@ -158,6 +158,16 @@ def _execute(
         sweep.go(worker, writer, suite, identity, threads, host.available_bytes() // parallel)
     finally:
         worker.close()
+        _tidy(logs)
+
+
+def _tidy(logs: Path) -> None:
+    """Leave only the logs that say something."""
+    for log in logs.glob("*.log"):
+        if log.stat().st_size == 0:
+            log.unlink()
+    if not any(logs.iterdir()):
+        logs.rmdir()
 
 
 @dataclass

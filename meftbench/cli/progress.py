@@ -1,0 +1,142 @@
+"""What a sweep tells while it runs, on stderr: a bar with ETA on a terminal, a line a cell elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from types import TracebackType
+from typing import Any
+
+from meftbench.records.record import Record
+from meftbench.runner import Ended, Event, Noted, Started
+from meftbench.units import format_bytes, format_duration
+
+_COLOUR = {"ok": "green", "oom": "yellow", "timeout": "red", "error": "red", "skipped": "dim"}
+
+
+def line(event: Ended) -> str:
+    """`[ 3/20] ok  bert-tiny@random/lora/b8/s128  activation 12.3 MiB counted  1.2 s`"""
+    width = len(str(event.total))
+    return f"[{event.done:>{width}}/{event.total}] {event.record.status:<7} {ending(event.record)}"
+
+
+def ending(record: Record) -> str:
+    """A record in a line: which cell, its activation memory or what went wrong, and how long it took."""
+    name = f"{record.label} #{record.repeat}" if record.repeat else record.label
+    if record.status == "skipped":
+        return f"{name}  {record.status_detail.get('message', '')}"
+    return f"{name}  {_found(record)}  {format_duration(record.wall_s)}"
+
+
+def _found(record: Record) -> str:
+    detail = record.status_detail
+    if record.status == "ok":
+        metric = record.metrics.get("activation_peak_bytes")
+        if metric is None or not isinstance(metric.value, int | float):
+            return "activation not taken"
+        return f"activation {format_bytes(metric.value)} {metric.source}"
+    if record.status == "oom" and "requested_bytes" in detail:
+        return f"asked for {format_bytes(detail['requested_bytes'])} more"
+    kind, message = str(detail.get("type", "")), " ".join(str(detail.get("message", "")).split())
+    return f"{kind}: {message}"[:200]
+
+
+class Plain:
+    """A line a cell. verbose: tracebacks, too."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Ended():
+                self.say(line(event))
+                if self.verbose and "traceback" in event.record.status_detail:
+                    self.say(str(event.record.status_detail["traceback"]).rstrip())
+            case Noted():
+                self.say(f"note: {event.text}")
+            case Started():
+                if self.verbose:
+                    self.say(f"start {event.cell.label}")
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A bar with counts, ETA and the last result; failures stay above it. verbose: every cell does."""
+
+    def __init__(self, verbose: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.verbose = verbose
+        self.counts: Counter[str] = Counter()
+        self.console = Console(stderr=True, highlight=False)
+        self.progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[counts]}"),
+            TextColumn("{task.fields[last]}", markup=False),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("", total=None, counts="", last="the worker is starting")
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._update(event.done, event.total, last=event.cell.label)
+            case Ended():
+                self.counts[event.record.status] += 1
+                if self.verbose or event.record.status in ("error", "timeout"):
+                    self._print(line(event))
+                if self.verbose and "traceback" in event.record.status_detail:
+                    self._print(str(event.record.status_detail["traceback"]).rstrip())
+                self._update(event.done, event.total, last=f"{event.record.status}  {ending(event.record)}")
+            case Noted():
+                self._print(f"note: {event.text}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def _update(self, done: int, total: int, **fields: Any) -> None:
+        counts = " ".join(f"[{_COLOUR[status]}]{n} {status}[/]" for status, n in self.counts.items())
+        self.progress.update(self.task, completed=done, total=total, counts=counts, **fields)
+
+
+class Silent:
+    """Nothing at all."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def __call__(self, event: Event) -> None:
+        return
+
+
+def progress(quiet: bool, verbose: bool) -> Bar | Plain | Silent:
+    """The way to tell that fits stderr: a bar on a terminal, plain lines in a log or where `CI` is set."""
+    if quiet:
+        return Silent()
+    return Bar(verbose) if sys.stderr.isatty() and not os.environ.get("CI") else Plain(verbose)
