@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from meftbench.methods import apply_method as apply_method
     from meftbench.records.store import load_run as load_run
     from meftbench.runner import run_suite as run_suite
-    from meftbench.step import measure as measure
+    from meftbench.measurement import measure as measure
 
 # Resolved on first use, so that `import meftbench` and the command line do not import torch.
 _HOMES = {
     "apply_method": "meftbench.methods",
-    "measure": "meftbench.step",
+    "measure": "meftbench.measurement",
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",
 }

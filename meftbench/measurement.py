@@ -1,0 +1,192 @@
+"""The passes of one cell: build, memory, throughput, fidelity, each in its own window (DESIGN 4)."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meftbench.backbones.build import revision_of
+from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
+from meftbench.methods import Applied
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol
+from meftbench.probes.fidelity import measure_fidelity, measure_shift
+from meftbench.probes.levers import check_levers
+from meftbench.probes.memory_counted import CountedStep, count_memory, parameter_counts
+from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
+from meftbench.probes.nvml import DeviceReading, open_device
+from meftbench.probes.speed import time_steps
+from meftbench.records.record import Metric
+from meftbench.step import Step, build_step
+
+# An allocation that fails under these names is a full device in disguise (MEASURING 4).
+_DISGUISED_OOM = ("CUDNN_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+@dataclass
+class Outcome:
+    """What measuring a cell gave. observed: fields of the record's `cell` that only a run can tell."""
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
+
+
+def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
+    """Build the cell and run the protocol's passes.
+
+    Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built, no such device).
+    """
+    device = _device(cell, protocol)
+    outcome = Outcome()
+    torch.manual_seed(cell.seed)
+    begin = time.perf_counter()
+    with _oom_is_a_result("load"):
+        step = build_step(cell, device, protocol.padding)
+    outcome.metrics["build_s"] = Metric(time.perf_counter() - begin, "measured")
+    outcome.metrics |= parameter_counts(step.model)
+    outcome.observed["model_revision"] = revision_of(step.model)
+    begin = time.perf_counter()
+    with _oom_is_a_result(step):
+        _memory_and_speed(step, cell, protocol, outcome)
+        if "reconstruction" in protocol.passes:
+            outcome.metrics |= measure_fidelity(step)
+            del step
+            gc.collect()
+            outcome.metrics["starting_point_shift"] = measure_shift(cell, device, protocol.padding)
+    outcome.metrics["passes_s"] = Metric(time.perf_counter() - begin, "measured")
+    outcome.metrics |= _host_peak()
+    return outcome
+
+
+def _memory_and_speed(step: Step, cell: Cell, protocol: Protocol, outcome: Outcome) -> None:
+    reading = _reading(step.device)
+    if "memory" in protocol.passes:
+        if step.device.type == "cuda":
+            memory = measure_memory(step, protocol.warmup, protocol.steps, TorchAllocator(), reading)
+        else:
+            memory = count_memory(step, protocol.warmup, protocol.steps, protocol.memory_limit)
+        outcome.metrics |= memory
+    if "throughput" in protocol.passes:
+        outcome.metrics |= time_steps(step, protocol.warmup, protocol.steps)
+        if reading is not None:
+            outcome.metrics |= reading.conditions()
+    if not {"memory", "throughput"} & set(protocol.passes):
+        step.run()
+    with CountedStep(step) as counted:
+        outcome.metrics |= check_levers(step, cell)
+    # sdpa takes the fused operator it can, and falls to plain products (math) without a word.
+    fused = sorted(counted.counter.attention_kernels)
+    used = f"sdpa: {', '.join(fused) or 'math'}" if cell.attention_requested == "sdpa" else cell.attention_requested
+    outcome.observed["attention_used"] = used
+
+
+def _device(cell: Cell, protocol: Protocol) -> torch.device:
+    if cell.device == "counted":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(cell.label, "no CUDA device is available", "use --device counted", NOT_COMPARABLE)
+    device = torch.device("cuda", 0)
+    if protocol.memory_limit is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, protocol.memory_limit / total), device)
+    return device
+
+
+def _reading(device: torch.device) -> DeviceReading | None:
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return open_device(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+
+
+@contextmanager
+def _oom_is_a_result(where: Step | str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        text = str(error)
+        is_oom = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_oom and not any(sign in text for sign in _DISGUISED_OOM):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([0-9.]+) ?(bytes|KiB|MiB|GiB)", text)
+        scale = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (None, None)
+        raise CellFailure(
+            "oom",
+            type=type(error).__name__,
+            message=text.splitlines()[0] if text else "out of memory",
+            phase=where if isinstance(where, str) else where.phase,
+            requested_bytes=round(float(asked[1]) * scale[asked[2]]) if asked else None,
+            free_bytes=free,
+            capacity_bytes=total,
+        ) from error
+
+
+def _host_peak() -> dict[str, Metric]:
+    if platform.system() == "Windows":
+        return {"host_rss_peak_bytes": Metric(None, "measured", absent="not known on Windows")}
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host_rss_peak_bytes": Metric(peak, "measured")}
+
+
+def measure(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    micro_batch_size: int | None = None,
+    warmup: int = 1,
+    steps: int = 3,
+) -> dict[str, Metric]:
+    """Memory of training steps of your own model, on the device it is on: counted on CPU, measured on CUDA.
+
+    batch: arguments of the model's forward by name, `labels` among them, first dimension the samples; the model
+        returns an object with `loss`.  optimizer: AdamW over the trained parameters if None.
+    The parameters are trained for warmup + steps steps: measure a copy, or before training.
+
+    >>> metrics["activation_peak_bytes"].value  # doctest: +SKIP
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = next(model.parameters()).device
+    step = Step(
+        applied=Applied(model),
+        optimizer=optimizer or torch.optim.AdamW(trained, lr=1e-5),
+        batch=batch,
+        micro_batch_size=micro_batch_size or len(next(iter(batch.values()))),
+        device=device,
+    )
+    sizes = parameter_counts(model)
+    if device.type == "cuda":
+        return sizes | measure_memory(step, warmup, steps, TorchAllocator(), _reading(device))
+    return sizes | count_memory(step, warmup, steps)
+
+
+def describe() -> dict[str, Any]:
+    """What this torch is and how its backends are set, for environment.json; does not initialise CUDA."""
+    return {
+        "torch": torch.__version__,
+        "torch_git": torch.version.git_version,
+        "torch_cuda": torch.version.cuda,
+        "torch_hip": torch.version.hip,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "allow_tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "allow_tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "sdp_flash": torch.backends.cuda.flash_sdp_enabled(),
+        "sdp_memory_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "sdp_math": torch.backends.cuda.math_sdp_enabled(),
+    }

@@ -1,0 +1,170 @@
+"""Is what backward recomputes what forward computed, and are the gradients right? (DESIGN 4, 3.2, 3.3)"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from meftbench.plan.cell import Cell
+from meftbench.records.record import Metric
+from meftbench.reversible import ReversibleStack
+from meftbench.step import Step, build_step
+
+
+@dataclass
+class StreamErrors:
+    """Observer of a ReversibleStack: holds the true streams of the forward pass against the recomputed ones.
+
+    relative: per block, [first stream, second stream]: ‖recomputed − true‖ / ‖true‖, in float64.
+    largest: the largest absolute difference.  nonfinite: NaN and infinite elements met in recomputed streams.
+    """
+
+    blocks: int
+    true: dict[int, list[Tensor]] = field(default_factory=dict)
+    relative: dict[int, list[float]] = field(default_factory=dict)
+    largest: float = 0.0
+    nonfinite: int = 0
+
+    def __call__(self, direction: str, block: int, streams: list[Tensor]) -> None:
+        if direction == "forward":
+            self.true[block] = [stream.detach().clone() for stream in streams]
+            return
+        errors = []
+        for recomputed, true in zip(streams, self.true.pop(block), strict=True):
+            difference = recomputed.double() - true.double()
+            errors.append(_ratio(float(difference.norm()), float(true.double().norm())))
+            absolute = float(difference.abs().max())
+            self.largest = absolute if math.isnan(absolute) else max(self.largest, absolute)
+            self.nonfinite += int((~torch.isfinite(recomputed)).sum())
+        self.relative[block] = errors
+
+
+def _ratio(error: float, size: float) -> float:
+    return 0.0 if error == 0 else error / size if size else math.inf
+
+
+def starting_point_shift(h_BLD: Tensor, reference_BLD: Tensor) -> float:
+    """How far an untrained method moves the model: ‖h − h₀‖ / ‖h₀‖, in float64. 0.0: not at all.
+
+    h_BLD, reference_BLD: last hidden states (B, L, D).
+    Unlike a task score before training, this sees the representation itself.
+
+    Raises ValueError if the shapes differ or the reference is all zero.
+    Source: DESIGN 3.2.
+    """
+    if h_BLD.shape != reference_BLD.shape:
+        raise ValueError(f"shapes (B, L, D) differ: {tuple(h_BLD.shape)} and {tuple(reference_BLD.shape)}")
+    size = float(reference_BLD.double().norm())
+    if size == 0:
+        raise ValueError("the reference is all zero")
+    return float((h_BLD.double() - reference_BLD.double()).norm()) / size
+
+
+def last_hidden_state(step: Step) -> Tensor:
+    """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
+    model = step.model
+    base = getattr(model, "get_base_model", lambda: model)()
+    base = getattr(base, base.base_model_prefix)
+    inputs = {name: tensor for name, tensor in step.batch.items() if name != "labels"}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), step.autocast_region():
+            hidden: Tensor = base(**inputs).last_hidden_state
+    finally:
+        model.train(training)
+    return hidden
+
+
+def measure_shift(cell: Cell, device: torch.device, padding: float) -> Metric:
+    """Starting-point shift of the cell's method, adapters at zero, on the cell's batch."""
+    plain = cell.model_copy(update={"method": "full", "method_params": {}, "levers": type(cell.levers)()})
+    if cell.method == "full":
+        return Metric(0.0, "measured")
+    reference = last_hidden_state(build_step(plain, device, padding))
+    step = build_step(cell, device, padding)
+    step.applied.zero_adapters()
+    return Metric(starting_point_shift(last_hidden_state(step), reference), "measured")
+
+
+def measure_fidelity(step: Step) -> dict[str, Metric]:
+    """Reconstruction error of the recomputed streams, and gradient error against ordinary autograd.
+
+    Both passes draw the same random numbers; the second runs the same equations with everything cached.
+    The optimizer is not stepped; gradients are left cleared.
+    """
+    applied, stacks = step.applied, step.applied.stacks
+    if not applied.recomputes:
+        reason = "nothing is recomputed in backward"
+        names = ("reconstruction_rel_max", "gradient_rel_max", "gradient_cosine_min")
+        return {name: Metric(None, "measured", absent=reason) for name in names}
+    observers = [StreamErrors(len(stack.blocks)) for stack in stacks]
+    reversing = [stack for stack in stacks if stack.activations == "reverse"]
+    for stack, observer in zip(stacks, observers, strict=True):
+        stack.observer = observer if stack in reversing else None
+    try:
+        loss, gradients = _gradients(step)
+    finally:
+        for stack in stacks:
+            stack.observer = None
+    with applied.ordinary():
+        loss_true, gradients_true = _gradients(step)
+    return {
+        **_reconstruction(reversing, observers),
+        **_gradient_errors(gradients, gradients_true),
+        "loss_abs_diff": Metric(abs(loss - loss_true), "measured"),
+        "overflow_events": Metric(sum(observer.nonfinite for observer in observers), "measured"),
+    }
+
+
+def _reconstruction(stacks: list[ReversibleStack], observers: list[StreamErrors]) -> dict[str, Metric]:
+    if not stacks:
+        absent = Metric(None, "measured", absent="activations are checkpointed, not reconstructed from outputs")
+        return {"reconstruction_rel_max": absent}
+    relative = [observer.relative[block] for observer in observers for block in sorted(observer.relative)]
+    flat = [error for errors in relative for error in errors]
+    return {
+        "reconstruction_rel": Metric(relative, "measured"),
+        "reconstruction_rel_max": Metric(_worst(flat), "measured"),
+        "reconstruction_abs_max": Metric(_worst([observer.largest for observer in observers]), "measured"),
+    }
+
+
+def _gradients(step: Step) -> tuple[float, dict[str, Tensor]]:
+    with torch.random.fork_rng(devices=[step.device] if step.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        loss = float(step.forward_backward())
+    parameters = step.applied.trained()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in parameters.items()
+    }
+    step.optimizer.zero_grad(set_to_none=True)
+    return loss, gradients
+
+
+def _gradient_errors(gradients: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, Metric]:
+    relative, cosine = [], []
+    for name, expected in true.items():
+        found, expected = gradients[name].double(), expected.double()
+        size, of_found = float(expected.norm()), float(found.norm())
+        if size == 0 and of_found == 0:
+            continue
+        relative.append(_ratio(float((found - expected).norm()), size))
+        product = float((found * expected).sum())
+        cosine.append(product / (size * of_found) if size * of_found else 0.0)
+    if not relative:
+        absent = Metric(None, "measured", absent="every gradient is zero")
+        return {"gradient_rel_max": absent, "gradient_cosine_min": absent}
+    lowest = math.nan if any(math.isnan(c) for c in cosine) else min(cosine)
+    return {
+        "gradient_rel_max": Metric(_worst(relative), "measured"),
+        "gradient_cosine_min": Metric(min(1.0, lowest) if not math.isnan(lowest) else lowest, "measured"),
+    }
+
+
+def _worst(values: list[float]) -> float:
+    """The largest value; nan if any is nan (max would depend on the order)."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)

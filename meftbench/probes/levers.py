@@ -1,0 +1,74 @@
+"""Did what was asked for happen? Observed on one step, after training has begun (DESIGN 4, MEASURING 2, want 8)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from meftbench.errors import CellFailure
+from meftbench.methods.levers import Offload
+from meftbench.plan.cell import Cell
+from meftbench.records.record import Metric
+from meftbench.step import Step
+
+
+def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
+    """What one forward and backward shows of the cell's levers; gradients are left cleared.
+
+    To be called when the optimizer has stepped at least once: before, LoRA's first factor has no gradient.
+    Raises CellFailure (error: lever-not-engaged) where the step contradicts the cell.
+    """
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: calls.update([step.phase]))
+        for module in step.model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    offload: Any = step.applied.around_forward
+    if isinstance(offload, Offload):
+        offload.reset()
+    try:
+        step.forward_backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ratio = (calls["forward"] + calls["backward"]) / calls["forward"]
+    moved = offload.moved_bytes if isinstance(offload, Offload) else 0
+    zero = _check_gradients(step)
+    step.optimizer.zero_grad(set_to_none=True)
+    if cell.levers.checkpoint and calls["backward"] == 0:
+        raise _not_engaged("checkpoint", "no layer ran again in backward")
+    if step.applied.recomputes and calls["backward"] == 0:
+        raise _not_engaged(cell.method, "no layer ran again in backward")
+    if not step.applied.recomputes and calls["backward"]:
+        raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
+    if cell.levers.offload and moved == 0:
+        raise _not_engaged("offload", "no byte was moved to the host")
+    return {
+        "forward_calls_ratio": Metric(ratio, "measured"),
+        "offloaded_bytes": Metric(moved, "counted"),
+        "zero_grad_tensors": Metric(zero, "measured"),
+    }
+
+
+def _check_gradients(step: Step) -> int:
+    """Count of trained tensors whose gradient is all zero; an absent one, or one on a frozen tensor, is an error."""
+    zero = []
+    for name, parameter in step.model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            raise _not_engaged("training", f"{name} is trained and got no gradient")
+        if not parameter.requires_grad and parameter.grad is not None:
+            raise _not_engaged("freezing", f"{name} is frozen and got a gradient")
+        if parameter.grad is not None and not parameter.grad.any():
+            zero.append(name)
+    # Softmax does not see a constant added to all scores: the true gradient of a key's bias is zero.
+    unexplained = [name for name in zero if not name.endswith("key.bias")]
+    if unexplained:
+        raise _not_engaged("training", f"the gradient of {unexplained[0]} is all zero ({len(unexplained)} such tensors)")
+    return len(zero)
+
+
+def _not_engaged(lever: str, fact: str) -> CellFailure:
+    return CellFailure("error", type="lever-not-engaged", message=f"{lever}: {fact}")

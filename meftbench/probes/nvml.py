@@ -1,0 +1,94 @@
+"""What the driver says of a GPU, through NVML: memory of processes, clocks, temperature.
+
+Never a crash and never a zero for "unknown": containers, MIG and WDDM hide some of it, and then the metric is absent
+with the reason (MEASURING 5, no. 34).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from meftbench.records.record import Metric
+
+
+class DeviceReading:
+    """NVML's view of one device.
+
+    nvml: the pynvml module (tests give a double), initialised.  uuid: "GPU-...", since NVML's indices are not
+    those of CUDA_VISIBLE_DEVICES.
+    """
+
+    def __init__(self, nvml: Any, uuid: str) -> None:
+        self._nvml = nvml
+        self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+
+    def memory(self) -> dict[str, Metric]:
+        """process_device_bytes, device_used_bytes, device_shared."""
+        nvml = self._nvml
+        try:
+            processes = nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except nvml.NVMLError as error:
+            absent = _absent(f"NVML: {error}")
+            return {"process_device_bytes": absent, "device_shared": absent, "device_used_bytes": self._used()}
+        own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+        if not own:
+            # Inside a container NVML reports host process ids, and ours is not among them.
+            process = _absent("NVML does not list this process (a container's process ids differ)")
+            shared = _absent("NVML does not list this process, so others cannot be told apart")
+        else:
+            process = _absent("NVML does not tell memory per process here") if own[0] is None else _number(own[0])
+            shared = _number(int(len(processes) > 1))
+        return {"process_device_bytes": process, "device_used_bytes": self._used(), "device_shared": shared}
+
+    def conditions(self) -> dict[str, Metric]:
+        """clocks_mhz, temperature_c, power_w, throttle_reasons."""
+        nvml, handle = self._nvml, self._handle
+        return {
+            "clocks_mhz": self._read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+            "temperature_c": self._read(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            "power_w": self._read(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+            "throttle_reasons": self._read(lambda: self._throttling()),
+        }
+
+    def _throttling(self) -> list[str]:
+        nvml = self._nvml
+        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)
+        names = {
+            "power cap": nvml.nvmlClocksThrottleReasonSwPowerCap,
+            "hardware slowdown": nvml.nvmlClocksThrottleReasonHwSlowdown,
+            "thermal, software": nvml.nvmlClocksThrottleReasonSwThermalSlowdown,
+            "thermal, hardware": nvml.nvmlClocksThrottleReasonHwThermalSlowdown,
+            "power brake": nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+        }
+        return [name for name, bit in names.items() if bits & bit]
+
+    def _used(self) -> Metric:
+        nvml = self._nvml
+        # Version 1 of the call counts what the driver reserves as used.
+        return self._read(lambda: nvml.nvmlDeviceGetMemoryInfo(self._handle, version=nvml.nvmlMemory_v2).used)
+
+    def _read(self, query: Any) -> Metric:
+        try:
+            return _number(query())
+        except self._nvml.NVMLError as error:
+            return _absent(f"NVML: {error}")
+
+
+def open_device(uuid: str) -> DeviceReading | None:
+    """NVML's view of the device; None where NVML is not there or does not know it."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return DeviceReading(pynvml, uuid)
+    except pynvml.NVMLError:
+        return None
+
+
+def _number(value: Any) -> Metric:
+    return Metric(value, "measured")
+
+
+def _absent(why: str) -> Metric:
+    return Metric(None, "measured", absent=why)
