@@ -1,2 +1,82 @@
-def check() -> None:
-    raise SystemExit("not written yet")
+"""`meftbench check`."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meftbench.cli.options import RunFolder, emit
+from meftbench.errors import UserError
+from meftbench.records.store import BUDGETS, Run
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+    github = "github"
+    junit = "junit"
+    markdown = "markdown"
+
+
+class MissingPolicy(StrEnum):
+    error = "error"
+    warn = "warn"
+    ignore = "ignore"
+
+
+def check(
+    run: RunFolder,
+    budget: Annotated[Path | None, typer.Option(help="Budgets file; default: that of the suite.")] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Set each max to the run's value, and show the diff.")
+    ] = False,
+    missing: Annotated[
+        MissingPolicy | None, typer.Option(help="Rows without a cell, cells without the number.")
+    ] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Run that rows with `baseline: true` grow from.")] = None,
+    format_: Annotated[Format, typer.Option("--format")] = Format.text,
+    output: Annotated[Path | None, typer.Option(help="Write there instead of to stdout.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
+) -> None:
+    """Hold RUN against its memory budgets.
+
+    Exits 0 if all are held, 1 if one is exceeded (a cell that ran out of memory exceeds it), 3 if a bounded cell
+    failed, 4 if a row is for another environment, 5 if a row matches no cell or a number is missing.
+    """
+    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.report.formats import append_step_summary, render_verdicts, verdicts_markdown
+    from meftbench.verdicts.budgets import load_budgets
+    from meftbench.verdicts.judge import exit_code, judge
+    from meftbench.verdicts.update import updated
+
+    loaded = load_run(run)
+    warn_if_torn(loaded)
+    budgets = load_budgets(budget or budgets_file(loaded))
+    if update:
+        change = updated(loaded, budgets)
+        change.write()
+        emit("\n".join([*filter(None, [change.diff().rstrip("\n")]), *change.kept]) or "nothing to update", output)
+        return
+    before = load_run(baseline) if baseline else None
+    verdicts = judge(loaded, budgets, before, missing.value if missing else None)
+    emit(render_verdicts(verdicts, Format.json if as_json else format_, loaded.name), output)
+    if format_ is Format.github:
+        append_step_summary(verdicts_markdown(verdicts), f"Memory budgets of {loaded.name}")
+    raise typer.Exit(exit_code(verdicts))
+
+
+def budgets_file(run: Run) -> Path:
+    """The file that the suite names where it still is, else the copy in the run folder. Raises UserError.
+
+    The file itself comes first: annotations name it, and --update has to change it.
+    """
+    named = run.suite.get("budgets")
+    if named and Path(str(named)).is_file():
+        return Path(os.path.relpath(str(named))) if Path(str(named)).is_relative_to(Path.cwd()) else Path(str(named))
+    if (run.path / BUDGETS).is_file():
+        return run.path / BUDGETS
+    raise UserError(str(run.path), "its suite names no budgets", "name a file with --budget")

@@ -1,2 +1,32 @@
-def show() -> None:
-    raise SystemExit("not written yet")
+"""`meftbench show`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from meftbench.cli.options import RunFolder
+
+
+def show(
+    run: RunFolder,
+    cell: Annotated[str | None, typer.Argument(help="Start of a cell_id, or a glob on the label.")] = None,
+    traceback: Annotated[bool, typer.Option("--traceback", help="With the traceback of a cell that failed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The records as JSON, one a line.")] = False,
+) -> None:
+    """Show the table of RUN, or everything about one CELL of it."""
+    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.report.detail import find_records, print_records
+    from meftbench.report.summary import print_summary
+
+    loaded = load_run(run)
+    warn_if_torn(loaded)
+    if as_json:
+        records = find_records(loaded, cell) if cell else loaded.records
+        print("\n".join(json.dumps(record.to_json(), ensure_ascii=False) for record in records))
+    elif cell:
+        print_records(loaded, find_records(loaded, cell), traceback)
+    else:
+        print_summary(loaded)

@@ -117,9 +117,11 @@ def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
         ax.text(starts[method] + largest * 0.01, place, text, va="center", fontsize=8)
     known = sorted({row["peak_allocated_bytes_source"] for row in rows.values() if row["peak_allocated_bytes"]})
     ax.set(xlabel=f"memory at the peak of a step ({unit}, {' and '.join(known) or 'none measured'})")
-    ax.set_xlim(0, largest * 1.12 or 1)
+    ax.set_xlim(0, largest * 1.14 or 1)
+    ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_yticks(range(len(order)), order)
-    ax.invert_yaxis()
+    # One method alone would fill the panel with its bar.
+    ax.set_ylim(max(len(order), 4) - 0.5, -0.5)
     _legend_beside(ax)
 
 
@@ -184,6 +186,8 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
     speed = " and ".join(sorted({row["tokens_per_s_source"] for row in rows})) or "none"
     ax.set(xlabel=f"peak allocated ({unit}, {memory})", ylabel=f"tokens/s ({speed})")
     ax.margins(0.12)
+    ax.yaxis.set_major_formatter("{x:,.10g}")
+    ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.grid(True, color="#DDDDDD", linewidth=0.6)
     points = [(row["peak_allocated_bytes"] / size, row["tokens_per_s"]) for row in rows]
     names = [f"{row['method']}{' (dominated)' if loses else ''}" for row, loses in zip(rows, beaten, strict=True)]
@@ -253,7 +257,7 @@ def _legend_beside(ax: Axes, title: str | None = None) -> None:
     handles, _ = ax.get_legend_handles_labels()
     if handles:
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8, title=title,
-                  title_fontsize=8, borderaxespad=0.0, handlelength=3.0)  # fmt: skip
+                  title_fontsize=8, alignment="left", borderaxespad=0.0, handlelength=3.0)  # fmt: skip
 
 
 def _label_beside(ax: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
@@ -276,4 +280,6 @@ def _label_beside(ax: Axes, points: list[tuple[float, float]], names: list[str])
     for index, height in zip(order, heights, strict=True):
         ax.annotate(names[index], points[index], xytext=(1.04, height), textcoords="axes fraction", va="center",
                     fontsize=8, annotation_clip=False,
-                    arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6})  # fmt: skip
+                    color="#777777" if names[index].endswith("(dominated)") else "black",
+                    arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6,
+                                "relpos": (0.0, 0.5)})  # fmt: skip

@@ -8,56 +8,55 @@ from typing import Any
 
 from meftbench.records.store import Run
 
-# What differs between any two runs and says nothing about the machine.
-_PASSING = (
-    "environment_id",
-    "started_at",
-    "finished_at",
-    "date",
-    "time",
-    "hostname",
-    "host",
-    "git",
-    "pid",
-    "captured_at",
-)
-
 
 def environment_names(run: Run) -> list[str]:
-    """What a row's `environment` may match: the id, the name if it has one, and GPU-cuVERSION (`h200-cu130`)."""
-    ids = {record.environment_id for record in run.records}
-    names = [*sorted(ids), *(str(run.environment[key]) for key in ("environment_id", "name") if key in run.environment)]
-    gpu = find(run.environment, "gpu_name", "name", within=("gpu", "gpus", "device", "cuda"))
-    cuda = find(run.environment, "cuda", "build_cuda", "cuda_version", within=("torch", "versions"))
-    if isinstance(gpu, str):
-        short = re.sub(r"nvidia|geforce|tesla|\(.*?\)", "", gpu.lower()).split()
-        slug = "-".join(short) or gpu.lower()
-        names += [slug, *([f"{slug}-cu{re.sub('[^0-9]', '', cuda)}"] if isinstance(cuda, str) else [])]
-    return names
+    """What a row's `environment` may match: the ids of the records, then GPU and GPU-cuVERSION (`h200`, `h200-cu130`).
+
+    Without a GPU: `cpu`.
+    """
+    names = sorted({record.environment_id for record in run.records})
+    gpu = gpu_name(run.environment)
+    if gpu is None:
+        return [*names, "cpu"]
+    words = re.sub(r"nvidia|geforce|tesla|\(.*?\)", "", gpu.lower()).split()
+    slug = "-".join(words) or gpu.lower()
+    cuda = str(_mapping(run.environment, "torch").get("cuda") or "").replace(".", "")
+    return [*names, words[0] if words else slug, slug, *([f"{words[0]}-cu{cuda}"] if cuda and words else [])]
 
 
-def find(content: Any, *keys: str, within: tuple[str, ...] = ()) -> Any:
-    """The first of `keys` that holds something, at the top or below one of `within` (a mapping, or a list of them)."""
-    if not isinstance(content, dict):
-        return None
-    places: list[Any] = [content[name] for name in within if name in content]
-    places = [place[0] if isinstance(place, list) and place else place for place in places]
-    for place in [*places, content]:
-        for key in keys:
-            if isinstance(place, dict) and place.get(key) not in (None, "", {}, []):
-                return place[key]
-    return None
+def gpu_name(environment: dict[str, Any]) -> str | None:
+    """Name of the first GPU; None where there was none."""
+    devices = _mapping(environment, "gpus").get("devices")
+    first = devices[0] if isinstance(devices, list) and devices else None
+    return str(first["name"]) if isinstance(first, dict) and first.get("name") else None
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """The machine in words: its GPU if it has one, processor, cores."""
+    host = _mapping(environment, "host")
+    cores = f"{host['cores']} cores" if host.get("cores") else ""
+    parts = [gpu_name(environment), host.get("cpu") or host.get("machine"), cores]
+    return ", ".join(str(part) for part in parts if part) or "unknown machine"
+
+
+def checkout(environment: dict[str, Any]) -> str:
+    """The commit that ran, and whether it was changed: "0123abcd (dirty)"; why it is not known where it is not."""
+    git = _mapping(_mapping(environment, "meftbench"), "git")
+    if not git.get("sha"):
+        return str(git.get("absent") or "unknown commit")
+    return f"{str(git['sha'])[:12]}{' (dirty: with uncommitted changes)' if git.get('dirty') else ''}"
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """`torch.version: 2.12 | 2.13` for each fact in which two environments differ, in the order of the first."""
+    """`packages.torch: 2.12 | 2.13` for each fact in which two mappings differ.
+
+    Of environments only what makes numbers comparable (`comparable`) is looked at.
+    """
+    if "comparable" in first and "comparable" in second:
+        first, second = first["comparable"], second["comparable"]
     left, right = dict(_flat(first)), dict(_flat(second))
-    named = [key for key in {**left, **right} if key.split(".")[0] not in _PASSING]
-    return [
-        f"{key}: {left.get(key, 'absent')} | {right.get(key, 'absent')}"
-        for key in named
-        if left.get(key) != right.get(key)
-    ]
+    named = [key for key in {**left, **right} if left.get(key) != right.get(key)]
+    return [f"{key}: {left.get(key, 'absent')} | {right.get(key, 'absent')}" for key in named]
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -66,3 +65,9 @@ def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)
+
+
+def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
+    # A run of another version may lack it; a report without a fact is better than none.
+    found = content.get(key)
+    return found if isinstance(found, dict) else {}

@@ -260,7 +260,8 @@ def _within(value: float, which: str, limit: float) -> bool:
 def _sentence(direction: str, figure: Figure, which: str, bound: float, unit: str) -> str:
     value, limit = said_apart(figure.value, bound, unit)
     off = abs(figure.value - bound)
-    share = f" ({off / abs(bound):.2%})" if bound and off < float("inf") else ""
+    # Many times the bound is no longer told in percent.
+    share = f" ({off / abs(bound):.2%})" if bound and off < 10 * abs(bound) else ""
     amount = "" if off != off or off == float("inf") else f"; {direction} by {said(off, unit)}{share}"
     return f"{value} ({figure.source}) is {direction} {which} {limit}{amount}"
 

@@ -13,16 +13,11 @@ from meftbench.units import format_bytes
 
 # A cell is as good as its worst repeat.
 _WORST_FIRST: tuple[Status, ...] = ("error", "timeout", "oom", "skipped", "ok")
-_NOT_FINITE = {"inf": float("inf"), "-inf": float("-inf"), "infinity": float("inf"), "nan": float("nan")}
 
 
 def as_number(value: object) -> int | float | None:
-    """A metric's value as a number; None where it is none. JSON has no inf and nan, records hold them as text."""
-    if isinstance(value, bool):
-        return int(value)
-    if isinstance(value, (int, float)):
-        return value
-    return _NOT_FINITE.get(value.lower()) if isinstance(value, str) else None
+    """A metric's value as a number, inf and nan among them; None where it is none."""
+    return value if isinstance(value, (int, float)) else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,211 @@
+"""One record for people: which memory is which, what the peak consists of, phases, fidelity, how to run it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from meftbench.errors import NOTHING_MATCHED, UserError
+from meftbench.records.metrics import BREAKDOWN, METRICS
+from meftbench.records.record import Metric, Record
+from meftbench.records.store import Run
+from meftbench.verdicts.budgets import glob
+from meftbench.verdicts.outcome import as_number, said
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Smallest first: each holds the one before. The sentence says what it is good for.
+LADDER = {
+    "peak_requested_bytes": "what the tensors need; for comparing with theory",
+    "peak_active_bytes": "with blocks that wait for another stream",
+    "peak_allocated_bytes": "with rounding to blocks; for comparing methods",
+    "peak_reserved_bytes": "with the allocator's cache; what must fit beside the context",
+    "process_device_bytes": "with context and kernels; what the GPU must have free",
+    "device_used_bytes": "with other processes; for spotting neighbours",
+}
+_STEP = (
+    "activation_peak_bytes",
+    "baseline_allocated_bytes",
+    "saved_bytes",
+    "peak_phase",
+    "optimizer_peak_bytes",
+    "first_step_peak_allocated_bytes",
+    "drift_bytes_per_step",
+    "paper_meft_activation_bytes",
+)
+# Above this the recomputed activations are another network's.
+NOISE = 1e-3
+
+
+@dataclass(frozen=True)
+class Section:
+    """rows: name, value with unit and source, meaning."""
+
+    title: str
+    rows: list[tuple[str, str, str]]
+
+
+def sections(record: Record) -> list[Section]:
+    """The record as sections, those without rows left out."""
+    ladder = [(n, told(n, record.metrics[n]), why) for n, why in LADDER.items() if n in record.metrics]
+    used = {*_STEP, *LADDER, *BREAKDOWN}
+    found = [
+        Section("Peaks, each with what the one before leaves out", ladder),
+        Section("A step", list(_rows(record, _STEP))),
+        Section("What the peak consists of", list(_breakdown(record))),
+        Section("Peak in each phase", list(_phases(record))),
+        Section("Reconstruction error of each layer", list(_layers(record))),
+        Section("Everything else", list(_rows(record, tuple(name for name in METRICS if name not in used)))),
+    ]
+    return [section for section in found if section.rows]
+
+
+def told(name: str, metric: Metric) -> str:
+    """`412.0 MiB (counted)`, `absent: no driver`; lists as their length."""
+    if metric.absent is not None:
+        return f"absent: {metric.absent}"
+    value = as_number(metric.value)
+    if value is None:
+        text = f"{len(metric.value)} layers" if isinstance(metric.value, list) else str(metric.value)
+        return f"{text} ({metric.source})"
+    unit = METRICS[name].unit
+    spread = ""
+    if metric.min is not None and metric.max is not None and metric.min != metric.max:
+        spread = f", {said(metric.min, unit)} to {said(metric.max, unit)}"
+    named = f" {unit}" if unit in ("ratio", "celsius", "watt", "megahertz", "cosine") else ""
+    return f"{said(value, unit)}{named} ({metric.source}{spread})"
+
+
+def warnings(record: Record) -> list[str]:
+    """What a reader must know before trusting the numbers of a record, a sentence each."""
+    found: list[str] = []
+
+    def number(name: str) -> float | None:
+        return as_number(record.value(name))
+
+    if number("device_shared"):
+        found.append("another process used the device: memory outside torch and time are not this cell's alone")
+    reasons = record.value("throttle_reasons")
+    if reasons and reasons != "none":
+        found.append(f"the clocks were held down while timing ({_words(reasons)}): the time is too long")
+    if number("alloc_retries"):
+        found.append("the allocator had to free its cache and try again: at the edge of memory, time is distorted")
+    if record.status_detail.get("type") == "lever-not-engaged":
+        found.append(f"lever not engaged: {record.status_detail.get('message', 'it was asked for, not observed')}")
+    used, asked = record.cell.get("attention_used"), record.cell.get("attention_requested")
+    if used and asked and used != asked and not str(used).startswith(f"{asked}"):
+        found.append(f"attention {asked} was asked for, {used} was used")
+    error = number("reconstruction_rel_max")
+    if error is not None and not error <= NOISE:
+        found.append(
+            f"reconstruction error {said(error, 'ratio')}: what is recomputed is not what was computed, "
+            "and the gradients of the lower adapters are noise"
+        )
+    drift = number("drift_bytes_per_step")
+    if drift:
+        found.append(f"memory grows by {said(drift, 'byte')} each step: something is not freed")
+    if number("overflow_events"):
+        found.append("NaN or infinite values occurred in streams or gradients")
+    return found
+
+
+def command(run: Run, record: Record) -> str:
+    """The line that runs this cell again."""
+    suite = run.suite.get("source") or run.name
+    device = record.cell.get("device", "counted")
+    return f"meftbench run {shlex.quote(str(suite))} --where cell_id={record.cell_id} --device {device}"
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _rows(record: Record, names: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    for name in names:
+        if name in record.metrics:
+            yield name, told(name, record.metrics[name]), METRICS[name].meaning
+
+
+def _breakdown(record: Record) -> Iterator[tuple[str, str, str]]:
+    total = as_number(record.value("peak_allocated_bytes"))
+    for name in BREAKDOWN:
+        value = as_number(record.value(name))
+        if value:
+            share = f", {value / total:.1%} of the peak" if total else ""
+            yield name, f"{told(name, record.metrics[name])}{share}", METRICS[name].meaning
+
+
+def _phases(record: Record) -> Iterator[tuple[str, str, str]]:
+    metric = record.metrics.get("peak_allocated_bytes")
+    for phase, peak in (metric.phases or {}).items() if metric else ():
+        yield phase, f"{said(peak, 'byte')} ({metric.source if metric else ''})", "peak allocated in this phase"
+
+
+def _layers(record: Record) -> Iterator[tuple[str, str, str]]:
+    metric = record.metrics.get("reconstruction_rel")
+    if metric is None or not isinstance(metric.value, list):
+        return
+    for layer, streams in enumerate(metric.value):
+        errors = ", ".join("0 (bit-identical)" if error == 0 else f"{error:.2g}" for error in streams)
+        yield f"layer {layer}", f"{errors} ({metric.source})", "first stream, second stream"
+
+
+def find_records(run: Run, wanted: str) -> list[Record]:
+    """The records of the cell(s) that `wanted` names: a cell_id or its start, or a glob on the label.
+
+    Raises UserError (exit 5) where there is none, with the nearest labels.
+    """
+    pattern = glob(wanted)
+    found = [r for r in run.records if r.cell_id.startswith(wanted) or pattern.fullmatch(r.label)]
+    if not found:
+        near = get_close_matches(wanted, {record.label for record in run.records}, n=3, cutoff=0.4)
+        cure = f"did you mean {', '.join(map(repr, near))}?" if near else f"`meftbench show {run.path}` lists its cells"
+        raise UserError(str(run.path), f"no cell {wanted!r}", cure, NOTHING_MATCHED)
+    return found
+
+
+def print_records(run: Run, records: list[Record], traceback: bool = False, console: Console | None = None) -> None:
+    """Print records for people; `traceback`: with that of a failed cell."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console or Console()
+    for record in records:
+        out.print(Text(record.label, style="bold"), Text(f"cell {record.cell_id}, repeat {record.repeat}"))
+        for line in headline(record):
+            out.print(Text(line))
+        for sentence in warnings(record):
+            out.print(Text(f"warning: {sentence}", style="yellow"))
+        for section in sections(record):
+            table = Table(title=section.title, title_justify="left", title_style="italic", box=None, show_header=False)
+            table.add_column(overflow="fold")
+            table.add_column(overflow="fold", min_width=24)
+            table.add_column(overflow="fold", style="dim")
+            for row in section.rows:
+                table.add_row(*(Text(text) for text in row))
+            out.print(table)
+        if traceback:
+            out.print(Text(str(record.status_detail.get("traceback") or "no traceback was recorded")))
+        out.print(Text(f"again: {command(run, record)}"), soft_wrap=True)
+
+
+def headline(record: Record) -> list[str]:
+    """How the cell ended, and under what settings it ran."""
+    detail = {k: v for k, v in record.status_detail.items() if k not in ("traceback", "message") and v is not None}
+    facts = ", ".join(f"{key} {said(v, 'byte') if key.endswith('_bytes') else v}" for key, v in detail.items())
+    message = " ".join(str(record.status_detail.get("message", "")).split())
+    ended = ": ".join(part for part in (record.status, message) if part) + (f" ({facts})" if facts else "")
+    cell = record.cell
+    names = ("precision", "attention_requested", "attention_used", "optimizer", "optimizer_impl", "device", "weights")
+    settings = ", ".join(f"{name} {cell[name]}" for name in names if cell.get(name) is not None)
+    params = ", ".join(f"{k}={v}" for k, v in (cell.get("method_params") or {}).items() if v is not None)
+    return [
+        f"{ended}; {record.wall_s:.1f} s on {record.host} at {record.started_at}",
+        settings,
+        *([f"method settings: {params}"] if params else []),
+    ]

@@ -1,0 +1,208 @@
+"""One self-contained HTML page of a run or several, with the plots and the table as files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meftbench.records.metrics import METRICS
+from meftbench.records.store import Run, unwritable, write_whole
+from meftbench.report.detail import NOISE, command, headline, sections, warnings
+from meftbench.report.figures import Picture, pictures
+from meftbench.report.formats import markdown_table
+from meftbench.report.summary import count, ending, error, failures, number
+from meftbench.report.tables import frame_of, groups, rows_of, run_names, share_of_full, sources, write_csv
+from meftbench.units import MiB
+from meftbench.verdicts.environment import checkout, machine
+from meftbench.verdicts.outcome import outcomes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+PAGE, TABLE, MARKDOWN, PLOTS = "report.html", "table.csv", "table.md", "plots"
+_SOURCES = {
+    "measured": "a clock or a CUDA allocator said so",
+    "counted": "bytes of live tensors, counted on CPU under real arithmetic",
+    "predicted": "simulated for a named device",
+}
+# Explained under the table; the others are explained in each cell's detail.
+_EXPLAINED = (
+    "activation_peak_bytes",
+    "peak_allocated_bytes",
+    "step_time_s",
+    "tokens_per_s",
+    "reconstruction_rel_max",
+    "gradient_rel_max",
+    "starting_point_shift",
+    "parameters_trainable",
+)
+
+
+def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> list[Path]:
+    """Write what `kinds` names ("html", "md", "csv") for `runs` into `folder`; the files written, the page first.
+
+    Raises UserError where the folder cannot be written.
+    """
+    frame = frame_of(runs)
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if "html" in kinds:
+            drawn = pictures(frame)
+            (folder / PLOTS).mkdir(exist_ok=True)
+            for picture in drawn:
+                picture.write(folder / PLOTS)
+            write_whole(folder / PAGE, page(runs, frame, drawn) + "\n")
+            written.append(folder / PAGE)
+            written += [folder / PLOTS / f"{picture.name}.{kind}" for picture in drawn for kind in ("png", "svg")]
+        if "csv" in kinds:
+            write_csv(frame, folder / TABLE)
+            written.append(folder / TABLE)
+        if "md" in kinds:
+            write_whole(folder / MARKDOWN, markdown(runs, frame))
+            written.append(folder / MARKDOWN)
+    except OSError as fault:
+        raise unwritable(folder, fault) from None
+    return written
+
+
+def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str:
+    """The page as text. Whatever the records hold is escaped by the template."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("meftbench.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    names = run_names(runs)
+    return environment.get_template("page.html.j2").render(
+        title=" and ".join(dict.fromkeys(names)),
+        runs=[_headline(name, run) for name, run in zip(names, runs, strict=True)],
+        sources={source: said for source, said in _SOURCES.items() if source in _occurring(frame)},
+        metrics_by_source=_by_source(frame),
+        groups=[group.title for group in groups(frame)] if len(frame) else [],
+        pictures=[{"name": p.name, "title": p.title, "alt": p.alt, "svg": Markup(p.inline())} for p in drawn],
+        rows=table_rows(frame),
+        several_runs=len(runs) > 1,
+        failures=[line for run in runs for line in failures(run)],
+        warnings=_warnings(runs),
+        noise=NOISE,
+        details=[_detail(name, run, record) for name, run in zip(names, runs, strict=True) for record in run.records],
+        meanings={name: METRICS[name] for name in _EXPLAINED},
+    )
+
+
+def table_rows(frame: DataFrame) -> list[dict[str, Any]]:
+    """What the page's table shows: text for people, `key` for sorting, by column."""
+    shares = share_of_full(frame) if len(frame) else {}
+    return [_table_row(row, shares) for row in rows_of(frame)]
+
+
+def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
+    def cell(metric: str, text: str) -> dict[str, Any]:
+        value = row[metric]
+        source = row[f"{metric}_source"] if value is not None else ""
+        return {"text": text, "key": "" if value is None else value, "source": source}
+
+    share = shares.get(row["cell_id"])
+    micro = f" (mb {row['micro_batch_size']})" if row["micro_batch_size"] != row["batch_size"] else ""
+    return {
+        "run": row["run"],
+        "anchor": anchor(row["run"], row["cell_id"]),
+        "label": row["label"],
+        "model": row["model"],
+        "method": row["method"],
+        "batch": {"text": f"{row['batch_size']}{micro}", "key": row["batch_size"]},
+        "length": row["sequence_length"],
+        "setting": ", ".join(
+            str(row[name]) for name in ("precision", "attention_requested", "optimizer", "device") if row[name]
+        ),
+        "status": row["status"],
+        "detail": row["detail"],
+        "share": {"text": "" if share is None else f"{share:.1%}", "key": "" if share is None else share},
+        "numbers": [
+            cell("activation_peak_bytes", number(row["activation_peak_bytes"], MiB)),
+            cell("peak_allocated_bytes", number(row["peak_allocated_bytes"], MiB)),
+            cell("step_time_s", number(row["step_time_s"], 1e-3)),
+            cell("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
+            cell("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
+            cell("gradient_rel_max", error(row["gradient_rel_max"])),
+            cell("parameters_trainable", count(row["parameters_trainable"])),
+        ],
+    }
+
+
+def anchor(run: str, cell_id: str) -> str:
+    """The id of a cell's detail in the page."""
+    return "cell-" + "".join(char if char.isalnum() else "-" for char in f"{run}-{cell_id}")
+
+
+def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
+    """The table as Markdown, with where it comes from above it."""
+    head = ("run", "model", "method", "batch", "tokens", "setting", "status", "activation MiB", "% of full",
+            "peak MiB", "step ms", "tokens/s", "recon. error", "gradient error", "trained")  # fmt: skip
+    lines = []
+    for row in table_rows(frame):
+        first = (row["run"], row["model"], row["method"], row["batch"]["text"], str(row["length"]), row["setting"])
+        texts = [n["text"] + (f" ({n['source']})" if n["source"] else "") for n in row["numbers"]]
+        lines.append((*first, row["status"], texts[0], row["share"]["text"], *texts[1:]))
+    heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
+    said = "\n".join(f"- {h['name']}: {h['machine']}, {h['date']}, {h['checkout']}; {h['cells']}" for h in heads)
+    return f"{said}\n\nCompared at equal batch, micro-batch and length.\n\n{markdown_table(head, lines)}\n"
+
+
+def _headline(name: str, run: Run) -> dict[str, str]:
+    started = run.records[0].started_at if run.records else str(run.environment.get("taken_at", "unknown date"))
+    return {
+        "name": name,
+        "machine": machine(run.environment),
+        "date": started,
+        "checkout": checkout(run.environment),
+        "cells": ending(run) if run.records else "no cell has finished",
+        "description": str(run.suite.get("description") or ""),
+        "path": str(run.path),
+        "protocol": ", ".join(f"{key} {value}" for key, value in (run.suite.get("protocol") or {}).items()),
+    }
+
+
+def _occurring(frame: DataFrame) -> set[str]:
+    return {source for source, _ in _by_source(frame)}
+
+
+def _by_source(frame: DataFrame) -> list[tuple[str, str]]:
+    """(source, the metrics it is the source of), of those that the table shows."""
+    found: dict[str, list[str]] = {}
+    for name in _EXPLAINED:
+        if name in frame:
+            for source in sources(frame, name):
+                found.setdefault(source, []).append(name)
+    return [(source, ", ".join(found[source])) for source in _SOURCES if source in found]
+
+
+def _warnings(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Each sentence once for a cell, with a link to it."""
+    names = run_names(runs)
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for name, run in zip(names, runs, strict=True):
+        for outcome in outcomes(run):
+            for record in outcome.records:
+                for sentence in warnings(record):
+                    where = {"label": outcome.label, "anchor": anchor(name, outcome.cell_id), "sentence": sentence}
+                    found.setdefault((where["anchor"], sentence), where)
+    return list(found.values())
+
+
+def _detail(name: str, run: Run, record: Any) -> dict[str, Any]:
+    return {
+        "anchor": anchor(name, record.cell_id) + (f"-{record.repeat}" if record.repeat else ""),
+        "label": record.label + (f", repeat {record.repeat}" if record.repeat else ""),
+        "cell_id": record.cell_id,
+        "status": record.status,
+        "headline": headline(record),
+        "sections": sections(record),
+        "warnings": warnings(record),
+        "traceback": str(record.status_detail.get("traceback") or ""),
+        "command": command(run, record),
+    }
