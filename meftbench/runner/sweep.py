@@ -17,9 +17,9 @@ from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, load_run, writing
-from meftbench.runner import folder, gpus, host
+from meftbench.runner import folder, gpus, host, process
 from meftbench.runner.environment import code_digest, environment
-from meftbench.runner.process import WORKER, Job, Outcome, Worker, utc_now, worker_environment
+from meftbench.runner.process import Job, Outcome, Worker, utc_now, worker_environment
 from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
 
 
@@ -64,7 +64,7 @@ def run_suite(
     where: Callable[[Cell], bool] | None = None,
     fail_fast: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
-    command: Sequence[str] = WORKER,
+    command: Sequence[str] | None = None,
     nvml: Any = None,
 ) -> Run:
     """Run the cells of `suite` and give back the run folder `out`, read again.
@@ -93,7 +93,14 @@ def run_suite(
         finished = {key: record.status for key, record in folder.finished_records(earlier, retry).items()}
         plan = _plan(suite, chosen, limit, finished)
         if earlier is None or pending(plan, finished):
-            _execute(suite, writer, earlier, _Sweep(plan, finished, slots, fail_fast, on_event), command, devices)
+            _execute(
+                suite,
+                writer,
+                earlier,
+                _Sweep(plan, finished, slots, fail_fast, on_event),
+                command or process.WORKER,
+                devices,
+            )
     return load_run(out)
 
 

@@ -1,0 +1,87 @@
+"""Stands in for meftbench.measurement in tests of the harness: loads no torch, and does what the cell's seed says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from meftbench.errors import CellFailure, UserError
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol
+from meftbench.records.record import Metric
+
+FINE, BRIEF, OUT_OF_MEMORY, HOST_OUT_OF_MEMORY, BROKEN, WRONG, CRASHED, KILLED, SILENT, ENDLESS, PARENT, INFINITE = range(12)
+TALKATIVE, NOT_A_NUMBER, HOARDER, STUBBORN, CPU_ALLOCATOR, QUITTER = range(12, 18)
+
+
+@dataclass
+class Outcome:
+    metrics: dict[str, Metric]
+    observed: dict[str, Any]
+
+
+def describe() -> dict[str, Any]:
+    return {"torch_version": "none: a stand-in"}
+
+
+def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
+    tell(f"{cell.cell_id} {os.getpid()}")
+    shift: float = 0.5
+    match cell.seed:
+        case s if s == BRIEF:
+            time.sleep(0.01)
+        case s if s == OUT_OF_MEMORY:
+            raise CellFailure("oom", type="OutOfMemoryError", message="no room", phase="backward", requested_bytes=4096)
+        case s if s == HOST_OUT_OF_MEMORY:
+            raise MemoryError
+        case s if s == CPU_ALLOCATOR:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12")
+        case s if s == BROKEN:
+            raise ZeroDivisionError("a bug in a probe")
+        case s if s == WRONG:
+            raise UserError("model", "has no weights", "download it")
+        case s if s == CRASHED:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case s if s == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case s if s == SILENT:
+            print("last words", flush=True)
+            os._exit(0)
+        case s if s == QUITTER:
+            sys.exit("leaving")
+        case s if s == ENDLESS:
+            time.sleep(600)
+        case s if s == STUBBORN:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        case s if s == PARENT:
+            child = subprocess.Popen(["sleep", "600"])
+            tell(f"grandchild {child.pid}")
+            time.sleep(600)
+        case s if s == INFINITE:
+            shift = float("inf")
+        case s if s == NOT_A_NUMBER:
+            return Outcome({}, {"attention_used": float("nan")})
+        case s if s == TALKATIVE:
+            # As a library would that writes to stdout, and a program it starts.
+            os.write(1, b'{"event": "exited", "id": 1, "pid": 1, "code": 0}\n')
+            subprocess.run(["echo", '{"event": "exited", "id": 1, "pid": 1, "code": 0}'], check=True)
+        case s if s == HOARDER:
+            bytearray(2**50)
+    metrics = {
+        "activation_peak_bytes": Metric(1000 * cell.batch_size, "counted"),
+        "starting_point_shift": Metric(shift, "counted"),
+    }
+    return Outcome(metrics, {"attention_used": "sdpa", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
+
+
+def tell(text: str) -> None:
+    """Append a line to the file that a test names in STAND_IN_TOLD."""
+    if told := os.environ.get("STAND_IN_TOLD"):
+        with open(told, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
