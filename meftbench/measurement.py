@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import platform
 import re
 import time
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from meftbench.backbones.build import revision_of
 from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
 from meftbench.methods import Applied
+from meftbench.plan.catalogue import BACKBONES
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.probes.fidelity import measure_fidelity, measure_shift
@@ -171,6 +173,21 @@ def measure(
     if device.type == "cuda":
         return sizes | measure_memory(step, warmup, steps, TorchAllocator(), _reading(device))
     return sizes | count_memory(step, warmup, steps)
+
+
+def preload() -> None:
+    """Import what a cell will need, once for all cells of a fork server, and keep gc from walking it in each of them.
+
+    What is imported here never becomes garbage; collecting at the edge of every window would cost more than a step.
+    """
+    import peft  # noqa: F401
+    import transformers
+
+    for name in BACKBONES:
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    transformers.AutoModelForSequenceClassification  # noqa: B018 - resolved on first use
+    gc.collect()
+    gc.freeze()
 
 
 def describe() -> dict[str, Any]:

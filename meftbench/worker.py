@@ -160,6 +160,8 @@ class Server:
         """Serve until the end of stdin; the exit code."""
         try:
             self._measurement = importlib.import_module(self._name)
+            if self._fork:
+                getattr(self._measurement, "preload", lambda: None)()
         except Exception as error:
             traceback.print_exc()
             self._report(event="broken", message=f"{type(error).__name__}: {error}")
