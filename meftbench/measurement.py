@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones.build import revision_of
+from meftbench.backbones.build import revision_of, tokenizer_of
 from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
 from meftbench.methods import Applied
 from meftbench.plan.catalogue import BACKBONES
@@ -56,6 +56,7 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     outcome.metrics["build_s"] = Metric(time.perf_counter() - begin, "measured")
     outcome.metrics |= parameter_counts(step.model)
     outcome.observed["model_revision"] = revision_of(step.model)
+    outcome.observed["inputs"] = "text" if tokenizer_of(cell.model) else "random tokens"
     begin = time.perf_counter()
     with _oom_is_a_result(step):
         _memory_and_speed(step, cell, protocol, outcome)

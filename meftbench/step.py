@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones.build import build_model
+from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.batch import resident_batch
 from meftbench.methods import Applied, prepare
 from meftbench.plan.cell import Cell
 
@@ -116,7 +117,15 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     return Step(
         applied=applied,
         optimizer=build_optimizer(cell, list(applied.trained().values())),
-        batch=synthetic_batch(model, cell.batch_size, cell.sequence_length, device, padding, cell.seed),
+        batch=resident_batch(
+            model,
+            cell.batch_size,
+            cell.sequence_length,
+            device,
+            text_from=tokenizer_of(cell.model),
+            padding=padding,
+            seed=cell.seed,
+        ),
         micro_batch_size=cell.micro_batch_size,
         device=device,
         autocast=torch.bfloat16 if cell.precision == "bf16-autocast" else None,
@@ -130,22 +139,3 @@ def build_optimizer(cell: Cell, parameters: list[nn.Parameter]) -> torch.optim.O
     if cell.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=1e-4, **options)  # type: ignore[arg-type]
     return torch.optim.AdamW(parameters, lr=1e-4, **options)  # type: ignore[arg-type]
-
-
-def synthetic_batch(
-    model: nn.Module, batch_size: int, sequence_length: int, device: torch.device, padding: float = 0.0, seed: int = 0
-) -> dict[str, Tensor]:
-    """Random tokens and labels from `seed`: input_ids, attention_mask (B, L), labels (B).
-
-    Memory and speed do not depend on the values; a resident batch keeps the loader out of the window.
-    """
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    reserved = 5 if config.vocab_size > 1000 else 1 + (config.pad_token_id or 0)
-    ids = torch.randint(reserved, config.vocab_size, (batch_size, sequence_length), generator=generator)
-    mask = torch.ones_like(ids)
-    real = max(1, round(sequence_length * (1 - padding)))
-    ids[:, real:] = config.pad_token_id or 0
-    mask[:, real:] = 0
-    labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
-    return {name: t.to(device) for name, t in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}

@@ -63,6 +63,18 @@ def build_model(
     return model.train()
 
 
+def tokenizer_of(name: str) -> str | None:
+    """Folder or hub id the model's tokenizer is loaded from; None for random weights and folders without one."""
+    source, random = split_name(name)
+    if random:
+        return None
+    folder = folder_of(source)
+    if folder is None:
+        return str(_hub(source))
+    files = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+    return str(folder) if any((folder / file).is_file() for file in files) else None
+
+
 def revision_of(model: nn.Module) -> str | None:
     """Commit on the hub the weights were loaded from; None for random weights and local folders."""
     commit = getattr(model.config, "_commit_hash", None)

@@ -52,12 +52,17 @@ class Layout:
 
     def list_of(self, model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         """The module that owns the layers, the name it has for them, and the list."""
-        base = getattr(model, model.base_model_prefix, model)  # type: ignore[arg-type]
         path, _, name = self.layers.rpartition(".")
-        owner = base.get_submodule(path)
+        owner = base_of(model).get_submodule(path)
         layers = getattr(owner, name)
         assert isinstance(layers, nn.ModuleList)
         return owner, name, layers
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The pre-trained part of a transformers model: without task head, and the model itself where it has none."""
+    base: nn.Module = getattr(model, model.base_model_prefix, model)  # type: ignore[arg-type]
+    return base
 
 
 def layout_of(model: nn.Module) -> Layout:

@@ -30,9 +30,8 @@ def findings(nvml: Any = None) -> dict[str, Any]:
     torch = torch_facts()
     counted = torch.get("absent")
     cuda = devices.absent or counted
-    if cuda is None and torch.get("cuda_available") is False:
-        cure = "install a CUDA build of torch"
-        cuda = f"torch {versions(('torch',))['torch']} cannot use the GPU: {cure}"
+    if cuda is None and torch.get("torch_cuda", "unknown") is None:
+        cuda = "this torch is built without CUDA: install a CUDA build of it"
     return {
         "measures": {"counted": counted or "yes", "cuda": cuda or "yes"},
         "packages": versions(),

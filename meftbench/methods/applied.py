@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from meftbench.backbones import Layout, layout_of
+from meftbench.backbones import Layout, base_of, layout_of
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
 from meftbench.reversible import ReversibleStack
@@ -70,8 +70,7 @@ def freeze_backbone(model: nn.Module) -> None:
 
     BERT's pooler is part of the base model and stays frozen, the classifier is trained (PAPER, settings).
     """
-    base = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
-    for parameter in base.parameters():
+    for parameter in base_of(model).parameters():
         parameter.requires_grad_(False)
 
 

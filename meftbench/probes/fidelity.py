@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from meftbench.backbones import base_of
 from meftbench.plan.cell import Cell
 from meftbench.records.record import Metric
 from meftbench.reversible import ReversibleStack
@@ -66,8 +67,7 @@ def starting_point_shift(h_BLD: Tensor, reference_BLD: Tensor) -> float:
 def last_hidden_state(step: Step) -> Tensor:
     """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
     model = step.model
-    base = getattr(model, "get_base_model", lambda: model)()
-    base = getattr(base, base.base_model_prefix)
+    base = base_of(getattr(model, "get_base_model", lambda: model)())  # peft has its own wrapper around
     inputs = {name: tensor for name, tensor in step.batch.items() if name != "labels"}
     training = model.training
     model.eval()

@@ -142,7 +142,7 @@ def _figure(heading: str, draw: Draw, panels: list[Panel]) -> Figure:
         lines = -(-len(shown) // columns)
         tallest = max(len(methods_in_order(panel.frame)) for panel in shown)
         height = max(3.2, 1.4 + 0.24 * tallest)
-        figure = Figure(figsize=(7.6 * columns, height * lines + 0.4), layout="constrained")
+        figure = Figure(figsize=(6.8 * columns, height * lines + 0.4), layout="constrained")
         for index, panel in enumerate(shown):
             ax = figure.add_subplot(lines, columns, index + 1)
             draw(panel.frame, ax)

@@ -13,7 +13,7 @@ from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
 from meftbench.report.summary import count, ending, error, failures, number
-from meftbench.report.tables import frame_of, groups, rows_of, run_names, share_of_full, sources, write_csv
+from meftbench.report.tables import SETTING, frame_of, groups, rows_of, run_names, share_of_full, sources, write_csv
 from meftbench.units import MiB
 from meftbench.verdicts.environment import checkout, machine
 from meftbench.verdicts.outcome import outcomes
@@ -27,6 +27,7 @@ _SOURCES = {
     "counted": "bytes of live tensors, counted on CPU under real arithmetic",
     "predicted": "simulated for a named device",
 }
+_SETTING = tuple(name for name in SETTING if name not in ("run", "model"))
 # Explained under the table; the others are explained in each cell's detail.
 _EXPLAINED = (
     "activation_peak_bytes",
@@ -83,8 +84,11 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         sources={source: said for source, said in _SOURCES.items() if source in _occurring(frame)},
         metrics_by_source=_by_source(frame),
         groups=[group.title for group in groups(frame)] if len(frame) else [],
+        shared=_shared(frame),
+        differing=_differing(frame),
         pictures=[{"name": p.name, "title": p.title, "alt": p.alt, "svg": Markup(p.inline())} for p in drawn],
         rows=table_rows(frame),
+        several_models=frame["model"].nunique() > 1 if len(frame) else False,
         several_runs=len(runs) > 1,
         failures=[line for run in runs for line in failures(run)],
         warnings=_warnings(runs),
@@ -116,9 +120,7 @@ def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
         "method": row["method"],
         "batch": {"text": f"{row['batch_size']}{micro}", "key": row["batch_size"]},
         "length": row["sequence_length"],
-        "setting": ", ".join(
-            str(row[name]) for name in ("precision", "attention_requested", "optimizer", "device") if row[name]
-        ),
+        "setting": {name: "default" if row[name] is None else row[name] for name in _SETTING},
         "status": row["status"],
         "detail": row["detail"],
         "share": {"text": "" if share is None else f"{share:.1%}", "key": "" if share is None else share},
@@ -134,6 +136,25 @@ def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def _differing(frame: DataFrame) -> list[str]:
+    """The settings in which the cells differ: columns of the table."""
+    return [name for name in _SETTING if frame[name].nunique(dropna=False) > 1] if len(frame) else []
+
+
+def _shared(frame: DataFrame) -> str:
+    """What all cells have in common, said once instead of in every row."""
+    if not len(frame):
+        return ""
+    first, differing = next(rows_of(frame)), _differing(frame)
+    parts = [str(first["model"])] if frame["model"].nunique() == 1 else []
+    parts += [
+        f"{name.removesuffix('_requested').replace('_', ' ')} {first[name]}"
+        for name in _SETTING
+        if name not in differing and first[name] is not None
+    ]
+    return ", ".join(parts)
+
+
 def anchor(run: str, cell_id: str) -> str:
     """The id of a cell's detail in the page."""
     return "cell-" + "".join(char if char.isalnum() else "-" for char in f"{run}-{cell_id}")
@@ -145,7 +166,8 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
             "peak MiB", "step ms", "tokens/s", "recon. error", "gradient error", "trained")  # fmt: skip
     lines = []
     for row in table_rows(frame):
-        first = (row["run"], row["model"], row["method"], row["batch"]["text"], str(row["length"]), row["setting"])
+        setting = ", ".join(f"{name} {value}" for name, value in row["setting"].items())
+        first = (row["run"], row["model"], row["method"], row["batch"]["text"], str(row["length"]), setting)
         texts = [n["text"] + (f" ({n['source']})" if n["source"] else "") for n in row["numbers"]]
         lines.append((*first, row["status"], texts[0], row["share"]["text"], *texts[1:]))
     heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]

@@ -144,9 +144,9 @@ def _execute(
     threads = suite.protocol.threads or max(1, host.cores() // parallel)
     worker = Worker(worker_environment(suite.protocol, threads, os.environ), logs / "worker.log", command)
     try:
-        if "cuda" in sweep.free and worker.facts.get("cuda_available") is False:
+        if "cuda" in sweep.free and worker.facts.get("torch_cuda", "unknown") is None:
             cure = "install a CUDA build of torch, or use `--device counted`"
-            raise UserError("device cuda", "this torch cannot use the GPU", cure, NOT_COMPARABLE)
+            raise UserError("device cuda", "this torch is built without CUDA", cure, NOT_COMPARABLE)
         facts = environment(devices, worker.facts)
         if earlier is None:
             run_id = folder.begin(writer, suite, facts)

@@ -1,0 +1,76 @@
+"""The resident batch of a cell: text where the weights are pre-trained, random tokens otherwise.
+
+Memory and speed do not depend on the values, reconstruction error and starting-point shift of real weights do: they
+are measured on language, not on noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Written for this project.
+PASSAGE = """\
+The mountain road was closed after the first snow, so the mail came by boat. Every Tuesday an old man with a grey
+coat carried the bags up from the pier and left them at the bakery, where people asked for their letters while they
+bought bread. Nobody remembered how this had begun. When the bakery moved to a larger house, the letters moved with it,
+and the office in the capital never noticed. A young teacher who had just arrived wanted to know why the school got
+its books two weeks late. She was told to be patient, because the boat could not carry paper and flour on the same day.
+She wrote to the minister, and her letter waited for the next boat. In spring the engineers came to measure the road.
+They drank coffee, talked about tunnels, bridges and prices, and drew a line across the map that went straight through
+the lake. The mayor laughed and hung the map above his desk. Ten years later the tunnel was dug after all, on the other
+side of the valley, and the mail now takes a single morning. Still, on Tuesdays, a few people stand in line at the
+bakery and ask whether there is anything for them."""
+
+
+def resident_batch(
+    model: nn.Module,
+    batch_size: int,
+    sequence_length: int,
+    device: torch.device,
+    *,
+    text_from: str | None = None,
+    padding: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask (B, L) and random labels (B), the same for the same seed.
+
+    text_from: folder or hub id of a tokenizer: sample i is the passage from another place on, repeated to length L.
+        None: random tokens from `seed`.  padding: share of each sequence, at its end, that is padding.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    ids = (
+        _random_tokens(config, batch_size, sequence_length, generator)
+        if text_from is None
+        else _text_tokens(text_from, batch_size, sequence_length)
+    )
+    mask = torch.ones_like(ids)
+    real = max(1, round(sequence_length * (1 - padding)))
+    ids[:, real:] = config.pad_token_id or 0
+    mask[:, real:] = 0
+    labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
+    return {name: t.to(device) for name, t in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
+
+
+def _random_tokens(config: Any, batch_size: int, sequence_length: int, generator: torch.Generator) -> Tensor:
+    # The lowest ids are special tokens; RoBERTa would take its padding id for padding.
+    lowest = min(5, config.vocab_size - 1)
+    return torch.randint(lowest, config.vocab_size, (batch_size, sequence_length), generator=generator)
+
+
+def _text_tokens(text_from: str, batch_size: int, sequence_length: int) -> Tensor:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(text_from)
+    tokens: list[int] = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    rows = []
+    for sample in range(batch_size):
+        start = sample * 37 % len(tokens)  # no divisor of the passage's length: samples differ
+        stream = (tokens[start:] + tokens[:start]) * (sequence_length // len(tokens) + 1)
+        row = [first, *stream[: sequence_length - 2], last] if first is not None and last is not None else stream
+        rows.append(row[:sequence_length])
+    return torch.tensor(rows)
