@@ -15,7 +15,9 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.records.record import Metric
 
-FINE, BRIEF, OUT_OF_MEMORY, HOST_OUT_OF_MEMORY, BROKEN, WRONG, CRASHED, KILLED, SILENT, ENDLESS, PARENT, INFINITE = range(12)
+FINE, BRIEF, OUT_OF_MEMORY, HOST_OUT_OF_MEMORY, BROKEN, WRONG, CRASHED, KILLED, SILENT, ENDLESS, PARENT, INFINITE = (
+    range(12)
+)
 TALKATIVE, NOT_A_NUMBER, HOARDER, STUBBORN, CPU_ALLOCATOR, QUITTER = range(12, 18)
 
 
@@ -40,7 +42,9 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
         case s if s == HOST_OUT_OF_MEMORY:
             raise MemoryError
         case s if s == CPU_ALLOCATOR:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12")
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"
+            )
         case s if s == BROKEN:
             raise ZeroDivisionError("a bug in a probe")
         case s if s == WRONG:

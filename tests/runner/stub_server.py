@@ -33,6 +33,10 @@ for line in sys.stdin:
     if manner != "no-result":
         with open(job["result"], "w") as file:
             good = {"status": "ok", "status_detail": {}, "metrics": {}, "observed": {}}
-            bad = {"unfinished": '{"status": "ok"', "other-keys": '{"a": 1}', "other-status": json.dumps(good | {"status": "fab"})}
+            bad = {
+                "unfinished": '{"status": "ok"',
+                "other-keys": '{"a": 1}',
+                "other-status": json.dumps(good | {"status": "fab"}),
+            }
             file.write(bad.get(manner, json.dumps(good)))
     say(event="exited", id=job["id"], pid=2**22 + 1, code=0)
