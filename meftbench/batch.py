@@ -40,7 +40,7 @@ def resident_batch(
     text_from: folder or hub id of a tokenizer: sample i is the passage from another place on, repeated to length L.
         None: random tokens from `seed`.  padding: share of each sequence, at its end, that is padding.
     """
-    config = model.config
+    config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
     ids = (
         _random_tokens(config, batch_size, sequence_length, generator)

@@ -75,7 +75,7 @@ class Step:
             self._enter("forward", mark)
             loss = self._forward(start)
             self._enter("backward", mark)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
             del loss
         return total
@@ -137,5 +137,5 @@ def build_optimizer(cell: Cell, parameters: list[nn.Parameter]) -> torch.optim.O
     implementation = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
     options = implementation[cell.optimizer_impl] if cell.optimizer_impl else {}
     if cell.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=1e-4, **options)  # type: ignore[arg-type]
+        return torch.optim.SGD(parameters, lr=1e-4, **options)
     return torch.optim.AdamW(parameters, lr=1e-4, **options)  # type: ignore[arg-type]

@@ -36,11 +36,13 @@ def _residual(output: Any, x_BLD: Tensor) -> Tensor:
 
 
 def _added_to_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + module.adapter(output)
+    result_BLD: Tensor = output + module.adapter(output)
+    return result_BLD
 
 
 def _added_beside_dropout(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + module.adapter(args[0])
+    result_BLD: Tensor = output + module.adapter(args[0])
+    return result_BLD
 
 
 def _added_to_residual(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -61,7 +61,7 @@ class Layout:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The pre-trained part of a transformers model: without task head, and the model itself where it has none."""
-    base: nn.Module = getattr(model, model.base_model_prefix, model)  # type: ignore[arg-type]
+    base: nn.Module = getattr(model, str(model.base_model_prefix), model)
     return base
 
 

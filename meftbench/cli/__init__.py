@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for name, verb in {
+_VERBS: dict[str, Callable[..., None]] = {
     "run": run.run,
     "show": show.show,
     "report": report.report,
@@ -36,8 +37,9 @@ for name, verb in {
     "check": check.check,
     "list": listing.list_,
     "doctor": doctor.doctor,
-}.items():
-    app.command(name)(verb)
+}
+for _name, _verb in _VERBS.items():
+    app.command(_name)(_verb)
 
 
 def _version(asked: bool) -> None:

@@ -48,7 +48,7 @@ class StorageCounter(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device_type, self.block, self.limit = device_type, block, limit
         self.live = dict.fromkeys(CATEGORIES, 0)
         self.total = self.host = self.host_peak = 0
@@ -185,11 +185,11 @@ class CountedStep:
         self._book_optimizer()
         for parameter in self.step.applied.trained().values():
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._book_gradient))
-        counter.__enter__()
+        counter.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.counter.__exit__(*error)
+        self.counter.__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 

@@ -73,12 +73,13 @@ class Finish(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, passage: Passage, token: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, passage: Passage, token: Tensor) -> Tensor:
         ctx.passage = passage
         ctx.save_for_backward(token)
         assert passage.streams is not None
         streams, passage.streams = passage.streams, None
-        return passage.stack.finish(streams)
+        # Detached: the result may be a stream, which Reversal has saved, and would hold this node in a cycle.
+        return passage.stack.finish(streams).detach()
 
     @staticmethod
     @once_differentiable
@@ -97,9 +98,7 @@ class Reversal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, passage: Passage, trained: int, h_BLD: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, passage: Passage, trained: int, h_BLD: Tensor, *tensors: Tensor) -> Tensor:
         stack, context = passage.stack, passage.context
         device = h_BLD.device
         ctx.passage, ctx.stack, ctx.context, ctx.device = passage, stack, context, device

@@ -115,16 +115,16 @@ class ReversibleStack(nn.Module):
             if self.observer:
                 self.observer("forward", index, streams)
             if self.activations == "checkpoint" and torch.is_grad_enabled():
-                streams = checkpoint(self._block, index, *streams, args, kwargs, use_reentrant=False)
+                streams = checkpoint(self._block, index, streams[0], streams[1], args, kwargs, use_reentrant=False)
             else:
-                streams = self._block(index, *streams, args, kwargs)
+                streams = self._block(index, streams[0], streams[1], args, kwargs)
         return streams
 
     def _block(
         self, index: int, x1_BLD: Tensor, x2_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor]:
         block = self.blocks[index]
-        f, g = block.halves  # type: ignore[misc, has-type]
+        f, g = block.halves  # type: ignore[misc]
         first, second = self.couplings
         read = self.arithmetic.read
         y1_BLD, _ = first.forward(x1_BLD, x2_BLD, f(block, read(x2_BLD), *args, **kwargs))
