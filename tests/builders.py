@@ -76,16 +76,20 @@ def a_record(status: str = "ok", metrics: dict[str, Any] | None = None, **fields
     return Record(**(defaults | own))
 
 
-ENVIRONMENT = {
+ENVIRONMENT: dict[str, Any] = {
+    "schema": 1,
     "environment_id": "environment-1",
-    "git": {"sha": "0123456789abcdef", "branch": "main", "dirty": True},
-    "python": "3.11.9",
-    "os": "Linux",
-    "cpu": "a CPU",
-    "cores": 2,
-    "ram_bytes": 8 * 2**30,
-    "gpu": None,
-    "versions": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+    "comparable": {"machine": "x86_64", "cpu": "a CPU", "cores": 2, "packages": {"torch": "2.13.0"}, "gpus": []},
+    "taken_at": "2026-11-24T04:00:00Z",
+    "meftbench": {
+        "version": "0.1.0",
+        "code_digest": "c0de",
+        "git": {"sha": "0123456789abcdef", "branch": "main", "dirty": True, "diff_digest": "d1ff"},
+    },
+    "host": {"name": "machine", "cpu": "a CPU", "cores": 2, "machine": "x86_64", "python": "3.11.9"},
+    "gpus": {"devices": [], "driver": None, "absent": "no NVIDIA driver answers"},
+    "torch": {"version": "2.13.0"},
+    "packages": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
 }
 
 

@@ -1,0 +1,109 @@
+"""`check --update`: new numbers, everything else byte for byte as it was."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meftbench.verdicts.budgets import load_budgets
+from meftbench.verdicts.judge import exit_code, judge
+from meftbench.verdicts.update import updated
+from tests.builders import a_record, a_run, measured
+
+FILE = """# our bounds
+schema: 1
+budgets:
+  - {match: "*/full/*", metric: activation_peak_bytes, max: 400MiB}   # the largest
+  - match: "*/meft1/*"
+    metric: activation_peak_bytes
+    max: 7  # was 8
+  - {match: "*", metric: tokens_per_s, min: 1}
+  - {match: "*/lora/*", metric: activation_peak_bytes, max: 3}
+"""
+
+
+def test_numbers_change_and_comments_stay(tmp_path):
+    """The largest value over a row's cells; a whole number of MiB by name; rows it cannot judge are kept, with a reason."""
+    file = tmp_path / "b.yaml"
+    file.write_text(FILE)
+    run = a_run(
+        tmp_path / "run",
+        a_record(metrics={"activation_peak_bytes": 2**21}),
+        a_record(batch_size=1, metrics={"activation_peak_bytes": 5}),
+        a_record(method="meft1", metrics={"activation_peak_bytes": 1_234_567}),
+        a_record("oom", method="lora"),
+    )
+
+    update = updated(run, load_budgets(file))
+    update.write()
+
+    assert FILE.replace("400MiB", "2MiB").replace("max: 7 ", "max: 1234567 ") == file.read_text()
+    assert [f"{file}:9: kept: bert-base@random/lora/b8/s128 ended oom or has no activation_peak_bytes"] == update.kept
+    assert "-    max: 7  # was 8\n+    max: 1234567  # was 8\n" in update.diff()
+
+
+def test_line_ends_and_letters_outside_ascii_survive(tmp_path):
+    """Offsets count characters as they stand in the file."""
+    file = tmp_path / "b.yaml"
+    text = "# größer → 🙂\r\nschema: 1\r\nbudgets:\r\n  - {match: '*', metric: ooms, max: 5}\r\n"
+    file.write_bytes(text.encode())
+
+    updated(a_run(tmp_path / "run", a_record(metrics={"ooms": 0})), load_budgets(file)).write()
+
+    assert text.replace("max: 5", "max: 0").encode() == file.read_bytes()
+
+
+def test_a_bound_that_is_shared_through_an_anchor_is_kept(tmp_path):
+    """Changing it for one row would change it for the other."""
+    file = tmp_path / "b.yaml"
+    text = "schema: 1\nbudgets:\n  - {match: '*', metric: ooms, max: &n 5}\n  - {match: '*/b9/*', metric: ooms, max: *n }\n"
+    file.write_text(text)
+
+    update = updated(a_run(tmp_path / "run", a_record(metrics={"ooms": 0})), load_budgets(file))
+
+    assert text == update.after
+    assert 2 == len(update.kept)
+
+
+NUMBERS = st.one_of(
+    st.integers(0, 2**60),
+    st.integers(0, 2**30).map(lambda mib: mib * 2**20),
+    st.floats(0, 1e300, allow_nan=False, allow_infinity=False),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(NUMBERS, min_size=1, max_size=4), exact=st.booleans())
+def test_an_updated_budget_holds_on_its_run_and_not_on_more(values, exact):
+    """Whatever the numbers: what --update writes is read back as the same bound, and one byte more is over it."""
+    metric = "activation_peak_bytes"
+    if exact:
+        values = [int(value) for value in values]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / "b.yaml"
+        file.write_text(f"schema: 1\nbudgets:\n  - {{match: '*', metric: {metric}, max: 1KiB}}\n")
+        records = [a_record(batch_size=i + 1, metrics={metric: value}) for i, value in enumerate(values)]
+        run = a_run(folder / "run", *records)
+
+        updated(run, load_budgets(file)).write()
+
+        assert 0 == exit_code(judge(run, load_budgets(file)))
+        if exact:
+            more = a_run(folder / "more", a_record(metrics={metric: max(values) + 1}))
+            assert ["over"] == [verdict.state for verdict in judge(more, load_budgets(file))]
+
+
+def test_updating_twice_changes_nothing(tmp_path):
+    """Small floats too: YAML reads 1e-05 as text, so it is written 1.0e-05."""
+    file = tmp_path / "b.yaml"
+    file.write_text("schema: 1\nbudgets:\n  - {match: '*', metric: reconstruction_rel_max, max: 1}\n")
+    run = a_run(tmp_path / "run", a_record(metrics={"reconstruction_rel_max": measured(1e-05)}))
+
+    updated(run, load_budgets(file)).write()
+
+    assert "max: 1.0e-05}" in file.read_text()
+    assert "" == updated(run, load_budgets(file)).diff()
