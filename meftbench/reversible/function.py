@@ -62,7 +62,7 @@ class Passage:
     stack: ReversibleStack
     context: Context
     streams: list[Tensor] | None = None
-    gradients: list[Tensor] | None = None
+    gradients: list[Tensor | None] | None = None
 
 
 class Finish(torch.autograd.Function):
@@ -151,7 +151,7 @@ class Reversal(torch.autograd.Function):
                 if stack.swap and index:
                     walk.streams.reverse()
                     walk.gradients.reverse()
-        dh0_BLD = walk.gradients[0] + walk.gradients[1] if ctx.needs_input_grad[2] else None
+        dh0_BLD = _sum(*walk.gradients) if ctx.needs_input_grad[2] else None
         gradients = [walk.of_context[i] for i in range(len(ctx.context.places))]
         gradients += [walk.of_trained.get(id(parameter)) for parameter in ctx.trained]
         return (None, None, dh0_BLD, *gradients)
@@ -160,7 +160,7 @@ class Reversal(torch.autograd.Function):
 class _Walk:
     """The state of one backward pass: two streams, their gradients, and what has been accumulated."""
 
-    def __init__(self, ctx: Any, streams: list[Tensor], gradients: list[Tensor]) -> None:
+    def __init__(self, ctx: Any, streams: list[Tensor], gradients: list[Tensor | None]) -> None:
         self.ctx, self.stack = ctx, ctx.stack
         self.streams, self.gradients = streams, gradients
         self.of_context: list[Tensor | None] = [None] * len(ctx.context.places)
@@ -174,8 +174,9 @@ class _Walk:
         wanted = index > 0 or replaced == 1 or self.ctx.needs_input_grad[2]
         args, kwargs, context_roots = self.ctx.context.fresh(differentiable=True)
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        dy_BLD = self.gradients[replaced]
         with (
-            torch.enable_grad(),
+            torch.set_grad_enabled(dy_BLD is not None),
             self.ctx.autocast.entered(),
             replayed_rng(self.ctx.rng[2 * index + replaced], self.ctx.device),
         ):
@@ -184,8 +185,9 @@ class _Walk:
         self.streams[replaced] = coupling.inverse(
             self.streams[replaced], self.streams[other], value_BLD.detach(), side
         )
+        if dy_BLD is None:
+            return
         roots = ([read_BLD] if wanted else []) + context_roots + trained
-        dy_BLD = self.gradients[replaced]
         found: list[Tensor | None] = [None] * len(roots)
         if value_BLD.requires_grad and roots:
             # An edge instead of the tensor: the half's output need not live through its own backward pass.
@@ -196,11 +198,8 @@ class _Walk:
         dx_BLD = coupling.gradient_of_x(dy_BLD)
         del dy_BLD
         self.gradients[replaced] = dx_BLD
-        if of_read is not None:
-            self.gradients[other] = self.gradients[other] + of_read
-        centre_BLD = coupling.gradient_of_centre(dx_BLD)
-        if centre_BLD is not None:
-            self.gradients[other] = self.gradients[other] + centre_BLD
+        self.gradients[other] = _sum(self.gradients[other], of_read)
+        self.gradients[other] = _sum(self.gradients[other], coupling.gradient_of_centre(dx_BLD))
         for place, gradient in enumerate(found[: len(context_roots)]):
             self.of_context[place] = _sum(self.of_context[place], gradient)
         for parameter, gradient in zip(trained, found[len(context_roots) :], strict=True):

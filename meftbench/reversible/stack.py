@@ -98,12 +98,12 @@ class ReversibleStack(nn.Module):
             return self.arithmetic.read(streams[self.carrier])
         return (self.arithmetic.read(streams[0]) + self.arithmetic.read(streams[1])) / 2
 
-    def gradients_of_streams(self, dh_BLD: Tensor) -> list[Tensor]:
-        """Gradients of [y1, y2] from that of `finish`."""
+    def gradients_of_streams(self, dh_BLD: Tensor) -> list[Tensor | None]:
+        """Gradients of [y1, y2] from that of `finish`; None: zero."""
         if self.output == "mean":
             half = dh_BLD / 2
             return [half, half]
-        gradients = [torch.zeros_like(dh_BLD)] * 2
+        gradients: list[Tensor | None] = [None, None]
         gradients[self.carrier] = dh_BLD
         return gradients
 

