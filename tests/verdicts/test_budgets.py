@@ -82,7 +82,7 @@ def test_a_newer_schema_is_refused(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     """The message has the path."""
-    with pytest.raises(UserError, match="nowhere.yaml: no such file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
         load_budgets(tmp_path / "nowhere.yaml")
 
 

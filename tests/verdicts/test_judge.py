@@ -6,9 +6,9 @@ import datetime
 
 import pytest
 
+from builders import MiB, a_record, a_run, measured
 from meftbench.verdicts.budgets import load_budgets
 from meftbench.verdicts.judge import exit_code, judge
-from tests.builders import MiB, a_record, a_run, measured
 
 ACTIVATION = "activation_peak_bytes"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import a_record, a_run, measured
 from meftbench.verdicts.budgets import load_budgets
 from meftbench.verdicts.judge import exit_code, judge
 from meftbench.verdicts.update import updated
-from tests.builders import a_record, a_run, measured
 
 FILE = """# our bounds
 schema: 1
@@ -26,7 +26,7 @@ budgets:
 
 
 def test_numbers_change_and_comments_stay(tmp_path):
-    """The largest value over a row's cells; a whole number of MiB by name; rows it cannot judge are kept, with a reason."""
+    """The largest value over a row's cells, whole MiB by name; rows that cannot be judged are kept, with a reason."""
     file = tmp_path / "b.yaml"
     file.write_text(FILE)
     run = a_run(
@@ -59,7 +59,8 @@ def test_line_ends_and_letters_outside_ascii_survive(tmp_path):
 def test_a_bound_that_is_shared_through_an_anchor_is_kept(tmp_path):
     """Changing it for one row would change it for the other."""
     file = tmp_path / "b.yaml"
-    text = "schema: 1\nbudgets:\n  - {match: '*', metric: ooms, max: &n 5}\n  - {match: '*/b9/*', metric: ooms, max: *n }\n"
+    rows = "  - {match: '*', metric: ooms, max: &n 5}\n  - {match: '*/b9/*', metric: ooms, max: *n }\n"
+    text = f"schema: 1\nbudgets:\n{rows}"
     file.write_text(text)
 
     update = updated(a_run(tmp_path / "run", a_record(metrics={"ooms": 0})), load_budgets(file))
