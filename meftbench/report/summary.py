@@ -179,7 +179,11 @@ def error(value: float | None) -> str:
         return "-"
     if value == 0:
         return "0"
-    return f"{value:.3g}" if 0.01 <= value < 1000 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+    return (
+        f"{value:.3g}"
+        if 0.01 <= value < 1000
+        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    )
 
 
 def count(value: float | None) -> str:

@@ -99,7 +99,9 @@ class Comparison:
             for labels, which in ((self.only_first, "the first"), (self.only_second, "the second"))
             if labels
         ]
-        return "; ".join([f"{self.cells} cells in both runs: {counted or 'no number in common'}", *alone])
+        return "; ".join(
+            [f"{self.cells} cell{'s' * (self.cells != 1)} in both runs: {counted or 'no number in common'}", *alone]
+        )
 
 
 def compare(first: Run, second: Run, metrics: Iterable[str] = (), threshold: float | None = None) -> Comparison:

@@ -1,0 +1,85 @@
+"""The table on the terminal."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from builders import a_measured_cell, a_record, a_run, a_sweep, measured
+from meftbench.report.summary import count, error, print_summary
+
+
+def printed(run, width=80):
+    stream = io.StringIO()
+    print_summary(run, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+GOLDEN = """\
+bert-base@random
+memory counted, time measured, errors measured; compared at equal batch,
+micro-batch and length
+batch × tokens,     activation  % of    peak step tokens recon. gradient
+method                     MiB  full     MiB   ms     /s  error    error trained
+1 × 128
+ full                     76.7 100.0 1,830.8 16.0  8,000      -        -  109.0M
+ lora+checkpoint          12.3  16.0   494.4 20.8  6,154      -        -  600.0k
+ houlsby                   oom
+ meft1                    8.77  11.4   490.8 20.8  6,154   3e-3     6e-3  600.0k
+ meft3                    7.88  10.3   489.9 20.8  6,154   3.07     6.14  600.0k
+   coupling=centred
+   output=last
+5 cells: 4 ok, 1 oom
+bert-base@random/houlsby/b1/s128: oom (asked for 12.0 GiB; needs more)
+"""
+
+
+def test_the_table_reads_well_at_80_columns(tmp_path):
+    """Sources are said, failures have their place and their reason, a long label does not push the numbers away."""
+    records = a_sweep(["full", "lora+checkpoint", "meft1"], (1,), (128,))
+    records.append(a_measured_cell("meft3", 1, method_params={"coupling": "centred", "output": "last"}))
+    records.append(
+        a_record("oom", method="houlsby", batch_size=1,
+                 status_detail={"requested_bytes": 12 * 2**30, "message": "needs more"})
+    )  # fmt: skip
+
+    assert GOLDEN == "".join(line.rstrip() + "\n" for line in printed(a_run(tmp_path, *records)).splitlines())
+
+
+def test_settings_that_differ_are_tables_of_their_own(tmp_path):
+    """Cells are not ranked across precision, and the reader is told."""
+    text = printed(a_run(tmp_path, *a_sweep(["full"], (1,), (16,)), *a_sweep(["full"], (1,), (16,), precision="bf16")))
+
+    assert "bert-base@random, fp32\n" in text
+    assert "bert-base@random, bf16\n" in text
+    assert "do not rank across them" in text
+
+
+def test_two_sources_in_one_column_are_marked_at_each_value(tmp_path):
+    """Measured and counted bytes never stand unmarked in one column."""
+    other = a_measured_cell("lora", 1, metrics={"activation_peak_bytes": measured(2**20)})
+
+    text = printed(a_run(tmp_path, a_measured_cell("full", 1), other))
+
+    assert "memory counted and measured" in text
+    assert "76.7 c" in text
+    assert "1.00 m" in text
+    assert "m measured, c counted" in text
+
+
+def test_a_run_without_a_finished_cell_says_so(tmp_path):
+    """An empty table would look like a result."""
+    assert "no cell has finished\n" == printed(a_run(tmp_path))
+
+
+def test_errors_tell_zero_from_small_from_not_taken():
+    """0 is exact; nan and inf are words."""
+    assert ["0", "3e-8", "0.14", "330", "9e8", "inf", "nan", "-"] == [
+        error(v) for v in (0.0, 3e-8, 0.14, 330.0, 9e8, float("inf"), float("nan"), None)
+    ]
+
+
+def test_counts_are_short():
+    """A parameter count in seven characters."""
+    assert ["-", "9,999", "12.3k", "109.5M", "6.7G"] == [count(v) for v in (None, 9999, 12_345, 109_500_000, 6.7e9)]

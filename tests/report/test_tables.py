@@ -1,0 +1,112 @@
+"""The frame of runs, and what tables share."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from builders import a_measured_cell, a_record, a_run, a_sweep, counted, measured
+from meftbench.records.record import Metric
+from meftbench.report.tables import frame_of, groups, methods_in_order, share_of_full, sources, write_csv
+
+
+def test_repeats_are_one_row_with_their_median_and_spread(tmp_path):
+    """Measured: the median. The spread is over the repeats."""
+    records = [a_record(repeat=i, metrics={"tokens_per_s": measured(v)}) for i, v in enumerate((10, 30, 11))]
+
+    frame = frame_of(a_run(tmp_path, *records))
+
+    assert [(11, 10, 30, 3)] == list(
+        zip(frame.tokens_per_s, frame.tokens_per_s_low, frame.tokens_per_s_high, frame.repeats, strict=True)
+    )
+
+
+def test_nan_and_not_taken_are_different(tmp_path):
+    """A reconstruction error of nan is a finding; an absent one is not."""
+    run = a_run(
+        tmp_path,
+        a_record(method="meft3", metrics={"reconstruction_rel_max": float("nan")}),
+        a_record(metrics={"reconstruction_rel_max": Metric(None, "measured", absent="nothing is reconstructed")}),
+    )
+
+    found = list(frame_of(run).reconstruction_rel_max)
+
+    assert found[0] != found[0]
+    assert found[1] is None
+
+
+def test_percent_of_full_is_at_the_same_shape_and_setting(tmp_path):
+    """Never across batch, micro-batch, length or precision; none where `full` is not there."""
+    metric = "activation_peak_bytes"
+    records = [
+        a_record(metrics={metric: 100}),
+        a_record(method="lora", metrics={metric: 30}),
+        a_record(method="lora", micro_batch_size=2, metrics={metric: 7}),
+        a_record(method="lora", precision="bf16", metrics={metric: 20}),
+        a_record(method="lora+checkpoint", metrics={metric: 10}),
+    ]
+
+    shares = share_of_full(frame_of(a_run(tmp_path, *records)))
+
+    assert {records[0].cell_id: 1.0, records[1].cell_id: 0.3, records[4].cell_id: 0.1} == shares
+
+
+def test_cells_of_other_settings_are_groups_of_their_own(tmp_path):
+    """Their titles name the difference, and nothing that they share."""
+    run = a_run(tmp_path, a_record(), a_record(precision="bf16"), a_record(precision="bf16", optimizer="sgd"))
+
+    assert [
+        "bert-base@random, fp32, optimizer adamw",
+        "bert-base@random, bf16, optimizer adamw",
+        "bert-base@random, bf16, optimizer sgd",
+    ] == [group.title for group in groups(frame_of(run))]
+
+
+def test_two_runs_of_one_suite_keep_apart(tmp_path):
+    """Rows of the same cell in two runs have two names."""
+    frame = frame_of([a_run(tmp_path / "a", a_record()), a_run(tmp_path / "b", a_record())])
+
+    assert [f"toy ({tmp_path / 'a'})", f"toy ({tmp_path / 'b'})"] == list(frame.run)
+
+
+def test_methods_stand_in_the_order_of_the_catalogue(tmp_path):
+    """Whatever order they ran in."""
+    run = a_run(tmp_path, *a_sweep(["meft1", "lora+checkpoint", "full", "lora"], (1,), (16,)))
+
+    assert ["full", "lora+checkpoint", "lora", "meft1"] == methods_in_order(frame_of(run))
+
+
+def test_the_csv_has_unit_and_source_of_every_metric(tmp_path):
+    """A number without its unit and source does not leave the program."""
+    file = tmp_path / "t.csv"
+    write_csv(frame_of(a_run(tmp_path / "run", a_measured_cell("meft1"))), file)
+
+    with file.open() as stream:
+        row = next(csv.DictReader(stream))
+    assert "backward" == row["peak_phase [phase]"]
+    assert (str(int(23.4 * 8 * 128 * 768 * 4)), "counted") == (
+        row["activation_peak_bytes [byte]"],
+        row["activation_peak_bytes_source"],
+    )
+
+
+@pytest.mark.parametrize("status", ["oom", "error", "skipped"])
+def test_a_cell_that_failed_has_no_numbers(tmp_path, status):
+    """What it reached before is not a result."""
+    run = a_run(tmp_path, a_record(status, metrics={"peak_allocated_bytes": 5}, status_detail={"message": "a\nb"}))
+
+    frame = frame_of(run)
+
+    assert [(status, None, "a b")] == list(zip(frame.status, frame.peak_allocated_bytes, frame.detail, strict=True))
+
+
+def test_sources_are_those_that_occur(tmp_path):
+    """A source without a value does not count."""
+    run = a_run(
+        tmp_path,
+        a_record(metrics={"peak_allocated_bytes": counted(5)}),
+        a_record(batch_size=1, metrics={"peak_allocated_bytes": Metric(None, "measured", absent="no GPU")}),
+    )
+
+    assert ["counted"] == sources(frame_of(run), "peak_allocated_bytes")

@@ -1,0 +1,168 @@
+"""Two runs held against each other: texts, noise, refusals and exit codes."""
+
+from __future__ import annotations
+
+import pytest
+
+from builders import MiB, a_record, a_run, measured, step_time
+from meftbench.errors import UserError
+from meftbench.verdicts.compare import compare, exit_code
+
+ACTIVATION = "activation_peak_bytes"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs from two lists of records; `second` describes the second's folder."""
+
+    def built(first, second, **suite_or_environment):
+        return a_run(tmp_path / "a", *first), a_run(tmp_path / "b", *second, **suite_or_environment)
+
+    return built
+
+
+def test_a_change_is_one_line(runs):
+    """Judgement, cell, metric, both values, source, difference in the unit and in percent."""
+    pair = runs([a_record(metrics={ACTIVATION: 412 * MiB})], [a_record(metrics={ACTIVATION: 430 * MiB})])
+
+    comparison = compare(*pair)
+
+    assert [
+        "worse: bert-base@random/full/b8/s128: activation_peak_bytes 412.0 MiB -> 430.0 MiB counted (+18.0 MiB, +4.37%)"
+    ] == [change.text() for change in comparison.changes]
+    assert "1 cell in both runs: 1 worse" == comparison.summary()
+
+
+def test_one_byte_is_a_change_where_bytes_are_counted(runs):
+    """Counted values repeat exactly; the text does not round the change away."""
+    pair = runs([a_record(metrics={ACTIVATION: 412 * MiB})], [a_record(metrics={ACTIVATION: 412 * MiB - 1})])
+
+    assert "better" == compare(*pair).changes[0].judgement
+    assert "432,013,312 B -> 432,013,311 B counted (-1 B, -0.00%)" == compare(*pair).changes[0].numbers()
+
+
+@pytest.mark.parametrize(("seconds", "judgement"), [(1.0, "same"), (1.015, "noise"), (1.05, "worse"), (0.9, "better")])
+def test_times_count_only_beyond_their_noise(runs, seconds, judgement):
+    """Quartiles that overlap: nobody knows."""
+    pair = runs(
+        [a_record(metrics={"step_time_s": step_time(1.0)})], [a_record(metrics={"step_time_s": step_time(seconds)})]
+    )
+
+    assert [judgement] == [change.judgement for change in compare(*pair).changes]
+
+
+def test_throughput_is_as_sure_as_the_time_it_comes_from(runs):
+    """tokens/s has no quartiles of its own."""
+
+    def cell(tokens, seconds):
+        return a_record(metrics={"step_time_s": step_time(seconds), "tokens_per_s": measured(tokens)})
+
+    noise = compare(*runs([cell(100, 1.0)], [cell(98, 1.015)]), metrics=["tokens_per_s"])
+    assert ["noise"] == [change.judgement for change in noise.changes]
+
+
+def test_less_throughput_is_worse(runs):
+    """The direction comes from the table of metrics."""
+
+    def cell(tokens, seconds):
+        return a_record(metrics={"step_time_s": step_time(seconds), "tokens_per_s": measured(tokens)})
+
+    comparison = compare(*runs([cell(100, 1.0)], [cell(50, 2.0)]))
+
+    assert {"step_time_s": "worse", "tokens_per_s": "worse"} == {c.metric: c.judgement for c in comparison.changes}
+
+
+def test_a_cell_that_no_longer_fits_is_worse(runs):
+    """ok to oom is a regression although no number can be compared."""
+    comparison = compare(*runs([a_record(metrics={ACTIVATION: 1})], [a_record("oom")]))
+
+    assert ["worse: bert-base@random/full/b8/s128: status ok -> oom"] == [c.text() for c in comparison.changes]
+    assert (1, 0) == (exit_code(comparison, True), exit_code(comparison, False))
+
+
+def test_what_became_nan_is_worse(runs):
+    """A comparison with nan is false either way; it must not pass for an improvement."""
+
+    def cell(value):
+        return a_record(metrics={"reconstruction_rel_max": value})
+
+    assert "worse" == compare(*runs([cell(0.5)], [cell(float("nan"))])).changes[0].judgement
+
+
+def test_cells_of_one_run_alone_are_listed(runs):
+    """A cell that is gone is not a cell that is the same."""
+    pair = runs(
+        [a_record(metrics={ACTIVATION: 1}), a_record(batch_size=1)],
+        [a_record(metrics={ACTIVATION: 1}), a_record(batch_size=2)],
+    )
+
+    comparison = compare(*pair)
+
+    assert ["bert-base@random/full/b1/s128"] == comparison.only_first
+    assert ["bert-base@random/full/b2/s128"] == comparison.only_second
+    assert "1 cell in both runs: 1 same; 1 only in the first; 1 only in the second" == comparison.summary()
+
+
+def test_runs_without_a_common_cell_exit_5(runs):
+    """Nothing compared is not "nothing changed"."""
+    with pytest.raises(UserError, match="no cell is in both runs") as caught:
+        compare(*runs([a_record()], [a_record(batch_size=1)]))
+
+    assert 5 == caught.value.exit_code
+
+
+def test_another_protocol_is_refused_and_named(runs):
+    """Exit 4, with what differs."""
+    pair = runs(
+        [a_record(metrics={ACTIVATION: 1})],
+        [a_record(protocol_id="protocol-2", metrics={ACTIVATION: 1})],
+        protocol={"warmup": 0, "steps": 5},
+    )
+
+    with pytest.raises(UserError, match=r"different protocols \(warmup: 2 \| 0\)") as caught:
+        compare(*pair)
+
+    assert 4 == caught.value.exit_code
+
+
+OTHER = {"comparable": {"machine": "x86_64", "cpu": "a CPU", "cores": 64, "packages": {"torch": "2.13.0"}, "gpus": []}}
+
+
+def test_counted_bytes_are_compared_across_machines_and_times_are_left_out(runs):
+    """What is left out is said."""
+    metrics = {ACTIVATION: 1, "step_time_s": step_time(1.0)}
+    pair = runs(
+        [a_record(metrics=metrics)], [a_record(environment_id="environment-2", metrics=metrics)], environment=OTHER
+    )
+
+    comparison = compare(*pair)
+
+    assert [ACTIVATION] == [change.metric for change in comparison.changes]
+    assert ["1 measured numbers are left out: the environments differ (cores: 2 | 64)"] == comparison.notes
+
+
+def test_measured_values_of_two_machines_are_refused(runs):
+    """Exit 4 where they were asked for, naming the difference."""
+    metrics = {ACTIVATION: 1, "step_time_s": step_time(1.0)}
+    pair = runs(
+        [a_record(metrics=metrics)], [a_record(environment_id="environment-2", metrics=metrics)], environment=OTHER
+    )
+
+    with pytest.raises(UserError, match=r"different environments \(cores: 2 \| 64\)") as caught:
+        compare(*pair, metrics=["step_time_s"])
+
+    assert 4 == caught.value.exit_code
+
+
+def test_a_threshold_hides_smaller_changes(runs):
+    """As a share of the value before."""
+    pair = runs([a_record(metrics={ACTIVATION: 1000})], [a_record(metrics={ACTIVATION: 1020})])
+
+    assert "same" == compare(*pair, threshold=0.02).changes[0].judgement
+    assert "worse" == compare(*pair, threshold=0.019).changes[0].judgement
+
+
+def test_an_unknown_metric_has_a_nearest_name(runs):
+    """Exit 2, before anything is compared."""
+    with pytest.raises(UserError, match="did you mean 'activation_peak_bytes'"):
+        compare(*runs([a_record()], [a_record()]), metrics=["activation_peak_byte"])
