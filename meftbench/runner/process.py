@@ -109,13 +109,14 @@ def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str,
 class Worker:
     """A worker process and the jobs it is running.
 
-    log: file for what the worker itself prints.  facts: what its `describe` says of torch, once started.
+    log: file for what the worker itself prints.  command: stands in for `WORKER`.
+    facts: what its `describe` says of torch, once started.
 
     Raises UserError where the worker cannot start (torch is missing, or broken).
     """
 
-    def __init__(self, environment: Mapping[str, str], log: Path, command: Sequence[str] = WORKER) -> None:
-        self._environment, self._log, self._command = dict(environment), log, tuple(command)
+    def __init__(self, environment: Mapping[str, str], log: Path, command: Sequence[str] | None = None) -> None:
+        self._environment, self._log, self._command = dict(environment), log, tuple(command or WORKER)
         self._jobs: dict[int, _Running] = {}
         self._ended: deque[Outcome] = deque()
         self._number = 0

@@ -17,7 +17,7 @@ from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, load_run, writing
-from meftbench.runner import folder, gpus, host, process
+from meftbench.runner import folder, gpus, host
 from meftbench.runner.environment import code_digest, environment
 from meftbench.runner.process import Job, Outcome, Worker, utc_now, worker_environment
 from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
@@ -98,7 +98,7 @@ def run_suite(
                 writer,
                 earlier,
                 _Sweep(plan, finished, slots, fail_fast, on_event),
-                command or process.WORKER,
+                command,
                 devices,
             )
     return load_run(out)
@@ -135,7 +135,7 @@ def _execute(
     writer: Writer,
     earlier: Run | None,
     sweep: _Sweep,
-    command: Sequence[str],
+    command: Sequence[str] | None,
     devices: gpus.Gpus,
 ) -> None:
     logs = writer.folder / folder.LOGS
