@@ -34,6 +34,13 @@ _CELL = (
 )
 
 
+_BASE = (
+    *("run", "cell_id", "label", "model", "method", "method_name"),
+    *_CELL,
+    *("levers", "status", "detail", "repeats", "wall_s"),
+)
+
+
 def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
     """One row a cell, in the order of the runs and of their writing.
 
@@ -47,10 +54,10 @@ def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
     listed = [runs] if isinstance(runs, Run) else list(runs)
     names = run_names(listed)
     rows = [_row(name, outcome) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
-    present = {key for row in rows for key in row}
+    present = {*_BASE, *(key for row in rows for key in row)}
     # A plot or table may ask for these of any run, also of one in which every cell failed.
     always = [f"{name}{part}" for name in _HEADLINE for part in ("", "_low", "_high", "_source")]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys([*_BASE, *(key for row in rows for key in row)]))
     columns += [key for key in always if key not in present]
     # As objects: None (not taken) and nan (what was taken) are different answers, and counts stay whole numbers.
     return DataFrame([{key: row.get(key) for key in columns} for row in rows], columns=columns, dtype=object)

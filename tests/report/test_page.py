@@ -1,0 +1,195 @@
+"""The page: self-contained, escaped, complete."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+
+from builders import a_measured_cell, a_record, a_run, a_sweep, measured
+from meftbench.errors import UserError
+from meftbench.report.page import write_report
+
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}'
+
+
+NOISE = "what is recomputed is not what was computed, and the gradients of the lower adapters are noise"
+
+
+class Parsed(HTMLParser):
+    """Tags and ids of a page, and its text outside of scripts, styles and drawings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.text = [], [], [], ""
+        self._inside = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.links += [value for name, value in attrs if tag == "a" and name == "href"]
+        if tag in ("script", "style", "svg"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._inside and self._inside[-1] == tag:
+            self._inside.pop()
+
+    def handle_data(self, data):
+        if not self._inside:
+            self.text += data
+
+    def all_text(self):
+        return " ".join(self.text.split())
+
+
+def page_of(tmp_path, *records, **suite):
+    run = a_run(tmp_path / "run", *records, **suite)
+    write_report([run], tmp_path / "out", {"html"})
+    return (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_page_states_where_its_numbers_come_from(tmp_path):
+    """Machine, date, commit and whether it was dirty, how cells ended, what is counted and what measured."""
+    records = [*a_sweep(["full", "meft1"], (1,), (16, 32)), a_record("oom", method="lora")]
+
+    text = Parsed(page_of(tmp_path, *records, description="a sweep")).all_text()
+
+    assert "5 cells: 4 ok, 1 oom. a CPU, 2 cores · 2026-11-24T04:00:00Z · commit 0123456789ab (dirty" in text
+    assert "measured (a clock or a CUDA allocator said so): step_time_s, tokens_per_s, reconstruction_rel_max" in text
+    assert "counted (bytes of live tensors, counted on CPU under real arithmetic): activation_peak_bytes" in text
+    assert "predicted" not in text
+    assert "a sweep" in text
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path):
+    """It works from file://, without a network."""
+    parsed = Parsed(page_of(tmp_path, *a_sweep(["full"], (1, 8), (16, 32))))
+
+    loading = [(tag, attrs) for tag, attrs in parsed.tags if {"src", "srcset", "data"} & attrs.keys() or tag == "link"]
+    assert [] == loading
+    assert all(link.startswith(("#", "plots/")) for link in parsed.links)
+
+
+def test_hostile_text_stays_text(tmp_path):
+    """Labels, messages and names from a record are escaped, in text, attributes and drawings."""
+    record = a_measured_cell("full", observed={"label": f"{HOSTILE}/full/b8/s128", "model": HOSTILE})
+    failed = a_record("error", batch_size=1, status_detail={"message": HOSTILE, "traceback": HOSTILE, "type": HOSTILE})
+
+    text = page_of(tmp_path, record, failed, name=HOSTILE, description=HOSTILE)
+
+    parsed = Parsed(text)
+    assert 1 == sum(tag == "script" for tag, _ in parsed.tags)
+    assert not [tag for tag, attrs in parsed.tags if tag == "img" or "onerror" in attrs]
+    assert "alert(1)" in parsed.all_text()
+    assert "{{ 7*7 }}" in parsed.all_text()
+
+
+def test_ids_are_unique_and_links_lead_somewhere(tmp_path):
+    """Two drawings in one page share no ids; every row links to its cell's detail."""
+    parsed = Parsed(page_of(tmp_path, *a_sweep(["full", "meft1"], (1, 8), (16, 32))))
+
+    assert len(parsed.ids) == len(set(parsed.ids))
+    inside = [link[1:] for link in parsed.links if link.startswith("#")]
+    assert set(inside) <= set(parsed.ids)
+    assert 8 == sum(link.startswith("cell-") for link in {*inside} if "toy" in link)
+
+
+def test_every_picture_says_what_it_shows(tmp_path):
+    """For who does not see it."""
+    parsed = Parsed(page_of(tmp_path, *a_sweep(["full", "meft1"], (1, 8), (16, 32))))
+
+    labels = [attrs.get("aria-label", "") for tag, attrs in parsed.tags if tag == "figure"]
+    assert 5 == len(labels)
+    assert all("full" in label or "meft1" in label for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "detail", "observed", "sentence"),
+    [
+        ({"device_shared": measured(1)}, {}, {}, "another process used the device"),
+        ({"throttle_reasons": ["thermal"]}, {}, {}, "the clocks were held down while timing (thermal)"),
+        ({"alloc_retries": 2}, {}, {}, "the allocator had to free its cache and try again"),
+        ({}, {"type": "lever-not-engaged", "message": "no forward was re-run"}, {}, "lever not engaged: no forward"),
+        ({}, {}, {"attention_used": "eager"}, "attention sdpa was asked for, eager was used"),
+        ({"reconstruction_rel_max": 0.14}, {}, {}, NOISE),
+        ({"reconstruction_rel_max": float("nan")}, {}, {}, NOISE),
+        ({"drift_bytes_per_step": 2048}, {}, {}, "memory grows by 2.0 KiB each step"),
+    ],
+)  # fmt: skip
+def test_what_makes_numbers_doubtful_is_said(tmp_path, metrics, detail, observed, sentence):
+    """Each with a link to its cell."""
+    status = "error" if detail else "ok"
+    record = a_record(status, metrics=metrics, status_detail=detail, observed=observed)
+
+    parsed = Parsed(page_of(tmp_path, record))
+
+    assert "Warnings bert-base@random/full/b8/s128: " in parsed.all_text()
+    assert sentence in parsed.all_text()
+
+
+def test_a_good_run_has_no_warnings(tmp_path):
+    """Warnings that are always there are not read."""
+    fine = {"reconstruction_rel_max": 1e-4, "drift_bytes_per_step": 0, "alloc_retries": 0, "device_shared": 0}
+
+    assert "Warnings" not in Parsed(page_of(tmp_path, a_record(metrics=fine))).all_text()
+
+
+def test_failures_have_their_message_and_the_command_to_run_them_again(tmp_path):
+    """As in the terminal."""
+    record = a_record("timeout", status_detail={"message": "after 600 s"})
+
+    text = Parsed(page_of(tmp_path, record, source="suites/ci.yaml")).all_text()
+
+    assert "Cells that did not end ok bert-base@random/full/b8/s128: timeout (after 600 s)" in text
+    assert f"meftbench run suites/ci.yaml --where cell_id={record.cell_id} --device counted" in text
+
+
+def test_settings_that_differ_are_columns_and_a_warning_not_to_rank(tmp_path):
+    """What all cells share is said once, what differs is a column."""
+    text = Parsed(page_of(tmp_path, a_measured_cell(), a_measured_cell(precision="bf16"))).all_text()
+
+    assert "All cells: bert-base@random, device counted, attention sdpa, optimizer adamw, seed 0." in text
+    assert "do not rank across those settings" in text
+
+
+def test_several_runs_are_one_page(tmp_path):
+    """A row of the same cell for each run."""
+    runs = [a_run(tmp_path / name, a_measured_cell(), name=name, run_id=name) for name in ("before", "after")]
+
+    write_report(runs, tmp_path / "out", {"html"})
+
+    parsed = Parsed((tmp_path / "out" / "report.html").read_text())
+    assert "before and after" in parsed.all_text()
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert 2 == sum(tag == "details" for tag, _ in parsed.tags)
+
+
+def test_a_run_without_records_is_a_page_too(tmp_path):
+    """It says so."""
+    text = Parsed(page_of(tmp_path)).all_text()
+
+    assert "no cell has finished" in text
+    assert "No cell has numbers to plot." in text
+
+
+def test_all_files_are_written(tmp_path):
+    """The page first, then plots as PNG and SVG, the table as CSV and Markdown."""
+    run = a_run(tmp_path / "run", *a_sweep(["full", "meft1"], (1, 8), (16, 32)))
+
+    written = write_report([run], run.path, {"html", "csv", "md"})
+
+    assert all(file.is_file() for file in written)
+    assert "report.html" == written[0].name
+    assert {".html", ".png", ".svg", ".csv", ".md"} == {file.suffix for file in written}
+    assert b"\x89PNG" == (run.path / "plots" / "breakdown.png").read_bytes()[:4]
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
+    """Nothing is half written."""
+    run = a_run(tmp_path / "run", a_measured_cell())
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report([run], tmp_path / "file" / "out", {"html"})
