@@ -1,0 +1,12 @@
+"""Benchmarks of the command line; time is recorded, never asserted."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "methods"]], ids=" ".join)
+def test_the_command_line_answers(benchmark, arguments):
+    """Benchmark a whole process, from the start of the interpreter to its end."""
+    benchmark(subprocess.run, [sys.executable, "-m", "meftbench", *arguments], check=True, capture_output=True)

@@ -1,0 +1,193 @@
+"""The run folder: what was written is what is read, and a writer killed at any byte costs at most its last line."""
+
+import json
+import math
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builders import a_record, counted
+from meftbench.errors import UserError
+from meftbench.records.metrics import METRICS
+from meftbench.records.record import Metric, Record
+from meftbench.records.store import RECORDS, load_run, read_records, write_whole, writing
+
+numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))
+values = st.one_of(numbers, st.text(max_size=5), st.lists(st.lists(st.floats(allow_nan=False), max_size=2), max_size=3))
+spread = st.none() | st.floats(allow_nan=False)
+metrics = st.one_of(
+    st.builds(
+        Metric,
+        values.filter(lambda value: value not in ("Infinity", "-Infinity", "NaN")),
+        st.sampled_from(["measured", "counted", "predicted"]),
+        n=st.none() | st.integers(1, 9),
+        min=spread,
+        max=spread,
+        samples=st.none() | st.lists(st.floats(allow_nan=False), max_size=3),
+        phases=st.none() | st.dictionaries(st.sampled_from(["forward", "backward"]), st.integers(0)),
+    ),
+    st.builds(Metric, st.none(), st.just("measured"), absent=st.text(min_size=1)),
+)
+texts = st.text(max_size=8)
+records = st.builds(
+    lambda name, status, found, message, repeat: a_record(
+        status, found, record_id=name, status_detail={"message": message}, repeat=repeat
+    ),
+    texts,
+    st.sampled_from(["ok", "oom", "timeout", "error", "skipped"]),
+    st.dictionaries(st.sampled_from(sorted(METRICS)), metrics, max_size=4),
+    texts,
+    st.integers(0, 9),
+)
+
+
+@given(metrics)
+def test_a_metric_comes_back_as_it_went(metric):
+    line = json.dumps(metric.to_json("step_time_s"), allow_nan=False)
+
+    assert metric == Metric.from_json(json.loads(line))
+
+
+@given(st.lists(records, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_records_come_back_as_they_went(tmp_path_factory, written):
+    """Whatever they say, line ends and quotes included: one line each, in order."""
+    folder = tmp_path_factory.mktemp("run")
+    with writing(folder) as writer:
+        for record in written:
+            writer.append(record)
+
+    assert (written, False) == read_records(folder / RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (math.inf, "Infinity"),
+        (-math.inf, "-Infinity"),
+        ([[1.0, math.inf], [-math.inf]], [[1.0, "Infinity"], ["-Infinity"]]),
+    ],
+)
+def test_infinity_is_written_as_a_word_and_read_as_a_number(value, text):
+    """JSON has no infinity; an error that has overflowed is infinite and not unknown."""
+    metric = counted(value, min=-math.inf, max=math.inf, samples=[1.0, math.inf])
+
+    content = json.loads(json.dumps(metric.to_json("reconstruction_rel"), allow_nan=False))
+
+    assert text == content["value"]
+    assert ("-Infinity", "Infinity", [1.0, "Infinity"]) == (content["min"], content["max"], content["samples"])
+    assert metric == Metric.from_json(content)
+
+
+def test_not_a_number_is_written_as_a_word_and_read_as_one():
+    content = json.loads(json.dumps(counted(math.nan).to_json("reconstruction_rel_max"), allow_nan=False))
+
+    assert "NaN" == content["value"]
+    assert math.isnan(Metric.from_json(content).value)
+
+
+def test_a_metric_has_a_value_or_a_reason():
+    """Unknown is never a number."""
+    for wrong in ({"value": None, "source": "counted"}, {"value": 1, "source": "counted", "absent": "why"}):
+        with pytest.raises(ValueError, match="either a value or the reason"):
+            Metric(**wrong)
+
+
+def test_a_last_line_torn_at_any_byte_costs_that_line_alone(tmp_path):
+    """Read: the whole lines, and the mark that one is torn. Written to again: the torn line is gone."""
+    first, second, third = (a_record(record_id=f"r{n}", status_detail={"message": "µ"}) for n in range(3))
+    with writing(tmp_path) as writer:
+        writer.append(first)
+        start = (tmp_path / RECORDS).stat().st_size
+        writer.append(second)
+    whole = (tmp_path / RECORDS).read_bytes()
+
+    for cut in range(start, len(whole)):
+        (tmp_path / RECORDS).write_bytes(whole[:cut])
+        assert ([first], cut > start) == read_records(tmp_path / RECORDS)
+        with writing(tmp_path) as writer:
+            writer.append(third)
+        assert ([first, third], False) == read_records(tmp_path / RECORDS)
+
+
+def test_a_line_that_is_no_record_in_the_middle_is_an_error_with_its_place(tmp_path):
+    """Only the last line may be torn; anything else was damaged, and nobody guesses."""
+    with writing(tmp_path) as writer:
+        writer.append(a_record())
+    content = (tmp_path / RECORDS).read_bytes()
+
+    for damage in (b"{}\n", b"not json\n", b'{"schema": 1, "metrics": {}}\n'):
+        (tmp_path / RECORDS).write_bytes(damage + content)
+        with pytest.raises(UserError, match=f"{RECORDS}:1: is not a record"):
+            read_records(tmp_path / RECORDS)
+
+
+def test_a_record_of_a_newer_schema_is_refused(tmp_path):
+    (tmp_path / RECORDS).write_text(json.dumps(a_record().to_json() | {"schema": 2}) + "\n")
+
+    with pytest.raises(UserError, match="record of schema 2; update meftbench"):
+        read_records(tmp_path / RECORDS)
+
+
+def test_a_field_of_a_later_version_is_passed_over():
+    """Fields may be added within a schema."""
+    content = a_record(metrics={"step_time_s": 1}).to_json()
+    content["metrics"]["step_time_s"]["kurtosis"] = 3
+
+    assert a_record(metrics={"step_time_s": 1}) == Record.from_json(content | {"mood": "good"})
+
+
+def test_of_a_cell_tried_again_the_last_record_counts(tmp_path):
+    with writing(tmp_path) as writer:
+        for record in (a_record("error", record_id="1"), a_record(batch_size=2), a_record(record_id="2")):
+            writer.append(record)
+        writer.write("suite.yaml", "name: toy\nrun_id: r\n")
+        writer.write("environment.json", "{}")
+
+    assert ["2", a_record(batch_size=2).record_id] == [record.record_id for record in load_run(tmp_path).records]
+
+
+def test_one_folder_has_one_writer(tmp_path):
+    with writing(tmp_path), pytest.raises(UserError, match="another run writes here"), writing(tmp_path):
+        pass
+
+
+def test_a_file_is_there_in_full_or_not_at_all(tmp_path, monkeypatch):
+    """The disk is full while writing: the old content stays, and no scrap is taken for the file."""
+    file = tmp_path / "suite.yaml"
+    write_whole(file, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written \\(No space left on device\\)"):
+        write_whole(file, "new and longer")
+
+    assert "old" == file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "is not a run folder"),
+        ({"suite.yaml": "name: a\nrun_id: b"}, "is not a run folder"),
+        ({"suite.yaml": "[1", "environment.json": "{}"}, "is damaged"),
+        ({"suite.yaml": "name: a", "environment.json": "{}"}, "is damaged"),
+        ({"suite.yaml": "name: a\nrun_id: b", "environment.json": "{"}, "is damaged"),
+        ({"suite.yaml": "name: a\nrun_id: b", "environment.json": "[]"}, "is damaged"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, files, said):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    with pytest.raises(UserError, match=said):
+        load_run(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        load_run(tmp_path / "nowhere")
