@@ -70,14 +70,15 @@ class Step:
 
     def forward_backward(self, mark: Mark = _unmarked) -> Tensor:
         """Forward, loss and backward over all micro-batches; gradients are left in the parameters."""
-        total = torch.zeros((), device=self.device)
+        total: Tensor | None = None
         for start in range(0, self.batch_size, self.micro_batch_size):
             self._enter("forward", mark)
             loss = self._forward(start)
             self._enter("backward", mark)
             loss.backward()
-            total += loss.detach()
+            total = loss.detach() if total is None else total + loss.detach()
             del loss
+        assert total is not None
         return total
 
     def _forward(self, start: int) -> Tensor:

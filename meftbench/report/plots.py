@@ -66,6 +66,8 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
     for method in methods_in_order(frame):
         mine = [row for row in rows if row["method"] == method]
         known = [row for row in mine if row["activation_peak_bytes"] is not None]
+        bad = [row for row in mine if row["status"] != "ok"]
+        ended = "".join(f", × {status}" for status in dict.fromkeys(row["status"] for row in bad))
         for source in sorted({row["activation_peak_bytes_source"] for row in known}):
             points = [
                 (r[axis], r["activation_peak_bytes"]) for r in known if r["activation_peak_bytes_source"] == source
@@ -73,15 +75,15 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
             xs, ys = [x for x, _ in points], [y / size for _, y in points]
             power = slope(points)
             said = f"{method}, slope {power:.2f} ({source})" if power is not None else f"{method} ({source})"
-            ax.plot(xs, ys, LINE[source], color=colour(method), marker=looks[method], markersize=5, label=said)
-        for row in mine:
-            if row["status"] != "ok":
-                # Several at one place would hide each other: one below the other, from the top.
-                place = 0.96 - 0.055 * failed.setdefault(row[axis], 0)
-                failed[row[axis]] += 1
-                ax.plot([row[axis]], [place], color=colour(method), marker="x", markersize=7, markeredgewidth=2,
-                        linestyle="none", transform=ax.get_xaxis_transform(), label=f"{method}: {row['status']}",
-                        clip_on=False)  # fmt: skip
+            ax.plot(xs, ys, LINE[source], color=colour(method), marker=looks[method], markersize=5, label=said + ended)
+        for index, row in enumerate(bad):
+            # Several at one place would hide each other: one below the other, from the top, in the legend's order.
+            place = 0.96 - 0.055 * failed.setdefault(row[axis], 0)
+            failed[row[axis]] += 1
+            # A method with a curve says in its label how the others ended; one without is named by its first cross.
+            named = f"{method}: {row['status']}" if index == 0 and not known else "_cross"
+            ax.plot([row[axis]], [place], color=colour(method), marker="x", markersize=7, markeredgewidth=2,
+                    linestyle="none", transform=ax.get_xaxis_transform(), label=named, clip_on=False)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=label, ylabel=f"activation memory ({unit})")
     places = sorted({row[axis] for row in rows})
     ax.set_xticks(places, [str(place) for place in places])
@@ -137,6 +139,7 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
     finite = [value for value in values if math.isfinite(value) and value > 0]
     low, high = (min(finite), max(finite)) if finite else (1e-16, 1e-15)
     floor, ceiling = low / 30, high * 30
+    beyond: dict[int, dict[str, None]] = {}
     for method in methods_in_order(frame):
         if method not in rows:
             continue
@@ -150,8 +153,10 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
                     markerfacecolor=colour(method) if stream == 0 else "white")  # fmt: skip
             for layer, error in enumerate(errors):
                 if not math.isfinite(error):
-                    ax.annotate("nan" if math.isnan(error) else "inf", (layer, ceiling), xytext=(0, 5),
-                                textcoords="offset points", ha="center", fontsize=8, color=colour(method))  # fmt: skip
+                    beyond.setdefault(layer, {})["nan" if math.isnan(error) else "inf"] = None
+    for layer, words in beyond.items():
+        ax.annotate(", ".join(words), (layer, ceiling), xytext=(0, 6), textcoords="offset points", ha="center",
+                    fontsize=8, fontweight="bold")  # fmt: skip
     depth = max((len(row["reconstruction_rel"]) for row in rows.values()), default=1)
     ax.set(yscale="log", xlabel="layer (0: nearest the input)", ylabel="relative reconstruction error")
     ax.set_ylim(floor / 3, ceiling * 6)

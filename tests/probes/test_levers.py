@@ -1,0 +1,62 @@
+"""What a cell asked for is observed to have happened, or the cell ends in error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meftbench.errors import CellFailure
+from meftbench.probes.levers import check_levers
+from tests.models import METHODS, a_cell, a_step
+
+LEVERS = ["", "+checkpoint", "+offload", "+checkpoint+offload"]
+
+
+def trained_once(method, **changes):
+    step = a_step(method, **changes)
+    step.run()
+    return step
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_lever_engages_on_every_method(method, levers):
+    """Forwards run again exactly where they should, bytes move exactly where they should, every gradient is there."""
+    metrics = check_levers(trained_once(method + levers), a_cell(method + levers))
+
+    recomputes = "checkpoint" in levers or method.startswith("meft")
+    assert recomputes == (metrics["forward_calls_ratio"].value > 1.5)
+    assert metrics["forward_calls_ratio"].value <= 2.0
+    assert ("offload" in levers) == (metrics["offloaded_bytes"].value > 0)
+
+
+def test_checkpointing_that_was_not_honoured():
+    """The cell asks for it, the model does not do it: error, not a number under a wrong name."""
+    with pytest.raises(CellFailure, match="checkpoint: no layer ran again") as failure:
+        check_levers(trained_once("lora"), a_cell("lora+checkpoint"))
+
+    assert "lever-not-engaged" == failure.value.detail["type"]
+
+
+def test_offloading_that_was_not_honoured():
+    """No byte moved: error."""
+    with pytest.raises(CellFailure, match="offload: no byte"):
+        check_levers(trained_once("lora"), a_cell("lora+offload"))
+
+
+def test_a_tensor_that_gets_no_gradient():
+    """A trained tensor that the loss does not reach is an error with its name."""
+    step = trained_once("parallel")
+    step.model.register_parameter("stray", torch.nn.Parameter(torch.ones(2)))
+
+    with pytest.raises(CellFailure, match="stray is trained and got no gradient"):
+        check_levers(step, a_cell("parallel"))
+
+
+def test_a_gradient_of_zeros():
+    """Adapters whose output is cut off: all-zero gradients, silently, are what users of reversal ran into."""
+    step = trained_once("meft1")
+    step.applied.zero_adapters()
+
+    with pytest.raises(CellFailure, match="is all zero"):
+        check_levers(step, a_cell("meft1"))
