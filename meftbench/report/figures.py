@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # More panels than this are not read; the table has all cells.
 _MAX_PANELS = 8
+_PIXELS_AN_INCH = 96
 Draw = Callable[["DataFrame", "Axes"], None]
 
 
@@ -50,9 +51,10 @@ class Picture:
         # Two figures in one page may not share an id.
         element = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", element)
         element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-        return re.sub(
-            r'width="[^"]*pt" height="[^"]*pt"|height="[^"]*pt" width="[^"]*pt"', "", element, count=1
-        ).replace("<svg", '<svg role="img" aria-hidden="true"', 1)
+        # As wide as the page, but not so wide that one panel fills the screen.
+        width = f"max-width: {self.figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px"
+        element = re.sub(r'\s(width|height)="[^"]*pt"', "", element, count=2)
+        return element.replace("<svg", f'<svg style="{width}" role="img" aria-hidden="true"', 1)
 
     def write(self, folder: Path) -> None:
         """NAME.png and NAME.svg in `folder`."""

@@ -1,0 +1,55 @@
+"""`meftbench report`: which files it writes where."""
+
+from __future__ import annotations
+
+import pytest
+
+from builders import a_run, a_sweep
+
+
+@pytest.fixture
+def run(tmp_path):
+    return a_run(tmp_path / "run", *a_sweep(["full", "meft1"], (1,), (16, 32)))
+
+
+def test_everything_goes_into_the_run(cli, run):
+    """The files are named on stdout, the page first."""
+    code, out, err = cli("report", run.path)
+
+    assert (0, "") == (code, err)
+    assert out.startswith(f"{run.path}/report.html\n")
+    assert {"report.html", "plots", "table.csv", "table.md"} <= {file.name for file in run.path.iterdir()}
+
+
+@pytest.mark.parametrize(("format_", "name"), [("csv", "table.csv"), ("md", "table.md")])
+def test_one_format_is_one_file(cli, run, tmp_path, format_, name):
+    """Elsewhere with --out."""
+    code, out, _ = cli("report", run.path, "--format", format_, "--out", tmp_path / "new" / "folder")
+
+    assert (0, f"{tmp_path}/new/folder/{name}\n") == (code, out)
+    assert [name] == [file.name for file in (tmp_path / "new" / "folder").iterdir()]
+
+
+def test_markdown_has_the_numbers_with_their_source(cli, run, tmp_path):
+    """And says what was compared."""
+    cli("report", run.path, "--format", "md")
+
+    text = (run.path / "table.md").read_text()
+    assert "Compared at equal batch, micro-batch and length." in text
+    assert "9.59 (counted)" in text
+
+
+def test_an_output_that_cannot_be_written_exits_2(cli, run, tmp_path):
+    """One line."""
+    (tmp_path / "file").write_text("")
+
+    code, out, err = cli("report", run.path, "--out", tmp_path / "file")
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+
+
+def test_a_folder_that_is_no_run_exits_2(cli, tmp_path):
+    """One line."""
+    code, _, err = cli("report", tmp_path / "nowhere")
+
+    assert (2, 1) == (code, err.count("\n"))
