@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meftbench.cli.options import RunFolder, emit
 from meftbench.errors import UserError
-from meftbench.records.store import BUDGETS, Run
+
+if TYPE_CHECKING:
+    from meftbench.records.store import Run
 
 
 class Format(StrEnum):
@@ -74,6 +76,8 @@ def budgets_file(run: Run) -> Path:
 
     The file itself comes first: annotations name it, and --update has to change it.
     """
+    from meftbench.records.store import BUDGETS
+
     named = run.suite.get("budgets")
     if named and Path(str(named)).is_file():
         return Path(os.path.relpath(str(named))) if Path(str(named)).is_relative_to(Path.cwd()) else Path(str(named))

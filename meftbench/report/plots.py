@@ -160,6 +160,8 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
     depth = max((len(row["reconstruction_rel"]) for row in rows.values()), default=1)
     ax.set(yscale="log", xlabel="layer (0: nearest the input)", ylabel="relative reconstruction error")
     ax.set_ylim(floor / 3, ceiling * 6)
+    # Room at the sides for the words above the outermost layers.
+    ax.set_xlim(-0.45, depth - 0.55)
     step = max(1, math.ceil(depth / 12))
     ax.set_xticks(range(0, depth, step))
     if 0.0 in values:

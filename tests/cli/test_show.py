@@ -40,7 +40,6 @@ def test_a_cell_has_the_ladder_with_a_use_for_each_step(cli, run, monkeypatch):
     assert places == sorted(places)
     for said in (
         "for comparing methods",
-        "80.",
         "of the peak",
         "optimizer state at the peak",
         "backward",
