@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from meftbench.backbones.build import revision_of, tokenizer_of
 from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
 from meftbench.methods import Applied
-from meftbench.plan.catalogue import BACKBONES
+from meftbench.plan.catalogue import BACKBONES, PROBES
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
-from meftbench.probes.fidelity import measure_fidelity, measure_shift
 from meftbench.probes.levers import check_levers
 from meftbench.probes.memory_counted import CountedStep, count_memory, parameter_counts
 from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
 from meftbench.probes.nvml import DeviceReading, open_device
-from meftbench.probes.speed import time_steps
+from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.step import Step, build_step
 
@@ -59,37 +58,26 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     outcome.observed["inputs"] = "text" if tokenizer_of(cell.model) else "random tokens"
     begin = time.perf_counter()
     with _oom_is_a_result(step):
-        _memory_and_speed(step, cell, protocol, outcome)
-        if "reconstruction" in protocol.passes:
-            outcome.metrics |= measure_fidelity(step)
-            del step
-            gc.collect()
-            outcome.metrics["starting_point_shift"] = measure_shift(cell, device, protocol.padding)
+        subject = Subject(cell, protocol, step, _reading(device))
+        for name, entry in PROBES.items():
+            if name in protocol.passes:
+                outcome.metrics |= _load(entry.home)(subject)
+        if not step.steps_run:
+            step.run()
+        with CountedStep(step) as counted:
+            outcome.metrics |= check_levers(step, cell)
+        # sdpa takes the fused operator it can, and falls to plain products (math) without a word.
+        fused = ", ".join(sorted(counted.counter.attention_kernels)) or "math"
+        requested = cell.attention_requested
+        outcome.observed["attention_used"] = f"sdpa: {fused}" if requested == "sdpa" else requested
     outcome.metrics["passes_s"] = Metric(time.perf_counter() - begin, "measured")
     outcome.metrics |= _host_peak()
     return outcome
 
 
-def _memory_and_speed(step: Step, cell: Cell, protocol: Protocol, outcome: Outcome) -> None:
-    reading = _reading(step.device)
-    if "memory" in protocol.passes:
-        if step.device.type == "cuda":
-            memory = measure_memory(step, protocol.warmup, protocol.steps, TorchAllocator(), reading)
-        else:
-            memory = count_memory(step, protocol.warmup, protocol.steps, protocol.memory_limit)
-        outcome.metrics |= memory
-    if "throughput" in protocol.passes:
-        outcome.metrics |= time_steps(step, protocol.warmup, protocol.steps)
-        if reading is not None:
-            outcome.metrics |= reading.conditions()
-    if not {"memory", "throughput"} & set(protocol.passes):
-        step.run()
-    with CountedStep(step) as counted:
-        outcome.metrics |= check_levers(step, cell)
-    # sdpa takes the fused operator it can, and falls to plain products (math) without a word.
-    fused = sorted(counted.counter.attention_kernels)
-    used = f"sdpa: {', '.join(fused) or 'math'}" if cell.attention_requested == "sdpa" else cell.attention_requested
-    outcome.observed["attention_used"] = used
+def _load(home: str) -> Any:
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _device(cell: Cell, protocol: Protocol) -> torch.device:

@@ -34,7 +34,7 @@ class Step:
     batch: arguments of the model's forward by name, each with B samples in its first dimension.
     micro_batch_size: samples a forward; losses are weighted so that gradients are those of the whole batch.
     autocast: dtype of the autocast region around forward and loss; None: no region.
-    phase: the phase that runs now, for whoever must say where something happened.
+    phase: the phase that runs now, for whoever must say where something happened.  steps_run: steps finished.
     """
 
     applied: Applied
@@ -44,6 +44,7 @@ class Step:
     device: torch.device
     autocast: torch.dtype | None = None
     phase: str = "load"
+    steps_run: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -66,6 +67,7 @@ class Step:
         # set_to_none: gradients kept as zeros would live through the next forward (MEASURING 5, no. 3).
         self.optimizer.zero_grad(set_to_none=True)
         self._enter("end", mark)
+        self.steps_run += 1
         return float(loss)
 
     def forward_backward(self, mark: Mark = _unmarked) -> Tensor:

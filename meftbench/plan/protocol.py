@@ -6,10 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from meftbench.plan.catalogue import PROBES
 from meftbench.plan.identity import digest
 from meftbench.units import parse_bytes, parse_duration
 
-Pass = Literal["memory", "throughput", "reconstruction"]
+
+
+def _known_passes(value: Any) -> Any:
+    for name in value if isinstance(value, (list, tuple)) else []:
+        if name not in PROBES:
+            raise ValueError(f"unknown pass {name!r}, one of: {', '.join(PROBES)}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _split_size(value: Any) -> Any:
@@ -45,7 +52,7 @@ class Protocol(BaseModel):
     timeout: Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)] = Field(
         default=600.0, gt=0
     )
-    passes: tuple[Pass, ...] = Field(default=("memory", "throughput", "reconstruction"), min_length=1, strict=False)
+    passes: Annotated[tuple[str, ...], BeforeValidator(_known_passes)] = Field(default=tuple(PROBES), min_length=1)
     allocator: Annotated[Literal["default", "expandable"] | dict[str, int], BeforeValidator(_split_size)] = "default"
     on_oom: Literal["record", "bracket", "skip-larger"] = "bracket"
     exclusive: bool = True

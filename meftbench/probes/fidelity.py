@@ -10,9 +10,16 @@ from torch import Tensor
 
 from meftbench.backbones import base_of
 from meftbench.plan.cell import Cell
+from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.reversible import ReversibleStack
 from meftbench.step import Step, build_step
+
+
+def probe(subject: Subject) -> dict[str, Metric]:
+    """Fidelity metrics of the cell."""
+    shift = measure_shift(subject.cell, subject.step.device, subject.protocol.padding)
+    return measure_fidelity(subject.step) | {"starting_point_shift": shift}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.step import PHASES, Step
 
@@ -38,6 +39,12 @@ class Clock:
             spent[phase] += begin.elapsed_time(end) / 1000 if self._cuda else end - begin
         self._marks.clear()
         return spent | {"step": sum(spent.values())}
+
+
+def probe(subject: Subject) -> dict[str, Metric]:
+    """Speed metrics of the cell, and on a GPU the conditions they were taken under."""
+    metrics = time_steps(subject.step, subject.protocol.warmup, subject.protocol.steps)
+    return metrics | (subject.reading.conditions() if subject.reading else {})
 
 
 def time_steps(step: Step, warmup: int, steps: int) -> dict[str, Metric]:

@@ -1,0 +1,24 @@
+"""What a probe is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol
+from meftbench.probes.nvml import DeviceReading
+from meftbench.step import Step
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A built cell.
+
+    step: the one training step; earlier passes have run it, so optimizer state may or may not exist.
+    reading: NVML's view of the device; None on the CPU and where NVML is not available.
+    """
+
+    cell: Cell
+    protocol: Protocol
+    step: Step
+    reading: DeviceReading | None = None
