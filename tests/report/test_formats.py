@@ -36,10 +36,10 @@ def test_github_annotations_are_nine_and_a_rest():
 
 def test_github_annotations_cannot_be_broken_out_of():
     """A label with a line end may not start a command of its own; properties escape `:` and `,` too."""
-    text = formats.verdicts_github([a_verdict(label=HOSTILE, file=Path("a,b:c%.yaml"))])
+    text = formats.verdicts_github([a_verdict(label=HOSTILE, file=Path("a,b:c%\n.yaml"))])
 
     assert 2 == len(text.splitlines())
-    assert text.startswith("::error file=a%2Cb%3Ac%25.yaml,line=4,")
+    assert text.startswith("::error file=a%2Cb%3Ac%25%0A.yaml,line=4,")
     assert "100%25,y: ::error::" in text
 
 

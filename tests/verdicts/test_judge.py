@@ -47,6 +47,15 @@ def test_bytes_beyond_double_precision_are_told_apart(check):
     assert ["over"] == [verdict.state for verdict in verdicts]
 
 
+def test_a_bound_beyond_double_precision_holds_its_own_value(check):
+    """2^53 + 1 as a float is 2^53, which the value would be over."""
+    bound = 2**53 + 1
+
+    verdicts = check([a_record(metrics={ACTIVATION: bound})], f"{{match: '*', metric: {ACTIVATION}, max: {bound}}}")
+
+    assert ["held"] == [verdict.state for verdict in verdicts]
+
+
 def test_a_violation_is_one_line_with_place_cell_values_and_excess(check, tmp_path):
     """Where the bound stands, which cell, value and source, bound, over by how much."""
     verdicts = check([a_record(metrics={ACTIVATION: 430 * MiB})], f"{{match: '*', metric: {ACTIVATION}, max: 412MiB}}")
