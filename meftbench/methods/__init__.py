@@ -32,7 +32,9 @@ def apply_method(model: nn.Module, method: str, *, seed: int | None = None, **se
     return prepare(model, method, settings, seed=seed).model
 
 
-def prepare(model: nn.Module, method: str, settings: dict[str, Any] | None = None, *, seed: int | None = None) -> Applied:
+def prepare(
+    model: nn.Module, method: str, settings: dict[str, Any] | None = None, *, seed: int | None = None
+) -> Applied:
     """As `apply_method`, giving back what the step and the probes need beside the model."""
     name, *levers = method.split("+")
     if name not in METHODS:

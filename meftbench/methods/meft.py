@@ -61,10 +61,24 @@ class Variant:
 
 VARIANTS: dict[str, Variant] = {
     "meft1": Variant(
-        _whole_layer, _adapter, (0.1, 1.0), (True, False), (Site.BESIDE_FEED_FORWARD,), own_adapter=True, swap=True, carrier=0
+        _whole_layer,
+        _adapter,
+        (0.1, 1.0),
+        (True, False),
+        (Site.BESIDE_FEED_FORWARD,),
+        own_adapter=True,
+        swap=True,
+        carrier=0,
     ),
     "meft2": Variant(
-        _adapter, _whole_layer, (1.0, 0.1), (False, True), (Site.BESIDE_FEED_FORWARD,), own_adapter=True, swap=True, carrier=1
+        _adapter,
+        _whole_layer,
+        (1.0, 0.1),
+        (False, True),
+        (Site.BESIDE_FEED_FORWARD,),
+        own_adapter=True,
+        swap=True,
+        carrier=1,
     ),
     "meft3": Variant(
         _attention,

@@ -174,6 +174,7 @@ MODELS: dict[str, Model] = {
     ),
 }
 
+
 @dataclass(frozen=True)
 class Probe:
     """A pass of its own over a cell's training steps."""
@@ -184,7 +185,9 @@ class Probe:
 
 # In this order they are run; each has its own window.
 PROBES: dict[str, Probe] = {
-    "memory": Probe("meftbench.probes.memory:probe", "peaks by phase and the breakdown: counted on CPU, measured on CUDA"),
+    "memory": Probe(
+        "meftbench.probes.memory:probe", "peaks by phase and the breakdown: counted on CPU, measured on CUDA"
+    ),
     "throughput": Probe("meftbench.probes.speed:probe", "time of a step and its phases, tokens and samples a second"),
     "reconstruction": Probe(
         "meftbench.probes.fidelity:probe", "reconstruction and gradient error, and the starting-point shift"

@@ -11,7 +11,6 @@ from meftbench.plan.identity import digest
 from meftbench.units import parse_bytes, parse_duration
 
 
-
 def _known_passes(value: Any) -> Any:
     for name in value if isinstance(value, (list, tuple)) else []:
         if name not in PROBES:

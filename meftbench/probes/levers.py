@@ -66,7 +66,9 @@ def _check_gradients(step: Step) -> int:
     # Softmax does not see a constant added to all scores: the true gradient of a key's bias is zero.
     unexplained = [name for name in zero if not name.endswith("key.bias")]
     if unexplained:
-        raise _not_engaged("training", f"the gradient of {unexplained[0]} is all zero ({len(unexplained)} such tensors)")
+        raise _not_engaged(
+            "training", f"the gradient of {unexplained[0]} is all zero ({len(unexplained)} such tensors)"
+        )
     return len(zero)
 
 

@@ -182,9 +182,7 @@ class _Walk:
         ):
             read_BLD = self.stack.arithmetic.read(self.streams[other]).detach().requires_grad_(wanted)
             value_BLD = block.halves[replaced](block, read_BLD, *args, **kwargs)
-        self.streams[replaced] = coupling.inverse(
-            self.streams[replaced], self.streams[other], value_BLD.detach(), side
-        )
+        self.streams[replaced] = coupling.inverse(self.streams[replaced], self.streams[other], value_BLD.detach(), side)
         if dy_BLD is None:
             return
         roots = ([read_BLD] if wanted else []) + context_roots + trained

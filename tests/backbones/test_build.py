@@ -43,7 +43,8 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_stream_alone
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3))
     assert not torch.equal(
-        first["bert.pooler.dense.weight"], build_model("bert-tiny@random", seed=4).state_dict()["bert.pooler.dense.weight"]
+        first["bert.pooler.dense.weight"],
+        build_model("bert-tiny@random", seed=4).state_dict()["bert.pooler.dense.weight"],
     )
 
 

