@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from meftbench.measurement import measure as measure
     from meftbench.methods import apply_method as apply_method
     from meftbench.records.store import load_run as load_run
     from meftbench.runner import run_suite as run_suite
-    from meftbench.measurement import measure as measure
 
 # Resolved on first use, so that `import meftbench` and the command line do not import torch.
 _HOMES = {

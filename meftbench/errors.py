@@ -36,7 +36,7 @@ def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserEr
     return UserError(where, f"unknown {kind} {name!r}", cure)
 
 
-class CellFailure(Exception):
+class CellFailure(Exception):  # noqa: N818 - no error: a full device is a result
     """A cell that ended otherwise than `ok`, with what is known of it: a result, not a bug.
 
     status: "oom", "error" or "skipped".  detail: fields of a record's `status_detail`

@@ -81,7 +81,7 @@ def test_a_configuration_that_does_not_fit_is_one_line():
 
 
 def test_real_weights_are_measured_on_text():
-    """With a tokenizer at hand the batch is language: starts with [CLS], ends with [SEP], samples differ, padded at the end."""
+    """With a tokenizer at hand the batch is language: [CLS] first, samples differ, padding at the end."""
     model = build_model("minilm")
 
     batch = resident_batch(model, 3, 20, torch.device("cpu"), text_from=tokenizer_of("minilm"), padding=0.25)

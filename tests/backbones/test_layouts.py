@@ -86,7 +86,7 @@ def test_a_decoder_is_refused_with_a_cure():
     config = BertConfig(is_decoder=True, **{"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4})
     model = AutoModelForMaskedLM.from_config(config)
 
-    with pytest.raises(UserError, match="decoder.*choose another model"):
+    with pytest.raises(UserError, match=r"decoder.*choose another model"):
         prepare(model, "meft1")
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 
 import pytest
 import yaml
@@ -351,14 +352,15 @@ def test_an_interrupted_sweep_keeps_what_has_finished(tmp_path, told_file):
 
     def interrupt(event):
         if isinstance(event, Started) and event.cell.seed == ENDLESS:
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
 
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    # Not SIGINT, which would end the tests if it came late, nor SIGALRM, which pytest-timeout needs.
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             sweep(suite, tmp_path / "run", on_event=interrupt)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGUSR1, before)
 
     assert ["ok"] == statuses(load_run(tmp_path / "run"))
     wait_until(lambda: not any(alive(int(pid)) for _, pid in told(told_file)))
