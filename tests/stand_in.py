@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,28 +73,19 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
         case s if s == NOT_A_NUMBER:
             return Outcome({}, {"attention_used": float("nan")})
         case s if s == TALKATIVE:
-            # As a library would that writes to stdout, and a program it starts.
-            os.write(1, b'{"event": "exited", "id": 1, "pid": 1, "code": 0}\n')
-            subprocess.run(["echo", '{"event": "exited", "id": 1, "pid": 1, "code": 0}'], check=True)
-            pipes = [name for name in os.listdir("/proc/self/fd") if _is_pipe(name)]
-            return Outcome({}, {"pipes": len(pipes)})
+            # As a library would that writes to stdout, a program it starts, and one that tries every descriptor.
+            forged = b'{"event": "exited", "id": 1, "pid": 1, "code": 0}\n'
+            subprocess.run(["echo", forged.decode().strip()], check=True)
+            for descriptor in [1, *range(3, 64)]:
+                with suppress(OSError):
+                    os.write(descriptor, forged)
         case s if s == HOARDER:
-            bytearray(2**50)
+            bytearray(2**30)
     metrics = {
         "activation_peak_bytes": Metric(1000 * cell.batch_size, "counted"),
         "starting_point_shift": Metric(shift, "counted"),
     }
     return Outcome(metrics, {"attention_used": "sdpa", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
-
-
-def _is_pipe(descriptor: str) -> bool:
-    """Whether it is a pipe that can be written to; the folder's own descriptor is gone by now."""
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}").startswith("pipe:") and bool(
-            int(next(line for line in open(f"/proc/self/fdinfo/{descriptor}") if line.startswith("flags"))[6:], 8) & 1
-        )
-    except FileNotFoundError:
-        return False
 
 
 def tell(text: str) -> None:

@@ -114,29 +114,29 @@ class FakeNvml:
     def __init__(self, processes, fails=(), throttling=0):
         self.processes, self.fails, self.throttling = processes, fails, throttling
 
-    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, uuid):
         assert "GPU-1234" == uuid
         return "handle"
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle):  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):
         self._maybe_fail("processes")
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
 
-    def nvmlDeviceGetMemoryInfo(self, handle, version):  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, handle, version):
         assert 2 == version
         return SimpleNamespace(used=9_000)
 
-    def nvmlDeviceGetClockInfo(self, handle, kind):  # noqa: N802
+    def nvmlDeviceGetClockInfo(self, handle, kind):
         self._maybe_fail("clocks")
         return 1980
 
-    def nvmlDeviceGetTemperature(self, handle, kind):  # noqa: N802
+    def nvmlDeviceGetTemperature(self, handle, kind):
         return 41
 
-    def nvmlDeviceGetPowerUsage(self, handle):  # noqa: N802
+    def nvmlDeviceGetPowerUsage(self, handle):
         return 320_500
 
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):  # noqa: N802
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
         return self.throttling
 
     def _maybe_fail(self, what):

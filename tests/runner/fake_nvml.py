@@ -26,42 +26,42 @@ class FakeNvml:
     def _refuse(self, *_: object) -> None:
         raise NVMLError("Not Supported")
 
-    def nvmlInit(self) -> None: ...  # noqa: N802
+    def nvmlInit(self) -> None: ...
 
-    def nvmlShutdown(self) -> None: ...  # noqa: N802
+    def nvmlShutdown(self) -> None: ...
 
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+    def nvmlSystemGetDriverVersion(self) -> str:
         return "580.1"
 
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+    def nvmlDeviceGetCount(self) -> int:
         return len(self.devices)
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
-    def nvmlDeviceGetUUID(self, handle: int) -> bytes:  # noqa: N802
+    def nvmlDeviceGetUUID(self, handle: int) -> bytes:
         return f"GPU-{handle}{handle}".encode()
 
-    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
+    def nvmlDeviceGetName(self, handle: int) -> str:
         return self.devices[handle]
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
         return SimpleNamespace(total=80 * 2**30)
 
-    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: N802
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:
         return 9, 0
 
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: int) -> int:  # noqa: N802
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: int) -> int:
         return 700_000
 
-    def nvmlDeviceGetEccMode(self, handle: int) -> tuple[int, int]:  # noqa: N802
+    def nvmlDeviceGetEccMode(self, handle: int) -> tuple[int, int]:
         return 1, 1
 
-    def nvmlDeviceGetPersistenceMode(self, handle: int) -> int:  # noqa: N802
+    def nvmlDeviceGetPersistenceMode(self, handle: int) -> int:
         return 1
 
-    def nvmlDeviceGetMigMode(self, handle: int) -> tuple[int, int]:  # noqa: N802
+    def nvmlDeviceGetMigMode(self, handle: int) -> tuple[int, int]:
         return 0, 0
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=pid) for pid in self.busy]
