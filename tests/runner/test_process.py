@@ -109,7 +109,7 @@ def test_a_cell_cannot_speak_for_the_worker(a_worker, tmp_path):
     job = a_job(tmp_path, stand_in.TALKATIVE)
 
     assert "ok" == outcome_of(a_worker(), job).status
-    assert 2 == job.log.read_text().count("exited")
+    assert job.log.read_text().count("exited") >= 2
 
 
 def test_host_memory_is_limited_so_that_its_end_is_an_error_and_not_a_kill(a_worker, tmp_path):
