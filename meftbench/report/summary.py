@@ -100,18 +100,23 @@ def _table(group: Group, shares: dict[str, float], roomy: bool) -> Table:
     frame = group.frame
     size, unit = unit_of(frame)
     table = Table(box=None, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=15)
     heads = (f"activation\n{unit}", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s")
-    for head in (*heads, "recon.\nerror", "gradient\nerror", "trained"):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = (*heads, "recon.\nerror", "gradient\nerror", "trained")
     mixed = {metric for metric in _SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
     rows = list(rows_of(frame))
+    texts = {id(row): _cells(row, shares, size, mixed) for row in rows}
+    # A column without a single value says nothing and takes the room of those that do.
+    shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
+    widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
+    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=min(max(15, widest), 24))
+    for index in shown:
+        table.add_column(heads[index], justify="right", no_wrap=True)
     for shape in dict.fromkeys((r["batch_size"], r["micro_batch_size"], r["sequence_length"]) for r in rows):
         here = [r for r in rows if (r["batch_size"], r["micro_batch_size"], r["sequence_length"]) == shape]
         table.add_row(Text(_short(*shape), style="italic"))
         for row in sorted(here, key=lambda r: order.index(r["method"])):
-            table.add_row(Text(_in_lines(row["method"])), *(Text(text) for text in _cells(row, shares, size, mixed)))
+            table.add_row(Text(_in_lines(row["method"])), *(Text(texts[id(row)][index]) for index in shown))
     if mixed:
         table.caption = "m measured, c counted, p predicted"
     return table
@@ -124,9 +129,11 @@ def _short(batch: int, micro_batch: int, length: int) -> str:
 def _in_lines(method: str) -> str:
     """A method's settings under its name, so that a long label does not push the numbers off the screen."""
     parts = re.fullmatch(r"([^(]+)\((.*)\)([^)]*)", method, re.DOTALL)
-    if not parts:
-        return f" {method}"
-    return "\n".join([f" {parts[1]}{parts[3]}", *(f"   {setting}" for setting in parts[2].split(","))])
+    name, settings = (f"{parts[1]}{parts[3]}", parts[2].split(",")) if parts else (method, [])
+    first, *levers = name.split("+")
+    # One lever fits beside the name.
+    lines = ["+".join([first, *levers[:1]]), *(f"  +{lever}" for lever in levers[1:])]
+    return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in settings)])
 
 
 _SHOWN = (
@@ -170,6 +177,8 @@ def number(value: float | None, size: float) -> str:
     if value is None:
         return "-"
     scaled = value / size
+    if scaled >= 1000:
+        return f"{scaled:,.0f}"
     return f"{scaled:,.1f}" if scaled >= 10 else f"{scaled:.2f}"
 
 

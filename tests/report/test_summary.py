@@ -20,16 +20,16 @@ GOLDEN = """\
 bert-base@random
 memory counted, time measured, errors measured; compared at equal batch,
 micro-batch and length
-batch × tokens,     activation  % of    peak step tokens recon. gradient
-method                     MiB  full     MiB   ms     /s  error    error trained
+batch × tokens,    activation  % of  peak step tokens recon. gradient
+method                    MiB  full   MiB   ms     /s  error    error trained
 1 × 128
- full                     76.7 100.0 1,830.8 16.0  8,000      -        -  109.0M
- lora+checkpoint          12.3  16.0   494.4 20.8  6,154      -        -  600.0k
- houlsby                   oom
- meft1                    8.77  11.4   490.8 20.8  6,154   3e-3     6e-3  600.0k
- meft3                    7.88  10.3   489.9 20.8  6,154   3.07     6.14  600.0k
-   coupling=centred
-   output=last
+ full                    76.7 100.0 1,831 16.0  8,000      -        -  109.0M
+ lora+checkpoint         12.3  16.0 494.4 20.8  6,154      -        -  600.0k
+ houlsby                  oom
+ meft1                   8.77  11.4 490.8 20.8  6,154   3e-3     6e-3  600.0k
+ meft3                   7.88  10.3 489.9 20.8  6,154   3.07     6.14  600.0k
+  coupling=centred
+  output=last
 5 cells: 4 ok, 1 oom
 bert-base@random/houlsby/b1/s128: oom (asked for 12.0 GiB; needs more)
 """
