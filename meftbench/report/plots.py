@@ -119,7 +119,7 @@ def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
         ax.text(starts[method] + largest * 0.01, place, text, va="center", fontsize=8)
     known = sorted({row["peak_allocated_bytes_source"] for row in rows.values() if row["peak_allocated_bytes"]})
     ax.set(xlabel=f"memory at the peak of a step ({unit}, {' and '.join(known) or 'none measured'})")
-    ax.set_xlim(0, largest * 1.14 or 1)
+    ax.set_xlim(0, largest * 1.25 or 1)
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_yticks(range(len(order)), order)
     # One method alone would fill the panel with its bar.
