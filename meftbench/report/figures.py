@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,9 @@ def _figure(heading: str, draw: Draw, panels: list[Panel]) -> Figure:
             if len(panels) > len(shown)
             else ""
         )
-        figure.suptitle(heading + rest, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        # A long name of a model would run out of the picture; nine bold letters of this size take an inch.
+        title = textwrap.fill(heading + rest, round(9 * figure.get_figwidth()), break_long_words=False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         return figure
 
 

@@ -13,7 +13,7 @@ import yaml
 import meftbench
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.identity import uuid7
-from meftbench.plan.suite import Suite
+from meftbench.plan.suite import Suite, shipped_suites
 from meftbench.records.record import Record
 from meftbench.records.store import BUDGETS, ENVIRONMENT, LOCK, RECORDS, SUITE, Run, Writer, load_run
 
@@ -111,13 +111,21 @@ def described(suite: Suite) -> dict[str, Any]:
         "name": suite.name,
         "description": suite.description,
         "meftbench_version": meftbench.__version__,
-        "source": str(suite.source.resolve()) if suite.source else None,
+        "source": _source(suite.source),
         "budgets": str(suite.budgets) if suite.budgets else None,
         "protocol": suite.protocol.model_dump(mode="json"),
         "cells": [
             {"cell_id": cell.cell_id, "label": cell.label, **cell.model_dump(mode="json")} for cell in suite.cells
         ],
     }
+
+
+def _source(file: Path | None) -> str | None:
+    """What `meftbench run` takes to run the suite again: the name of a shipped one, which is the same everywhere."""
+    if file is None:
+        return None
+    shipped = shipped_suites().get(file.stem)
+    return file.stem if shipped and shipped.resolve() == file.resolve() else str(file.resolve())
 
 
 def continue_in(writer: Writer, run: Run, environment: dict[str, Any]) -> str | None:

@@ -1,0 +1,72 @@
+"""What the README says is what the program does."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from meftbench.cli import _VERBS
+from meftbench.plan.strict_yaml import read
+from meftbench.plan.suite import parse_suite, shipped_suites
+from meftbench.records.store import load_run
+from meftbench.report.summary import print_summary
+from meftbench.verdicts.budgets import load_budgets
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_what_the_program_prints():
+    """Each line stands in the output of `meftbench show reports/minilm-cpu` on a terminal 100 columns wide."""
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_summary(load_run(ROOT / "reports" / "minilm-cpu"), console)
+    printed = {line.rstrip() for line in console.export_text().splitlines()}
+    table = re.search(r"<!-- table.*?-->\n```\n(.*?)\n```\n<!-- end", README, re.DOTALL)[1].splitlines()
+
+    assert 12 <= len(table)
+    assert [] == [line for line in table if line not in printed]
+
+
+def test_every_file_it_links_to_is_there():
+    """Links within the repository lead somewhere."""
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+
+    assert 5 <= len(links)
+    assert [] == [link for link in links if not (ROOT / link).exists()]
+
+
+def test_every_command_it_shows_is_one():
+    """Verbs exist, and the suites it runs by name are shipped."""
+    lines = [line for line in README.splitlines() if re.match(r"\s*meftbench \w", line)]
+    commands = [shlex.split(line, comments=True) for line in lines]
+
+    assert {"run", "report", "show", "compare", "check", "list", "doctor"} == {words[1] for words in commands}
+    assert {words[1] for words in commands} <= set(_VERBS)
+    named = [words[2] for words in commands if words[1] == "run" and not words[2].endswith(".yaml")]
+    assert {"smoke", "sweep-bert-base"} <= set(named) <= set(shipped_suites())
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), ids=["suite", "budgets"])
+def test_its_yaml_is_accepted(block, tmp_path):
+    """The suite parses into cells (the folder ./my-model aside) and the budgets load."""
+    lines = block.splitlines()
+    margin = len(lines[0]) - len(lines[0].lstrip())
+    text = "\n".join(line[margin:] for line in lines).replace(", ./my-model", "")
+    file = tmp_path / "it.yaml"
+    file.write_text(text)
+
+    if "grid:" in text:
+        assert 4 * 4 == len(parse_suite(read(file)).cells)
+    else:
+        assert 2 == len(load_budgets(file).rows)
+
+
+def test_ci_runs_its_test_command():
+    """The line that .ci/run looks for stands in the README once."""
+    assert 1 == len(re.findall(r"^pip install .*&& pytest$", README, re.MULTILINE))
