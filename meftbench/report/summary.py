@@ -100,8 +100,8 @@ def _table(group: Group, shares: dict[str, float], roomy: bool) -> Table:
     frame = group.frame
     size, unit = unit_of(frame)
     table = Table(box=None, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, show_edge=False)
-    heads = (f"activation\n{unit}", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s")
-    heads = (*heads, "recon.\nerror", "gradient\nerror", "trained")
+    heads = [f"activation\n{unit}", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
+    heads += ["recon.\nerror", "gradient\nerror", "trained"]
     mixed = {metric for metric in _SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
     rows = list(rows_of(frame))
