@@ -237,8 +237,12 @@ def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) 
     with CountedStep(step, limit=limit) as counted:
         warm = [counted.run() for _ in range(warmup_steps(step, warmup))]
         measured = [counted.run() for _ in range(steps)]
+        left = counted.counter.total
+    whole = max(observed.peak.total for observed in [*warm, *measured])
     return step_metrics(warm, measured, "counted") | {
         "host_pinned_peak_bytes": Metric(max(o.host_peak for o in measured), "counted"),
+        "paper_meft_activation_bytes": Metric(whole - left, "counted"),
+        "paper_lst_memory": Metric(whole, "counted"),
     }
 
 
@@ -277,10 +281,11 @@ def step_metrics(warm: list[Observed], measured: list[Observed], source: Source)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, Metric]:
-    """Parameters in total and trained, each once however often it is used."""
+    """Parameters in total and trained, each once however often it is used, and the bytes of the trained ones."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     return {
         "parameters_total": Metric(sum(p.numel() for p in parameters), "counted"),
         "parameters_trainable": Metric(sum(p.numel() for p in trained), "counted"),
+        "adapter_file_bytes": Metric(sum(p.nbytes for p in trained), "counted"),
     }

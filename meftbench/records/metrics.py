@@ -76,7 +76,6 @@ METRICS: dict[str, Kind] = {
     "optimizer_s": _seconds("optimizer step and zero_grad; median"),
     "tokens_per_s": Kind("token/second", "higher", "tokens that are not padding, divided by the median step time"),
     "samples_per_s": Kind("sample/second", "higher", "samples divided by the median step time"),
-    "recompute_overhead_ratio": Kind("ratio", "lower", "step time divided by that of the method without recomputation"),
     # fidelity
     "reconstruction_rel": Kind(
         "ratio", "lower", "norm of (recomputed - true) / norm of true, per layer [first stream, second stream]"
@@ -96,7 +95,7 @@ METRICS: dict[str, Kind] = {
     # size
     "parameters_total": Kind("count", "neither", "parameters of the model with the method applied"),
     "parameters_trainable": Kind("count", "lower", "parameters that are trained"),
-    "adapter_file_bytes": _bytes("size of the trained tensors as a file"),
+    "adapter_file_bytes": _bytes("bytes of the trained tensors: what a saved adapter holds"),
     # compatibility
     "paper_meft_activation_bytes": _bytes("the paper's own definition: max_allocated - allocated after training"),
     "paper_lst_memory": _bytes("LST's definition: max_allocated over the run"),
