@@ -12,7 +12,7 @@ from meftbench.records.store import Run, unwritable, write_whole
 from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
-from meftbench.report.summary import count, ending, error, failures, number
+from meftbench.report.summary import SHOWN, count, ending, error, failures, number
 from meftbench.report.tables import SETTING, frame_of, groups, rows_of, run_names, share_of_full, sources, write_csv
 from meftbench.units import MiB
 from meftbench.verdicts.environment import checkout, machine
@@ -29,16 +29,7 @@ _SOURCES = {
 }
 _SETTING = tuple(name for name in SETTING if name not in ("run", "model"))
 # Explained under the table; the others are explained in each cell's detail.
-_EXPLAINED = (
-    "activation_peak_bytes",
-    "peak_allocated_bytes",
-    "step_time_s",
-    "tokens_per_s",
-    "reconstruction_rel_max",
-    "gradient_rel_max",
-    "starting_point_shift",
-    "parameters_trainable",
-)
+_EXPLAINED = (*SHOWN, "starting_point_shift", "parameters_trainable")
 
 
 def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> list[Path]:

@@ -102,7 +102,7 @@ def _table(group: Group, shares: dict[str, float], roomy: bool) -> Table:
     table = Table(box=None, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, show_edge=False)
     heads = [f"activation\n{unit}", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
     heads += ["recon.\nerror", "gradient\nerror", "trained"]
-    mixed = {metric for metric in _SHOWN if len(sources(frame, metric)) > 1}
+    mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
     rows = list(rows_of(frame))
     texts = {id(row): _cells(row, shares, size, mixed) for row in rows}
@@ -136,7 +136,7 @@ def _in_lines(method: str) -> str:
     return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in settings)])
 
 
-_SHOWN = (
+SHOWN = (
     "activation_peak_bytes",
     "peak_allocated_bytes",
     "step_time_s",
