@@ -176,8 +176,17 @@ def _headline(name: str, run: Run) -> dict[str, str]:
         "cells": ending(run) if run.records else "no cell has finished",
         "description": str(run.suite.get("description") or ""),
         "path": str(run.path),
-        "protocol": ", ".join(f"{key} {value}" for key, value in (run.suite.get("protocol") or {}).items()),
+        "protocol": ", ".join(_said(run.suite.get("protocol") or {})),
     }
+
+
+def _said(protocol: dict[str, Any]) -> list[str]:
+    """Settings of a protocol as words; what is left to its default by `None` is not said."""
+    return [
+        f"{key} {' + '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in protocol.items()
+        if value is not None
+    ]
 
 
 def _occurring(frame: DataFrame) -> set[str]:
