@@ -83,13 +83,22 @@ def _refuses(config: Any) -> str | None:
     return None
 
 
+def _hidden_size(config: Any) -> int:
+    return int(config.hidden_size)
+
+
+def _activation(config: Any) -> str:
+    return str(config.hidden_act)
+
+
+# Functions with names throughout: a reversible model holds its layout, and torch.save pickles the whole model.
 BERT = Layout(
     layers="encoder.layer",
     attach=_attach,
     attention=_attention,
     feed_forward=_feed_forward,
-    hidden_size=lambda config: int(config.hidden_size),
-    activation=lambda config: str(config.hidden_act),
+    hidden_size=_hidden_size,
+    activation=_activation,
     attention_targets=("query", "value"),
     refuses=_refuses,
 )

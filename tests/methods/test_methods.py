@@ -181,6 +181,20 @@ def test_bf16_autocast_trains_every_adapter():
     assert worst_relative_error(found, expected) <= 0.05
 
 
+@pytest.mark.parametrize("method", MEFTS)
+def test_a_whole_model_is_saved_and_loaded(method, tmp_path):
+    """torch.save of the model, and a state_dict into a model that has the method applied, give the same logits."""
+    model = prepare(a_model(), method, seed=1).model.eval()
+    inputs = {key: value for key, value in a_batch().items() if key != "labels"}
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    fresh = prepare(a_model(), method, seed=2).model.eval()
+    fresh.load_state_dict(model.state_dict())
+
+    for other in (again, fresh):
+        assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+
+
 # --- the public door ---
 
 
