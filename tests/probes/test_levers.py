@@ -53,6 +53,14 @@ def test_a_tensor_that_gets_no_gradient():
         check_levers(step, a_cell("parallel"))
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "meft3"])
+def test_one_token_has_no_gradient_in_its_queries(method):
+    """A sequence of a single token is no error: softmax over one score is constant."""
+    metrics = check_levers(trained_once(method, sequence_length=1), a_cell(method, sequence_length=1))
+
+    assert (metrics["zero_grad_tensors"].value > 0) == (method != "meft3")
+
+
 def test_a_gradient_of_zeros():
     """Adapters whose output is cut off: all-zero gradients, silently, are what users of reversal ran into."""
     step = trained_once("meft1")
