@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from meftbench.backbones.layout import Layout, Site
 
 
-def _attention(layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _attention_core(layer: Any, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
     # args are (attention_mask, encoder_hidden_states): the second is None, decoders are refused.
-    attention: Any = layer.attention
-    output_BLD: Tensor = attention(h_BLD, *args[:1], **kwargs)[0]
+    attention = layer.attention.self
+    context = {name: value for name, value in kwargs.items() if not name.startswith("encoder_")}
+    if parts == 1:
+        output_BLE: Tensor = attention(h_BLD, *args[:1], **context)[0]
+        return output_BLE
+    # Queries, keys and values of a group of heads are rows of the projections; the module takes any number of heads.
+    rows = {name: parameter.chunk(parts)[part] for name, parameter in attention.named_parameters()}
+    output_BLE = functional_call(attention, rows, (h_BLD, *args[:1]), context)[0]
+    return output_BLE
+
+
+def _attention_tokens(layer: Any, o_BLE: Tensor, h_BLD: Tensor) -> Tensor:
+    output_BLD: Tensor = layer.attention.output(o_BLE, h_BLD)
     return output_BLD
 
 
@@ -87,6 +99,10 @@ def _hidden_size(config: Any) -> int:
     return int(config.hidden_size)
 
 
+def _head_groups(config: Any) -> int:
+    return int(config.num_attention_heads)
+
+
 def _activation(config: Any) -> str:
     return str(config.hidden_act)
 
@@ -95,9 +111,11 @@ def _activation(config: Any) -> str:
 BERT = Layout(
     layers="encoder.layer",
     attach=_attach,
-    attention=_attention,
+    attention_core=_attention_core,
+    attention_tokens=_attention_tokens,
     feed_forward=_feed_forward,
     hidden_size=_hidden_size,
+    head_groups=_head_groups,
     activation=_activation,
     attention_targets=("query", "value"),
     refuses=_refuses,

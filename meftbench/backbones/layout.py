@@ -34,21 +34,30 @@ class Layout:
 
     layers: dotted path from the base model to the list of layers.
     attach: puts an adapter (a module from (B, L, D) to (B, L, D)) at a site of a layer.
-    attention, feed_forward: the halves of a layer, residuals and norms included: the layer is
-        feed_forward(attention(h)). Each takes (layer, h (B, L, D)) and what the model passes its layers beside h.
-    hidden_size, activation: read off the configuration.
+    attention_core: (layer, h (B, L, D), part, parts, and what the model passes its layers beside h): attention up to
+        and without its output projection, for the heads of group `part` of `parts`: (B, L, E / parts).
+    attention_tokens: (layer, o (B, L, E) of the core, h (B, L, D)): the rest of the attention half, residual and norm
+        included.  feed_forward: (layer, that): the other half. Both treat each token alone.
+    hidden_size, activation, head_groups: read off the configuration; the groups of heads that a core can be cut into
+        at most (a divisor of it will do).
     attention_targets: names of the projections LoRA adapts by default.
     refuses: None, or why a model of this configuration cannot be split.
     """
 
     layers: str
     attach: Callable[[nn.Module, Site, nn.Module], None]
-    attention: Callable[..., Tensor]
+    attention_core: Callable[..., Tensor]
+    attention_tokens: Callable[[nn.Module, Tensor, Tensor], Tensor]
     feed_forward: Callable[[nn.Module, Tensor], Tensor]
     hidden_size: Callable[[Any], int]
+    head_groups: Callable[[Any], int]
     activation: Callable[[Any], str]
     attention_targets: tuple[str, ...]
     refuses: Callable[[Any], str | None]
+
+    def attention(self, layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The attention half (B, L, D): the layer is feed_forward(attention(h))."""
+        return self.attention_tokens(layer, self.attention_core(layer, h_BLD, 0, 1, *args, **kwargs), h_BLD)
 
     def list_of(self, model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         """The module that owns the layers, the name it has for them, and the list."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,30 +17,39 @@ from meftbench.backbones import Layout, Site
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, checked_layout, freeze_backbone, new_adapter
 from meftbench.plan.catalogue import Meft
-from meftbench.reversible import Block, Coupling, Float, ReversibleStack
-from meftbench.reversible.stack import Half
+from meftbench.reversible import Block, Coupling, FixedPoint, Float, Half, ReversibleStack
 
 
-def _whole_layer(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _feed_forward(block, _attention(block, h_BLD, *args, **kwargs))
+def _attention_core(block: Any, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
+    return _layout(block).attention_core(block.layer, h_BLD, part, parts, *args, **kwargs)
 
 
-def _adapter(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    output_BLD: Tensor = block.adapter(h_BLD)
-    return output_BLD
+def _attention_tokens(block: Any, o_1TE: Tensor, h_1TD: Tensor) -> Tensor:
+    return _layout(block).attention_tokens(block.layer, o_1TE, h_1TD)
 
 
-def _attention(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _layout(block).attention(block.layer, h_BLD, *args, **kwargs)
+def _feed_forward_tokens(block: Any, o: None, h_1TD: Tensor) -> Tensor:
+    return _layout(block).feed_forward(block.layer, h_1TD)
 
 
-def _feed_forward(block: Any, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _layout(block).feed_forward(block.layer, h_BLD)
+def _layer_tokens(block: Any, o_1TE: Tensor, h_1TD: Tensor) -> Tensor:
+    return _feed_forward_tokens(block, None, _attention_tokens(block, o_1TE, h_1TD))
+
+
+def _adapter_tokens(block: Any, o: None, h_1TD: Tensor) -> Tensor:
+    output_1TD: Tensor = block.adapter(h_1TD)
+    return output_1TD
 
 
 def _layout(block: Any) -> Layout:
     layout: Layout = block.layout
     return layout
+
+
+_WHOLE_LAYER = Half(_attention_core, _layer_tokens)
+_ATTENTION = Half(_attention_core, _attention_tokens)
+_FEED_FORWARD = Half(None, _feed_forward_tokens)
+_ADAPTER = Half(None, _adapter_tokens)
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,8 @@ class Variant:
 
 VARIANTS: dict[str, Variant] = {
     "meft1": Variant(
-        _whole_layer,
-        _adapter,
+        _WHOLE_LAYER,
+        _ADAPTER,
         (0.1, 1.0),
         (True, False),
         (Site.BESIDE_FEED_FORWARD,),
@@ -71,8 +80,8 @@ VARIANTS: dict[str, Variant] = {
         carrier=0,
     ),
     "meft2": Variant(
-        _adapter,
-        _whole_layer,
+        _ADAPTER,
+        _WHOLE_LAYER,
         (1.0, 0.1),
         (False, True),
         (Site.BESIDE_FEED_FORWARD,),
@@ -81,8 +90,8 @@ VARIANTS: dict[str, Variant] = {
         carrier=1,
     ),
     "meft3": Variant(
-        _attention,
-        _feed_forward,
+        _ATTENTION,
+        _FEED_FORWARD,
         (0.1, 0.1),
         (True, True),
         (Site.BESIDE_ATTENTION_OUTPUT, Site.BESIDE_FEED_FORWARD),
@@ -123,6 +132,10 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
         swap=variant.swap,
         carrier=variant.carrier,
         output=settings.output,
+        tiles=settings.tiles,
+        parts=_head_groups(layout.head_groups(model.config), settings.head_groups),
+        strict=settings.strict,
+        first_layer=len(below),
     )
     if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
         # The last block's second half writes the stream that is not returned: its adapter has nothing to learn.
@@ -163,11 +176,19 @@ def _block(model: nn.Module, layer: nn.Module, layout: Layout, settings: Meft, v
     return block
 
 
+def _head_groups(heads: int, asked: int | Literal["auto"]) -> int:
+    """Groups of heads in which attention is run. More of them hold less and launch more kernels."""
+    if asked == "auto":
+        return next(groups for groups in (4, 3, 2, 1) if heads % groups == 0)
+    if heads % asked:
+        raise UserError("head_groups", f"{asked} does not divide {heads} heads", f"write a divisor of {heads}, or auto")
+    return asked
+
+
 def _couplings(settings: Meft, variant: Variant) -> tuple[Coupling, Coupling]:
-    arithmetic = Float()
-    factors = (
-        variant.factors[0] if settings.lambda_ is None else settings.lambda_,
-        variant.factors[1] if settings.beta is None else settings.beta,
-    )
-    centred = [settings.coupling == "centred" and small for small in variant.small]
-    return Coupling(arithmetic, factors[0], centred[0]), Coupling(arithmetic, factors[1], centred[1])
+    arithmetic = FixedPoint(settings.step_bits) if settings.arithmetic == "exact" else Float()
+    couplings = []
+    for published, small, said in zip(variant.factors, variant.small, (settings.lambda_, settings.beta), strict=True):
+        factor = (settings.small_factor(published) if small else published) if said is None else said
+        couplings.append(Coupling(arithmetic, factor, settings.coupling == "centred" and small))
+    return couplings[0], couplings[1]

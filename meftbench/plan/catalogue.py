@@ -6,9 +6,9 @@ To add a method, a backbone or a probe: write its file, and add one entry below 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
@@ -39,16 +39,58 @@ class Bottleneck(Settings):
 
 
 class Meft(Bottleneck):
-    """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); `coupling: centred` and `output: last` are ours."""
+    """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); all but adapter_size, lambda and beta are ours.
 
-    lambda_: float | None = Field(default=None, gt=0, alias="lambda")  # None: the paper's value of the variant
+    arithmetic: `float` as published; `exact`: fixed-point streams, whose reversal has no error. Its factors below 1
+        are 2^-side_bits, and that many bits an element are put aside in every block; the step is 2^-step_bits.
+    tiles, head_groups: the pieces in which token-wise work and attention are recomputed; `auto` lets the shape decide.
+    strict: verify in every step, at three blocks, that reversal was exact.
+    """
+
+    arithmetic: Literal["float", "exact"] = "float"
+    side_bits: int | None = Field(default=None, ge=1, le=8)  # None: 3 where exact
+    step_bits: int = Field(default=16, ge=1, le=30)
+    lambda_: float | None = Field(default=None, gt=0, alias="lambda")  # None: the variant's value, 0.1 or 1
     beta: float | None = Field(default=None, gt=0)
     coupling: Literal["paper", "centred"] = "paper"
     output: Literal["mean", "last"] = "mean"
-    arithmetic: Literal["float"] = "float"
     reversible_layers: Literal["all"] | int = "all"
     reversible_at: Literal["top", "bottom"] = "top"
     remaining: Literal["adapted", "frozen"] = "adapted"
+    tiles: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    head_groups: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    strict: bool = False
+
+    @field_validator("side_bits", "strict")
+    @classmethod
+    def _needs_exact(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and info.data.get("arithmetic") == "float":
+            raise ValueError("needs arithmetic: exact")
+        return value
+
+    @field_validator("lambda_", "beta")
+    @classmethod
+    def _power_of_two(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None or info.data.get("arithmetic") != "exact":
+            return value
+        if value not in [2.0**-m for m in range(9)]:
+            raise ValueError("must be 1, 1/2, 1/4 ... or 1/256 where arithmetic is exact (1/8 is side_bits: 3)")
+        side_bits = info.data.get("side_bits")
+        if side_bits is not None and value not in (1.0, 2.0**-side_bits):
+            raise ValueError(f"contradicts side_bits: {side_bits}, which is {2.0**-side_bits:g}; leave one of them out")
+        return value
+
+    def small_factor(self, published: float) -> float:
+        """The factor near zero where none is named: the published one, or the power of two of `side_bits`."""
+        return published if self.arithmetic == "float" else 2.0 ** -(self.side_bits or 3)
+
+
+class MeftExact(Meft):
+    """MEFT with exact reversal, token-wise work in tiles: what one should use."""
+
+    arithmetic: Literal["exact"] = "exact"  # type: ignore[assignment]
+    tiles: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    head_groups: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
 
 
 @dataclass(frozen=True)
@@ -81,6 +123,9 @@ METHODS: dict[str, Method] = {
     "meft3": Method(
         Meft, "meftbench.methods.meft:apply_meft3", "reversible, paper's arithmetic; attention is F, feed-forward is G"
     ),
+    "meft1-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft1", "meft1 with exact, tiled reversal: use this"),
+    "meft2-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft2", "meft2 with exact, tiled reversal"),
+    "meft3-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft3", "meft3 with exact, tiled reversal"),
 }
 
 

@@ -1,7 +1,15 @@
-"""The engine: layers whose inputs are recomputed from their outputs (DESIGN 3). Usable without the rest."""
+"""The engine: layers whose inputs are recomputed from their outputs (DESIGN 3). Usable without the rest.
 
-from meftbench.reversible.arithmetic import Arithmetic, Float
+    blocks = [Block({"layer": layer, "adapter": adapter}, f, g) for ...]
+    exact = FixedPoint()
+    stack = ReversibleStack(blocks, Coupling(exact, 1 / 8), Coupling(exact, 1.0), swap=True, carrier=0, tiles="auto")
+    h_BLD = stack(h_BLD, attention_mask)
+"""
+
+from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, Float
 from meftbench.reversible.coupling import Coupling
+from meftbench.reversible.halves import Half
 from meftbench.reversible.stack import Block, ReversibleStack
+from meftbench.reversible.watch import StreamError
 
-__all__ = ["Arithmetic", "Block", "Coupling", "Float", "ReversibleStack"]
+__all__ = ["Arithmetic", "Block", "Coupling", "FixedPoint", "Float", "Half", "ReversibleStack", "StreamError"]

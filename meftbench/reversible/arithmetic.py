@@ -1,67 +1,263 @@
 """How the streams are held between blocks.
 
 A stream is (B, L, D): samples, positions, hidden size. The equations (coupling.py) are written in the operations
-below, so another way to hold numbers is another class here and nothing else.
+below, so another way to hold numbers is another class here and nothing else. Operations whose name ends in `_` work
+in place on a tile (T, D) of a stream: T tokens, wherever they stand.
+
+    Float          floating point, as published: dividing by a factor amplifies rounding errors
+    FixedPoint     int32 integers: reversal is exact (DESIGN 3.3)
+    StraightThrough   FixedPoint's values in float64, differentiable: for ordinary autograd through the same equations
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from meftbench.reversible import bits
 
-class Arithmetic(Protocol):
-    """The operations the couplings need, each exact or not as the implementation says."""
 
-    name: str
+class Ordinary(Protocol):
+    """The operations under ordinary autograd: nothing in place, every one differentiable."""
 
     def lift(self, h_BLD: Tensor) -> Tensor:
         """A stream from a hidden state (floating point)."""
         ...
 
-    def read(self, x_BLD: Tensor) -> Tensor:
-        """The value of a stream in floating point; may be the stream itself."""
+    def read(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
+        """The value of a stream in floating point."""
         ...
 
-    def shrink(self, x_BLD: Tensor, factor: float) -> tuple[Tensor, Tensor | None]:
-        """factor · x, and the side information that `grow` needs to undo it (None: none is kept)."""
+    def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
+        """factor · x."""
         ...
 
-    def grow(self, kept_BLD: Tensor, factor: float, side: Tensor | None) -> Tensor:
-        """x of `shrink(x, factor)`."""
-        ...
-
-    def add(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+    def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
         """x + value: a stream and a floating-point value."""
         ...
 
-    def subtract(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        """x − value, the inverse of `add`."""
+
+class Arithmetic(Protocol):
+    """The operations of the reversible passes, each exact or not as the implementation says.
+
+    exact: `grow_` undoes `shrink_`, and `subtract_` undoes `add_`, bit for bit.
+    unit: the value of 1 in a stream.  limit: streams hold |x| < limit · unit; None: what floating point holds.
+    ordinary: the same numbers for ordinary autograd.
+    """
+
+    name: str
+    exact: bool
+    unit: float
+    limit: float | None
+    ordinary: Ordinary
+
+    def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
+        """A contiguous stream of its own from a hidden state (floating point)."""
+        ...
+
+    def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        """The value of a stream in floating point; may be the stream itself."""
+        ...
+
+    def side_bytes(self, columns: int, factor: float) -> int:
+        """Bytes a row that `shrink_` by `factor` puts aside."""
+        ...
+
+    def shrink_(self, x_TD: Tensor, factor: float, keep: bool = True) -> Tensor | None:
+        """x becomes factor · x; what `grow_` needs to undo it (None: nothing, or `keep` is off)."""
+        ...
+
+    def grow_(self, x_TD: Tensor, factor: float, side: Tensor | None) -> None:
+        """The inverse of `shrink_`."""
+        ...
+
+    def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
+        """x becomes x + value; `watch` (no dimensions) is raised to the largest |x| that came about, in units."""
+        ...
+
+    def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
+        """The inverse of `add_`."""
         ...
 
 
+@dataclass(frozen=True)
 class Float:
     """Streams are floating point, as the paper has them: nothing is kept, and dividing by a factor f
     multiplies rounding errors by 1/f in every block (DESIGN 3.3)."""
 
     name = "float"
+    exact = False
+    unit = 1.0
+    limit = None
 
-    def lift(self, h_BLD: Tensor) -> Tensor:
-        return h_BLD
+    @property
+    def ordinary(self) -> Ordinary:
+        return self
 
-    def read(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD
+    def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled() and h_BLD.requires_grad:
+            return h_BLD
+        return h_BLD.clone(memory_format=torch.contiguous_format)
 
-    def shrink(self, x_BLD: Tensor, factor: float) -> tuple[Tensor, Tensor | None]:
-        return (x_BLD if factor == 1.0 else x_BLD * factor), None
+    def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        return x_TD
 
-    def grow(self, kept_BLD: Tensor, factor: float, side: Tensor | None) -> Tensor:
-        return kept_BLD if factor == 1.0 else kept_BLD / factor
+    def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
+        return x_BLD if factor == 1.0 else x_BLD * factor
 
-    def add(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+    def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
         # Autocast computes halves in lower precision than the streams are held in.
         return x_BLD + value_BLD.to(x_BLD.dtype)
 
-    def subtract(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        return x_BLD - value_BLD.to(x_BLD.dtype)
+    def side_bytes(self, columns: int, factor: float) -> int:
+        return 0
+
+    def shrink_(self, x_TD: Tensor, factor: float, keep: bool = True) -> None:
+        if factor != 1.0:
+            x_TD.mul_(factor)
+
+    def grow_(self, x_TD: Tensor, factor: float, side: Tensor | None) -> None:
+        if factor != 1.0:
+            x_TD.div_(factor)
+
+    def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
+        x_TD.add_(value_TD.to(x_TD.dtype))
+
+    def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
+        x_TD.sub_(value_TD.to(x_TD.dtype))
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Streams are int32 in steps of 2⁻ᵏ, k = step_bits: values from −2³¹⁻ᵏ up to 2³¹⁻ᵏ.
+
+    lift, add: a floating-point value is rounded to the step; the gradient passes straight through.
+    shrink by 2⁻ᵐ, m = 0 .. 8: x >> m (the floor); its m low bits are put aside, packed (bits.py).
+    Every operation is one on integers that recomputation reproduces, so the inverse is exact at any depth.
+    A factor that is no power of two raises ValueError.
+    """
+
+    step_bits: int = 16
+    name = "exact"
+    exact = True
+
+    @property
+    def unit(self) -> float:
+        return math.ldexp(1.0, -self.step_bits)
+
+    @property
+    def limit(self) -> float:
+        return 2.0**31
+
+    @property
+    def ordinary(self) -> Ordinary:
+        return StraightThrough(self.step_bits)
+
+    def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
+        scaled_BLD = self.scaled(h_BLD)
+        _raise_to(watch, scaled_BLD)
+        return scaled_BLD.round_().to(torch.int32).contiguous()
+
+    def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return x_TD.to(wide).mul_(self.unit).to(dtype)
+
+    def side_bytes(self, columns: int, factor: float) -> int:
+        m = side_bits(factor)
+        return bits.row_bytes(columns, m) if m else 0
+
+    def shrink_(self, x_TD: Tensor, factor: float, keep: bool = True) -> Tensor | None:
+        m = side_bits(factor)
+        if m == 0:
+            return None
+        side = bits.pack(x_TD.bitwise_and((1 << m) - 1).to(torch.uint8), m) if keep else None
+        x_TD.bitwise_right_shift_(m)
+        return side
+
+    def grow_(self, x_TD: Tensor, factor: float, side: Tensor | None) -> None:
+        m = side_bits(factor)
+        if m == 0:
+            return
+        assert side is not None
+        x_TD.bitwise_left_shift_(m).bitwise_or_(bits.unpack(side, m, x_TD.shape[-1]))
+
+    def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
+        scaled_TD = self.scaled(value_TD).round_()
+        steps_TD = scaled_TD.to(torch.int32)
+        if watch is not None:
+            # The sum once more in floating point, which does not wrap round at the end of the range.
+            _raise_to(watch, scaled_TD.add_(x_TD))
+        x_TD.add_(steps_TD)
+
+    def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
+        x_TD.sub_(self.scaled(value_TD).round_().to(torch.int32))
+
+    def scaled(self, value: Tensor) -> Tensor:
+        """value / step, a new tensor, in float32 (float64 where the value is)."""
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        return value.detach().to(wide) * math.ldexp(1.0, self.step_bits)
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """FixedPoint's numbers as multiples of the step in float64, which holds them all: the same values, reached by
+    other operations, for ordinary autograd. Rounding passes gradients on as they are."""
+
+    step_bits: int = 16
+
+    @property
+    def unit(self) -> float:
+        return math.ldexp(1.0, -self.step_bits)
+
+    def lift(self, h_BLD: Tensor) -> Tensor:
+        return self._rounded(h_BLD)
+
+    def read(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
+        return x_BLD if dtype == torch.float64 else x_BLD.to(torch.float32).to(dtype)
+
+    def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
+        if side_bits(factor) == 0:
+            return x_BLD
+        product_BLD = x_BLD * factor
+        exact_BLD = (product_BLD.detach() / self.unit).floor_().mul_(self.unit)
+        return _PassThrough.apply(product_BLD, exact_BLD)  # type: ignore[no-untyped-call, no-any-return]
+
+    def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+        return x_BLD + self._rounded(value_BLD)
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        rounded = FixedPoint(self.step_bits).scaled(value).round_().double().mul_(self.unit)
+        return _PassThrough.apply(value, rounded)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _PassThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = value.dtype
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
+def side_bits(factor: float) -> int:
+    """m of a factor 2⁻ᵐ, 0 to 8. Raises ValueError for any other factor."""
+    mantissa, exponent = math.frexp(factor)
+    m = 1 - exponent
+    if mantissa != 0.5 or not 0 <= m <= bits.MAX_BITS:
+        raise ValueError(f"factor {factor} is not 1, 1/2, 1/4 ... 1/{2**bits.MAX_BITS}, which exact reversal needs")
+    return m
+
+
+def _raise_to(watch: Tensor | None, value: Tensor) -> None:
+    """watch = max(watch, |value|), on the device; NaN is the largest of all."""
+    if watch is not None:
+        low, high = torch.aminmax(value)
+        torch.maximum(watch, torch.maximum(-low, high).to(watch.dtype), out=watch)

@@ -1,6 +1,6 @@
 """The reversible couplings: the equations of DESIGN 3.1 and 3.2, their inverses and derivatives. Nothing else.
 
-Shape suffixes: B samples, L positions, D hidden size.
+Shape suffixes: B samples, L positions, D hidden size; T tokens of a tile.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class Coupling:
         y = λ·(x − c) + f(o)           c = o if centred else 0
         x = (y − f(o)) / λ + c
 
-    x, y, o: streams (B, L, D) as `arithmetic` holds them.  value: f(o), floating point (B, L, D).
-    side: what the product with λ loses. Floating point: None, and the inverse multiplies rounding errors by 1/λ.
+    x, y, o: tiles (T, D) of streams as `arithmetic` holds them.  value: f(o), floating point (T, D).
+    side: what the product with λ loses. Fixed point, λ = 2⁻ᵐ: m bits an element, and the inverse is exact.
+        Floating point: None, and the inverse multiplies rounding errors by 1/λ.
     Source: Liao, Tan, Monz (NeurIPS 2023), section 3; the centre is ours (DESIGN 3.2).
     """
 
@@ -28,21 +29,37 @@ class Coupling:
     factor: float  # λ (or β)
     centred: bool = False
 
-    def forward(self, x_BLD: Tensor, o_BLD: Tensor, value_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """y, and the side information for `inverse`."""
-        kept_BLD, side = self.arithmetic.shrink(x_BLD - o_BLD if self.centred else x_BLD, self.factor)
-        return self.arithmetic.add(kept_BLD, value_BLD), side
+    @property
+    def limit(self) -> float | None:
+        """Largest |x| a stream may reach, in units: within it neither y nor x − c leaves the range."""
+        limit = self.arithmetic.limit
+        return limit / 2 if limit is not None and self.centred else limit
 
-    def inverse(self, y_BLD: Tensor, o_BLD: Tensor, value_BLD: Tensor, side: Tensor | None) -> Tensor:
-        """x."""
-        kept_BLD = self.arithmetic.subtract(y_BLD, value_BLD)
-        x_BLD = self.arithmetic.grow(kept_BLD, self.factor, side)
-        return x_BLD + o_BLD if self.centred else x_BLD
+    def forward_(
+        self, x_TD: Tensor, o_TD: Tensor, value_TD: Tensor, *, keep: bool = True, watch: Tensor | None = None
+    ) -> Tensor | None:
+        """x becomes y, in place. Gives the side information for `inverse_` (None: there is none, or not `keep`)."""
+        if self.centred:
+            x_TD.sub_(o_TD)
+        side = self.arithmetic.shrink_(x_TD, self.factor, keep)
+        self.arithmetic.add_(x_TD, value_TD, watch)
+        return side
 
-    def gradient_of_x(self, dy_BLD: Tensor) -> Tensor:
-        """∂y/∂x · dy = λ·dy."""
-        return dy_BLD if self.factor == 1.0 else dy_BLD * self.factor
+    def inverse_(self, y_TD: Tensor, o_TD: Tensor, value_TD: Tensor, side: Tensor | None) -> None:
+        """y becomes x, in place."""
+        self.arithmetic.subtract_(y_TD, value_TD)
+        self.arithmetic.grow_(y_TD, self.factor, side)
+        if self.centred:
+            y_TD.add_(o_TD)
 
-    def gradient_of_centre(self, dx_BLD: Tensor) -> Tensor | None:
-        """What the centre adds to the gradient of o: −λ·dy = −dx; None without a centre."""
-        return -dx_BLD if self.centred else None
+    def ordinary(self, x_BLD: Tensor, o_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+        """y as a new tensor, for ordinary autograd; streams as `arithmetic.ordinary` holds them."""
+        numbers = self.arithmetic.ordinary
+        return numbers.added(numbers.shrunk(x_BLD - o_BLD if self.centred else x_BLD, self.factor), value_BLD)
+
+    def gradient_(self, dy_BLD: Tensor, do_BLD: Tensor) -> None:
+        """dy becomes ∂y/∂x · dy = λ·dy, in place; with a centre, −λ·dy is added to the gradient of o."""
+        if self.factor != 1.0:
+            dy_BLD.mul_(self.factor)
+        if self.centred:
+            do_BLD.sub_(dy_BLD)

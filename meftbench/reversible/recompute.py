@@ -1,10 +1,11 @@
-"""Recomputation repeats the forward: the same random numbers, the same autocast state."""
+"""Recomputation repeats the forward: the same random numbers, autocast state, kernels and precisions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +74,63 @@ def modes_as(module: nn.Module, modes: list[bool]) -> Iterator[None]:
 def _set_modes(module: nn.Module, modes: list[bool]) -> None:
     for part, training in zip(module.modules(), modes, strict=True):
         part.training = training
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Global switches of torch that choose between kernels or precisions: recomputation takes the forward's choice.
+
+    values: what each of `_SWITCHES` was. A user may set them around the forward alone (`sdpa_kernel`, TF32).
+    """
+
+    values: tuple[Any, ...]
+
+    @staticmethod
+    def now() -> Numerics:
+        return Numerics(tuple(read() for read, _ in _SWITCHES))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The switches as they were, for a time; those that did not change are left alone."""
+        found = Numerics.now()
+        changed = [i for i, value in enumerate(self.values) if value != found.values[i]]
+        for i in changed:
+            _SWITCHES[i][1](self.values[i])
+        try:
+            yield
+        finally:
+            for i in changed:
+                _SWITCHES[i][1](found.values[i])
+
+
+def _flag(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+# (read, write); TF32 is the precision of float32 products.
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    _flag(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    _flag(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (_deterministic, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+)
+
+
+@contextmanager
+def unhooked() -> Iterator[None]:
+    """Saved-tensor hooks of the surroundings (offload) do not see what is saved inside: it is not kept."""
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

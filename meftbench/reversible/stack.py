@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from meftbench.reversible.arithmetic import Arithmetic
 from meftbench.reversible.coupling import Coupling
-from meftbench.reversible.function import Context, Finish, Passage, Reversal
+from meftbench.reversible.function import Finish, Passage, Reversal
+from meftbench.reversible.halves import Half, tiles_of
+from meftbench.reversible.passes import Context, Notes, run_forward
 
-Half = Callable[..., Tensor]  # (block, h_BLD, *args, **kwargs) -> (B, L, D)
 Observer = Callable[[str, int, list[Tensor]], None]
 
 
@@ -24,15 +25,17 @@ class Block(nn.Module):
     """One reversible block: the modules it owns, and its two functions F and G.
 
     parts: submodules by name; each is registered once, here.
-    f, g: called as f(block, h_BLD, *args, **kwargs) with what the model passes its layers beside h; plain
-        functions that find their modules through `block`, so that a copied block uses its own.
+    f, g: a Half, or a plain function called as f(block, h_BLD, *args, **kwargs) with what the model passes its layers
+        beside h; they find their modules through `block`, so that a copied block uses its own.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], f: Half, g: Half) -> None:
+    def __init__(
+        self, parts: Mapping[str, nn.Module], f: Callable[..., Tensor] | Half, g: Callable[..., Tensor] | Half
+    ) -> None:
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
-        self.halves = (f, g)
+        self.halves = (Half.of(f), Half.of(g))
 
 
 class ReversibleStack(nn.Module):
@@ -40,20 +43,32 @@ class ReversibleStack(nn.Module):
 
         y1 = first(x1, x2, F(x2))        y2 = second(x2, y1, G(y1))        (x1, x2) <- (y2, y1) if `swap`
 
-    where `first` and `second` are couplings (coupling.py). The result is the mean of the last two streams, or the
-    one that `carrier` names. Called as a layer is: stack(h_BLD, *args, **kwargs) -> (B, L, D), in h's dtype.
+    where `first` and `second` are couplings (coupling.py): λ·x1 + F(x2) and β·x2 + G(y1) as published. The result is
+    the mean of the last two streams, or the one that `carrier` names. Called as a layer is:
+    stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the halves' cores.
+
+    How the streams are held between blocks is the couplings' arithmetic (arithmetic.py): `Float` in h's dtype, as
+    published, or `FixedPoint` as int32, whose reversal is exact in every precision that the halves compute in.
 
     carrier: 0 or 1: which stream carries the output of the last pre-trained layer; returned if output is "last".
+    tiles: token-wise work runs on that many tiles of the B·L tokens, in forward and backward; "auto": see `tiles_of`.
+    parts: a half's core runs in that many parts, such as groups of heads.
     activations: what backward uses.
         "reverse": each block's inputs are recomputed from its outputs; only the last two streams, what the
             arithmetic puts aside, and RNG states are kept.
         "cache": ordinary autograd through the same equations.
         "checkpoint": the same, each block under non-reentrant checkpointing.
+    strict: with "reverse", verify at the lowest, the middle and the top block that the inputs are restored bit for
+        bit; raises StreamError at the end of backward otherwise. Costs sums over their streams.
+    first_layer: number of the first block in error messages.
     observer: called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its inputs
-        are restored; for probes.
+        are restored, as the arithmetic holds them; for probes. The streams are overwritten after the call.
 
     In evaluation and under `no_grad` the same equations run and nothing is kept. A second backward through one
     forward raises torch's error unless the first was called with retain_graph.
+
+    Raises StreamError (in backward, or under `no_grad` at the end): a value left the range of a fixed-point stream,
+    or is NaN or infinite there.
     """
 
     def __init__(
@@ -65,13 +80,22 @@ class ReversibleStack(nn.Module):
         swap: bool,
         carrier: int,
         output: Literal["mean", "last"] = "mean",
+        tiles: int | Literal["auto"] = 1,
+        parts: int = 1,
+        strict: bool = False,
+        first_layer: int = 0,
     ) -> None:
         super().__init__()
-        if first.arithmetic is not second.arithmetic:
+        if first.arithmetic != second.arithmetic:
             raise ValueError("both couplings of a stack must share one arithmetic")
+        if strict and not first.arithmetic.exact:
+            raise ValueError(f"strict verifies exact reversal, which {first.arithmetic.name} arithmetic is not")
+        for coupling in (first, second):
+            coupling.arithmetic.side_bytes(8, coupling.factor)  # refuses a factor it cannot undo
         self.blocks = nn.ModuleList(blocks)
         self.couplings = (first, second)
         self.swap, self.carrier, self.output = swap, carrier, output
+        self.tiles, self.parts, self.strict, self.first_layer = tiles, parts, strict, first_layer
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
         self.observer: Observer | None = None
 
@@ -80,53 +104,74 @@ class ReversibleStack(nn.Module):
         return self.couplings[0].arithmetic
 
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.activations != "reverse":
-            return self.finish(self._ordinary(h_BLD, args, kwargs))
         context = Context.of(args, kwargs)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         inputs = [h_BLD, *context.differentiable, *trained]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-            return self.finish(self._ordinary(h_BLD, args, kwargs))
-        passage = Passage(self, context)
+            return self._unkept(h_BLD, context)
+        if self.activations != "reverse":
+            return self._ordinary(h_BLD, args, kwargs)
+        passage = Passage(self, Notes.of(self, h_BLD, context, self.strict))
         token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
         return output_BLD
 
-    def finish(self, streams: list[Tensor]) -> Tensor:
-        """The hidden state (B, L, D) from the last two streams [y1, y2]."""
+    def finish(self, streams: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The hidden state (B, L, D) from the last two streams [y1, y2], a tensor of its own."""
+        read = self.arithmetic.read
         if self.output == "last":
-            return self.arithmetic.read(streams[self.carrier])
-        return (self.arithmetic.read(streams[0]) + self.arithmetic.read(streams[1])) / 2
+            carried_BLD = read(streams[self.carrier], dtype)
+            # A stream itself would be overwritten by the walk back, under the eyes of whoever holds the output.
+            return carried_BLD.clone() if carried_BLD.data_ptr() == streams[self.carrier].data_ptr() else carried_BLD
+        return (read(streams[0], dtype) + read(streams[1], dtype)).div_(2)
 
     def gradients_of_streams(self, dh_BLD: Tensor) -> list[Tensor | None]:
-        """Gradients of [y1, y2] from that of `finish`; None: zero."""
+        """Gradients of [y1, y2] from that of `finish`, buffers of their own; None: zero."""
         if self.output == "mean":
-            half = dh_BLD / 2
-            return [half, half]
+            half = (dh_BLD / 2).contiguous()
+            return [half, half.clone()]
         gradients: list[Tensor | None] = [None, None]
-        gradients[self.carrier] = dh_BLD
+        gradients[self.carrier] = dh_BLD.clone(memory_format=torch.contiguous_format)
         return gradients
 
-    def _ordinary(self, h_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        streams = [self.arithmetic.lift(h_BLD)] * 2
+    def _unkept(self, h_BLD: Tensor, context: Context) -> Tensor:
+        notes = Notes.of(self, h_BLD, context, strict=False)
+        with torch.no_grad():
+            streams = run_forward(self, h_BLD, notes, keep=False)
+            if notes.range:
+                notes.range.check(self.first_layer)
+            return self.finish(streams, h_BLD.dtype)
+
+    def _ordinary(self, h_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        numbers, dtype = self.arithmetic.ordinary, h_BLD.dtype
+        streams = [numbers.lift(h_BLD)] * 2
         for index in range(len(self.blocks)):
             if self.swap and index:
                 streams.reverse()
             if self.observer:
                 self.observer("forward", index, streams)
-            if self.activations == "checkpoint" and torch.is_grad_enabled():
-                streams = checkpoint(self._block, index, streams[0], streams[1], args, kwargs, use_reentrant=False)
+            if self.activations == "checkpoint":
+                streams = checkpoint(self._block, index, *streams, dtype, args, kwargs, use_reentrant=False)
             else:
-                streams = self._block(index, streams[0], streams[1], args, kwargs)
-        return streams
+                streams = self._block(index, *streams, dtype, args, kwargs)
+        if self.output == "last":
+            return numbers.read(streams[self.carrier], dtype)
+        return (numbers.read(streams[0], dtype) + numbers.read(streams[1], dtype)) / 2
 
     def _block(
-        self, index: int, x1_BLD: Tensor, x2_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        index: int,
+        x1_BLD: Tensor,
+        x2_BLD: Tensor,
+        dtype: torch.dtype,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> list[Tensor]:
         block = self.blocks[index]
         f, g = block.halves  # type: ignore[misc]
         first, second = self.couplings
-        read = self.arithmetic.read
-        y1_BLD, _ = first.forward(x1_BLD, x2_BLD, f(block, read(x2_BLD), *args, **kwargs))
-        y2_BLD, _ = second.forward(x2_BLD, y1_BLD, g(block, read(y1_BLD), *args, **kwargs))
+        read = self.arithmetic.ordinary.read
+        tiles = tiles_of(x1_BLD.shape[:-1].numel(), self.tiles, x1_BLD.shape[-1], x1_BLD.device)
+        y1_BLD = first.ordinary(x1_BLD, x2_BLD, f.ordinary(block, read(x2_BLD, dtype), tiles, self.parts, args, kwargs))
+        y2_BLD = second.ordinary(x2_BLD, y1_BLD, g.ordinary(block, read(y1_BLD, dtype), tiles, self.parts, args, kwargs))
         return [y1_BLD, y2_BLD]

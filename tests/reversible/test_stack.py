@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from meftbench.reversible import Block, Coupling, Float, ReversibleStack
+from meftbench.reversible import Block, Coupling, FixedPoint, Float, ReversibleStack
 
 D = 6
 
@@ -242,4 +242,4 @@ def test_a_deep_copy_trains_its_own_weights():
 def test_couplings_of_two_arithmetics_are_refused():
     """Streams are held in one way."""
     with pytest.raises(ValueError, match="one arithmetic"):
-        ReversibleStack([], Coupling(Float(), 0.1), Coupling(Float(), 1.0), swap=True, carrier=0)
+        ReversibleStack([], Coupling(Float(), 0.5), Coupling(FixedPoint(), 1.0), swap=True, carrier=0)

@@ -1,0 +1,58 @@
+"""Side bits: the m low bits of each element, packed m bits an element.
+
+A row of D elements takes 8·⌈D/8⌉·m/8 bytes. m is cut into planes of 4, 2 and 1 bits (3 = 2 + 1); in a plane of p bits
+a byte holds 8/p elements that stand ⌈D/8⌉·p columns apart, so that packing is a few shifts over contiguous columns.
+The fused kernels (fused.py) write and read the same bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_BITS = 8
+# m -> widths of its planes, the lowest bits first.
+PLANES: dict[int, tuple[int, ...]] = {
+    1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
+}  # fmt: skip
+
+
+def row_bytes(columns: int, m: int) -> int:
+    """Bytes that the side bits of a row of `columns` elements take."""
+    return -(-columns // 8) * m
+
+
+def pack(low_TD: Tensor, m: int) -> Tensor:
+    """The values 0 .. 2ᵐ−1 of low_TD (T, D), uint8, as bytes (T, row_bytes(D, m)), uint8."""
+    rows, columns = low_TD.shape
+    eighth = -(-columns // 8)
+    if columns % 8:
+        low_TD = torch.nn.functional.pad(low_TD, (0, 8 * eighth - columns))
+    packed = low_TD.new_empty(rows, eighth * m)
+    bit = start = 0
+    for width in PLANES[m]:
+        span = eighth * width  # columns of this plane's bytes, and distance of the elements in one byte
+        target = packed[:, start : start + span]
+        field = low_TD if width == m else (low_TD >> bit).bitwise_and_((1 << width) - 1)
+        target.copy_(field[:, :span])
+        for place in range(1, 8 // width):
+            target.bitwise_or_(field[:, place * span : (place + 1) * span] << (place * width))
+        bit += width
+        start += span
+    return packed
+
+
+def unpack(packed: Tensor, m: int, columns: int) -> Tensor:
+    """The inverse of `pack`: values (T, columns), uint8."""
+    eighth = -(-columns // 8)
+    low_TD = packed.new_zeros(packed.shape[0], 8 * eighth)
+    bit = start = 0
+    for width in PLANES[m]:
+        span = eighth * width
+        source = packed[:, start : start + span]
+        for place in range(8 // width):
+            field = (source >> (place * width)).bitwise_and_((1 << width) - 1)
+            low_TD[:, place * span : (place + 1) * span].bitwise_or_(field << bit)
+        bit += width
+        start += span
+    return low_TD[:, :columns]

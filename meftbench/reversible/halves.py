@@ -1,0 +1,107 @@
+"""What a half of a block computes, and in which pieces: F and G of the couplings.
+
+Everything in a transformer layer but attention acts on each token alone. So a half is a core, which needs whole
+samples (attention: q, k, v and their mixture), followed by token-wise work (output projection, norms, feed-forward,
+adapters), which may walk tiles of tokens (DESIGN 3.4). Forward and backward take the same pieces in the same order.
+
+Shape suffixes: B samples, L positions, D hidden size, E width of the core's output; T tokens of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+# (block, h_BLD, part, parts, *args, **kwargs) -> (B, L, E / parts): a part is a group of heads.
+Core = Callable[..., Tensor]
+# (block, o_1TE of the core or None, h_1TD) -> (1, T, D)
+Tokens = Callable[..., Tensor]
+
+MOST_TILES = 32  # more would shrink what is an eighth of a stream already
+CPU_TILE = 512  # tokens; fewer make matrix products slower (reports/exact-speed-cpu)
+
+
+@dataclass(frozen=True)
+class Half:
+    """F or G: tokens(block, core(block, h), h).
+
+    core: None, or called for each part as core(block, h_BLD, part, parts, *args, **kwargs) with what the model passes
+        its layers; the parts' outputs are joined along the last dimension.
+    tokens: None (the core's output is the value, in one part), or called for each tile as
+        tokens(block, o_1TE, h_1TD), o being None without a core.  It must treat each token alone.
+    Both find their modules through `block`, so that a copied block uses its own.
+    """
+
+    core: Core | None
+    tokens: Tokens | None
+
+    def __post_init__(self) -> None:
+        if self.core is None and self.tokens is None:
+            raise ValueError("a half needs a core, tokens, or both")
+
+    @staticmethod
+    def of(function: Callable[..., Tensor] | Half) -> Half:
+        """A half from a plain function f(block, h_BLD, *args, **kwargs) -> (B, L, D), which is never tiled."""
+        return function if isinstance(function, Half) else Half(_Whole(function), None)
+
+    def parts(self, asked: int) -> int:
+        """Parts the core is taken in."""
+        return 0 if self.core is None else asked if self.tokens is not None else 1
+
+    def ordinary(
+        self, block: nn.Module, h_BLD: Tensor, tiles: list[slice], parts: int, args: tuple[Any, ...], kwargs: Any
+    ) -> Tensor:
+        """The value (B, L, D) for ordinary autograd, of the same pieces in the same order."""
+        outputs = [self.core(block, h_BLD, p, self.parts(parts), *args, **kwargs) for p in range(self.parts(parts))]  # type: ignore[misc]
+        if self.tokens is None:
+            return outputs[0]
+        flat = [output.flatten(0, 1) for output in outputs]
+        h_TD = h_BLD.flatten(0, 1)
+        values = [self.tokens(block, joined(flat, rows), h_TD[rows][None]) for rows in tiles]
+        return torch.cat(values, 1).view(h_BLD.shape)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    function: Callable[..., Tensor]
+
+    def __call__(self, block: nn.Module, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(block, h_BLD, *args, **kwargs)
+
+
+def joined(outputs: list[Tensor], rows: slice) -> Tensor | None:
+    """The tokens `rows` of the core's outputs (B·L, E / parts), side by side: (1, T, E). None without a core."""
+    if not outputs:
+        return None
+    return outputs[0][rows][None] if len(outputs) == 1 else torch.cat([o[rows] for o in outputs], -1)[None]
+
+
+def tiles_of(tokens: int, asked: int | Literal["auto"], width: int, device: torch.device) -> list[slice]:
+    """`tokens` (of all samples) cut into `asked` tiles whose sizes differ by one at most.
+
+    "auto": as many as leave each tile large enough to fill the device, at most 32: 512 tokens on a CPU; on CUDA four
+    waves of 128 × 128 blocks in the product that widens `width` fourfold.
+    """
+    count = min(_auto(tokens, width, device) if asked == "auto" else asked, tokens)
+    return list(_cuts(tokens, max(count, 1)))
+
+
+def _auto(tokens: int, width: int, device: torch.device) -> int:
+    per_tile = CPU_TILE
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        per_tile = max(CPU_TILE, 4 * processors * 128 * 128 // (4 * width))
+    return min(tokens // per_tile, MOST_TILES)
+
+
+def _cuts(tokens: int, count: int) -> Iterator[slice]:
+    size, larger = divmod(tokens, count)
+    start = 0
+    for tile in range(count):
+        stop = start + size + (tile < larger)
+        yield slice(start, stop)
+        start = stop

@@ -1,0 +1,392 @@
+"""The two passes over a stack: forward on two streams, and the walk back that restores them in place.
+
+One pair of passes serves all variants: a half replaces one of two streams, reading the other. Each half runs once
+forward and once backward. In backward, a tile is recomputed, restored where it stands and back-propagated before the
+next is touched; nothing stream-sized is kept that can be read from a stream again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from meftbench.reversible.coupling import Coupling
+from meftbench.reversible.halves import Half, joined, tiles_of
+from meftbench.reversible.recompute import AutocastState, Numerics, modes_as, replayed_rng, rng_state, unhooked
+from meftbench.reversible.watch import Fingerprints, Range, sampled
+
+if TYPE_CHECKING:
+    from meftbench.reversible.stack import ReversibleStack
+
+
+@dataclass
+class Context:
+    """What a layer is called with beside the hidden state: masks, positions, another stack's output.
+
+    differentiable: the tensors among it that need a gradient; it is accumulated over the stack.
+    """
+
+    leaves: list[Any]
+    spec: Any
+    places: list[int]
+    differentiable: list[Tensor]
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        differentiable = [leaves[i] for i in places]
+        detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return Context(detached, spec, places, differentiable if torch.is_grad_enabled() else [])
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+        """The arguments, with new leaves in place of the differentiable tensors; and those leaves."""
+        leaves, roots = list(self.leaves), []
+        for place in self.places:
+            leaves[place] = leaves[place].detach().requires_grad_()
+            roots.append(leaves[place])
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs, roots
+
+
+@dataclass
+class Notes:
+    """What a forward pass notes for the walk back.
+
+    dtype, shape, device: of the hidden state.  input_wanted: whether the stack's input needs a gradient.
+    rng: a state for each half that drew random numbers.  sides: what each half's coupling put aside (T, bytes).
+    """
+
+    context: Context
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+    input_wanted: bool
+    tiles: list[slice]
+    autocast: AutocastState
+    numerics: Numerics
+    modes: list[bool]
+    range: Range | None
+    fingerprints: Fingerprints | None
+    rng: list[Tensor | None] = field(default_factory=list)
+    sides: list[Tensor | None] = field(default_factory=list)
+
+    @staticmethod
+    def of(stack: ReversibleStack, h_BLD: Tensor, context: Context, strict: bool) -> Notes:
+        device, blocks = h_BLD.device, len(stack.blocks)
+        limits = [coupling.limit for coupling in stack.couplings if coupling.limit is not None]
+        return Notes(
+            context=context,
+            dtype=h_BLD.dtype,
+            shape=h_BLD.shape,
+            device=device,
+            input_wanted=h_BLD.requires_grad,
+            tiles=tiles_of(h_BLD.shape[:-1].numel(), stack.tiles, h_BLD.shape[-1], device),
+            autocast=AutocastState.now(device.type),
+            numerics=Numerics.now(),
+            # Dropout may be switched between forward and backward; recomputation must see the forward's mode.
+            modes=[module.training for module in stack.modules()],
+            range=Range(blocks, min(limits), stack.arithmetic.unit, device) if limits else None,
+            fingerprints=Fingerprints(sampled(blocks)) if strict and blocks else None,
+        )
+
+    def reads_wanted(self, index: int, replaced: int) -> bool:
+        """Whether what half `replaced` of block `index` reads needs a gradient; the lowest reads the stack's input."""
+        return index > 0 or replaced == 1 or self.input_wanted
+
+
+def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bool) -> list[Tensor]:
+    """The last two streams [y1, y2] (B, L, D), contiguous.
+
+    keep: a walk back will follow. Halves then run with gradients enabled, though no graph is kept: that decides which
+    kernels torch takes, and recomputation must take the same.
+    """
+    arithmetic = stack.arithmetic
+    watch = notes.range.input() if notes.range else None
+    streams = [arithmetic.lift(h_BLD, watch), arithmetic.lift(h_BLD)]
+    args, kwargs, _ = notes.context.fresh()
+    with ExitStack() as entered:
+        entered.enter_context(notes.autocast.entered())
+        entered.enter_context(torch.set_grad_enabled(keep))
+        if keep:
+            entered.enter_context(unhooked())
+        for index, block in enumerate(stack.blocks):
+            if stack.swap and index:
+                streams.reverse()
+            _observe(stack, notes, "forward", index, streams)
+            for replaced, (coupling, half) in enumerate(zip(stack.couplings, block.halves, strict=True)):  # type: ignore[arg-type]
+                before = rng_state(notes.device)
+                wanted = keep and notes.reads_wanted(index, replaced)
+                part = _Recomputed(stack, half, block, streams[1 - replaced], notes, wanted, args, kwargs)
+                side = _advance(coupling, part, streams[replaced], index, replaced, keep)
+                notes.rng.append(None if torch.equal(before, rng_state(notes.device)) else before)
+                notes.sides.append(side)
+                del part, side
+    return streams
+
+
+def _advance(
+    coupling: Coupling, part: _Recomputed, stream_BLD: Tensor, index: int, replaced: int, keep: bool
+) -> Tensor | None:
+    """Replace a stream by its half's result, tile by tile; the packed side information of all its tokens."""
+    notes, arithmetic = part.notes, coupling.arithmetic
+    watch = notes.range.of(index, replaced) if notes.range else None
+    x_TD, other_TD = stream_BLD.flatten(0, 1), part.other_BLD.flatten(0, 1)
+    sides = None
+    width = arithmetic.side_bytes(x_TD.shape[-1], coupling.factor)
+    if keep and width:
+        sides = torch.empty(x_TD.shape[0], width, dtype=torch.uint8, device=x_TD.device)
+    for rows in notes.tiles:
+        value_TD = part.tile(rows).value[0].detach()
+        side = coupling.forward_(x_TD[rows], other_TD[rows], value_TD, keep=keep, watch=watch)
+        if sides is not None:
+            assert side is not None
+            sides[rows] = side
+    return sides
+
+
+@dataclass
+class _Tile:
+    """A half's value (1, T, D) for a tile, and the leaves its graph begins at."""
+
+    value: Tensor
+    core: Tensor | None
+    read: Tensor | None
+
+
+class _Recomputed:
+    """A half at one place: its core run at once, its token-wise work tile by tile.
+
+    The cores' graphs end in `entry`, which stands for the stream read in floating point without holding it.
+    """
+
+    def __init__(
+        self,
+        stack: ReversibleStack,
+        half: Half,
+        block: nn.Module,
+        other_BLD: Tensor,
+        notes: Notes,
+        wanted: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.half, self.block, self.other_BLD, self.notes, self.wanted = half, block, other_BLD, notes, wanted
+        self.arithmetic = stack.arithmetic
+        self.entry: GradientEdge | None = None
+        self.outputs: list[Tensor] = []  # (B·L, E / parts)
+        self.edges: list[GradientEdge | None] = []
+        self.dtypes: list[torch.dtype] = []
+        parts = half.parts(stack.parts)
+        if not parts:
+            return
+        assert half.core is not None
+        read_BLD = self._entered(self.arithmetic.read(other_BLD, notes.dtype))
+        for part in range(parts):
+            output_BLE = half.core(block, read_BLD, part, parts, *args, **kwargs)
+            self.edges.append(get_gradient_edge(output_BLE) if output_BLE.requires_grad else None)
+            self.outputs.append(output_BLE.detach().flatten(0, 1))
+            del output_BLE
+
+    def _entered(self, read_BLD: Tensor) -> Tensor:
+        if not (self.wanted and torch.is_grad_enabled()):
+            return read_BLD.detach()
+        token = read_BLD.new_empty(0).requires_grad_()
+        read_BLD = _Entry.apply(token, read_BLD)  # type: ignore[no-untyped-call]
+        self.entry = get_gradient_edge(read_BLD)
+        return read_BLD
+
+    def tile(self, rows: slice) -> _Tile:
+        """The half's value for the tokens `rows`; tiles must be asked for in order, for the random numbers."""
+        core_1TE = joined(self.outputs, rows)
+        if self.half.tokens is None:
+            assert core_1TE is not None
+            return _Tile(core_1TE, None, None)
+        grad = torch.is_grad_enabled()
+        if core_1TE is not None:
+            core_1TE = core_1TE.detach().requires_grad_(grad and any(edge is not None for edge in self.edges))
+        read_1TD = self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.notes.dtype).detach()
+        read_1TD.requires_grad_(grad and self.wanted)
+        return _Tile(self.half.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
+
+
+class _Entry(torch.autograd.Function):
+    """Where the graph of a half's core begins. A leaf would be held by its graph; this node holds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, read_BLD: Tensor) -> Tensor:
+        return read_BLD.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise AssertionError("gradients are taken at this node, never through it")
+
+
+class Walk:
+    """One backward pass: two streams that are restored in place, their gradients, and what has been accumulated.
+
+    streams, gradients: [y1, y2] and theirs (None: zero), owned by the walk.  After `run`: those of the input.
+    """
+
+    def __init__(self, stack: ReversibleStack, notes: Notes, streams: list[Tensor], gradients: list[Tensor | None]):
+        self.stack, self.notes, self.streams, self.gradients = stack, notes, streams, gradients
+        self.of_context: list[Tensor | None] = [None] * len(notes.context.places)
+        self._of_trained: dict[int, Tensor] = {}
+
+    def of_trained(self, parameter: nn.Parameter) -> Tensor | None:
+        """The parameter's gradient, in its own dtype; None where it has none."""
+        found = self._of_trained.get(id(parameter))
+        return None if found is None else found.to(parameter.dtype)
+
+    def run(self, sides: list[Tensor | None]) -> None:
+        """Walk from the last block to the first. sides: consumed from the end. Raises StreamError."""
+        stack, notes = self.stack, self.notes
+        if notes.range:
+            notes.range.check(stack.first_layer)  # what left the range cannot be restored
+        with modes_as(stack, notes.modes), notes.numerics.entered(), unhooked():
+            for index in reversed(range(len(stack.blocks))):
+                for replaced in (1, 0):
+                    self._reverse_half(index, replaced, sides.pop())
+                _observe(stack, notes, "backward", index, self.streams)
+                if stack.swap and index:
+                    self.streams.reverse()
+                    self.gradients.reverse()
+        if notes.fingerprints:
+            notes.fingerprints.check(stack.first_layer)
+
+    def _reverse_half(self, index: int, replaced: int, sides: Tensor | None) -> None:
+        """Recompute a half once: restore the stream it replaced, and back-propagate."""
+        block, coupling = self.stack.blocks[index], self.stack.couplings[replaced]
+        half: Half = block.halves[replaced]  # type: ignore[index]
+        stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
+        args, kwargs, context_roots = self.notes.context.fresh()
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        dy_BLD = self.gradients[replaced]
+        with self._as_in_forward(index, replaced, dy_BLD is not None):
+            part = _Recomputed(
+                self.stack, half, block, other_BLD, self.notes, self.notes.reads_wanted(index, replaced), args, kwargs
+            )
+            of_outputs = self._gradients_of_outputs(part, dy_BLD)
+            x_TD, other_TD = stream_BLD.flatten(0, 1), other_BLD.flatten(0, 1)
+            for rows in self.notes.tiles:
+                tile = part.tile(rows)
+                side = None if sides is None else sides[rows]
+                coupling.inverse_(x_TD[rows], other_TD[rows], tile.value[0].detach(), side)
+                if dy_BLD is not None and half.tokens is not None:
+                    self._back_through(tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, of_outputs, trained)
+                del tile, side
+        if dy_BLD is None:
+            return
+        part.outputs.clear()  # their graphs hold them as long as they need them
+        self._back_through_core(part, of_outputs, 1 - replaced, context_roots, trained)
+        other_gradient = self._gradient_of(1 - replaced) if coupling.centred else dy_BLD
+        coupling.gradient_(dy_BLD, other_gradient)
+
+    @contextmanager
+    def _as_in_forward(self, index: int, replaced: int, grad: bool) -> Iterator[None]:
+        rng = self.notes.rng[2 * index + replaced]
+        with (
+            torch.set_grad_enabled(grad),
+            self.notes.autocast.entered(),
+            replayed_rng(rng, self.notes.device),
+        ):
+            yield
+
+    def _gradients_of_outputs(self, part: _Recomputed, dy_BLD: Tensor | None) -> list[Tensor]:
+        """Room for the gradients of the core's parts (B·L, E / parts); without token-wise work they are dy itself."""
+        if dy_BLD is None or not any(edge is not None for edge in part.edges):
+            return []
+        if part.half.tokens is None:
+            return [dy_BLD.flatten(0, 1).to(part.outputs[0].dtype)]
+        return [torch.empty_like(output) for output in part.outputs]
+
+    def _back_through(
+        self, tile: _Tile, rows: slice, dy_TD: Tensor, other: int, of_outputs: list[Tensor], trained: list[nn.Parameter]
+    ) -> None:
+        """Token-wise work of one tile: gradients of what it read, of the core's output, of the trained tensors."""
+        if not tile.value.requires_grad:
+            return
+        assert tile.read is not None
+        core, read = tile.core, tile.read
+        leaves = [leaf for leaf in (read, core) if leaf is not None and leaf.requires_grad]
+        # An edge instead of the tensor: the value need not live through its own backward pass.
+        edge, dtype = get_gradient_edge(tile.value), tile.value.dtype
+        tile.value = tile.core = tile.read = None  # type: ignore[assignment]
+        found = list(
+            torch.autograd.grad(edge, [*leaves, *trained], dy_TD[None].to(dtype), allow_unused=True)
+        )
+        for leaf in leaves:
+            gradient = found.pop(0)
+            if gradient is None:
+                continue
+            if leaf is read:
+                self._gradient_of(other).flatten(0, 1)[rows].add_(gradient[0])
+            else:
+                for room, piece in zip(of_outputs, gradient[0].tensor_split(len(of_outputs), -1), strict=True):
+                    room[rows] = piece
+        self._accumulate(trained, found)
+
+    def _back_through_core(
+        self,
+        part: _Recomputed,
+        of_outputs: list[Tensor],
+        other: int,
+        context_roots: list[Tensor],
+        trained: list[nn.Parameter],
+    ) -> None:
+        roots = ([part.entry] if part.entry is not None else []) + context_roots + trained
+        if not of_outputs or not roots:
+            return
+        shape = (*self.notes.shape[:-1], -1)
+        while part.edges:
+            edge, gradient = part.edges.pop(0), of_outputs.pop(0)
+            if edge is None:
+                continue
+            found = list(torch.autograd.grad(edge, roots, gradient.view(shape), allow_unused=True))
+            del edge, gradient
+            if part.entry is not None:
+                of_read_BLD = found.pop(0)
+                if of_read_BLD is not None:
+                    self._gradient_of(other).add_(of_read_BLD)
+                del of_read_BLD
+            for place in range(len(context_roots)):
+                self.of_context[place] = _sum(self.of_context[place], found[place])
+            self._accumulate(trained, found[len(context_roots) :])
+
+    def _gradient_of(self, stream: int) -> Tensor:
+        """The gradient of a stream, to be added to in place."""
+        gradient = self.gradients[stream]
+        if gradient is None:
+            gradient = self.gradients[stream] = torch.zeros(
+                self.notes.shape, dtype=self.notes.dtype, device=self.notes.device
+            )
+        return gradient
+
+    def _accumulate(self, trained: list[nn.Parameter], found: list[Tensor | None]) -> None:
+        """Sums over tiles and parts are held in float32 where the parameters are of lower precision."""
+        for parameter, gradient in zip(trained, found, strict=True):
+            if gradient is None:
+                continue
+            total = self._of_trained.get(id(parameter))
+            if total is None:
+                wide = torch.float32 if parameter.dtype.itemsize < 4 else parameter.dtype
+                self._of_trained[id(parameter)] = gradient.to(wide)
+            else:
+                total.add_(gradient)
+
+
+def _observe(stack: ReversibleStack, notes: Notes, direction: str, index: int, streams: list[Tensor]) -> None:
+    for observer in (stack.observer, notes.fingerprints):
+        if observer is not None:
+            observer(direction, index, streams)
+
+
+def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    return term if total is None else total if term is None else total + term

@@ -1,0 +1,115 @@
+"""What is watched while streams run: their range in the forward pass, and in strict mode that backward restores them.
+
+Nothing here waits for the device in the middle of a pass: findings are gathered on the device and read once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from meftbench.errors import UserError
+
+
+class StreamError(UserError, ArithmeticError):
+    """A stream cannot be held or was not restored. `where` names the layer."""
+
+
+class Range:
+    """The largest |x| that each half wrote, in units of the arithmetic.
+
+    limit: in units; a stream must stay below it.  One more place than halves is for the stack's input.
+    """
+
+    def __init__(self, blocks: int, limit: float, unit: float, device: torch.device) -> None:
+        self._levels = torch.zeros(2 * blocks + 1, device=device)
+        self._limit, self._unit = limit, unit
+        self._host: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def input(self) -> Tensor:
+        """Where the stack's input is noted."""
+        return self._levels[-1]
+
+    def of(self, index: int, half: int) -> Tensor:
+        """Where what a half writes is noted."""
+        return self._levels[2 * index + half]
+
+    def begin_copy(self) -> None:
+        """Send the findings to the host without waiting for them."""
+        if self._levels.device.type != "cuda":
+            self._host = self._levels
+            return
+        self._host = torch.empty(self._levels.shape, pin_memory=True)
+        self._host.copy_(self._levels, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def check(self, first_layer: int) -> None:
+        """Raises StreamError at the first half that left the range. Waits for the forward pass, once."""
+        if self._host is None:
+            self.begin_copy()
+        if self._copied is not None:
+            self._copied.synchronize()
+        assert self._host is not None
+        limit, levels = self._limit, self._host.tolist()
+        places = [("the stack's input", levels[-1])]
+        places += [(f"layer {first_layer + place // 2}", level) for place, level in enumerate(levels[:-1])]
+        for where, level in places:
+            if level < limit:
+                continue
+            value = level * self._unit
+            if not math.isfinite(value):
+                what = f"a stream holds {'NaN' if math.isnan(value) else 'infinity'}"
+                cure = "lower the learning rate, or use bf16 or fp32 instead of fp16"
+            else:
+                what = f"stream value {value:,.0f} is outside ±{limit * self._unit:,.0f}"
+                bits = math.floor(math.log2(limit / value))
+                cure = f"set `step_bits` to {bits} or lower" if bits > 0 else "no fixed-point step holds such values"
+            raise StreamError(where, what, cure)
+
+
+class Fingerprints:
+    """Sums of the streams at some blocks, over each row and column: any element that differs changes two of them.
+
+    To be called as an observer of a stack. A difference is counted on the device; `check` reads the counts, once.
+    """
+
+    def __init__(self, blocks: Iterable[int]) -> None:
+        self.blocks = frozenset(blocks)
+        self._true: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._wrong: dict[int, Tensor] = {}
+
+    def __call__(self, direction: str, block: int, streams: list[Tensor]) -> None:
+        if block not in self.blocks:
+            return
+        sums = [_sums(stream) for stream in streams]
+        if direction == "forward":
+            self._true[block] = sums
+            return
+        pairs = zip(sums, self._true[block], strict=True)
+        self._wrong[block] = torch.stack(
+            [(rows != true_rows).sum() + (columns != true).any() for (rows, columns), (true_rows, true) in pairs]
+        ).sum()
+
+    def check(self, first_layer: int) -> None:
+        """Raises StreamError for the highest block whose inputs were not restored bit for bit."""
+        for block in sorted(self._wrong, reverse=True):
+            tokens = int(self._wrong[block])
+            if tokens:
+                cure = "the half above it is not computed in backward as in forward: look for state that changes"
+                where = f"layer {first_layer + block}"
+                raise StreamError(where, f"its inputs were not restored exactly ({tokens} tokens differ)", cure)
+
+
+def sampled(blocks: int) -> list[int]:
+    """The blocks that strict mode looks at: the lowest, which sees the errors of all above it, middle and top."""
+    return sorted({0, blocks // 2, blocks - 1})
+
+
+def _sums(stream_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    stream_TD = stream_BLD.flatten(0, 1)
+    return stream_TD.sum(1, dtype=torch.int64), stream_TD.sum(0, dtype=torch.int64)
