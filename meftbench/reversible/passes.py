@@ -250,7 +250,7 @@ class Walk:
         stack, notes = self.stack, self.notes
         if notes.range:
             notes.range.check(stack.first_layer)  # what left the range cannot be restored
-        with modes_as(stack, notes.modes), notes.numerics.entered(), unhooked():
+        with modes_as(stack, notes.modes), notes.numerics.entered():
             for index in reversed(range(len(stack.blocks))):
                 for replaced in (1, 0):
                     self._reverse_half(index, replaced, sides.pop())

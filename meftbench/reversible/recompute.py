@@ -128,9 +128,14 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 @contextmanager
 def unhooked() -> Iterator[None]:
     """Saved-tensor hooks of the surroundings (offload) do not see what is saved inside: it is not kept."""
-    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    with torch.autograd.graph.saved_tensors_hooks(_without_history, _as_packed):
         yield
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _without_history(tensor: Tensor) -> Tensor:
+    # A node that holds its own output, history and all, would be a cycle, freed only by gc.
+    return tensor.detach()
+
+
+def _as_packed(tensor: Tensor) -> Tensor:
     return tensor
