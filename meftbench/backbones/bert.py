@@ -117,6 +117,8 @@ BERT = Layout(
     hidden_size=_hidden_size,
     head_groups=_head_groups,
     activation=_activation,
+    feed_forward_method="feed_forward_chunk",
+    input_readers=tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
     attention_targets=("query", "value"),
     refuses=_refuses,
 )

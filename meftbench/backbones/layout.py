@@ -40,6 +40,8 @@ class Layout:
         included.  feed_forward: (layer, that): the other half. Both treat each token alone.
     hidden_size, activation, head_groups: read off the configuration; the groups of heads that a core can be cut into
         at most (a divisor of it will do).
+    feed_forward_method: the method of a layer, (h (B, L, D)), by which the layer itself runs its feed-forward half.
+    input_readers: submodules of a layer that read the layer's input itself, with nothing before them.
     attention_targets: names of the projections LoRA adapts by default.
     refuses: None, or why a model of this configuration cannot be split.
     """
@@ -52,6 +54,8 @@ class Layout:
     hidden_size: Callable[[Any], int]
     head_groups: Callable[[Any], int]
     activation: Callable[[Any], str]
+    feed_forward_method: str
+    input_readers: tuple[str, ...]
     attention_targets: tuple[str, ...]
     refuses: Callable[[Any], str | None]
 

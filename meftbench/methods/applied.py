@@ -13,6 +13,7 @@ from meftbench.backbones import Layout, base_of, layout_of
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
 from meftbench.reversible import ReversibleStack
+from meftbench.reversible.tiled import Tiling
 
 from .bottleneck import Bottleneck
 
@@ -23,6 +24,7 @@ class Applied:
 
     model: what is called and trained (for LoRA peft's wrapper; otherwise the model that was given).
     around_forward: entered around forward and loss of every step (the offload lever).
+    tiling: how feed-forwards of ordinary layers are tiled; None: they are not.
     ordinary: entered to run the same equations under ordinary autograd: nothing recomputed or offloaded.
     """
 
@@ -30,6 +32,7 @@ class Applied:
     around_forward: Callable[[], AbstractContextManager[object]] = ExitStack
     ordinary_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     recomputes: bool = False
+    tiling: Tiling | None = None
 
     @property
     def stacks(self) -> list[ReversibleStack]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meftbench.backbones import Layout, layout_of
 from meftbench.methods.applied import Applied
+from meftbench.reversible import ReversibleStack
+from meftbench.reversible.tiled import Tiling
 
 # True while a copy to the host is made: on a machine without an accelerator host and device are one memory, and
 # whoever counts device bytes must be able to tell them apart (probes.memory_counted).
@@ -110,3 +114,33 @@ def offload(applied: Applied) -> None:
             hooks.enabled = True
 
     applied.ordinary_switches.append(without)
+
+
+def tiled_mlp(applied: Applied) -> None:
+    """Run every feed-forward in tiles of tokens, again in backward (reversible/tiled.py); on reversible stacks, whose
+    own passes do so without running anything twice: their tiles, if they have none yet."""
+    model = applied.model.get_base_model() if hasattr(applied.model, "get_base_model") else applied.model
+    layout = layout_of(model)
+    tiling = applied.tiling = Tiling()
+    for stack in applied.stacks:
+        stack.tiles = "auto" if stack.tiles == 1 else stack.tiles
+    for layer in layout.list_of(model)[2]:
+        if not isinstance(layer, ReversibleStack):
+            # On the instance, by a partial: it is copied and pickled with the layer, and parameters keep their names.
+            setattr(layer, layout.feed_forward_method, partial(_in_tiles, tiling, layer, layout))
+            applied.recomputes = True
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        tiling.recompute = False
+        try:
+            yield
+        finally:
+            tiling.recompute = True
+
+    applied.ordinary_switches.append(without)
+
+
+def _in_tiles(tiling: Tiling, layer: nn.Module, layout: Layout, h_BLD: Tensor) -> Tensor:
+    trained: list[Tensor] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return tiling.run(partial(layout.feed_forward, layer), h_BLD, trained)

@@ -17,7 +17,7 @@ from meftbench.backbones import Layout, Site
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, checked_layout, freeze_backbone, new_adapter
 from meftbench.plan.catalogue import Meft
-from meftbench.reversible import Block, Coupling, FixedPoint, Float, Half, ReversibleStack
+from meftbench.reversible import Block, Coupling, FixedPoint, Float, Half, ReversibleStack, fork
 
 
 def _attention_core(block: Any, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -168,6 +168,8 @@ def _split(layers: list[nn.Module], settings: Meft) -> tuple[list[nn.Module], li
 
 
 def _block(model: nn.Module, layer: nn.Module, layout: Layout, settings: Meft, variant: Variant) -> Block:
+    for name in layout.input_readers:
+        layer.get_submodule(name).register_forward_pre_hook(fork)
     parts = {"layer": layer}
     if variant.own_adapter:
         parts["adapter"] = new_adapter(model, layout, settings)

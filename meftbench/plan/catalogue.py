@@ -146,6 +146,10 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers:offload",
         "hold what backward needs in host memory; with checkpoint: the checkpoints",
     ),
+    "tiled_mlp": Lever(
+        "meftbench.methods.levers:tiled_mlp",
+        "run feed-forwards in tiles of tokens, again in backward; on MEFT: in the tiles of its own passes",
+    ),
 }
 
 
@@ -243,6 +247,7 @@ PRECISIONS: dict[str, str] = {
     "fp64": "float64 weights and arithmetic (for checks)",
     "fp32": "float32 weights and arithmetic",
     "bf16-autocast": "float32 weights, bfloat16 autocast",
+    "fp16-autocast": "float32 weights, float16 autocast, loss scaled (GradScaler)",
     "bf16": "bfloat16 weights and arithmetic",
 }
 ATTENTIONS: dict[str, str] = {

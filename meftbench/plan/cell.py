@@ -18,6 +18,7 @@ class Levers(BaseModel):
 
     checkpoint: bool = False
     offload: bool = False
+    tiled_mlp: bool = False
     chunked_loss: bool = False
     compile: bool = False
     optimizer_in_backward: bool = False

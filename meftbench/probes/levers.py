@@ -44,6 +44,8 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         raise _not_engaged(cell.method, "no layer ran again in backward")
     if not step.applied.recomputes and calls["backward"]:
         raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
+    if cell.levers.tiled_mlp and not _tiled(step):
+        raise _not_engaged("tiled_mlp", "no feed-forward ran in tiles")
     if cell.levers.offload and moved == 0:
         raise _not_engaged("offload", "no byte was moved to the host")
     return {
@@ -51,6 +53,13 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         "offloaded_bytes": Metric(moved, "counted"),
         "zero_grad_tensors": Metric(zero, "measured"),
     }
+
+
+def _tiled(step: Step) -> bool:
+    applied = step.applied
+    return all(stack.tiles != 1 for stack in applied.stacks) and (
+        bool(applied.stacks) or (applied.tiling is not None and applied.tiling.recomputed > 0)
+    )
 
 
 def _check_gradients(step: Step) -> int:

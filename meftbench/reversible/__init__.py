@@ -8,8 +8,9 @@
 
 from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, Float
 from meftbench.reversible.coupling import Coupling
+from meftbench.reversible.fork import fork
 from meftbench.reversible.halves import Half
 from meftbench.reversible.stack import Block, ReversibleStack
 from meftbench.reversible.watch import StreamError
 
-__all__ = ["Arithmetic", "Block", "Coupling", "FixedPoint", "Float", "Half", "ReversibleStack", "StreamError"]
+__all__ = ["Arithmetic", "Block", "Coupling", "FixedPoint", "Float", "Half", "ReversibleStack", "StreamError", "fork"]

@@ -91,7 +91,7 @@ class Reversal(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             first, second = walk.gradients
             dh0_BLD = second if first is None else first if second is None else first.add_(second)
-        return (None, None, dh0_BLD, *walk.of_context, *(walk.of_trained(parameter) for parameter in ctx.trained))
+        return (None, None, dh0_BLD, *walk.of_context, *walk.of_trained.of(ctx.trained))
 
 
 def _retained(ctx: Any) -> bool:

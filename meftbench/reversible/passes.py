@@ -18,8 +18,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from meftbench.reversible.coupling import Coupling
+from meftbench.reversible.fork import gathered_in
+from meftbench.reversible.gradients import Sums
 from meftbench.reversible.halves import Half, joined, tiles_of
-from meftbench.reversible.recompute import AutocastState, Numerics, modes_as, replayed_rng, rng_state, unhooked
+from meftbench.reversible.recompute import AutocastState, Numerics, drew, modes_as, replayed_rng, rng_state, unhooked
 from meftbench.reversible.watch import Fingerprints, Range, sampled
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
                 wanted = keep and notes.reads_wanted(index, replaced)
                 part = _Recomputed(stack, half, block, streams[1 - replaced], notes, wanted, args, kwargs)
                 side = _advance(coupling, part, streams[replaced], index, replaced, keep)
-                notes.rng.append(None if torch.equal(before, rng_state(notes.device)) else before)
+                notes.rng.append(before if drew(before, notes.device) else None)
                 notes.sides.append(side)
                 del part, side
     return streams
@@ -238,12 +240,7 @@ class Walk:
     def __init__(self, stack: ReversibleStack, notes: Notes, streams: list[Tensor], gradients: list[Tensor | None]):
         self.stack, self.notes, self.streams, self.gradients = stack, notes, streams, gradients
         self.of_context: list[Tensor | None] = [None] * len(notes.context.places)
-        self._of_trained: dict[int, Tensor] = {}
-
-    def of_trained(self, parameter: nn.Parameter) -> Tensor | None:
-        """The parameter's gradient, in its own dtype; None where it has none."""
-        found = self._of_trained.get(id(parameter))
-        return None if found is None else found.to(parameter.dtype)
+        self.of_trained = Sums()
 
     def run(self, sides: list[Tensor | None]) -> None:
         """Walk from the last block to the first. sides: consumed from the end. Raises StreamError."""
@@ -270,9 +267,9 @@ class Walk:
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         dy_BLD = self.gradients[replaced]
         with self._as_in_forward(index, replaced, dy_BLD is not None):
-            part = _Recomputed(
-                self.stack, half, block, other_BLD, self.notes, self.notes.reads_wanted(index, replaced), args, kwargs
-            )
+            wanted = self.notes.reads_wanted(index, replaced)
+            with gathered_in(lambda of_read_BLD: self._add_to_gradient(1 - replaced, of_read_BLD)):
+                part = _Recomputed(self.stack, half, block, other_BLD, self.notes, wanted, args, kwargs)
             of_outputs = self._gradients_of_outputs(part, dy_BLD)
             x_TD, other_TD = stream_BLD.flatten(0, 1), other_BLD.flatten(0, 1)
             for rows in self.notes.tiles:
@@ -331,7 +328,7 @@ class Walk:
             else:
                 for room, piece in zip(of_outputs, gradient[0].tensor_split(len(of_outputs), -1), strict=True):
                     room[rows] = piece
-        self._accumulate(trained, found)
+        self.of_trained.add(trained, found)
 
     def _back_through_core(
         self,
@@ -354,11 +351,11 @@ class Walk:
             if part.entry is not None:
                 of_read_BLD = found.pop(0)
                 if of_read_BLD is not None:
-                    self._gradient_of(other).add_(of_read_BLD)
+                    self._add_to_gradient(other, of_read_BLD)
                 del of_read_BLD
             for place in range(len(context_roots)):
                 self.of_context[place] = _sum(self.of_context[place], found[place])
-            self._accumulate(trained, found[len(context_roots) :])
+            self.of_trained.add(trained, found[len(context_roots) :])
 
     def _gradient_of(self, stream: int) -> Tensor:
         """The gradient of a stream, to be added to in place."""
@@ -369,17 +366,8 @@ class Walk:
             )
         return gradient
 
-    def _accumulate(self, trained: list[nn.Parameter], found: list[Tensor | None]) -> None:
-        """Sums over tiles and parts are held in float32 where the parameters are of lower precision."""
-        for parameter, gradient in zip(trained, found, strict=True):
-            if gradient is None:
-                continue
-            total = self._of_trained.get(id(parameter))
-            if total is None:
-                wide = torch.float32 if parameter.dtype.itemsize < 4 else parameter.dtype
-                self._of_trained[id(parameter)] = gradient.to(wide)
-            else:
-                total.add_(gradient)
+    def _add_to_gradient(self, stream: int, term_BLD: Tensor) -> None:
+        self._gradient_of(stream).add_(term_BLD)
 
 
 def _observe(stack: ReversibleStack, notes: Notes, direction: str, index: int, streams: list[Tensor]) -> None:

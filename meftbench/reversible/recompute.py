@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,16 @@ def set_rng_state(state: Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
     else:
         getattr(torch, device.type).set_rng_state(state, device)
+
+
+def drew(before: Tensor, device: torch.device) -> bool:
+    """Whether random numbers have been drawn on `device` since its state was `before`."""
+    return _content(before) != _content(rng_state(device))
+
+
+def _content(state: Tensor) -> bytes:
+    # Not as tensors: that would be an operation, to whoever watches or fakes operations.
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""Token-wise work of an ordinary layer in tiles, recomputed in backward: what `+tiled_mlp` does to any method.
+
+Only the input is kept; in backward one tile at a time is run again and back-propagated, so that the wide tensors of a
+feed-forward exist for a tile and no longer. Under checkpointing the work is so run once more than without.
+Source: ALST (Bekman et al. 2025), TiledMLP; here with random numbers and autocast repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from meftbench.reversible.gradients import Sums
+from meftbench.reversible.halves import tiles_of
+from meftbench.reversible.recompute import AutocastState, Numerics, drew, replayed_rng, rng_state
+
+Function = Callable[[Tensor], Tensor]  # (1, T, D) -> (1, T, D), each token alone
+
+
+@dataclass
+class Tiling:
+    """tiles: as `tiles_of` takes it.  recompute: False keeps what autograd keeps, on the same tiles.
+    recomputed: tiles that were run again in backward."""
+
+    tiles: int | Literal["auto"] = "auto"
+    recompute: bool = True
+    recomputed: int = 0
+
+    def run(self, function: Function, h_BLD: Tensor, trained: list[Tensor]) -> Tensor:
+        """function on tiles of the tokens of h (B, L, D). trained: the tensors it uses that need a gradient."""
+        tiles = tiles_of(h_BLD.shape[:-1].numel(), self.tiles, h_BLD.shape[-1], h_BLD.device)
+        if not self.recompute:
+            return _on_tiles(function, h_BLD, tiles)
+        result_BLD: Tensor = _Tiled.apply(self, function, tiles, h_BLD, *trained)  # type: ignore[no-untyped-call]
+        return result_BLD
+
+
+def _on_tiles(function: Function, h_BLD: Tensor, tiles: list[slice]) -> Tensor:
+    h_TD = h_BLD.flatten(0, 1)
+    return torch.cat([function(h_TD[rows][None]) for rows in tiles], 1).view(h_BLD.shape)
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tiling: Tiling, function: Function, tiles: list[slice], h_BLD: Tensor, *trained: Tensor
+    ) -> Tensor:
+        ctx.tiling, ctx.function, ctx.tiles, ctx.trained = tiling, function, tiles, trained
+        ctx.save_for_backward(h_BLD)
+        ctx.autocast, ctx.numerics = AutocastState.now(h_BLD.device.type), Numerics.now()
+        before = rng_state(h_BLD.device)
+        with ctx.autocast.entered():
+            result_BLD = _on_tiles(function, h_BLD, tiles)
+        ctx.rng = before if drew(before, h_BLD.device) else None
+        return result_BLD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        (h_BLD,) = ctx.saved_tensors
+        wanted, sums = ctx.needs_input_grad[3], Sums()
+        h_TD, dy_TD = h_BLD.flatten(0, 1), dy_BLD.flatten(0, 1)
+        dh_BLD = torch.empty_like(h_BLD, memory_format=torch.contiguous_format) if wanted else None
+        with (
+            torch.enable_grad(),
+            ctx.numerics.entered(),
+            ctx.autocast.entered(),
+            replayed_rng(ctx.rng, h_BLD.device),
+        ):
+            for rows in ctx.tiles:
+                leaf = h_TD[rows][None].detach().requires_grad_(wanted)
+                value = ctx.function(leaf)
+                edge, gradient = get_gradient_edge(value), dy_TD[rows][None].to(value.dtype)
+                del value
+                roots = [*([leaf] if wanted else []), *ctx.trained]
+                found = list(torch.autograd.grad(edge, roots, gradient, allow_unused=True))
+                if dh_BLD is not None:
+                    dh_BLD.flatten(0, 1)[rows] = found.pop(0)[0]
+                sums.add(ctx.trained, found)
+                ctx.tiling.recomputed += 1
+        return (None, None, None, dh_BLD, *sums.of(ctx.trained))
