@@ -20,7 +20,8 @@ from meftbench.plan.cell import Cell
 PHASES = ("forward", "backward", "optimizer")
 Mark = Callable[[str], None]
 
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "bf16-autocast": torch.float32}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+_AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # over float32 weights
 
 
 def _unmarked(phase: str) -> None:
@@ -34,6 +35,7 @@ class Step:
     batch: arguments of the model's forward by name, each with B samples in its first dimension.
     micro_batch_size: samples a forward; losses are weighted so that gradients are those of the whole batch.
     autocast: dtype of the autocast region around forward and loss; None: no region.
+    scaler: scales the loss, as fp16 needs; None: it is not scaled.  Gradients are then left scaled in `forward_backward`.
     phase: the phase that runs now, for whoever must say where something happened.  steps_run: steps finished.
     """
 
@@ -43,6 +45,7 @@ class Step:
     micro_batch_size: int
     device: torch.device
     autocast: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
     phase: str = "load"
     steps_run: int = 0
 
@@ -63,7 +66,11 @@ class Step:
         """One step; the loss of the batch. `mark` is called with a phase's name when it begins, and with "end"."""
         loss = self.forward_backward(mark)
         self._enter("optimizer", mark)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         # set_to_none: gradients kept as zeros would live through the next forward (MEASURING 5, no. 3).
         self.optimizer.zero_grad(set_to_none=True)
         self._enter("end", mark)
@@ -77,7 +84,7 @@ class Step:
             self._enter("forward", mark)
             loss = self._forward(start)
             self._enter("backward", mark)
-            loss.backward()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
             del loss
         assert total is not None
@@ -106,7 +113,8 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     padding: share of each sequence that is padding.
     Raises UserError: the model cannot be loaded, the method does not fit it.
     """
-    dtype = _DTYPES[cell.precision]
+    autocast = _AUTOCAST.get(cell.precision)
+    dtype = torch.float32 if autocast else _DTYPES[cell.precision]
     model = build_model(
         cell.model,
         cell.model_config_overrides,
@@ -131,7 +139,8 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
         ),
         micro_batch_size=cell.micro_batch_size,
         device=device,
-        autocast=torch.bfloat16 if cell.precision == "bf16-autocast" else None,
+        autocast=autocast,
+        scaler=torch.amp.GradScaler(device.type) if autocast == torch.float16 else None,
     )
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from meftbench.backbones import base_of
+from meftbench.errors import CellFailure
 from meftbench.plan.cell import Cell
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
-from meftbench.reversible import ReversibleStack
+from meftbench.reversible import ReversibleStack, StreamError
 from meftbench.step import Step, build_step
 
 
@@ -26,14 +27,18 @@ def probe(subject: Subject) -> dict[str, Metric]:
 class StreamErrors:
     """Observer of a ReversibleStack: holds the true streams of the forward pass against the recomputed ones.
 
+    unit: the value of 1 in a stream, as its arithmetic says.
     relative: per block, [first stream, second stream]: ‖recomputed − true‖ / ‖true‖, in float64.
-    largest: the largest absolute difference.  nonfinite: NaN and infinite elements met in recomputed streams.
+    largest: the largest absolute difference.  mismatched: elements that are not restored bit for bit.
+    nonfinite: NaN and infinite elements met in recomputed streams.
     """
 
     blocks: int
+    unit: float = 1.0
     true: dict[int, list[Tensor]] = field(default_factory=dict)
     relative: dict[int, list[float]] = field(default_factory=dict)
     largest: float = 0.0
+    mismatched: int = 0
     nonfinite: int = 0
 
     def __call__(self, direction: str, block: int, streams: list[Tensor]) -> None:
@@ -44,7 +49,8 @@ class StreamErrors:
         for recomputed, true in zip(streams, self.true.pop(block), strict=True):
             difference = recomputed.double() - true.double()
             errors.append(_ratio(float(difference.norm()), float(true.double().norm())))
-            absolute = float(difference.abs().max())
+            absolute = float(difference.abs().max()) * self.unit
+            self.mismatched += int((recomputed != true).sum())
             self.largest = absolute if math.isnan(absolute) else max(self.largest, absolute)
             self.nonfinite += int((~torch.isfinite(recomputed)).sum())
         self.relative[block] = errors
@@ -108,15 +114,20 @@ def measure_fidelity(step: Step) -> dict[str, Metric]:
         reason = "nothing is recomputed in backward"
         names = ("reconstruction_rel_max", "gradient_rel_max", "gradient_cosine_min")
         return {name: Metric(None, "measured", absent=reason) for name in names}
-    observers = [StreamErrors(len(stack.blocks)) for stack in stacks]
+    observers = [StreamErrors(len(stack.blocks), stack.arithmetic.unit) for stack in stacks]
     reversing = [stack for stack in stacks if stack.activations == "reverse"]
+    strict = [stack.strict for stack in stacks]
     for stack, observer in zip(stacks, observers, strict=True):
         stack.observer = observer if stack in reversing else None
+        stack.strict = stack.arithmetic.exact
     try:
         loss, gradients = _gradients(step)
+    except StreamError as error:
+        # Asked for and not had: a lever that did not engage, whatever the numbers.
+        raise CellFailure("error", type="stream-error", message=str(error), phase=step.phase) from error
     finally:
-        for stack in stacks:
-            stack.observer = None
+        for stack, before in zip(stacks, strict, strict=True):
+            stack.observer, stack.strict = None, before
     with applied.ordinary():
         loss_true, gradients_true = _gradients(step)
     return {
@@ -137,6 +148,7 @@ def _reconstruction(stacks: list[ReversibleStack], observers: list[StreamErrors]
         "reconstruction_rel": Metric(relative, "measured"),
         "reconstruction_rel_max": Metric(_worst(flat), "measured"),
         "reconstruction_abs_max": Metric(_worst([observer.largest for observer in observers]), "measured"),
+        "mismatched_elements": Metric(sum(observer.mismatched for observer in observers), "measured"),
     }
 
 

@@ -7,10 +7,15 @@ within itself is not seen; on CUDA it is what the allocator reports beyond the c
 from __future__ import annotations
 
 import gc
+import math
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,8 @@ from meftbench.units import format_bytes
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
 BLOCK = 512  # bytes: the CUDA caching allocator hands out multiples of this
 
+_TORCH = str(Path(torch.__file__).parent)
+
 _BORN_IN = {"forward": "activations", "backward": "temporaries", "optimizer": "temporaries"}
 
 
@@ -37,6 +44,15 @@ class Peak:
     breakdown: dict[str, int] = field(default_factory=dict)
 
 
+class Origin(NamedTuple):
+    """Where a storage came from: the operator, the first tensor on it, and the function that called the operator."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    place: str
+
+
 class StorageCounter(TorchDispatchMode):
     """Counts live bytes by category while it is entered.
 
@@ -45,6 +61,8 @@ class StorageCounter(TorchDispatchMode):
 
     live: bytes now, by category.  phase: set by `mark`; says what new storages are.  peak: since `reset`.
     attention_kernels: fused attention operators seen.
+    busiest: largest total in forward and backward since `reset`.  explain_from: from this total on, a new busiest is
+        explained; explained: (bytes, category, origin) of what was alive then.
     """
 
     def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
@@ -56,7 +74,11 @@ class StorageCounter(TorchDispatchMode):
         self.peak = Peak()
         self.phase_peaks: dict[str, int] = {}
         self.attention_kernels: set[str] = set()
+        self.busiest, self.explain_from = 0, math.inf
+        self.explained: list[tuple[int, str, Origin]] = []
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self._origins: dict[int, Origin] = {}
+        self._op = "given"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,6 +88,7 @@ class StorageCounter(TorchDispatchMode):
         if "dot_product" in name and "backward" not in name:
             self.attention_kernels.add(name.partition(".")[0].strip("_"))
         category = _BORN_IN.get(self.phase, "other")
+        self._op = name
         if isinstance(result, Tensor):
             self._see(result, category)
         elif isinstance(result, (tuple, list)):
@@ -95,6 +118,7 @@ class StorageCounter(TorchDispatchMode):
         self.phase_peaks = {}
         self.peak = Peak(self.total, self.phase, dict(self.live))
         self.host_peak = self.host
+        self.busiest, self.explained = 0, []
 
     def _see(self, tensor: Tensor, category: str) -> None:
         if tensor.device.type != self.device_type:
@@ -113,6 +137,7 @@ class StorageCounter(TorchDispatchMode):
             return
         reference = weakref.ref(storage, lambda dead: self._forget(key, dead))
         self._storages[key] = (reference, size, category)
+        self._origins[key] = Origin(self._op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), _place())
         if category == "host":
             self.host += size
             self.host_peak = max(self.host_peak, self.host)
@@ -126,6 +151,7 @@ class StorageCounter(TorchDispatchMode):
         if entry is None or entry[0] is not reference:
             return
         _, size, category = self._storages.pop(key)
+        self._origins.pop(key, None)
         if category == "host":
             self.host -= size
         else:
@@ -137,6 +163,12 @@ class StorageCounter(TorchDispatchMode):
             self.phase_peaks[self.phase] = self.total
         if self.total > self.peak.total:
             self.peak = Peak(self.total, self.phase, dict(self.live))
+        if self.phase in ("forward", "backward") and self.total > self.busiest:
+            self.busiest = self.total
+            if self.total >= self.explain_from:
+                self.explained = [
+                    (size, category, self._origins[key]) for key, (_, size, category) in self._storages.items()
+                ]
         if self.limit is not None and self.total > self.limit:
             free = max(0, self.limit - self.total + requested)
             raise CellFailure(
@@ -150,15 +182,28 @@ class StorageCounter(TorchDispatchMode):
             )
 
 
+def _place() -> str:
+    """file:function of the caller that is neither torch's nor the counter's."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if _TORCH not in path and path != __file__:
+            return f"{Path(path).stem}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "?"
+
+
 @dataclass
 class Observed:
-    """What the counter saw in one step, in bytes."""
+    """What the counter saw in one step, in bytes. buffers: what was alive at the peak of forward and backward, if the
+    step before told how high it is."""
 
     baseline: int
     saved: int
     phase_peaks: dict[str, int]
     peak: Peak
     host_peak: int
+    buffers: list[tuple[int, str, Origin]] = field(default_factory=list)
 
     @property
     def activation_peak(self) -> int:
@@ -213,7 +258,9 @@ class CountedStep:
 
         self.step.run(mark)
         counter.phase_peaks.pop("end", None)
-        return Observed(baseline, max(saved, 0), dict(counter.phase_peaks), counter.peak, counter.host_peak)
+        counter.explain_from = counter.busiest
+        peaks, buffers = dict(counter.phase_peaks), counter.explained
+        return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, buffers)
 
     def _book_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -240,10 +287,26 @@ def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) 
         left = counted.counter.total
     whole = max(observed.peak.total for observed in [*warm, *measured])
     return step_metrics(warm, measured, "counted") | {
+        "peak_buffers": peak_buffers(measured),
         "host_pinned_peak_bytes": Metric(max(o.host_peak for o in measured), "counted"),
         "paper_meft_activation_bytes": Metric(whole - left, "counted"),
         "paper_lst_memory": Metric(whole, "counted"),
     }
+
+
+def peak_buffers(measured: list[Observed]) -> Metric:
+    """What the peak of forward and backward is made of, parameters and the like aside, largest first: those of at least
+    1 % of the activation peak, alike ones counted together."""
+    worst = max(measured, key=lambda observed: (bool(observed.buffers), observed.activation_peak))
+    if not worst.buffers:
+        return Metric(None, "counted", absent="takes two steps: the first tells how high the peak is")
+    alike = Counter(entry for entry in worst.buffers if entry[1] not in ("parameters", "buffers", "optimizer", "host"))
+    rows = [
+        {"bytes": size * count, "count": count, "category": category, **origin._asdict(), "shape": list(origin.shape)}
+        for (size, category, origin), count in alike.items()
+        if size * count >= worst.activation_peak / 100
+    ]
+    return Metric(sorted(rows, key=lambda row: -row["bytes"]), "counted")
 
 
 def step_metrics(warm: list[Observed], measured: list[Observed], source: Source) -> dict[str, Metric]:

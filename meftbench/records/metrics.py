@@ -58,6 +58,9 @@ METRICS: dict[str, Kind] = {
     "inputs_bytes": _bytes("the batch at the peak"),
     "workspace_bytes": _bytes("library workspaces inside torch's allocator at the peak"),
     "other_bytes": _bytes("what none of the categories holds at the peak"),
+    "peak_buffers": Kind(
+        "buffers", "neither", "what is alive at the peak of forward and backward: bytes, how many, operator, shape, place"
+    ),
     # outside torch
     "process_device_bytes": _bytes("device memory of the process, as the driver reports it"),
     "device_used_bytes": _bytes("device memory in use by all processes, as the driver reports it"),
@@ -82,6 +85,7 @@ METRICS: dict[str, Kind] = {
     ),
     "reconstruction_rel_max": Kind("ratio", "lower", "worst reconstruction_rel over layers and streams"),
     "reconstruction_abs_max": Kind("absolute", "lower", "largest |recomputed - true| over layers, streams, elements"),
+    "mismatched_elements": Kind("count", "lower", "elements of streams that backward did not restore bit for bit"),
     "gradient_rel_max": Kind(
         "ratio", "lower", "worst relative L2 error of a trained tensor's gradient against ordinary autograd"
     ),
