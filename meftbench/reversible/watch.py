@@ -94,18 +94,21 @@ class Fingerprints:
             self._true[block] = sums
             return
         pairs = zip(sums, self._true[block], strict=True)
-        self._wrong[block] = torch.stack(
-            [(rows != true_rows).sum() + (columns != true).any() for (rows, columns), (true_rows, true) in pairs]
-        ).sum()
+        self._wrong[block] = torch.stack([_differing(found, true) for found, true in pairs]).sum()
 
     def check(self, first_layer: int) -> None:
         """Raises StreamError for the highest block whose inputs were not restored bit for bit."""
         for block in sorted(self._wrong, reverse=True):
             tokens = int(self._wrong[block])
             if tokens:
-                cure = "the half above it is not computed in backward as in forward: look for state that changes"
+                cure = "this layer or one above it computes otherwise in backward than in forward: look for state it has"
                 where = f"layer {first_layer + block}"
                 raise StreamError(where, f"its inputs were not restored exactly ({tokens} tokens differ)", cure)
+
+
+def _differing(found: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor]) -> Tensor:
+    """Tokens whose sums differ; at least 1 where only a column's does."""
+    return torch.maximum((found[0] != true[0]).sum(), (found[1] != true[1]).any().to(torch.int64))
 
 
 def sampled(blocks: int) -> list[int]:
