@@ -92,10 +92,13 @@ class Step:
 
     def _forward(self, start: int) -> Tensor:
         stop = min(start + self.micro_batch_size, self.batch_size)
-        samples = {name: tensor[start:stop] for name, tensor in self.batch.items()}
+        samples = self._samples(start, stop)
         with self.applied.around_forward(), self.autocast_region():
             loss: Tensor = self.model(**samples).loss
             return loss * ((stop - start) / self.batch_size) if stop - start < self.batch_size else loss
+
+    def _samples(self, start: int, stop: int) -> dict[str, Tensor]:
+        return {name: tensor[start:stop] for name, tensor in self.batch.items()}
 
     def autocast_region(self) -> AbstractContextManager[object]:
         if self.autocast is None:
