@@ -35,7 +35,7 @@ class Step:
     batch: arguments of the model's forward by name, each with B samples in its first dimension.
     micro_batch_size: samples a forward; losses are weighted so that gradients are those of the whole batch.
     autocast: dtype of the autocast region around forward and loss; None: no region.
-    scaler: scales the loss, as fp16 needs; None: it is not scaled.  Gradients are then left scaled in `forward_backward`.
+    scaler: scales the loss, as fp16 needs; None: it is not. `forward_backward` leaves gradients scaled.
     phase: the phase that runs now, for whoever must say where something happened.  steps_run: steps finished.
     """
 

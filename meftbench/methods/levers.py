@@ -119,7 +119,9 @@ def offload(applied: Applied) -> None:
 def tiled_mlp(applied: Applied) -> None:
     """Run every feed-forward in tiles of tokens, again in backward (reversible/tiled.py); on reversible stacks, whose
     own passes do so without running anything twice: their tiles, if they have none yet."""
-    model = applied.model.get_base_model() if hasattr(applied.model, "get_base_model") else applied.model
+    model: Any = applied.model
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # peft has its own wrapper around
     layout = layout_of(model)
     tiling = applied.tiling = Tiling()
     for stack in applied.stacks:

@@ -88,7 +88,7 @@ class Meft(Bottleneck):
 class MeftExact(Meft):
     """MEFT with exact reversal, token-wise work in tiles: what one should use."""
 
-    arithmetic: Literal["exact"] = "exact"  # type: ignore[assignment]
+    arithmetic: Literal["exact"] = "exact"
     tiles: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     head_groups: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
 
@@ -123,9 +123,11 @@ METHODS: dict[str, Method] = {
     "meft3": Method(
         Meft, "meftbench.methods.meft:apply_meft3", "reversible, paper's arithmetic; attention is F, feed-forward is G"
     ),
-    "meft1-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft1", "meft1 with exact, tiled reversal: use this"),
-    "meft2-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft2", "meft2 with exact, tiled reversal"),
-    "meft3-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft3", "meft3 with exact, tiled reversal"),
+    "meft1-exact": Method(
+        MeftExact, "meftbench.methods.meft:apply_meft1", "meft1, its reversal exact and in tiles: use this"
+    ),
+    "meft2-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft2", "meft2, its reversal exact and in tiles"),
+    "meft3-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft3", "meft3, its reversal exact and in tiles"),
 }
 
 

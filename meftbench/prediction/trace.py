@@ -15,8 +15,10 @@ from meftbench.probes.memory_counted import CountedStep, Observed
 from meftbench.step import Mark, Step, build_optimizer, build_step
 
 
-def count_uncomputed(cell: Cell) -> Observed:
-    """The second step of `cell` on the CPU, traced; no sequence has padding.
+def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
+    """A step of `cell` on the CPU after `warmup` others, traced; no sequence has padding.
+
+    Without warm-up there is no optimizer state yet, which activation memory does not contain.
 
     Raises UserError where the cell cannot be built, as `build_step` does.
     """
@@ -34,7 +36,8 @@ def count_uncomputed(cell: Cell) -> Observed:
     step.batch = {name: mode.from_tensor(tensor) for name, tensor in step.batch.items()}
     step.optimizer = build_optimizer(cell, list(step.applied.trained().values()))
     with mode, CountedStep(step) as counted:
-        counted.run()
+        for _ in range(warmup):
+            counted.run()
         return counted.run()
 
 

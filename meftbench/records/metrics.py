@@ -59,7 +59,9 @@ METRICS: dict[str, Kind] = {
     "workspace_bytes": _bytes("library workspaces inside torch's allocator at the peak"),
     "other_bytes": _bytes("what none of the categories holds at the peak"),
     "peak_buffers": Kind(
-        "buffers", "neither", "what is alive at the peak of forward and backward: bytes, how many, operator, shape, place"
+        "buffers",
+        "neither",
+        "what is alive at the peak of forward and backward: bytes, count, operator, shape, place",
     ),
     # outside torch
     "process_device_bytes": _bytes("device memory of the process, as the driver reports it"),

@@ -52,7 +52,9 @@ class Metric:
     @staticmethod
     def from_json(content: dict[str, Any]) -> Metric:
         """The metric that `to_json` wrote, its infinities floats again. Raises TypeError or ValueError."""
-        return Metric(**{key: _read(value) for key, value in content.items() if key in Metric.__dataclass_fields__})
+        known = {key: value for key, value in content.items() if key in Metric.__dataclass_fields__}
+        # What a reason says is text, whatever it says.
+        return Metric(**{key: value if key in ("source", "absent") else _read(value) for key, value in known.items()})
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The engine: layers whose inputs are recomputed from their outputs (DESIGN 3). Usable without the rest.
 
-    blocks = [Block({"layer": layer, "adapter": adapter}, f, g) for ...]
-    exact = FixedPoint()
-    stack = ReversibleStack(blocks, Coupling(exact, 1 / 8), Coupling(exact, 1.0), swap=True, carrier=0, tiles="auto")
-    h_BLD = stack(h_BLD, attention_mask)
+blocks = [Block({"layer": layer, "adapter": adapter}, f, g) for ...]
+exact = FixedPoint()
+stack = ReversibleStack(blocks, Coupling(exact, 1 / 8), Coupling(exact, 1.0), swap=True, carrier=0, tiles="auto")
+h_BLD = stack(h_BLD, attention_mask)
 """
 
 from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, Float

@@ -49,11 +49,16 @@ class Arithmetic(Protocol):
     ordinary: the same numbers for ordinary autograd.
     """
 
-    name: str
-    exact: bool
-    unit: float
-    limit: float | None
-    ordinary: Ordinary
+    @property
+    def name(self) -> str: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def unit(self) -> float: ...
+    @property
+    def limit(self) -> float | None: ...
+    @property
+    def ordinary(self) -> Ordinary: ...
 
     def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
         """A contiguous stream of its own from a hidden state (floating point)."""

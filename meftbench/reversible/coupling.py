@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from meftbench.reversible.arithmetic import Arithmetic
+from meftbench.reversible import fused
+from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, side_bits
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Coupling:
         self, x_TD: Tensor, o_TD: Tensor, value_TD: Tensor, *, keep: bool = True, watch: Tensor | None = None
     ) -> Tensor | None:
         """x becomes y, in place. Gives the side information for `inverse_` (None: there is none, or not `keep`)."""
+        if isinstance(self.arithmetic, FixedPoint) and fused.usable(x_TD, value_TD):
+            width = self.arithmetic.side_bytes(x_TD.shape[-1], self.factor)
+            side = x_TD.new_empty(x_TD.shape[0], width, dtype=torch.uint8) if keep and width else None
+            m, step_bits = side_bits(self.factor), self.arithmetic.step_bits
+            centre_TD = o_TD if self.centred else None
+            fused.forward_(x_TD, centre_TD, value_TD, side, m=m, step_bits=step_bits, watch=watch)
+            return side
         if self.centred:
             x_TD.sub_(o_TD)
         side = self.arithmetic.shrink_(x_TD, self.factor, keep)
@@ -47,6 +56,11 @@ class Coupling:
 
     def inverse_(self, y_TD: Tensor, o_TD: Tensor, value_TD: Tensor, side: Tensor | None) -> None:
         """y becomes x, in place."""
+        if isinstance(self.arithmetic, FixedPoint) and fused.usable(y_TD, value_TD):
+            m, step_bits = side_bits(self.factor), self.arithmetic.step_bits
+            centre_TD = o_TD if self.centred else None
+            fused.inverse_(y_TD, centre_TD, value_TD, side, m=m, step_bits=step_bits)
+            return
         self.arithmetic.subtract_(y_TD, value_TD)
         self.arithmetic.grow_(y_TD, self.factor, side)
         if self.centred:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -261,7 +261,7 @@ class Walk:
     def _reverse_half(self, index: int, replaced: int, sides: Tensor | None) -> None:
         """Recompute a half once: restore the stream it replaced, and back-propagate."""
         block, coupling = self.stack.blocks[index], self.stack.couplings[replaced]
-        half: Half = block.halves[replaced]  # type: ignore[index]
+        half = cast(Half, block.halves[replaced])  # type: ignore[index]
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
         args, kwargs, context_roots = self.notes.context.fresh()
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
@@ -316,9 +316,7 @@ class Walk:
         # An edge instead of the tensor: the value need not live through its own backward pass.
         edge, dtype = get_gradient_edge(tile.value), tile.value.dtype
         tile.value = tile.core = tile.read = None  # type: ignore[assignment]
-        found = list(
-            torch.autograd.grad(edge, [*leaves, *trained], dy_TD[None].to(dtype), allow_unused=True)
-        )
+        found = list(torch.autograd.grad(edge, [*leaves, *trained], dy_TD[None].to(dtype), allow_unused=True))
         for leaf in leaves:
             gradient = found.pop(0)
             if gradient is None:
@@ -338,7 +336,7 @@ class Walk:
         context_roots: list[Tensor],
         trained: list[nn.Parameter],
     ) -> None:
-        roots = ([part.entry] if part.entry is not None else []) + context_roots + trained
+        roots: list[Any] = [*([part.entry] if part.entry is not None else []), *context_roots, *trained]
         if not of_outputs or not roots:
             return
         shape = (*self.notes.shape[:-1], -1)

@@ -150,10 +150,11 @@ class ReversibleStack(nn.Module):
                 streams.reverse()
             if self.observer:
                 self.observer("forward", index, streams)
+            given = (index, streams[0], streams[1], dtype, args, kwargs)
             if self.activations == "checkpoint":
-                streams = checkpoint(self._block, index, *streams, dtype, args, kwargs, use_reentrant=False)
+                streams = checkpoint(self._block, *given, use_reentrant=False)
             else:
-                streams = self._block(index, *streams, dtype, args, kwargs)
+                streams = self._block(*given)
         if self.output == "last":
             return numbers.read(streams[self.carrier], dtype)
         return (numbers.read(streams[0], dtype) + numbers.read(streams[1], dtype)) / 2
@@ -172,6 +173,8 @@ class ReversibleStack(nn.Module):
         first, second = self.couplings
         read = self.arithmetic.ordinary.read
         tiles = tiles_of(x1_BLD.shape[:-1].numel(), self.tiles, x1_BLD.shape[-1], x1_BLD.device)
-        y1_BLD = first.ordinary(x1_BLD, x2_BLD, f.ordinary(block, read(x2_BLD, dtype), tiles, self.parts, args, kwargs))
-        y2_BLD = second.ordinary(x2_BLD, y1_BLD, g.ordinary(block, read(y1_BLD, dtype), tiles, self.parts, args, kwargs))
+        f_BLD = f.ordinary(block, read(x2_BLD, dtype), tiles, self.parts, args, kwargs)
+        y1_BLD = first.ordinary(x1_BLD, x2_BLD, f_BLD)
+        g_BLD = g.ordinary(block, read(y1_BLD, dtype), tiles, self.parts, args, kwargs)
+        y2_BLD = second.ordinary(x2_BLD, y1_BLD, g_BLD)
         return [y1_BLD, y2_BLD]

@@ -101,7 +101,7 @@ class Fingerprints:
         for block in sorted(self._wrong, reverse=True):
             tokens = int(self._wrong[block])
             if tokens:
-                cure = "this layer or one above it computes otherwise in backward than in forward: look for state it has"
+                cure = "this layer or one above computes otherwise in backward than in forward: look for state it has"
                 where = f"layer {first_layer + block}"
                 raise StreamError(where, f"its inputs were not restored exactly ({tokens} tokens differ)", cure)
 

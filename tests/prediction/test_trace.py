@@ -17,7 +17,16 @@ STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-autocast"])
 @pytest.mark.parametrize(
     "method",
-    ["full", "lora", "lora+checkpoint", "lora+checkpoint+tiled_mlp", "lora+offload", "meft1", "meft1-exact", "meft3-exact"],
+    [
+        "full",
+        "lora",
+        "lora+checkpoint",
+        "lora+checkpoint+tiled_mlp",
+        "lora+offload",
+        "meft1",
+        "meft1-exact",
+        "meft3-exact",
+    ],
 )
 def test_a_traced_step_is_a_computed_step_byte_for_byte(method, precision):
     """Phase peaks, breakdown, what is held after forward, and what moved to the host."""
