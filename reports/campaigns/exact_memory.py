@@ -120,7 +120,9 @@ def buffers(layers: int = 12, batch: int = 8, length: int = 512) -> pd.DataFrame
 
 def plot_by_depth(frame: pd.DataFrame, ax: Axes) -> None:
     """Activation memory (streams) against layers, a line a method, fp32."""
-    for colour, (method, rows) in zip(COLOURS, frame[frame.precision == "fp32"].groupby("method", sort=False)):
+    for colour, (method, rows) in zip(
+        COLOURS, frame[frame.precision == "fp32"].groupby("method", sort=False), strict=False
+    ):
         style = "-" if "meft" in method else "--"
         ax.plot(rows.layers, rows.streams, style, color=colour, marker="o", label=method)
     ax.set(xlabel="layers", ylabel="activation memory (streams, counted)", ylim=(0, None), xticks=DEPTHS)
@@ -130,7 +132,7 @@ def plot_by_depth(frame: pd.DataFrame, ax: Axes) -> None:
 
 def plot_by_length(frame: pd.DataFrame, ax: Axes) -> None:
     """Peak memory (GiB) against tokens of one sample, a line a method."""
-    for colour, (method, rows) in zip(COLOURS, frame.groupby("method", sort=False)):
+    for colour, (method, rows) in zip(COLOURS, frame.groupby("method", sort=False), strict=False):
         style = "-" if "meft" in method else "--"
         ax.plot(rows.tokens, rows.peak_bytes / GiB, style, color=colour, marker="o", label=method)
     ax.axhline(CARD / GiB, color="#777777", linewidth=1)

@@ -93,7 +93,7 @@ class Differences:
 
     def __call__(self, direction: str, block: int, streams: list[Tensor]) -> None:
         if direction == "forward":
-            self.true[block] = [stream.cpu() for stream in streams]
+            self.true[block] = [stream.to("cpu", copy=True) for stream in streams]
             return
         for stream, true in zip(streams, self.true.pop(block), strict=True):
             self.wrong += int((stream.cpu() != true).sum())
@@ -125,7 +125,7 @@ def _differences(
     step = build_step(cell, device, padding=0.0 if tiles == 3 else 0.25)
     observer = step.applied.stacks[0].observer = Differences()
     try:
-        with sdpa_kernel(SDPBackend[kernel]):
+        with sdpa_kernel(getattr(SDPBackend, kernel)):
             step.forward_backward()
     except RuntimeError as error:
         if "kernel" not in str(error):

@@ -1,4 +1,4 @@
-"""Exact reversal on real BERT layers: nothing differs, at any depth, precision, tiling; and what cannot be held is said."""
+"""Exact reversal on real BERT layers: nothing differs at any depth, precision, tiling; what cannot be held is said."""
 
 from __future__ import annotations
 
