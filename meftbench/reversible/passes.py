@@ -218,6 +218,17 @@ class _Recomputed:
         read_1TD.requires_grad_(grad and self.wanted)
         return _Tile(self.half.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
 
+    def gather(self, of_core_TE: Tensor, rows: slice, of_outputs: list[Tensor]) -> None:
+        """Put the gradient of the core's output for one tile where those of whole parts are gathered."""
+        pieces = of_core_TE.tensor_split(len(self.outputs), -1)
+        if len(self.notes.tiles) == 1:
+            of_outputs.extend(pieces)
+            return
+        if not of_outputs:
+            of_outputs.extend(torch.empty_like(output) for output in self.outputs)
+        for room, piece in zip(of_outputs, pieces, strict=True):
+            room[rows] = piece
+
 
 class _Entry(torch.autograd.Function):
     """Where the graph of a half's core begins. A leaf would be held by its graph; this node holds nothing."""
@@ -270,14 +281,19 @@ class Walk:
             wanted = self.notes.reads_wanted(index, replaced)
             with gathered_in(lambda of_read_BLD: self._add_to_gradient(1 - replaced, of_read_BLD)):
                 part = _Recomputed(self.stack, half, block, other_BLD, self.notes, wanted, args, kwargs)
-            of_outputs = self._gradients_of_outputs(part, dy_BLD)
+            of_outputs: list[Tensor] = []  # gradients of the core's parts (B·L, E / parts)
+            if half.tokens is None and dy_BLD is not None:
+                of_outputs = [dy_BLD.flatten(0, 1).to(part.outputs[0].dtype)]
             x_TD, other_TD = stream_BLD.flatten(0, 1), other_BLD.flatten(0, 1)
             for rows in self.notes.tiles:
                 tile = part.tile(rows)
                 side = None if sides is None else sides[rows]
                 coupling.inverse_(x_TD[rows], other_TD[rows], tile.value[0].detach(), side)
                 if dy_BLD is not None and half.tokens is not None:
-                    self._back_through(tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, of_outputs, trained)
+                    of_core = self._back_through(tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, trained)
+                    if of_core is not None:
+                        part.gather(of_core, rows, of_outputs)
+                    del of_core
                 del tile, side
         if dy_BLD is None:
             return
@@ -296,20 +312,13 @@ class Walk:
         ):
             yield
 
-    def _gradients_of_outputs(self, part: _Recomputed, dy_BLD: Tensor | None) -> list[Tensor]:
-        """Room for the gradients of the core's parts (B·L, E / parts); without token-wise work they are dy itself."""
-        if dy_BLD is None or not any(edge is not None for edge in part.edges):
-            return []
-        if part.half.tokens is None:
-            return [dy_BLD.flatten(0, 1).to(part.outputs[0].dtype)]
-        return [torch.empty_like(output) for output in part.outputs]
-
     def _back_through(
-        self, tile: _Tile, rows: slice, dy_TD: Tensor, other: int, of_outputs: list[Tensor], trained: list[nn.Parameter]
-    ) -> None:
-        """Token-wise work of one tile: gradients of what it read, of the core's output, of the trained tensors."""
+        self, tile: _Tile, rows: slice, dy_TD: Tensor, other: int, trained: list[nn.Parameter]
+    ) -> Tensor | None:
+        """Token-wise work of one tile: gradients of what it read and of the trained tensors are added up, that of the
+        core's output (T, E) is given back; None where it needs none."""
         if not tile.value.requires_grad:
-            return
+            return None
         assert tile.read is not None
         core, read = tile.core, tile.read
         leaves = [leaf for leaf in (read, core) if leaf is not None and leaf.requires_grad]
@@ -317,6 +326,7 @@ class Walk:
         edge, dtype = get_gradient_edge(tile.value), tile.value.dtype
         tile.value = tile.core = tile.read = None  # type: ignore[assignment]
         found = list(torch.autograd.grad(edge, [*leaves, *trained], dy_TD[None].to(dtype), allow_unused=True))
+        of_core = None
         for leaf in leaves:
             gradient = found.pop(0)
             if gradient is None:
@@ -324,9 +334,9 @@ class Walk:
             if leaf is read:
                 self._gradient_of(other).flatten(0, 1)[rows].add_(gradient[0])
             else:
-                for room, piece in zip(of_outputs, gradient[0].tensor_split(len(of_outputs), -1), strict=True):
-                    room[rows] = piece
+                of_core = gradient[0]
         self.of_trained.add(trained, found)
+        return of_core
 
     def _back_through_core(
         self,
