@@ -188,3 +188,33 @@ def a_sweep(
 
 def changed(record: Record, **fields: Any) -> Record:
     return replace(record, **fields)
+
+
+def an_exact_cell(
+    side_bits: int | None = 3, coupling: str = "paper", output: str = "mean", method: str = "meft1-exact", **fields: Any
+) -> Record:
+    """A finished cell of an exact method: nothing is lost, the shift is twice the factor, a bit costs 0.1 MiB."""
+    m = side_bits or 3
+    params = {"side_bits": side_bits, "coupling": coupling, "output": output} | fields.pop("method_params", {})
+    defaults = {"coupling": "paper", "output": "mean"}
+    said = {key: value for key, value in params.items() if value is not None and defaults.get(key) != value}
+    metrics = {
+        "activation_peak_bytes": int((28 + 0.1 * m) * MiB),
+        "peak_allocated_bytes": int((128 + 0.1 * m) * MiB),
+        "step_time_s": step_time(0.5 + 0.001 * m),
+        "tokens_per_s": measured(2000 - m),
+        "starting_point_shift": measured(2 * 2.0**-m * (0.5 if coupling == "centred" else 1)),
+        "reconstruction_rel": Metric([[0.0, 0.0]] * 6, "measured"),
+        "reconstruction_rel_max": measured(0.0),
+        "gradient_rel_max": measured(4e-7),
+    }
+    return a_record(method=method, method_params=said, metrics=metrics | fields.pop("metrics", {}), **fields)
+
+
+def a_side_bits_sweep(
+    bits: tuple[int, ...] = (1, 2, 3), couplings: tuple[str, ...] = ("paper", "centred"), **fields: Any
+) -> list[Record]:
+    """Exact cells over side bits for each coupling and output, and the two methods that they are held against."""
+    swept = [an_exact_cell(m, c, o, **fields) for c in couplings for o in ("mean", "last") for m in bits]
+    checkpointed = a_measured_cell("lora+checkpoint", metrics={"starting_point_shift": measured(0.0)})
+    return [checkpointed, a_measured_cell("meft1", metrics={"starting_point_shift": measured(1.08)}), *swept]

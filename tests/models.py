@@ -15,8 +15,9 @@ from meftbench.step import Step, build_step
 # Windows are collected at their edges; what is imported by now never becomes garbage.
 gc.freeze()
 
-METHODS = ["full", "lora", "houlsby", "pfeiffer", "parallel", "meft1", "meft2", "meft3"]
 MEFTS = ["meft1", "meft2", "meft3"]
+EXACTS = ["meft1-exact", "meft2-exact", "meft3-exact"]
+METHODS = ["full", "lora", "houlsby", "pfeiffer", "parallel", *MEFTS, *EXACTS]
 FOUR_LAYERS = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 

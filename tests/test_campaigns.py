@@ -1,4 +1,4 @@
-"""The GPU campaign, in miniature on the CPU."""
+"""The campaigns, in miniature on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from meftbench.records.store import load_run
 
-SCRIPT = Path(__file__).resolve().parents[1] / "reports" / "campaigns" / "sweep_bert_base.py"
+CAMPAIGNS = Path(__file__).resolve().parents[1] / "reports" / "campaigns"
 MINIATURE = """\
 schema: 1
 name: miniature
@@ -25,7 +25,11 @@ grid:
 
 @pytest.fixture
 def main():
-    return runpy.run_path(str(SCRIPT))["main"]
+    return main_of("sweep_bert_base")
+
+
+def main_of(campaign):
+    return runpy.run_path(str(CAMPAIGNS / f"{campaign}.py"))["main"]
 
 
 def test_the_campaign_in_miniature(tmp_path, main, capsys):
@@ -61,3 +65,66 @@ def _no_driver():
     import pynvml
 
     raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+
+
+def test_exact_reversal_in_miniature(tmp_path, capsys):
+    """Exactness over precisions, kernels and tilings, and a speed table; what it prints is what it writes."""
+    options = ["--device", "cpu", "--depths", "2", "--models", "miniature", "--shapes", "2x16", "--rounds", "2"]
+
+    assert 0 == main_of("exact_reversal")([str(tmp_path), *options])
+
+    exactness = pd.read_csv(tmp_path / "exactness.csv")
+    assert {"fp32", "bf16-autocast", "fp16-autocast", "bf16"} == set(exactness.precision)
+    assert (exactness.differing == 0).all()
+    assert (exactness.elements > 0).all()
+    speed = pd.read_csv(tmp_path / "speed.csv").set_index("method")
+    assert 1 == speed.ratio_to_lora_checkpoint["lora+checkpoint"]
+    assert (speed.step_s > 0).all()
+    assert (tmp_path / "summary.md").read_text().strip() == capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--device", "cuda"], 4),
+        (["--device", "cpu", "--sections", "limits"], 2),
+        (["--device", "cpu", "--shapes", "8"], 2),
+    ],
+)
+def test_exact_reversal_says_in_a_line_what_it_cannot_do(tmp_path, capsys, options, code, monkeypatch):
+    """No GPU, sections that need one, a shape that is none: nothing is written."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    assert code == main_of("exact_reversal")([str(tmp_path / "out"), *options])
+
+    assert not (tmp_path / "out").exists()
+    assert 1 == len(capsys.readouterr().err.strip().splitlines())
+
+
+def test_bisection_finds_the_largest_that_fits():
+    """To within a sixteenth, whatever the limit; 0 where nothing fits."""
+    largest = runpy.run_path(str(CAMPAIGNS / "exact_reversal.py"))["_largest"]
+    for limit in (8, 9, 100, 1000):
+        found = largest(lambda n, limit=limit: n <= limit, 8, 10**6)
+        assert limit - max(1, limit // 16) <= found <= limit
+    assert 0 == largest(lambda n: False, 8, 10**6)
+
+
+def test_exact_memory_in_miniature(tmp_path, capsys, monkeypatch):
+    """Every table and plot is made; slopes and longest samples come from the traced bytes."""
+    script = runpy.run_path(str(CAMPAIGNS / "exact_memory.py"))
+    settings = (("lora+checkpoint", {}), ("meft1-exact", {"tiles": 2}))
+    monkeypatch.setitem(script["main"].__globals__, "BY_DEPTH", settings)
+    monkeypatch.setitem(script["main"].__globals__, "BY_LENGTH", settings)
+
+    assert 0 == script["main"]([str(tmp_path), "--depths", "1", "2", "--lengths", "64", "128"])
+
+    depth = pd.read_csv(tmp_path / "depth.csv")
+    assert {"fp32", "bf16-autocast"} == set(depth.precision)
+    exact = depth[(depth.method == "meft1-exact(tiles=2)") & (depth.precision == "fp32")]
+    checkpointed = depth[(depth.method == "lora+checkpoint") & (depth.precision == "fp32")]
+    assert 12.0 == pytest.approx(checkpointed.streams.iloc[1] * 12 - checkpointed.streams.iloc[0] * 12, rel=0.01)
+    assert (exact.streams.values < checkpointed.streams.values).all()
+    for name in ("depth.png", "depth.svg", "length.csv", "length.png", "buffers.csv", "summary.md"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "Longest sample on 24 GiB" in capsys.readouterr().out

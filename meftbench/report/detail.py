@@ -52,16 +52,27 @@ class Section:
 def sections(record: Record) -> list[Section]:
     """The record as sections, those without rows left out."""
     ladder = [(n, told(n, record.metrics[n]), why) for n, why in LADDER.items() if n in record.metrics]
-    used = {*_STEP, *LADDER, *BREAKDOWN}
+    used = {*_STEP, *LADDER, *BREAKDOWN, "peak_buffers"}
     found = [
         Section("Peaks, each with what the one before leaves out", ladder),
         Section("A step", list(_rows(record, _STEP))),
         Section("What the peak consists of", list(_breakdown(record))),
+        Section("What is alive at the peak of forward and backward", list(_buffers(record))),
         Section("Peak in each phase", list(_phases(record))),
         Section("Reconstruction error of each layer", list(_layers(record))),
         Section("Everything else", list(_rows(record, tuple(name for name in METRICS if name not in used)))),
     ]
     return [section for section in found if section.rows]
+
+
+def _buffers(record: Record) -> Iterator[tuple[str, str, str]]:
+    """The largest first: how it came about, its bytes, its shape and where in the code."""
+    metric = record.metrics.get("peak_buffers")
+    for row in metric.value if metric is not None and isinstance(metric.value, list) else []:
+        times = f"{row['count']} of them, " if row["count"] > 1 else ""
+        shape = " × ".join(f"{size:,}" for size in row["shape"])
+        meaning = f"{row['category']}: {times}{shape} {row['dtype']}, in {row['place']}"
+        yield row["op"], f"{said(row['bytes'], 'byte')} ({record.metrics['peak_buffers'].source})", meaning
 
 
 def told(name: str, metric: Metric) -> str:

@@ -13,7 +13,17 @@ from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
 from meftbench.report.summary import SHOWN, count, ending, error, failures, number
-from meftbench.report.tables import SETTING, frame_of, groups, rows_of, run_names, share_of_full, sources, write_csv
+from meftbench.report.tables import (
+    SETTING,
+    frame_of,
+    groups,
+    parts_of,
+    rows_of,
+    run_names,
+    share_of_full,
+    sources,
+    write_csv,
+)
 from meftbench.units import MiB
 from meftbench.verdicts.environment import checkout, machine
 from meftbench.verdicts.outcome import outcomes
@@ -102,6 +112,7 @@ def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
         return {"text": text, "key": "" if value is None else value, "source": source}
 
     share = shares.get(row["cell_id"])
+    name, settings, levers = parts_of(row["method"])
     micro = f" (mb {row['micro_batch_size']})" if row["micro_batch_size"] != row["batch_size"] else ""
     return {
         "run": row["run"],
@@ -109,6 +120,8 @@ def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
         "label": row["label"],
         "model": row["model"],
         "method": row["method"],
+        "name": "+".join([name, *levers]),
+        "settings": settings,
         "batch": {"text": f"{row['batch_size']}{micro}", "key": row["batch_size"]},
         "length": row["sequence_length"],
         "setting": {name: "default" if row[name] is None else row[name] for name in _SETTING},
@@ -122,6 +135,7 @@ def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
             cell("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
             cell("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
             cell("gradient_rel_max", error(row["gradient_rel_max"])),
+            cell("starting_point_shift", "-" if (shift := row["starting_point_shift"]) is None else f"{shift:.3g}"),
             cell("parameters_trainable", count(row["parameters_trainable"])),
         ],
     }
@@ -139,11 +153,13 @@ def _shared(frame: DataFrame) -> str:
     first, differing = next(rows_of(frame)), _differing(frame)
     parts = [str(first["model"])] if frame["model"].nunique() == 1 else []
     parts += [
-        f"{name.removesuffix('_requested').replace('_', ' ')} {first[name]}"
-        for name in _SETTING
-        if name not in differing and first[name] is not None
+        f"{_setting_said(name)} {first[name]}" for name in _SETTING if name not in differing and first[name] is not None
     ]
     return ", ".join(parts)
+
+
+def _setting_said(name: str) -> str:
+    return name.removesuffix("_requested").replace("_", " ")
 
 
 def anchor(run: str, cell_id: str) -> str:
@@ -153,17 +169,22 @@ def anchor(run: str, cell_id: str) -> str:
 
 def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     """The table as Markdown, with where it comes from above it."""
-    head = ("run", "model", "method", "batch", "tokens", "setting", "status", "activation MiB", "% of full",
-            "peak MiB", "step ms", "tokens/s", "recon. error", "gradient error", "trained")  # fmt: skip
+    differing = _differing(frame)
+    # What is the same in all rows is said above them.
+    leads = ["run"] * (len(runs) > 1) + ["model"] * (frame["model"].nunique() > 1)
+    head = (*leads, "method", "batch", "tokens", *map(_setting_said, differing), "status",
+            "activation MiB", "% of full", "peak MiB", "step ms", "tokens/s", "recon. error", "gradient error",
+            "start shift", "trained")  # fmt: skip
     lines = []
     for row in table_rows(frame):
-        setting = ", ".join(f"{name} {value}" for name, value in row["setting"].items())
-        first = (row["run"], row["model"], row["method"], row["batch"]["text"], str(row["length"]), setting)
+        first = (*(row[name] for name in leads), row["method"], row["batch"]["text"], str(row["length"]))
+        setting = (str(row["setting"][name]) for name in differing)
         texts = [n["text"] + (f" ({n['source']})" if n["source"] else "") for n in row["numbers"]]
-        lines.append((*first, row["status"], texts[0], row["share"]["text"], *texts[1:]))
+        lines.append((*first, *setting, row["status"], texts[0], row["share"]["text"], *texts[1:]))
     heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
     said = "\n".join(f"- {h['name']}: {h['machine']}, {h['date']}, {h['checkout']}; {h['cells']}" for h in heads)
-    return f"{said}\n\nCompared at equal batch, micro-batch and length.\n\n{markdown_table(head, lines)}\n"
+    shared = f" All cells: {_shared(frame)}." if _shared(frame) else ""
+    return f"{said}\n\nCompared at equal batch, micro-batch and length.{shared}\n\n{markdown_table(head, lines)}\n"
 
 
 def _headline(name: str, run: Run) -> dict[str, str]:

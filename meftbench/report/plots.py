@@ -2,16 +2,19 @@
 
 A frame is what `tables.frame_of` makes, of one model and setting. Colours are those of Okabe and Ito, which
 colour-blind readers tell apart; a method keeps its colour in every figure, levers and settings change the marker.
+An exact method has the colour of the published one, darker.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from meftbench.records.metrics import BREAKDOWN
-from meftbench.report.tables import methods_in_order, rows_of
+from meftbench.report.tables import methods_in_order, parts_of, rows_of, without_side_bits
 from meftbench.units import GiB, MiB
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ COLOUR = {
     "meft1": "#009E73",
     "meft2": "#56B4E9",
     "meft3": "#D55E00",
+    "meft1-exact": "#004D38",
+    "meft2-exact": "#1B5E8A",
+    "meft3-exact": "#7A3500",
 }
 _ANY_OTHER = "#5B3A29"
 LINE = {"measured": "-", "counted": "-.", "predicted": "--"}
@@ -40,6 +46,17 @@ CATEGORY = dict(
 _LEVER_MARKERS = {"": "o", "checkpoint": "s", "offload": "^", "checkpoint+offload": "D"}
 _SETTING_MARKERS = ("v", "P", "X", "*", "<", ">", "p", "h")
 _DOMINATED = "#B8B8B8"
+# Over side bits: the hue is the coupling, dark and light are the outputs. What is drawn later is smaller, since lines
+# of equal memory lie on each other.
+SWEEP = {
+    ("paper", "mean"): ("#0072B2", "o", 11.0),
+    ("paper", "last"): ("#56B4E9", "s", 8.5),
+    ("centred", "mean"): ("#B34700", "^", 6.0),
+    ("centred", "last"): ("#E69F00", "D", 3.0),
+}
+_REFERENCE = (("#000000", (6, 3)), ("#7F7F7F", (3, 2)))
+# Longer labels go over two lines.
+_LABEL_WIDTH = 38
 # What a floating-point zero is called on a log axis, where it has no place of its own.
 EXACT = "0 (bit-identical)"
 
@@ -74,16 +91,17 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
             ]
             xs, ys = [x for x, _ in points], [y / size for _, y in points]
             power = slope(points)
-            said = f"{method}, slope {power:.2f} ({source})" if power is not None else f"{method} ({source})"
-            ax.plot(xs, ys, LINE[source], color=colour(method), marker=looks[method], markersize=5, label=said + ended)
+            said = f", slope {power:.2f} ({source})" if power is not None else f" ({source})"
+            ax.plot(xs, ys, LINE[source], color=colour(method), marker=looks[method], markersize=5,
+                    label=named(method, said + ended))  # fmt: skip
         for index, row in enumerate(bad):
             # Several at one place would hide each other: one below the other, from the top, in the legend's order.
             place = 0.96 - 0.055 * failed.setdefault(row[axis], 0)
             failed[row[axis]] += 1
             # A method with a curve says in its label how the others ended; one without is named by its first cross.
-            named = f"{method}: {row['status']}" if index == 0 and not known else "_cross"
+            label = named(method, f": {row['status']}") if index == 0 and not known else "_cross"
             ax.plot([row[axis]], [place], color=colour(method), marker="x", markersize=7, markeredgewidth=2,
-                    linestyle="none", transform=ax.get_xaxis_transform(), label=named, clip_on=False)  # fmt: skip
+                    linestyle="none", transform=ax.get_xaxis_transform(), label=label, clip_on=False)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=label, ylabel=f"activation memory ({unit})")
     places = sorted({row[axis] for row in rows})
     ax.set_xticks(places, [str(place) for place in places])
@@ -96,7 +114,7 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
         ax.set_xlim(places[0] / 2, places[0] * 2)
     _plain_numbers(ax)
     ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    _legend_beside(ax)
+    legend_beside(ax)
 
 
 def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
@@ -121,17 +139,18 @@ def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
     ax.set(xlabel=f"memory at the peak of a step ({unit}, {' and '.join(known) or 'none measured'})")
     ax.set_xlim(0, largest * 1.25 or 1)
     ax.xaxis.set_major_formatter("{x:,.10g}")
-    ax.set_yticks(range(len(order)), order)
+    ax.set_yticks(range(len(order)), [named(method) for method in order], fontsize=8)
     # One method alone would fill the panel with its bar.
     ax.set_ylim(max(len(order), 4) - 0.5, -0.5)
-    _legend_beside(ax)
+    legend_beside(ax)
 
 
 def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
     """Relative reconstruction error per layer, log axis, a line a method and stream (second stream hollow).
 
     frame: one cell a method, with `reconstruction_rel` = [[first stream, second stream] per layer].
-    Exactly 0 stands on a floor of its own; inf and nan are marked at the top and named.
+    Exactly 0 stands on a floor of its own, and methods that are 0 everywhere, which hide each other there, say so in
+    the legend; inf and nan are marked at the top and named.
     """
     looks = markers(frame)
     rows = {row["method"]: row for row in rows_of(frame) if row.get("reconstruction_rel")}
@@ -147,7 +166,9 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
         for stream in range(max(len(layer) for layer in layers)):
             errors = [float(layer[stream]) for layer in layers]
             drawn = [floor if error == 0 else error if math.isfinite(error) else ceiling for error in errors]
-            label = f"{method} ({rows[method]['reconstruction_rel_source']})" if stream == 0 else "_second stream"
+            exact = f": {EXACT}" if not any(error for layer in layers for error in layer) else ""
+            said = named(method, f" ({rows[method]['reconstruction_rel_source']}){exact}")
+            label = said if stream == 0 else "_second stream"
             ax.plot(range(len(drawn)), drawn, "-" if stream == 0 else ":", color=colour(method), label=label,
                     marker=looks[method], markersize=5,
                     markerfacecolor=colour(method) if stream == 0 else "white")  # fmt: skip
@@ -171,7 +192,7 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
         ax.set_yticks([floor, *powers], [EXACT, *(f"1e{round(math.log10(power)):d}" for power in powers)])
         ax.minorticks_off()
     ax.grid(True, axis="y", which="major", color="#DDDDDD", linewidth=0.6)
-    _legend_beside(ax, title="filled: first stream, hollow: second")
+    legend_beside(ax, title="filled: first stream, hollow: second")
 
 
 def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
@@ -197,8 +218,93 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.grid(True, color="#DDDDDD", linewidth=0.6)
     points = [(row["peak_allocated_bytes"] / size, row["tokens_per_s"]) for row in rows]
-    names = [f"{row['method']}{' (dominated)' if loses else ''}" for row, loses in zip(rows, beaten, strict=True)]
-    _label_beside(ax, points, names)
+    names = [named(row["method"], " (dominated)" if loses else "") for row, loses in zip(rows, beaten, strict=True)]
+    _label_beside(ax, points, names, beaten)
+
+
+def plot_shift_by_side_bits(frame: DataFrame, ax: Axes) -> None:
+    """Starting-point shift against side bits m, a line a coupling and output; other methods are horizontal, dashed.
+
+    frame: cells of one exact method with different `side_bits`, at one shape and setting, and the methods to compare
+    it with, whose `side_bits` are None; each with `starting_point_shift` and its source.
+    """
+    _plot_by_side_bits(frame, ax, "starting_point_shift", 1, "starting-point shift ({})")
+    values = [v for v in (row["starting_point_shift"] or 0 for row in rows_of(frame)) if 0 < v < math.inf]
+    if not values:
+        return
+    ax.set_yscale("log")
+    room = max(1.5, (max(values) / min(values)) ** 0.1)
+    ax.set_ylim(min(values) / room, max(values) * room)
+    _plain_numbers(ax)
+    zeros = [row["method"] for row in rows_of(frame) if row["starting_point_shift"] == 0]
+    if zeros:
+        # Zero is below every logarithmic axis: said, since a line that is missing reads as a number not taken.
+        ax.text(0.01, 0.02, f"exactly 0, below the axis: {', '.join(zeros)}", transform=ax.transAxes, fontsize=8,
+                va="bottom", color="#555555")  # fmt: skip
+        ax.set_ylim(bottom=min(values) / room**2.5)
+
+
+def plot_activation_by_side_bits(frame: DataFrame, ax: Axes) -> None:
+    """As `plot_shift_by_side_bits`, activation memory, from zero: what the bits cost beside the whole."""
+    size, unit = _unit(row["activation_peak_bytes"] for row in rows_of(frame))
+    _plot_by_side_bits(frame, ax, "activation_peak_bytes", size, f"activation memory\n({unit}, {{}})")
+    ax.set_ylim(0)
+
+
+def plot_time_by_side_bits(frame: DataFrame, ax: Axes) -> None:
+    """As `plot_shift_by_side_bits`, time of a step, from zero; the bars are quartiles."""
+    _plot_by_side_bits(frame, ax, "step_time_s", 1e-3, "step time (ms, {})")
+    ax.set_ylim(0)
+
+
+def _plot_by_side_bits(frame: DataFrame, ax: Axes, metric: str, size: float, label: str) -> None:
+    rows = list(rows_of(frame))
+    swept = [row for row in rows if row["side_bits"] is not None]
+    known = [row for row in rows if row[metric] is not None]
+    taken: set[tuple[str, str]] = set()
+    for sweep in sorted({without_side_bits(row["method"]): None for row in swept}, key=_by_look(swept)):
+        mine = sorted((r for r in swept if without_side_bits(r["method"]) == sweep), key=lambda r: r["side_bits"])
+        shade, marker, large = SWEEP[mine[0]["coupling"], mine[0]["output"]]
+        # The same coupling and output with another setting besides: the same colour, another marker.
+        marker = next((mark for mark in (marker, *_SETTING_MARKERS) if (shade, mark) not in taken), ".")
+        taken.add((shade, marker))
+        said = _sweep_said(mine)
+        for source in sorted({row[f"{metric}_source"] for row in mine if row[metric] is not None}):
+            points = [r for r in mine if r[metric] is not None and r[f"{metric}_source"] == source]
+            xs, ys = [r["side_bits"] for r in points], [r[metric] / size for r in points]
+            ax.plot(xs, ys, LINE[source], color=shade, marker=marker, markersize=large, linewidth=0.8 + large / 8,
+                    markerfacecolor="white", markeredgewidth=1.4, label=said)  # fmt: skip
+            spread = [r for r in points if r[f"{metric}_low"] is not None and r[f"{metric}_high"] is not None]
+            ax.vlines([r["side_bits"] for r in spread], [r[f"{metric}_low"] / size for r in spread],
+                      [r[f"{metric}_high"] / size for r in spread], color=shade, linewidth=0.8)  # fmt: skip
+    references = [row for row in rows if row["side_bits"] is None]
+    for index, row in enumerate(references):
+        shade, dashes = _REFERENCE[index % len(_REFERENCE)]
+        if row[metric] is not None:
+            ax.axhline(row[metric] / size, color=shade, linewidth=1.2, dashes=dashes, label=named(row["method"]))
+    sources = " and ".join(sorted({row[f"{metric}_source"] for row in known})) or "not taken"
+    ax.set(xlabel="side bits m, factor 2⁻ᵐ", ylabel=label.format(sources))
+    places = sorted({row["side_bits"] for row in swept})
+    ax.set_xticks(places, [f"{m}\n1/{2**m}" for m in places])
+    # The outermost may be without a value; it has its place nevertheless.
+    ax.set_xlim(places[0] - 0.4, places[-1] + 0.4)
+    ax.yaxis.set_major_formatter("{x:,.10g}")
+    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    legend_beside(ax, title="coupling, output")
+
+
+def _by_look(swept: list[dict[str, Any]]) -> Callable[[str], int]:
+    looks = {without_side_bits(row["method"]): (row["coupling"], row["output"]) for row in swept}
+    return lambda sweep: list(SWEEP).index(looks[sweep])
+
+
+def _sweep_said(rows: list[dict[str, Any]]) -> str:
+    """`paper, mean`, what is set or pulled besides, and the side bits at which there is no number and why."""
+    _, settings, levers = parts_of(rows[0]["method"])
+    besides = [s for s in settings if not s.startswith(("side_bits=", "coupling=", "output=", "arithmetic="))]
+    failed = [f"m={row['side_bits']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    said = ", ".join([rows[0]["coupling"], rows[0]["output"], *besides]) + "".join(f" +{lever}" for lever in levers)
+    return "\n".join([said, *textwrap.wrap(", ".join(failed), _LABEL_WIDTH)])
 
 
 # --- what the plots share ---
@@ -219,6 +325,20 @@ def dominated(points: list[tuple[float, float]]) -> list[bool]:
     return [
         any(m <= memory and s >= speed and (m, s) != (memory, speed) for m, s in points) for memory, speed in points
     ]
+
+
+def named(method: str, besides: str = "") -> str:
+    """A method as a legend names it, with what is said of it; long settings go below, so that the axes stay wide."""
+    name, settings, levers = parts_of(method)
+    if len(method) + len(besides) <= _LABEL_WIDTH or not settings:
+        return method + besides
+    below = textwrap.wrap(", ".join(settings), _LABEL_WIDTH, break_long_words=False)
+    return "\n".join(["+".join([name, *levers]) + besides, *(f"  {line}" for line in below)])
+
+
+def height_of_labels(frame: DataFrame) -> float:
+    """Inches that a figure needs for its methods, a bar or a line of a legend each, and more where names are long."""
+    return sum(0.24 + 0.13 * named(method, " (dominated)").count("\n") for method in methods_in_order(frame))
 
 
 def colour(method: str) -> str:
@@ -260,33 +380,38 @@ def _plain_numbers(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _legend_beside(ax: Axes, title: str | None = None) -> None:
-    handles, _ = ax.get_legend_handles_labels()
+def legend_beside(ax: Axes, title: str | None = None, labels: dict[str, Any] | None = None) -> None:
+    """A legend right of the axes. labels: to their artists; None: those of the axes."""
+    handles, texts = ax.get_legend_handles_labels()
+    if labels is not None:
+        handles, texts = list(labels.values()), list(labels)
     if handles:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8, title=title,
+        ax.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8, title=title,
                   title_fontsize=8, alignment="left", borderaxespad=0.0, handlelength=3.0)  # fmt: skip
 
 
-def _label_beside(ax: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Names in a column right of the axes, apart from each other, each with a line to its point.
+def _label_beside(ax: Axes, points: list[tuple[float, float]], names: list[str], dim: list[bool]) -> None:
+    """Names in a column right of the axes, apart from each other, each with a line to its point; some of them dim.
 
     Labels at the points themselves collide as soon as two methods cost about the same.
     """
-    spacing = 0.058
     order = sorted(range(len(points)), key=lambda index: (points[index][1], -points[index][0]))
+    lines = [names[index].count("\n") + 1 for index in order]
+    # Of the height of the axes; of many labels each has less, and the figure is as much higher.
+    line = min(0.058, 0.96 / max(1, sum(lines)))
+    apart = [line * (below + above) / 2 for below, above in pairwise(lines)]
     low, high = ax.get_ylim()
     heights: list[float] = []
-    for index in order:
+    for place, index in enumerate(order):
         wanted = (points[index][1] - low) / (high - low) if high > low else 0.5
-        heights.append(max(wanted, heights[-1] + spacing) if heights else wanted)
-    over = max(0.0, heights[-1] - 0.98) if heights else 0.0
+        heights.append(max(wanted, heights[-1] + apart[place - 1]) if heights else wanted)
     # What sticks out at the top pushes those below it down.
     for place in reversed(range(len(heights))):
-        ceiling = heights[place + 1] - spacing if place + 1 < len(heights) else heights[place] - over
+        ceiling = heights[place + 1] - apart[place] if place + 1 < len(heights) else 0.98
         heights[place] = min(heights[place], ceiling)
     for index, height in zip(order, heights, strict=True):
         ax.annotate(names[index], points[index], xytext=(1.04, height), textcoords="axes fraction", va="center",
                     fontsize=8, annotation_clip=False,
-                    color="#777777" if names[index].endswith("(dominated)") else "black",
+                    color="#777777" if dim[index] else "black",
                     arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6,
                                 "relpos": (0.0, 0.5)})  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from meftbench.report.tables import (
     frame_of,
     groups,
     methods_in_order,
+    parts_of,
     rows_of,
     share_of_full,
     sources,
@@ -128,11 +128,9 @@ def _short(batch: int, micro_batch: int, length: int) -> str:
 
 def _in_lines(method: str) -> str:
     """A method's settings under its name, so that a long label does not push the numbers off the screen."""
-    parts = re.fullmatch(r"([^(]+)\((.*)\)([^)]*)", method, re.DOTALL)
-    name, settings = (f"{parts[1]}{parts[3]}", parts[2].split(",")) if parts else (method, [])
-    first, *levers = name.split("+")
+    name, settings, levers = parts_of(method)
     # One lever fits beside the name.
-    lines = ["+".join([first, *levers[:1]]), *(f"  +{lever}" for lever in levers[1:])]
+    lines = ["+".join([name, *levers[:1]]), *(f"  +{lever}" for lever in levers[1:])]
     return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in settings)])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,12 @@ _CELL = (
 )
 
 
+# Settings of a reversible method that tables and plots sweep; None where a method has no such setting.
+_REVERSIBLE = ("arithmetic", "side_bits", "coupling", "output")
 _BASE = (
     *("run", "cell_id", "label", "model", "method", "method_name"),
     *_CELL,
+    *_REVERSIBLE,
     *("levers", "status", "detail", "repeats", "wall_s"),
 )
 
@@ -45,9 +49,10 @@ def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
     """One row a cell, in the order of the runs and of their writing.
 
     Columns: run (name, with the folder where two share it), cell_id, label, model, method (as labelled, with levers
-    and settings), the fields of the cell, status, detail, repeats, wall_s; and for each metric that any cell has
-    NAME (in the unit of its Kind; missing where absent), NAME_low, NAME_high, NAME_source. Metrics that are lists or
-    words are in NAME as recorded. Repeats are taken together as in `Outcome.figure`: median where measured.
+    and settings), the fields of the cell, of a reversible method arithmetic, side_bits, coupling and output, status,
+    detail, repeats, wall_s; and for each metric that any cell has NAME (in the unit of its Kind; missing where
+    absent), NAME_low, NAME_high, NAME_source. Metrics that are lists or words are in NAME as recorded. Repeats are
+    taken together as in `Outcome.figure`: median where measured.
     """
     from pandas import DataFrame
 
@@ -71,6 +76,7 @@ _HEADLINE = (
     "reconstruction_rel",
     "reconstruction_rel_max",
     "gradient_rel_max",
+    "starting_point_shift",
     "parameters_total",
     "parameters_trainable",
 )
@@ -94,6 +100,8 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
         "method_name": last.cell.get("method"),
     }
     row |= {name: last.cell.get(name) for name in _CELL}
+    params = last.cell.get("method_params") or {}
+    row |= {name: params.get(name) for name in _REVERSIBLE} | {"side_bits": side_bits(params)}
     row |= {"levers": "+".join(name for name, on in (last.cell.get("levers") or {}).items() if on)}
     row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
     row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
@@ -109,6 +117,32 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
         else:
             row[name] = None
     return row
+
+
+def side_bits(params: Mapping[str, Any]) -> int | None:
+    """Bits that an exact method puts aside, of its recorded settings; None: not exact, or its factors are named.
+
+    Unsaid they are 3. A factor that is named (`lambda`, `beta`) says what they are only together with the method.
+    """
+    if params.get("arithmetic") != "exact" or params.get("lambda") is not None or params.get("beta") is not None:
+        return None
+    return int(params.get("side_bits") or 3)
+
+
+def parts_of(method: str) -> tuple[str, list[str], list[str]]:
+    """Name, settings and levers of a method's label: `meft1(lambda=0.5)+offload` is meft1, [lambda=0.5], [offload]."""
+    parts = re.fullmatch(r"([^(]+)\((.*)\)([^)]*)", method, re.DOTALL)
+    # A setting may be a list, with commas of its own.
+    settings = re.split(r",(?=\w+=)", parts[2]) if parts else []
+    name, *levers = (f"{parts[1]}{parts[3]}" if parts else method).split("+")
+    return name, settings, levers
+
+
+def without_side_bits(method: str) -> str:
+    """The label of a method without its side bits: the same for all cells of one sweep over them."""
+    name, settings, levers = parts_of(method)
+    rest = [setting for setting in settings if not setting.startswith("side_bits=")]
+    return "+".join([f"{name}({','.join(rest)})" if rest else name, *levers])
 
 
 def detail_of(record: Record) -> str:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from builders import a_measured_cell, a_record, a_run, a_sweep, measured
+from builders import a_measured_cell, a_record, a_run, a_sweep, an_exact_cell, measured
 from meftbench.errors import UserError
 from meftbench.report.page import write_report
 
@@ -152,6 +152,38 @@ def test_settings_that_differ_are_columns_and_a_warning_not_to_rank(tmp_path):
 
     assert "All cells: bert-base@random, device counted, attention sdpa, optimizer adamw, seed 0." in text
     assert "do not rank across those settings" in text
+
+
+def test_methods_are_compared_at_equal_batch_micro_batch_and_length(tmp_path):
+    """The page and the Markdown say so; a share is of the `full` at the same micro-batch."""
+    cells = [a_measured_cell(m, micro_batch_size=k, metrics={"activation_peak_bytes": v})
+             for m, k, v in (("full", 8, 100), ("lora", 8, 50), ("full", 2, 25), ("lora", 2, 20))]  # fmt: skip
+    run = a_run(tmp_path / "run", *cells)
+
+    write_report([run], run.path, {"html", "md"})
+
+    text = Parsed((run.path / "report.html").read_text()).all_text()
+    assert "Methods are compared at equal batch, micro-batch and length" in text
+    markdown = (run.path / "table.md").read_text()
+    assert "Compared at equal batch, micro-batch and length. All cells: bert-base@random, device counted," in markdown
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if "| ok |" in line]
+    assert [
+        ("full", "8", "100.0%"),
+        ("lora", "8", "50.0%"),
+        ("full", "8 (mb 2)", "100.0%"),
+        ("lora", "8 (mb 2)", "80.0%"),
+    ] == [(row[0], row[1], row[5]) for row in rows]
+
+
+def test_exact_is_zero_in_the_table_and_bit_identical_in_the_cell(tmp_path):
+    """And the settings of a method stand below its name, so that a long label does not widen the table."""
+    text = Parsed(page_of(tmp_path, an_exact_cell(4, "centred"), a_measured_cell("meft1"))).all_text()
+
+    assert "meft1-exactcoupling=centred, side_bits=4" in text
+    # Reconstruction error, gradient error, starting-point shift.
+    assert "0measured 4e-7measured 0.0625measured" in text
+    assert "layer 00 (bit-identical), 0 (bit-identical) (measured)" in text
+    assert "Exactly 0 means bit-identical." in text
 
 
 def test_several_runs_are_one_page(tmp_path):

@@ -7,8 +7,19 @@ from itertools import pairwise
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from builders import STREAMS, a_measured_cell, a_record, a_run, a_sweep, measured
+from builders import (
+    a_measured_cell,
+    a_record,
+    a_run,
+    a_side_bits_sweep,
+    a_sweep,
+    an_exact_cell,
+    measured,
+    step_time,
+)
+from meftbench.plan.catalogue import METHODS
 from meftbench.records.metrics import BREAKDOWN
 from meftbench.records.record import Metric
 from meftbench.report import plots
@@ -148,6 +159,192 @@ def test_a_method_that_is_exact_everywhere_is_drawn_on_the_floor(frame):
     assert plots.EXACT in [text.get_text() for text in ax.get_yticklabels()]
 
 
+def test_methods_that_are_exact_everywhere_say_so_in_the_legend(frame):
+    """On the floor they hide each other; beside an error that is not zero, too."""
+    zeros, errors = Metric([[0.0, 0.0]] * 2, "measured"), Metric([[1e-2, 0.0], [0.0, 0.0]], "measured")
+    cells = [a_record(method="meft1", metrics={"reconstruction_rel": errors})]
+    cells += [a_record(method=f"meft{n}-exact", metrics={"reconstruction_rel": zeros}) for n in (1, 2)]
+    ax = an_axes()
+
+    plots.plot_reconstruction(frame(*cells), ax)
+
+    found = lines(ax)
+    assert [
+        "meft1 (measured)",
+        f"meft1-exact (measured): {plots.EXACT}",
+        f"meft2-exact (measured): {plots.EXACT}",
+    ] == [*found]
+    floor = ax.get_yticks()[0]
+    assert [floor, floor] == found[f"meft1-exact (measured): {plots.EXACT}"][1]
+
+
+def test_the_shift_is_drawn_over_side_bits_for_each_coupling_and_output(frame):
+    """Other methods are horizontal, and the one that is exactly 0 has no place on a log axis: it is said."""
+    ax = an_axes()
+
+    plots.plot_shift_by_side_bits(frame(*a_side_bits_sweep((2, 1, 4))), ax)
+
+    assert {
+        "paper, mean": ([1, 2, 4], [1, 0.5, 0.125]),
+        "paper, last": ([1, 2, 4], [1, 0.5, 0.125]),
+        "centred, mean": ([1, 2, 4], [0.5, 0.25, 0.0625]),
+        "centred, last": ([1, 2, 4], [0.5, 0.25, 0.0625]),
+        "lora+checkpoint": ([0, 1], [0, 0]),
+        "meft1": ([0, 1], [1.08, 1.08]),
+    } == lines(ax)
+    assert ["exactly 0, below the axis: lora+checkpoint"] == [text.get_text() for text in ax.texts]
+    assert ("log", "starting-point shift (measured)") == (ax.get_yscale(), ax.get_ylabel())
+    # The zero does not stretch the axis.
+    assert 0.005 < ax.get_ylim()[0] < 0.0625
+    assert ["1\n1/2", "2\n1/4", "4\n1/16"] == [text.get_text() for text in ax.get_xticklabels()]
+
+
+def test_memory_over_side_bits_is_in_mebibytes_from_zero(frame):
+    """What a bit costs is seen beside what is not saved; the source is said and is the line's style."""
+    ax = an_axes()
+
+    plots.plot_activation_by_side_bits(frame(*a_side_bits_sweep((1, 8), ("paper",))), ax)
+
+    found = lines(ax)
+    assert [1, 8] == found["paper, mean"][0]
+    assert [28.1, 28.8] == [pytest.approx(y) for y in found["paper, mean"][1]]
+    assert [pytest.approx(32.8 * 3)] * 2 == found["lora+checkpoint"][1]
+    assert ("activation memory\n(MiB, counted)", 0) == (ax.get_ylabel(), ax.get_ylim()[0])
+    assert plots.LINE["counted"] == ax.get_lines()[0].get_linestyle()
+
+
+def test_time_over_side_bits_has_its_quartiles(frame):
+    """In milliseconds; a difference that is smaller than the bars is none."""
+    cells = [an_exact_cell(m, metrics={"step_time_s": step_time(0.1 * m, spread=0.5)}) for m in (1, 2)]
+    ax = an_axes()
+
+    plots.plot_time_by_side_bits(frame(*cells), ax)
+
+    assert {"paper, mean": ([1, 2], [100, 200])} == lines(ax)
+    bars = [(*low, *high) for low, high in ax.collections[0].get_segments()]
+    assert [(1, 50, 1, 150), (2, 100, 2, 300)] == [tuple(map(pytest.approx, bar)) for bar in bars]
+    assert "step time (ms, measured)" == ax.get_ylabel()
+
+
+def test_lines_of_equal_memory_can_be_told_apart(frame):
+    """Each line has its own colour and marker, and a smaller one than the line below it."""
+    ax = an_axes()
+
+    plots.plot_activation_by_side_bits(frame(*a_side_bits_sweep((1, 2))), ax)
+
+    drawn = ax.get_lines()[:4]
+    assert 4 == len({line.get_color() for line in drawn}) == len({line.get_marker() for line in drawn})
+    assert all(below.get_markersize() > above.get_markersize() for below, above in pairwise(drawn))
+
+
+def test_a_sweep_with_another_setting_has_another_marker_and_names_it(frame):
+    """The colour says the coupling and output, so it is the same."""
+    cells = [an_exact_cell(m, method_params=extra) for extra in ({}, {"adapter_size": 8}) for m in (1, 2)]
+    ax = an_axes()
+
+    plots.plot_shift_by_side_bits(frame(*cells), ax)
+
+    plain, small = ax.get_lines()
+    assert ("paper, mean", "paper, mean, adapter_size=8") == (plain.get_label(), small.get_label())
+    assert plain.get_color() == small.get_color()
+    assert plain.get_marker() != small.get_marker()
+
+
+def test_side_bits_without_a_number_are_named(frame):
+    """A gap in a line does not say why."""
+    failed = a_record("oom", method="meft1-exact", method_params={"side_bits": 7})
+    ax = an_axes()
+
+    plots.plot_shift_by_side_bits(frame(an_exact_cell(1), an_exact_cell(2), failed), ax)
+
+    assert {"paper, mean\nm=7: oom": ([1, 2], [1, 0.5])} == lines(ax)
+
+
+@pytest.mark.parametrize(
+    ("why", "cells", "appears"),
+    [
+        ("two side bits", lambda: [an_exact_cell(1), an_exact_cell(2)], True),
+        ("unsaid side bits are 3", lambda: [an_exact_cell(1), an_exact_cell(None)], True),
+        ("exact by a setting", lambda: [an_exact_cell(m, method="meft1", method_params={"arithmetic": "exact"})
+                                        for m in (1, 2)], True),
+        ("one", lambda: [an_exact_cell(1)], False),
+        ("3 said and unsaid is one", lambda: [an_exact_cell(3), an_exact_cell(None)], False),
+        ("no two of one coupling", lambda: [an_exact_cell(1), an_exact_cell(2, "centred")], False),
+        ("no two of one method", lambda: [an_exact_cell(1), an_exact_cell(2, method="meft2-exact")], False),
+        ("no two at one length", lambda: [an_exact_cell(1), an_exact_cell(2, sequence_length=16)], False),
+        ("no two at one micro-batch", lambda: [an_exact_cell(1), an_exact_cell(2, micro_batch_size=2)], False),
+        ("no two at one precision", lambda: [an_exact_cell(1), an_exact_cell(2, precision="bf16")], False),
+        ("the other failed", lambda: [an_exact_cell(1),
+                                      a_record("oom", method="meft1-exact", method_params={"side_bits": 2})], False),
+        ("floating point", lambda: a_sweep(["meft1", "meft3"]), False),
+    ],
+)  # fmt: skip
+def test_the_side_bits_figure_appears_where_one_method_has_two(frame, why, cells, appears):
+    """Two of the same method and settings, at one shape: less is no line."""
+    assert appears == ("side-bits" in [picture.name for picture in pictures(frame(*cells()))]), why
+
+
+def test_the_side_bits_figure_shares_one_axis_and_one_legend(frame):
+    """Three axes above each other; the alt text counts the settings rather than reading out dozens."""
+    records = [*a_side_bits_sweep((1, 2, 3, 4)), a_measured_cell("full"), a_measured_cell("houlsby")]
+
+    found = {picture.name: picture for picture in pictures(frame(*records))}["side-bits"]
+
+    shift, memory, time = found.figure.axes
+    assert shift.get_shared_x_axes().joined(shift, time)
+    assert ["", "", "side bits m, factor 2⁻ᵐ"] == [ax.get_xlabel() for ax in (shift, memory, time)]
+    assert "meft1-exact, batch 8 × 128 tokens" == shift.get_title(loc="left")
+    # What is compared is what exact reversal would replace; the others are in the table.
+    labels = ["paper, mean", "paper, last", "centred, mean", "centred, last", "lora+checkpoint", "meft1"]
+    assert labels == [text.get_text() for text in shift.get_legend().get_texts()]
+    assert (memory.get_legend(), time.get_legend()) == (None, None)
+    assert "for lora+checkpoint, meft1, meft1-exact (16 settings); panels" in found.alt
+
+
+def test_a_metric_that_no_cell_has_takes_no_room_over_side_bits(frame):
+    """A run of the memory pass alone has one panel."""
+    metrics = {"activation_peak_bytes": MiB, "peak_allocated_bytes": MiB}
+    cells = [a_record(method="meft1-exact", method_params={"side_bits": m}, metrics=metrics) for m in (1, 2)]
+
+    found = {picture.name: picture for picture in pictures(frame(*cells))}["side-bits"]
+
+    assert ["activation memory\n(MiB, counted)"] == [ax.get_ylabel() for ax in found.figure.axes]
+
+
+def test_elsewhere_a_sweep_over_side_bits_is_one_method(frame):
+    """Dozens of methods that differ in a bit would bury the others; the picture says that they are left out."""
+    records = [*a_side_bits_sweep((1, 2, 4), ("paper",)), an_exact_cell(8, method="meft2-exact")]
+
+    found = {picture.name: picture for picture in pictures(frame(*records))}["memory-and-speed"]
+
+    names = {text.get_text().partition(" (dominated)")[0] for text in found.figure.axes[0].texts}
+    # 2 is as near to the default as 4, and first.
+    assert {
+        "lora+checkpoint",
+        "meft1",
+        "meft1-exact(side_bits=2)",
+        "meft1-exact(output=last,side_bits=2)",
+        "meft2-exact(side_bits=8)",
+    } == names
+    note = "Methods that were run at several side bits are shown at 2 alone."
+    assert note == found.figure.get_supxlabel()
+    assert note in found.alt
+
+
+def test_long_settings_stand_below_the_name(frame):
+    """A label as wide as the axes would leave no room for them."""
+    assert "meft1-exact(side_bits=4) (counted)" == plots.named("meft1-exact(side_bits=4)", " (counted)")
+    assert [
+        "meft1-exact+offload (counted)",
+        "  coupling=centred, output=last,",
+        "  side_bits=4",
+    ] == plots.named("meft1-exact(coupling=centred,output=last,side_bits=4)+offload", " (counted)").splitlines()
+    # Without settings there is nothing to put below.
+    assert "lora+checkpoint+offload, slope 1.00 (counted)" == plots.named(
+        "lora+checkpoint+offload", ", slope 1.00 (counted)"
+    )
+
+
 def test_dominated_methods_are_grey_and_named_so(frame):
     """Grey: another method is smaller and faster."""
     numbers = {"full": (300, 90), "lora": (200, 100), "meft1": (100, 80)}
@@ -237,6 +434,25 @@ def test_micro_batches_are_not_mixed(frame):
     ]
 
 
+def test_methods_at_two_micro_batches_are_never_in_one_panel(frame):
+    """A smaller micro-batch shrinks every method: beside a larger one it would win by that alone."""
+    records = a_sweep(["full", "houlsby"], (4, 8), (16, 32))
+    records += a_sweep(["full", "parallel"], (4, 8), (16, 32), micro_batch_size=2)
+    records += [an_exact_cell(m) for m in (1, 2)] + [an_exact_cell(m, micro_batch_size=2) for m in (4, 8)]
+
+    drawn = pictures(frame(*records))
+
+    seen = [" ".join(text.get_text() for text in ax.findobj(Text)) for picture in drawn for ax in picture.figure.axes]
+    assert any("houlsby" in words for words in seen)
+    assert any("parallel" in words for words in seen)
+    assert not any("houlsby" in words and "parallel" in words for words in seen)
+    swept = [
+        drawn[0].figure.axes[0].get_title(loc="left"),
+        *map(Text.get_text, drawn[0].figure.axes[-1].get_xticklabels()),
+    ]
+    assert ["meft1-exact, batch 8 × 128 tokens", "1\n1/2", "2\n1/4"] == swept
+
+
 def test_a_figure_is_the_same_bytes_every_time(frame):
     """No dates, no random ids: a committed report changes only where its numbers do."""
     table = frame(*a_sweep(["full", "meft1"], (1, 8), (16, 32)))
@@ -252,6 +468,8 @@ def test_a_run_in_which_every_cell_failed_has_no_figures(frame):
     assert [] == pictures(frame(a_record("oom"), a_record("error", method="lora")))
 
 
-def test_every_method_of_the_builders_has_a_colour():
-    """A method without a colour of its own would look like any other."""
-    assert all(plots.colour(method) != plots.colour("unheard-of") for method in STREAMS)
+def test_every_method_has_a_colour_of_its_own():
+    """A method added to the catalogue needs one, or it would look like any other."""
+    colours = [plots.colour(method) for method in (*METHODS, "unheard-of")]
+
+    assert len(colours) == len({*colours})

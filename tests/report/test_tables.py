@@ -8,7 +8,17 @@ import pytest
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, counted, measured
 from meftbench.records.record import Metric
-from meftbench.report.tables import frame_of, groups, methods_in_order, share_of_full, sources, write_csv
+from meftbench.report.tables import (
+    frame_of,
+    groups,
+    methods_in_order,
+    parts_of,
+    share_of_full,
+    side_bits,
+    sources,
+    without_side_bits,
+    write_csv,
+)
 
 
 def test_repeats_are_one_row_with_their_median_and_spread(tmp_path):
@@ -50,6 +60,66 @@ def test_percent_of_full_is_at_the_same_shape_and_setting(tmp_path):
     shares = share_of_full(frame_of(a_run(tmp_path, *records)))
 
     assert {records[0].cell_id: 1.0, records[1].cell_id: 0.3, records[4].cell_id: 0.1} == shares
+
+
+def test_percent_of_full_takes_the_full_of_the_same_micro_batch(tmp_path):
+    """Half of `full` at 8 is not half of `full` at 2 × 4: each has its own."""
+    metric = "activation_peak_bytes"
+    records = [
+        a_record(method=method, micro_batch_size=micro, metrics={metric: value})
+        for method, micro, value in (("full", 8, 100), ("lora", 8, 50), ("full", 2, 25), ("lora", 2, 20))
+    ]
+
+    shares = share_of_full(frame_of(a_run(tmp_path, *records)))
+
+    assert [1.0, 0.5, 1.0, 0.8] == [shares[record.cell_id] for record in records]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"arithmetic": "exact", "side_bits": 5}, 5),
+        ({"arithmetic": "exact", "side_bits": None}, 3),
+        ({"arithmetic": "exact", "lambda": 0.25}, None),
+        ({"arithmetic": "exact", "beta": 1.0}, None),
+        ({"arithmetic": "float", "side_bits": None}, None),
+        ({"rank": 8}, None),
+    ],
+)
+def test_side_bits_unsaid_are_three_and_of_exact_methods_alone(params, expected):
+    """None where a factor is named: what its bits are depends on the method."""
+    assert expected == side_bits(params)
+
+
+def test_a_frame_knows_the_settings_of_reversible_methods(tmp_path):
+    """As recorded, side bits as they are in effect."""
+    records = [
+        a_record(method="meft1-exact", method_params={"coupling": "centred"}),
+        a_record(method="meft1"),
+        a_record(),
+    ]
+
+    frame = frame_of(a_run(tmp_path, *records))
+
+    assert [("exact", 3, "centred", "mean"), ("float", None, "paper", "mean"), (None, None, None, None)] == list(
+        zip(frame.arithmetic, frame.side_bits, frame.coupling, frame.output, strict=True)
+    )
+
+
+def test_a_label_comes_apart_into_name_settings_and_levers():
+    """Commas within a setting are its own."""
+    assert ("lora", [], ["checkpoint", "offload"]) == parts_of("lora+checkpoint+offload")
+    assert ("lora", ["rank=2", "targets=['a', 'b']"], ["offload"]) == parts_of(
+        "lora(rank=2,targets=['a', 'b'])+offload"
+    )
+
+
+def test_a_sweep_over_side_bits_is_one_label_without_them():
+    """Whatever stands beside them."""
+    assert "meft1-exact" == without_side_bits("meft1-exact(side_bits=4)")
+    assert "meft1-exact(coupling=centred,tiles=2)+offload" == without_side_bits(
+        "meft1-exact(coupling=centred,side_bits=4,tiles=2)+offload"
+    )
 
 
 def test_cells_of_other_settings_are_groups_of_their_own(tmp_path):

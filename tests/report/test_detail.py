@@ -1,0 +1,37 @@
+"""One record for people."""
+
+from __future__ import annotations
+
+from meftbench.records.record import Metric
+from meftbench.report.detail import sections
+from tests.builders import MiB, a_measured_cell
+
+BUFFERS = [
+    {
+        "bytes": 24 * MiB,
+        "count": 2,
+        "category": "activations",
+        "op": "_to_copy.default",
+        "shape": [8, 512, 768],
+        "dtype": "int32",
+        "place": "arithmetic:lift",
+    }
+]
+
+
+def test_what_is_alive_at_the_peak_is_told_buffer_by_buffer():
+    """Bytes with their source, how many, shape, type and place; nowhere else in the record."""
+    record = a_measured_cell("meft1", metrics={"peak_buffers": Metric(BUFFERS, "counted")})
+
+    (section,) = [s for s in sections(record) if s.title == "What is alive at the peak of forward and backward"]
+
+    meaning = "activations: 2 of them, 8 × 512 × 768 int32, in arithmetic:lift"
+    assert [("_to_copy.default", "24.0 MiB (counted)", meaning)] == section.rows
+    assert "peak_buffers" not in {row[0] for s in sections(record) for row in s.rows}
+
+
+def test_a_record_without_it_has_no_such_section():
+    """Older records, and cells of a single step."""
+    record = a_measured_cell("meft1", metrics={"peak_buffers": Metric(None, "counted", absent="takes two steps")})
+
+    assert "What is alive at the peak of forward and backward" not in {s.title for s in sections(record)}
