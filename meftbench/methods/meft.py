@@ -46,6 +46,9 @@ def _layout(block: Any) -> Layout:
     return layout
 
 
+# Tokens; with fewer, attention by groups of heads costs time and saves little (reports/exact-speed-cpu).
+PARTED_FROM = 2048
+
 _WHOLE_LAYER = Half(_attention_core, _layer_tokens)
 _ATTENTION = Half(_attention_core, _attention_tokens)
 _FEED_FORWARD = Half(None, _feed_forward_tokens)
@@ -134,6 +137,7 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
         output=settings.output,
         tiles=settings.tiles,
         parts=_head_groups(layout.head_groups(model.config), settings.head_groups),
+        parts_from=PARTED_FROM if settings.head_groups == "auto" else 0,
         strict=settings.strict,
         first_layer=len(below),
     )

@@ -72,6 +72,7 @@ class Notes:
     device: torch.device
     input_wanted: bool
     tiles: list[slice]
+    parts: int
     autocast: AutocastState
     numerics: Numerics
     modes: list[bool]
@@ -91,6 +92,7 @@ class Notes:
             device=device,
             input_wanted=h_BLD.requires_grad,
             tiles=tiles_of(h_BLD.shape[:-1].numel(), stack.tiles, h_BLD.shape[-1], device),
+            parts=stack.parts_of(h_BLD.shape[:-1].numel()),
             autocast=AutocastState.now(device.type),
             numerics=Numerics.now(),
             # Dropout may be switched between forward and backward; recomputation must see the forward's mode.
@@ -186,7 +188,7 @@ class _Recomputed:
         self.outputs: list[Tensor] = []  # (B·L, E / parts)
         self.edges: list[GradientEdge | None] = []
         self.dtypes: list[torch.dtype] = []
-        parts = half.parts(stack.parts)
+        parts = half.parts(notes.parts)
         if not parts:
             return
         assert half.core is not None
@@ -260,8 +262,9 @@ class Walk:
             notes.range.check(stack.first_layer)  # what left the range cannot be restored
         with modes_as(stack, notes.modes), notes.numerics.entered():
             for index in reversed(range(len(stack.blocks))):
+                trained = [parameter for parameter in stack.blocks[index].parameters() if parameter.requires_grad]
                 for replaced in (1, 0):
-                    self._reverse_half(index, replaced, sides.pop())
+                    self._reverse_half(index, replaced, sides.pop(), trained)
                 _observe(stack, notes, "backward", index, self.streams)
                 if stack.swap and index:
                     self.streams.reverse()
@@ -269,13 +272,12 @@ class Walk:
         if notes.fingerprints:
             notes.fingerprints.check(stack.first_layer)
 
-    def _reverse_half(self, index: int, replaced: int, sides: Tensor | None) -> None:
+    def _reverse_half(self, index: int, replaced: int, sides: Tensor | None, trained: list[nn.Parameter]) -> None:
         """Recompute a half once: restore the stream it replaced, and back-propagate."""
         block, coupling = self.stack.blocks[index], self.stack.couplings[replaced]
         half = cast(Half, block.halves[replaced])  # type: ignore[index]
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
         args, kwargs, context_roots = self.notes.context.fresh()
-        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         dy_BLD = self.gradients[replaced]
         with self._as_in_forward(index, replaced, dy_BLD is not None):
             wanted = self.notes.reads_wanted(index, replaced)

@@ -52,7 +52,8 @@ class ReversibleStack(nn.Module):
 
     carrier: 0 or 1: which stream carries the output of the last pre-trained layer; returned if output is "last".
     tiles: token-wise work runs on that many tiles of the B·L tokens, in forward and backward; "auto": see `tiles_of`.
-    parts: a half's core runs in that many parts, such as groups of heads.
+    parts: a half's core runs in that many parts, such as groups of heads; in one where there are fewer than
+        `parts_from` of the B·L tokens.
     activations: what backward uses.
         "reverse": each block's inputs are recomputed from its outputs; only the last two streams, what the
             arithmetic puts aside, and RNG states are kept.
@@ -82,6 +83,7 @@ class ReversibleStack(nn.Module):
         output: Literal["mean", "last"] = "mean",
         tiles: int | Literal["auto"] = 1,
         parts: int = 1,
+        parts_from: int = 0,
         strict: bool = False,
         first_layer: int = 0,
     ) -> None:
@@ -95,7 +97,8 @@ class ReversibleStack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.couplings = (first, second)
         self.swap, self.carrier, self.output = swap, carrier, output
-        self.tiles, self.parts, self.strict, self.first_layer = tiles, parts, strict, first_layer
+        self.tiles, self.parts, self.parts_from = tiles, parts, parts_from
+        self.strict, self.first_layer = strict, first_layer
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
         self.observer: Observer | None = None
 
@@ -115,6 +118,10 @@ class ReversibleStack(nn.Module):
         token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
         return output_BLD
+
+    def parts_of(self, tokens: int) -> int:
+        """Parts that a core runs in on that many tokens."""
+        return self.parts if tokens >= self.parts_from else 1
 
     def finish(self, streams: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The hidden state (B, L, D) from the last two streams [y1, y2], a tensor of its own."""
@@ -173,8 +180,9 @@ class ReversibleStack(nn.Module):
         first, second = self.couplings
         read = self.arithmetic.ordinary.read
         tiles = tiles_of(x1_BLD.shape[:-1].numel(), self.tiles, x1_BLD.shape[-1], x1_BLD.device)
-        f_BLD = f.ordinary(block, read(x2_BLD, dtype), tiles, self.parts, args, kwargs)
+        parts = self.parts_of(x1_BLD.shape[:-1].numel())
+        f_BLD = f.ordinary(block, read(x2_BLD, dtype), tiles, parts, args, kwargs)
         y1_BLD = first.ordinary(x1_BLD, x2_BLD, f_BLD)
-        g_BLD = g.ordinary(block, read(y1_BLD, dtype), tiles, self.parts, args, kwargs)
+        g_BLD = g.ordinary(block, read(y1_BLD, dtype), tiles, parts, args, kwargs)
         y2_BLD = second.ordinary(x2_BLD, y1_BLD, g_BLD)
         return [y1_BLD, y2_BLD]

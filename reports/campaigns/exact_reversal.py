@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-METHODS = ("lora+checkpoint", "meft1-exact", "lora+checkpoint+tiled_mlp", "lora+checkpoint+offload")
+# By name. LoRA of rank 8 and MEFT of adapter size 8 train about as many parameters; 64 is meftbench's default.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora+checkpoint": ("lora+checkpoint", {}),
+    "meft1-exact, adapters of 8": ("meft1-exact", {"adapter_size": 8}),
+    "meft1-exact, adapters of 64": ("meft1-exact", {}),
+    "lora+checkpoint+tiled_mlp": ("lora+checkpoint+tiled_mlp", {}),
+    "lora+checkpoint+offload": ("lora+checkpoint+offload", {}),
+}
 SHAPES = {"cuda": ((8, 128), (8, 512), (32, 512), (128, 512)), "cpu": ((8, 128), (8, 512))}
 KERNELS = {
     "cuda": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"),
@@ -138,13 +146,21 @@ def _differences(
 
 
 def speed(
-    device: torch.device, models: list[str], shapes: tuple[tuple[int, int], ...], precision: str, rounds: int
+    device: torch.device,
+    models: list[str],
+    shapes: tuple[tuple[int, int], ...],
+    precision: str,
+    rounds: int,
+    methods: list[str],
 ) -> pd.DataFrame:
-    """One row a model, shape and method: median seconds over `rounds` interleaved steps, ratio to lora+checkpoint."""
+    """One row a model, shape and method (of METHODS): median seconds over `rounds` interleaved steps, ratio to lora+checkpoint."""
     rows = []
     for model in models:
         for batch, length in shapes:
-            steps = {m: build_step(a_cell(model, m, batch, length, precision), device) for m in METHODS}
+            steps = {
+                name: build_step(a_cell(model, METHODS[name][0], batch, length, precision, **METHODS[name][1]), device)
+                for name in methods
+            }
             samples, peaks = _interleaved(steps, device, rounds)
             base = samples["lora+checkpoint"]
             for method, seconds in samples.items():
@@ -198,11 +214,10 @@ def limits(device: torch.device, models: list[str], precision: str, most: int = 
     """One row a model and method: largest batch at 512 tokens, longest single sequence, until memory is full."""
     rows = []
     for model in models:
-        for method in METHODS:
-            batch = _largest(
-                lambda n, m=model, k=method: _fits(a_cell(m, k, n, 512, precision), device), 8, most // 512
-            )
-            length = _largest(lambda n, m=model, k=method: _fits(a_cell(m, k, 1, n, precision), device), 2048, most)
+        for method, (named, settings) in METHODS.items():
+            cell = partial(a_cell, model, named, precision=precision, **settings)
+            batch = _largest(lambda n, cell=cell: _fits(cell(n, 512), device), 8, most // 512)
+            length = _largest(lambda n, cell=cell: _fits(cell(1, n), device), 2048, most)
             rows.append((model, precision, method, batch, length))
             print(*rows[-1], file=sys.stderr)
     return pd.DataFrame(rows, columns=["model", "precision", "method", "largest_batch_at_512", "longest_sequence"])
@@ -282,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(MODELS))
     parser.add_argument("--depths", type=int, nargs="+", default=[12, 24, 48, 96])
     parser.add_argument("--shapes", nargs="+", help="BATCHxTOKENS ...")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="for speed; lora+checkpoint always runs")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
@@ -300,9 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     models = options.models or (["bert-base", "bert-large", "24 x 2048"] if on_gpu else ["bert-base"])
     precision = "bf16-autocast" if on_gpu else "fp32"
+    methods = list(dict.fromkeys(["lora+checkpoint", *(options.methods or METHODS)]))
     runs: dict[str, Callable[[], pd.DataFrame]] = {
         "exactness": lambda: exactness(device, "miniature", tuple(options.depths)),
-        "speed": lambda: speed(device, models, shapes, precision, options.rounds),
+        "speed": lambda: speed(device, models, shapes, precision, options.rounds, methods),
         "limits": lambda: limits(device, models, precision),
         "kernels": lambda: kernels(device),
     }
