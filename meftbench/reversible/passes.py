@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
 
 
+CACHED = 196_608  # elements
+
+
 @dataclass
 class Context:
     """What a layer is called with beside the hidden state: masks, positions, another stack's output.
@@ -149,11 +152,23 @@ def _advance(
         sides = torch.empty(x_TD.shape[0], width, dtype=torch.uint8, device=x_TD.device)
     for rows in notes.tiles:
         value_TD = part.tile(rows).value[0].detach()
-        side = coupling.forward_(x_TD[rows], other_TD[rows], value_TD, keep=keep, watch=watch)
-        if sides is not None:
-            assert side is not None
-            sides[rows] = side
+        for piece, place in _bites(value_TD, rows):
+            side = coupling.forward_(x_TD[place], other_TD[place], value_TD[piece], keep=keep, watch=watch)
+            if sides is not None:
+                assert side is not None
+                sides[place] = side
     return sides
+
+
+def _bites(value_TD: Tensor, rows: slice) -> Iterator[tuple[slice, slice]]:
+    """Rows of a tile, and where they stand in the stream, in pieces that a coupling's dozen passes over them keep in
+    a CPU's cache. A GPU's are taken whole, by one kernel."""
+    count = value_TD.shape[0]
+    # A subclass has no memory to be near to (fake tensors).
+    size = max(1, CACHED // value_TD.shape[1]) if value_TD.is_cpu and type(value_TD) is Tensor else count
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield slice(start, stop), slice(rows.start + start, rows.start + stop)
 
 
 @dataclass
@@ -289,14 +304,17 @@ class Walk:
             x_TD, other_TD = stream_BLD.flatten(0, 1), other_BLD.flatten(0, 1)
             for rows in self.notes.tiles:
                 tile = part.tile(rows)
-                side = None if sides is None else sides[rows]
-                coupling.inverse_(x_TD[rows], other_TD[rows], tile.value[0].detach(), side)
+                value_TD = tile.value[0].detach()
+                for piece, place in _bites(value_TD, rows):
+                    side = None if sides is None else sides[place]
+                    coupling.inverse_(x_TD[place], other_TD[place], value_TD[piece], side)
+                del value_TD
                 if dy_BLD is not None and half.tokens is not None:
                     of_core = self._back_through(tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, trained)
                     if of_core is not None:
                         part.gather(of_core, rows, of_outputs)
                     del of_core
-                del tile, side
+                del tile
         if dy_BLD is None:
             return
         part.outputs.clear()  # their graphs hold them as long as they need them
