@@ -39,14 +39,15 @@ def pairs(tmp_path):
 
 
 def test_the_campaign_in_miniature(tmp_path, pairs, campaign, capsys):
-    """Each method is trained in all its arms at both depths; figure, numbers and environment are written."""
+    """Each method is trained in all its arms at both depths and reported; after an interruption the rest is done."""
     out = tmp_path / "out"
     cases, methods = ["bert-tiny@random:1e-3", "bert-tiny@random-twice:5e-4"], ["meft3-exact", "meft3"]
     small = ["--steps", "3", "--batch-size", "2", "--length", "12", "--gradient-every", "2"]
 
-    assert 0 == campaign["main"]([str(out), "--data", str(pairs), "--cases", *cases, "--methods", *methods, *small])
+    command = [str(out), "--data", str(pairs), "--cases", *cases, "--methods", *methods, *small]
+    assert 0 == campaign["main"](command)
 
-    table = pd.read_csv(out / "losses.csv")
+    table = pd.read_csv(out / "losses.csv", float_precision="round_trip")
     arms = table[["case", "method", "activations", "precision"]].drop_duplicates()
     assert 2 * (3 + 2) == len(arms)  # cases; an exact method has a float64 arm beside
     assert {0, 1, 2} == set(table.step)
@@ -66,6 +67,13 @@ def test_the_campaign_in_miniature(tmp_path, pairs, campaign, capsys):
     assert torch.__version__ == told["packages"]["torch"]
     assert 1 == told["torch"]["threads"]
     assert "glue/pairs" == told["campaign"]["data"]["name"]
+
+    written = (out / "losses.csv").read_bytes()
+    (out / "losses.csv").write_text(table[table.method == "meft3-exact"].to_csv(index=False))
+    assert 0 == campaign["main"](command)
+    assert sorted(written.splitlines()) == sorted((out / "losses.csv").read_bytes().splitlines())
+    assert 2 == campaign["main"]([*command, "--seed", "1"])
+    assert "holds a campaign of other options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

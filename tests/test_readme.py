@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from meftbench.cli import _VERBS
@@ -31,6 +32,18 @@ def test_the_table_is_what_the_program_prints():
 
     assert 12 <= len(table)
     assert [] == [line for line in table if line not in printed]
+
+
+def test_the_memory_table_is_what_the_campaign_counted():
+    """Streams by layers, to the digit shown; the bold row is meft1-exact at 16 tiles."""
+    depth = pd.read_csv(ROOT / "reports" / "exact-memory" / "depth.csv")
+    counted = depth[depth.precision == "fp32"].pivot_table(index="method", columns="layers", values="streams")
+    block = re.search(r"<!-- memory.*?-->\n(.*?)\n<!-- end of memory", README, re.DOTALL)[1]
+    rows = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+
+    assert 4 <= len(rows)
+    for method, *values in rows:
+        assert [f"{counted.loc[method, layers]:.1f}" for layers in (12, 24, 48)] == values
 
 
 def test_every_file_it_links_to_is_there():

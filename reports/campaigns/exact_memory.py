@@ -36,7 +36,6 @@ BY_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("meft1", {}),
     ("meft1-exact", {}),
     EXACT,
-    ("meft2-exact", {"tiles": 16}),
     ("meft3-exact", {"tiles": 16}),
 )
 BY_LENGTH = (("full", {}), ("lora", {}), *BY_DEPTH[:5])

@@ -153,14 +153,13 @@ def speed(
     rounds: int,
     methods: list[str],
 ) -> pd.DataFrame:
-    """One row a model, shape and method (of METHODS): median seconds over `rounds` interleaved steps, ratio to lora+checkpoint."""
+    """One row a model, shape and method: median seconds over `rounds` interleaved steps, ratio to lora+checkpoint."""
     rows = []
     for model in models:
         for batch, length in shapes:
-            steps = {
-                name: build_step(a_cell(model, METHODS[name][0], batch, length, precision, **METHODS[name][1]), device)
-                for name in methods
-            }
+            chosen = {name: METHODS[name] for name in methods}
+            cells = {name: a_cell(model, m, batch, length, precision, **s) for name, (m, s) in chosen.items()}
+            steps = {name: build_step(cell, device) for name, cell in cells.items()}
             samples, peaks = _interleaved(steps, device, rounds)
             base = samples["lora+checkpoint"]
             for method, seconds in samples.items():
