@@ -22,7 +22,8 @@ class Sums:
             total = self._totals.get(id(parameter))
             if total is None:
                 wide = torch.float32 if parameter.dtype.itemsize < 4 else parameter.dtype
-                self._totals[id(parameter)] = gradient.to(wide)
+                # A copy: autograd may give one tensor to two parameters, or the very gradient it was given.
+                self._totals[id(parameter)] = gradient.to(wide, copy=True)
             else:
                 total.add_(gradient)
 

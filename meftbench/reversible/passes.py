@@ -294,7 +294,7 @@ class Walk:
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
         args, kwargs, context_roots = self.notes.context.fresh()
         dy_BLD = self.gradients[replaced]
-        with self._as_in_forward(index, replaced, dy_BLD is not None):
+        with self._as_in_forward(index, replaced):
             wanted = self.notes.reads_wanted(index, replaced)
             with gathered_in(lambda of_read_BLD: self._add_to_gradient(1 - replaced, of_read_BLD)):
                 part = _Recomputed(self.stack, half, block, other_BLD, self.notes, wanted, args, kwargs)
@@ -323,10 +323,10 @@ class Walk:
         coupling.gradient_(dy_BLD, other_gradient)
 
     @contextmanager
-    def _as_in_forward(self, index: int, replaced: int, grad: bool) -> Iterator[None]:
+    def _as_in_forward(self, index: int, replaced: int) -> Iterator[None]:
         rng = self.notes.rng[2 * index + replaced]
         with (
-            torch.set_grad_enabled(grad),
+            torch.enable_grad(),  # also where no gradient is wanted: as in the forward pass
             self.notes.autocast.entered(),
             replayed_rng(rng, self.notes.device),
         ):
@@ -383,7 +383,8 @@ class Walk:
                 del of_read_BLD
             for place in range(len(context_roots)):
                 self.of_context[place] = _sum(self.of_context[place], found[place])
-            self.of_trained.add(trained, found[len(context_roots) :])
+            del found[: len(context_roots)]
+            self.of_trained.add(trained, found)
 
     def _gradient_of(self, stream: int) -> Tensor:
         """The gradient of a stream, to be added to in place."""
@@ -405,4 +406,6 @@ def _observe(stack: ReversibleStack, notes: Notes, direction: str, index: int, s
 
 
 def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
-    return term if total is None else total if term is None else total + term
+    if term is None:
+        return total
+    return term.clone() if total is None else total + term  # a term may be dy itself, which is overwritten

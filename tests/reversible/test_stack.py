@@ -71,6 +71,30 @@ def test_numerical_gradcheck():
     assert torch.autograd.gradcheck(lambda h: stack(h), (a_hidden_state(),))
 
 
+def test_gradients_that_autograd_hands_on_unchanged_are_not_overwritten():
+    """Where a value is a sum, autograd gives the same tensor to all terms: parameters, context and input."""
+
+    def f(block, h, shift):
+        return h + block.one + block.two + shift
+
+    def g(block, h, shift):
+        return h + block.one
+
+    results = []
+    for activations in ("reverse", "cache"):
+        block = Block({}, f, g)
+        for name in ("one", "two"):
+            block.register_parameter(name, nn.Parameter(torch.ones(2, 4, D, dtype=torch.float64)))
+        stack = ReversibleStack([block], Coupling(Float(), 0.5), Coupling(Float(), 0.25), swap=True, carrier=0)
+        stack.activations = activations
+        h, shift = a_hidden_state(), torch.ones(2, 4, D, dtype=torch.float64, requires_grad=True)
+        (stack(h, shift) ** 2).sum().backward()
+        results.append([h.grad, shift.grad, block.one.grad, block.two.grad])
+
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, atol=1e-12)
+
+
 def test_dropout_is_repeated_and_the_global_stream_is_left_alone():
     """Recomputation sees the forward's masks, and what is drawn after the step is what would have been drawn."""
     stack, plain = a_stack(dropout=0.5), ordinary(a_stack(dropout=0.5))
