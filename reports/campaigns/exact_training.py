@@ -116,11 +116,7 @@ def trained(task: Task, options: argparse.Namespace) -> pd.DataFrame:
     losses, facts = options.out / "losses.csv", options.out / "environment.json"
     options.out.mkdir(parents=True, exist_ok=True)
     if facts.is_file():
-        found = json.loads(facts.read_text())
-        if [told["campaign"], told["meftbench"]["code_digest"]] != [
-            found["campaign"],
-            found["meftbench"]["code_digest"],
-        ]:
+        if _sameness(told) != _sameness(json.loads(facts.read_text())):
             raise UserError(str(options.out), "holds a campaign of other options or code", "name another folder")
     else:
         facts.write_text(json.dumps(told, indent=2) + "\n")
@@ -132,6 +128,11 @@ def trained(task: Task, options: argparse.Namespace) -> pd.DataFrame:
                 tables.append(train(case, method, task, gradient_every=options.gradient_every, seed=options.seed))
                 pd.concat(tables, ignore_index=True).to_csv(losses, index=False)
     return pd.concat(tables, ignore_index=True)
+
+
+def _sameness(told: dict[str, Any]) -> tuple[object, ...]:
+    """What must agree for two calls to be one campaign."""
+    return told["campaign"], told["meftbench"]["code_digest"], told["packages"]["torch"]
 
 
 # --- the task ---
@@ -376,7 +377,13 @@ def summary(table: pd.DataFrame, task: Task, options: argparse.Namespace) -> str
         *_comparison_table(found[~in_fp64]),
     ]
     if in_fp64.any():
-        lines += ["", "For scale, float64 against fp32, both ordinary:", "", *_comparison_table(found[in_fp64])]
+        lines += [
+            "",
+            "For scale, float64 against fp32, both ordinary. Where these part too, training itself magnifies rounding; "
+            "what reversal adds to a step is the last column of the table above:",
+            "",
+            *_comparison_table(found[in_fp64]),
+        ]
     lines += [
         "",
         f"- loss: of the step's batch, before its update ({_unit(task)}).",
@@ -400,10 +407,11 @@ def _in_words(rows: pd.DataFrame) -> str:
 
 
 def _comparison_table(found: pd.DataFrame) -> list[str]:
+    names = ["first loss", "last loss", "ordinary, last", "largest difference", "at step", "relative", "adapters"]
+    names += ["gradients"] if found["gradient_distance"].notna().any() else []
     lines = [
-        "| model | rate | method | first loss | last loss | ordinary, last | largest difference | at step | relative "
-        "| adapters | gradients |",
-        "| --- | ---: | --- " + "| ---: " * 8 + "|",
+        f"| model | rate | method | {' | '.join(names)} |",
+        "| --- | ---: | --- " + "| ---: " * len(names) + "|",
     ]
     for (_, method), rows in found.groupby(["case", "method"], sort=False):
         gradients = rows["gradient_distance"].dropna()
@@ -418,8 +426,9 @@ def _comparison_table(found: pd.DataFrame) -> list[str]:
             str(rows["step"].iloc[_place_of_largest(rows["difference"])]),
             _number(_largest(rows["relative"])),
             _number(rows["weights_distance"].iloc[-1]),
-            f"{_number(gradients.min())} to {_number(_largest(gradients))}" if len(gradients) else "",
         ]
+        if len(gradients):
+            cells.append(f"{_number(gradients.min())} to {_number(_largest(gradients))}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -452,7 +461,7 @@ def _place_of_largest(values: pd.Series) -> int:
 
 
 def _number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.2g}"
+    return "0" if value == 0 else f"{value:.0f}" if 10 <= value < 1e4 else f"{value:.2g}"
 
 
 def environment_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
@@ -477,9 +486,12 @@ def write_figure(table: pd.DataFrame, task: Task, folder: Path) -> None:
         rows = table[table["case"] == case]
         plot_losses(rows, left)
         plot_differences(differences(rows), right)
-        name = f"{rows['layers'].iloc[0]} layers ({rows['model'].iloc[0]}), rate {rows['learning_rate'].iloc[0]:g}"
-        left.set(title=f"{name}: loss", ylabel=f"loss of the batch ({_unit(task)})")
-        right.set(title=f"{name}: distance from ordinary", ylabel=f"|difference of losses| ({_unit(task)})")
+        depth, rate = rows["layers"].iloc[0], rows["learning_rate"].iloc[0]
+        name = f"{depth} layers ({rows['model'].iloc[0]}), learning rate {rate:g}"
+        left.set_title(f"{name}: losses", fontsize=11)
+        right.set_title(f"{name}: distances", fontsize=11)
+        left.set_ylabel(f"loss of the batch ({_unit(task)})")
+        right.set_ylabel(f"|loss - ordinary loss| ({_unit(task)})")
     for ax in grid[-1]:
         ax.set_xlabel("step")
     handles = _legend(list(dict.fromkeys(table["method"])))

@@ -130,7 +130,7 @@ def test_an_exact_method_that_is_not_exact_is_an_error():
     def sometimes(*args, **kwargs):
         calls.append(1)
         output = true_forward(*args, **kwargs)
-        return (output[0] * (1.01 if len(calls) > 4 else 1.0), *output[1:])
+        return (output[0] * (1.01 if len(calls) == 2 else 1.0), *output[1:])
 
     attention.forward = sometimes
 
