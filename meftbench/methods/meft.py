@@ -46,8 +46,8 @@ def _layout(block: Any) -> Layout:
     return layout
 
 
-# Tokens; with fewer, tiles are so few that a tile holds more than attention does, and groups of heads save nothing.
-PARTED_FROM = 8192
+# Tiles; where they are fewer, a tile holds more than attention does, and groups of heads would save nothing.
+PARTED_FROM = 8
 
 _WHOLE_LAYER = Half(_attention_core, _layer_tokens)
 _ATTENTION = Half(_attention_core, _attention_tokens)

@@ -88,14 +88,15 @@ class Notes:
     def of(stack: ReversibleStack, h_BLD: Tensor, context: Context, strict: bool) -> Notes:
         device, blocks = h_BLD.device, len(stack.blocks)
         limits = [coupling.limit for coupling in stack.couplings if coupling.limit is not None]
+        tiles = tiles_of(h_BLD.shape[:-1].numel(), stack.tiles, h_BLD.shape[-1], device)
         return Notes(
             context=context,
             dtype=h_BLD.dtype,
             shape=h_BLD.shape,
             device=device,
             input_wanted=h_BLD.requires_grad,
-            tiles=tiles_of(h_BLD.shape[:-1].numel(), stack.tiles, h_BLD.shape[-1], device),
-            parts=stack.parts_of(h_BLD.shape[:-1].numel()),
+            tiles=tiles,
+            parts=stack.parts_of(len(tiles)),
             autocast=AutocastState.now(device.type),
             numerics=Numerics.now(),
             # Dropout may be switched between forward and backward; recomputation must see the forward's mode.

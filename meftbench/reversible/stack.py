@@ -53,7 +53,7 @@ class ReversibleStack(nn.Module):
     carrier: 0 or 1: which stream carries the output of the last pre-trained layer; returned if output is "last".
     tiles: token-wise work runs on that many tiles of the B·L tokens, in forward and backward; "auto": see `tiles_of`.
     parts: a half's core runs in that many parts, such as groups of heads; in one where there are fewer than
-        `parts_from` of the B·L tokens.
+        `parts_from` tiles.
     activations: what backward uses.
         "reverse": each block's inputs are recomputed from its outputs; only the last two streams, what the
             arithmetic puts aside, and RNG states are kept.
@@ -119,9 +119,9 @@ class ReversibleStack(nn.Module):
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
         return output_BLD
 
-    def parts_of(self, tokens: int) -> int:
-        """Parts that a core runs in on that many tokens."""
-        return self.parts if tokens >= self.parts_from else 1
+    def parts_of(self, tiles: int) -> int:
+        """Parts that a core runs in beside that many tiles."""
+        return self.parts if tiles >= self.parts_from else 1
 
     def finish(self, streams: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The hidden state (B, L, D) from the last two streams [y1, y2], a tensor of its own."""
@@ -180,7 +180,7 @@ class ReversibleStack(nn.Module):
         first, second = self.couplings
         read = self.arithmetic.ordinary.read
         tiles = tiles_of(x1_BLD.shape[:-1].numel(), self.tiles, x1_BLD.shape[-1], x1_BLD.device)
-        parts = self.parts_of(x1_BLD.shape[:-1].numel())
+        parts = self.parts_of(len(tiles))
         f_BLD = f.ordinary(block, read(x2_BLD, dtype), tiles, parts, args, kwargs)
         y1_BLD = first.ordinary(x1_BLD, x2_BLD, f_BLD)
         g_BLD = g.ordinary(block, read(y1_BLD, dtype), tiles, parts, args, kwargs)
