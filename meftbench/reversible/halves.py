@@ -22,7 +22,7 @@ Core = Callable[..., Tensor]
 Tokens = Callable[..., Tensor]
 
 MOST_TILES = 32  # more would shrink what is an eighth of a stream already
-CPU_TILE = 768  # tokens; fewer make matrix products slower
+CPU_TILE = 4096  # tokens; fewer make matrix products slower
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def joined(outputs: list[Tensor], rows: slice) -> Tensor | None:
 def tiles_of(tokens: int, asked: int | Literal["auto"], width: int, device: torch.device) -> list[slice]:
     """`tokens` (of all samples) cut into `asked` tiles whose sizes differ by one at most.
 
-    "auto": as many as leave each tile large enough to fill the device, at most 32: 768 tokens on a CPU; on CUDA four
+    "auto": as many as leave each tile large enough to fill the device, at most 32: 4,096 tokens on a CPU; on CUDA four
     waves of 128 × 128 blocks in the product that widens `width` fourfold.
     """
     count = min(_auto(tokens, width, device) if asked == "auto" else asked, tokens)

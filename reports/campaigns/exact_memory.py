@@ -35,10 +35,11 @@ BY_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lora+checkpoint+offload", {}),
     ("meft1", {}),
     ("meft1-exact", {}),
+    ("meft1-exact", {"tiles": 5}),
     EXACT,
     ("meft3-exact", {"tiles": 16}),
 )
-BY_LENGTH = (("full", {}), ("lora", {}), *BY_DEPTH[:5])
+BY_LENGTH = (("full", {}), ("lora", {}), *BY_DEPTH[:5], ("meft1-exact", {"tiles": 32}))
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 

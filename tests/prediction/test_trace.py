@@ -64,12 +64,12 @@ def streams_at(depths, method, **params):
 
 @pytest.mark.slow
 def test_exact_holds_a_third_of_lora_with_checkpointing():
-    """Number 3 of the second issue, 12 / 24 / 48 layers: at most 45 / 35 / 26 % of it with the tiles that cost no
-    time, 12 / 13 / 15 streams with 16."""
+    """Number 3 of the second issue, 12 / 24 / 48 layers: at most 45 / 35 / 26 % of it, with five tiles
+    already; 12 / 13 / 15 streams with 16."""
     exact = streams_at((12, 24, 48), "meft1-exact", tiles=16)
-    automatic = streams_at((12, 24, 48), "meft1-exact")
+    fewer = streams_at((12, 24, 48), "meft1-exact", tiles=5)
     checkpointed = streams_at((12, 24, 48), "lora+checkpoint")
 
     assert all(ours <= goal for ours, goal in zip(exact, (12, 13, 15), strict=True))
-    for ours, theirs, share in zip(automatic, checkpointed, (0.45, 0.35, 0.26), strict=True):
+    for ours, theirs, share in zip(fewer, checkpointed, (0.45, 0.35, 0.26), strict=True):
         assert ours <= share * theirs
