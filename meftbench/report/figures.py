@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report import plots
+from meftbench.report import plots, side_bits
 from meftbench.report.tables import (
     SHAPE,
     Group,
@@ -33,9 +33,9 @@ _PIXELS_AN_INCH = 96
 Draw = Callable[["DataFrame", "Axes"], None]
 # One above the other, over the same side bits; a metric that the run did not take has no row.
 _BY_SIDE_BITS: dict[str, Draw] = {
-    "starting_point_shift": plots.plot_shift_by_side_bits,
-    "activation_peak_bytes": plots.plot_activation_by_side_bits,
-    "step_time_s": plots.plot_time_by_side_bits,
+    "starting_point_shift": side_bits.plot_shift_by_side_bits,
+    "activation_peak_bytes": side_bits.plot_activation_by_side_bits,
+    "step_time_s": side_bits.plot_time_by_side_bits,
 }
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meftbench.reversible.passes import Notes, Walk, run_forward
+from meftbench.reversible.notes import Notes
+from meftbench.reversible.passes import Walk, run_forward
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack

@@ -16,7 +16,8 @@ from meftbench.reversible.arithmetic import Arithmetic
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.halves import Half, tiles_of
-from meftbench.reversible.passes import Context, Notes, run_forward
+from meftbench.reversible.notes import Context, Notes
+from meftbench.reversible.passes import run_forward
 
 Observer = Callable[[str, int, list[Tensor]], None]
 

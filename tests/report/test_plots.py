@@ -22,7 +22,7 @@ from builders import (
 from meftbench.plan.catalogue import METHODS
 from meftbench.records.metrics import BREAKDOWN
 from meftbench.records.record import Metric
-from meftbench.report import plots
+from meftbench.report import plots, side_bits
 from meftbench.report.figures import pictures
 from meftbench.report.tables import frame_of
 
@@ -182,7 +182,7 @@ def test_the_shift_is_drawn_over_side_bits_for_each_coupling_and_output(frame):
     """Other methods are horizontal, and the one that is exactly 0 has no place on a log axis: it is said."""
     ax = an_axes()
 
-    plots.plot_shift_by_side_bits(frame(*a_side_bits_sweep((2, 1, 4))), ax)
+    side_bits.plot_shift_by_side_bits(frame(*a_side_bits_sweep((2, 1, 4))), ax)
 
     assert {
         "paper, mean": ([1, 2, 4], [1, 0.5, 0.125]),
@@ -203,7 +203,7 @@ def test_memory_over_side_bits_is_in_mebibytes_from_zero(frame):
     """What a bit costs is seen beside what is not saved; the source is said and is the line's style."""
     ax = an_axes()
 
-    plots.plot_activation_by_side_bits(frame(*a_side_bits_sweep((1, 8), ("paper",))), ax)
+    side_bits.plot_activation_by_side_bits(frame(*a_side_bits_sweep((1, 8), ("paper",))), ax)
 
     found = lines(ax)
     assert [1, 8] == found["paper, mean"][0]
@@ -218,7 +218,7 @@ def test_time_over_side_bits_has_its_quartiles(frame):
     cells = [an_exact_cell(m, metrics={"step_time_s": step_time(0.1 * m, spread=0.5)}) for m in (1, 2)]
     ax = an_axes()
 
-    plots.plot_time_by_side_bits(frame(*cells), ax)
+    side_bits.plot_time_by_side_bits(frame(*cells), ax)
 
     assert {"paper, mean": ([1, 2], [100, 200])} == lines(ax)
     bars = [(*low, *high) for low, high in ax.collections[0].get_segments()]
@@ -230,7 +230,7 @@ def test_lines_of_equal_memory_can_be_told_apart(frame):
     """Each line has its own colour and marker, and a smaller one than the line below it."""
     ax = an_axes()
 
-    plots.plot_activation_by_side_bits(frame(*a_side_bits_sweep((1, 2))), ax)
+    side_bits.plot_activation_by_side_bits(frame(*a_side_bits_sweep((1, 2))), ax)
 
     drawn = ax.get_lines()[:4]
     assert 4 == len({line.get_color() for line in drawn}) == len({line.get_marker() for line in drawn})
@@ -242,7 +242,7 @@ def test_a_sweep_with_another_setting_has_another_marker_and_names_it(frame):
     cells = [an_exact_cell(m, method_params=extra) for extra in ({}, {"adapter_size": 8}) for m in (1, 2)]
     ax = an_axes()
 
-    plots.plot_shift_by_side_bits(frame(*cells), ax)
+    side_bits.plot_shift_by_side_bits(frame(*cells), ax)
 
     plain, small = ax.get_lines()
     assert ("paper, mean", "paper, mean, adapter_size=8") == (plain.get_label(), small.get_label())
@@ -255,7 +255,7 @@ def test_side_bits_without_a_number_are_named(frame):
     failed = a_record("oom", method="meft1-exact", method_params={"side_bits": 7})
     ax = an_axes()
 
-    plots.plot_shift_by_side_bits(frame(an_exact_cell(1), an_exact_cell(2), failed), ax)
+    side_bits.plot_shift_by_side_bits(frame(an_exact_cell(1), an_exact_cell(2), failed), ax)
 
     assert {"paper, mean\nm=7: oom": ([1, 2], [1, 0.5])} == lines(ax)
 
