@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.cell import Cell
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run, load_run, writing
 
@@ -18,17 +18,8 @@ MiB = 2**20
 
 def a_cell(**fields: Any) -> Cell:
     """bert-base@random, full, 8 × 128; `method="lora+checkpoint"` sets the levers too."""
-    name, *levers = fields.pop("method", "full").split("+")
-    batch = fields.pop("batch_size", 8)
-    given = {
-        "model": "bert-base@random",
-        "method": name,
-        "levers": Levers(**dict.fromkeys(levers, True)),
-        "batch_size": batch,
-        "micro_batch_size": batch,
-        "sequence_length": 128,
-    }
-    return Cell(**(given | fields))
+    given = {"method": "full", "model": "bert-base@random", "batch_size": 8, "sequence_length": 128}
+    return Cell.of(**(given | fields))
 
 
 def counted(value: int | float, **fields: Any) -> Metric:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones.build import build_model
-from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.cell import Cell
 from meftbench.step import Step, build_step
 
 # Windows are collected at their edges; what is imported by now never becomes garbage.
@@ -49,17 +49,13 @@ def a_batch(samples: int = 3, length: int = 12, padded: int = 4) -> dict[str, Te
 
 def a_cell(method: str = "full", **changes: Any) -> Cell:
     """A cell of a tiny model; "+lever" in the method's name switches levers on."""
-    name, *levers = method.split("+")
     values: dict[str, Any] = {
         "model": "bert-tiny@random",
         "model_config_overrides": FOUR_LAYERS | {"vocab_size": 120, "attention_probs_dropout_prob": 0.0},
-        "method": name,
-        "levers": Levers(**dict.fromkeys(levers, True)),
         "batch_size": 4,
         "sequence_length": 16,
     }
-    values |= changes
-    return Cell(**({"micro_batch_size": values["batch_size"]} | values))
+    return Cell.of(method, **(values | changes))
 
 
 def a_step(method: str = "full", **changes: Any) -> Step:

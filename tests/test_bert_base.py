@@ -5,21 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.cell import Cell
 from meftbench.probes.memory_counted import CountedStep
 from meftbench.step import build_step
 
 STREAM = 8 * 512 * 768 * 4  # batch × tokens × hidden × 4 bytes
 
 
-def streams(method, *levers):
-    cell = Cell(
+def streams(method):
+    cell = Cell.of(
+        method,
         model="bert-base@random",
         model_config_overrides={"attention_probs_dropout_prob": 0.0},
-        method=method,
-        levers=Levers(**dict.fromkeys(levers, True)),
         batch_size=8,
-        micro_batch_size=8,
         sequence_length=512,
     )
     with CountedStep(build_step(cell, torch.device("cpu"))) as counted:
@@ -32,5 +30,5 @@ def test_meft_holds_an_eighth_of_full_and_three_quarters_of_lora_with_checkpoint
     """meft1 ≤ 12.5 % of full and ≤ 75 % of lora+checkpoint. `meftbench run bert-base-streams` prints all methods."""
     meft1 = streams("meft1")
 
-    assert meft1 <= 0.75 * streams("lora", "checkpoint")
+    assert meft1 <= 0.75 * streams("lora+checkpoint")
     assert meft1 <= 0.125 * streams("full")

@@ -54,6 +54,13 @@ class Cell(BaseModel):
     device: str = "counted"
     seed: int = 0
 
+    @classmethod
+    def of(cls, method: str, **fields: Any) -> Cell:
+        """A cell of a method with its levers, "lora+checkpoint"; one micro-batch unless `micro_batch_size` is given."""
+        name, *levers = method.split("+")
+        own: dict[str, Any] = {"method": name, "micro_batch_size": fields.get("batch_size")}
+        return cls(**(own | {"levers": Levers(**dict.fromkeys(levers, True))} | fields))
+
     @cached_property
     def cell_id(self) -> str:
         """Hash of what differs from the defaults: a field added later leaves old ids as they are."""

@@ -24,7 +24,7 @@ from meftbench.reversible import bits
 class Ordinary(Protocol):
     """The operations under ordinary autograd: nothing in place, every one differentiable."""
 
-    def lift(self, h_BLD: Tensor) -> Tensor:
+    def lifted(self, h_BLD: Tensor) -> Tensor:
         """A stream from a hidden state (floating point)."""
         ...
 
@@ -104,9 +104,10 @@ class Float:
         return self
 
     def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled() and h_BLD.requires_grad:
-            return h_BLD
         return h_BLD.clone(memory_format=torch.contiguous_format)
+
+    def lifted(self, h_BLD: Tensor) -> Tensor:
+        return h_BLD
 
     def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
         return x_TD
@@ -218,7 +219,7 @@ class StraightThrough:
     def unit(self) -> float:
         return math.ldexp(1.0, -self.step_bits)
 
-    def lift(self, h_BLD: Tensor) -> Tensor:
+    def lifted(self, h_BLD: Tensor) -> Tensor:
         return self._rounded(h_BLD)
 
     def read(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:

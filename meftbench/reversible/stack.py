@@ -152,7 +152,7 @@ class ReversibleStack(nn.Module):
 
     def _ordinary(self, h_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         numbers, dtype = self.arithmetic.ordinary, h_BLD.dtype
-        streams = [numbers.lift(h_BLD)] * 2
+        streams = [numbers.lifted(h_BLD)] * 2
         for index in range(len(self.blocks)):
             if self.swap and index:
                 streams.reverse()

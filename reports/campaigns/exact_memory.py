@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from meftbench.errors import UserError
-from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.memory_counted import peak_buffers
 
@@ -44,16 +44,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def a_cell(method: str, params: dict[str, Any], batch: int, length: int, layers: int, precision: str = "fp32") -> Cell:
-    name, *levers = method.split("+")
     config = {"attention_probs_dropout_prob": 0.0, "num_hidden_layers": layers}
-    return Cell(
+    return Cell.of(
+        method,
+        method_params=params,
         model="bert-base@random",
         model_config_overrides=config | ({"max_position_embeddings": length} if length > 512 else {}),
-        method=name,
-        method_params=params,
-        levers=Levers(**dict.fromkeys(levers, True)),
         batch_size=batch,
-        micro_batch_size=batch,
         sequence_length=length,
         precision=precision,
     )

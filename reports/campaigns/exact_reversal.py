@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.measurement import describe
-from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.cell import Cell
 from meftbench.step import Step, build_step
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,18 +72,15 @@ PRECISIONS = ("fp32", "bf16-autocast", "fp16-autocast", "bf16")
 
 def a_cell(model: str, method: str, batch: int, length: int, precision: str, **settings: Any) -> Cell:
     name, overrides = MODELS[model]
-    name_of_method, *levers = method.split("+")
     overrides = overrides | {"attention_probs_dropout_prob": 0.0}
     if length > 512:
         overrides |= {"max_position_embeddings": length}
-    return Cell(
+    return Cell.of(
+        method,
+        method_params=settings,
         model=name,
         model_config_overrides=overrides,
-        method=name_of_method,
-        method_params=settings,
-        levers=Levers(**dict.fromkeys(levers, True)),
         batch_size=batch,
-        micro_batch_size=batch,
         sequence_length=length,
         precision=precision,
     )

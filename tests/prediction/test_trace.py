@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.memory_counted import CountedStep
 from meftbench.step import build_step
@@ -43,15 +43,12 @@ def test_a_traced_step_is_a_computed_step_byte_for_byte(method, precision):
 
 
 def bert_base(method, layers, **params):
-    name, *levers = method.split("+")
-    return Cell(
+    return Cell.of(
+        method,
+        method_params=params,
         model="bert-base@random",
         model_config_overrides={"attention_probs_dropout_prob": 0.0, "num_hidden_layers": layers},
-        method=name,
-        method_params=params,
-        levers=Levers(**dict.fromkeys(levers, True)),
         batch_size=8,
-        micro_batch_size=8,
         sequence_length=512,
     )
 

@@ -89,10 +89,9 @@ def test_in_double_precision_the_errors_are_small():
     assert 0 == metrics["overflow_events"].value
 
 
-def test_a_wrong_recomputation_is_seen():
-    """If the recomputed layer differs from the forward's, both errors say so."""
-    step = a_step("meft1", precision="fp64")
-    attention = step.applied.stacks[0].blocks[0].layer.attention.self
+def make_attention_differ_in_backward(step, block):
+    """The second time that the block's attention runs, its output is another."""
+    attention = step.applied.stacks[0].blocks[block].layer.attention.self
     true_forward, calls = attention.forward, []
 
     def sometimes(*args, **kwargs):
@@ -101,6 +100,12 @@ def test_a_wrong_recomputation_is_seen():
         return (output[0] * (1.01 if len(calls) == 2 else 1.0), *output[1:])
 
     attention.forward = sometimes
+
+
+def test_a_wrong_recomputation_is_seen():
+    """If the recomputed layer differs from the forward's, both errors say so."""
+    step = a_step("meft1", precision="fp64")
+    make_attention_differ_in_backward(step, block=0)
     metrics = measure_fidelity(step)
 
     assert metrics["reconstruction_rel_max"].value > 1e-4
@@ -124,15 +129,7 @@ def test_exact_reversal_restores_every_element(method, precision):
 def test_an_exact_method_that_is_not_exact_is_an_error():
     """A half that computes something else in backward ends the cell, with the layer in the message."""
     step = a_step("meft1-exact")
-    attention = step.applied.stacks[0].blocks[1].layer.attention.self
-    true_forward, calls = attention.forward, []
-
-    def sometimes(*args, **kwargs):
-        calls.append(1)
-        output = true_forward(*args, **kwargs)
-        return (output[0] * (1.01 if len(calls) == 2 else 1.0), *output[1:])
-
-    attention.forward = sometimes
+    make_attention_differ_in_backward(step, block=1)
 
     with pytest.raises(CellFailure, match=r"layer 0: .*not restored exactly"):
         measure_fidelity(step)

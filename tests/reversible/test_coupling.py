@@ -67,7 +67,7 @@ def test_the_ordinary_form_has_the_very_same_values(m, step_bits, centred, dtype
     x, other = arithmetic.lift(h1), arithmetic.lift(h2)
 
     coupling.forward_(x[0], other[0], value[0])
-    expected = coupling.ordinary(numbers.lift(h1), numbers.lift(h2), value)
+    expected = coupling.ordinary(numbers.lifted(h1), numbers.lifted(h2), value)
 
     assert torch.equal(expected, x.double() * arithmetic.unit)
     assert torch.equal(numbers.read(expected, dtype), arithmetic.read(x, dtype))
@@ -79,7 +79,7 @@ def test_the_derivatives_are_those_of_the_equation(factor, centred, exact):
     coupling = Coupling(FixedPoint() if exact else Float(), factor, centred)
     numbers = coupling.arithmetic.ordinary
     h, other = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    y = coupling.ordinary(numbers.lift(h), numbers.lift(other), torch.zeros(2, 3, 5, dtype=torch.float64))
+    y = coupling.ordinary(numbers.lifted(h), numbers.lifted(other), torch.zeros(2, 3, 5, dtype=torch.float64))
     dy = torch.randn_like(y)
     expected_x, expected_other = torch.autograd.grad(y, [h, other], dy, allow_unused=True)
 
