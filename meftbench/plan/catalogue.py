@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
@@ -38,6 +38,15 @@ class Bottleneck(Settings):
     init_std: float = Field(default=0.02, ge=0)
 
 
+def _pieces(value: Any) -> Any:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("must be auto, or a whole number from 1")
+    return value
+
+
+Pieces = Annotated[Literal["auto"] | int, BeforeValidator(_pieces)]
+
+
 class Meft(Bottleneck):
     """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); all but adapter_size, lambda and beta are ours.
 
@@ -57,8 +66,8 @@ class Meft(Bottleneck):
     reversible_layers: Literal["all"] | int = "all"
     reversible_at: Literal["top", "bottom"] = "top"
     remaining: Literal["adapted", "frozen"] = "adapted"
-    tiles: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
-    head_groups: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    tiles: Pieces = 1
+    head_groups: Pieces = 1
     strict: bool = False
 
     @field_validator("side_bits", "strict")
@@ -89,8 +98,8 @@ class MeftExact(Meft):
     """MEFT with exact reversal, token-wise work in tiles: what one should use."""
 
     arithmetic: Literal["exact"] = "exact"
-    tiles: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    head_groups: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    tiles: Pieces = "auto"
+    head_groups: Pieces = "auto"
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,15 @@ def write_whole(file: Path, text: str) -> None:
         raise unwritable(file.parent, error) from None
 
 
+def made(folder: Path) -> Path:
+    """`folder`, made with its parents if it was not there. Raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    return folder
+
+
 def unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(str(folder), f"cannot be written ({error.strerror or error})", "choose another folder with --out")
 

@@ -22,6 +22,7 @@ from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.memory_counted import peak_buffers
+from meftbench.records.store import made
 
 GiB = 2**30
 HIDDEN = 768
@@ -150,20 +151,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if len(options.depths) < 2 or len(options.lengths) < 2:
             raise UserError("exact_memory", "a slope takes two depths and two lengths", "name at least two of each")
+        made(options.out)  # before the work
         depth, length = by_depth(tuple(options.depths)), by_length(tuple(options.lengths))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    made = buffers(min(options.depths))
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, frame in {"depth": depth, "length": length, "buffers": made}.items():
+    alive = buffers(min(options.depths))
+    for name, frame in {"depth": depth, "length": length, "buffers": alive}.items():
         frame.to_csv(options.out / f"{name}.csv", index=False)
     for name, frame, plot in (("depth", depth, plot_by_depth), ("length", length, plot_by_length)):
         figure = Figure(figsize=(7.5, 4.8), layout="constrained")
         plot(frame, figure.subplots())
         for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
             figure.savefig(options.out / f"{name}.{suffix}", metadata=metadata)
-    text = summary(depth, slopes(depth, 8 * 512 * HIDDEN), length, longest(length, CARD), made)
+    text = summary(depth, slopes(depth, 8 * 512 * HIDDEN), length, longest(length, CARD), alive)
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def summary(*frames: pd.DataFrame) -> str:
     """The five tables in Markdown."""
-    depth, slope, length, longest_, made = frames
+    depth, slope, length, longest_, alive = frames
     layers = depth.pivot_table(index=["method", "precision"], columns="layers", values="streams", sort=False)
     share = depth.pivot_table(index=["method", "precision"], columns="layers", values="of_lora_checkpoint", sort=False)
     peaks = length.assign(GiB=length.peak_bytes / GiB).pivot_table(
@@ -185,7 +186,7 @@ def summary(*frames: pd.DataFrame) -> str:
         ("Longest sample on 24 GiB, CUDA context and fragmentation aside (counted, on the line)", longest_.round(0)),
         (
             "What is alive at the peak of meft1-exact",
-            made[["streams", "count", "op", "shape", "dtype", "place"]].round(2),
+            alive[["streams", "count", "op", "shape", "dtype", "place"]].round(2),
         ),
     ]
     return "\n".join(f"## {title}\n\n{_markdown(frame)}\n" for title, frame in parts)

@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.measurement import describe
 from meftbench.plan.cell import Cell
+from meftbench.records.store import made
 from meftbench.step import Step, build_step
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -306,6 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if not on_gpu and {"limits", "kernels"} & set(sections):
             raise UserError("--sections", "limits and kernels need a GPU", "leave them out, or use --device cuda")
+        made(options.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -319,7 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
         "limits": lambda: limits(device, models, precision),
         "kernels": lambda: kernels(device),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     parts = [f"# Exact reversal on {name} (measured)\n"]

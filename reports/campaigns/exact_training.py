@@ -36,6 +36,7 @@ from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.errors import UserError
 from meftbench.measurement import describe
 from meftbench.methods import Applied, prepare
+from meftbench.records.store import made
 from meftbench.report.figures import Picture
 from meftbench.runner import gpus, host
 from meftbench.runner.environment import environment
@@ -114,7 +115,7 @@ def trained(task: Task, options: argparse.Namespace) -> pd.DataFrame:
     """
     told = environment_of(task, options)
     losses, facts = options.out / "losses.csv", options.out / "environment.json"
-    options.out.mkdir(parents=True, exist_ok=True)
+    made(options.out)
     if facts.is_file():
         if _sameness(told) != _sameness(json.loads(facts.read_text())):
             raise UserError(str(options.out), "holds a campaign of other options or code", "name another folder")
