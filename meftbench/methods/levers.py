@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from meftbench.backbones import Layout, layout_of
 from meftbench.methods.applied import Applied
 from meftbench.reversible import ReversibleStack
-from meftbench.reversible.tiled import Tiling
+from meftbench.reversible.tiled import LEVER_TILES, Tiling
 
 # True while a copy to the host is made: on a machine without an accelerator host and device are one memory, and
 # whoever counts device bytes must be able to tell them apart (probes.memory_counted).
@@ -117,15 +117,15 @@ def offload(applied: Applied) -> None:
 
 
 def tiled_mlp(applied: Applied) -> None:
-    """Run every feed-forward in tiles of tokens, again in backward (reversible/tiled.py); on reversible stacks, whose
-    own passes do so without running anything twice: their tiles, if they have none yet."""
+    """Run every feed-forward in 16 tiles of tokens, again in backward (reversible/tiled.py); on reversible stacks, whose
+    own passes do so without running anything twice: their tiles, if no number of them was asked for."""
     model: Any = applied.model
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # peft has its own wrapper around
     layout = layout_of(model)
     tiling = applied.tiling = Tiling()
     for stack in applied.stacks:
-        stack.tiles = "auto" if stack.tiles == 1 else stack.tiles
+        stack.tiles = LEVER_TILES if stack.tiles in (1, "auto") else stack.tiles
     for layer in layout.list_of(model)[2]:
         if not isinstance(layer, ReversibleStack):
             # On the instance, by a partial: it is copied and pickled with the layer, and parameters keep their names.

@@ -22,13 +22,17 @@ from meftbench.reversible.recompute import AutocastState, Numerics, drew, replay
 
 Function = Callable[[Tensor], Tensor]  # (1, T, D) -> (1, T, D), each token alone
 
+# Of a lever that is there to hold less; as many as exact reversal is compared with (reports/exact-memory). "auto" means
+# as few as keep the device busy.
+LEVER_TILES = 16
+
 
 @dataclass
 class Tiling:
     """tiles: as `tiles_of` takes it.  recompute: False keeps what autograd keeps, on the same tiles.
     recomputed: tiles that were run again in backward."""
 
-    tiles: int | Literal["auto"] = "auto"
+    tiles: int | Literal["auto"] = LEVER_TILES
     recompute: bool = True
     recomputed: int = 0
 
