@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Written for this project.
 PASSAGE = """\
@@ -26,7 +26,7 @@ bakery and ask whether there is anything for them."""
 
 
 def resident_batch(
-    model: nn.Module,
+    model: Any,
     batch_size: int,
     sequence_length: int,
     device: torch.device,
@@ -35,13 +35,19 @@ def resident_batch(
     padding: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask (B, L) and random labels (B), the same for the same seed.
+    """What the model's forward takes, the same for the same seed: of a text model input_ids and attention_mask (B, L),
+    of an image model pixel_values (B, channels, size, size); and labels: random classes (B), or the tokens themselves
+    (B, L), -100 where they are padding, for a model that predicts tokens.
 
     text_from: folder or hub id of a tokenizer: sample i is the passage from another place on, repeated to length L.
         None: random tokens from `seed`.  padding: share of each sequence, at its end, that is padding.
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        pixels = torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, generator=generator)
+        labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
+        return {"pixel_values": pixels.to(device), "labels": labels.to(device)}
     ids = (
         _random_tokens(config, batch_size, sequence_length, generator)
         if text_from is None
@@ -51,7 +57,12 @@ def resident_batch(
     real = max(1, round(sequence_length * (1 - padding)))
     ids[:, real:] = config.pad_token_id or 0
     mask[:, real:] = 0
-    labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
+    if config.is_encoder_decoder:
+        ids[:, real - 1] = config.eos_token_id  # a classifier reads the last of them, one a sample
+    if model.get_output_embeddings() is not None:
+        labels = ids.masked_fill(mask == 0, -100)
+    else:
+        labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
     return {name: t.to(device) for name, t in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones.build import revision_of, tokenizer_of
+from meftbench.backbones.build import AUTO_CLASSES, revision_of, tokenizer_of
 from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
 from meftbench.methods import Applied
 from meftbench.plan.catalogue import BACKBONES, PROBES
@@ -174,7 +174,8 @@ def preload() -> None:
 
     for name in BACKBONES:
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    transformers.AutoModelForSequenceClassification  # noqa: B018 - resolved on first use
+    for name in AUTO_CLASSES.values():
+        getattr(transformers, name)  # resolved on first use
     gc.collect()
     gc.freeze()
 

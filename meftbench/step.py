@@ -33,6 +33,7 @@ class Step:
     """A model under a method, its optimizer and a resident batch.
 
     batch: arguments of the model's forward by name, each with B samples in its first dimension.
+    sequence_length: positions of a sample, where the batch has no mask that says so.
     micro_batch_size: samples a forward; losses are weighted so that gradients are those of the whole batch.
     autocast: dtype of the autocast region around forward and loss; None: no region.
     scaler: scales the loss, as fp16 needs; None: it is not. `forward_backward` leaves gradients scaled.
@@ -44,6 +45,7 @@ class Step:
     batch: dict[str, Tensor]
     micro_batch_size: int
     device: torch.device
+    sequence_length: int = 0
     autocast: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     phase: str = "load"
@@ -59,8 +61,9 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch that are not padding."""
-        return int(self.batch["attention_mask"].sum())
+        """Tokens of the batch that are not padding; of images: patches and special tokens."""
+        mask = self.batch.get("attention_mask")
+        return self.batch_size * self.sequence_length if mask is None else int(mask.sum())
 
     def run(self, mark: Mark = _unmarked) -> float:
         """One step; the loss of the batch. `mark` is called with a phase's name when it begins, and with "end"."""
@@ -124,7 +127,9 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
         attention=cell.attention_requested,
         dtype=dtype,
         seed=cell.seed,
+        head=cell.head,
     )
+    model.config.use_cache = False  # type: ignore[union-attr]  # a training step reads no cache, and a decoder would fill one
     method = "+".join([cell.method, *cell.levers.names()])
     applied = prepare(model, method, cell.method_params, seed=cell.seed)
     applied.model.to(device)
@@ -142,6 +147,7 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
         ),
         micro_batch_size=cell.micro_batch_size,
         device=device,
+        sequence_length=cell.sequence_length,
         autocast=autocast,
         scaler=torch.amp.GradScaler(device.type) if autocast == torch.float16 else None,
     )

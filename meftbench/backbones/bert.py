@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,6 +90,10 @@ def _attach(layer: nn.Module, site: Site, adapter: nn.Module) -> None:
         module.register_forward_pre_hook(_added_to_normed)
 
 
+def _run_feed_forward_by(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    layer.feed_forward_chunk = function  # type: ignore[assignment]
+
+
 def _refuses(config: Any) -> str | None:
     if config.is_decoder or config.add_cross_attention:
         return "is configured as a decoder; only encoders are supported"
@@ -117,7 +122,7 @@ BERT = Layout(
     hidden_size=_hidden_size,
     head_groups=_head_groups,
     activation=_activation,
-    feed_forward_method="feed_forward_chunk",
+    run_feed_forward_by=_run_feed_forward_by,
     input_readers=tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
     attention_targets=("query", "value"),
     refuses=_refuses,

@@ -10,7 +10,14 @@ from torch import nn
 
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import MODELS
-from meftbench.plan.models import folder_of, known_config, split_name
+from meftbench.plan.models import folder_of, head_of, known_config, split_name
+
+AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "image_classification": "AutoModelForImageClassification",
+}
 
 
 def build_model(
@@ -21,19 +28,22 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     num_labels: int = 2,
+    head: str | None = None,
 ) -> nn.Module:
-    """A sequence classifier on the backbone called `name`, in training mode, on the CPU.
+    """A model with a task head on the backbone called `name`, in training mode, on the CPU.
 
     name: of `meftbench list models`, a hub id or a folder; `@random` gives random weights from `seed`
-        without any download.  overrides: fields of the configuration.  num_labels: 1 is regression.
+        without any download.  overrides: fields of the configuration.
+    head: a name of catalogue.HEADS; None: the first that the backbone's entry names.  num_labels: of a classifier; 1
+        is regression.
     The global RNG state is left as it was found.
 
     Raises UserError: the configuration is refused by transformers, a field is unknown, nothing can be loaded.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoConfig
 
     source, random = split_name(name)
-    settings = dict(overrides or {}) | {"num_labels": num_labels}
     folder = folder_of(source)
     try:
         if random and source in MODELS and folder is None:
@@ -43,24 +53,43 @@ def build_model(
             config = AutoConfig.from_pretrained(folder or _hub(source))
     except (OSError, ValueError) as error:
         raise _not_loaded(name, error) from None
-    for key, value in settings.items():
-        if key != "num_labels" and not hasattr(config, key):
+    head = head_of(config.model_type, head)
+    for key, value in (overrides or {}).items():
+        if not hasattr(config, key):
             raise UserError(name, f"its configuration has no field {key!r}", "see the model's configuration class")
         setattr(config, key, value)
+    _fit_layer_types(config, overrides or {})
+    if head.endswith("classification"):
+        config.num_labels = num_labels
+        if hasattr(config, "vocab_size") and config.pad_token_id is None:
+            # A classifier on a decoder looks for the last token that is not padding.
+            config.pad_token_id = 0
+    # Of several classes transformers takes the one that made the weights: for DeiT one that cannot be trained.
+    config.architectures = []
+    auto = getattr(transformers, AUTO_CLASSES[head])
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             if random:
-                model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+                model = auto.from_config(config, dtype=dtype)
             else:
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    folder or _hub(source), config=config, dtype=dtype
-                )
+                model = auto.from_pretrained(folder or _hub(source), config=config, dtype=dtype)
         except (OSError, ValueError) as error:
             raise _not_loaded(name, error) from None
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def _fit_layer_types(config: Any, overrides: dict[str, Any]) -> None:
+    """A changed number of layers changes the list of their kinds (sliding or full attention) with it."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or "num_hidden_layers" not in overrides or "layer_types" in overrides:
+        return
+    if len(kinds) < config.num_hidden_layers:
+        fields = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
+        kinds = type(config)(**fields).layer_types
+    config.layer_types = kinds[: config.num_hidden_layers]
 
 
 def tokenizer_of(name: str) -> str | None:
@@ -86,5 +115,7 @@ def _hub(source: str) -> str | Path:
 
 
 def _not_loaded(name: str, error: Exception) -> UserError:
+    if "does not support an attention implementation" in str(error):
+        return UserError(name, "has no fused attention in transformers", "write attention: eager")
     reason = str(error).strip().splitlines()[0].rstrip(".")
     return UserError(name, f"cannot be loaded ({reason})", "check the name, the folder or the network, or add @random")

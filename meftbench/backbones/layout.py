@@ -1,7 +1,7 @@
 """What a backbone tells about itself: where its layers are, how one splits into halves, where adapters attach.
 
-Layouts call and extend the modules of `transformers`; no modelling code is repeated. An adapter is attached as a
-submodule named `adapter` with a hook, so the keys of the pre-trained weights stay what they were.
+Layouts call and extend the modules of `transformers`; no modelling code is repeated. Adapters are submodules of a
+layer, so the keys of the pre-trained weights stay what they were.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meftbench.errors import unknown
+from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
 
 
@@ -23,27 +23,36 @@ class Site(Enum):
 
     AFTER_ATTENTION = "x = projected attention output, after dropout; added to x before the residual (Houlsby 2019)"
     AFTER_FEED_FORWARD = "x = feed-forward output, after dropout; added to x before the residual (Houlsby 2019)"
-    BETWEEN_NORMS = "x = the layer's output; added to what its last norm reads, which runs again (Pfeiffer 2021)"
+    BETWEEN_NORMS = (
+        "x = the layer's output; added to what its last norm reads, which runs again (Pfeiffer 2021); in a pre-norm "
+        "layer, which has no last norm: as AFTER_FEED_FORWARD"
+    )
     BESIDE_ATTENTION_OUTPUT = "x = projected attention output; added before the residual and the norm (MEFT3)"
     BESIDE_FEED_FORWARD = "x = the input of the feed-forward; added to its output before the last norm (He 2022, MEFT)"
 
 
+def _never(config: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Layout:
-    """One backbone family. B samples, L positions, D hidden size.
+    """One list of layers of a backbone family. B samples, L positions, D hidden size.
 
     layers: dotted path from the base model to the list of layers.
     attach: puts an adapter (a module from (B, L, D) to (B, L, D)) at a site of a layer.
-    attention_core: (layer, h (B, L, D), part, parts, and what the model passes its layers beside h): attention up to
+    attention_before: None, or what attention reads instead of h: (layer, h (B, L, D)): a pre-norm.
+    attention_core: (layer, that (B, L, D), part, parts, and what the model passes its layers beside h): attention up to
         and without its output projection, for the heads of group `part` of `parts`: (B, L, E / parts).
     attention_tokens: (layer, o (B, L, E) of the core, h (B, L, D)): the rest of the attention half, residual and norm
-        included.  feed_forward: (layer, that): the other half. Both treat each token alone.
+        included.  feed_forward: (layer, that): the other half. All but the core treat each token alone.
     hidden_size, activation, head_groups: read off the configuration; the groups of heads that a core can be cut into
         at most (a divisor of it will do).
-    feed_forward_method: the method of a layer, (h (B, L, D)), by which the layer itself runs its feed-forward half.
-    input_readers: submodules of a layer that read the layer's input itself, with nothing before them.
+    run_feed_forward_by: (layer, function (h (B, L, D))): from now on the layer runs its feed-forward half by it.
+    input_readers: submodules of a layer that read what the core is given, with nothing before them.
     attention_targets: names of the projections LoRA adapts by default.
     refuses: None, or why a model of this configuration cannot be split.
+    layers_differ: whether the model passes its layers different masks or positions.
     """
 
     layers: str
@@ -54,14 +63,17 @@ class Layout:
     hidden_size: Callable[[Any], int]
     head_groups: Callable[[Any], int]
     activation: Callable[[Any], str]
-    feed_forward_method: str
+    run_feed_forward_by: Callable[[nn.Module, Callable[[Tensor], Tensor]], None]
     input_readers: tuple[str, ...]
     attention_targets: tuple[str, ...]
     refuses: Callable[[Any], str | None]
+    attention_before: Callable[[nn.Module, Tensor], Tensor] | None = None
+    layers_differ: Callable[[Any], bool] = _never
 
     def attention(self, layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The attention half (B, L, D): the layer is feed_forward(attention(h))."""
-        return self.attention_tokens(layer, self.attention_core(layer, h_BLD, 0, 1, *args, **kwargs), h_BLD)
+        read_BLD = h_BLD if self.attention_before is None else self.attention_before(layer, h_BLD)
+        return self.attention_tokens(layer, self.attention_core(layer, read_BLD, 0, 1, *args, **kwargs), h_BLD)
 
     def list_of(self, model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         """The module that owns the layers, the name it has for them, and the list."""
@@ -78,12 +90,27 @@ def base_of(model: nn.Module) -> nn.Module:
     return base
 
 
-def layout_of(model: nn.Module) -> Layout:
-    """The layout for a transformers model. Raises UserError where its type has none."""
+def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
+    """The layouts of a transformers model, one a list of layers, in the order in which they run.
+
+    A type that is not in the catalogue is guessed at (backbones/guess.py).
+    Raises UserError where there is no layout and none can be guessed.
+    """
     config: Any = model.config
     if config.model_type not in BACKBONES:
-        raise unknown(type(model).__name__, "backbone", config.model_type, BACKBONES)
+        from meftbench.backbones.guess import guessed_layout
+
+        return (guessed_layout(model),)
     module, _, name = BACKBONES[config.model_type].home.partition(":")
-    layout = getattr(import_module(module), name)
-    assert isinstance(layout, Layout)
-    return layout
+    found = getattr(import_module(module), name)
+    return (found,) if isinstance(found, Layout) else tuple(found)
+
+
+def checked_layouts(model: nn.Module) -> tuple[Layout, ...]:
+    """The same. Raises UserError where the model's configuration cannot be split."""
+    layouts = layouts_of(model)
+    for layout in layouts:
+        reason = layout.refuses(model.config)
+        if reason:
+            raise UserError(type(model).__name__, reason, "choose another model")
+    return layouts

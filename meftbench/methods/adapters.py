@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from meftbench.backbones import Site
-from meftbench.methods.applied import Applied, checked_layout, freeze_backbone, new_adapter
+from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, untouched_layouts
 from meftbench.plan.catalogue import Bottleneck
 
 
@@ -25,9 +25,10 @@ def apply_parallel(model: nn.Module, settings: Bottleneck) -> Applied:
 
 
 def _apply(model: nn.Module, settings: Bottleneck, sites: tuple[Site, ...]) -> Applied:
-    layout = checked_layout(model)
+    layouts = untouched_layouts(model)
     freeze_backbone(model)
-    for layer in layout.list_of(model)[2]:
-        for site in sites:
-            layout.attach(layer, site, new_adapter(model, layout, settings))
+    for layout in layouts:
+        for layer in layout.list_of(model)[2]:
+            for site in sites:
+                layout.attach(layer, site, new_adapter(model, layout, settings))
     return Applied(model)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from meftbench.backbones import Layout, base_of, layout_of
+from meftbench.backbones import Layout, base_of, checked_layouts
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
 from meftbench.reversible import ReversibleStack
@@ -57,24 +58,27 @@ class Applied:
                 module.zero()
 
 
-def checked_layout(model: nn.Module) -> Layout:
-    """The model's layout. Raises UserError where its configuration cannot be split, or a method is on it already."""
-    layout = layout_of(model)
-    reason = layout.refuses(model.config)
-    if reason:
-        raise UserError(type(model).__name__, reason, "choose another model")
+def untouched_layouts(model: nn.Module) -> tuple[Layout, ...]:
+    """The model's layouts. Raises UserError where its configuration cannot be split, or a method is on it already."""
+    layouts = checked_layouts(model)
     if any(isinstance(module, (Bottleneck, ReversibleStack)) for module in model.modules()):
         raise UserError(type(model).__name__, "has a method applied already", "load the pre-trained model afresh")
-    return layout
+    return layouts
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Freeze everything but the task head: what the pre-trained base model does not own.
+    """Freeze everything but a new task head: what the pre-trained model does not own.
 
-    BERT's pooler is part of the base model and stays frozen, the classifier is trained (PAPER, settings).
+    BERT's pooler is part of the base model and stays frozen, the classifier is trained (PAPER, settings). The head of
+    a language model is pre-trained and stays frozen.
     """
-    for parameter in base_of(model).parameters():
+    for parameter in (model if predicts_tokens(model) else base_of(model)).parameters():
         parameter.requires_grad_(False)
+
+
+def predicts_tokens(model: Any) -> bool:
+    """Whether the model's head is a pre-trained one over its vocabulary."""
+    return model.get_output_embeddings() is not None
 
 
 def new_adapter(model: nn.Module, layout: Layout, settings: BottleneckSettings) -> Bottleneck:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones import Layout, layout_of
+from meftbench.backbones import Layout, layouts_of
 from meftbench.methods.applied import Applied
-from meftbench.reversible import ReversibleStack
+from meftbench.reversible import Relay, ReversibleStack
 from meftbench.reversible.tiled import LEVER_TILES, Tiling
 
 # True while a copy to the host is made: on a machine without an accelerator host and device are one memory, and
@@ -117,20 +117,20 @@ def offload(applied: Applied) -> None:
 
 
 def tiled_mlp(applied: Applied) -> None:
-    """Run every feed-forward in 16 tiles of tokens, again in backward (reversible/tiled.py); on reversible stacks, whose
-    own passes do so without running anything twice: their tiles, if no number of them was asked for."""
+    """Run every feed-forward in 16 tiles of tokens, again in backward (reversible/tiled.py); on reversible stacks,
+    whose own passes do so without running anything twice: their tiles, if no number of them was asked for."""
     model: Any = applied.model
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # peft has its own wrapper around
-    layout = layout_of(model)
     tiling = applied.tiling = Tiling()
     for stack in applied.stacks:
         stack.tiles = LEVER_TILES if stack.tiles in (1, "auto") else stack.tiles
-    for layer in layout.list_of(model)[2]:
-        if not isinstance(layer, ReversibleStack):
-            # On the instance, by a partial: it is copied and pickled with the layer, and parameters keep their names.
-            setattr(layer, layout.feed_forward_method, partial(_in_tiles, tiling, layer, layout))
-            applied.recomputes = True
+    for layout in layouts_of(model):
+        for layer in layout.list_of(model)[2]:
+            if not isinstance(layer, ReversibleStack | Relay):
+                # By a partial: it is copied and pickled with the layer, and parameters keep their names.
+                layout.run_feed_forward_by(layer, partial(_in_tiles, tiling, layer, layout))
+                applied.recomputes = True
 
     @contextmanager
     def without() -> Iterator[None]:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from meftbench.methods.applied import Applied, checked_layout
+from meftbench.backbones import base_of
+from meftbench.methods.applied import Applied, predicts_tokens, untouched_layouts
 from meftbench.plan.catalogue import Lora
 
 
 def apply(model: nn.Module, settings: Lora) -> Applied:
-    """`model` in peft's wrapper: low-rank updates on the attention projections, and the task head, are trained."""
-    from peft import LoraConfig, TaskType, get_peft_model
+    """`model` in peft's wrapper: low-rank updates on the attention projections, and a new task head, are trained."""
+    from peft import LoraConfig, get_peft_model
 
-    layout = checked_layout(model)
+    layouts = untouched_layouts(model)
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=settings.targets or list(layout.attention_targets),
+        target_modules=settings.targets or sorted({name for layout in layouts for name in layout.attention_targets}),
+        **task_of(model),
     )
     wrapped: nn.Module = get_peft_model(model, config)
     return Applied(wrapped)
+
+
+def task_of(model: Any) -> dict[str, Any]:
+    """What peft must know of the model's head: the kind of task, and which modules are new and trained whole."""
+    from peft import TaskType
+
+    if predicts_tokens(model):
+        kind = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+        return {"task_type": kind}
+    base = base_of(model)
+    new = [
+        name
+        for name, child in model.named_children()
+        if child is not base and next(child.parameters(), None) is not None
+    ]
+    # Of the kinds that peft knows, none has images.
+    kind = TaskType.SEQ_CLS if model.main_input_name == "input_ids" else None
+    return {"task_type": kind, "modules_to_save": new}

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from meftbench.backbones import Layout, Site
+from meftbench.backbones import Layout, Site, base_of
 from meftbench.errors import UserError
-from meftbench.methods.applied import Applied, checked_layout, freeze_backbone, new_adapter
+from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, untouched_layouts
 from meftbench.plan.catalogue import Meft
-from meftbench.reversible import Block, Coupling, FixedPoint, Float, Half, ReversibleStack, fork
+from meftbench.reversible import Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
 
 
 def _attention_core(block: Any, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -39,6 +39,12 @@ def _layer_tokens(block: Any, o_1TE: Tensor, h_1TD: Tensor) -> Tensor:
 def _adapter_tokens(block: Any, o: None, h_1TD: Tensor) -> Tensor:
     output_1TD: Tensor = block.adapter(h_1TD)
     return output_1TD
+
+
+def _attention_before(block: Any, h_1TD: Tensor) -> Tensor:
+    layout = _layout(block)
+    assert layout.attention_before is not None
+    return layout.attention_before(block.layer, h_1TD)
 
 
 def _layout(block: Any) -> Layout:
@@ -121,16 +127,45 @@ def apply_meft3(model: nn.Module, settings: Meft) -> Applied:
 
 
 def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
-    layout = checked_layout(model)
-    owner, name, layers = layout.list_of(model)
-    reversible, below, above = _split(list(layers), settings)
+    layouts = untouched_layouts(model)
+    split = [_split(list(layout.list_of(model)[2]), settings) for layout in layouts]
     freeze_backbone(model)
+    stacks = [
+        _reversed(model, layout, settings, variant, *layers) for layout, layers in zip(layouts, split, strict=True)
+    ]
+    base_of(model).register_forward_pre_hook(_without_layer_outputs, with_kwargs=True)
+
+    @contextmanager
+    def cached() -> Iterator[None]:
+        found = [stack.activations for stack in stacks]
+        for stack in stacks:
+            stack.activations = "cache"
+        try:
+            yield
+        finally:
+            for stack, activations in zip(stacks, found, strict=True):
+                stack.activations = activations
+
+    return Applied(model, ordinary_switches=[cached], recomputes=True)
+
+
+def _reversed(
+    model: nn.Module,
+    layout: Layout,
+    settings: Meft,
+    variant: Variant,
+    reversible: list[nn.Module],
+    below: list[nn.Module],
+    above: list[nn.Module],
+) -> ReversibleStack:
+    """The stack that has taken the place of the reversible layers."""
     adapted = [*reversible, *(below + above if settings.remaining == "adapted" else [])]
     for layer in adapted:
         for site in variant.sites:
             layout.attach(layer, site, new_adapter(model, layout, settings))
+    halves = _halves(layout, variant)
     stack = ReversibleStack(
-        (_block(model, layer, layout, settings, variant) for layer in reversible),
+        (_block(model, layer, layout, settings, variant, halves) for layer in reversible),
         *_couplings(settings, variant),
         swap=variant.swap,
         carrier=variant.carrier,
@@ -144,17 +179,27 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
     if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
         # The last block's second half writes the stream that is not returned: its adapter has nothing to learn.
         stack.blocks[-1].get_submodule("adapter").requires_grad_(False)
-    setattr(owner, name, nn.ModuleList([*below, stack.train(model.training), *above]))
+    owner, name, _ = layout.list_of(model)
+    relays = [Relay(n, stack) for n in range(len(reversible) - 1)] if layout.layers_differ(model.config) else []
+    setattr(owner, name, nn.ModuleList([*below, *relays, stack.train(model.training), *above]))
+    return stack
 
-    @contextmanager
-    def cached() -> Iterator[None]:
-        found, stack.activations = stack.activations, "cache"
-        try:
-            yield
-        finally:
-            stack.activations = found
 
-    return Applied(model, ordinary_switches=[cached], recomputes=True)
+def _halves(layout: Layout, variant: Variant) -> tuple[Half, Half]:
+    """F and G, with a pre-norm before attention where the layout has one."""
+    if layout.attention_before is None:
+        return variant.f, variant.g
+    f, g = (replace(half, before=_attention_before) if half.core else half for half in (variant.f, variant.g))
+    return f, g
+
+
+def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # transformers would take them from hooks on layers, which a reversible stack does not call: it would give none.
+    for name in ("output_hidden_states", "output_attentions"):
+        asked = kwargs.get(name)
+        if getattr(base.config, name, False) if asked is None else asked:
+            cure = "take last_hidden_state, or ask the pre-trained model"
+            raise UserError(name, "a reversible model does not keep what its layers give", cure)
 
 
 def _split(layers: list[nn.Module], settings: Meft) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
@@ -171,13 +216,20 @@ def _split(layers: list[nn.Module], settings: Meft) -> tuple[list[nn.Module], li
     return layers[:count], [], layers[count:]
 
 
-def _block(model: nn.Module, layer: nn.Module, layout: Layout, settings: Meft, variant: Variant) -> Block:
+def _block(
+    model: nn.Module,
+    layer: nn.Module,
+    layout: Layout,
+    settings: Meft,
+    variant: Variant,
+    halves: tuple[Half, Half],
+) -> Block:
     for name in layout.input_readers:
         layer.get_submodule(name).register_forward_pre_hook(fork)
     parts = {"layer": layer}
     if variant.own_adapter:
         parts["adapter"] = new_adapter(model, layout, settings)
-    block = Block(parts, variant.f, variant.g)
+    block = Block(parts, *halves)
     block.layout = layout  # type: ignore[assignment]
     return block
 

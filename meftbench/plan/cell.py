@@ -34,6 +34,7 @@ class Cell(BaseModel):
     batch_size, micro_batch_size: samples; the step runs batch_size / micro_batch_size forward and
         backward passes and one optimizer step.  sequence_length: tokens a sample.
     method_params: the method's settings that differ from its defaults.
+    head: what is trained on the backbone, a name of catalogue.HEADS; None: the first that its entry names.
     device: `counted`, `cuda`, or `predicted:PROFILE`.
     """
 
@@ -48,6 +49,7 @@ class Cell(BaseModel):
     micro_batch_size: int = Field(ge=1)
     sequence_length: int = Field(ge=1)
     precision: str = "fp32"
+    head: str | None = None
     attention_requested: str = "sdpa"
     optimizer: str = "adamw"
     optimizer_impl: str | None = None
@@ -85,7 +87,7 @@ class Cell(BaseModel):
         fields = type(self).model_fields
         rest = [
             str(getattr(self, name))
-            for name in ("precision", "attention_requested", "optimizer", "optimizer_impl")
+            for name in ("precision", "head", "attention_requested", "optimizer", "optimizer_impl")
             if getattr(self, name) != fields[name].default
         ]
         if self.micro_batch_size != self.batch_size:

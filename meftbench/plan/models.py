@@ -46,7 +46,7 @@ def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None
 
 
 def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
-    """Raises UserError for an unknown name, a missing or empty folder, a backbone without a layout."""
+    """Raises UserError for an unknown name, a missing or empty folder."""
     name, random = split_name(model)
     folder = folder_of(name)
     if name not in MODELS and folder is None and name.count("/") != 1:
@@ -56,10 +56,6 @@ def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
         raise UserError(where, f"the weights of {name!r} are in a package that is not installed", cure)
     if folder is not None:
         _check_folder(where, folder, random)
-    config = known_config(model, overrides)
-    if config is not None and config.get("model_type") not in BACKBONES:
-        cure = f"meftbench knows the layers of: {', '.join(sorted(BACKBONES))}"
-        raise UserError(where, f"{name!r} is of type {config.get('model_type')!r}", cure)
 
 
 def _check_folder(where: str, folder: Path, random: bool) -> None:
@@ -77,6 +73,42 @@ def _check_folder(where: str, folder: Path, random: bool) -> None:
         raise UserError(where, f"model folder {str(folder)!r} has no weights", cure)
 
 
+def head_of(model_type: str, asked: str | None) -> str:
+    """The head a cell means: the one asked for, or the first of the backbone's entry."""
+    if asked is not None:
+        return asked
+    return BACKBONES[model_type].heads[0] if model_type in BACKBONES else "classification"
+
+
+def attention_of(where: str, model: str, overrides: dict[str, Any], asked: str | None) -> str:
+    """The attention a cell means: the one asked for, or the first of the backbone's entry.
+
+    Raises UserError where transformers has no such attention for it.
+    """
+    config = known_config(model, overrides) or {}
+    entry = BACKBONES.get(str(config.get("model_type")))
+    known = entry.attentions if entry is not None else ("sdpa",)
+    if asked is not None and entry is not None and asked not in known:
+        raise UserError(where, f"{model!r} has no attention {asked!r} in transformers", f"write {' or '.join(known)}")
+    return asked or known[0]
+
+
+def check_head(where: str, model: str, overrides: dict[str, Any], head: str | None) -> None:
+    """Raises UserError where the backbone of `model` is known and has no such head."""
+    config = known_config(model, overrides) or {}
+    entry = BACKBONES.get(str(config.get("model_type")))
+    if head is not None and entry is not None and head not in entry.heads:
+        raise UserError(where, f"{model!r} has no head {head!r}", f"write {' or '.join(entry.heads)}")
+
+
+def image_tokens(config: dict[str, Any]) -> int | None:
+    """Positions that an image takes in a model of `config`: patches and special tokens; None: it reads no images."""
+    special = {"vit": 1, "deit": 2}.get(str(config.get("model_type")))
+    if special is None:
+        return None
+    return (int(config.get("image_size", 224)) // int(config.get("patch_size", 16))) ** 2 + special
+
+
 def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
     """Longest sequence, in tokens, the model has positions for; None where its configuration is not at hand."""
     config = known_config(model, overrides)
@@ -89,6 +121,10 @@ def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
 
 def check_sequence_length(where: str, model: str, overrides: dict[str, Any], length: int) -> None:
     """Raises UserError where `length` tokens are more than the model's positions."""
+    fixed = image_tokens(known_config(model, overrides) or {})
+    if fixed is not None and length != fixed:
+        cure = f"write sequence_length: {fixed}, or set config: {{image_size: ...}} on a @random model"
+        raise UserError(where, f"an image is {fixed} tokens to {model!r}, not {length}", cure)
     limit = max_positions(model, overrides)
     if limit is not None and length > limit:
         cure = f"use at most {limit}, or set config: {{max_position_embeddings: ...}} on a @random model"

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from meftbench.errors import UserError, unknown
-from meftbench.plan.catalogue import ATTENTIONS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
+from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.identity import digest
-from meftbench.plan.models import check_model, check_sequence_length
+from meftbench.plan.models import attention_of, check_head, check_model, check_sequence_length
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.strict_yaml import Document, KeyPath, read, validated, validated_part
 
@@ -42,6 +42,7 @@ class Point(_Strict):
     micro_batch_size: Size | None = None
     sequence_length: Size | None = None
     precision: str | None = None
+    head: str | None = None
     attention: str | None = None
     optimizer: str | None = None
     optimizer_impl: Literal["foreach", "fused", "loop"] | None = None
@@ -70,6 +71,7 @@ class Grid(_Strict):
     micro_batch_size: Axis[Size] = []
     sequence_length: Axis[Size] = []
     precision: Axis[str] = []
+    head: Axis[str] = []
     attention: Axis[str] = []
     optimizer: Axis[str] = []
     optimizer_impl: Axis[Literal["foreach", "fused", "loop"]] = []
@@ -220,12 +222,13 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     if batch % micro:
         what = f"micro_batch_size {micro} does not divide batch_size {batch}"
         raise document.error(place["micro_batch_size"], what, f"write a divisor of {batch}")
-    names = {"precision": PRECISIONS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
+    names = {"precision": PRECISIONS, "head": HEADS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
     for key, known in names.items():
         if key in values and values[key] not in known:
             raise unknown(document.where(place[key]), key, values[key], known)
     device = parse_device(document.where(place["device"]), values.get("device", "counted"))
     check_model(document.where(place["model"]), model, overrides)
+    check_head(document.where(place["head"]), model, overrides, values.get("head"))
     check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"])
     return Cell(
         model=model,
@@ -237,7 +240,8 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         micro_batch_size=micro,
         sequence_length=values["sequence_length"],
         precision=values.get("precision", "fp32"),
-        attention_requested=values.get("attention", "sdpa"),
+        head=values.get("head"),
+        attention_requested=attention_of(document.where(place["attention"]), model, overrides, values.get("attention")),
         optimizer=values.get("optimizer", "adamw"),
         optimizer_impl=values.get("optimizer_impl"),
         device=device,

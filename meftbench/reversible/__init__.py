@@ -10,7 +10,18 @@ from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, Float
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.fork import fork
 from meftbench.reversible.halves import Half
-from meftbench.reversible.stack import Block, ReversibleStack
+from meftbench.reversible.stack import Block, Relay, ReversibleStack
 from meftbench.reversible.watch import StreamError
 
-__all__ = ["Arithmetic", "Block", "Coupling", "FixedPoint", "Float", "Half", "ReversibleStack", "StreamError", "fork"]
+__all__ = [
+    "Arithmetic",
+    "Block",
+    "Coupling",
+    "FixedPoint",
+    "Float",
+    "Half",
+    "Relay",
+    "ReversibleStack",
+    "StreamError",
+    "fork",
+]

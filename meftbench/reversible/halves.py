@@ -20,6 +20,8 @@ from torch import Tensor, nn
 Core = Callable[..., Tensor]
 # (block, o_1TE of the core or None, h_1TD) -> (1, T, D)
 Tokens = Callable[..., Tensor]
+# (block, h_1TD) -> (1, T, D)
+Before = Callable[..., Tensor]
 
 MOST_TILES = 32  # more would shrink what is an eighth of a stream already
 CPU_TILE = 4096  # tokens; fewer make matrix products slower
@@ -27,8 +29,11 @@ CPU_TILE = 4096  # tokens; fewer make matrix products slower
 
 @dataclass(frozen=True)
 class Half:
-    """F or G: tokens(block, core(block, h), h).
+    """F or G: tokens(block, core(block, before(block, h)), h).
 
+    before: None (the core reads h itself), or a pre-norm's: called for each tile as before(block, h_1TD). It must treat
+        each token alone and draw no random numbers: in backward it is run again after the core, so that what it keeps
+        is kept for a tile only.
     core: None, or called for each part as core(block, h_BLD, part, parts, *args, **kwargs) with what the model passes
         its layers; the parts' outputs are joined along the last dimension.
     tokens: None (the core's output is the value, in one part), or called for each tile as
@@ -38,10 +43,13 @@ class Half:
 
     core: Core | None
     tokens: Tokens | None
+    before: Before | None = None
 
     def __post_init__(self) -> None:
         if self.core is None and self.tokens is None:
             raise ValueError("a half needs a core, tokens, or both")
+        if self.core is None and self.before is not None:
+            raise ValueError("before prepares what a core reads; this half has none")
 
     @staticmethod
     def of(function: Callable[..., Tensor] | Half) -> Half:
@@ -56,7 +64,8 @@ class Half:
         self, block: nn.Module, h_BLD: Tensor, tiles: list[slice], parts: int, args: tuple[Any, ...], kwargs: Any
     ) -> Tensor:
         """The value (B, L, D) for ordinary autograd, of the same pieces in the same order."""
-        outputs = [self.core(block, h_BLD, p, self.parts(parts), *args, **kwargs) for p in range(self.parts(parts))]  # type: ignore[misc]
+        read_BLD = h_BLD if self.before is None else self.before(block, h_BLD)
+        outputs = [self.core(block, read_BLD, p, self.parts(parts), *args, **kwargs) for p in range(self.parts(parts))]  # type: ignore[misc]
         if self.tokens is None:
             return outputs[0]
         flat = [output.flatten(0, 1) for output in outputs]

@@ -19,32 +19,48 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context:
-    """What a layer is called with beside the hidden state: masks, positions, another stack's output.
+    """What layers are called with beside the hidden state: masks, positions, another stack's output.
 
-    differentiable: the tensors among it that need a gradient; it is accumulated over the stack.
+    calls: one for all blocks, or one a block.
+    differentiable: the tensors among them that need a gradient; it is accumulated over the stack.
     """
 
-    leaves: list[Any]
-    spec: Any
-    places: list[int]
+    calls: list[_Call]
     differentiable: list[Tensor]
+    roots: int  # tensors that need a gradient
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        differentiable = [leaves[i] for i in places]
-        detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return Context(detached, spec, places, differentiable if torch.is_grad_enabled() else [])
+    def of(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Context:
+        noted: list[_Call] = []
+        differentiable: list[Tensor] = []
+        for call in calls:
+            # Only containers are opened: a cache is an object to be filled, not a tree to be rebuilt.
+            leaves, spec = pytree.tree_flatten(call, is_leaf=lambda it: not isinstance(it, tuple | list | dict))
+            places = {}
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    places[i] = len(differentiable)
+                    differentiable.append(leaf)
+            detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            noted.append(_Call(detached, spec, places))
+        return Context(noted, differentiable if torch.is_grad_enabled() else [], len(differentiable))
 
-    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
-        """The arguments, with new leaves in place of the differentiable tensors; and those leaves."""
-        leaves, roots = list(self.leaves), []
-        for place in self.places:
-            leaves[place] = leaves[place].detach().requires_grad_()
-            roots.append(leaves[place])
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+    def fresh(self, block: int) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Tensor]]:
+        """The arguments of a block, with new leaves in place of the differentiable tensors; and those leaves, by
+        their place in `differentiable`."""
+        call = self.calls[block if len(self.calls) > 1 else 0]
+        leaves, roots = list(call.leaves), {}
+        for i, place in call.places.items():
+            leaves[i] = roots[place] = leaves[i].detach().requires_grad_()
+        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
         return args, kwargs, roots
+
+
+@dataclass
+class _Call:
+    leaves: list[Any]
+    spec: Any
+    places: dict[int, int]  # of leaves that need a gradient: index among the leaves -> index in `differentiable`
 
 
 @dataclass

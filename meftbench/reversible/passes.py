@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meftbench.reversible.coupling import Coupling
-from meftbench.reversible.fork import gathered_in
+from meftbench.reversible.fork import Sink, gathered_in
 from meftbench.reversible.gradients import Sums
 from meftbench.reversible.halves import Half, joined
 from meftbench.reversible.notes import Notes
@@ -39,7 +40,6 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
     arithmetic = stack.arithmetic
     watch = notes.range.input() if notes.range else None
     streams = [arithmetic.lift(h_BLD, watch), arithmetic.lift(h_BLD)]
-    args, kwargs, _ = notes.context.fresh()
     with ExitStack() as entered:
         entered.enter_context(notes.autocast.entered())
         entered.enter_context(torch.set_grad_enabled(keep))
@@ -49,6 +49,7 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
             if stack.swap and index:
                 streams.reverse()
             _observe(stack, notes, "forward", index, streams)
+            args, kwargs, _ = notes.context.fresh(index)
             for replaced, (coupling, half) in enumerate(zip(stack.couplings, block.halves, strict=True)):  # type: ignore[arg-type]
                 before = rng_state(notes.device)
                 wanted = keep and notes.reads_wanted(index, replaced)
@@ -128,12 +129,23 @@ class _Recomputed:
         if not parts:
             return
         assert half.core is not None
-        read_BLD = self._entered(self.arithmetic.read(other_BLD, notes.dtype))
+        read_BLD = self._entered(self._read_by_core())
         for part in range(parts):
             output_BLE = half.core(block, read_BLD, part, parts, *args, **kwargs)
             self.edges.append(get_gradient_edge(output_BLE) if output_BLE.requires_grad else None)
             self.outputs.append(output_BLE.detach().flatten(0, 1))
             del output_BLE
+
+    def _read_by_core(self) -> Tensor:
+        if self.half.before is None:
+            return self.arithmetic.read(self.other_BLD, self.notes.dtype)
+        with torch.no_grad():
+            tiles = [self.half.before(self.block, self._read_tile(rows)) for rows in self.notes.tiles]
+            return (tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)).view(self.other_BLD.shape)
+
+    def _read_tile(self, rows: slice) -> Tensor:
+        """The stream that this half reads, in floating point: (1, T, D)."""
+        return self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.notes.dtype).detach()
 
     def _entered(self, read_BLD: Tensor) -> Tensor:
         if not (self.wanted and torch.is_grad_enabled()):
@@ -152,8 +164,7 @@ class _Recomputed:
         grad = torch.is_grad_enabled()
         if core_1TE is not None:
             core_1TE = core_1TE.detach().requires_grad_(grad and any(edge is not None for edge in self.edges))
-        read_1TD = self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.notes.dtype).detach()
-        read_1TD.requires_grad_(grad and self.wanted)
+        read_1TD = self._read_tile(rows).requires_grad_(grad and self.wanted)
         return _Tile(self.half.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
 
     def gather(self, of_core_TE: Tensor, rows: slice, of_outputs: list[Tensor]) -> None:
@@ -188,7 +199,8 @@ class Walk:
 
     def __init__(self, stack: ReversibleStack, notes: Notes, streams: list[Tensor], gradients: list[Tensor | None]):
         self.stack, self.notes, self.streams, self.gradients = stack, notes, streams, gradients
-        self.of_context: list[Tensor | None] = [None] * len(notes.context.places)
+        self.of_context: list[Tensor | None] = [None] * notes.context.roots
+        self.of_normed: Tensor | None = None  # gradient (B, L, D) of what a core read through a pre-norm
         self.of_trained = Sums()
 
     def run(self, sides: list[Tensor | None]) -> None:
@@ -213,11 +225,13 @@ class Walk:
         block, coupling = self.stack.blocks[index], self.stack.couplings[replaced]
         half = cast(Half, block.halves[replaced])  # type: ignore[index]
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
-        args, kwargs, context_roots = self.notes.context.fresh()
+        args, kwargs, context_roots = self.notes.context.fresh(index)
         dy_BLD = self.gradients[replaced]
         with self._as_in_forward(index, replaced):
             wanted = self.notes.reads_wanted(index, replaced)
-            with gathered_in(lambda of_read_BLD: self._add_to_gradient(1 - replaced, of_read_BLD)):
+            self.of_normed = None
+            sink = partial(self._add_to_gradient, 1 - replaced) if half.before is None else self._add_to_normed
+            with gathered_in(sink):
                 part = _Recomputed(self.stack, half, block, other_BLD, self.notes, wanted, args, kwargs)
             of_outputs: list[Tensor] = []  # gradients of the core's parts (B·L, E / parts)
             if half.tokens is None and dy_BLD is not None:
@@ -239,7 +253,10 @@ class Walk:
         if dy_BLD is None:
             return
         part.outputs.clear()  # their graphs hold them as long as they need them
-        self._back_through_core(part, of_outputs, 1 - replaced, context_roots, trained)
+        self._back_through_core(part, of_outputs, sink, context_roots, trained)
+        if half.before is not None:
+            with self._as_in_forward(index, replaced):
+                self._back_through_norm(part, 1 - replaced, trained)
         other_gradient = self._gradient_of(1 - replaced) if coupling.centred else dy_BLD
         coupling.gradient_(dy_BLD, other_gradient)
 
@@ -283,11 +300,11 @@ class Walk:
         self,
         part: _Recomputed,
         of_outputs: list[Tensor],
-        other: int,
-        context_roots: list[Tensor],
+        sink: Sink,
+        context_roots: dict[int, Tensor],
         trained: list[nn.Parameter],
     ) -> None:
-        roots: list[Any] = [*([part.entry] if part.entry is not None else []), *context_roots, *trained]
+        roots: list[Any] = [*([part.entry] if part.entry is not None else []), *context_roots.values(), *trained]
         if not of_outputs or not roots:
             return
         shape = (*self.notes.shape[:-1], -1)
@@ -300,12 +317,26 @@ class Walk:
             if part.entry is not None:
                 of_read_BLD = found.pop(0)
                 if of_read_BLD is not None:
-                    self._add_to_gradient(other, of_read_BLD)
+                    sink(of_read_BLD)
                 del of_read_BLD
-            for place in range(len(context_roots)):
-                self.of_context[place] = _sum(self.of_context[place], found[place])
-            del found[: len(context_roots)]
+            for place in context_roots:
+                self.of_context[place] = _sum(self.of_context[place], found.pop(0))
             self.of_trained.add(trained, found)
+
+    def _back_through_norm(self, part: _Recomputed, other: int, trained: list[nn.Parameter]) -> None:
+        """From the gradient of what the core read to that of the stream, a tile at a time."""
+        dx_BLD, self.of_normed = self.of_normed, None
+        if dx_BLD is None or not part.wanted:
+            return
+        assert part.half.before is not None
+        for rows in self.notes.tiles:
+            read_1TD = part._read_tile(rows).requires_grad_()
+            value_1TD = part.half.before(part.block, read_1TD)
+            edge, gradient_1TD = get_gradient_edge(value_1TD), dx_BLD.flatten(0, 1)[rows][None].to(value_1TD.dtype)
+            del value_1TD
+            of_read, *of_trained = torch.autograd.grad(edge, [read_1TD, *trained], gradient_1TD, allow_unused=True)
+            self._gradient_of(other).flatten(0, 1)[rows].add_(of_read[0])
+            self.of_trained.add(trained, of_trained)
 
     def _gradient_of(self, stream: int) -> Tensor:
         """The gradient of a stream, to be added to in place."""
@@ -319,6 +350,10 @@ class Walk:
     def _add_to_gradient(self, stream: int, term_BLD: Tensor) -> None:
         self._gradient_of(stream).add_(term_BLD)
 
+    def _add_to_normed(self, term_BLD: Tensor) -> None:
+        # A copy: a term may be a view of what autograd still uses.
+        self.of_normed = term_BLD.clone() if self.of_normed is None else self.of_normed.add_(term_BLD)
+
 
 def _observe(stack: ReversibleStack, notes: Notes, direction: str, index: int, streams: list[Tensor]) -> None:
     for observer in (stack.observer, notes.fingerprints):
@@ -329,4 +364,4 @@ def _observe(stack: ReversibleStack, notes: Notes, direction: str, index: int, s
 def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
     if term is None:
         return total
-    return term.clone() if total is None else total + term  # a term may be dy itself, which is overwritten
+    return term.clone() if total is None else total.add_(term)  # a term may be dy itself, which is overwritten

@@ -20,6 +20,7 @@ from meftbench.reversible.notes import Context, Notes
 from meftbench.reversible.passes import run_forward
 
 Observer = Callable[[str, int, list[Tensor]], None]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside h
 
 
 class Block(nn.Module):
@@ -39,6 +40,22 @@ class Block(nn.Module):
         self.halves = (Half.of(f), Half.of(g))
 
 
+class Relay(nn.Module):
+    """Stands where a layer stood whose stack stands where the last one did: hands h on and notes for the stack what
+    this layer was called with, for models that call their layers with different masks or positions."""
+
+    def __init__(self, index: int, stack: ReversibleStack) -> None:
+        super().__init__()
+        self.index, self._stack = index, [stack]  # in a list: not a submodule
+
+    def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (stack,) = self._stack
+        if self.index == 0:
+            stack.noted = []  # of a forward that was broken off
+        stack.noted.append((args, kwargs))
+        return h_BLD
+
+
 class ReversibleStack(nn.Module):
     """Blocks on two streams, both starting as the input h:
 
@@ -46,7 +63,8 @@ class ReversibleStack(nn.Module):
 
     where `first` and `second` are couplings (coupling.py): λ·x1 + F(x2) and β·x2 + G(y1) as published. The result is
     the mean of the last two streams, or the one that `carrier` names. Called as a layer is:
-    stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the halves' cores.
+    stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the halves' cores;
+    where layers are called with different ones, a `Relay` stands in the place of each block but the last.
 
     How the streams are held between blocks is the couplings' arithmetic (arithmetic.py): `Float` in h's dtype, as
     published, or `FixedPoint` as int32, whose reversal is exact in every precision that the halves compute in.
@@ -102,19 +120,21 @@ class ReversibleStack(nn.Module):
         self.strict, self.first_layer = strict, first_layer
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
         self.observer: Observer | None = None
+        self.noted: list[Call] = []
 
     @property
     def arithmetic(self) -> Arithmetic:
         return self.couplings[0].arithmetic
 
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        context = Context.of(args, kwargs)
+        calls, self.noted = [*self.noted, (args, kwargs)], []
+        context = Context.of(calls)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         inputs = [h_BLD, *context.differentiable, *trained]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             return self._unkept(h_BLD, context)
         if self.activations != "reverse":
-            return self._ordinary(h_BLD, args, kwargs)
+            return self._ordinary(h_BLD, calls)
         passage = Passage(self, Notes.of(self, h_BLD, context, self.strict))
         token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
@@ -150,7 +170,7 @@ class ReversibleStack(nn.Module):
                 notes.range.check(self.first_layer)
             return self.finish(streams, h_BLD.dtype)
 
-    def _ordinary(self, h_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _ordinary(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:
         numbers, dtype = self.arithmetic.ordinary, h_BLD.dtype
         streams = [numbers.lifted(h_BLD)] * 2
         for index in range(len(self.blocks)):
@@ -158,7 +178,7 @@ class ReversibleStack(nn.Module):
                 streams.reverse()
             if self.observer:
                 self.observer("forward", index, streams)
-            given = (index, streams[0], streams[1], dtype, args, kwargs)
+            given = (index, streams[0], streams[1], dtype, *calls[index if len(calls) > 1 else 0])
             if self.activations == "checkpoint":
                 streams = checkpoint(self._block, *given, use_reentrant=False)
             else:

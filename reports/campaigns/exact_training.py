@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones import layout_of
+from meftbench.backbones import layouts_of
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.errors import UserError
 from meftbench.measurement import describe
@@ -283,7 +283,7 @@ def train(case: Case, method: str, task: Task, *, gradient_every: int, seed: int
     """
     exact = method.endswith("-exact")
     model = _model(case.model, task.num_labels, seed)
-    layers = len(layout_of(model).list_of(model)[2])
+    layers = len(layouts_of(model)[0].list_of(model)[2])
     wanted = [("reversed", torch.float32), ("ordinary", torch.float32)]
     wanted += [("ordinary", torch.float64)] if exact and fp64 else []
     arms = [Arm.of(model, method, activations, dtype, case.learning_rate, seed) for activations, dtype in wanted]
@@ -328,9 +328,9 @@ def _model(name: str, num_labels: int, seed: int) -> nn.Module:
     model = build_model(single, num_labels=num_labels, seed=seed)
     if single == name:
         return model
-    layers = list(layout_of(model).list_of(model)[2])
+    layers = list(layouts_of(model)[0].list_of(model)[2])
     doubled = build_model(single, {"num_hidden_layers": 2 * len(layers)}, num_labels=num_labels, seed=seed)
-    for index, layer in enumerate(layout_of(doubled).list_of(doubled)[2]):
+    for index, layer in enumerate(layouts_of(doubled)[0].list_of(doubled)[2]):
         layer.load_state_dict(layers[index % len(layers)].state_dict())
     return doubled
 

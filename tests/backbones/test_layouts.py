@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, BertConfig
 
-from meftbench.backbones import Site, layout_of
+from meftbench.backbones import Site, layouts_of
 from meftbench.errors import UserError
 from meftbench.methods import prepare
 from meftbench.methods.bottleneck import Bottleneck
@@ -28,7 +28,7 @@ def an_adapter():
 def test_the_halves_of_a_layer_are_the_layer(backbone, sites):
     """feed_forward(attention(h)) equals transformers' own layer bit for bit, dropout on, with and without adapters."""
     model = a_model(1, backbone=backbone)
-    layout = layout_of(model)
+    layout = layouts_of(model)[0]
     layer = layout.list_of(model)[2][0]
     for site in sites:
         layout.attach(layer, site, an_adapter())
@@ -50,7 +50,7 @@ def test_an_adapter_of_zeros_changes_nothing(site):
     model = a_model(2, dropout=0.0)
     ids = torch.randint(5, 120, (2, 9))
     expected = model(ids).logits
-    layout = layout_of(model)
+    layout = layouts_of(model)[0]
     for layer in layout.list_of(model)[2]:
         adapter = an_adapter()
         adapter.zero()
@@ -64,7 +64,7 @@ def test_an_adapter_is_read_and_survives_a_copy(site):
     """The hook of a copied model finds the copy's adapter, and the keys of the pre-trained weights stay."""
     model = a_model(1, dropout=0.0)
     before = set(model.state_dict())
-    layout = layout_of(model)
+    layout = layouts_of(model)[0]
     layout.attach(layout.list_of(model)[2][0], site, an_adapter())
     ids = torch.randint(5, 120, (2, 9))
     copied = copy.deepcopy(model)

@@ -1,0 +1,159 @@
+"""A layout for a transformers model that has none: guessed from the names of its modules, then checked.
+
+A guess's halves must give, for every layer of the model itself, what the layer gives: then MEFT with λ→0 starts at the
+pre-trained model, and reversal, which asks for no more than the same function twice, is exact. Where none does, the
+model is refused with what to write.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from meftbench.backbones.bert import BERT
+from meftbench.backbones.layout import Layout, base_of
+from meftbench.backbones.residual import Names, layer_types_differ
+from meftbench.errors import UserError
+
+_OUTPUTS = ("o_proj", "out_proj", "dense")
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+_TOLERANCE = 1e-5  # relative, float32
+
+
+def guessed_layout(model: nn.Module) -> Layout:
+    """The layout of a model's only list of layers. Raises UserError where no guess holds."""
+    config: Any = model.config
+    path = _path_of_layers(model)
+    layers = list(cast(nn.ModuleList, base_of(model).get_submodule(path)))
+    calls = _calls(model, layers)
+    for guess in _guesses(path, layers[0]):
+        if len(calls) == len(layers) and all(_holds(guess, layer, *calls[i]) for i, layer in enumerate(layers)):
+            return guess
+    raise _refusal(type(model).__name__, str(config.model_type))
+
+
+def _refusal(name: str, model_type: str) -> UserError:
+    cure = (
+        f"write a layout (backbones/residual.py: Names(...).layout(...)) and an entry {model_type!r} in BACKBONES of "
+        "plan/catalogue.py, as CONTRIBUTING.md says"
+    )
+    return UserError(name, f"the layers of {model_type!r} do not split as those that are known", cure)
+
+
+def _path_of_layers(model: nn.Module) -> str:
+    """Where the list of layers is in the base model: the only ModuleList of two or more layers with attention."""
+    found = [
+        name
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _attention_of(module[0])
+    ]
+    if len(found) != 1:
+        raise _refusal(type(model).__name__, str(model.config.model_type))  # type: ignore[union-attr]
+    return str(found[0])
+
+
+def _attention_of(layer: nn.Module) -> tuple[str, tuple[str, str, str], str] | None:
+    """Name of the attention module among a layer's children, its projections, its output."""
+    if _is_bert(layer):
+        return "attention.self", _PROJECTIONS[1], "dense"
+    for name, child in layer.named_children():
+        for projections, output in itertools.product(_PROJECTIONS, _OUTPUTS):
+            if all(hasattr(child, part) for part in (*projections, output)):
+                return name, projections, output
+    return None
+
+
+def _is_bert(layer: nn.Module) -> bool:
+    return all(hasattr(layer, name) for name in ("attention", "intermediate", "output")) and hasattr(
+        layer.attention, "self"
+    )
+
+
+def _guesses(path: str, layer: nn.Module) -> Iterator[Layout]:
+    """Every way in which the children of a layer may be norms around attention and a feed-forward."""
+    if _is_bert(layer):
+        yield replace(BERT, layers=path)
+        return
+    attention = _attention_of(layer)
+    assert attention is not None
+    name, projections, output = attention
+    norms = [n for n, child in layer.named_children() if "norm" in type(child).__name__.lower()]
+    linear = [n for n, child in layer.named_children() if isinstance(child, nn.Linear)]
+    wide: list[str | tuple[str, ...]] = [
+        n
+        for n, child in layer.named_children()
+        if n != name and n not in norms and n not in linear and len(list(child.parameters()))
+    ]
+    if len(linear) == 2:
+        activations = [n for n in ("activation_fn", "act", "activation", "act_fn") if hasattr(layer, n)]
+        wide += [(linear[0], activation, linear[1]) for activation in activations]
+    for feed_forward, (first, second) in itertools.product(wide, itertools.permutations(norms, 2)):
+        for pre_norm, dropout in itertools.product((True, False), ("dropout", "no_dropout")):
+            names = Names(
+                attention=name,
+                projections=projections,
+                output=output,
+                attention_norm=first,
+                feed_forward=feed_forward,
+                feed_forward_norm=second,
+                pre_norm=pre_norm,
+                dropout=dropout,
+            )
+            yield names.layout(path, layers_differ=layer_types_differ)
+
+
+Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
+
+
+def _calls(model: nn.Module, layers: list[nn.Module]) -> dict[int, Call]:
+    """By a layer's place: h (B, L, D), and what else the model passes it, on a few tokens or one image."""
+    config: Any = model.config
+    seen: dict[int, Call] = {}
+
+    def note(place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = kwargs | {"past_key_values": None}
+        h_BLD = args[0] if args else kwargs.pop("hidden_states")
+        seen[place] = (h_BLD, args[1:], kwargs)
+
+    like = next(model.parameters())
+    if model.main_input_name == "pixel_values":
+        inputs = torch.zeros(1, config.num_channels, config.image_size, config.image_size, device=like.device)
+    else:
+        inputs = torch.arange(6, device=like.device)[None] % config.vocab_size
+    handles = [layer.register_forward_pre_hook(partial(note, i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            base_of(model)(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _holds(layout: Layout, layer: nn.Module, h_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the halves give what the layer gives, random numbers and all, and treat each token alone."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            expected = layer(h_BLD, *args, **kwargs)
+            expected = expected[0] if isinstance(expected, tuple) else expected
+            torch.manual_seed(0)
+            found = layout.feed_forward(layer, layout.attention(layer, h_BLD, *args, **kwargs))
+            training = layer.training
+            layer.eval()  # tiles draw other random numbers than the whole
+            whole = layout.feed_forward(layer, h_BLD)
+            tiles = torch.cat([layout.feed_forward(layer, tile) for tile in h_BLD.split(2, 1)], 1)
+            layer.train(training)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+        return False  # a wrong guess fails in any of these ways; the next is tried
+    return _alike(found, expected) and _alike(tiles, whole)
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= _TOLERANCE * expected.norm())
