@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones.build import build_model
+from meftbench.batch import resident_batch
 from meftbench.plan.cell import Cell
 from meftbench.step import Step, build_step
 
@@ -21,18 +22,57 @@ METHODS = ["full", "lora", "houlsby", "pfeiffer", "parallel", *MEFTS, *EXACTS]
 FOUR_LAYERS = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 
+_TEXT = FOUR_LAYERS | {"vocab_size": 120}
+_OPT = {key: value for key, value in _TEXT.items() if key != "intermediate_size"} | {"ffn_dim": 64}
+_BART = {"d_model": 32, "vocab_size": 120} | {
+    f"{side}_{what}": value
+    for side in ("encoder", "decoder")
+    for what, value in (("attention_heads", 4), ("ffn_dim", 64))
+}
+_IMAGES = FOUR_LAYERS | {"image_size": 32, "patch_size": 8}
+_DECODER = _TEXT | {"num_key_value_heads": 2, "head_dim": 8}
+_GEMMA = _DECODER | {"sliding_window": 5, "query_pre_attn_scalar": 8}
+
+# A name of `list models` for each family, and what makes it small. Dropout rates are named where it has them.
+TINY: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "bert": ("bert-tiny", _TEXT, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    "roberta": ("roberta-base", _TEXT, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    "bart": ("bart-base", _BART, ("dropout", "attention_dropout")),
+    "opt": ("opt-125m", _OPT | {"word_embed_proj_dim": 32}, ("dropout", "attention_dropout")),
+    "opt-post": ("opt-350m", _OPT | {"word_embed_proj_dim": 16}, ("dropout", "attention_dropout")),
+    "vit": ("vit-tiny", _IMAGES, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    "deit": ("deit-tiny", _IMAGES, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    "llama": ("llama-3.2-1b", _DECODER, ("attention_dropout",)),
+    "mistral": ("mistral-7b", _DECODER | {"sliding_window": 5}, ("attention_dropout",)),
+    "qwen2": ("qwen2.5-0.5b", _TEXT | {"num_key_value_heads": 2}, ("attention_dropout",)),
+    "qwen3": ("qwen3-0.6b", _DECODER, ("attention_dropout",)),
+    "gemma2": ("gemma-2-2b", _GEMMA, ("attention_dropout",)),
+    "gemma3": ("gemma-3-1b", _GEMMA, ("attention_dropout",)),
+}
+
+
 def a_model(
-    layers: int = 4, dtype: torch.dtype = torch.float64, backbone: str = "bert", dropout: float = 0.1
+    layers: int = 4,
+    dtype: torch.dtype = torch.float64,
+    backbone: str = "bert",
+    dropout: float = 0.1,
+    head: str | None = None,
 ) -> nn.Module:
-    """A small BERT or RoBERTa classifier with random weights, in training mode."""
-    overrides = FOUR_LAYERS | {
-        "num_hidden_layers": layers,
-        "vocab_size": 120,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-    }
-    name = {"bert": "bert-tiny@random", "roberta": "roberta-base@random"}[backbone]
-    return build_model(name, overrides, dtype=dtype)
+    """A small model with random weights, in training mode; of two layers or more, some attend through a window where
+    the family does that."""
+    name, overrides, rates = TINY[backbone]
+    depth = (
+        {"encoder_layers": layers, "decoder_layers": layers} if backbone == "bart" else {"num_hidden_layers": layers}
+    )
+    overrides = overrides | depth | dict.fromkeys(rates, dropout)
+    if backbone.startswith("gemma"):
+        overrides["layer_types"] = [("sliding_attention", "full_attention")[n % 2] for n in range(layers)]
+    attention = "eager" if backbone == "gemma2" else "sdpa"
+    model = build_model(f"{name}@random", overrides, dtype=dtype, attention=attention, head=head)
+    for key, parameter in model.named_parameters():
+        if key.endswith(("_token", "position_embeddings")):
+            nn.init.normal_(parameter, std=0.1)  # zeros in a new DeiT: its first norm would divide by nothing
+    return model
 
 
 def a_batch(samples: int = 3, length: int = 12, padded: int = 4) -> dict[str, Tensor]:
@@ -45,6 +85,11 @@ def a_batch(samples: int = 3, length: int = 12, padded: int = 4) -> dict[str, Te
         "attention_mask": mask,
         "labels": torch.arange(samples) % 2,
     }
+
+
+def a_batch_for(model: nn.Module, samples: int = 3, length: int = 12) -> dict[str, Tensor]:
+    """What the model is trained on: text of which a quarter is padding, or images."""
+    return resident_batch(model, samples, length, torch.device("cpu"), padding=0.25)
 
 
 def a_cell(method: str = "full", **changes: Any) -> Cell:

@@ -227,18 +227,8 @@ def _dropped_at(layer: nn.Module, dropout: float | nn.Module, x: Tensor) -> Tens
 
 
 def _for_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a layer passes its attention: a mask may come by place; a cache is not written in training.
-
-    Where gradients are kept, backward runs attention again and would write a second time.
-    """
-    given = dict(zip(("attention_mask",), args, strict=False)) | kwargs
-    cache = given.get("past_key_values")
-    if cache is not None and torch.is_grad_enabled():
-        if cache.get_seq_length():
-            cure = "pass no past_key_values in training, or generate under torch.no_grad()"
-            raise UserError("past_key_values", "a layer that runs again in backward cannot read a filled cache", cure)
-        given["past_key_values"] = None
-    return given
+    """What a layer passes its attention: a mask may come by place."""
+    return dict(zip(("attention_mask",), args, strict=False)) | kwargs
 
 
 # Functions with names: a reversible model holds its layout, and torch.save pickles the whole model.

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, Site, base_of
@@ -133,7 +134,10 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
     stacks = [
         _reversed(model, layout, settings, variant, *layers) for layout, layers in zip(layouts, split, strict=True)
     ]
-    base_of(model).register_forward_pre_hook(_without_layer_outputs, with_kwargs=True)
+    owners = [layout.list_of(model)[0] for layout in layouts]
+    for module in dict.fromkeys([base_of(model), *owners]):  # generation calls an encoder by itself
+        module.register_forward_pre_hook(_without_layer_outputs, with_kwargs=True)
+        module.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
     @contextmanager
     def cached() -> Iterator[None]:
@@ -200,6 +204,19 @@ def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[
         if getattr(base.config, name, False) if asked is None else asked:
             cure = "take last_hidden_state, or ask the pre-trained model"
             raise UserError(name, "a reversible model does not keep what its layers give", cure)
+
+
+def _without_cache(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    # Where gradients are kept, backward runs attention again, which would write to a cache a second time.
+    if not torch.is_grad_enabled():
+        return None
+    if kwargs.get("past_key_values") is not None:
+        what = "a reversible model, whose layers run again in backward, can neither fill nor read a cache"
+        raise UserError("past_key_values", what, "pass none in training, or call the model under torch.no_grad()")
+    # As transformers does under gradient checkpointing.
+    return (args, kwargs | {"use_cache": False}) if getattr(base.config, "use_cache", False) else None
 
 
 def _split(layers: list[nn.Module], settings: Meft) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
