@@ -164,6 +164,10 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers:tiled_mlp",
         "run feed-forwards in tiles of tokens, again in backward; on MEFT: in the tiles of its own passes",
     ),
+    "chunked_loss": Lever(
+        "meftbench.methods.chunked_loss:chunked_loss",
+        "cross-entropy over chunks of tokens, never the whole logits; for models that predict tokens",
+    ),
 }
 
 

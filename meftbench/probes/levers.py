@@ -21,11 +21,15 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     Raises CellFailure (error: lever-not-engaged) where the step contradicts the cell.
     """
     calls: Counter[str] = Counter()
+    rows = [0]  # of logits, a call of the head each; its calls say nothing of layers where the loss is in chunks
+    head: Any = step.model.get_output_embeddings() if cell.levers.chunked_loss else None  # type: ignore[operator]
     hooks = [
         module.register_forward_pre_hook(lambda *_: calls.update([step.phase]))
         for module in step.model.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and module is not head
     ]
+    if head is not None:
+        hooks.append(head.register_forward_hook(lambda _, args, logits: rows.append(logits.shape[:-1].numel())))
     offload: Any = step.applied.around_forward
     if isinstance(offload, Offload):
         offload.reset()
@@ -46,6 +50,8 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
     if cell.levers.tiled_mlp and not _tiled(step):
         raise _not_engaged("tiled_mlp", "no feed-forward ran in tiles")
+    if cell.levers.chunked_loss and max(rows) >= step.batch["labels"][: step.micro_batch_size].numel() > 1:
+        raise _not_engaged("chunked_loss", f"the head gave {max(rows)} rows of logits at once")
     if cell.levers.offload and moved == 0:
         raise _not_engaged("offload", "no byte was moved to the host")
     return {

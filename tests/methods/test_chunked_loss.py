@@ -1,0 +1,236 @@
+"""`+chunked_loss`: transformers' own loss and gradients, and never the whole logits."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from meftbench.errors import CellFailure, UserError
+from meftbench.methods import prepare
+from meftbench.methods.chunked_loss import CHUNKS, FEWEST, LARGEST, ChunkedLoss, chunk_rows
+from meftbench.plan.cell import Cell
+from meftbench.prediction.trace import count_uncomputed
+from meftbench.probes.levers import check_levers
+from meftbench.probes.memory_counted import count_memory
+from meftbench.step import build_step
+from tests.models import TINY, a_batch_for, a_model, gradients
+
+PREDICTING = ["opt", "opt-post", "llama", "qwen3", "gemma2", "gemma3", "bart"]
+SMALL_OPT = {**TINY["opt"][1], "num_hidden_layers": 2, "dropout": 0.0, "attention_dropout": 0.0}
+WITHOUT_TORCHS_OWN = pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="torch has no fused function of its own"
+)
+
+
+def a_predictor(backbone="opt", dtype=torch.float64):
+    return a_model(2, dtype, backbone, head="seq2seq_lm" if backbone == "bart" else "causal_lm")
+
+
+def a_cell(method, **changes):
+    values = {"model": "opt-125m@random", "model_config_overrides": SMALL_OPT, "batch_size": 4, "sequence_length": 16}
+    return Cell.of(method, **(values | changes))
+
+
+def assert_same(found, expected, rel=1e-12):
+    """Losses to float32's rounding, which is transformers' dtype of a loss; gradients far closer, because the float32
+    part of both is computed token by token, the same way. Against the largest: a key's bias has a gradient of zero."""
+    (loss, gradient), (loss_expected, gradient_expected) = found, expected
+    assert float(loss_expected) == pytest.approx(float(loss), rel=1e-6)
+    assert list(gradient_expected) == list(gradient)
+    largest = max(float(g.norm()) for g in gradient_expected.values())
+    for name, g in gradient_expected.items():
+        assert float((gradient[name] - g).norm()) <= rel * max(float(g.norm()), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "meft1-exact", "lora+checkpoint"])
+@pytest.mark.parametrize("backbone", PREDICTING)
+def test_loss_and_gradients_are_those_of_transformers(backbone, method):
+    """Whatever comes between hidden states and loss: a projection, a soft cap, a bias of the logits, shifted labels."""
+    chunked = prepare(a_predictor(backbone), f"{method}+chunked_loss", seed=0).model
+    plain = prepare(a_predictor(backbone), method, seed=0).model
+    batch = a_batch_for(plain)
+    assert bool((batch["labels"] == -100).any())
+
+    assert chunked(**batch).logits is None
+    assert_same(gradients(chunked, batch), gradients(plain, batch))
+
+
+@pytest.mark.parametrize("backbone", ["opt", "bart"])
+def test_bfloat16_and_autocast(backbone):
+    """In half precision the loss is float32, and as near to the true one as transformers' own."""
+    model = a_predictor(backbone, torch.bfloat16)
+    batch = a_batch_for(model)
+    chunked = prepare(deepcopy(model), "full+chunked_loss").model
+    expected = model(**batch).loss.item()
+    assert expected == pytest.approx(chunked(**batch).loss.item(), rel=2e-2)
+    chunked.float()
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(gradients(chunked, batch), gradients(model, batch), rel=2e-2)
+
+
+def test_the_callers_count_of_tokens():
+    """The loss is a sum over `num_items_in_batch`, a number or a tensor, where transformers' is."""
+    model = a_predictor()
+    chunked = prepare(deepcopy(model), "full+chunked_loss").model.eval()
+    batch = a_batch_for(model.eval())
+    for count in (7, torch.tensor(7)):
+        expected = model(**batch, num_items_in_batch=count).loss.item()
+        assert expected == pytest.approx(chunked(**batch, num_items_in_batch=count).loss.item(), rel=1e-6)
+
+
+def test_no_token_has_a_label():
+    """NaN and gradients of zero, as of transformers."""
+    model = a_predictor()
+    chunked = prepare(deepcopy(model), "full+chunked_loss").model
+    batch = a_batch_for(model)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for each in (model, chunked):
+        loss, gradient = gradients(each, batch)
+        assert bool(loss.isnan())
+        assert not any(bool(g.any()) for g in gradient.values())
+
+
+@WITHOUT_TORCHS_OWN
+@pytest.mark.parametrize("backbone", ["opt", "bart"])
+def test_torchs_own_function(backbone):
+    """Where it is taken it gives the same, also where no token has a label, and more than one backward."""
+    model = a_predictor(backbone, torch.float32)
+    chunked = prepare(deepcopy(model), "full+chunked_loss").model
+    batch = a_batch_for(model)
+    chunked.forward.fused = True
+    assert_same(gradients(chunked, batch), gradients(model, batch), rel=1e-4)
+
+    loss = chunked(**batch).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, gradient = gradients(chunked, batch)
+    assert bool(loss.isnan())
+    assert not any(bool(g.any()) for g in gradient.values())
+
+
+@WITHOUT_TORCHS_OWN
+def test_torchs_own_function_hides_its_chunks():
+    """Why it is not taken on the CPU: a dispatch mode sees one operator. When this fails, take it there too."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    chunked = ChunkedLoss(a_predictor(dtype=torch.float32))
+    with Watch():
+        chunked._fused(torch.randn(16, 32, requires_grad=True), torch.arange(16), -100, 4)
+    assert any("linear_cross_entropy" in name for name in seen)
+    assert not any(".mm." in name or ".addmm" in name for name in seen)
+
+
+def test_ordinary_switches_it_off():
+    """What gradients are checked against is transformers' own loss, logits and all."""
+    applied = prepare(a_predictor(), "lora+chunked_loss")
+    batch = a_batch_for(applied.model)
+    with applied.ordinary():
+        assert applied.model(**batch).logits is not None
+    assert applied.model(**batch).logits is None
+
+
+@pytest.mark.parametrize("backbone", ["opt", "bart"])
+def test_without_labels_or_gradients_nothing_changes(backbone):
+    """Generation, logits without labels, evaluation: bit for bit, in tuples too."""
+    model = a_predictor(backbone).eval()
+    chunked = prepare(deepcopy(model), "full+chunked_loss").model
+    batch = a_batch_for(model)
+    prompt = {name: batch[name][:, :6] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**prompt, **options), chunked.generate(**prompt, **options))
+    assert list(model.state_dict()) == list(chunked.state_dict())
+    with torch.no_grad():
+        for expected, found in zip(
+            model(**batch, return_dict=False)[:2], chunked(**batch, return_dict=False)[:2], strict=True
+        ):
+            assert torch.equal(expected, found)
+    assert model(**batch).loss.item() == pytest.approx(chunked(**batch, return_dict=False)[0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_its_own_head(copy):
+    """A copied or pickled model computes with its own weights."""
+    model = prepare(a_predictor(), "full+chunked_loss").model
+    batch = a_batch_for(model)
+    copied = copy(model)
+    expected = gradients(model, batch)
+    assert_same(gradients(copied, batch), expected)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert_same(gradients(copied, batch), expected)
+
+
+def test_a_model_without_a_vocabulary():
+    """A classifier is refused, with what to do."""
+    with pytest.raises(UserError, match=r"BertForSequenceClassification: chunked_loss needs a head .* causal_lm"):
+        prepare(a_model(1), "lora+chunked_loss")
+
+
+@pytest.mark.parametrize(("scale", "agrees"), [(1.0, True), (0.5, False)])
+def test_families_that_are_not_listed_are_tried(scale, agrees):
+    """Cohere multiplies its logits by a number that the lever knows nothing of."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    config = CohereConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, logit_scale=scale, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = CohereForCausalLM(config).train()
+    model.lm_head.weight.data.normal_()
+    assert agrees == ChunkedLoss(model).agrees()
+    assert model.model.training
+
+
+def test_chunks():
+    """A sixteenth of the tokens; of a large vocabulary fewer, but enough to keep a device busy."""
+    assert 4096 // CHUNKS == chunk_rows(4096, 50_272)
+    assert LARGEST // (4 * 50_272) == chunk_rows(65_536, 50_272)
+    assert FEWEST == chunk_rows(65_536, 256_000)
+    assert 1 == chunk_rows(3, 120)
+
+
+@pytest.mark.parametrize("method", ["full", "lora+checkpoint", "meft1-exact"])
+def test_the_lever_engages_and_holds_less(method):
+    """Activation memory falls by more than one copy of the logits, counted in a step that runs in two micro-batches."""
+    changes = {"model_config_overrides": SMALL_OPT | {"vocab_size": 2000}, "micro_batch_size": 2, "sequence_length": 64}
+    peaks = []
+    for name in (method, f"{method}+chunked_loss"):
+        cell = a_cell(name, **changes)
+        step = build_step(cell, torch.device("cpu"))
+        step.run()
+        check_levers(step, cell)
+        peaks.append(count_memory(step, steps=1, warmup=1)["activation_peak_bytes"].value)
+    logits = 2 * 64 * 2000 * 4
+    assert peaks[0] - peaks[1] > logits
+
+
+def test_a_lever_that_was_not_honoured():
+    """The cell asks for it, the logits are whole: error."""
+    step = build_step(a_cell("lora"), torch.device("cpu"))
+    step.run()
+    with pytest.raises(CellFailure, match="chunked_loss: the head gave 64 rows"):
+        check_levers(step, a_cell("lora+chunked_loss"))
+
+
+def test_a_trace_sees_every_chunk():
+    """Under tensors without values the step counts what it counts with them."""
+    cell = a_cell("lora+checkpoint+chunked_loss", model_config_overrides=SMALL_OPT | {"vocab_size": 2000})
+    step = build_step(cell, torch.device("cpu"))
+    del step.batch["attention_mask"]
+    measured = count_memory(step, steps=1, warmup=1)["activation_peak_bytes"].value
+    assert measured == count_uncomputed(cell).activation_peak
