@@ -45,6 +45,11 @@ class Context:
             noted.append(_Call(detached, spec, places))
         return Context(noted, differentiable if torch.is_grad_enabled() else [], len(differentiable))
 
+    @property
+    def filled(self) -> bool:
+        """Whether layers are passed a cache: an object that a core puts what it computed into by `update`."""
+        return any(hasattr(leaf, "update") for call in self.calls for leaf in call.leaves)
+
     def fresh(self, block: int) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Tensor]]:
         """The arguments of a block, with new leaves in place of the differentiable tensors; and those leaves, by
         their place in `differentiable`."""
@@ -98,7 +103,8 @@ class Notes:
             device=device,
             input_wanted=h_BLD.requires_grad,
             tiles=tiles,
-            parts=stack.parts_of(len(tiles)),
+            # Each part of a core would fill a cache by itself.
+            parts=1 if context.filled else stack.parts_of(len(tiles)),
             autocast=AutocastState.now(device.type),
             numerics=Numerics.now(),
             # Dropout may be switched between forward and backward; recomputation must see the forward's mode.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from meftbench.errors import UserError
 from meftbench.reversible.arithmetic import Arithmetic
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.function import Finish, Passage, Reversal
@@ -48,6 +49,7 @@ class Relay(nn.Module):
         super().__init__()
         self.index, self._stack = index, [stack]  # in a list: not a submodule
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it changes what the stack has noted
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         (stack,) = self._stack
         if self.index == 0:
@@ -126,7 +128,11 @@ class ReversibleStack(nn.Module):
     def arithmetic(self) -> Arithmetic:
         return self.couplings[0].arithmetic
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled in the forward pass, halves would be recomputed by other kernels
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
+            cure = "give fully_shard the whole stack or model, not its blocks or layers, or use DistributedDataParallel"
+            raise UserError("ReversibleStack", "its parameters are sharded while it runs", cure)
         calls, self.noted = [*self.noted, (args, kwargs)], []
         context = Context.of(calls)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
