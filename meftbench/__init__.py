@@ -10,12 +10,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from meftbench.measurement import measure as measure
     from meftbench.methods import apply_method as apply_method
+    from meftbench.methods.saving import load_adapter as load_adapter
+    from meftbench.methods.saving import save_adapter as save_adapter
+    from meftbench.methods.saving import unload as unload
     from meftbench.records.store import load_run as load_run
     from meftbench.runner import run_suite as run_suite
 
 # Resolved on first use, so that `import meftbench` and the command line do not import torch.
 _HOMES = {
     "apply_method": "meftbench.methods",
+    "save_adapter": "meftbench.methods.saving",
+    "load_adapter": "meftbench.methods.saving",
+    "unload": "meftbench.methods.saving",
     "measure": "meftbench.measurement",
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from meftbench.errors import UserError, unknown
-from meftbench.methods.applied import Applied
+from meftbench.methods.applied import NOTE, Applied, note_before
 from meftbench.plan.catalogue import LEVERS, METHODS
 from meftbench.plan.strict_yaml import settings_of
 
@@ -44,13 +44,16 @@ def prepare(
             raise unknown("apply_method", "lever", lever, LEVERS)
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
+    note = note_before(model, name, checked)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         applied = _load(entry.home)(model, checked)
+    setattr(applied.model, NOTE, note)
     for lever in LEVERS:
         if lever in levers:
             _load(LEVERS[lever].home)(applied)
+            note["levers"].append(lever)
     assert isinstance(applied, Applied)
     return applied
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import nn
 from meftbench.backbones import Layout, base_of, checked_layouts
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
+from meftbench.plan.catalogue import Settings
 from meftbench.reversible import ReversibleStack
 from meftbench.reversible.tiled import Tiling
 
@@ -64,6 +66,22 @@ def untouched_layouts(model: nn.Module) -> tuple[Layout, ...]:
     if any(isinstance(module, (Bottleneck, ReversibleStack)) for module in model.modules()):
         raise UserError(type(model).__name__, "has a method applied already", "load the pre-trained model afresh")
     return layouts
+
+
+# Attribute of the model to train that says what was applied: plain values, so that it is copied and pickled with it.
+NOTE = "meftbench_adapter"
+
+
+def note_before(model: nn.Module, method: str, settings: Settings) -> dict[str, Any]:
+    """The note as it is before a method is applied: the method, and what `unload` must know of the model as it was:
+    its frozen parameters, and whether it was checkpointed."""
+    return {
+        "method": method,
+        "settings": json.loads(json.dumps(settings.model_dump(by_alias=True), default=str)),
+        "levers": [],
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "checkpointed": any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()),
+    }
 
 
 def freeze_backbone(model: nn.Module) -> None:
