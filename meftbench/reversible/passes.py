@@ -143,12 +143,16 @@ class _Recomputed:
             tiles = [self.half.before(self.block, self._read_tile(rows)) for rows in self.notes.tiles]
             return (tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)).view(self.other_BLD.shape)
 
+    def _prepared_by_trained(self) -> bool:
+        """Whether `before` uses a tensor that is trained: it needs a gradient though the stream needs none."""
+        return self.half.before is not None and self.half.before(self.block, self._read_tile(slice(0, 1))).requires_grad
+
     def _read_tile(self, rows: slice) -> Tensor:
         """The stream that this half reads, in floating point: (1, T, D)."""
         return self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.notes.dtype).detach()
 
     def _entered(self, read_BLD: Tensor) -> Tensor:
-        if not (self.wanted and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and (self.wanted or self._prepared_by_trained())):
             return read_BLD.detach()
         token = read_BLD.new_empty(0).requires_grad_()
         read_BLD = _Entry.apply(token, read_BLD)  # type: ignore[no-untyped-call]
@@ -326,17 +330,19 @@ class Walk:
     def _back_through_norm(self, part: _Recomputed, other: int, trained: list[nn.Parameter]) -> None:
         """From the gradient of what the core read to that of the stream, a tile at a time."""
         dx_BLD, self.of_normed = self.of_normed, None
-        if dx_BLD is None or not part.wanted:
+        if dx_BLD is None:
             return
         assert part.half.before is not None
         for rows in self.notes.tiles:
-            read_1TD = part._read_tile(rows).requires_grad_()
+            read_1TD = part._read_tile(rows).requires_grad_(part.wanted)
             value_1TD = part.half.before(part.block, read_1TD)
             edge, gradient_1TD = get_gradient_edge(value_1TD), dx_BLD.flatten(0, 1)[rows][None].to(value_1TD.dtype)
             del value_1TD
-            of_read, *of_trained = torch.autograd.grad(edge, [read_1TD, *trained], gradient_1TD, allow_unused=True)
-            self._gradient_of(other).flatten(0, 1)[rows].add_(of_read[0])
-            self.of_trained.add(trained, of_trained)
+            roots = [*([read_1TD] if part.wanted else []), *trained]
+            found = list(torch.autograd.grad(edge, roots, gradient_1TD, allow_unused=True))
+            if part.wanted:
+                self._gradient_of(other).flatten(0, 1)[rows].add_(found.pop(0)[0])
+            self.of_trained.add(trained, found)
 
     def _gradient_of(self, stream: int) -> Tensor:
         """The gradient of a stream, to be added to in place."""
