@@ -33,14 +33,16 @@ def list_(
 
 
 def methods() -> dict[str, Any]:
-    """Methods with their settings and defaults, then the levers that compose with any of them by `+`."""
+    """Methods with their settings and defaults, the levers that compose with any of them by `+`, then what is none."""
     from meftbench.plan.catalogue import LEVERS, METHODS
+    from meftbench.plan.peft_names import NOT_APPLICABLE
 
     listed: dict[str, Any] = {
         name: {"summary": method.summary, "settings": method.settings().model_dump(mode="json", by_alias=True)}
         for name, method in METHODS.items()
     }
-    return listed | {f"+{name}": {"summary": lever.summary} for name, lever in LEVERS.items()}
+    listed |= {f"+{name}": {"summary": lever.summary} for name, lever in LEVERS.items()}
+    return listed | {name: {"summary": f"does not apply: {row.reason}"} for name, row in NOT_APPLICABLE.items()}
 
 
 def models() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from meftbench.errors import UserError, unknown
 from meftbench.methods.applied import NOTE, Applied, note_before
 from meftbench.plan.catalogue import LEVERS, METHODS
+from meftbench.plan.peft_names import NOT_APPLICABLE
 from meftbench.plan.strict_yaml import settings_of
 
 __all__ = ["Applied", "apply_method", "prepare"]
@@ -37,6 +38,10 @@ def prepare(
 ) -> Applied:
     """As `apply_method`, giving back what the step and the probes need beside the model."""
     name, *levers = method.split("+")
+    if name in NOT_APPLICABLE:
+        raise UserError(
+            "apply_method", f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method"
+        )
     if name not in METHODS:
         raise unknown("apply_method", "method", name, METHODS)
     for lever in levers:
@@ -48,10 +53,12 @@ def prepare(
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        applied = _load(entry.home)(model, checked)
+        applied = _load(entry.home)(model, checked, *entry.given)
     setattr(applied.model, NOTE, note)
     for lever in LEVERS:
         if lever in levers:
+            if lever in applied.refuses:
+                raise UserError(method, applied.refuses[lever], f"leave {lever} out")
             _load(LEVERS[lever].home)(applied)
             note["levers"].append(lever)
     assert isinstance(applied, Applied)

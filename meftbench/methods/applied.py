@@ -29,6 +29,8 @@ class Applied:
     around_forward: entered around forward and loss of every step (the offload lever).
     tiling: how feed-forwards of ordinary layers are tiled; None: they are not.
     ordinary: entered to run the same equations under ordinary autograd: nothing recomputed or offloaded.
+    refuses: levers that the method does not bear, with the fact that is against it.
+    no_gradient: names of trained tensors whose true gradient is zero, whatever the batch.
     """
 
     model: nn.Module
@@ -36,6 +38,8 @@ class Applied:
     ordinary_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     recomputes: bool = False
     tiling: Tiling | None = None
+    refuses: dict[str, str] = field(default_factory=dict)
+    no_gradient: frozenset[str] = frozenset()
 
     @property
     def stacks(self) -> list[ReversibleStack]:

@@ -79,7 +79,7 @@ class Offload:
         resident = {t.untyped_storage()._cdata for t in [*self._model.parameters(), *self._model.buffers()]}
 
         def pack(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
-            if tensor.untyped_storage()._cdata in resident:
+            if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata in resident:
                 return None, tensor
             token = copying_to_host.set(True)
             try:

@@ -8,16 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.plan.published import MODELS as MODELS
 from meftbench.plan.published import Model as Model
-
-
-class Settings(BaseModel):
-    """Hyper-parameters of a method; unknown keys and wrong types are refused before torch is loaded."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+from meftbench.plan.settings import Settings as Settings
 
 
 class Full(Settings):
@@ -112,6 +108,7 @@ class Method:
     settings: type[Settings]
     home: str  # "module:function", imported when the method is applied
     summary: str
+    given: tuple[str, ...] = ()  # what the function is given beside the model and the settings
 
 
 METHODS: dict[str, Method] = {
@@ -140,6 +137,9 @@ METHODS: dict[str, Method] = {
     ),
     "meft2-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft2", "meft2, its reversal exact and in tiles"),
     "meft3-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft3", "meft3, its reversal exact and in tiles"),
+} | {
+    name: Method(entry.settings, "meftbench.methods.peft_zoo:apply", entry.line, (name,))
+    for name, entry in PEFT_METHODS.items()
 }
 
 

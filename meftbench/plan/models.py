@@ -9,6 +9,7 @@ from typing import Any
 
 from meftbench.errors import UserError, unknown
 from meftbench.plan.catalogue import BACKBONES, MODELS
+from meftbench.plan.peft_names import refusal
 
 RANDOM = "@random"
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -119,13 +120,24 @@ def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
     return int(config["max_position_embeddings"]) - unused
 
 
-def check_sequence_length(where: str, model: str, overrides: dict[str, Any], length: int) -> None:
-    """Raises UserError where `length` tokens are more than the model's positions."""
+def check_method(where: str, model: str, overrides: dict[str, Any], head: str | None, method: str) -> None:
+    """Raises UserError where the method does not fit the model's type, as far as it is known."""
+    kind = (known_config(model, overrides) or {}).get("model_type")
+    if kind in BACKBONES:
+        reason = refusal(method, kind, head_of(kind, head), BACKBONES[kind].heads)
+        if reason:
+            raise UserError(where, reason, "choose another method or model")
+
+
+def check_sequence_length(where: str, model: str, overrides: dict[str, Any], length: int, taken: int = 0) -> None:
+    """Raises UserError where `length` tokens, and `taken` that a method puts before them, exceed the positions."""
     fixed = image_tokens(known_config(model, overrides) or {})
     if fixed is not None and length != fixed:
         cure = f"write sequence_length: {fixed}, or set config: {{image_size: ...}} on a @random model"
         raise UserError(where, f"an image is {fixed} tokens to {model!r}, not {length}", cure)
     limit = max_positions(model, overrides)
-    if limit is not None and length > limit:
-        cure = f"use at most {limit}, or set config: {{max_position_embeddings: ...}} on a @random model"
-        raise UserError(where, f"sequence_length {length} is longer than the {limit} positions of {model!r}", cure)
+    if limit is not None and length + taken > limit:
+        cure = f"use at most {limit - taken}, or set config: {{max_position_embeddings: ...}} on a @random model"
+        beside = f" and {taken} virtual tokens" if taken else ""
+        what = f"sequence_length {length}{beside} is longer than the {limit} positions of {model!r}"
+        raise UserError(where, what, cure)

@@ -14,7 +14,8 @@ from meftbench.errors import UserError, unknown
 from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.identity import digest
-from meftbench.plan.models import attention_of, check_head, check_model, check_sequence_length
+from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
+from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.strict_yaml import Document, KeyPath, read, validated, validated_part
 
@@ -229,7 +230,9 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     device = parse_device(document.where(place["device"]), values.get("device", "counted"))
     check_model(document.where(place["model"]), model, overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
-    check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"])
+    check_method(document.where(place["method"]), model, overrides, values.get("head"), method)
+    taken = positions_taken(method, params)
+    check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"], taken)
     return Cell(
         model=model,
         model_config_overrides=overrides,
@@ -280,6 +283,8 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
     """Method, levers and settings of "lora+checkpoint" or {name: meft1, adapter_size: 8}. Raises UserError."""
     text, settings = _named(document, path, value, "method")
     name, *levers = text.split("+")
+    if name in NOT_APPLICABLE:
+        raise document.error(path, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")
     if name not in METHODS:
         raise unknown(document.where(path), "method", name, METHODS)
     for lever in levers:
@@ -287,6 +292,8 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
             raise unknown(document.where(path), "lever", lever, LEVERS)
         if levers.count(lever) > 1:
             raise document.error(path, f"lever {lever!r} is named twice", "name it once")
+        if name in PEFT_METHODS and lever in PEFT_METHODS[name].refuses:
+            raise document.error(path, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
     schema = METHODS[name].settings
     checked = validated_part(document, path, settings, schema)
     said = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)

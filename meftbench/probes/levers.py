@@ -81,7 +81,11 @@ def _check_gradients(step: Step) -> int:
     # Softmax does not see a constant added to all scores: the true gradient of a key's bias is zero.
     # A single key has all the attention whatever its score: queries and keys have no gradient then.
     one_token = int(step.batch["attention_mask"].sum(1).max()) == 1
-    unexplained = [name for name in zero if not name.endswith(("key.bias", "k_proj.bias")) and not one_token]
+    unexplained = [
+        name
+        for name in zero
+        if not name.endswith(("key.bias", "k_proj.bias")) and name not in step.applied.no_gradient and not one_token
+    ]
     if unexplained:
         raise _not_engaged(
             "training", f"the gradient of {unexplained[0]} is all zero ({len(unexplained)} such tensors)"

@@ -123,6 +123,10 @@ class StorageCounter(TorchDispatchMode):
     def _see(self, tensor: Tensor, category: str) -> None:
         if tensor.device.type != self.device_type:
             return
+        if tensor.layout is torch.sparse_coo:
+            for part in (tensor._indices(), tensor._values()):
+                self._see(part, category)
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, -(-storage.nbytes() // self.block) * self.block
         entry = self._storages.get(key)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable
+from colorsys import hls_to_rgb
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.records.metrics import BREAKDOWN
 from meftbench.report.tables import methods_in_order, parts_of, rows_of
 from meftbench.units import GiB, MiB
@@ -35,6 +37,15 @@ COLOUR = {
     "meft3-exact": "#7A3500",
 }
 _ANY_OTHER = "#5B3A29"
+
+
+def _spread(n: int) -> str:
+    """The n-th of colours that are far from their neighbours: the hue turns by the golden ratio."""
+    red, green, blue = hls_to_rgb(n * 0.618034 % 1, (0.38, 0.52, 0.66)[n % 3], 0.55)
+    return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
+
+
+COLOUR |= {name: _spread(n) for n, name in enumerate(PEFT_METHODS)}
 LINE = {"measured": "-", "counted": "-.", "predicted": "--"}
 CATEGORY = dict(
     zip(

@@ -10,6 +10,7 @@ import yaml
 
 from meftbench.cli.doctor import findings, rendered
 from meftbench.plan.catalogue import LEVERS, METHODS, MODELS
+from meftbench.plan.peft_names import NOT_APPLICABLE
 from meftbench.records.metrics import METRICS
 from meftbench.runner import process
 
@@ -17,7 +18,7 @@ from meftbench.runner import process
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("methods", [*METHODS, *(f"+{lever}" for lever in LEVERS)]),
+        ("methods", [*METHODS, *(f"+{lever}" for lever in LEVERS), *NOT_APPLICABLE]),
         ("models", MODELS),
         ("metrics", METRICS),
     ],

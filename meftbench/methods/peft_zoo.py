@@ -1,0 +1,136 @@
+"""The methods of HF peft beside LoRA: one row of plan/peft_names.py each, through peft's own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from meftbench.backbones import Layout, base_of
+from meftbench.errors import UserError, unknown
+from meftbench.methods.applied import Applied, predicts_tokens, untouched_layouts
+from meftbench.methods.lora import task_of
+from meftbench.plan.catalogue import BACKBONES
+from meftbench.plan.peft_names import PEFT_METHODS, Peft, PeftMethod, Targeted, refusal
+
+# peft names them for text; here for ViT and DeiT, as for Llama.
+_IA3_OF_IMAGES: dict[str, Any] = {"target_modules": ["k_proj", "v_proj", "mlp.fc2"], "feedforward_modules": ["mlp.fc2"]}
+# What peft raises for a configuration that it, or the model, does not bear.
+_REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError)
+
+
+def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
+    """`model` in peft's wrapper: the adapter of the method called `name`, and a new task head, are trained.
+
+    Raises UserError: the installed peft has no such method, it does not fit the model, peft refuses a field.
+    """
+    from peft import get_peft_model
+
+    row = PEFT_METHODS[name]
+    layouts = untouched_layouts(model)
+    kind = _config_class(row, name)
+    _check_fits(model, name)
+    _check_config(settings, row, kind, name)
+    task = task_of(model)
+    new = task.pop("modules_to_save", [])
+    fields = _fields(model, row, settings, layouts) | task
+    if new and "modules_to_save" in kind.__dataclass_fields__:
+        fields["modules_to_save"] = new
+    try:
+        wrapped: nn.Module = get_peft_model(model, kind(**(fields | settings.config)))
+    except _REFUSALS as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(name, f"peft refuses it on {type(model).__name__}: {said}", "change its settings") from None
+    if "modules_to_save" not in fields:
+        for child in new:
+            model.get_submodule(child).requires_grad_(True)
+    for parameter in _unread(wrapped):
+        parameter.requires_grad_(False)
+    return Applied(wrapped, refuses=row.refuses, no_gradient=frozenset(_of_zero_biases(wrapped)))
+
+
+def _config_class(row: PeftMethod, name: str) -> Any:
+    """peft's configuration class. Raises UserError where the installed peft is too old for it."""
+    from peft import __version__
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        if kind.value == row.peft_type:
+            return config
+    raise UserError(name, f"the installed peft {__version__} has no {row.peft_type}", "pip install --upgrade peft")
+
+
+def _check_fits(model: Any, name: str) -> None:
+    kind = model.config.model_type
+    encoder_decoder = ("classification", "seq2seq_lm") if model.config.is_encoder_decoder else ("classification",)
+    heads = BACKBONES[kind].heads if kind in BACKBONES else encoder_decoder
+    if model.main_input_name != "input_ids":
+        heads = ("image_classification",)
+    text = "classification" if not predicts_tokens(model) else "causal_lm"
+    if model.config.is_encoder_decoder and predicts_tokens(model):
+        text = "seq2seq_lm"
+    reason = refusal(name, kind, text if model.main_input_name == "input_ids" else heads[0], heads)
+    if reason:
+        raise UserError(type(model).__name__, reason, "choose another method or model")
+
+
+def _check_config(settings: Peft, row: PeftMethod, kind: Any, name: str) -> None:
+    where = f"{name}: config"
+    for key in settings.config:
+        if key not in kind.__dataclass_fields__:
+            raise unknown(where, f"field of peft's {kind.__name__}", key, kind.__dataclass_fields__)
+        if key in row.size:
+            raise UserError(where, f"{key} is set by {settings.size}", f"write {settings.size} beside config")
+        if key in row.fixed and key not in _FREE:
+            raise UserError(where, f"{key} is what makes it {name}", "leave it out")
+
+
+# Fixed for a short run, not by the method's name.
+_FREE = ("total_step", "progressbar")
+
+
+def _fields(model: nn.Module, row: PeftMethod, settings: Peft, layouts: tuple[Layout, ...]) -> dict[str, Any]:
+    """peft's fields by the row and the settings."""
+    fields = dict(row.fixed)
+    if settings.size:
+        fields |= dict.fromkeys(row.size, getattr(settings, settings.size))
+    attention = sorted({target for layout in layouts for target in layout.attention_targets})
+    if isinstance(settings, Targeted) and settings.targets:
+        fields["target_modules"] = settings.targets
+    elif row.targets == "attention":
+        fields["target_modules"] = attention
+    elif row.targets == "value":
+        fields["target_modules"] = sorted({layout.attention_targets[-1] for layout in layouts})
+    elif row.targets == "norms":
+        fields["target_modules"] = list(_norms(model))
+    elif row.peft_type == "IA3" and model.main_input_name != "input_ids":
+        fields |= _IA3_OF_IMAGES
+    elif row.peft_type == "ADAPTION_PROMPT":
+        fields["adapter_layers"] = sum(len(layout.list_of(model)[2]) for layout in layouts)
+    return fields
+
+
+def _norms(model: nn.Module) -> Iterator[str]:
+    base = base_of(model)
+    within = {id(module) for module in base.modules()}
+    for name, module in model.named_modules():
+        if id(module) in within and type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
+            yield name
+
+
+def _unread(wrapped: nn.Module) -> list[nn.Parameter]:
+    """Trained tensors that nothing reads: a shadow's last layer updates a state that no layer takes."""
+    updates = {name: p for name, p in wrapped.named_parameters() if ".shadow_update_" in name}
+    last = [name.partition(".shadow_update_")[0] for name in updates][-1:]
+    return [p for name, p in updates.items() if name.partition(".shadow_update_")[0] in last]
+
+
+def _of_zero_biases(wrapped: nn.Module) -> Iterator[str]:
+    """Factors of biases that are all zero, as random weights have them: b·D is 0 whatever D (GLoRA)."""
+    for name, _ in wrapped.named_parameters():
+        owner, found, _ = name.partition(".glora_D.")
+        if found:
+            bias = getattr(wrapped.get_submodule(owner), "bias", None)
+            if bias is not None and not bias.any():
+                yield name
