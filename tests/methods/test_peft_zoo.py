@@ -229,7 +229,7 @@ def test_a_type_that_the_installed_peft_lacks_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["glora", "ia3", "ln-tuning", "prefix-tuning", "adaption-prompt", "shadow", "shira"])
-@pytest.mark.parametrize("lever", ["checkpoint", "tiled_mlp"])
+@pytest.mark.parametrize("lever", ["checkpoint", "tiled_mlp", "chunked_loss"])
 def test_levers_change_no_gradient(name, lever, tmp_path):
     """Those that a method does not bear are refused, in a suite and from Python."""
     model = build("llama")
