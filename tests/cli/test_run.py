@@ -298,7 +298,9 @@ def test_auto_counts_where_there_is_no_gpu(cli):
 def test_an_interrupted_sweep_keeps_finished_records_and_says_how_to_go_on(tmp_path, number, code):
     """The running cell is killed, its exit code says why, and --resume finishes the run."""
     file, told_file = a_file(seed=[FINE, ENDLESS], batch_size=1, method="full"), tmp_path / "told.txt"
-    program = "import sys; from meftbench.runner import process; process.WORKER = tuple(sys.argv[1:]);"
+    # A shell starts what it puts into the background with SIGINT ignored, and this test may be run so.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    program += "from meftbench.runner import process; process.WORKER = tuple(sys.argv[1:]);"
     program += f"from meftbench.cli import main; main(['run', {file!r}, '--out', 'run'])"
     process = subprocess.Popen(
         [sys.executable, "-c", program, *WORKER],
