@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.backbones.quantize import quantize
 from meftbench.batch import resident_batch
+from meftbench.errors import UserError
 from meftbench.methods import Applied, prepare
 from meftbench.plan.cell import Cell
 
 PHASES = ("forward", "backward", "optimizer")
 Mark = Callable[[str], None]
 
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
 _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # over float32 weights
 
 
@@ -130,6 +132,10 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
         head=cell.head,
     )
     model.config.use_cache = False  # type: ignore[union-attr]  # a training step reads no cache, and a decoder would fill one
+    if cell.precision == "nf4":
+        if cell.method == "full":
+            raise UserError(cell.label, "4-bit weights cannot be trained", "choose another method, or precision: bf16")
+        quantize(model)
     method = "+".join([cell.method, *cell.levers.names()])
     applied = prepare(model, method, cell.method_params, seed=cell.seed)
     applied.model.to(device)

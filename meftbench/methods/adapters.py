@@ -31,4 +31,4 @@ def _apply(model: nn.Module, settings: Bottleneck, sites: tuple[Site, ...]) -> A
         for layer in layout.list_of(model)[2]:
             for site in sites:
                 layout.attach(layer, site, new_adapter(model, layout, settings))
-    return Applied(model)
+    return Applied(model, layouts=layouts)

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from meftbench.backbones import Layout, base_of, checked_layouts
+from meftbench.backbones.quantize import dtype_of
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
 from meftbench.plan.catalogue import Settings
@@ -28,6 +28,7 @@ class Applied:
     model: what is called and trained (for LoRA peft's wrapper; otherwise the model that was given).
     around_forward: entered around forward and loss of every step (the offload lever).
     tiling: how feed-forwards of ordinary layers are tiled; None: they are not.
+    layouts: those the method has split layers by; none where it leaves them whole.
     ordinary: entered to run the same equations under ordinary autograd: nothing recomputed or offloaded.
     refuses: levers that the method does not bear, with the fact that is against it.
     no_gradient: names of trained tensors whose true gradient is zero, whatever the batch.
@@ -38,6 +39,7 @@ class Applied:
     ordinary_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     recomputes: bool = False
     tiling: Tiling | None = None
+    layouts: tuple[Layout, ...] = ()
     refuses: dict[str, str] = field(default_factory=dict)
     no_gradient: frozenset[str] = frozenset()
 
@@ -108,5 +110,4 @@ def new_adapter(model: nn.Module, layout: Layout, settings: BottleneckSettings) 
     config = model.config
     activation = settings.activation or layout.activation(config)
     adapter = Bottleneck(layout.hidden_size(config), settings.adapter_size, activation, settings.init_std)
-    like = next(model.parameters())
-    return adapter.to(device=like.device, dtype=like.dtype if like.dtype.is_floating_point else torch.float32)
+    return adapter.to(device=next(model.parameters()).device, dtype=dtype_of(model))

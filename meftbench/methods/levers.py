@@ -125,7 +125,7 @@ def tiled_mlp(applied: Applied) -> None:
     tiling = applied.tiling = Tiling()
     for stack in applied.stacks:
         stack.tiles = LEVER_TILES if stack.tiles in (1, "auto") else stack.tiles
-    for layout in layouts_of(model):
+    for layout in applied.layouts or layouts_of(model):
         for layer in layout.list_of(model)[2]:
             if not isinstance(layer, ReversibleStack | Relay):
                 # By a partial: it is copied and pickled with the layer, and parameters keep their names.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, Site, base_of
+from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, untouched_layouts
 from meftbench.plan.catalogue import Meft
@@ -150,7 +151,7 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
             for stack, activations in zip(stacks, found, strict=True):
                 stack.activations = activations
 
-    return Applied(model, ordinary_switches=[cached], recomputes=True)
+    return Applied(model, ordinary_switches=[cached], recomputes=True, layouts=layouts)
 
 
 def _reversed(
@@ -175,7 +176,7 @@ def _reversed(
         carrier=variant.carrier,
         output=settings.output,
         tiles=settings.tiles,
-        parts=_head_groups(layout.head_groups(model.config), settings.head_groups),
+        parts=_head_groups(1 if is_quantized(model) else layout.head_groups(model.config), settings.head_groups),
         parts_from=PARTED_FROM if settings.head_groups == "auto" else 0,
         strict=settings.strict,
         first_layer=len(below),
@@ -256,7 +257,8 @@ def _head_groups(heads: int, asked: int | Literal["auto"]) -> int:
     if asked == "auto":
         return next(groups for groups in (4, 3, 2, 1) if heads % groups == 0)
     if heads % asked:
-        raise UserError("head_groups", f"{asked} does not divide {heads} heads", f"write a divisor of {heads}, or auto")
+        what = f"{asked} does not divide {heads} heads" if heads > 1 else "attention cannot be cut into groups here"
+        raise UserError("head_groups", what, f"write a divisor of {heads}, or auto")
     return asked
 
 

@@ -247,6 +247,7 @@ PRECISIONS: dict[str, str] = {
     "bf16-autocast": "float32 weights, bfloat16 autocast",
     "fp16-autocast": "float32 weights, float16 autocast, loss scaled (GradScaler)",
     "bf16": "bfloat16 weights and arithmetic",
+    "nf4": "4-bit NormalFloat base weights (bitsandbytes), bfloat16 arithmetic",
 }
 ATTENTIONS: dict[str, str] = {
     "sdpa": "torch's scaled_dot_product_attention",

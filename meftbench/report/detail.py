@@ -212,7 +212,16 @@ def headline(record: Record) -> list[str]:
     message = " ".join(str(record.status_detail.get("message", "")).split())
     ended = ": ".join(part for part in (record.status, message) if part) + (f" ({facts})" if facts else "")
     cell = record.cell
-    names = ("precision", "attention_requested", "attention_used", "optimizer", "optimizer_impl", "device", "weights")
+    names = (
+        "precision",
+        "head",
+        "attention_requested",
+        "attention_used",
+        "optimizer",
+        "optimizer_impl",
+        "device",
+        "weights",
+    )
     settings = ", ".join(f"{name} {cell[name]}" for name in names if cell.get(name) is not None)
     params = ", ".join(f"{k}={v}" for k, v in (cell.get("method_params") or {}).items() if v is not None)
     return [

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # Two cells that differ in one of these are not comparable by method alone.
-SETTING = ("run", "model", "device", "precision", "attention_requested", "optimizer", "optimizer_impl", "seed")
+SETTING = ("run", "model", "device", "precision", "head", "attention_requested", "optimizer", "optimizer_impl", "seed")
 SHAPE = ("batch_size", "micro_batch_size", "sequence_length")
 _CELL = (
     "model_revision",
     "weights",
     "precision",
+    "head",
     "attention_requested",
     "attention_used",
     "optimizer",

@@ -11,6 +11,7 @@ from torch import nn
 from meftbench.backbones import Site, layouts_of
 from meftbench.methods import prepare
 from meftbench.methods.bottleneck import Bottleneck
+from meftbench.plan.catalogue import BACKBONES, MODELS
 from meftbench.probes.fidelity import StreamErrors
 from tests.models import MEFTS, TINY, a_batch_for, a_model, gradients, worst_relative_error
 
@@ -241,3 +242,8 @@ def test_a_wrong_layout_would_be_seen():
     layer, _, h, args, kwargs, expected = calls[0]
     found = wrong.feed_forward(layer, wrong.attention(layer, h, *args, **kwargs))
     assert not torch.allclose(expected, found, atol=1e-3)
+
+
+def test_every_family_is_there():
+    """The table of small models covers the catalogue."""
+    assert {MODELS[name].model_type for name, *_ in TINY.values()} == set(BACKBONES)

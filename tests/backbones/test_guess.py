@@ -62,7 +62,7 @@ def test_one_that_is_built_as_bert_is():
     model = a_stranger("electra", AutoModelForSequenceClassification, **size)
 
     assert "encoder.layer" == layouts_of(model)[0].layers
-    applied = prepare(model, "meft3-exact", seed=1)
+    applied = prepare(model, "meft3-exact+tiled_mlp", {"reversible_layers": 1}, seed=1)
     batch = a_batch() | {"labels": torch.tensor([0, 1])}
     del batch["use_cache"]
     found = gradients(model, batch)[1]

@@ -1,0 +1,63 @@
+"""4-bit base weights (QLoRA, Dettmers et al. 2023) through bitsandbytes, under any method that freezes them."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from meftbench.backbones.layout import base_of
+from meftbench.errors import UserError
+
+
+def quantize(model: nn.Module) -> nn.Module:
+    """Hold the weights of the base model's linear layers as 4-bit NormalFloat, in place; they are frozen.
+
+    Biases, norms, embeddings and heads stay in the model's dtype, in which is computed. Quantised is when the model is
+    moved to its device (bitsandbytes' own rule). As `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True)` of transformers does, here for weights from anywhere, random ones too.
+
+    Raises UserError where bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("precision nf4", "bitsandbytes is not installed", "pip install 'meftbench[quantize]'")
+    import bitsandbytes
+
+    head = cast(Any, model).get_output_embeddings()
+    for module in list(base_of(model).modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and child is not head:
+                setattr(module, name, _quantized(child, bitsandbytes))
+    # peft asks this before it wraps such layers.
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    return model
+
+
+def _quantized(linear: nn.Linear, bitsandbytes: Any) -> nn.Module:
+    found: nn.Module = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    found.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    )
+    if linear.bias is not None:
+        found.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    return found.train(linear.training)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether `quantize` has been applied."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in: that of its first floating-point parameter."""
+    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)

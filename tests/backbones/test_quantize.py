@@ -1,0 +1,76 @@
+"""4-bit base weights under every method that freezes them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from meftbench.backbones.quantize import quantize
+from meftbench.errors import UserError
+from meftbench.methods import prepare
+from meftbench.step import build_step
+from tests.models import a_batch_for, a_model, gradients
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra: quantize)"
+)
+
+
+def a_quantized(family="llama", layers=3):
+    return quantize(a_model(layers, torch.bfloat16, backbone=family))
+
+
+@installed
+@pytest.mark.parametrize("method", ["lora", "parallel", "meft1", "meft1-exact", "meft3-exact"])
+@pytest.mark.parametrize("family", ["bert", "opt", "llama"])
+def test_methods_train_beside_four_bit_weights(family, method):
+    """Every linear weight of the layers is packed, nothing of it is trained, every adapter has a gradient."""
+    model = a_quantized(family)
+    applied = prepare(model, method, seed=1)
+    applied.model.to("cpu")  # quantises
+    packed = [p for p in applied.model.parameters() if p.dtype == torch.uint8]
+
+    loss, found = gradients(applied.model, a_batch_for(model))
+
+    assert torch.isfinite(loss)
+    assert 3 * 6 <= len(packed)
+    assert all(float(g.abs().sum()) > 0 for name, g in found.items() if "lora_A" not in name)
+
+
+@installed
+def test_exact_reversal_is_exact_on_them():
+    """Tiles on, strict: the streams are restored bit for bit, or backward would raise."""
+    model = a_quantized(layers=6)
+    applied = prepare(model, "meft1-exact", {"tiles": 3, "strict": True}, seed=1)
+    applied.model.to("cpu")
+    batch = a_batch_for(model)
+
+    loss, _ = gradients(applied.model, batch)
+    with applied.ordinary():
+        assert torch.equal(loss, gradients(applied.model, batch)[0])
+
+
+@installed
+def test_groups_of_heads_need_whole_weights():
+    """Packed weights have no rows to take; auto takes one group."""
+    with pytest.raises(UserError, match="head_groups: attention cannot be cut into groups here"):
+        prepare(a_quantized(), "meft1-exact", {"head_groups": 2}, seed=1)
+
+
+@installed
+def test_full_fine_tuning_of_them_is_refused():
+    """A weight that is not a number cannot be trained: one line."""
+    from tests.models import a_cell
+
+    with pytest.raises(UserError, match="4-bit weights cannot be trained"):
+        build_step(a_cell("full", precision="nf4"), torch.device("cpu"))
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
+    """What to install, in one line."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(UserError, match=r"bitsandbytes is not installed; pip install 'meftbench\[quantize\]'"):
+        quantize(a_model(1))
