@@ -173,7 +173,8 @@ def preload() -> None:
     import transformers
 
     for name in BACKBONES:
-        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        folder = name.removesuffix("_text")  # where transformers keeps the text half of a model of both
+        importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     for name in AUTO_CLASSES.values():
         getattr(transformers, name)  # resolved on first use
     gc.collect()

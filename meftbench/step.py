@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.backbones.quantize import quantize
 from meftbench.batch import resident_batch
-from meftbench.errors import UserError
 from meftbench.methods import Applied, prepare
 from meftbench.plan.cell import Cell
 
@@ -133,8 +132,6 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     )
     model.config.use_cache = False  # type: ignore[union-attr]  # a training step reads no cache, and a decoder would fill one
     if cell.precision == "nf4":
-        if cell.method == "full":
-            raise UserError(cell.label, "4-bit weights cannot be trained", "choose another method, or precision: bf16")
         quantize(model)
     method = "+".join([cell.method, *cell.levers.names()])
     applied = prepare(model, method, cell.method_params, seed=cell.seed)

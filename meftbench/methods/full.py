@@ -11,5 +11,5 @@ from meftbench.plan.catalogue import Full
 def apply(model: nn.Module, settings: Full) -> Applied:
     """`model` as it is, all parameters trained."""
     for parameter in model.parameters():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(not hasattr(parameter, "quant_state"))  # 4-bit weights cannot be trained
     return Applied(model)

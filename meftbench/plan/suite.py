@@ -227,6 +227,9 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     for key, known in names.items():
         if key in values and values[key] not in known:
             raise unknown(document.where(place[key]), key, values[key], known)
+    if method == "full" and values.get("precision") == "nf4":
+        cure = "choose another method, or precision: bf16"
+        raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     device = parse_device(document.where(place["device"]), values.get("device", "counted"))
     check_model(document.where(place["model"]), model, overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))

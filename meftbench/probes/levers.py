@@ -80,7 +80,8 @@ def _check_gradients(step: Step) -> int:
             zero.append(name)
     # Softmax does not see a constant added to all scores: the true gradient of a key's bias is zero.
     # A single key has all the attention whatever its score: queries and keys have no gradient then.
-    one_token = int(step.batch["attention_mask"].sum(1).max()) == 1
+    mask = step.batch.get("attention_mask")
+    one_token = mask is not None and int(mask.sum(1).max()) == 1
     unexplained = [
         name
         for name in zero

@@ -9,9 +9,12 @@ import torch
 
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
+from meftbench.measurement import measure_cell
 from meftbench.methods import prepare
-from meftbench.step import build_step
-from tests.models import a_batch_for, a_model, gradients
+from meftbench.plan.protocol import Protocol
+from meftbench.plan.strict_yaml import read
+from meftbench.plan.suite import parse_suite
+from tests.models import a_batch_for, a_cell, a_model, gradients
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra: quantize)"
@@ -59,13 +62,25 @@ def test_groups_of_heads_need_whole_weights():
         prepare(a_quantized(), "meft1-exact", {"head_groups": 2}, seed=1)
 
 
-@installed
-def test_full_fine_tuning_of_them_is_refused():
-    """A weight that is not a number cannot be trained: one line."""
-    from tests.models import a_cell
+def test_full_fine_tuning_of_them_is_refused(tmp_path):
+    """A weight that is not a number cannot be trained: a suite that asks for it is one line."""
+    file = tmp_path / "it.yaml"
+    file.write_text(
+        "schema: 1\nname: it\ngrid: {model: bert-tiny@random, method: full, precision: nf4, batch_size: 1, "
+        "sequence_length: 8}\n"
+    )
 
-    with pytest.raises(UserError, match="4-bit weights cannot be trained"):
-        build_step(a_cell("full", precision="nf4"), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"precision: 4-bit weights cannot be trained; choose another method"):
+        parse_suite(read(file))
+
+
+@installed
+def test_a_cell_of_them_is_measured():
+    """All passes: the reference of the starting-point shift is the 4-bit model itself."""
+    found = measure_cell(a_cell("meft1-exact", precision="nf4"), Protocol(warmup=1, steps=1)).metrics
+
+    assert 0 == found["mismatched_elements"].value
+    assert 0 < found["starting_point_shift"].value < 10
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch):

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from meftbench.errors import CellFailure
+from meftbench.measurement import measure_cell
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol
 from meftbench.probes.levers import check_levers
 from tests.models import METHODS, a_cell, a_step
 
@@ -68,3 +71,15 @@ def test_a_gradient_of_zeros():
 
     with pytest.raises(CellFailure, match="is all zero"):
         check_levers(step, a_cell("meft1"))
+
+
+@pytest.mark.parametrize("method", ["full", "lora+checkpoint", "meft3-exact"])
+def test_images_are_measured(method):
+    """A batch without a mask: every pass of the protocol, and tokens are patches and special tokens."""
+    config = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    cell = Cell.of(method, model="vit-tiny@random", model_config_overrides=config, batch_size=2, sequence_length=17)
+
+    found = measure_cell(cell, Protocol(warmup=1, steps=2)).metrics
+
+    assert found["activation_peak_bytes"].value > 0
+    assert found["tokens_per_s"].value > 0
