@@ -77,7 +77,10 @@ def test_full_fine_tuning_of_them_is_refused(tmp_path):
 @installed
 def test_a_cell_of_them_is_measured():
     """All passes: the reference of the starting-point shift is the 4-bit model itself."""
-    found = measure_cell(a_cell("meft1-exact", precision="nf4"), Protocol(warmup=1, steps=1)).metrics
+    wide = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}  # a block of 64 weights is a row
+    cell = a_cell("meft1-exact", precision="nf4", model_config_overrides=wide)
+
+    found = measure_cell(cell, Protocol(warmup=1, steps=1)).metrics
 
     assert 0 == found["mismatched_elements"].value
     assert 0 < found["starting_point_shift"].value < 10
