@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from meftbench.records.store import load_run
 
@@ -128,3 +129,36 @@ def test_exact_memory_in_miniature(tmp_path, capsys, monkeypatch):
     for name in ("depth.png", "depth.svg", "length.csv", "length.png", "buffers.csv", "summary.md"):
         assert (tmp_path / name).stat().st_size > 0
     assert "Longest sample on 24 GiB" in capsys.readouterr().out
+
+
+def test_backbones_in_miniature(tmp_path, capsys, monkeypatch):
+    """A row a model, method and kind of loss, in bytes; the table is printed and written."""
+    script = runpy.run_path(str(CAMPAIGNS / "backbones.py"))
+    monkeypatch.setitem(script["main"].__globals__, "METHODS", (("lora", {}), ("meft1-exact", {"tiles": 2})))
+
+    assert 0 == script["main"]([str(tmp_path), "--models", "deit-small", "--batch-size", "1"])
+
+    frame = pd.read_csv(tmp_path / "table.csv")
+    assert ["lora", "meft1-exact(tiles=2)"] == list(frame.method)
+    assert frame.activation_peak_bytes[1] < frame.activation_peak_bytes[0]
+    assert "| deit-small | image_classification | 198 |" in capsys.readouterr().out
+    assert (tmp_path / "table.md").is_file()
+
+
+def test_decoders_in_miniature(tmp_path, capsys, monkeypatch):
+    """On a CPU, tiny: every kernel that runs is exact; without a GPU the whole is refused in a line."""
+    script = runpy.run_path(str(CAMPAIGNS / "decoders.py"))
+    names = script["main"].__globals__
+    monkeypatch.setitem(names, "MODELS", ("smollm2-135m@random",))
+    monkeypatch.setitem(names, "METHODS", ("meft1-exact",))
+    arguments = [str(tmp_path), "--device", "cpu", "--sections", "exactness", "--layers", "1", "--shapes", "1x16"]
+
+    assert 0 == script["main"](arguments)
+
+    frame = pd.read_csv(tmp_path / "exactness.csv")
+    assert {"flash", "memory-efficient", "math"} == set(frame.kernel)
+    assert 3 <= (frame.mismatched == 0).sum()
+    assert (frame.mismatched.isna() == frame.against.notna()).all()
+    if not torch.cuda.is_available():
+        assert 4 == script["main"]([str(tmp_path)])
+        assert "there is no CUDA device" in capsys.readouterr().err
