@@ -47,6 +47,9 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built, no such device).
     """
     device = _device(cell, protocol)
+    if cell.levers.compile and device.type == "cpu" and "memory" in protocol.passes:
+        what = "compiled code allocates where the counter of a CPU does not see it"
+        raise UserError(cell.label, what, "write passes: [throughput, reconstruction], or use --device cuda")
     outcome = Outcome()
     torch.manual_seed(cell.seed)
     begin = time.perf_counter()

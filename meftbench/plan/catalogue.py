@@ -168,6 +168,10 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.chunked_loss:chunked_loss",
         "cross-entropy over chunks of tokens, never the whole logits; for models that predict tokens",
     ),
+    "compile": Lever(
+        "meftbench.methods.compiled:compile_layers",
+        "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
+    ),
 }
 
 

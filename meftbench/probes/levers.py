@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
 
 from meftbench.errors import CellFailure
@@ -52,12 +53,22 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         raise _not_engaged("tiled_mlp", "no feed-forward ran in tiles")
     if cell.levers.chunked_loss and max(rows) >= step.batch["labels"][: step.micro_batch_size].numel() > 1:
         raise _not_engaged("chunked_loss", f"the head gave {max(rows)} rows of logits at once")
+    compiled: dict[str, Metric] = {}
+    if cell.levers.compile:
+        found = torch._dynamo.utils.counters
+        if not found["stats"]["unique_graphs"]:
+            raise _not_engaged("compile", "nothing was compiled")
+        compiled = {
+            "compiled_graphs": Metric(found["stats"]["unique_graphs"], "measured"),
+            "graph_breaks": Metric(sum(found["graph_break"].values()), "measured"),
+        }
     if cell.levers.offload and moved == 0:
         raise _not_engaged("offload", "no byte was moved to the host")
     return {
         "forward_calls_ratio": Metric(ratio, "measured"),
         "offloaded_bytes": Metric(moved, "counted"),
         "zero_grad_tensors": Metric(zero, "measured"),
+        **compiled,
     }
 
 

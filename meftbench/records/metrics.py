@@ -106,6 +106,8 @@ METRICS: dict[str, Kind] = {
     "paper_meft_activation_bytes": _bytes("the paper's own definition: max_allocated - allocated after training"),
     "paper_lst_memory": _bytes("LST's definition: max_allocated over the run"),
     # levers, as observed
+    "compiled_graphs": Kind("count", "neither", "graphs that torch.compile has made, of all passes of the cell"),
+    "graph_breaks": Kind("count", "lower", "places where torch.compile had to leave a graph and go on in Python"),
     "forward_calls_ratio": Kind("ratio", "neither", "layer forwards a step divided by those of a forward pass alone"),
     "offloaded_bytes": Kind("byte", "neither", "bytes moved to the host in one step"),
     # conditions
