@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from meftbench.methods import apply_method as apply_method
     from meftbench.methods.saving import load_adapter as load_adapter
     from meftbench.methods.saving import save_adapter as save_adapter
-    from meftbench.methods.saving import unload as unload
+    from meftbench.methods.unloading import unload as unload
     from meftbench.records.store import load_run as load_run
     from meftbench.runner import run_suite as run_suite
 
@@ -21,7 +21,7 @@ _HOMES = {
     "apply_method": "meftbench.methods",
     "save_adapter": "meftbench.methods.saving",
     "load_adapter": "meftbench.methods.saving",
-    "unload": "meftbench.methods.saving",
+    "unload": "meftbench.methods.unloading",
     "measure": "meftbench.measurement",
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",

@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,14 +23,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from meftbench import __version__
-from meftbench.backbones import base_of
-from meftbench.backbones.residual import ADAPTERS
 from meftbench.errors import UserError
 from meftbench.methods import prepare
-from meftbench.methods.applied import NOTE, note_before, predicts_tokens
+from meftbench.methods.applied import NOTE, note_before
 from meftbench.methods.bottleneck import Bottleneck
+from meftbench.methods.unloading import (
+    and_more,
+    changes_weights,
+    in_new_head,
+    is_peft,
+    note_of,
+    restore_gradients,
+    trained_backbone,
+    unload,
+)
 from meftbench.plan.catalogue import Settings
-from meftbench.reversible import Relay, ReversibleStack
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "MEFTBENCH"
@@ -40,7 +46,6 @@ _WRITTEN = {"method": str, "settings": dict, "base_model_class": str, "hidden_si
 # Settings that say how the work is done, or where new weights start: not what a trained model computes.
 _FREE = ("tiles", "head_groups", "strict", "init_std")
 _PEFT_FREE = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
-_PACKAGES = ("meftbench.backbones.", "meftbench.methods.", "meftbench.reversible.")
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
@@ -52,11 +57,11 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 
     Raises UserError: no method applied, full fine-tuning, the folder cannot be written.
     """
-    note = _note_of(model)
+    note = note_of(model)
     if note.get("method") == "full":
         cure = "save the whole model: model.save_pretrained(folder)"
         raise UserError(type(model).__name__, "full fine-tuning has no adapter", cure)
-    _write(Path(folder), _files_by_peft(model) if _is_peft(model) else _files(model, note))
+    _write(Path(folder), _files_by_peft(model) if is_peft(model) else _files(model, note))
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
@@ -78,7 +83,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         if not isinstance(config.get(key), kind):
             raise UserError(str(folder / CONFIG), f"{key} is missing or no {kind.__name__}", "save the adapter again")
     method, settings = config["method"], config["settings"]
-    applied: dict[str, Any] | None = {"method": "of peft"} if _is_peft(model) else vars(model).get(NOTE)
+    applied: dict[str, Any] | None = {"method": "of peft"} if is_peft(model) else vars(model).get(NOTE)
     if applied is not None:
         _check_same(folder, method, applied["method"], settings, applied.get("settings", {}), _FREE)
     if config["base_model_class"] != type(model).__name__:
@@ -97,48 +102,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     return model if model.training else model.eval()
 
 
-def unload(model: nn.Module) -> nn.Module:
-    """Take the method and its levers off again and return the pre-trained model, bit for bit as it was.
-
-    It is the object that `apply_method` was given, with its layers in their places and `requires_grad` as before; hooks
-    of others stay. A new task head keeps what it was trained to. Afterwards a method can be applied again.
-
-    Raises UserError: no method applied, or weights of the pre-trained model were trained themselves.
-    """
-    note = _note_of(model)
-    if note.get("method") == "full":
-        cure = "load the pre-trained model afresh"
-        raise UserError(type(model).__name__, "full fine-tuning changed the weights themselves", cure)
-    if _is_peft(model):
-        base = _unloaded_by_peft(model)
-    else:
-        base = model
-        if trained := _trained_backbone(model):
-            what = f"{trained[0]!r} of the pre-trained model requires grad" + _and_more(trained, "tensor")
-            raise UserError(type(model).__name__, what, "load the pre-trained model afresh")
-        _restore_modules(model)
-        delattr(model, NOTE)
-    for module in base.modules():
-        _forget(module)
-    if "checkpoint" in note.get("levers", ()):
-        _restore_checkpointing(base, note["checkpointed"])
-    _restore_gradients(base, note)
-    return base
-
-
 # --- what is saved ---
-
-
-def _note_of(model: nn.Module) -> dict[str, Any]:
-    note: dict[str, Any] | None = vars(model).get(NOTE)
-    if note is None and not _is_peft(model):
-        cure = "apply one with meftbench.apply_method, and give the model that it returned, not a wrapper of it"
-        raise UserError(type(model).__name__, "has no method applied", cure)
-    return note or {}
-
-
-def _is_peft(model: nn.Module) -> bool:
-    return hasattr(model, "get_base_model")
 
 
 def _own(model: nn.Module, also: list[str] | None = None) -> dict[str, Tensor]:
@@ -146,25 +110,10 @@ def _own(model: nn.Module, also: list[str] | None = None) -> dict[str, Tensor]:
     bottlenecks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Bottleneck))
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        own = name.startswith(bottlenecks) or _in_new_head(model, name) or tensor.requires_grad
+        own = name.startswith(bottlenecks) or in_new_head(model, name) or tensor.requires_grad
         if own or name in (also or ()):
             found.setdefault(id(tensor), (name, tensor))  # tied weights are saved once
     return dict(found.values())
-
-
-def _in_new_head(model: nn.Module, name: str) -> bool:
-    if predicts_tokens(model) or base_of(model) is model:
-        return False
-    return not name.startswith(f"{model.base_model_prefix}.")
-
-
-def _trained_backbone(model: nn.Module) -> list[str]:
-    bottlenecks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Bottleneck))
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.startswith(bottlenecks) and not _in_new_head(model, name)
-    ]
 
 
 def _hidden_sizes(model: nn.Module) -> list[int]:
@@ -192,8 +141,8 @@ def _files(model: nn.Module, note: dict[str, Any]) -> dict[str, bytes]:
         **_base_of_config(model),
         "base_model_class": type(model).__name__,
         "hidden_sizes": _hidden_sizes(model),
-        "modules_to_save": sorted({name.split(".")[0] for name in tensors if _in_new_head(model, name)}),
-        "backbone": _trained_backbone(model),
+        "modules_to_save": sorted({name.split(".")[0] for name in tensors if in_new_head(model, name)}),
+        "backbone": trained_backbone(model),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     return {WEIGHTS: weights, CONFIG: _json(config)}
@@ -292,19 +241,14 @@ def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[
     """Raises UserError at the first tensor that is missing, unexpected, or of another shape."""
     where, cure = str(folder / WEIGHTS), "load it into the model that it was saved from"
     if missing := [name for name in expected if name not in found]:
-        raise UserError(where, f"lacks {missing[0]!r}" + _and_more(missing, "tensor"), cure)
+        raise UserError(where, f"lacks {missing[0]!r}" + and_more(missing, "tensor"), cure)
     if unexpected := [name for name in found if name not in expected]:
-        what = f"holds {unexpected[0]!r}, which the model has not" + _and_more(unexpected, "tensor")
+        what = f"holds {unexpected[0]!r}, which the model has not" + and_more(unexpected, "tensor")
         raise UserError(where, what, cure)
     if misshapen := [name for name in expected if found[name].shape != expected[name].shape]:
         name = misshapen[0]
         what = f"{name!r} is {tuple(found[name].shape)}, the model's {tuple(expected[name].shape)}"
-        raise UserError(where, what + _and_more(misshapen, "tensor"), cure)
-
-
-def _and_more(names: list[str], what: str) -> str:
-    rest = len(names) - 1
-    return f", and {rest} more {what}{'s' if rest > 1 else ''}" if rest else ""
+        raise UserError(where, what + and_more(misshapen, "tensor"), cure)
 
 
 def _fill(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -320,69 +264,6 @@ def _fill(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[
             tensor.copy_(tensors[name])
     for name in config["backbone"]:
         own[name].requires_grad_(True)
-
-
-# --- the way back ---
-
-
-def _restore_modules(model: nn.Module) -> None:
-    """The layers back in their lists, without adapters."""
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, nn.ModuleList) and any(isinstance(part, ReversibleStack) for part in child):
-                layers = nn.ModuleList(_layers(child))
-                layers.training = child.training
-                setattr(module, name, layers)
-            elif isinstance(child, Bottleneck) or name == ADAPTERS:
-                del module._modules[name]
-
-
-def _layers(parts: nn.ModuleList) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for part in parts:
-        if isinstance(part, ReversibleStack):
-            layers.extend(block.get_submodule("layer") for block in part.blocks)
-        elif not isinstance(part, Relay):
-            layers.append(part)
-    return layers
-
-
-def _forget(module: nn.Module) -> None:
-    """Remove our hooks and what we have set on the instance; that of others stays."""
-    tables: list[dict[int, Any]] = [
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._forward_hooks_with_kwargs,
-        module._forward_hooks_always_called,
-        module._forward_pre_hooks_with_kwargs,
-    ]
-    for key in [key for table in tables[:2] for key, hook in table.items() if _is_ours(hook)]:
-        for table in tables:
-            table.pop(key, None)  # a hook's key is the same in all of them, and no other's
-    for name in [name for name, value in vars(module).items() if _is_ours(value)]:
-        delattr(module, name)
-
-
-def _is_ours(function: object) -> bool:
-    """Whether it is a function, a method or a partial of one, that a layout, a method or a lever has put there. By
-    where it is defined: that holds for a copied and for a pickled model."""
-    while isinstance(function, partial):
-        function = function.func
-    return callable(function) and str(getattr(function, "__module__", "")).startswith(_PACKAGES)
-
-
-def _restore_checkpointing(base: nn.Module, checkpointed: bool) -> None:
-    for module in base.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = checkpointed  # type: ignore[assignment]
-            if not checkpointed:
-                vars(module).pop("_gradient_checkpointing_func", None)
-
-
-def _restore_gradients(base: nn.Module, note: dict[str, Any]) -> None:
-    frozen = set(note.get("frozen", ()))
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name not in frozen)
 
 
 # --- what peft has wrapped ---
@@ -402,12 +283,6 @@ def _files_by_peft(model: Any) -> dict[str, bytes]:
     for key, value in _base_of_config(model.get_base_model()).items():
         config[key] = config.get(key) or value
     return {WEIGHTS: weights, CONFIG: _json(config)}
-
-
-def _changes_weights(config: Any) -> bool:
-    """Whether the adapter starts from a part of the weights that is taken out of them (PiSSA, OLoRA and kin)."""
-    start = getattr(config, "init_lora_weights", True)
-    return isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
 
 
 def _beside(model: Any) -> dict[str, nn.Parameter]:
@@ -431,7 +306,7 @@ def _heads_beside(model: Any) -> dict[str, nn.Parameter]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         for parameter in cast(nn.Module, module).parameters()
     }
-    heads = {id(parameter) for name, parameter in base.named_parameters() if _in_new_head(base, name)} - by_peft
+    heads = {id(parameter) for name, parameter in base.named_parameters() if in_new_head(base, name)} - by_peft
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in heads}
 
 
@@ -443,7 +318,7 @@ def _load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dic
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(str(folder / CONFIG), f"peft cannot read it ({error})", "save the adapter again") from None
     method = str(config["peft_type"]).lower()
-    if _is_peft(model):
+    if is_peft(model):
         found = model.peft_config[model.active_adapters[0]]
         applied = str(found.peft_type.value).lower()
         _check_same(folder, method, applied, saved.to_dict(), found.to_dict(), _PEFT_FREE)
@@ -457,7 +332,7 @@ def _load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dic
     saved.inference_mode, saved.base_model_name_or_path = False, None
     try:
         with torch.random.fork_rng(devices=[]):
-            if _changes_weights(saved):
+            if changes_weights(saved):
                 # There is no way back from that: whether all fits is tried with a start that changes nothing.
                 trial = copy.deepcopy(saved)
                 trial.init_lora_weights = True
@@ -465,7 +340,7 @@ def _load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dic
             wrapped = _filled_by_peft(get_peft_model(model, saved), note, folder, tensors)
     except (ValueError, AttributeError) as error:
         vars(model).pop("peft_config", None)
-        _restore_gradients(model, note)
+        restore_gradients(model, note)
         reason = str(error).strip().splitlines()[0]
         raise UserError(str(folder), f"does not fit the model ({reason})", "load it into its own base model") from None
     return wrapped if model.training else wrapped.eval()
@@ -495,27 +370,3 @@ def _fill_by_peft(model: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
         for name, parameter in beside.items():
             parameter.copy_(tensors[name])
             parameter.requires_grad_(True)
-
-
-def _unloaded_by_peft(model: Any) -> nn.Module:
-    from peft.utils.other import ModulesToSaveWrapper
-
-    name, cure = type(model.get_base_model()).__name__, "load the pre-trained model afresh"
-    if any(_changes_weights(config) for config in model.peft_config.values()):
-        raise UserError(name, "its weights were changed when the adapter was started from them", cure)
-    if any(getattr(module, "merged", False) is True for module in model.modules()):
-        raise UserError(name, "the adapter is merged into its weights", cure)
-    tuner = model.base_model
-    if model.active_peft_config.is_prompt_learning:  # only a wrapper, and a wrapped head
-        base: nn.Module = tuner
-    elif model.active_peft_config.is_adaption_prompt:  # which peft can switch off and not unload
-        tuner.disable_adapter_layers()
-        base = model.get_base_model()
-    else:
-        base = tuner.unload()
-    for module in list(base.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, ModulesToSaveWrapper):
-                head = child.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-                setattr(module, name, head)
-    return base

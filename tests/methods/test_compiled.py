@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+import meftbench
 from meftbench.errors import UserError
 from meftbench.measurement import measure_cell
 from meftbench.methods import compiled, prepare
@@ -62,3 +63,14 @@ def test_counted_memory_is_refused():
     """A count would miss what compiled code allocates: one line says what to ask for."""
     with pytest.raises(UserError, match="allocates where the counter of a CPU does not see it; write passes"):
         measure_cell(a_cell("lora+compile"), Protocol(warmup=1, steps=1))
+
+
+def test_unload_takes_it_off():
+    """The layers of the pre-trained model are called as they were."""
+    model = a_model(2, torch.float32)
+    applied = prepare(model, "parallel+compile", seed=1)
+    assert any(module._compiled_call_impl is not None for module in applied.model.modules())
+
+    meftbench.unload(applied.model)
+
+    assert all(module._compiled_call_impl is None for module in model.modules())

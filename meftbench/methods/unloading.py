@@ -1,0 +1,170 @@
+"""The way back: a method taken off again, the pre-trained model as it was, bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from meftbench.backbones import base_of
+from meftbench.backbones.residual import ADAPTERS
+from meftbench.errors import UserError
+from meftbench.methods.applied import NOTE, predicts_tokens
+from meftbench.methods.bottleneck import Bottleneck
+from meftbench.reversible import Relay, ReversibleStack
+
+_PACKAGES = ("meftbench.backbones.", "meftbench.methods.", "meftbench.reversible.")
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take the method and its levers off again and return the pre-trained model, bit for bit as it was.
+
+    It is the object that `apply_method` was given, with its layers in their places and `requires_grad` as before; hooks
+    of others stay. A new task head keeps what it was trained to. Afterwards a method can be applied again.
+
+    Raises UserError: no method applied, or weights of the pre-trained model were trained themselves.
+    """
+    note = note_of(model)
+    if note.get("method") == "full":
+        cure = "load the pre-trained model afresh"
+        raise UserError(type(model).__name__, "full fine-tuning changed the weights themselves", cure)
+    if is_peft(model):
+        base = _unloaded_by_peft(model)
+    else:
+        base = model
+        if trained := trained_backbone(model):
+            what = f"{trained[0]!r} of the pre-trained model requires grad" + and_more(trained, "tensor")
+            raise UserError(type(model).__name__, what, "load the pre-trained model afresh")
+        _restore_modules(model)
+        delattr(model, NOTE)
+    for module in base.modules():
+        _forget(module, "compile" in note.get("levers", ()))
+    if "checkpoint" in note.get("levers", ()):
+        _restore_checkpointing(base, note["checkpointed"])
+    restore_gradients(base, note)
+    return base
+
+
+def note_of(model: nn.Module) -> dict[str, Any]:
+    note: dict[str, Any] | None = vars(model).get(NOTE)
+    if note is None and not is_peft(model):
+        cure = "apply one with meftbench.apply_method, and give the model that it returned, not a wrapper of it"
+        raise UserError(type(model).__name__, "has no method applied", cure)
+    return note or {}
+
+
+def is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "get_base_model")
+
+
+def in_new_head(model: nn.Module, name: str) -> bool:
+    if predicts_tokens(model) or base_of(model) is model:
+        return False
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def trained_backbone(model: nn.Module) -> list[str]:
+    bottlenecks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Bottleneck))
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(bottlenecks) and not in_new_head(model, name)
+    ]
+
+
+def and_more(names: list[str], what: str) -> str:
+    rest = len(names) - 1
+    return f", and {rest} more {what}{'s' if rest > 1 else ''}" if rest else ""
+
+
+def _restore_modules(model: nn.Module) -> None:
+    """The layers back in their lists, without adapters."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, nn.ModuleList) and any(isinstance(part, ReversibleStack) for part in child):
+                layers = nn.ModuleList(_layers(child))
+                layers.training = child.training
+                setattr(module, name, layers)
+            elif isinstance(child, Bottleneck) or name == ADAPTERS:
+                del module._modules[name]
+
+
+def _layers(parts: nn.ModuleList) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for part in parts:
+        if isinstance(part, ReversibleStack):
+            layers.extend(block.get_submodule("layer") for block in part.blocks)
+        elif not isinstance(part, Relay):
+            layers.append(part)
+    return layers
+
+
+def _forget(module: nn.Module, compiled: bool) -> None:
+    """Remove our hooks and what we have set on the instance; that of others stays."""
+    tables: list[dict[int, Any]] = [
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._forward_pre_hooks_with_kwargs,
+    ]
+    for key in [key for table in tables[:2] for key, hook in table.items() if _is_ours(hook)]:
+        for table in tables:
+            table.pop(key, None)  # a hook's key is the same in all of them, and no other's
+    for name in [name for name, value in vars(module).items() if _is_ours(value)]:
+        delattr(module, name)
+    if compiled:
+        module._compiled_call_impl = None
+
+
+def _is_ours(function: object) -> bool:
+    """Whether it is a function, a method or a partial of one, that a layout, a method or a lever has put there. By
+    where it is defined: that holds for a copied and for a pickled model."""
+    while isinstance(function, partial):
+        function = function.func
+    return callable(function) and str(getattr(function, "__module__", "")).startswith(_PACKAGES)
+
+
+def _restore_checkpointing(base: nn.Module, checkpointed: bool) -> None:
+    for module in base.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = checkpointed  # type: ignore[assignment]
+            if not checkpointed:
+                vars(module).pop("_gradient_checkpointing_func", None)
+
+
+def restore_gradients(base: nn.Module, note: dict[str, Any]) -> None:
+    frozen = set(note.get("frozen", ()))
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def changes_weights(config: Any) -> bool:
+    """Whether the adapter starts from a part of the weights that is taken out of them (PiSSA, OLoRA and kin)."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
+
+
+def _unloaded_by_peft(model: Any) -> nn.Module:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    name, cure = type(model.get_base_model()).__name__, "load the pre-trained model afresh"
+    if any(changes_weights(config) for config in model.peft_config.values()):
+        raise UserError(name, "its weights were changed when the adapter was started from them", cure)
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise UserError(name, "the adapter is merged into its weights", cure)
+    tuner = model.base_model
+    if model.active_peft_config.is_prompt_learning:  # only a wrapper, and a wrapped head
+        base: nn.Module = tuner
+    elif model.active_peft_config.is_adaption_prompt:  # which peft can switch off and not unload
+        tuner.disable_adapter_layers()
+        base = model.get_base_model()
+    else:
+        base = tuner.unload()
+    for module in list(base.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, ModulesToSaveWrapper):
+                head = child.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                setattr(module, name, head)
+    return base
