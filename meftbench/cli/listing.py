@@ -14,6 +14,7 @@ class Kind(StrEnum):
     models = "models"
     suites = "suites"
     metrics = "metrics"
+    profiles = "profiles"
     schema = "schema"
 
 
@@ -21,7 +22,7 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list; `schema` is the JSON Schema of a suite file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the methods, models, suites or metrics, or print the JSON Schema of a suite file."""
+    """List the methods, models, suites, metrics or device profiles, or print the JSON Schema of a suite file."""
     content = LISTINGS[kind]()
     if as_json or kind is Kind.schema:
         print(json.dumps(content, indent=2, ensure_ascii=False))
@@ -76,6 +77,21 @@ def metrics() -> dict[str, Any]:
     }
 
 
+def profiles() -> dict[str, Any]:
+    """Devices that memory can be predicted for: `--device predicted:NAME`."""
+    from meftbench.plan.profiles import PROFILES
+    from meftbench.units import format_bytes
+
+    return {
+        name: {
+            "summary": f"{profile.device}, {format_bytes(profile.memory_bytes)}, cc {profile.compute_capability}, "
+            f"{'verified' if profile.verified else 'unverified'}"
+        }
+        | profile.model_dump(exclude={"schema_"})
+        for name, profile in PROFILES.items()
+    }
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema of a suite file."""
     from meftbench.plan.suite import SuiteFile
@@ -89,5 +105,6 @@ LISTINGS = {
     Kind.models: models,
     Kind.suites: suites,
     Kind.metrics: metrics,
+    Kind.profiles: profiles,
     Kind.schema: schema,
 }

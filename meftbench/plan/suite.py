@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from meftbench.errors import UserError, unknown
+from meftbench.errors import unknown
 from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.identity import digest
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
 from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
+from meftbench.plan.profiles import PREDICTED, find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.strict_yaml import Document, KeyPath, read, validated, validated_part
 
@@ -262,11 +263,11 @@ def _refuse_keys(document: Document, place: KeyPath, beside_name: dict[str, Any]
 
 
 def parse_device(where: str, device: str) -> str:
-    """`counted` or `cuda`. Raises UserError for anything else."""
-    if device.partition(":")[0] == "predicted":
-        raise UserError(where, "prediction is not part of this version", "use `counted` or `cuda`")
-    if device not in ("counted", "cuda"):
-        raise unknown(where, "device", device, ["counted", "cuda"])
+    """`counted`, `cuda`, or `predicted:` and a profile. Raises UserError for anything else."""
+    if device.startswith(PREDICTED):
+        find_profile(device.removeprefix(PREDICTED), where)
+    elif device not in ("counted", "cuda"):
+        raise unknown(where, "device", device, ["counted", "cuda", f"{PREDICTED}PROFILE"])
     return device
 
 

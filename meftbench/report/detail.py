@@ -128,7 +128,7 @@ def command(run: Run, record: Record) -> str:
     """The line that runs this cell again."""
     suite = run.suite.get("source") or run.name
     device = record.cell.get("device", "counted")
-    return f"meftbench run {shlex.quote(str(suite))} --where cell_id={record.cell_id} --device {device}"
+    return f"meftbench run {shlex.quote(str(suite))} --where cell_id={record.cell_id} --device {shlex.quote(device)}"
 
 
 def _words(value: object) -> str:

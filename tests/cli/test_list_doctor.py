@@ -11,6 +11,7 @@ import yaml
 from meftbench.cli.doctor import findings, rendered
 from meftbench.plan.catalogue import LEVERS, METHODS, MODELS
 from meftbench.plan.peft_names import NOT_APPLICABLE
+from meftbench.plan.profiles import PROFILES
 from meftbench.records.metrics import METRICS
 from meftbench.runner import process
 
@@ -21,6 +22,7 @@ from meftbench.runner import process
         ("methods", [*METHODS, *(f"+{lever}" for lever in LEVERS), *NOT_APPLICABLE]),
         ("models", MODELS),
         ("metrics", METRICS),
+        ("profiles", PROFILES),
     ],
 )
 def test_list_names_everything_a_suite_may_name(cli, kind, names):

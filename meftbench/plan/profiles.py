@@ -1,0 +1,98 @@
+"""GPUs by name, for predicting memory on one that is not there: what it has, and what it takes before any tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from meftbench.errors import unknown
+from meftbench.plan.strict_yaml import read, validated
+from meftbench.units import parse_bytes
+
+PREDICTED = "predicted:"
+_FOLDER = Path(__file__).with_suffix("")
+
+
+def _bytes(value: Any) -> Any:
+    return value if isinstance(value, bool | float) else parse_bytes(value)
+
+
+def _capability(value: Any) -> Any:
+    if isinstance(value, int | float):
+        raise ValueError(f'is a number: write it in quotes, "{float(value)}"')
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=0)]
+Room = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1)]
+
+
+class Profile(BaseModel):
+    """A device as memory prediction sees it. In the file, bytes may be written as 81559MiB.
+
+    device: the product's name, as the driver and torch give it.
+    memory_bytes: all of it, as the driver shows it.  usable_bytes: what torch says of it (`total_memory`; the driver
+    keeps the rest); None: not known.
+    compute_capability: "8.9"; decides which kernels run.  multiprocessors: how many; decides how finely passes are cut.
+    context_bytes: what a torch process takes before its first tensor. Always an estimate: it grows with the kernels
+    that were loaded, and from one driver to the next.
+    cublas_workspace_bytes: torch's default where CUBLAS_WORKSPACE_CONFIG is not set, out of torch's allocator, for each
+    thread that multiplies (backward has a thread of its own) on each stream.
+    cublaslt_workspace_bytes: the same for cuBLASLt; 0 where it shares cuBLAS's, torch's default on CUDA.
+    verified: a run of this program on the device agreed.  sources: where each figure is from.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    device: str = Field(min_length=1)
+    memory_bytes: Room
+    usable_bytes: Room | None = None
+    compute_capability: Annotated[str, BeforeValidator(_capability), Field(pattern=r"^[0-9]+\.[0-9]$")]
+    multiprocessors: int = Field(ge=1)
+    context_bytes: Bytes
+    cublas_workspace_bytes: Bytes
+    cublaslt_workspace_bytes: Bytes
+    verified: bool
+    sources: list[str] = Field(min_length=1)
+
+
+class _Shipped(Mapping[str, Profile]):
+    """The profiles of the package by name; a file is read when it is first asked for."""
+
+    def __getitem__(self, name: str) -> Profile:
+        if name not in set(self):
+            raise KeyError(name)
+        return _read(_FOLDER / f"{name}.yaml")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+PROFILES: Mapping[str, Profile] = _Shipped()
+
+
+def find_profile(name: str, where: str = "") -> Profile:
+    """A shipped profile, or the path of a YAML file with the same keys.
+
+    Raises UserError at `where` with the nearest name, or at the fault in the file.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        return validated(read(path), Profile)
+    if name not in PROFILES:
+        raise unknown(where, "profile", name, PROFILES)
+    return PROFILES[name]
+
+
+@cache
+def _read(file: Path) -> Profile:
+    return validated(read(file), Profile)
