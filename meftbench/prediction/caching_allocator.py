@@ -1,0 +1,394 @@
+"""torch's CUDA caching allocator without a device: the same rules over made-up addresses. One stream.
+
+Each rule is named as in torch's c10/cuda/CUDACachingAllocator.cpp (2.6 to 2.13 agree but for `large_segment_size_mb`),
+so that the two can be read side by side.
+
+Not modelled: where the driver puts a segment (here: behind all others), which decides only between free blocks of one
+size; other streams, for whose events a free block would wait; private pools of CUDA graphs and MemPool.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+
+from meftbench.prediction.allocator_settings import INTERVALS, MIN_LARGE_REQUEST, AllocatorSettings
+from meftbench.units import MiB
+
+MIN_BLOCK = 512  # kMinBlockSize
+SMALL_REQUEST = 1 * MiB  # kSmallSize
+SMALL_SEGMENT = 2 * MiB  # kSmallBuffer
+ROUND_LARGE = 2 * MiB  # kRoundLarge
+UNLIMITED = 1 << 62
+FIRST_ADDRESS = 0x7F00_0000_0000  # looks like the driver's
+ADDRESS_SPACE = 1 << 44  # of an expandable segment where the capacity is not known
+
+Record = Callable[[str, int, int, "Block | None"], None]
+
+
+class Block:
+    """A range of addresses in a segment: handed out, free, or (expandable) not mapped to memory."""
+
+    __slots__ = ("address", "allocated", "born", "following", "label", "mapped", "pool", "previous")
+    __slots__ += ("requested", "segment", "size")
+
+    def __init__(self, address: int, size: int, pool: Pool, segment: int | None = None) -> None:
+        self.address, self.size, self.pool = address, size, pool
+        self.segment = segment  # address of the expandable segment; None: of a cudaMalloc
+        self.requested = 0
+        self.allocated = False
+        self.mapped = True
+        self.born = 0  # get_free_block calls of the pool when it came to be free
+        self.previous: Block | None = None
+        self.following: Block | None = None
+        self.label: object = None
+
+    @property
+    def is_split(self) -> bool:
+        return self.previous is not None or self.following is not None
+
+    def insert_before(self, block: Block) -> None:
+        self.previous, self.following = block.previous, block
+        if block.previous is not None:
+            block.previous.following = self
+        block.previous = self
+
+    def insert_after(self, block: Block) -> None:
+        self.previous, self.following = block, block.following
+        if block.following is not None:
+            block.following.previous = self
+        block.following = self
+
+
+class Pool:
+    """Free blocks by (size, address), and the unmapped ranges of expandable segments by address."""
+
+    def __init__(self, small: bool, page: int) -> None:
+        self.small, self.page = small, page
+        self.order: list[tuple[int, int]] = []
+        self.at: dict[int, Block] = {}
+        self.unmapped: list[int] = []
+        self.unmapped_at: dict[int, Block] = {}
+        self.searches = 0
+
+    def insert(self, block: Block) -> None:
+        if block.mapped:
+            block.born = self.searches
+            insort(self.order, (block.size, block.address))
+            self.at[block.address] = block
+        else:
+            insort(self.unmapped, block.address)
+            self.unmapped_at[block.address] = block
+
+    def erase(self, block: Block) -> None:
+        if block.mapped:
+            del self.order[bisect_left(self.order, (block.size, block.address))]
+            del self.at[block.address]
+        else:
+            del self.unmapped[bisect_left(self.unmapped, block.address)]
+            del self.unmapped_at[block.address]
+
+    def blocks(self) -> list[Block]:
+        return [self.at[address] for _, address in self.order]
+
+
+class CachingAllocator:
+    """Hands out and takes back blocks as torch would, and counts. All sizes in bytes.
+
+    record: called as record(action, address, size, block) at everything torch's own history records.
+    """
+
+    def __init__(self, settings: AllocatorSettings, record: Record | None = None) -> None:
+        self.settings = settings
+        self.record: Record = record or (lambda action, address, size, block: None)
+        self.capacity = UNLIMITED if settings.capacity is None else settings.capacity
+        self.max_split = UNLIMITED if settings.max_split_size is None else settings.max_split_size
+        self.max_rounding = settings.max_non_split_rounding_size or settings.large_segment_size
+        self.collects = settings.garbage_collection_threshold > 0 and settings.capacity is not None
+        self.small = Pool(True, SMALL_SEGMENT)
+        self.large = Pool(False, settings.large_segment_size)
+        self.live: dict[int, Block] = {}  # by address
+        self.next_address = FIRST_ADDRESS
+        self.requested = self.allocated = self.reserved = 0
+        self.requested_peak = self.allocated_peak = self.reserved_peak = self.window_peak = 0
+        self.allocated_at_reserved_peak = 0  # the most, while as much was reserved as ever
+        self.device_allocs = self.retries = 0
+
+    def malloc(self, nbytes: int) -> Block | None:
+        """A block for a request of `nbytes` > 0; None: out of memory, after everything unused went back."""
+        size = self.round_size(nbytes)
+        pool = self.small if size <= SMALL_REQUEST else self.large
+        block = self.get_free_block(pool, size)
+        if block is None:
+            if self.collects:
+                self.garbage_collect_cached_blocks()
+            block = self.alloc_block(pool, size)
+            if block is None and self.release_available_cached_blocks(pool, size):
+                block = self.alloc_block(pool, size)
+            if block is None:
+                self.release_cached_blocks()
+                self.retries += 1
+                block = self.alloc_block(pool, size)
+            if block is None:
+                self.record("oom", self.capacity - self.reserved, size, None)
+                return None
+        if self.should_split(block, size):
+            rest, block = block, Block(block.address, size, pool, block.segment)
+            block.insert_before(rest)
+            rest.address += size
+            rest.size -= size
+            pool.insert(rest)
+        block.allocated = True
+        block.requested = nbytes
+        self.live[block.address] = block
+        self.requested += nbytes
+        self.allocated += block.size
+        self.requested_peak = max(self.requested_peak, self.requested)
+        self.allocated_peak = max(self.allocated_peak, self.allocated)
+        if self.reserved == self.reserved_peak and self.allocated > self.allocated_at_reserved_peak:
+            self.allocated_at_reserved_peak = self.allocated
+        return block
+
+    def free(self, block: Block) -> None:
+        """Takes a block back; it becomes one with free neighbours."""
+        self.record("free_requested", block.address, block.requested, block)
+        self.record("free_completed", block.address, block.requested, block)
+        del self.live[block.address]
+        self.requested -= block.requested
+        self.allocated -= block.size
+        block.allocated = False
+        block.requested = 0
+        self.merge(block, block.previous)
+        self.merge(block, block.following)
+        block.pool.insert(block)
+
+    def segments(self) -> Iterator[list[Block]]:
+        """The blocks of each segment, by address; of an expandable one, of each range without a gap."""
+        blocks = [*self.live.values(), *self.small.at.values(), *self.large.at.values()]
+        for head in sorted(blocks, key=lambda block: block.address):
+            if head.previous is None or not head.previous.mapped:
+                run, block = [], head
+                while block is not None and block.mapped:
+                    run.append(block)
+                    block = block.following  # type: ignore[assignment]
+                yield run
+
+    # Sizes.
+
+    def round_size(self, nbytes: int) -> int:
+        octave = min(max(nbytes.bit_length() - 21, 0), INTERVALS - 1)
+        divisions = self.settings.roundup_power2_divisions[octave]
+        if divisions > 1 and nbytes > MIN_BLOCK * divisions:
+            step = (1 << nbytes.bit_length() - 1) // divisions
+            return -(-nbytes // step) * step
+        return max(MIN_BLOCK, -(-nbytes // MIN_BLOCK) * MIN_BLOCK)
+
+    def get_allocation_size(self, size: int) -> int:
+        if size <= SMALL_REQUEST:
+            return SMALL_SEGMENT
+        if size < MIN_LARGE_REQUEST:
+            return self.settings.large_segment_size
+        return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+    def should_split(self, block: Block, size: int) -> bool:
+        rest = block.size - size
+        if block.pool.small or self.settings.expandable_segments:
+            return rest >= MIN_BLOCK
+        return size < self.max_split and rest > SMALL_REQUEST
+
+    # Finding a block, and making one.
+
+    def get_free_block(self, pool: Pool, size: int) -> Block | None:
+        pool.searches += 1
+        at = bisect_left(pool.order, (size, 0))
+        if at == len(pool.order):
+            return None
+        block = pool.at[pool.order[at][1]]
+        if block.segment is not None:
+            # Best fit by what a block could grow to: the one at the growing end is the last to be broken.
+            while at + 1 < len(pool.order):
+                other = pool.at[pool.order[at + 1][1]]
+                if _expandable_size(other) >= _expandable_size(block):
+                    break
+                block, at = other, at + 1
+        if size < self.max_split <= block.size:
+            return None
+        if size >= self.max_split and block.size >= size + self.max_rounding:
+            return None
+        pool.erase(block)
+        return block
+
+    def alloc_block(self, pool: Pool, size: int) -> Block | None:
+        segment = self.get_allocation_size(size)
+        # set_per_process_memory_fraction is asked for a whole segment, even where fewer pages would do.
+        if self.reserved + segment > self.capacity:
+            return None
+        if self.settings.expandable_segments:
+            return self.try_allocate_expandable_block(pool, size)
+        block = Block(self.next_address, segment, pool)
+        self.next_address += segment
+        self._reserve(segment, "segment_alloc", block.address)
+        return block
+
+    def _reserve(self, size: int, action: str, address: int) -> None:
+        self.device_allocs += 1
+        self.reserved += size
+        self.window_peak = max(self.window_peak, self.reserved)
+        if self.reserved > self.reserved_peak:
+            self.reserved_peak = self.reserved
+            self.allocated_at_reserved_peak = self.allocated
+        self.record(action, address, size, None)
+
+    def merge(self, block: Block, other: Block | None) -> None:
+        """try_merge_blocks: `block`, in no pool, takes in a neighbour that is free as it is."""
+        if other is None or other.allocated or other.mapped != block.mapped:
+            return
+        block.pool.erase(other)
+        if block.previous is other:
+            block.address = other.address
+            block.previous = other.previous
+            if other.previous is not None:
+                other.previous.following = block
+        else:
+            block.following = other.following
+            if other.following is not None:
+                other.following.previous = block
+        block.size += other.size
+
+    # Giving back.
+
+    def garbage_collect_cached_blocks(self) -> None:
+        """Whole unused large segments, those at or above the average age first, until enough is below the threshold."""
+        excess = self.reserved - int(self.settings.garbage_collection_threshold * self.capacity)
+        if excess <= 0:
+            return
+        whole = [block for block in self.large.blocks() if not block.is_split]
+        age = sum(self.large.searches - block.born for block in whole)
+        count, reclaimed, freed = len(whole), 0, True
+        while reclaimed < excess and freed and count > 0:
+            average, freed = age / count, False
+            for block in self.large.blocks():
+                own = self.large.searches - block.born
+                if not block.is_split and block.segment is None and own >= average:
+                    freed = True
+                    reclaimed += block.size
+                    age -= own
+                    count -= 1
+                    self.release_block(block)
+
+    def release_available_cached_blocks(self, pool: Pool, size: int) -> bool:
+        """Where blocks above max_split_size are not split: one that is large enough, or several, largest first."""
+        if self.settings.max_split_size is None:
+            return False
+        wanted = max(size, self.max_split)
+        at = bisect_left(pool.order, (wanted, 0))
+        if at < len(pool.order) and (block := pool.at[pool.order[at][1]]).segment is None:
+            self.release_block(block)
+            return True
+        released = 0
+        for block in reversed(pool.blocks()[:at]):
+            if released >= wanted or block.size < self.max_split:
+                break
+            if block.segment is None:
+                released += block.size
+                self.release_block(block)
+        return released >= wanted
+
+    def release_cached_blocks(self) -> None:
+        for pool in (self.large, self.small):
+            for block in pool.blocks():
+                if block.segment is not None:
+                    self.unmap_block(block, block.segment)
+                elif not block.is_split:
+                    self.release_block(block)
+
+    def release_block(self, block: Block) -> None:
+        block.pool.erase(block)
+        self.reserved -= block.size
+        self.record("segment_free", block.address, block.size, None)
+
+    # Expandable segments: one a pool, mapped page by page.
+
+    def find_expandable_block(self, pool: Pool, size: int) -> Block:
+        """The lowest free or unmapped block from which on `size` bytes of addresses are not handed out."""
+        for address in pool.unmapped:
+            start = pool.unmapped_at[address]
+            if start.previous is not None and not start.previous.allocated:
+                start = start.previous
+            found, block = 0, start
+            while found < size and block is not None and not block.allocated:
+                found += block.size
+                block = block.following  # type: ignore[assignment]
+            if found >= size:
+                return start
+        # Addresses for 1 1/8 of the device, so that pages can move to the end.
+        space = ADDRESS_SPACE if self.settings.capacity is None else self.capacity + self.capacity // 8
+        space = -(-max(space, size) // pool.page) * pool.page
+        fresh = Block(self.next_address, space, pool, self.next_address)
+        fresh.mapped = False
+        self.next_address += space
+        pool.insert(fresh)
+        return fresh
+
+    def try_allocate_expandable_block(self, pool: Pool, size: int) -> Block | None:
+        block = self.find_expandable_block(pool, size)
+        if not block.mapped and not self.map_block(block, min(block.size, size)):
+            return None
+        while block.size < size:
+            unmapped = block.following
+            assert unmapped is not None, "the block found has room"
+            if not self.map_block(unmapped, min(size - block.size, unmapped.size)):
+                return None
+            block = unmapped
+        pool.erase(block)
+        return block
+
+    def map_block(self, block: Block, size: int) -> bool:
+        """The first `size` bytes of an unmapped block, rounded up to pages, become free memory; False: no memory."""
+        pool = block.pool
+        mapped = -(-size // pool.page) * pool.page
+        if self.reserved + mapped > self.capacity:
+            return False
+        pool.erase(block)
+        block.mapped = True
+        if mapped < block.size:
+            rest = Block(block.address + mapped, block.size - mapped, pool, block.segment)
+            rest.mapped = False
+            rest.insert_after(block)
+            pool.insert(rest)
+            block.size = mapped
+        address = block.address
+        self.merge(block, block.previous)
+        self.merge(block, block.following)
+        pool.insert(block)
+        self._reserve(mapped, "segment_map", address)
+        return True
+
+    def unmap_block(self, block: Block, segment: int) -> None:
+        """Gives back the pages that lie wholly in a free block of the segment at this address."""
+        pool, page = block.pool, block.pool.page
+        start = segment - (segment - block.address) // page * page
+        end = segment + (block.address + block.size - segment) // page * page
+        if start >= end:
+            return
+        pool.erase(block)
+        if start > block.address:
+            before = Block(block.address, start - block.address, pool, segment)
+            before.insert_before(block)
+            pool.insert(before)
+        if block.address + block.size > end:
+            after = Block(end, block.address + block.size - end, pool, segment)
+            after.insert_after(block)
+            pool.insert(after)
+        block.address, block.size, block.mapped = start, end - start, False
+        self.merge(block, block.previous)
+        self.merge(block, block.following)
+        if block.is_split:
+            pool.insert(block)  # else nothing of the segment is left, and its addresses go too
+        self.reserved -= end - start
+        self.record("segment_unmap", start, end - start, None)
+
+
+def _expandable_size(block: Block) -> int:
+    following = block.following
+    return block.size + (following.size if following is not None and not following.mapped else 0)
