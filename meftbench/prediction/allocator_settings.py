@@ -26,7 +26,7 @@ class AllocatorSettings:
         0: off, and off without a capacity (torch collects only where set_per_process_memory_fraction was called).
     capacity: what the device lets this process reserve; None: no limit.
     large_segment_size: segment of a request between 1 and 10 MiB, and page of an expandable large pool. A setting
-        since torch 2.10 (`large_segment_size_mb`); a constant of 20 MiB before, which is still the default.
+        of torch 2.13 (`large_segment_size_mb`); in 2.6 a constant of 20 MiB, which is still the default.
     max_non_split_rounding_size: how much larger than its request an unsplittable block may be; None: a large segment.
     roundup_power2_divisions: into how many steps each of 16 octaves, [1 MiB, 2 MiB) and up, is divided, and requests
         rounded up to; 0 or 1: steps of 512 bytes. What is below 1 MiB is as the first octave.

@@ -67,6 +67,11 @@ def test_small_requests_share_segments_of_2_mib():
     assert (4 * MiB, 2, 2) == (found.reserved_peak, found.segments, found.device_allocs)
 
 
+def test_512_bytes_are_split_off_a_small_block():
+    """1 MiB, 1 MiB - 512 and 512 bytes fill a segment of 2 MiB."""
+    assert 2 == reserved(("a", 1), ("b", 1 - 512 / MiB), ("c", 512 / MiB))
+
+
 def test_requests_between_1_and_10_mib_share_segments_of_20_mib():
     """Four of 5 MiB fill 20 MiB; the fifth opens another."""
     assert 20 == reserved(*((name, 5) for name in "abcd"))
@@ -123,11 +128,12 @@ SPLIT_32 = AllocatorSettings(max_split_size=32 * MiB)
 
 
 def test_blocks_above_max_split_size_are_not_split():
-    """A free 40 does not serve 10 (40 + 10). It serves 33, whole; a free 60 does not: it is 27 > 20 larger."""
+    """A free 40 does not serve 10 (40 + 10). It serves 33, whole, so that 3 need 20 more; a free 60 does not serve 33:
+    it is 27 > 20 larger."""
     assert 40 == reserved(("a", 40), "-a", ("b", 10))
     assert 50 == reserved(("a", 40), "-a", ("b", 10), settings=SPLIT_32)
-    whole = replay(a_trace(("a", 40), "-a", ("b", 33)), SPLIT_32)
-    assert (40 * MiB, 40 * MiB) == (whole.reserved, whole.allocated_peak)
+    assert 40 == reserved(("a", 40), "-a", ("b", 33), settings=SPLIT_32)
+    assert 40 + 20 == reserved(("a", 40), "-a", ("b", 33), ("c", 3), settings=SPLIT_32)
     assert 60 + 34 == reserved(("a", 60), "-a", ("b", 33), settings=SPLIT_32)
 
 
@@ -165,14 +171,15 @@ def test_a_segment_in_use_does_not_go_back():
 
 def test_old_unused_segments_are_collected_above_the_threshold():
     """Threshold 50 of 200 MiB; when 40 are asked for, 72 are reserved, and two blocks of 30 are free. One has seen two
-    searches since it was freed, the other one: the mean is 1.5, the older goes, and with 30 >= 22 that is enough.
-    42 + 40 = 82, and the younger 30 is still there for the next 30."""
+    searches since it was freed, the other one: the mean is 1.5, the older goes, and with 30 >= 22 that is enough:
+    42 + 40. Of two that are equally old, both are as old as the mean: only the 40 and 12 remain."""
     settings = AllocatorSettings(garbage_collection_threshold=0.25, capacity=200 * MiB)
-    steps = [("d", 12), ("a", 30), ("b", 30), "-a", "-d", ("e", 12), "-b", ("c", 40), ("f", 30)]
+    one_older = [("d", 12), ("a", 30), ("b", 30), "-a", "-d", ("e", 12), "-b", ("c", 40)]
+    alike = [("d", 12), ("a", 30), ("b", 30), "-a", "-b", ("c", 40)]
 
-    assert 82 == reserved(*steps, settings=settings)
-    assert 112 == reserved(*steps, settings=AllocatorSettings(capacity=200 * MiB))
-    assert 112 == reserved(*steps, settings=AllocatorSettings(garbage_collection_threshold=0.25))
+    assert (82, 52) == tuple(replay(a_trace(*steps), settings).reserved // MiB for steps in (one_older, alike))
+    for off in (AllocatorSettings(capacity=200 * MiB), AllocatorSettings(garbage_collection_threshold=0.25)):
+        assert 112 == reserved(*one_older, settings=off)
 
 
 def test_an_expandable_segment_grows_by_what_is_missing():
@@ -227,9 +234,11 @@ def test_each_phase_has_its_own_peak():
 
 
 def test_settings_that_came_later():
-    """Segments of 12 MiB (torch 2.10 and later): two of 5. Octaves in four: 12.1 of 8 to 16 MiB is 14."""
+    """Segments of 12 MiB (a setting of torch 2.13, not of 2.6) hold two of 5. Octaves: 33 of 32 to 64 MiB, in four, is
+    40; 65, in one, is 66 for the segment's sake."""
     assert 24 == reserved(*((n, 5) for n in "abc"), settings=AllocatorSettings.parse("large_segment_size_mb:12"))
-    assert 14 == reserved(("a", 12.1), settings=AllocatorSettings.parse("roundup_power2_divisions:4"))
+    octaves = AllocatorSettings.parse("roundup_power2_divisions:[32:4,>:1]")
+    assert (40, 66) == (reserved(("a", 33), settings=octaves), reserved(("a", 65), settings=octaves))
     # torch 2.13's own test of its parser (c10/test/core/AllocatorConfig_test.cpp)
     divisions = AllocatorSettings.parse("roundup_power2_divisions:[64:8,128:2,256:4,512:2,1024:4,>:1]")
     assert (8,) * 7 + (2, 4, 2, 4) + (1,) * 5 == divisions.roundup_power2_divisions
