@@ -1,7 +1,8 @@
 """torch's CUDA caching allocator without a device: the same rules over made-up addresses. One stream.
 
-Each rule is named as in torch's c10/cuda/CUDACachingAllocator.cpp (2.6 to 2.13 agree but for `large_segment_size_mb`),
-so that the two can be read side by side.
+Each rule is named as in torch's c10/cuda/CUDACachingAllocator.cpp, so that the two can be read side by side. Read were
+two versions, one of 2024 and one of late 2025, and the headers of 2.13: with torch's default settings all decide alike.
+Older ones have no `large_segment_size_mb`, and fail where expandable segments meet max_split_size or the collection.
 
 Not modelled: where the driver puts a segment (here: behind all others), which decides only between free blocks of one
 size; other streams, for whose events a free block would wait; private pools of CUDA graphs and MemPool.
