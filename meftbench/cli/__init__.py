@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from meftbench import __version__
-from meftbench.cli import check, compare, doctor, listing, report, run, show
+from meftbench.cli import check, compare, doctor, estimate, listing, report, run, show
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
 
 EXIT_CODES = """
@@ -35,6 +35,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "report": report.report,
     "compare": compare.compare,
     "check": check.check,
+    "estimate": estimate.estimate,
     "list": listing.list_,
     "doctor": doctor.doctor,
 }

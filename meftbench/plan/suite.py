@@ -256,6 +256,13 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     )
 
 
+def cell_of(verb: str, values: dict[str, Any]) -> Cell:
+    """The cell of one point, given on the command line of `verb`. Raises UserError, as for a suite."""
+    document = Document(Path(verb), values, {})
+    said = validated(document, Point).model_dump(exclude_none=True)
+    return _cell(document, {name: (name,) for name in Point.model_fields}, said)
+
+
 def _refuse_keys(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> None:
     for key in beside_name:
         if key != "config":

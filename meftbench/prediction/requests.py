@@ -1,0 +1,98 @@
+"""Predictions for a process that must not import torch: one request as JSON on stdin, its answer as JSON on stdout.
+
+Lines that precede the answer tell of progress: {"progress": text}. The answer is {"answer": ...}, or {"error": ...}
+with the fields of a UserError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from meftbench.errors import UserError
+from meftbench.plan.cell import Cell
+from meftbench.plan.profiles import find_profile
+from meftbench.prediction.allocator import AllocatorSettings, replay
+from meftbench.prediction.predict import predict
+
+Tell = Callable[[str], None]
+
+
+def estimate(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The memory of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it.
+
+    The answer is in bytes and seconds. `reserved_bytes` is what torch would reserve on a card without an end;
+    `fits` whether it gets by on the one there is, and `retries` how often it must give back what it has cached.
+    """
+    cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
+    settings = AllocatorSettings.parse(request["allocator"])
+    tell(f"predicting {cell.label} on {profile.device}")
+    found = predict(cell, profile, settings=settings)
+    held = replay(found.events, replace(settings, capacity=profile.memory_bytes - profile.context_bytes))
+    # The first step of all is the largest where the optimizer has temporaries that later steps have not.
+    worst = max([*found.warm, *found.measured], key=lambda observed: observed.peak.total)
+    breakdown = worst.peak.breakdown
+    return {
+        "label": cell.label,
+        "profile": profile.name,
+        "device": profile.device,
+        "verified": profile.verified,
+        "memory_bytes": profile.memory_bytes,
+        "context_bytes": profile.context_bytes,
+        "peak_allocated_bytes": found.peak,
+        "peak_reserved_bytes": found.replayed.reserved_peak,
+        "process_device_bytes": found.process,
+        "headroom_bytes": profile.memory_bytes - found.process,
+        "fits": held.oom is None,
+        "retries": held.retries,
+        "peak_phase": worst.peak.phase,
+        "breakdown": breakdown | {"other": breakdown["other"] - found.workspace, "workspace": found.workspace},
+        "activation_peak_bytes": found.measured[-1].activation_peak,
+        "parameters_trainable": found.sizes["parameters_trainable"].value,
+        "parameters_total": found.sizes["parameters_total"].value,
+        "attention": _kernels(found.attention) if cell.attention_requested == "sdpa" else ["eager"],
+        "predict_s": found.seconds,
+        "host_bytes": _host_peak(),
+    }
+
+
+def _kernels(operators: set[str]) -> list[str]:
+    """`flash`, `efficient`; `math` where no fused operator ran."""
+    names = (name.removeprefix("scaled_dot_product_").removesuffix("_attention") for name in operators)
+    return sorted(names) or ["math"]
+
+
+def _host_peak() -> int:
+    """The most this process has held, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+VERBS: dict[str, Callable[[dict[str, Any], Tell], dict[str, Any]]] = {"estimate": estimate}
+
+
+def main() -> int:
+    """Answer the request on stdin. Returns the exit code; anything but a UserError ends in a traceback."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is not the answer
+
+    def say(**event: Any) -> None:
+        print(json.dumps(event), file=out, flush=True)
+
+    request = json.load(sys.stdin)
+    try:
+        say(answer=VERBS[request["verb"]](request, lambda line: say(progress=line)))
+    except UserError as error:
+        fields = ("where", "what", "cure", "exit_code")
+        say(error={name: getattr(error, name) for name in fields})
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
