@@ -21,6 +21,7 @@ from meftbench.methods import Applied
 from meftbench.plan.catalogue import BACKBONES, PROBES
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
+from meftbench.prediction.predict import predicted_cell
 from meftbench.probes.levers import check_levers
 from meftbench.probes.memory_counted import CountedStep, count_memory, parameter_counts
 from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
@@ -42,10 +43,13 @@ class Outcome:
 
 
 def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
-    """Build the cell and run the protocol's passes.
+    """Build the cell and run the protocol's passes; of a predicted cell, its memory alone.
 
     Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built, no such device).
     """
+    if cell.device.startswith("predicted:"):
+        metrics, observed = predicted_cell(cell, protocol)
+        return Outcome(metrics | _host_peak(), observed)
     device = _device(cell, protocol)
     if cell.levers.compile and device.type == "cpu" and "memory" in protocol.passes:
         what = "compiled code allocates where the counter of a CPU does not see it"

@@ -21,8 +21,8 @@ from meftbench.plan.cell import Cell
 PHASES = ("forward", "backward", "optimizer")
 Mark = Callable[[str], None]
 
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
-_AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # over float32 weights
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # over float32 weights
 
 
 def _unmarked(phase: str) -> None:
@@ -120,8 +120,8 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     padding: share of each sequence that is padding.
     Raises UserError: the model cannot be loaded, the method does not fit it.
     """
-    autocast = _AUTOCAST.get(cell.precision)
-    dtype = torch.float32 if autocast else _DTYPES[cell.precision]
+    autocast = AUTOCAST.get(cell.precision)
+    dtype = torch.float32 if autocast else DTYPES[cell.precision]
     model = build_model(
         cell.model,
         cell.model_config_overrides,
@@ -156,10 +156,13 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     )
 
 
-def build_optimizer(cell: Cell, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The cell's optimizer; the learning rate is small enough that random labels do not drive weights away."""
+def build_optimizer(cell: Cell, parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.Optimizer:
+    """The cell's optimizer; the learning rate is small enough that random labels do not drive weights away.
+
+    foreach: the implementation where the cell names none; None: torch chooses by the device.
+    """
     implementation = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
-    options = implementation[cell.optimizer_impl] if cell.optimizer_impl else {}
+    options = implementation[cell.optimizer_impl] if cell.optimizer_impl else {"foreach": foreach}
     if cell.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=1e-4, **options)
-    return torch.optim.AdamW(parameters, lr=1e-4, **options)  # type: ignore[arg-type]
+    return torch.optim.AdamW(parameters, lr=1e-4, **options)

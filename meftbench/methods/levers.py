@@ -18,6 +18,7 @@ from meftbench.reversible.tiled import LEVER_TILES, Tiling
 
 # True while a copy to the host is made: on a machine without an accelerator host and device are one memory, and
 # whoever counts device bytes must be able to tell them apart (probes.memory_counted).
+_MEMORYLESS = ("cpu", "meta")  # devices without a memory of their own
 copying_to_host: ContextVar[bool] = ContextVar("copying_to_host", default=False)
 
 
@@ -83,8 +84,8 @@ class Offload:
                 return None, tensor
             token = copying_to_host.set(True)
             try:
-                pinned = tensor.device.type != "cpu"
-                host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned)
+                pinned, where = tensor.device.type not in _MEMORYLESS, "meta" if tensor.is_meta else "cpu"
+                host = torch.empty(tensor.size(), dtype=tensor.dtype, device=where, pin_memory=pinned)
                 host.copy_(tensor, non_blocking=pinned)
             finally:
                 copying_to_host.reset(token)
@@ -95,7 +96,7 @@ class Offload:
             device, tensor = packed
             if device is None:
                 return tensor
-            return tensor.to(device, non_blocking=True) if device.type != "cpu" else tensor.clone()
+            return tensor.clone() if device.type in _MEMORYLESS else tensor.to(device, non_blocking=True)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

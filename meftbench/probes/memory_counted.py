@@ -63,6 +63,8 @@ class StorageCounter(TorchDispatchMode):
     attention_kernels: fused attention operators seen.
     busiest: largest total in forward and backward since `reset`.  explain_from: from this total on, a new busiest is
         explained; explained: (bytes, category, origin) of what was alive then.
+    events: None, or a list that is told of every allocation and end: ("alloc" | "free" | "phase", key, bytes before
+        rounding, category or phase, operator).
     """
 
     def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
@@ -79,6 +81,7 @@ class StorageCounter(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._origins: dict[int, Origin] = {}
         self._op = "given"
+        self.events: list[tuple[str, int, int, str, str]] | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -110,6 +113,8 @@ class StorageCounter(TorchDispatchMode):
 
     def mark(self, phase: str) -> None:
         """A phase begins: its peak starts at the present level."""
+        if self.events is not None:
+            self.events.append(("phase", 0, 0, phase, ""))
         self.phase = phase
         self.phase_peaks[phase] = max(self.phase_peaks.get(phase, 0), self.total)
 
@@ -141,7 +146,11 @@ class StorageCounter(TorchDispatchMode):
             return
         reference = weakref.ref(storage, lambda dead: self._forget(key, dead))
         self._storages[key] = (reference, size, category)
-        self._origins[key] = Origin(self._op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), _place())
+        if self.events is None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self._origins[key] = Origin(self._op, tuple(tensor.shape), dtype, _place())
+        elif category != "host":
+            self.events.append(("alloc", key, storage.nbytes(), category, self._op))
         if category == "host":
             self.host += size
             self.host_peak = max(self.host_peak, self.host)
@@ -156,6 +165,8 @@ class StorageCounter(TorchDispatchMode):
             return
         _, size, category = self._storages.pop(key)
         self._origins.pop(key, None)
+        if self.events is not None and category != "host":
+            self.events.append(("free", key, 0, "", ""))
         if category == "host":
             self.host -= size
         else:
@@ -171,7 +182,9 @@ class StorageCounter(TorchDispatchMode):
             self.busiest = self.total
             if self.total >= self.explain_from:
                 self.explained = [
-                    (size, category, self._origins[key]) for key, (_, size, category) in self._storages.items()
+                    (size, category, self._origins[key])
+                    for key, (_, size, category) in self._storages.items()
+                    if key in self._origins
                 ]
         if self.limit is not None and self.total > self.limit:
             free = max(0, self.limit - self.total + requested)

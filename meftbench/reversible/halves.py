@@ -100,10 +100,14 @@ def tiles_of(tokens: int, asked: int | Literal["auto"], width: int, device: torc
 
 
 def _auto(tokens: int, width: int, device: torch.device) -> int:
-    per_tile = CPU_TILE
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        per_tile = max(CPU_TILE, 4 * processors * 128 * 128 // (4 * width))
+        return tiles_that_fill(tokens, width, torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tokens // CPU_TILE, MOST_TILES)
+
+
+def tiles_that_fill(tokens: int, width: int, processors: int) -> int:
+    """Tiles of `tokens` on a GPU with that many multiprocessors, as "auto" takes them."""
+    per_tile = max(CPU_TILE, 4 * processors * 128 * 128 // (4 * width))
     return min(tokens // per_tile, MOST_TILES)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 def rng_state(device: torch.device) -> Tensor:
     """State of the generator that dropout on `device` draws from (a tensor on the host)."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return torch.get_rng_state()
     module: torch.cuda = getattr(torch, device.type)  # type: ignore[valid-type]
     return module.get_rng_state(device)  # type: ignore[attr-defined, no-any-return]
@@ -22,7 +22,7 @@ def rng_state(device: torch.device) -> Tensor:
 
 def set_rng_state(state: Tensor, device: torch.device) -> None:
     """The inverse of `rng_state`."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         torch.set_rng_state(state)
     else:
         getattr(torch, device.type).set_rng_state(state, device)
@@ -62,6 +62,8 @@ class AutocastState:
 
     @staticmethod
     def now(device_type: str) -> AutocastState:
+        if device_type == "meta":
+            return AutocastState("cpu", False, torch.bfloat16)  # it has none
         enabled = torch.is_autocast_enabled(device_type)
         return AutocastState(device_type, enabled, torch.get_autocast_dtype(device_type))
 

@@ -1,0 +1,212 @@
+"""CUDA's semantics for a step that is traced with fake CPU tensors: what its kernels save, and work in, by rule.
+
+Every rule names what it was read from; torch 2.6 to 2.13. A rule changes what is allocated, never a shape.
+Shape suffixes: B samples, H heads, Q and K positions of queries and keys, E size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meftbench.plan.profiles import Profile
+from meftbench.reversible import fused, halves
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def cuda_semantics(profile: Profile) -> Iterator[None]:
+    """Within it, operators on fake CPU tensors allocate as on the device of `profile`."""
+    capability = tuple(map(int, profile.compute_capability.split(".")))
+    patches: list[AbstractContextManager[Any]] = [
+        mock.patch.object(F, "dropout", _dropout),
+        mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability)),
+        mock.patch.object(F, "layer_norm", _in_float32(F.layer_norm)),
+        mock.patch.object(F, "softmax", _in_float32(F.softmax)),
+        mock.patch.object(F, "log_softmax", _in_float32(F.log_softmax)),
+        mock.patch.object(F, "cross_entropy", _in_float32(F.cross_entropy)),
+        mock.patch.object(F, "mse_loss", _in_float32(F.mse_loss)),
+        mock.patch.object(halves, "_auto", _auto_tiles(profile)),
+    ]
+    if capability >= (7, 0):  # what triton compiles for
+        patches += [
+            mock.patch.object(fused, "usable", _always),
+            mock.patch.object(fused, "forward_", _nothing),
+            mock.patch.object(fused, "inverse_", _nothing),
+        ]
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def _always(*args: Any) -> bool:
+    return True
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Our Triton kernels (reversible/fused.py) work in place and in registers."""
+
+
+def _auto_tiles(profile: Profile) -> Callable[[int, int, torch.device], int]:
+    def auto(tokens: int, width: int, device: torch.device) -> int:
+        return halves.tiles_that_fill(tokens, width, profile.multiprocessors)
+
+    return auto
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """ATen/native/Dropout.cpp: where p > 0 CUDA takes native_dropout, which saves one byte an element."""
+    if not training or p == 0:
+        return input
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """ATen/autocast_mode.h: CUDA autocast runs these in float32; that of the CPU runs them in what they are given."""
+
+    def cast(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+
+    return cast
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
+
+
+# --- attention ---
+
+
+class _Attention:
+    """ATen/native/transformers/cuda/sdp_utils.cpp: which kernel scaled_dot_product_attention takes."""
+
+    def __init__(self, capability: tuple[int, ...]) -> None:
+        self.capability = capability
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):  # attention is on CUDA's list of lower precision
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        kernel = attention_kernel(
+            query.dtype, query.shape[-1], attn_mask is not None, query.shape[1] != key.shape[1], self.capability
+        )
+        if kernel == "flash":
+            size = query.shape[-1]
+            if size % 8:  # it takes heads of multiples of 8, padded before
+                query, key, value = (F.pad(t, (0, 8 - size % 8)) for t in (query, key, value))
+            out = torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale or 1 / math.sqrt(size)
+            )[0]
+            return out[..., :size] if size % 8 else out  # type: ignore[no-any-return]
+        if kernel == "efficient":
+            bias = attn_mask
+            if bias is not None and bias.dtype == torch.bool:
+                bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(bias, 0.0)
+            if bias is not None:
+                bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+            keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+            return torch.ops.aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+                query, key, value, bias, keep, dropout_p, is_causal, scale=scale
+            )[0]
+        return _attention_of_products(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def attention_kernel(
+    dtype: torch.dtype, head_size: int, masked: bool, grouped: bool, capability: tuple[int, ...]
+) -> str:
+    """flash: half precision, no mask, heads of at most 256, from Ampere on. efficient: a mask, float32 or older
+    devices; keys as many as queries; rows of whole 16 bytes. math: otherwise. (cuDNN's kernel is not chosen by default
+    on devices below Hopper, and saves what flash saves.)"""
+    if dtype in _HALF and not masked and head_size <= 256 and capability >= (8, 0):
+        return "flash"
+    aligned = head_size % (4 if dtype == torch.float32 else 8) == 0
+    if dtype in (*_HALF, torch.float32) and not grouped and aligned and capability >= (5, 0):
+        return "efficient"
+    return "math"
+
+
+def _attention_of_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math: half precision goes to float32,
+    queries and keys are both scaled, scores are held; a causal mask is made."""
+    dtype = query.dtype
+    query, key, value = (_wide(t) for t in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    root = math.sqrt(scale or 1 / math.sqrt(query.shape[-1]))
+    scores_BHQK = (query * root) @ (key * root).transpose(-2, -1)
+    if is_causal:
+        rows = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        mask = torch.zeros_like(rows, dtype=query.dtype).masked_fill(rows.logical_not(), -math.inf)
+    if mask is not None:
+        scores_BHQK = scores_BHQK + (mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=query.dtype))
+    weights_BHQK = _dropout(torch.softmax(scores_BHQK, -1), dropout_p)
+    return (weights_BHQK @ value).to(dtype)
+
+
+# --- what kernels work in ---
+
+
+def scratch_bytes(name: str, args: tuple[Any, ...]) -> list[int]:
+    """Bytes a CUDA kernel allocates for itself while it runs, beside what the operator `name` returns."""
+    if name.startswith("_scaled_dot_product_flash_attention_backward"):
+        return _flash_backward(args)
+    if name.startswith("_scaled_dot_product_efficient_attention_backward"):
+        return _efficient_backward(args)
+    if name.startswith("embedding_dense_backward"):
+        return [8 * args[1].numel()] * 3  # EmbeddingBackwardKernel.cu: indices sorted, their places, counts
+    return []
+
+
+def _flash_backward(args: tuple[Any, ...]) -> list[int]:
+    """flash_attn/flash_api.cpp, mha_bwd: dq in float32 and the row sums of dout · out, both with queries rounded up to
+    128; where queries share keys, dk and dv for every head of queries."""
+    query, key = args[1], args[2]
+    batch, heads, length, size = query.shape
+    rows = -(-length // 128) * 128
+    width = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
+    found = [batch * rows * heads * width * 4, batch * heads * rows * 4]
+    if heads != key.shape[1]:
+        found += [batch * key.shape[2] * heads * size * query.dtype.itemsize] * 2
+    return found
+
+
+def _efficient_backward(args: tuple[Any, ...]) -> list[int]:
+    """attention_backward.cu, _efficient_attention_backward: delta in float32; in half precision dq is accumulated in
+    float32 (kNeedsAccumGradQ)."""
+    query = args[1]
+    batch, heads, length, size = query.shape
+    found = [batch * heads * length * 4]
+    if query.dtype in _HALF:
+        found.append(batch * heads * -(-length // 64) * 64 * size * 4)
+    return found

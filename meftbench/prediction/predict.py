@@ -1,0 +1,174 @@
+"""Memory of a cell on a device that is not there: the step traced by its rules, the allocations replayed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meftbench.errors import CellFailure
+from meftbench.plan.cell import Cell
+from meftbench.plan.profiles import Profile, find_profile
+from meftbench.plan.protocol import Protocol
+from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, replay
+from meftbench.prediction.overlay import cuda_semantics, scratch_bytes
+from meftbench.prediction.trace import named_refusals, uncomputed_step
+from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter, parameter_counts, step_metrics
+from meftbench.records.record import Metric
+from meftbench.step import AUTOCAST
+from meftbench.units import format_bytes
+
+
+@dataclass
+class Predicted:
+    """What tracing a cell gave.
+
+    warm, measured: steps before and after the optimizer has its state; sizes in blocks of 512 bytes.
+    events: of all of them, for the allocator's replay; `replayed` is that.  workspace: bytes that cuBLAS keeps.
+    step_from: index of the first event of the last step.  seconds: that the trace took.
+    """
+
+    profile: Profile
+    warm: list[Observed]
+    measured: list[Observed]
+    events: list[Event]
+    replayed: Replayed
+    sizes: dict[str, Metric]
+    workspace: int
+    step_from: int
+    seconds: float
+    attention: set[str] = field(default_factory=set)
+
+    @property
+    def peak(self) -> int:
+        """Peak allocated, bytes: what torch.cuda.max_memory_allocated would say."""
+        return max(observed.peak.total for observed in [*self.warm, *self.measured])
+
+    @property
+    def process(self) -> int:
+        """What the driver would show for the process, bytes: reserved and context."""
+        return self.replayed.reserved_peak + self.profile.context_bytes
+
+    def metrics(self) -> dict[str, Metric]:
+        """The memory metrics of a record (MEASURING 3.2), source predicted."""
+        found = step_metrics(self.warm, self.measured, "predicted")
+        other = found["other_bytes"].value
+        assert isinstance(other, int)
+        replayed = self.replayed
+        return (
+            self.sizes
+            | found
+            | {
+                "other_bytes": Metric(other - self.workspace, "predicted"),
+                "workspace_bytes": Metric(self.workspace, "predicted"),
+                "peak_requested_bytes": Metric(replayed.requested_peak, "predicted"),
+                "peak_active_bytes": Metric(replayed.active_peak, "predicted"),
+                "peak_reserved_bytes": Metric(replayed.reserved_peak, "predicted"),
+                "fragmentation_ratio": Metric(replayed.fragmentation, "predicted"),
+                "device_allocs": Metric(replayed.device_allocs, "predicted"),
+                "alloc_retries": Metric(replayed.retries, "predicted"),
+                "context_bytes": Metric(self.profile.context_bytes, "predicted"),
+                "process_device_bytes": Metric(self.process, "predicted"),
+                "passes_s": Metric(self.seconds, "measured"),
+            }
+        )
+
+
+class CudaCounter(StorageCounter):
+    """A storage counter that also counts what a CUDA kernel works in while it runs, and tells of every event."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__(device_type)
+        self.events = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        sizes = scratch_bytes(func.__name__, args)
+        held = [torch.empty(nbytes, dtype=torch.uint8, device=self.device_type) for nbytes in sizes]
+        self._op = func.__name__
+        for tensor in held:
+            self._see(tensor, "temporaries")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _see(self, tensor: Tensor, category: str) -> None:
+        if self.phase == "optimizer" and tensor.dim() == 0:
+            return  # optimizers keep the number of the step on the host
+        super()._see(tensor, category)
+
+
+class _PredictedStep(CountedStep):
+    def __init__(self, step: Any) -> None:
+        super().__init__(step)
+        self.counter = CudaCounter(step.device.type)
+
+
+def predict(
+    cell: Cell,
+    profile: Profile,
+    *,
+    warmup: int = 1,
+    steps: int = 1,
+    settings: AllocatorSettings | None = None,
+    watch: Callable[[Any], None] | None = None,
+) -> Predicted:
+    """The memory of `cell` on the device of `profile`.
+
+    settings: of the allocator; None: torch's defaults, within the device's memory.  watch: given the step before it is
+    traced.
+    Raises UserError: the cell cannot be built, or a trace cannot follow it.
+    """
+    begin = time.perf_counter()
+    on_meta = cell.precision not in AUTOCAST
+    step, mode = uncomputed_step(cell, foreach=True, on_meta=on_meta)
+    if watch is not None:
+        watch(step)
+    with named_refusals(cell), cuda_semantics(profile), mode:
+        workspace = torch.empty(profile.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
+        with _PredictedStep(step) as counted:
+            counted.counter.book(workspace, "other")
+            warm = [counted.run() for _ in range(warmup)]
+            events = counted.counter.events
+            assert events is not None
+            step_from = len(events)
+            measured = [counted.run() for _ in range(steps)]
+    settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
+    told = [Event(*event) for event in events]
+    return Predicted(
+        profile,
+        warm,
+        measured,
+        told,
+        replay(told, settings),
+        parameter_counts(step.model),
+        workspace.nbytes,
+        step_from,
+        time.perf_counter() - begin,
+        set(counted.counter.attention_kernels),
+    )
+
+
+def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:
+    """Metrics and observations of a cell whose device is `predicted:PROFILE`.
+
+    Raises CellFailure (oom) where the device's memory does not suffice, UserError as `predict` does.
+    """
+    profile = find_profile(cell.device.partition(":")[2])
+    found = predict(cell, profile, warmup=max(1, protocol.warmup), steps=max(1, protocol.steps))
+    if (failed := found.replayed.oom) is not None:
+        capacity = profile.memory_bytes - profile.context_bytes
+        raise CellFailure(
+            "oom",
+            type="predicted",
+            message=f"{format_bytes(failed.nbytes)} more than {profile.device} has left",
+            requested_bytes=failed.nbytes,
+            capacity_bytes=capacity,
+            peak_allocated_bytes=found.peak,
+        )
+    attention = ", ".join(sorted(found.attention)) or "math"
+    used = f"sdpa: {attention}" if cell.attention_requested == "sdpa" else cell.attention_requested
+    return found.metrics(), {"attention_used": used, "inputs": "shapes", "model_revision": None}
