@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from meftbench import __version__
-from meftbench.cli import check, compare, doctor, estimate, fit, listing, report, run, show, validate
+from meftbench.cli import check, compare, doctor, estimate, listing, report, run, show, validate
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
 
 EXIT_CODES = """
@@ -36,7 +36,6 @@ _VERBS: dict[str, Callable[..., None]] = {
     "compare": compare.compare,
     "check": check.check,
     "estimate": estimate.estimate,
-    "fit": fit.fit,
     "validate": validate.validate,
     "list": listing.list_,
     "doctor": doctor.doctor,
