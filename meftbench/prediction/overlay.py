@@ -166,7 +166,7 @@ def _attention_of_products(
     root = math.sqrt(scale or 1 / math.sqrt(query.shape[-1]))
     scores_BHQK = (query * root) @ (key * root).transpose(-2, -1)
     if is_causal:
-        rows = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        rows = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         mask = torch.zeros_like(rows, dtype=query.dtype).masked_fill(rows.logical_not(), -math.inf)
     if mask is not None:
         scores_BHQK = scores_BHQK + (mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=query.dtype))

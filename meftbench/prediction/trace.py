@@ -7,12 +7,15 @@ torch's meta device: weights take no memory either.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException
+from transformers import masking_utils
 
 from meftbench.backbones.build import build_model
 from meftbench.batch import resident_batch
@@ -38,16 +41,32 @@ def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
         return counted.run()
 
 
+@contextmanager
+def _without_packing() -> Iterator[None]:
+    """transformers asks position ids whether several texts are packed into a sequence; here none are, and a trace has
+    no values to be asked (fake tensors it takes for packed ones, and makes a mask)."""
+    with ExitStack() as stack:
+        if hasattr(masking_utils, "find_packed_sequence_indices"):
+            # Not a Mock: it would keep what it was called with.
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", _none_packed))
+        yield
+
+
+def _none_packed(position_ids: Tensor) -> None:
+    return None
+
+
 class named_refusals:  # noqa: N801 - used as a function
-    """What a trace cannot follow becomes a UserError that names it."""
+    """To trace within: what a trace cannot follow becomes a UserError that names it."""
 
     def __init__(self, cell: Cell) -> None:
-        self.cell = cell
+        self.cell, self.packing = cell, _without_packing()
 
     def __enter__(self) -> None:
-        return None
+        self.packing.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.packing.__exit__(None, None, None)
         on_meta = isinstance(error, RuntimeError) and "cannot be called on meta tensors" in str(error)
         if isinstance(error, DynamicOutputShapeException) or on_meta:
             operator = getattr(error, "func", "its forward")
