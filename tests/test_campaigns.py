@@ -118,7 +118,7 @@ def test_exact_memory_in_miniature(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(script["main"].__globals__, "BY_DEPTH", settings)
     monkeypatch.setitem(script["main"].__globals__, "BY_LENGTH", settings)
 
-    assert 0 == script["main"]([str(tmp_path), "--depths", "1", "2", "--lengths", "64", "128"])
+    assert 0 == script["main"]([str(tmp_path), "--depths", "1", "2", "--lengths", "64", "128", "--layers", "1"])
 
     depth = pd.read_csv(tmp_path / "depth.csv")
     assert {"fp32", "bf16-autocast"} == set(depth.precision)
@@ -143,6 +143,42 @@ def test_backbones_in_miniature(tmp_path, capsys, monkeypatch):
     assert frame.activation_peak_bytes[1] < frame.activation_peak_bytes[0]
     assert "| deit-small | image_classification | 198 |" in capsys.readouterr().out
     assert (tmp_path / "table.md").is_file()
+
+
+PUBLISHED = """\
+schema: 1
+sources: {somebody: {title: A table, where: row 1, url: "https://example.org/table", read: the table}}
+figures:
+  - id: peak
+    cell: &cell {model: bert-tiny@random, method: lora, batch_size: 2, sequence_length: 16, device: "predicted:t4"}
+    quantity: peak_allocated
+    <<: &of {source: somebody, setting: partial, notes: n, bytes: 3000000}
+  - {id: device, cell: *cell, <<: *of, quantity: device_used}
+  - {id: between, cell: *cell, <<: *of, quantity: allocated_after_step}
+  - {id: kept, cell: *cell, <<: *of, quantity: held_after_forward}
+  - {id: four, cell: {<<: *cell, precision: nf4}, <<: *of, quantity: reserved, setting: complete}
+"""
+
+
+def test_published_in_miniature(tmp_path, capsys):
+    """Each quantity is told from the others; complete rows come first, and what cannot be predicted says why."""
+    figures = tmp_path / "figures.yaml"
+    figures.write_text(PUBLISHED)
+    (tmp_path / "reading.md").write_text("What it means.\n")
+
+    assert 0 == main_of("published")([str(tmp_path), "--figures", str(figures)])
+
+    table = pd.read_csv(tmp_path / "table.csv").set_index("id")
+    predicted = table.predicted_bytes
+    assert "four" == table.index[0]
+    assert table.notes["four"].startswith("Not predicted: 4-bit weights cannot be traced")
+    assert pd.isna(predicted["four"])
+    assert 0 < predicted["kept"] < predicted["peak"] - predicted["between"]
+    assert predicted["between"] < predicted["peak"] < predicted["device"] - 100 * 2**20  # the context
+    assert predicted["peak"] / 3_000_000 == pytest.approx(table.ratio["peak"])
+    printed = capsys.readouterr().out
+    assert "| peak | partial | peak_allocated | 2.9 |" in printed
+    assert printed.rstrip().endswith("What it means.")
 
 
 def test_decoders_in_miniature(tmp_path, capsys, monkeypatch):

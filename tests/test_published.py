@@ -1,5 +1,6 @@
 """Published measurements: cells that a suite would take, amounts that add up, sources that can be looked up."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -60,3 +61,13 @@ def test_the_step_of_adamw_sets_the_peak_of_full_fine_tuning():
     parameters = 7_241_732_096
 
     assert 10 * parameters == pytest.approx(FIGURES["mistral-7b-full-b4-peak"]["bytes"], rel=0.01)
+
+
+def test_what_the_reading_says_is_in_the_table():
+    """Every figure with a decimal point, and every row that is named."""
+    table, _, reading = (FILE.parent / "table.md").read_text(encoding="utf-8").partition("## Reading")
+    said = set(re.findall(r"\d[\d,]*\.\d+", reading)) - {"3.1", "3.2"}  # of Llama
+
+    assert (FILE.parent / "reading.md").read_text(encoding="utf-8") == "## Reading" + reading
+    assert [] == sorted(number for number in said if not re.search(rf"\| [-+]?{re.escape(number)} \|", table))
+    assert set(re.findall(r"`([^`]+)`", reading)) <= set(FIGURES)
