@@ -1,13 +1,12 @@
-"""Number 3 of the first issue: activation memory at BERT-base, 8 × 512, fp32, attention dropout 0, counted."""
+"""Number 3 of the first issue: activation memory at BERT-base, 8 × 512, fp32, attention dropout 0.
+
+Traced: tests/prediction/test_trace.py holds a trace against the computed step, byte for byte.
+"""
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 from meftbench.plan.cell import Cell
-from meftbench.probes.memory_counted import CountedStep
-from meftbench.step import build_step
+from meftbench.prediction.trace import count_uncomputed
 
 STREAM = 8 * 512 * 768 * 4  # batch × tokens × hidden × 4 bytes
 
@@ -20,12 +19,9 @@ def streams(method):
         batch_size=8,
         sequence_length=512,
     )
-    with CountedStep(build_step(cell, torch.device("cpu"))) as counted:
-        return counted.run().activation_peak / STREAM
+    return count_uncomputed(cell, warmup=0).activation_peak / STREAM
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_meft_holds_an_eighth_of_full_and_three_quarters_of_lora_with_checkpointing():
     """meft1 ≤ 12.5 % of full and ≤ 75 % of lora+checkpoint. `meftbench run bert-base-streams` prints all methods."""
     meft1 = streams("meft1")

@@ -83,7 +83,7 @@ def slopes(depth: pd.DataFrame, elements: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "precision", "bytes_per_layer_and_element"])
 
 
-def by_length(lengths: tuple[int, ...], layers: int = 12) -> pd.DataFrame:
+def by_length(lengths: tuple[int, ...], layers: int) -> pd.DataFrame:
     """One sample; one row a method and length: activation and whole peak."""
     rows = []
     for method, params in BY_LENGTH:
@@ -95,7 +95,7 @@ def by_length(lengths: tuple[int, ...], layers: int = 12) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "tokens", "activation_peak_bytes", "peak_bytes"])
 
 
-def longest(length: pd.DataFrame, card: int) -> pd.DataFrame:
+def longest(length: pd.DataFrame, card: int, layers: int) -> pd.DataFrame:
     """Tokens of one sample, to 64, with which a step peaks just below `card` bytes; verified by tracing that length.
 
     Sought by regula falsi from the two longest lengths: `auto` changes its tiles with the length, so no line holds.
@@ -106,7 +106,7 @@ def longest(length: pd.DataFrame, card: int) -> pd.DataFrame:
         (low, high) = [(row.tokens, row.peak_bytes) for row in group.sort_values("tokens").tail(2).itertuples()]
         for _ in range(6):
             tokens = int(high[0] + (card - high[1]) * (high[0] - low[0]) / (high[1] - low[1])) // 64 * 64
-            peak = count_uncomputed(a_cell(method, params, 1, tokens, 12)).peak.total
+            peak = count_uncomputed(a_cell(method, params, 1, tokens, layers)).peak.total
             if 0 <= card - peak <= card // 200:
                 break
             low, high = high, (tokens, peak)
@@ -148,7 +148,7 @@ def plot_by_length(frame: pd.DataFrame, ax: Axes) -> None:
     ax.set_xticks(LENGTHS, [f"{n // 1024}k" for n in LENGTHS])
     ax.minorticks_off()
     ax.set_yticks([1, 10], ["1", "10"])
-    ax.set_title("BERT-base, 12 layers, one sample, fp32", fontsize=10)
+    ax.set_title("BERT-base, one sample, fp32", fontsize=10)
     ax.legend(fontsize=8)
 
 
@@ -158,12 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--layers", type=int, default=12, help="of the tables by length")
     options = parser.parse_args(arguments)
     try:
         if len(options.depths) < 2 or len(options.lengths) < 2:
             raise UserError("exact_memory", "a slope takes two depths and two lengths", "name at least two of each")
         made(options.out)  # before the work
-        depth, length = by_depth(tuple(options.depths)), by_length(tuple(options.lengths))
+        depth, length = by_depth(tuple(options.depths)), by_length(tuple(options.lengths), options.layers)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         plot(frame, figure.subplots())
         for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
             figure.savefig(options.out / f"{name}.{suffix}", metadata=metadata)
-    text = summary(depth, slopes(depth, 8 * 512 * HIDDEN), length, longest(length, CARD), alive)
+    text = summary(depth, slopes(depth, 8 * 512 * HIDDEN), length, longest(length, CARD, options.layers), alive)
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
@@ -193,7 +194,7 @@ def summary(*frames: pd.DataFrame) -> str:
         ("Activation memory in streams by layers (counted, 8 × 512 tokens)", layers.round(2).reset_index()),
         ("The same, as a share of lora+checkpoint in fp32", share.round(3).reset_index()),
         ("Bytes a further layer costs, for each element of the hidden state", slope.round(3)),
-        ("Peak memory in GiB by tokens of one sample (counted, 12 layers)", peaks.round(2).reset_index()),
+        ("Peak memory in GiB by tokens of one sample (counted)", peaks.round(2).reset_index()),
         ("Longest sample on 24 GiB, CUDA context and fragmentation aside (counted at that length)", longest_.round(0)),
         (
             "What is alive at the peak of meft1-exact",
