@@ -19,6 +19,7 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.predict import predict
+from meftbench.prediction.timeline import export
 
 Tell = Callable[[str], None]
 
@@ -73,7 +74,8 @@ def _host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-VERBS: dict[str, Callable[[dict[str, Any], Tell], dict[str, Any]]] = {"estimate": estimate}
+Verb = Callable[[dict[str, Any], Tell], dict[str, Any]]
+VERBS: dict[str, Verb] = {"estimate": estimate, "export": export}
 
 
 def main() -> int:
