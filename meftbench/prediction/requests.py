@@ -6,11 +6,16 @@ with the fields of a UserError.
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +23,11 @@ from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
+from meftbench.prediction.largest import Axis, Shapes, largest
 from meftbench.prediction.predict import predict
+from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.timeline import export
+from meftbench.step import AUTOCAST
 
 Tell = Callable[[str], None]
 
@@ -62,6 +70,51 @@ def estimate(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     }
 
 
+def fit(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The largest shapes of several methods. request: `cells`, one a method, whatever their shapes; `profile`;
+    `allocator`; `capacities`, bytes that torch may reserve, in rising order; `batches`, [length, limit] each: the
+    largest batch of samples so long; `lengths`, [batch, limit] each; `jobs`, processes at a time.
+
+    The answer has an entry a method: `lines`, each with what was asked and the largest for each capacity (0: none), and
+    `refused`, the line of a UserError.
+    """
+    gc.collect()
+    gc.freeze()  # what was imported is not to be walked at every step of every trace
+    # The last named are commonly the costliest (MEFT, levers): they begin, so that none is alone at the end.
+    work = [(index, request | {"cell": cell}) for index, cell in enumerate(request["cells"])][::-1]
+    # Forked before any backward ran: autograd has no threads yet.
+    with ProcessPoolExecutor(request["jobs"], multiprocessing.get_context("fork")) as pool:
+        ongoing = {pool.submit(_fit_method, part): index for index, part in work}
+        found: list[dict[str, Any]] = [{}] * len(work)
+        for future in as_completed(ongoing):
+            entry = found[ongoing[future]] = future.result()
+            said = entry["refused"] or f"{entry['traced']} cells predicted in {entry['seconds']:.0f} s"
+            tell(f"{entry['method']}: {said}")
+    return {"methods": found}
+
+
+def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
+    cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
+    begin, cpu = time.perf_counter(), time.process_time()
+    shapes = Shapes(cell, profile, AllocatorSettings.parse(request["allocator"]))
+    lines: list[dict[str, Any]] = []
+    refused = None
+    asked: list[tuple[Axis, list[list[int]]]] = [
+        ("batch_size", request["batches"]),
+        ("sequence_length", request["lengths"]),
+    ]
+    try:
+        with Remembered() if cell.precision not in AUTOCAST else nullcontext():
+            for axis, places in asked:
+                for at, limit in places:
+                    sizes = largest(shapes.along(axis, at), request["capacities"], limit)
+                    lines.append({"axis": axis, "at": at, "limit": limit, "largest": sizes})
+    except UserError as error:
+        refused = str(error)
+    took = {"seconds": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}
+    return {"method": cell.method_label, "lines": lines, "refused": refused, "traced": shapes.traced} | took
+
+
 def _kernels(operators: set[str]) -> list[str]:
     """`flash`, `efficient`; `math` where no fused operator ran."""
     names = (name.removeprefix("scaled_dot_product_").removesuffix("_attention") for name in operators)
@@ -75,7 +128,7 @@ def _host_peak() -> int:
 
 
 Verb = Callable[[dict[str, Any], Tell], dict[str, Any]]
-VERBS: dict[str, Verb] = {"estimate": estimate, "export": export}
+VERBS: dict[str, Verb] = {"estimate": estimate, "fit": fit, "export": export}
 
 
 def main() -> int:

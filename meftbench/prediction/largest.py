@@ -1,0 +1,144 @@
+"""The largest batch and the longest sequence that fit a card, by predicted cells on both sides of the boundary.
+
+A cell is traced for one step and replayed for two: what the first step leaves alive is the optimizer's state, which
+the second finds. The trace does not depend on the card's size, so cards share it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Literal
+
+from meftbench.plan.cell import Cell
+from meftbench.plan.profiles import Profile
+from meftbench.prediction.allocator import AllocatorSettings, Event, replay
+from meftbench.prediction.predict import Predicted, predict
+
+Axis = Literal["batch_size", "sequence_length"]
+# The tokens themselves are held here: more are not asked about.
+MOST_TOKENS = 2**24
+NEAR = 4096  # a limit that is looked at at once
+
+
+class Shape:
+    """A traced cell, held against cards. events: of two steps.
+
+    needed: bytes reserved on a card without an end; no card of as many refuses it.  least: bytes allocated; no card of
+    fewer takes it.
+    """
+
+    def __init__(self, events: list[Event], settings: AllocatorSettings) -> None:
+        self._events, self._settings = events, settings
+        endless = replay(events, settings)
+        self.needed, self.least = endless.reserved_peak, endless.allocated_peak
+        self._fits: dict[int, bool] = {}
+
+    def fits(self, capacity: int) -> bool:
+        """Whether torch's allocator gets by with `capacity` bytes; it gives back what it has cached before it fails."""
+        if self.needed <= capacity:
+            return True
+        if self.least > capacity:
+            return False
+        if capacity not in self._fits:
+            self._fits[capacity] = replay(self._events, replace(self._settings, capacity=capacity)).oom is None
+        return self._fits[capacity]
+
+
+class Shapes:
+    """The shapes of one method, each traced once. cell: gives everything but the shape."""
+
+    def __init__(self, cell: Cell, profile: Profile, settings: AllocatorSettings) -> None:
+        self._cell, self._profile, self._settings = cell, profile, settings
+        self._known: dict[tuple[int, int], Shape] = {}
+
+    @property
+    def traced(self) -> int:
+        return len(self._known)
+
+    def at(self, batch_size: int, sequence_length: int) -> Shape:
+        """Raises UserError as `predict` does."""
+        key = (batch_size, sequence_length)
+        if key not in self._known:
+            sizes = {"batch_size": batch_size, "micro_batch_size": batch_size, "sequence_length": sequence_length}
+            cell = self._cell.model_copy(update=sizes)
+            # No capacity: the cards' own are asked of the replay.
+            found = predict(cell, self._profile, warmup=0, settings=replace(self._settings, capacity=None))
+            self._known[key] = Shape(two_steps(found), self._settings)
+        return self._known[key]
+
+    def along(self, axis: Axis, at: int) -> Callable[[int], Shape]:
+        """The shapes where the other axis is `at`."""
+        return (lambda size: self.at(size, at)) if axis == "batch_size" else (lambda size: self.at(at, size))
+
+
+def two_steps(found: Predicted) -> list[Event]:
+    """The events of a trace of one step, and those of the step after it.
+
+    That one is the same but for what the first has left alive, which exists by then.
+    """
+    first = found.events[found.step_from :]
+    born: dict[int, int] = {}
+    for index, event in enumerate(first):
+        if event.kind == "alloc":
+            born[event.key] = index
+        elif event.kind == "free":
+            born.pop(event.key, None)
+    left = set(born.values())
+    again: list[Event] = []
+    alive: set[int] = set()
+    for index, event in enumerate(first):
+        if event.kind == "phase":
+            again.append(event)
+        elif event.kind == "alloc" and index not in left:
+            # A key of its own: that of a storage which died before the state was born may be the state's now.
+            again.append(event._replace(key=~event.key))
+            alive.add(event.key)
+        elif event.kind == "free" and event.key in alive:
+            again.append(event._replace(key=~event.key))
+            alive.remove(event.key)
+    return [*found.events, *again]
+
+
+def largest(shape: Callable[[int], Shape], capacities: Iterable[int], limit: int) -> list[int]:
+    """For each capacity the size n, up to `limit`, with which the shape fits and with n + 1 does not; 0: none fits.
+
+    Both were predicted. Where memory does not grow with size everywhere, there may be more such sizes than one.
+    """
+    known: list[int] = []
+
+    def look(size: int) -> Shape:
+        if size not in known:
+            insort(known, size)
+        return shape(size)
+
+    # Two places for the first line. A limit that is near is one of them: most cards that reach it need no other.
+    for first in (1, min(4, limit)) if limit > NEAR else (max(1, limit // 4), limit):
+        look(first)
+    found = []
+    for capacity in capacities:
+        low = max((size for size in known if shape(size).fits(capacity)), default=0)
+        high = min((size for size in known if size > low), default=limit + 1)
+        tries = 0
+        while high - low > 1:
+            size = _guess(known, shape, capacity)
+            if high <= limit and tries % 4 == 3:
+                size = (low + high) // 2  # where the line through both sides does not help, halves do
+            elif high > limit and size <= low:
+                size = low + 2**tries
+            size = min(max(size, low + 1), high - 1)
+            low, high = (size, high) if look(size).fits(capacity) else (low, size)
+            tries += 1
+        found.append(low)
+    return found
+
+
+def _guess(known: list[int], shape: Callable[[int], Shape], capacity: int) -> int:
+    """Where a line through the two nearest sizes meets the capacity; what torch reserves is nearly such a line."""
+    after = min(max(bisect_right(known, capacity, key=lambda size: shape(size).needed), 1), len(known) - 1)
+    if len(known) == 1:
+        return known[0]
+    left, right = known[after - 1], known[after]
+    rise = shape(right).needed - shape(left).needed
+    return right + 1 if rise <= 0 else left + (right - left) * (capacity - shape(left).needed) // rise

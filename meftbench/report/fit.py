@@ -1,0 +1,169 @@
+"""What fits which card: a table on the terminal, in Markdown and CSV, and a plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meftbench.report.plots import colour, legend_beside, plain_numbers
+from meftbench.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
+_UNIT = {"batch_size": "samples", "sequence_length": "tokens"}
+_LINES = {"": "-", "checkpoint": "--", "chunked_loss": ":", "checkpoint+chunked_loss": "-."}
+
+
+def as_answer(about: dict[str, Any], methods: list[dict[str, Any]]) -> dict[str, Any]:
+    """`about` what was asked, with `rows`, one a method, question and card. largest: None where nothing fits.
+
+    at_limit: there is room for more than was looked at, or than the model has positions for.
+    """
+    rows = [
+        {
+            "method": entry["method"],
+            "asked": line["axis"],
+            "at": line["at"],
+            "memory_bytes": card,
+            "largest": size or None,
+            "at_limit": size == line["limit"],
+            "all_positions": size == about["positions"] and line["axis"] == "sequence_length",
+        }
+        for entry in methods
+        for line in entry["lines"]
+        for card, size in zip(about["cards"], line["largest"], strict=True)
+    ]
+    refused = {entry["method"]: entry["refused"] for entry in methods if entry["refused"]}
+    return about | {"source": "predicted", "rows": rows, "refused": refused}
+
+
+def said(row: dict[str, Any]) -> str:
+    """The number of a row for people: "-" where nothing fits, "≥ 2,048 (all positions)" where the model ends."""
+    if row["largest"] is None:
+        return "-"
+    number = f"{row['largest']:,}"
+    if row["all_positions"]:
+        return f"≥ {number} (all positions)"
+    return f"≥ {number}" if row["at_limit"] else number
+
+
+def title(asked: str, at: int) -> str:
+    if asked == "batch_size":
+        return f"largest batch (samples) at {at:,} tokens"
+    return f"longest sequence (tokens) at a batch of {at:,}"
+
+
+def notes(answer: dict[str, Any]) -> list[str]:
+    """What must be known to read the table."""
+    default = ", the default" if answer["default_profile"] else ""
+    context = format_bytes(answer["context_bytes"])
+    found = [
+        f"{answer['model']}, {answer['precision']}; predicted by the rules of {answer['device']} "
+        f"(profile {answer['profile']}{default})",
+        f"held against the card: what torch reserves, and a context of {context}",
+        "every number was predicted to fit, and one more not to; -: nothing fits",
+    ]
+    found += [] if answer["verified"] else ["not validated on this device"]
+    return found + [f"{method}: {reason}" for method, reason in answer["refused"].items()]
+
+
+def tables(answer: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of each question's table: a row a method, a column a card."""
+    for asked, at in dict.fromkeys((row["asked"], row["at"]) for row in answer["rows"]):
+        mine = [row for row in answer["rows"] if (row["asked"], row["at"]) == (asked, at)]
+        body = [
+            [method, *(said(row) for row in mine if row["method"] == method)]
+            for method in dict.fromkeys(row["method"] for row in mine)
+        ]
+        yield title(asked, at), ["method", *map(format_bytes, answer["cards"])], body
+
+
+def print_fit(answer: dict[str, Any], console: Console | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console or Console()
+    for heading, head, body in tables(answer):
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+        for index, name in enumerate(head):
+            table.add_column(name, justify="right" if index else "left", overflow="fold")
+        for row in body:
+            table.add_row(*map(Text, row))
+        out.print(Text(f"{heading}, predicted", style="bold"))
+        out.print(table)
+    for note in notes(answer):
+        out.print(Text(note, overflow="fold"))
+
+
+def markdown(answer: dict[str, Any]) -> str:
+    parts = []
+    for heading, head, body in tables(answer):
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+        parts.append(f"### {heading}, predicted\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(answer))]) + "\n"
+
+
+def write_fit(answer: dict[str, Any], folder: Path) -> None:
+    """fit.csv, fit.md, fit.png and fit.svg. Raises UserError where `folder` cannot be written."""
+    import pandas as pd
+
+    from meftbench.errors import UserError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        frame = pd.DataFrame(answer["rows"]).astype({"largest": "Int64"})
+        frame.assign(source="predicted").to_csv(folder / "fit.csv", index=False)
+        (folder / "fit.md").write_text(markdown(answer), encoding="utf-8")
+        for kind in ("png", "svg"):
+            (folder / f"fit.{kind}").write_bytes(picture(answer, kind))
+    except OSError as error:
+        raise UserError(str(folder), f"cannot be written ({error.strerror})", "choose another --out") from None
+
+
+def picture(answer: dict[str, Any], kind: str) -> bytes:
+    """All questions, a panel each."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    questions = list(dict.fromkeys((row["asked"], row["at"]) for row in answer["rows"]))
+    columns = min(2, len(questions))
+    lines = -(-len(questions) // columns)
+    stream = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": "fit", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(6.8 * columns, 3.4 * lines + 0.4), layout="constrained")
+        for index, (asked, at) in enumerate(questions):
+            ax = figure.add_subplot(lines, columns, index + 1)
+            plot_fit([row for row in answer["rows"] if (row["asked"], row["at"]) == (asked, at)], ax)
+            ax.set_title(title(asked, at), loc="left")
+        figure.suptitle(f"{answer['model']}, {answer['precision']}: what fits, predicted", x=0.01, ha="left")
+        figure.savefig(stream, format=kind, dpi=130, metadata=metadata)
+    return stream.getvalue()
+
+
+def plot_fit(rows: list[dict[str, Any]], ax: Axes) -> None:
+    """The largest size against the card's memory (GiB), log-log, a line a method: colours are methods, strokes levers.
+
+    rows: of one question. A ring: the model has no more positions, or more was not looked at.
+    """
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method and row["largest"]]
+        levers = method.partition("+")[2]
+        xs, ys = [row["memory_bytes"] / 2**30 for row in mine], [row["largest"] for row in mine]
+        label = method if mine else f"{method}: nothing fits"
+        ax.plot(xs, ys, _LINES.get(levers, "-"), color=colour(method), marker="o", markersize=4, label=label)
+        ends = [(x, y) for x, y, row in zip(xs, ys, mine, strict=True) if row["at_limit"]]
+        ax.plot([x for x, _ in ends], [y for _, y in ends], "o", color=colour(method), fillstyle="none", markersize=9,
+                label="_limit")  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="memory of the card (GiB)", ylabel=_UNIT[rows[0]["asked"]])
+    places = sorted({row["memory_bytes"] / 2**30 for row in rows})
+    ax.set_xticks(places, [f"{place:.3g}" for place in places])
+    ax.minorticks_off()
+    plain_numbers(ax)
+    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    legend_beside(ax)

@@ -1,0 +1,103 @@
+"""`meftbench fit`: what fits which card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from meftbench.report.fit import as_answer, markdown, notes, plot_fit
+from meftbench.runner import predictions
+
+MiB, GiB = 2**20, 2**30
+ABOUT = {"model": "opt", "precision": "bf16", "profile": "a100-80gb", "device": "A100", "verified": False}
+ABOUT |= {"context_bytes": GiB, "default_profile": True, "cards": [8 * GiB, 80 * GiB], "positions": 2048}
+
+
+def an_entry(method="full", refused=None, **largest):
+    lines = [{"axis": axis, "at": 8, "limit": 2048, "largest": sizes} for axis, sizes in largest.items()]
+    return {"method": method, "lines": lines, "refused": refused, "traced": 3, "seconds": 1.0}
+
+
+def test_the_largest_batch_and_the_longest_sequence_of_each_method(cli):
+    """A table on stdout, progress on stderr, and with --out the same as CSV and Markdown, and a picture."""
+    asked = ("--memory", "550MiB 700MiB", "--methods", "full,lora", "--precision", "bf16")
+    shape = ("--sequence-lengths", "512", "--batch-sizes", "2")
+    code, out, err = cli("fit", "bert-tiny@random", *asked, *shape, "--out", "found", "--json")
+    answer = json.loads(out)
+    by = {(r["method"], r["asked"], r["memory_bytes"]): r["largest"] for r in answer["rows"]}
+    frame = pd.read_csv("found/fit.csv")
+
+    assert 0 == code
+    assert 2 == len([line for line in err.splitlines() if "cells predicted" in line])
+    assert 8 == len(by) == len(frame)
+    assert 0 < by["full", "batch_size", 550 * MiB] <= by["lora", "batch_size", 550 * MiB]
+    assert by["lora", "batch_size", 550 * MiB] < by["lora", "batch_size", 700 * MiB]
+    assert 512 == by["lora", "sequence_length", 700 * MiB]
+    assert "≥ 512 (all positions)" in Path("found/fit.md").read_text()
+    assert Path("found/fit.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in Path("found/fit.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("bert-tiny@random", "--methods", "full,loora"), "fit: method: unknown method 'loora'; did you mean 'lora'?"),
+        (("bert-tiny@random", "--memory", "24"), "'24' is not an amount of memory; write"),
+        (("bert-tiny@random", "--memory", "100MiB"), "--memory: is no more than the context"),
+        (("bert-tiny@random", "--batch-sizes", "0"), "--batch-sizes: '0' is not a list of sizes; write 512,2048"),
+        (("bert-tiny@random", "--sequence-lengths", "64,4096"), "4096 is longer than the 512 positions"),
+        (("bert-tyny",), "fit: model: unknown model 'bert-tyny'"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_is_predicted(cli, given, said):
+    code, out, err = cli("fit", *given)
+
+    assert (2, "") == (code, out)
+    assert said in err
+    assert 1 == len(err.splitlines())
+
+
+def test_a_method_that_does_not_apply_is_a_note_and_an_error_where_none_does(cli, monkeypatch):
+    def answering(*entries):
+        code = f"import sys; sys.stdin.read(); print({json.dumps({'answer': {'methods': entries}})!r})"
+        monkeypatch.setattr(predictions, "PREDICTOR", (sys.executable, "-c", code))
+        return cli("fit", "bert-tiny@random", "--methods", "full,lora+chunked_loss", "--memory", "8GiB")
+
+    bad = an_entry("lora+chunked_loss", refused="bert: needs a head over a vocabulary; leave it out")
+    code, out, _ = answering(an_entry(batch_size=[5]), bad)
+    assert 0 == code
+    assert "needs a head over a vocabulary" in out
+
+    code, out, err = answering(bad)
+    assert (2, "") == (code, out)
+    assert err.strip().endswith("bert: needs a head over a vocabulary; leave it out")
+
+
+def test_the_limits_are_said():
+    """Nothing fits: "-"; all positions; more than was looked at."""
+    entries = [an_entry(batch_size=[0, 2048], sequence_length=[17, 2048])]
+    text = markdown(as_answer(ABOUT, entries))
+
+    assert "| full | - | ≥ 2,048 |" in text
+    assert "| full | 17 | ≥ 2,048 (all positions) |" in text
+    assert "not validated on this device" in text
+    assert "a context of 1.0 GiB" in " ".join(notes(as_answer(ABOUT, entries)))
+
+
+def test_the_plot_draws_sizes_against_gibibytes_and_rings_the_limits():
+    rows = as_answer(ABOUT, [an_entry(batch_size=[16, 2048]), an_entry("lora", batch_size=[0, 0])])["rows"]
+    ax = Figure().add_subplot()
+
+    plot_fit(rows, ax)
+
+    drawn = {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+    assert {"full", "lora: nothing fits"} == set(drawn)
+    assert ([8, 80], [16, 2048]) == (list(drawn["full"].get_xdata()), list(drawn["full"].get_ydata()))
+    assert [[80]] == [
+        list(ln.get_xdata()) for ln in ax.get_lines() if ln.get_label() == "_limit" and len(ln.get_xdata())
+    ]

@@ -1,0 +1,99 @@
+"""What fits: the step repeated, operators remembered, the boundary found."""
+
+from __future__ import annotations
+
+import pytest
+
+from builders import a_cell
+from meftbench.plan.profiles import find_profile
+from meftbench.prediction.allocator import AllocatorSettings, replay
+from meftbench.prediction.largest import Shapes, largest, two_steps
+from meftbench.prediction.predict import predict
+from meftbench.prediction.remembered import Remembered
+
+PROFILE = find_profile("rtx4090")
+ENDLESS = AllocatorSettings()
+
+
+def predicted(warmup=0, **fields):
+    given = {"model": "bert-tiny@random", "batch_size": 4, "sequence_length": 64, "precision": "bf16"} | fields
+    return predict(a_cell(**given), PROFILE, warmup=warmup, settings=ENDLESS)
+
+
+def normal(events):
+    """With keys by birth: those of two traces differ."""
+    births, found = {}, []
+    for number, event in enumerate(events):
+        if event.kind == "alloc":
+            births[event.key] = number
+        found.append((event.kind, births.get(event.key), event.nbytes, event.category, event.origin))
+    return found
+
+
+@pytest.mark.parametrize("method", ["full", "meft1-exact"])
+def test_a_step_repeated_reserves_what_two_steps_do(method):
+    """One trace says what a warm-up and a measured step need: the optimizer's state is all that the first leaves."""
+    one, two = predicted(method=method), predicted(method=method, warmup=1)
+    repeated = replay(two_steps(one), ENDLESS)
+
+    assert (two.replayed.reserved_peak, two.replayed.allocated_peak) == (
+        repeated.reserved_peak,
+        repeated.allocated_peak,
+    )
+    assert one.replayed.allocated_peak <= repeated.allocated_peak
+
+
+@pytest.mark.parametrize("method", ["lora+checkpoint", "meft1-exact"])
+def test_what_is_remembered_changes_no_event(method):
+    """The trace is the same, allocation by allocation; most operators were not asked again."""
+    remembered = Remembered()
+    for _ in range(2):
+        with remembered:
+            again = predicted(method=method, warmup=1)
+
+    assert normal(predicted(method=method, warmup=1).events) == normal(again.events)
+    assert remembered.asked < remembered.hits
+
+
+class AShape:
+    def __init__(self, needed):
+        self.needed = needed
+
+    def fits(self, capacity):
+        return self.needed <= capacity
+
+
+@pytest.mark.parametrize("needed", [lambda n: 10 + 3 * n, lambda n: 10 + n * n, lambda n: 40 + 3 * n + n // 7 * 9])
+def test_the_largest_fits_and_one_more_does_not(needed):
+    """Affine, quadratic and with jumps; each is found from few looks, those on both sides of each boundary among them.
+
+    Nothing fits 10 bytes; the last has room for the limit.
+    """
+    looked = set()
+
+    def shape(size):
+        looked.add(size)
+        return AShape(needed(size))
+
+    capacities = (10, 100, 1000, 10**9)
+    found = largest(shape, capacities, 3000)
+
+    assert found == [max((n for n in range(1, 3001) if needed(n) <= c), default=0) for c in capacities]
+    assert looked >= {n for size in found for n in (size, size + 1) if 1 <= n <= 3000}
+    assert 30 >= len(looked)
+
+
+def test_a_boundary_is_where_the_prediction_of_two_steps_says():
+    """With the capacity of the card the largest batch goes through, and the next does not."""
+    cell = a_cell(model="bert-tiny@random", method="lora", sequence_length=64, precision="bf16")
+    capacity = 50 * 2**20
+    (found,) = largest(Shapes(cell, PROFILE, ENDLESS).along("batch_size", 64), [capacity], 64)
+
+    def oom(batch):
+        sizes = {"batch_size": batch, "micro_batch_size": batch}
+        card = AllocatorSettings(capacity=capacity)
+        return predict(cell.model_copy(update=sizes), PROFILE, warmup=1, settings=card).replayed.oom
+
+    assert found > 1
+    assert oom(found) is None
+    assert oom(found + 1) is not None
