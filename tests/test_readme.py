@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from meftbench.cli import _VERBS
+from meftbench.cli import _VERBS, main
 from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite, shipped_suites
 from meftbench.records.store import load_run
@@ -59,10 +59,23 @@ def test_every_command_it_shows_is_one():
     lines = [line for line in README.splitlines() if re.match(r"\s*meftbench \w", line)]
     commands = [shlex.split(line, comments=True) for line in lines]
 
-    assert {"run", "report", "show", "compare", "check", "list", "doctor"} == {words[1] for words in commands}
+    verbs = {"run", "report", "show", "compare", "check", "list", "doctor", "estimate", "fit"}
+    assert verbs == {words[1] for words in commands}
     assert {words[1] for words in commands} <= set(_VERBS)
     named = [words[2] for words in commands if words[1] == "run" and not words[2].endswith(".yaml")]
     assert {"smoke", "sweep-bert-base"} <= set(named) <= set(shipped_suites())
+
+
+def test_the_estimate_is_what_the_program_prints(capsys):
+    """To the digit, but for the last line: how long it took."""
+    block = re.search(r"<!-- estimate.*?-->\n```\n(.*?)\n```\n<!-- end of estimate", README, re.DOTALL)[1].splitlines()
+    command = re.search(r"^meftbench (estimate .*)$", README, re.MULTILINE)[1]
+    with pytest.raises(SystemExit):
+        main([*shlex.split(command), "--quiet"])
+    printed = capsys.readouterr().out.splitlines()
+
+    assert 10 < len(block)
+    assert block[:-1] == printed[:-1]
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), ids=["suite", "budgets"])
