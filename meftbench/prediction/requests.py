@@ -1,4 +1,4 @@
-"""Predictions for a process that must not import torch: one request as JSON on stdin, its answer as JSON on stdout.
+"""Predictions for a process that must not import torch: a line of JSON asks on stdin, one answers on stdout.
 
 Lines that precede the answer tell of progress: {"progress": text}. The answer is {"answer": ...}, or {"error": ...}
 with the fields of a UserError.
@@ -11,7 +11,9 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -131,6 +133,12 @@ Verb = Callable[[dict[str, Any], Tell], dict[str, Any]]
 VERBS: dict[str, Verb] = {"estimate": estimate, "fit": fit, "export": export}
 
 
+def _end_with_who_asked() -> None:
+    """Ends this process, and those it has started, when the other end of stdin has gone, however it ended."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> int:
     """Answer the request on stdin. Returns the exit code; anything but a UserError ends in a traceback."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -139,7 +147,8 @@ def main() -> int:
     def say(**event: Any) -> None:
         print(json.dumps(event), file=out, flush=True)
 
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_who_asked, daemon=True).start()
     try:
         say(answer=VERBS[request["verb"]](request, lambda line: say(progress=line)))
     except UserError as error:

@@ -39,8 +39,9 @@ def ask(request: Mapping[str, Any], tell: Callable[[str], None] = lambda line: N
             assert process.stdin is not None
             assert process.stdout is not None
             with suppress(BrokenPipeError):  # it has died: the log says of what
-                process.stdin.write(json.dumps(request).encode())
-                process.stdin.close()
+                # Left open: at its end, however this process ends, the other one ends as well.
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
             for line in process.stdout:
                 event = json.loads(line)
                 if "progress" in event:
@@ -58,3 +59,5 @@ def ask(request: Mapping[str, Any], tell: Callable[[str], None] = lambda line: N
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()  # type: ignore[union-attr]
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # type: ignore[union-attr]

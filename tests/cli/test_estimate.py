@@ -46,7 +46,7 @@ def answering(monkeypatch):
     """Answers in place of a prediction: the parent's part is tested without torch."""
 
     def answer(**event):
-        code = f"import sys; sys.stdin.read(); print({json.dumps(event)!r})"
+        code = f"import sys; sys.stdin.readline(); print({json.dumps(event)!r})"
         monkeypatch.setattr(predictions, "PREDICTOR", (sys.executable, "-c", code))
 
     return answer

@@ -64,7 +64,7 @@ def test_what_is_wrong_is_one_line_before_anything_is_predicted(cli, given, said
 
 def test_a_method_that_does_not_apply_is_a_note_and_an_error_where_none_does(cli, monkeypatch):
     def answering(*entries):
-        code = f"import sys; sys.stdin.read(); print({json.dumps({'answer': {'methods': entries}})!r})"
+        code = f"import sys; sys.stdin.readline(); print({json.dumps({'answer': {'methods': entries}})!r})"
         monkeypatch.setattr(predictions, "PREDICTOR", (sys.executable, "-c", code))
         return cli("fit", "bert-tiny@random", "--methods", "full,lora+chunked_loss", "--memory", "8GiB")
 
