@@ -92,7 +92,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         # The reader of our output (`| head`) has gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception:  # not silent: the traceback is printed
         # Whatever is left is our own mistake: shown with its traceback, and an exit code that no result has.
         traceback.print_exc()
         print("meftbench: this is a bug; please report it with the lines above", file=sys.stderr)

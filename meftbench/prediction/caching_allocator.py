@@ -30,19 +30,10 @@ Record = Callable[[str, int, int, "Block | None"], None]
 class Block:
     """A range of addresses in a segment: handed out, free, or (expandable) not mapped to memory."""
 
-    __slots__ = (
-        "address",
-        "allocated",
-        "born",
-        "following",
-        "label",
-        "mapped",
-        "pool",
-        "previous",
-        "requested",
-        "segment",
-        "size",
-    )
+    # fmt: off
+    __slots__ = ("address", "allocated", "born", "following", "label", "mapped", "pool", "previous", "requested",
+                 "segment", "size")
+    # fmt: on
 
     def __init__(self, address: int, size: int, pool: Pool, segment: int | None = None) -> None:
         self.address, self.size, self.pool = address, size, pool

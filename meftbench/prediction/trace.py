@@ -72,8 +72,10 @@ class named_refusals:  # noqa: N801 - used as a function
             operator = getattr(error, "func", "its forward")
             what = f"{operator} looks at values, which a trace has not"
             raise UserError(self.cell.label, what, "choose another head (BART: seq2seq_lm), or count it") from None
-        if isinstance(error, UnsupportedFakeTensorException | NotImplementedError):
-            what = f"an operator has no fake implementation ({str(error).splitlines()[0]})"
+        # The meta device says it by a NotImplementedError that names its backend; any other is a bug, and stays one.
+        missing = isinstance(error, NotImplementedError) and "'Meta' backend" in str(error)
+        if missing or isinstance(error, UnsupportedFakeTensorException):
+            what = f"an operator has no fake implementation ({' '.join(str(error).split())[:200]})"
             raise UserError(
                 self.cell.label, what, "register one with torch.library.register_fake, or count it"
             ) from None
