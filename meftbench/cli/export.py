@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meftbench.cli.estimate import DEFAULT_PROFILE, Override, Quiet, Setting, a_cell, progress
+from meftbench.cli.options import DEFAULT_PROFILE, Override, Quiet, Setting, a_cell, progress
 
 
 class Format(StrEnum):

@@ -10,7 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
-from meftbench.cli.estimate import DEFAULT_PROFILE, Override, Quiet, a_cell, progress
+from meftbench.cli.options import (
+    DEFAULT_PROFILE,
+    Allocator,
+    AsJson,
+    Attention,
+    Head,
+    Model,
+    Override,
+    Precision,
+    ProfileName,
+    Quiet,
+    a_cell,
+    pairs,
+    progress,
+)
 from meftbench.errors import UserError
 
 METHODS = (
@@ -24,26 +38,24 @@ MOST_SAMPLES = 2**16
 
 
 def fit(
-    model: Annotated[str, typer.Argument(help="A name of `meftbench list models`, a hub id or a folder.")],
+    model: Model,
     memory: Annotated[
         list[str] | None, typer.Option(metavar="BYTES...", help="Of the card: 24GiB; several: '12GiB 24GiB', or again.")
     ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file.  [default: {DEFAULT_PROFILE}]")
-    ] = None,
+    profile: ProfileName = None,
     methods: Annotated[str, typer.Option(metavar="METHOD,...", help="With levers.")] = METHODS,
     sequence_lengths: Annotated[
         str | None, typer.Option(metavar="N,...", help="The largest batch at each.  [default: 512,2048]")
     ] = None,
     batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="The longest sequence at each.")] = "1,8",
-    precision: Annotated[str | None, typer.Option(help="fp32 (the default), bf16, bf16-autocast ...")] = None,
-    attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
-    head: Annotated[str | None, typer.Option(help="classification, causal_lm ...")] = None,
+    precision: Precision = None,
+    attention: Attention = None,
+    head: Head = None,
     config: Override = None,
-    allocator: Annotated[str, typer.Option(help="As PYTORCH_ALLOC_CONF: expandable_segments:True.")] = "",
+    allocator: Allocator = "",
     jobs: Annotated[int | None, typer.Option(min=1, help="Methods at a time.  [default: cores, at most 2]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown, PNG and SVG.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict the largest batch and the longest sequence with which fine-tuning MODEL fits a card, for each method.
@@ -115,7 +127,6 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _positions(model: str, config: list[str] | None) -> tuple[int | None, int | None]:
     """The longest sequence of `model`, and the only one where it reads images; None: not known, or not fixed."""
-    from meftbench.cli.estimate import pairs
     from meftbench.plan.models import check_model, image_tokens, known_config, max_positions
 
     overrides = pairs("--config", config)

@@ -1,16 +1,90 @@
-"""Options that several verbs have."""
+"""Options that several verbs have, and the cell that the options of a prediction name."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meftbench.errors import UserError
 
+if TYPE_CHECKING:
+    from meftbench.plan.cell import Cell
+
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `meftbench run` wrote.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+# --- what is predicted ---
+
+DEFAULT_PROFILE = "a100-80gb"
+
+Model = Annotated[str, typer.Argument(help="A name of `meftbench list models`, a hub id or a folder.")]
+Method = Annotated[str, typer.Argument(help="A name of `meftbench list methods`, with levers: lora+checkpoint.")]
+MicroBatchSize = Annotated[int | None, typer.Option(min=1, help="Samples a forward; divides the batch.")]
+Precision = Annotated[str | None, typer.Option(help="fp32 (the default), bf16, bf16-autocast ...")]
+Attention = Annotated[str | None, typer.Option(help="sdpa or eager.")]
+Head = Annotated[str | None, typer.Option(help="classification, causal_lm ...")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw (the default) or sgd.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--config", metavar="KEY=VALUE", help="Overrides the model's configuration.")
+]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method: adapter_size=8.")
+]
+ProfileName = Annotated[
+    str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file.  [default: {DEFAULT_PROFILE}]")
+]
+Allocator = Annotated[str, typer.Option(help="As PYTORCH_ALLOC_CONF: expandable_segments:True.")]
+
+
+def a_cell(
+    verb: str,
+    model: str,
+    method: str,
+    profile: str,
+    config: list[str] | None,
+    settings: list[str] | None,
+    **values: Any,
+) -> Cell:
+    """The cell that the command line of `verb` names, checked as a suite's is; values of None are not said.
+
+    Raises UserError.
+    """
+    from meftbench.plan.profiles import PREDICTED, find_profile
+    from meftbench.plan.suite import cell_of
+
+    find_profile(profile, f"{verb}: profile")
+    named = {"model": {"name": model, "config": pairs("--config", config)}, "device": PREDICTED + profile}
+    named |= {"method": {"name": method, **pairs("--set", settings)}}
+    return cell_of(verb, named | {key: value for key, value in values.items() if value is not None})
+
+
+def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
+    """Keys and values of `key=value`, read as YAML reads them. Raises UserError."""
+    import yaml
+
+    found = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UserError(option, f"{text!r} is no setting", "write key=value")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(option, f"{value!r} is no value", "write a number, a word or true") from None
+    return found
+
+
+# --- what is said, and where ---
+
+
+def progress(quiet: bool) -> Callable[[str], None]:
+    """Prints a line on stderr, or does not."""
+    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def emit(text: str, output: Path | None) -> None:

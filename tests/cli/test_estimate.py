@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from meftbench.cli.estimate import lines
+from meftbench.cli.estimate import folded, lines
 from meftbench.runner import predictions
 
 SHAPE = ("--batch-size", "2", "--sequence-length", "16")
@@ -118,7 +118,7 @@ def test_every_number_is_said_to_be_predicted_and_whether_anybody_checked():
 
     assert "not validated on this device" in said
     assert "not validated on this device" not in lines(an_answer(verified=True))
-    assert any("the default: choose with --profile" in line for line in said)
+    assert any("(default; see --profile)" in line for line in said)
     assert all("predicted" in line for line in said if "GiB" in line and not line.startswith("on "))
     assert not any("inputs" in line for line in said)
 
@@ -134,3 +134,18 @@ def test_every_number_is_said_to_be_predicted_and_whether_anybody_checked():
 def test_the_verdict(answer, verdict):
     """As torch does: what is cached and not used is given back before a request fails."""
     assert any(line.strip().startswith(verdict) for line in lines(answer))
+
+
+def test_what_is_said_fits_80_columns(cli, answering):
+    """Piped there are 80; a label longer than that goes on in the next line, every character of it."""
+    label = (
+        "a-model@random(num_hidden_layers=48,attention_probs_dropout_prob=0.0)/meft1-exact(tiles=16)+chunked_loss/b8"
+    )
+    answering(answer=an_answer(label=label, headroom_bytes=-3 * GiB, retries=2))
+
+    _, out, _ = cli("estimate", "bert-tiny@random", "full", *SHAPE)
+
+    assert label in "".join(line.strip() for line in out.splitlines())
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert all(len(line) <= 80 for line in lines(an_answer(), by_default=True))
+    assert ["a line"] == folded(["a line"])
