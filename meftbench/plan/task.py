@@ -1,0 +1,165 @@
+"""What a task is, and how a folder of one's own says which it is. Plain: nothing here reads a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from meftbench.errors import UserError
+from meftbench.plan.strict_yaml import read, validated
+
+Kind = Literal["classification", "regression", "choices", "images"]
+Score = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+
+TASK_FILE = "task.yaml"
+IMAGE_COLUMN = "image"
+SCORES: dict[Kind, tuple[Score, ...]] = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "choices": ("accuracy",),
+    "images": ("accuracy",),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data with a question: where they lie, which columns count, and by which scores an answer is judged.
+
+    hub: path and configuration of the hub's data set, `revision` where it is not the main branch; None: not there.
+    folder: below a data root; absolute for a folder of one's own.
+    evaluations: split of the hub by the name it has here; the first decides, those without labels are left out.
+    texts: the columns a question is made of, the image's where kind is images.  label: column of the answer.
+    choices: columns of the choices: one that holds a list (or the hub's {text, label}), or one a choice. Where `label`
+        is among them it is the correct choice.  template: the prompt of a decoder, with columns in braces.
+    labels: class names in the order of their ids; None: no classes, or those that the data have.
+    scores: the first is the score.  rows: of each split as published, by which cut data are known.
+    sequence_length: tokens; None for images.
+    """
+
+    name: str
+    family: Literal["glue", "qa", "image", "own"]
+    kind: Kind
+    summary: str
+    hub: tuple[str, str | None] | None
+    folder: str
+    texts: tuple[str, ...]
+    label: str
+    scores: tuple[Score, ...]
+    licence: str
+    train: str = "train"
+    evaluations: Mapping[str, str] = field(default_factory=lambda: {"validation": "validation"})
+    labels: tuple[str, ...] | None = None
+    choices: tuple[str, ...] = ()
+    template: str = ""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    sequence_length: int | None = 128
+    revision: str | None = None
+
+
+def _tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+
+
+class TaskFile(BaseModel):
+    """`task.yaml` in a folder of one's own, beside train.jsonl and validation.jsonl (or csv, tsv, parquet, arrow)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Literal["classification", "regression", "choices"]
+    texts: Names = Field(min_length=1, max_length=2)
+    label: str
+    labels: Names | None = Field(default=None, validate_default=True)
+    choices: Names = Field(default=(), validate_default=True)
+    template: str | None = None
+    scores: Annotated[tuple[Score, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] | None = (
+        None
+    )
+    sequence_length: int = Field(default=128, ge=1)
+    licence: str = "not stated"
+
+    @field_validator("choices")
+    @classmethod
+    def _of_its_kind(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if bool(value) != (info.data.get("kind") == "choices"):
+            raise ValueError("name the columns of the choices where kind is choices, and only there")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _has_classes(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        if value is not None and (info.data.get("kind") != "classification" or len(value) < 2):
+            raise ValueError("are two class names or more, where kind is classification")
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _of_texts(cls, value: str | None, info: ValidationInfo) -> str | None:
+        for _, name, _, _ in Formatter().parse(value or ""):
+            if name is not None and name not in info.data.get("texts", ()):
+                raise ValueError(f"names {{{name}}}, which is not among texts")
+        return value
+
+    @field_validator("scores")
+    @classmethod
+    def _can_be_computed(cls, value: tuple[Score, ...] | None, info: ValidationInfo) -> tuple[Score, ...] | None:
+        numbers = {"pearson", "spearman"}
+        regression = info.data.get("kind") == "regression"
+        if value is not None and (not value or any((score in numbers) != regression for score in value)):
+            raise ValueError("pearson and spearman are for regression, accuracy, f1 and matthews for the others")
+        return value
+
+
+def own_task(where: str, folder: Path) -> Task:
+    """The task that `folder` is: what its task.yaml says, or images where it has split/CLASS folders.
+
+    Raises UserError: no such folder, neither of the two, a fault in task.yaml (with its line).
+    """
+    if not folder.is_dir():
+        raise UserError(where, f"no task folder {str(folder)!r}", "check the path, or name a task")
+    if (folder / TASK_FILE).is_file():
+        return _of_file(folder, validated(read(folder / TASK_FILE), TaskFile))
+    train = folder / "train"
+    if train.is_dir() and any(entry.is_dir() for entry in train.iterdir()):
+        return Task(
+            name=folder.name,
+            family="own",
+            kind="images",
+            summary=f"images in {folder}",
+            hub=None,
+            folder=str(folder.resolve()),
+            texts=(IMAGE_COLUMN,),
+            label="label",
+            scores=SCORES["images"],
+            licence="not stated",
+            sequence_length=None,
+        )
+    cure = "write kind, texts and label into a task.yaml there; images lie in train/CLASS/ and validation/CLASS/"
+    raise UserError(where, f"task folder {str(folder)!r} has no {TASK_FILE} and no images", cure)
+
+
+def _of_file(folder: Path, said: TaskFile) -> Task:
+    prompt = said.template or "\n".join(f"{{{column}}}" for column in said.texts)
+    return Task(
+        name=folder.name,
+        family="own",
+        kind=said.kind,
+        summary=f"{said.kind} in {folder}",
+        hub=None,
+        folder=str(folder.resolve()),
+        texts=said.texts,
+        label=said.label,
+        scores=said.scores or SCORES[said.kind],
+        licence=said.licence,
+        labels=said.labels,
+        choices=said.choices,
+        template=prompt if said.kind == "choices" else "",
+        sequence_length=said.sequence_length,
+    )

@@ -1,0 +1,100 @@
+"""The splits of a task: which rows are used, where they came from, and what was left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from meftbench.errors import UserError
+from meftbench.plan.task import Task
+from meftbench.tasks.rows import Digest, class_names, rows_of
+from meftbench.tasks.sources import Source, source_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows in one form, whatever they were read from.
+
+    train, evaluations: columns are the task's texts (strings) and `label` (id, or float where kind is regression);
+        where kind is choices also `choices` (list of strings; label counts them from 0); of images `image` and `label`.
+    labels: class names by id; None: regression or choices.
+    origin: folder or hub id.  cuts: what differs from the data as published, a line each.
+    digest: of the rows that are used, in their order.
+    """
+
+    train: Dataset
+    evaluations: dict[str, Dataset]
+    labels: tuple[str, ...] | None
+    origin: str
+    cuts: list[str]
+    digest: str
+
+
+def load_splits(
+    task: Task,
+    data: str | None,
+    *,
+    train_examples: int | None = None,
+    evaluation_examples: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """The training split and every labelled evaluation split of `task`.
+
+    data: a data root, or the task's own folder; None: what MEFTBENCH_DATA names, or else the hub.
+    train_examples, evaluation_examples: at most so many rows of the split, of each evaluation split; drawn by `seed`.
+
+    Raises UserError: `datasets` is not installed; no such folder; the hub is out of reach; a file differs from
+    SHA256SUMS or cannot be read; a column is missing; a label that is no class; an empty split; a corrupt image.
+    """
+    try:
+        import datasets  # noqa: F401
+    except ModuleNotFoundError:
+        cure = "pip install 'meftbench[tasks]'"
+        raise UserError(f"task {task.name}", "`datasets` is not installed", cure) from None
+    source = source_of(task, data)
+    raw = _raw(task, source)
+    labels = class_names(f"{source.origin}, train", task, raw["train"])
+    digest, cuts, used = Digest(), [], {}
+    for name, rows in raw.items():
+        limit = train_examples if name == "train" else evaluation_examples
+        if rows is None:
+            cuts.append(f"{name}: not in {source.origin}")
+            continue
+        if not len(rows):
+            raise UserError(f"{source.origin}, {name}", "is an empty split", "put rows there, or use other data")
+        used[name] = rows_of(f"{source.origin}, {name}", task, rows, _drawn(len(rows), limit, seed), labels, digest)
+        published = task.rows.get(task.train if name == "train" else task.evaluations[name], len(rows))
+        if published != len(used[name]):
+            cuts.append(_cut(name, len(used[name]), published))
+    train = used.pop("train")
+    return Splits(train, used, labels, source.origin, cuts, digest.hexdigest())
+
+
+def _raw(task: Task, source: Source) -> dict[str, Dataset | None]:
+    """Rows as they lie there, by split; None: a further evaluation split that is not there."""
+    train = source.split(task, "train", task.train)
+    evaluations = {name: source.split(task, name, hub_name) for name, hub_name in task.evaluations.items()}
+    first = next(iter(evaluations))
+    for name, rows in (("train", train), (first, evaluations[first])):
+        if rows is None:
+            cure = f"put {name}.jsonl there (or json, csv, tsv, parquet, arrow, npz, or a folder of images)"
+            raise UserError(source.origin, f"has no split {name!r}", cure)
+    return {"train": train} | evaluations
+
+
+def _drawn(rows: int, limit: int | None, seed: int) -> list[int]:
+    """Which rows are used: all of them in their order, or `limit` of them drawn by `seed`."""
+    import numpy as np
+
+    if limit is None or limit >= rows:
+        return list(range(rows))
+    return [int(index) for index in np.random.RandomState(seed).permutation(rows)[:limit]]
+
+
+def _cut(name: str, used: int, published: int) -> str:
+    if used > published:
+        return f"{name}: {used:,} rows, {published:,} are published"
+    return f"{name}: {used:,} of {published:,} rows"

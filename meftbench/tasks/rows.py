@@ -1,0 +1,188 @@
+"""One row of a task, checked: texts, choices, images, and the label as the number a head learns."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meftbench.errors import UserError
+from meftbench.plan.task import IMAGE_COLUMN, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Digest:
+    """blake2b over the rows that are used, in their order."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, row: dict[str, Any], content: bytes = b"") -> None:
+        """A row as JSON, and the file of its image."""
+        line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+        self._hash.update(len(line).to_bytes(8) + line + len(content).to_bytes(8) + content)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def class_names(where: str, task: Task, train: Dataset | None) -> tuple[str, ...] | None:
+    """Names of the classes by id: the task's, or those that the training rows have; None: it has no classes.
+
+    Raises UserError: no column of labels, or only one class.
+    """
+    if task.kind in ("regression", "choices") or task.labels is not None:
+        return task.labels
+    assert train is not None
+    _check_columns(where, [task.label], train)
+    feature = train.features[task.label]
+    if hasattr(feature, "names"):
+        return tuple(feature.names)
+    values = set(train.unique(task.label)) - {None}
+    if all(_is_integral(value) for value in values):
+        names = tuple(str(i) for i in range(int(max(values, default=0)) + 1))
+    else:
+        names = tuple(sorted(str(value) for value in values))
+    if len(names) < 2:
+        raise UserError(where, f"column {task.label!r} has one class only", "train on two or more")
+    return names
+
+
+def rows_of(
+    where: str, task: Task, raw: Dataset, indices: list[int], labels: Sequence[str] | None, digest: Digest
+) -> Dataset:
+    """The rows `indices` of `raw` in the form of data.Splits, added to `digest`.
+
+    where: for errors, which count rows from 1 as they lie in the file.
+    """
+    from datasets import Dataset, Features, Image, List, Value
+
+    _check_columns(where, [*task.texts, task.label, *task.choices], raw)
+    features: dict[str, Any]
+    if task.kind == "images":
+        features = {IMAGE_COLUMN: Image()}
+        raw = _undecoded(where, raw, task.texts[0])
+    else:
+        features = {column: Value("string") for column in task.texts}
+    if task.kind == "choices":
+        features["choices"] = List(Value("string"))
+    features["label"] = Value("float64" if task.kind == "regression" else "int64")
+    columns: dict[str, list[Any]] = {column: [] for column in features}
+    picked = raw if indices == list(range(len(raw))) else raw.select(indices, keep_in_memory=True)
+    for index, row in zip(indices, picked, strict=True):
+        made, content = _row(f"{where}, row {index + 1}", task, row, labels)
+        digest.add({name: value for name, value in made.items() if name != IMAGE_COLUMN or not content}, content)
+        for column, value in made.items():
+            columns[column].append(value)
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _check_columns(where: str, needed: Iterable[str], raw: Dataset) -> None:
+    for column in needed:
+        if column not in raw.column_names:
+            there = ", ".join(raw.column_names) or "none"
+            raise UserError(where, f"has no column {column!r}", f"its columns are {there}: rename one")
+
+
+def _row(where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | None) -> tuple[dict[str, Any], bytes]:
+    """The row as it is used, and the file of its image."""
+    if task.kind == "images":
+        image = row[task.texts[0]]
+        content = _image_file(where, image)
+        return {IMAGE_COLUMN: image, "label": _class(where, row[task.label], labels or ())}, content
+    texts = {column: _text(where, column, row[column]) for column in task.texts}
+    if task.kind == "choices":
+        choices, answer = _choices(where, task, row)
+        return texts | {"choices": choices, "label": answer}, b""
+    if task.kind == "regression":
+        return texts | {"label": _number(where, row[task.label])}, b""
+    return texts | {"label": _class(where, row[task.label], labels or ())}, b""
+
+
+def _text(where: str, column: str, value: Any) -> str:
+    if value is None or isinstance(value, list | dict):
+        raise UserError(where, f"column {column!r} is {value!r}, not a text", "mend or remove the row")
+    return str(value)
+
+
+def _is_integral(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def _class(where: str, value: Any, labels: Sequence[str]) -> int:
+    if str(value) in labels and not isinstance(value, int | float):
+        return labels.index(str(value))
+    if _is_integral(value) and 0 <= value < len(labels):
+        return int(value)
+    known = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(labels[:10]))
+    what = f"label {value!r} is none of the {len(labels)} classes"
+    raise UserError(where, what, f"these are {known}{' ...' if len(labels) > 10 else ''}: mend or remove the row")
+
+
+def _number(where: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(where, f"label {value!r} is not a finite number", "mend or remove the row")
+    return number
+
+
+def _choices(where: str, task: Task, row: dict[str, Any]) -> tuple[list[str], int]:
+    """The choices in order, and which is correct, counted from 0."""
+    keys: list[Any] = []
+    if len(task.choices) > 1:
+        texts = [row[column] for column in task.choices]
+    else:
+        held = row[task.choices[0]]
+        texts = list(held["text"]) if isinstance(held, dict) else list(held or [])
+        keys = list(held["label"]) if isinstance(held, dict) else []
+    choices = [text.strip() if isinstance(text, str) else "" for text in texts]
+    if len(choices) < 2 or not all(choices):
+        raise UserError(where, f"its choices are {texts!r}", "give two or more, none of them empty")
+    if task.label in task.choices:
+        # As they are stored the correct one is always in the same place. The row decides, not its number: cut data
+        # and another seed keep the order.
+        order = list(range(len(choices)))
+        random.Random("\n".join([*(str(row[column]) for column in task.texts), *choices])).shuffle(order)
+        return [choices[i] for i in order], order.index(task.choices.index(task.label))
+    label = row[task.label]
+    if label in keys:
+        return choices, keys.index(label)
+    if not keys and _is_integral(label) and 0 <= label < len(choices):
+        return choices, int(label)
+    known = ", ".join(map(str, keys)) if keys else f"0 to {len(choices) - 1}"
+    raise UserError(where, f"label {label!r} names none of its choices", f"these are {known}: mend or remove the row")
+
+
+def _undecoded(where: str, raw: Dataset, column: str) -> Dataset:
+    from datasets import Image
+
+    if not isinstance(raw.features[column], Image):
+        what = f"column {column!r} holds no images but {raw.features[column]}"
+        raise UserError(where, what, "store image files, or name the column that has them")
+    return raw.cast_column(column, Image(decode=False))
+
+
+def _image_file(where: str, image: dict[str, Any] | None) -> bytes:
+    """The file's bytes, after a look that they can be decoded."""
+    from PIL import Image
+
+    image = image or {}
+    place = image.get("path") or where
+    try:
+        content: bytes = image.get("bytes") or Path(image["path"]).read_bytes()
+        with Image.open(io.BytesIO(content)) as opened:
+            opened.load()
+    # Broken files raise all of these from Pillow 13's decoders.
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
+        raise UserError(str(place), f"is not an image that can be decoded ({error})", "replace or remove it") from None
+    return content

@@ -1,0 +1,67 @@
+"""How good answers are: the tasks' own scores, and the choice that likelihoods make."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from meftbench.plan.task import Task
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def scores_of(task: Task, predictions: Array, labels: Array) -> dict[str, float | None]:
+    """The task's scores by name, in its order; None: undefined, as is a correlation with what does not vary.
+
+    predictions, labels: (N,) class ids, indices of choices, or the numbers of a regression. F1 is of class 1 where
+    there are two, else the mean over classes; where no sample is in a class, nor predicted to be, it is 0.
+
+    Raises ValueError if the two differ in length, or are empty.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
+        raise ValueError(f"scores are of (N,) predictions and labels, not of {predictions.shape} and {labels.shape}")
+    classes = len(task.labels) if task.labels else int(max(predictions.max(), labels.max())) + 1
+    return {name: _score(name, predictions, labels, classes) for name in task.scores}
+
+
+def _score(name: str, predictions: Array, labels: Array, classes: int) -> float | None:
+    from scipy import stats
+    from sklearn import metrics
+
+    match name:
+        case "accuracy":
+            return float(metrics.accuracy_score(labels, predictions))
+        case "f1":
+            average = "binary" if classes == 2 else "macro"
+            return float(metrics.f1_score(labels, predictions, average=average, zero_division=0))
+        case "matthews":
+            # 0.0 where the predictions, or the labels, are of one class: no better than chance.
+            return float(metrics.matthews_corrcoef(labels, predictions))
+        case "pearson" | "spearman":
+            if len(labels) < 2 or not np.isfinite(predictions).all():
+                return None
+            correlation = stats.pearsonr if name == "pearson" else stats.spearmanr
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said by None
+                value = float(correlation(predictions, labels).statistic)
+            return value if math.isfinite(value) else None
+    raise ValueError(f"no score is called {name!r}")
+
+
+def choose(log_likelihoods: Array, lengths: Array, choice_mask: Array, *, normalised: bool) -> Array:
+    """Of each question the likeliest choice (N,); the first of equals.
+
+    log_likelihoods: (N, C), summed over the tokens of a choice.  lengths: (N, C), how many tokens these are; by them
+    the sums are divided where `normalised`.  choice_mask: (N, C), False where a question has no such choice.
+    """
+    scores = np.asarray(log_likelihoods, dtype=np.float64)
+    if normalised:
+        scores = scores / np.maximum(lengths, 1)
+    # A likelihood that is not a number loses to every other; a choice that does not exist to that one, too.
+    scores = np.where(np.isnan(scores), -np.finfo(np.float64).max, scores)
+    chosen: Array = np.where(choice_mask, scores, -np.inf).argmax(axis=1)
+    return chosen
