@@ -17,6 +17,8 @@ Kind = Literal["classification", "regression", "choices", "images"]
 Score = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
 TASK_FILE = "task.yaml"
+# What a split may be called in a folder, beside its own name.
+ALIASES = {"validation": ("valid", "val", "dev")}
 IMAGE_COLUMN = "image"
 SCORES: dict[Kind, tuple[Score, ...]] = {
     "classification": ("accuracy",),
@@ -69,12 +71,12 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 
 
 class TaskFile(BaseModel):
-    """`task.yaml` in a folder of one's own, beside train.jsonl and validation.jsonl (or csv, tsv, parquet, arrow)."""
+    """`task.yaml` in a folder of one's own, beside train.jsonl and validation.jsonl (or what else sources.py reads)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    kind: Literal["classification", "regression", "choices"]
-    texts: Names = Field(min_length=1, max_length=2)
+    kind: Kind
+    texts: Names = Field(min_length=1, max_length=2)  # of images: the column that has them
     label: str
     labels: Names | None = Field(default=None, validate_default=True)
     choices: Names = Field(default=(), validate_default=True)
@@ -84,6 +86,13 @@ class TaskFile(BaseModel):
     )
     sequence_length: int = Field(default=128, ge=1)
     licence: str = "not stated"
+
+    @field_validator("texts")
+    @classmethod
+    def _one_image(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.data.get("kind") == "images" and len(value) > 1:
+            raise ValueError("must be one column where kind is images")
+        return value
 
     @field_validator("choices")
     @classmethod
@@ -95,8 +104,8 @@ class TaskFile(BaseModel):
     @field_validator("labels")
     @classmethod
     def _has_classes(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
-        if value is not None and (info.data.get("kind") != "classification" or len(value) < 2):
-            raise ValueError("are two class names or more, where kind is classification")
+        if value is not None and (info.data.get("kind") not in ("classification", "images") or len(value) < 2):
+            raise ValueError("must be two class names or more, where kind is classification or images")
         return value
 
     @field_validator("template")
@@ -139,6 +148,7 @@ def own_task(where: str, folder: Path) -> Task:
             label="label",
             scores=SCORES["images"],
             licence="not stated",
+            evaluations=_evaluations(folder),
             sequence_length=None,
         )
     cure = "write kind, texts and label into a task.yaml there; images lie in train/CLASS/ and validation/CLASS/"
@@ -158,8 +168,21 @@ def _of_file(folder: Path, said: TaskFile) -> Task:
         label=said.label,
         scores=said.scores or SCORES[said.kind],
         licence=said.licence,
+        evaluations=_evaluations(folder),
         labels=said.labels,
         choices=said.choices,
         template=prompt if said.kind == "choices" else "",
-        sequence_length=said.sequence_length,
+        sequence_length=None if said.kind == "images" else said.sequence_length,
     )
+
+
+def _evaluations(folder: Path) -> dict[str, str]:
+    """Validation and test, as far as they are there; validation where neither is, to be asked for."""
+    names = [
+        name
+        for name in ("validation", "test")
+        if any(
+            (folder / split).is_dir() or any(folder.glob(f"{split}[.-]*")) for split in (name, *ALIASES.get(name, ()))
+        )
+    ]
+    return {name: name for name in names or ["validation"]}

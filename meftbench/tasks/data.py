@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meftbench.errors import UserError
 from meftbench.plan.task import Task
 from meftbench.tasks.rows import Digest, class_names, rows_of
-from meftbench.tasks.sources import Source, source_of
+from meftbench.tasks.sources import Source, empty, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +64,7 @@ def load_splits(
             cuts.append(f"{name}: not in {source.origin}")
             continue
         if not len(rows):
-            raise UserError(f"{source.origin}, {name}", "is an empty split", "put rows there, or use other data")
+            raise empty(f"{source.origin}, {name}")
         used[name] = rows_of(f"{source.origin}, {name}", task, rows, _drawn(len(rows), limit, seed), labels, digest)
         published = task.rows.get(task.train if name == "train" else task.evaluations[name], len(rows))
         if published != len(used[name]):

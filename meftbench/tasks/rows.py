@@ -138,13 +138,13 @@ def _number(where: str, value: Any) -> float:
 
 def _choices(where: str, task: Task, row: dict[str, Any]) -> tuple[list[str], int]:
     """The choices in order, and which is correct, counted from 0."""
-    keys: list[Any] = []
+    keys: list[str] = []
     if len(task.choices) > 1:
         texts = [row[column] for column in task.choices]
     else:
         held = row[task.choices[0]]
         texts = list(held["text"]) if isinstance(held, dict) else list(held or [])
-        keys = list(held["label"]) if isinstance(held, dict) else []
+        keys = [str(key) for key in held["label"]] if isinstance(held, dict) else []
     choices = [text.strip() if isinstance(text, str) else "" for text in texts]
     if len(choices) < 2 or not all(choices):
         raise UserError(where, f"its choices are {texts!r}", "give two or more, none of them empty")
@@ -155,11 +155,11 @@ def _choices(where: str, task: Task, row: dict[str, Any]) -> tuple[list[str], in
         random.Random("\n".join([*(str(row[column]) for column in task.texts), *choices])).shuffle(order)
         return [choices[i] for i in order], order.index(task.choices.index(task.label))
     label = row[task.label]
-    if label in keys:
-        return choices, keys.index(label)
+    if str(label) in keys:
+        return choices, keys.index(str(label))
     if not keys and _is_integral(label) and 0 <= label < len(choices):
         return choices, int(label)
-    known = ", ".join(map(str, keys)) if keys else f"0 to {len(choices) - 1}"
+    known = ", ".join(keys) if keys else f"0 to {len(choices) - 1}"
     raise UserError(where, f"label {label!r} names none of its choices", f"these are {known}: mend or remove the row")
 
 

@@ -24,11 +24,10 @@ def scores_of(task: Task, predictions: Array, labels: Array) -> dict[str, float 
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(f"scores are of (N,) predictions and labels, not of {predictions.shape} and {labels.shape}")
-    classes = len(task.labels) if task.labels else int(max(predictions.max(), labels.max())) + 1
-    return {name: _score(name, predictions, labels, classes) for name in task.scores}
+    return {name: _score(name, predictions, labels, task.labels) for name in task.scores}
 
 
-def _score(name: str, predictions: Array, labels: Array, classes: int) -> float | None:
+def _score(name: str, predictions: Array, labels: Array, known: tuple[str, ...] | None) -> float | None:
     from scipy import stats
     from sklearn import metrics
 
@@ -36,6 +35,7 @@ def _score(name: str, predictions: Array, labels: Array, classes: int) -> float 
         case "accuracy":
             return float(metrics.accuracy_score(labels, predictions))
         case "f1":
+            classes = len(known) if known else int(max(predictions.max(), labels.max())) + 1
             average = "binary" if classes == 2 else "macro"
             return float(metrics.f1_score(labels, predictions, average=average, zero_division=0))
         case "matthews":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meftbench.errors import UserError
-from meftbench.plan.task import Task
+from meftbench.plan.task import ALIASES, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "MEFTBENCH_DATA"
 CHECKSUMS = "SHA256SUMS"
 CLASSES = "classes.json"
-ALIASES = {"validation": ("valid", "val", "dev")}
 # By ending: the builder of `datasets`, and its options. The first that is there is taken. A word such as NA or None is
 # a text, not a missing value; in tab-separated files quotation marks are text, as in GLUE's own.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,7 +64,7 @@ def source_of(task: Task, data: str | None) -> Source:
     if any(_lies_here(root, name) for name in names):
         return Files(root, root)
     cure = f"put {task.folder}/train.jsonl there, or leave the data root out to use the hub"
-    raise UserError(f"task {task.name}", f"data root {data!r} has no folder {task.folder}", cure)
+    raise UserError(f"task {task.name}", f"{said} {data!r} has no folder {task.folder}", cure)
 
 
 def _names(name: str, hub_name: str) -> tuple[str, ...]:
@@ -108,7 +107,7 @@ class Files:
     def _table(self, ending: str, files: list[Path]) -> Dataset:
         self._verify(files)
         if not any(file.stat().st_size for file in files):
-            raise UserError(str(files[0]), "is empty", "put rows there")
+            raise empty(str(files[0]))
         builder, options = FORMATS[ending]
         return _built(str(files[0]), builder, [glob.escape(str(file)) for file in files], **options)
 
@@ -121,7 +120,7 @@ class Files:
             with _faults(str(folder)):
                 return load_from_disk(str(folder), keep_in_memory=True)
         if not files:
-            raise UserError(str(folder), "is an empty split", "put images there, in a folder a class")
+            raise empty(str(folder))
         read = _built(str(folder), "imagefolder", [glob.escape(str(folder)) + "/**"], drop_labels=False)
         # Ids count the classes of this split alone; the name is what another split has in common with it.
         names = read.features["label"].names
@@ -223,8 +222,15 @@ def _faults(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError) as error:
-        what = f"cannot be read ({_reason(error)})"
-        raise UserError(where, what, "mend the file, or write it again") from None
+        reason = _reason(error)
+        if "corresponds to no data" in reason:  # datasets 5.2 of a file that has columns and no rows
+            raise empty(where) from None
+        raise UserError(where, f"cannot be read ({reason})", "mend the file, or write it again") from None
+
+
+def empty(where: str) -> UserError:
+    """The error for a split without rows."""
+    return UserError(where, "is an empty split", "put rows there, or use other data")
 
 
 def _reason(error: BaseException) -> str:
