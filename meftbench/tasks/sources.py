@@ -50,14 +50,15 @@ def source_of(task: Task, data: str | None) -> Source:
     """What `data` means, or the variable MEFTBENCH_DATA, or the hub. Raises UserError: there is no such folder."""
     if Path(task.folder).is_absolute():
         return Files(Path(task.folder), Path(task.folder))
-    data = data if data is not None else os.environ.get(DATA_VARIABLE) or None
+    said = "data root"
+    if data is None:
+        data, said = os.environ.get(DATA_VARIABLE) or None, DATA_VARIABLE
     if data is None:
         return Hub(task)
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise UserError(
-            f"task {task.name}", f"no data folder {data!r}", "check the path, or leave it out to use the hub"
-        )
+        cure = "check the path, or leave it out to use the hub"
+        raise UserError(f"task {task.name}", f"{said} is {data!r}, where no folder is", cure)
     if (root / task.folder).is_dir():
         return Files(root / task.folder, root)
     names = (*_names("train", task.train), *(n for e in task.evaluations.items() for n in _names(*e)))

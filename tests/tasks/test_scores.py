@@ -77,6 +77,8 @@ def test_a_likelihood_that_is_not_a_number_loses():
     )
 
     assert [1, 0] == choice.tolist()
+    there = np.array([[False, True]])
+    assert [1] == choose(np.array([[0.0, np.nan]]), np.ones((1, 2)), there, normalised=False).tolist()
 
 
 @given(st.data(), st.integers(1, 5), st.integers(1, 5))
