@@ -1,7 +1,6 @@
 """The largest batch and the longest sequence that fit a card, by predicted cells on both sides of the boundary.
 
-A cell is traced for one step and replayed for two: what the first step leaves alive is the optimizer's state, which
-the second finds. The trace does not depend on the card's size, so cards share it.
+A trace does not depend on the card's size, so cards share it.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from typing import Literal
 
 from meftbench.plan.cell import Cell
 from meftbench.plan.profiles import Profile
-from meftbench.prediction.allocator import AllocatorSettings, Event, replay
+from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.predict import Predicted, predict
+from meftbench.prediction.remembered import Remembered
 
 Axis = Literal["batch_size", "sequence_length"]
 # The tokens themselves are held here: more are not asked about.
@@ -23,16 +23,15 @@ NEAR = 4096  # a limit that is looked at at once
 
 
 class Shape:
-    """A traced cell, held against cards. events: of two steps.
+    """A predicted cell, held against cards. found: on a card without an end.
 
     needed: bytes reserved on a card without an end; no card of as many refuses it.  least: bytes allocated; no card of
     fewer takes it.
     """
 
-    def __init__(self, events: list[Event], settings: AllocatorSettings) -> None:
-        self._events, self._settings = events, settings
-        endless = replay(events, settings)
-        self.needed, self.least = endless.reserved_peak, endless.allocated_peak
+    def __init__(self, found: Predicted, settings: AllocatorSettings) -> None:
+        self._events, self._settings = found.events, settings
+        self.needed, self.least = found.replayed.reserved_peak, found.replayed.allocated_peak
         self._fits: dict[int, bool] = {}
 
     def fits(self, capacity: int) -> bool:
@@ -52,6 +51,7 @@ class Shapes:
     def __init__(self, cell: Cell, profile: Profile, settings: AllocatorSettings) -> None:
         self._cell, self._profile, self._settings = cell, profile, settings
         self._known: dict[tuple[int, int], Shape] = {}
+        self._remembered = Remembered()
 
     @property
     def traced(self) -> int:
@@ -64,41 +64,14 @@ class Shapes:
             sizes = {"batch_size": batch_size, "micro_batch_size": batch_size, "sequence_length": sequence_length}
             cell = self._cell.model_copy(update=sizes)
             # No capacity: the cards' own are asked of the replay.
-            found = predict(cell, self._profile, warmup=0, settings=replace(self._settings, capacity=None))
-            self._known[key] = Shape(two_steps(found), self._settings)
+            endless = replace(self._settings, capacity=None)
+            found = predict(cell, self._profile, settings=endless, remembered=self._remembered)
+            self._known[key] = Shape(found, self._settings)
         return self._known[key]
 
     def along(self, axis: Axis, at: int) -> Callable[[int], Shape]:
         """The shapes where the other axis is `at`."""
         return (lambda size: self.at(size, at)) if axis == "batch_size" else (lambda size: self.at(at, size))
-
-
-def two_steps(found: Predicted) -> list[Event]:
-    """The events of a trace of one step, and those of the step after it.
-
-    That one is the same but for what the first has left alive, which exists by then.
-    """
-    first = found.events[found.step_from :]
-    born: dict[int, int] = {}
-    for index, event in enumerate(first):
-        if event.kind == "alloc":
-            born[event.key] = index
-        elif event.kind == "free":
-            born.pop(event.key, None)
-    left = set(born.values())
-    again: list[Event] = []
-    alive: set[int] = set()
-    for index, event in enumerate(first):
-        if event.kind == "phase":
-            again.append(event)
-        elif event.kind == "alloc" and index not in left:
-            # A key of its own: that of a storage which died before the state was born may be the state's now.
-            again.append(event._replace(key=~event.key))
-            alive.add(event.key)
-        elif event.kind == "free" and event.key in alive:
-            again.append(event._replace(key=~event.key))
-            alive.remove(event.key)
-    return [*found.events, *again]
 
 
 def largest(shape: Callable[[int], Shape], capacities: Iterable[int], limit: int) -> list[int]:

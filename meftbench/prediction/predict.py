@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from meftbench.plan.profiles import Profile, find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, replay
 from meftbench.prediction.overlay import cuda_semantics, scratch_bytes
+from meftbench.prediction.remembered import Remembered
+from meftbench.prediction.repeated import step_after, tell
 from meftbench.prediction.trace import named_refusals, uncomputed_step
 from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter, parameter_counts, step_metrics
 from meftbench.records.record import Metric
@@ -81,6 +84,10 @@ class Predicted:
 class CudaCounter(StorageCounter):
     """A storage counter that also counts what a CUDA kernel works in while it runs, and tells of every event."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to keep the compiler out costs more than to count
+
     def __init__(self, device_type: str) -> None:
         super().__init__(device_type)
         self.events = []
@@ -93,7 +100,9 @@ class CudaCounter(StorageCounter):
         self._op = func.__name__
         for tensor in held:
             self._see(tensor, "temporaries")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = func(*args, **kwargs or {})
+        self.returned(func.__name__, result)
+        return result
 
     def _see(self, tensor: Tensor, category: str) -> None:
         if self.phase == "optimizer" and tensor.dim() == 0:
@@ -101,7 +110,9 @@ class CudaCounter(StorageCounter):
         super()._see(tensor, category)
 
 
-class _PredictedStep(CountedStep):
+class PredictedStep(CountedStep):
+    """A step under a counter of what it would allocate on a CUDA device."""
+
     def __init__(self, step: Any) -> None:
         super().__init__(step)
         self.counter = CudaCounter(step.device.type)
@@ -114,34 +125,41 @@ def predict(
     warmup: int = 1,
     steps: int = 1,
     settings: AllocatorSettings | None = None,
-    watch: Callable[[Any], None] | None = None,
+    remembered: Remembered | None = None,
 ) -> Predicted:
-    """The memory of `cell` on the device of `profile`.
+    """The memory of `cell` on the device of `profile`. One step is traced; those after it follow from it.
 
-    settings: of the allocator; None: torch's defaults, within the device's memory.  watch: given the step before it is
-    traced.
+    settings: of the allocator; None: torch's defaults, within the device's memory.  remembered: what operators on meta
+    tensors gave in other traces.
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
     on_meta = cell.precision not in AUTOCAST
     step, mode = uncomputed_step(cell, foreach=True, on_meta=on_meta)
-    if watch is not None:
-        watch(step)
-    with named_refusals(cell), cuda_semantics(profile), mode:
+    asked_once = (remembered or Remembered()) if on_meta else nullcontext()
+    with named_refusals(cell), cuda_semantics(profile), mode, asked_once:
         workspace = torch.empty(profile.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
-        with _PredictedStep(step) as counted:
+        with PredictedStep(step) as counted:
             counted.counter.book(workspace, "other")
-            warm = [counted.run() for _ in range(warmup)]
-            events = counted.counter.events
-            assert events is not None
-            step_from = len(events)
-            measured = [counted.run() for _ in range(steps)]
+            assert counted.counter.events is not None
+            step_from = len(counted.counter.events)
+            first = counted.run()
+            gc.collect()  # what is left of the step after this is left for good
+    events = [Event(*event) for event in counted.counter.events]
+    counted.counter.events = None
+    again = step_after(events[step_from:])
+    later = counted.observe(lambda mark: tell(again, counted.counter, mark))
+    later.host_peak = first.host_peak
+    observed = [first, *[later] * (warmup + steps - 1)]
+    told = [event for event in events if event.kind != "book"]
+    for _ in range(warmup + steps - 1):
+        step_from = len(told)
+        told += [event for event in again if event.kind != "book"]
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
-    told = [Event(*event) for event in events]
     return Predicted(
         profile,
-        warm,
-        measured,
+        observed[:warmup],
+        observed[warmup:],
         told,
         replay(told, settings),
         parameter_counts(step.model),

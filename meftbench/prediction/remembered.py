@@ -35,6 +35,10 @@ class Remembered(TorchDispatchMode):
     Entered before a mode that counts, so that what is remembered passes that one as everything does.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to keep the compiler out costs more than to remember
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[Any, Any] = {}

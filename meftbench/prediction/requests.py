@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +26,7 @@ from meftbench.plan.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.largest import Axis, Shapes, largest
 from meftbench.prediction.predict import predict
-from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.timeline import export
-from meftbench.step import AUTOCAST
 
 Tell = Callable[[str], None]
 
@@ -106,11 +103,10 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
         ("sequence_length", request["lengths"]),
     ]
     try:
-        with Remembered() if cell.precision not in AUTOCAST else nullcontext():
-            for axis, places in asked:
-                for at, limit in places:
-                    sizes = largest(shapes.along(axis, at), request["capacities"], limit)
-                    lines.append({"axis": axis, "at": at, "limit": limit, "largest": sizes})
+        for axis, places in asked:
+            for at, limit in places:
+                sizes = largest(shapes.along(axis, at), request["capacities"], limit)
+                lines.append({"axis": axis, "at": at, "limit": limit, "largest": sizes})
     except UserError as error:
         refused = str(error)
     took = {"seconds": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meftbench.errors import CellFailure
 from meftbench.methods.levers import copying_to_host
 from meftbench.records.record import Metric, Source
-from meftbench.step import Step
+from meftbench.step import Mark, Step
 from meftbench.units import format_bytes
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
@@ -63,8 +63,8 @@ class StorageCounter(TorchDispatchMode):
     attention_kernels: fused attention operators seen.
     busiest: largest total in forward and backward since `reset`.  explain_from: from this total on, a new busiest is
         explained; explained: (bytes, category, origin) of what was alive then.
-    events: None, or a list that is told of every allocation and end: ("alloc" | "free" | "phase", key, bytes before
-        rounding, category or phase, operator).
+    events: None, or a list that is told of every allocation and end, and of every other category a storage comes to
+        have: ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator).
     """
 
     def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
@@ -87,7 +87,11 @@ class StorageCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **kwargs or {})
-        name = func.__name__
+        self.returned(func.__name__, result)
+        return result
+
+    def returned(self, name: str, result: Any) -> None:
+        """The operator `name` gave `result`."""
         if "dot_product" in name and "backward" not in name:
             self.attention_kernels.add(name.partition(".")[0].strip("_"))
         category = _BORN_IN.get(self.phase, "other")
@@ -98,7 +102,6 @@ class StorageCounter(TorchDispatchMode):
             for item in result:
                 if isinstance(item, Tensor):
                     self._see(item, category)
-        return result
 
     def book(self, tensor: Tensor, category: str) -> None:
         """Count a storage that exists already, or move it to another category."""
@@ -106,10 +109,13 @@ class StorageCounter(TorchDispatchMode):
         if entry is None:
             self._see(tensor, category)
         elif entry[2] not in (category, "host"):
+            key = tensor.untyped_storage()._cdata
             reference, size, before = entry
-            self._storages[tensor.untyped_storage()._cdata] = (reference, size, category)
+            self._storages[key] = (reference, size, category)
             self.live[before] -= size
             self.live[category] += size
+            if self.events is not None:
+                self.events.append(("book", key, 0, category, ""))
 
     def mark(self, phase: str) -> None:
         """A phase begins: its peak starts at the present level."""
@@ -155,9 +161,17 @@ class StorageCounter(TorchDispatchMode):
             self.host += size
             self.host_peak = max(self.host_peak, self.host)
             return
+        self.gain(size, category)
+
+    def gain(self, size: int, category: str) -> None:
+        """So many bytes more, rounded already. Raises CellFailure (oom) above the limit."""
         self.live[category] += size
         self.total += size
         self._raise_peaks(size)
+
+    def lose(self, size: int, category: str) -> None:
+        self.live[category] -= size
+        self.total -= size
 
     def _forget(self, key: int, reference: weakref.ref[Any]) -> None:
         entry = self._storages.get(key)
@@ -170,8 +184,7 @@ class StorageCounter(TorchDispatchMode):
         if category == "host":
             self.host -= size
         else:
-            self.live[category] -= size
-            self.total -= size
+            self.lose(size, category)
 
     def _raise_peaks(self, requested: int) -> None:
         if self.total > self.phase_peaks.get(self.phase, 0):
@@ -180,7 +193,7 @@ class StorageCounter(TorchDispatchMode):
             self.peak = Peak(self.total, self.phase, dict(self.live))
         if self.phase in ("forward", "backward") and self.total > self.busiest:
             self.busiest = self.total
-            if self.total >= self.explain_from:
+            if self._origins and self.total >= self.explain_from:
                 self.explained = [
                     (size, category, self._origins[key])
                     for key, (_, size, category) in self._storages.items()
@@ -259,6 +272,10 @@ class CountedStep:
         """One step, observed."""
         # Function contexts form cycles which gc would otherwise free at a random moment (MEASURING 5, no. 33).
         gc.collect()
+        return self.observe(self.step.run)
+
+    def observe(self, run: Callable[[Mark], object]) -> Observed:
+        """What the counter sees while `run` runs, which calls what it is given with the phases of a step."""
         counter = self.counter
         baseline, saved = counter.total, 0
         counter.mark("forward")
@@ -273,7 +290,7 @@ class CountedStep:
                 self._book_optimizer()
             counter.mark(phase)
 
-        self.step.run(mark)
+        run(mark)
         counter.phase_peaks.pop("end", None)
         counter.explain_from = counter.busiest
         peaks, buffers = dict(counter.phase_peaks), counter.explained

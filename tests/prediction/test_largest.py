@@ -1,4 +1,4 @@
-"""What fits: the step repeated, operators remembered, the boundary found."""
+"""What fits: the boundary found."""
 
 from __future__ import annotations
 
@@ -6,53 +6,12 @@ import pytest
 
 from builders import a_cell
 from meftbench.plan.profiles import find_profile
-from meftbench.prediction.allocator import AllocatorSettings, replay
-from meftbench.prediction.largest import Shapes, largest, two_steps
+from meftbench.prediction.allocator import AllocatorSettings
+from meftbench.prediction.largest import Shapes, largest
 from meftbench.prediction.predict import predict
-from meftbench.prediction.remembered import Remembered
 
 PROFILE = find_profile("rtx4090")
 ENDLESS = AllocatorSettings()
-
-
-def predicted(warmup=0, **fields):
-    given = {"model": "bert-tiny@random", "batch_size": 4, "sequence_length": 64, "precision": "bf16"} | fields
-    return predict(a_cell(**given), PROFILE, warmup=warmup, settings=ENDLESS)
-
-
-def normal(events):
-    """With keys by birth: those of two traces differ."""
-    births, found = {}, []
-    for number, event in enumerate(events):
-        if event.kind == "alloc":
-            births[event.key] = number
-        found.append((event.kind, births.get(event.key), event.nbytes, event.category, event.origin))
-    return found
-
-
-@pytest.mark.parametrize("method", ["full", "meft1-exact"])
-def test_a_step_repeated_reserves_what_two_steps_do(method):
-    """One trace says what a warm-up and a measured step need: the optimizer's state is all that the first leaves."""
-    one, two = predicted(method=method), predicted(method=method, warmup=1)
-    repeated = replay(two_steps(one), ENDLESS)
-
-    assert (two.replayed.reserved_peak, two.replayed.allocated_peak) == (
-        repeated.reserved_peak,
-        repeated.allocated_peak,
-    )
-    assert one.replayed.allocated_peak <= repeated.allocated_peak
-
-
-@pytest.mark.parametrize("method", ["lora+checkpoint", "meft1-exact"])
-def test_what_is_remembered_changes_no_event(method):
-    """The trace is the same, allocation by allocation; most operators were not asked again."""
-    remembered = Remembered()
-    for _ in range(2):
-        with remembered:
-            again = predicted(method=method, warmup=1)
-
-    assert normal(predicted(method=method, warmup=1).events) == normal(again.events)
-    assert remembered.asked < remembered.hits
 
 
 class AShape:

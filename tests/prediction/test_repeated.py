@@ -1,0 +1,107 @@
+"""A prediction traces one step; those after it are what tracing them would have given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
+
+import pytest
+import torch
+
+from builders import a_cell
+from meftbench.plan.profiles import find_profile
+from meftbench.prediction.allocator import AllocatorSettings, Event, replay
+from meftbench.prediction.overlay import cuda_semantics
+from meftbench.prediction.predict import PredictedStep, predict
+from meftbench.prediction.remembered import Remembered
+from meftbench.prediction.trace import named_refusals, uncomputed_step
+
+PROFILE = find_profile("rtx4090")
+ENDLESS = AllocatorSettings()
+SMALL = {"batch_size": 4, "sequence_length": 64, "precision": "bf16"}
+OPT = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+CELLS = {
+    "full": {},
+    "full, in parts": {"method": "full", "batch_size": 6, "micro_batch_size": 2},
+    "full, by sgd": {"method": "full", "optimizer": "sgd"},
+    "lora": {},
+    "lora, autocast": {"method": "lora", "precision": "bf16-autocast"},
+    "lora+checkpoint": {},
+    "lora+offload": {},
+    "parallel": {},
+    "meft1": {},
+    "meft1-exact": {},
+    "meft3-exact": {},
+    "a decoder": {"method": "meft1-exact+chunked_loss", "model": "opt-125m@random", "model_config_overrides": OPT},
+}
+
+
+def a_small_cell(name):
+    given = {"method": name, "model": "bert-tiny@random"} | SMALL | CELLS[name]
+    given.setdefault("micro_batch_size", given["batch_size"])
+    return a_cell(**given)
+
+
+def traced(cell, steps):
+    """Every step traced and every operator asked: what was observed, the events, where the last step begins."""
+    step, mode = uncomputed_step(cell, foreach=True, on_meta=cell.precision == "bf16")
+    with named_refusals(cell), cuda_semantics(PROFILE), mode:
+        workspace = torch.empty(PROFILE.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
+        with PredictedStep(step) as counted:
+            counted.counter.book(workspace, "other")
+            observed, starts = [], []
+            for _ in range(steps):
+                starts.append(sum(event[0] != "book" for event in counted.counter.events))
+                observed.append(counted.run())
+            events = [Event(*event) for event in counted.counter.events if event[0] != "book"]
+    return observed, events, starts[-1]
+
+
+def by_birth(events):
+    """With keys by birth: those of two traces differ. Ends between two births are in no order: autocast empties its
+    cache in the order of addresses."""
+    births, found = {}, []
+    for number, event in enumerate(events):
+        if event.kind == "alloc":
+            births[event.key] = number
+        found.append((event.kind, births.get(event.key), event.nbytes, event.category, event.origin))
+    ordered = []
+    for kind, run in groupby(found, key=itemgetter(0)):
+        ordered += sorted(run) if kind == "free" else list(run)
+    return ordered
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_steps_told_again_are_steps_traced(name):
+    """Three of them: every event in its order, peaks by phase, breakdown, and what torch would reserve."""
+    cell = a_small_cell(name)
+    observed, events, last = traced(cell, 3)
+
+    found = predict(cell, PROFILE, warmup=1, steps=2, settings=ENDLESS)
+
+    assert by_birth(events) == by_birth(found.events)
+    assert last == found.step_from
+    assert [replace(each, buffers=[]) for each in observed] == [*found.warm, *found.measured]
+    assert replay(events, ENDLESS) == found.replayed
+
+
+def test_the_first_step_is_not_the_second():
+    """The optimizer's state is born in the first: it was not there in its forward."""
+    found = predict(a_small_cell("full"), PROFILE, settings=ENDLESS)
+
+    assert found.warm[0].baseline < found.measured[0].baseline
+    assert found.warm[0].phase_peaks["forward"] < found.measured[0].phase_peaks["forward"]
+
+
+@pytest.mark.parametrize("method", ["lora+checkpoint", "meft1-exact"])
+def test_what_is_remembered_of_other_shapes_changes_no_event(method):
+    """Traces share what operators gave; most were not asked again."""
+    remembered = Remembered()
+    cell = a_small_cell(method)
+    for length in (32, 64, 64):
+        asked = remembered.asked
+        again = predict(cell.model_copy(update={"sequence_length": length}), PROFILE, remembered=remembered)
+
+    assert by_birth(traced(cell, 2)[1]) == by_birth(again.events)
+    assert 10 * (remembered.asked - asked) < remembered.hits
