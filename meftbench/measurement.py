@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import platform
 import re
 import time
@@ -30,6 +31,7 @@ from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.step import Step, build_step
 
+PRELOAD = "MEFTBENCH_PRELOAD"  # `tasks`: the runner has trainings to do
 # An allocation that fails under these names is a full device in disguise (MEASURING 4).
 _DISGUISED_OOM = ("CUDNN_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
@@ -58,7 +60,8 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     torch.manual_seed(cell.seed)
     begin = time.perf_counter()
     with _oom_is_a_result("load"):
-        step = build_step(cell, device, protocol.padding)
+        quality = None if cell.training is None else _quality(cell, device)
+        step = build_step(cell, device, protocol.padding) if quality is None else quality.step()
     outcome.metrics["build_s"] = Metric(time.perf_counter() - begin, "measured")
     outcome.metrics |= parameter_counts(step.model)
     outcome.observed["model_revision"] = revision_of(step.model)
@@ -78,8 +81,24 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
         requested = cell.attention_requested
         outcome.observed["attention_used"] = f"sdpa: {fused}" if requested == "sdpa" else requested
     outcome.metrics["passes_s"] = Metric(time.perf_counter() - begin, "measured")
+    if quality is not None:
+        # What the passes have done to these weights must not reach the training.
+        del step, subject
+        gc.collect()
+        torch.manual_seed(cell.seed)
+        with _oom_is_a_result("training"):
+            scored, told = quality.train()
+        outcome.metrics |= scored
+        outcome.observed |= told | {"inputs": cell.training.task if cell.training else None}
     outcome.metrics |= _host_peak()
     return outcome
+
+
+def _quality(cell: Cell, device: torch.device) -> Any:
+    """Imported here: datasets, scikit-learn and Trainer are for those who train."""
+    from meftbench.tasks.quality import QualityCell
+
+    return QualityCell(cell, device)
 
 
 def _load(home: str) -> Any:
@@ -184,6 +203,8 @@ def preload() -> None:
         importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     for name in AUTO_CLASSES.values():
         getattr(transformers, name)  # resolved on first use
+    if os.environ.get(PRELOAD) == "tasks":
+        importlib.import_module("meftbench.tasks.quality")
     gc.collect()
     gc.freeze()
 

@@ -14,6 +14,7 @@ from meftbench.plan.models import folder_of, head_of, known_config, split_name
 
 AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
+    "multiple_choice": "AutoModelForMultipleChoice",
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "image_classification": "AutoModelForImageClassification",

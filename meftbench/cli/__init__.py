@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from meftbench import __version__
-from meftbench.cli import check, compare, doctor, estimate, export, fit, listing, report, run, show, validate
+from meftbench.cli import check, compare, doctor, estimate, export, finetune, fit, listing, report, run, show, validate
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
 
 EXIT_CODES = """
@@ -37,6 +37,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "check": check.check,
     "estimate": estimate.estimate,
     "fit": fit.fit,
+    "finetune": finetune.finetune,
     "validate": validate.validate,
     "export": export.export,
     "list": listing.list_,

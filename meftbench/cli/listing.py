@@ -12,6 +12,7 @@ import typer
 class Kind(StrEnum):
     methods = "methods"
     models = "models"
+    tasks = "tasks"
     suites = "suites"
     metrics = "metrics"
     profiles = "profiles"
@@ -51,6 +52,16 @@ def models() -> dict[str, Any]:
     from meftbench.plan.catalogue import MODELS
 
     return {name: {"summary": f"{model.summary} ({model.hub})"} for name, model in MODELS.items()}
+
+
+def tasks() -> dict[str, Any]:
+    """Tasks for `finetune` and for `tasks:` of a suite; a folder with data and task.yaml is one as well."""
+    from meftbench.plan.tasks import TASKS
+
+    return {
+        name: {"summary": f"{task.summary} ({', '.join(task.scores)})", "settings": {"folder": task.folder}}
+        for name, task in TASKS.items()
+    }
 
 
 def suites() -> dict[str, Any]:
@@ -103,6 +114,7 @@ def schema() -> dict[str, Any]:
 LISTINGS = {
     Kind.methods: methods,
     Kind.models: models,
+    Kind.tasks: tasks,
     Kind.suites: suites,
     Kind.metrics: metrics,
     Kind.profiles: profiles,

@@ -61,22 +61,37 @@ def run(
         return
     folder = out or _folder(plan, resume or bool(again))
     options = {"resume": resume, "retry": again, "where": chosen, "limit": limit, "jobs": jobs, "fail_fast": fail_fast}
-    with _interruptions(suite, folder):
-        finished = _sweep(plan, folder, quiet, verbose, **options, gpu_indices=_indices(gpus))
-    code = CELLS_FAILED if any(r.status in ("error", "timeout") for r in finished.records) else DONE
+    finished = sweep_to(
+        folder, plan, f"run {suite}", quiet=quiet, verbose=verbose, **options, gpu_indices=_indices(gpus)
+    )
+    raise typer.Exit(finish(finished, as_json))
+
+
+def sweep_to(
+    folder: Path, suite: Suite, command: str, *, quiet: bool = False, verbose: bool = False, **options: Any
+) -> Run:
+    """Run `suite` into `folder`, with progress. command: what to type to go on after an interruption."""
+    from meftbench.cli.progress import progress
+    from meftbench.runner import run_suite
+
+    with _interruptions(command, folder), progress(quiet, verbose) as tell:
+        return run_suite(suite, folder, **options, on_event=tell)
+
+
+def finish(run: Run, as_json: bool) -> int:
+    """Print what was found; the exit code."""
+    code = CELLS_FAILED if any(r.status in ("error", "timeout") for r in run.records) else DONE
     if as_json:
-        print(json.dumps(_summary(finished, code), ensure_ascii=False))
+        print(json.dumps(_summary(run, code), ensure_ascii=False))
     else:
-        _print_run(finished)
-    raise typer.Exit(code)
+        _print_run(run)
+    return code
 
 
 def _overridden(suite: Suite, device: str | None, timeout: str | None, repeats: int | None) -> Suite:
     """The suite with what the command line says instead."""
     from dataclasses import replace
 
-    from meftbench.plan.suite import parse_device
-    from meftbench.runner import gpus
     from meftbench.units import parse_duration
 
     changes: dict[str, Any] = {}
@@ -91,10 +106,18 @@ def _overridden(suite: Suite, device: str | None, timeout: str | None, repeats: 
         changes["repeats"] = repeats
     if changes:
         suite = replace(suite, protocol=suite.protocol.model_copy(update=changes))
-    if device is None:
-        return suite
+    return suite if device is None else on_device(suite, device)
+
+
+def on_device(suite: Suite, device: str) -> Suite:
+    """The suite on `device`; `auto` is cuda where there is a GPU, and counted elsewhere. Raises UserError."""
+    from meftbench.plan.suite import parse_device
+    from meftbench.runner import gpus
+
     if device == "auto":
-        return suite.on("counted" if gpus.read().absent else "cuda")
+        device = "counted" if gpus.read().absent else "cuda"
+    if device.startswith("predicted:") and any(cell.training for cell in suite.cells):
+        raise UserError("--device", "a training cannot be predicted", "write auto, cuda or counted")
     return suite.on(parse_device("--device", device))
 
 
@@ -120,7 +143,7 @@ def _folder(suite: Suite, resume: bool) -> Path:
 
 
 @contextmanager
-def _interruptions(suite: str, folder: Path) -> Iterator[None]:
+def _interruptions(command: str, folder: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the sweep with 130 and 143, and a line that says how to go on."""
 
     def terminate(*_: object) -> None:
@@ -130,19 +153,11 @@ def _interruptions(suite: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
-        cure = f"`meftbench run {suite} --out {folder} --resume` goes on"
+        cure = f"`meftbench {command} --out {folder} --resume` goes on"
         print(f"meftbench: interrupted: finished records are kept in {folder}; {cure}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED if isinstance(end, KeyboardInterrupt) else TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _sweep(suite: Suite, folder: Path, quiet: bool, verbose: bool, **options: Any) -> Run:
-    from meftbench.cli.progress import progress
-    from meftbench.runner import run_suite
-
-    with progress(quiet, verbose) as tell:
-        return run_suite(suite, folder, **options, on_event=tell)
 
 
 def _print_cells(suite: Suite, cells: list[Any], as_json: bool) -> None:

@@ -40,6 +40,7 @@ def task_of(model: Any) -> dict[str, Any]:
         for name, child in model.named_children()
         if child is not base and next(child.parameters(), None) is not None
     ]
-    # Of the kinds that peft knows, none has images.
-    kind = TaskType.SEQ_CLS if model.main_input_name == "input_ids" else None
+    # Of the kinds that peft knows, none has images, or several texts a sample.
+    classifies = model.main_input_name == "input_ids" and not type(model).__name__.endswith("ForMultipleChoice")
+    kind = TaskType.SEQ_CLS if classifies else None
     return {"task_type": kind, "modules_to_save": new}

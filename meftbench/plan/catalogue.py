@@ -177,6 +177,7 @@ LEVERS: dict[str, Lever] = {
 
 HEADS: dict[str, str] = {
     "classification": "one label a sample, from the model's own pooling (BART: the last eos token)",
+    "multiple_choice": "the likeliest of several texts",
     "causal_lm": "the next token at every position",
     "seq2seq_lm": "a second sequence from the first",
     "image_classification": "one label an image",
@@ -197,11 +198,12 @@ class Backbone:
 
 
 DECODER = ("causal_lm", "classification")
+ENCODER = ("classification", "multiple_choice")
 IMAGES = ("image_classification",)
 
 BACKBONES: dict[str, Backbone] = {
-    "bert": Backbone("meftbench.backbones.bert:BERT", "BERT: post-norm encoder"),
-    "roberta": Backbone("meftbench.backbones.bert:ROBERTA", "RoBERTa: post-norm encoder, positions from 2"),
+    "bert": Backbone("meftbench.backbones.bert:BERT", "BERT: post-norm encoder", ENCODER),
+    "roberta": Backbone("meftbench.backbones.bert:ROBERTA", "RoBERTa: post-norm encoder, positions from 2", ENCODER),
     "bart": Backbone(
         "meftbench.backbones.bart:BART", "BART: post-norm encoder and decoder", ("classification", "seq2seq_lm")
     ),

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meftbench.plan.catalogue import METHODS
 from meftbench.plan.identity import digest
+from meftbench.plan.training import Training
 
 
 class Levers(BaseModel):
@@ -28,6 +29,9 @@ class Levers(BaseModel):
         return [name for name, on in self.model_dump().items() if on]
 
 
+_NO_IDENTITY = {"data", "grid", "keep"}
+
+
 class Cell(BaseModel):
     """A model, a method with its settings and levers, a shape, and the numerical setting.
 
@@ -36,6 +40,7 @@ class Cell(BaseModel):
     method_params: the method's settings that differ from its defaults.
     head: what is trained on the backbone, a name of catalogue.HEADS; None: the first that its entry names.
     device: `counted`, `cuda`, or `predicted:PROFILE`.
+    training: of a quality cell, the task it is trained on until it is scored; None: only steps are measured.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -55,6 +60,7 @@ class Cell(BaseModel):
     optimizer_impl: str | None = None
     device: str = "counted"
     seed: int = 0
+    training: Training | None = None
 
     @classmethod
     def of(cls, method: str, **fields: Any) -> Cell:
@@ -65,8 +71,11 @@ class Cell(BaseModel):
 
     @cached_property
     def cell_id(self) -> str:
-        """Hash of what differs from the defaults: a field added later leaves old ids as they are."""
-        return digest(self.model_dump(mode="json", exclude_defaults=True))
+        """Hash of what differs from the defaults: a field added later leaves old ids as they are.
+
+        Where the data lie, which grid the cell is of and what is kept of it do not change what is run.
+        """
+        return digest(self.model_dump(mode="json", exclude_defaults=True, exclude={"training": _NO_IDENTITY}))
 
     @property
     def weights(self) -> str:
@@ -92,6 +101,8 @@ class Cell(BaseModel):
         ]
         if self.micro_batch_size != self.batch_size:
             rest.insert(0, f"mb{self.micro_batch_size}")
+        if self.training is not None:
+            rest.append(self.training.label)
         if self.seed != fields["seed"].default:
             rest.append(f"seed{self.seed}")
         return "/".join([self.model_label, self.method_label, f"b{self.batch_size}", f"s{self.sequence_length}", *rest])

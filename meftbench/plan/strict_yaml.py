@@ -139,3 +139,15 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
         if found := _model_in(part):
             return found
     return None
+
+
+def named(document: Document, path: KeyPath, value: Any, kind: str) -> tuple[str, dict[str, Any]]:
+    """A name and what is set beside it, from "name" or {name: ..., key: value}. Raises UserError."""
+    settings = dict(value) if isinstance(value, dict) else {"name": value}
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        hint = "YAML reads yes, no, on and off as true or false: put the word in quotes"
+        plain = f"write a name of `meftbench list {kind}s`, or {{name: ..., key: value}}"
+        cure = hint if isinstance(name, bool) else plain
+        raise document.error(path, f"{name!r} is not the name of a {kind}", cure)
+    return name, settings

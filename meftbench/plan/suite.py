@@ -18,7 +18,9 @@ from meftbench.plan.models import attention_of, check_head, check_method, check_
 from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.plan.profiles import PREDICTED, find_profile
 from meftbench.plan.protocol import Protocol
-from meftbench.plan.strict_yaml import Document, KeyPath, read, validated, validated_part
+from meftbench.plan.quality import with_training
+from meftbench.plan.strict_yaml import Document, KeyPath, named, read, validated, validated_part
+from meftbench.plan.training import Positive, Trainings
 
 MAX_CELLS = 10_000
 
@@ -50,6 +52,8 @@ class Point(_Strict):
     optimizer_impl: Literal["foreach", "fused", "loop"] | None = None
     device: str | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
+    task: Named | None = None
+    learning_rate: Positive | None = None
 
 
 T = TypeVar("T")
@@ -79,10 +83,14 @@ class Grid(_Strict):
     optimizer_impl: Axis[Literal["foreach", "fused", "loop"]] = []
     device: Axis[str] = []
     seed: Axis[Annotated[int, Field(ge=0)]] = []
+    learning_rate: Axis[Positive] = []
 
 
 class SuiteFile(_Strict):
-    """The keys of a suite file."""
+    """The keys of a suite file.
+
+    tasks: an axis of the grid: each cell is trained on one, as `training` says, and scored; none: steps are measured.
+    """
 
     schema_: Literal[1] = Field(alias="schema")
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -90,6 +98,8 @@ class SuiteFile(_Strict):
     protocol: Protocol = Protocol()
     defaults: Point = Point()
     grid: Grid = Grid()
+    tasks: Axis[Named] = []
+    training: Trainings = Trainings()
     include: list[Point] = []
     exclude: list[Point] = []
     budgets: str | None = None
@@ -151,13 +161,17 @@ def parse_suite(document: Document) -> Suite:
     parsed = validated(document, SuiteFile)
     excluded = [_wanted(document, ("exclude", i), point) for i, point in enumerate(parsed.exclude)]
     cells: dict[str, Cell] = {}
-    for path_of, values in itertools.chain(_grid_points(document, parsed.grid), _included(parsed.include)):
-        cell = _cell(document, path_of, _said(parsed.defaults, "defaults", path_of) | values)
-        if not any(_matches(cell, wanted) for wanted in excluded):
-            cells.setdefault(cell.cell_id, cell)
+    for places, values in itertools.chain(_grid_points(document, parsed), _included(parsed.include)):
+        point = _said(parsed.defaults, "defaults", places) | values
+        for cell in _cells(document, places, point, parsed.training):
+            if not any(_matches(cell, wanted) for wanted in excluded):
+                cells.setdefault(cell.cell_id, cell)
     if not cells:
         cure = "name at least one model, method, batch_size and sequence_length"
         raise document.error(("grid",), "no cell is left", cure)
+    if any(cell.training for cell in cells.values()):
+        # Of all seeds the first comes first: it may choose the learning rate of the others.
+        cells = dict(sorted(cells.items(), key=lambda item: item[1].seed))
     budgets = None
     if parsed.budgets is not None:
         budgets = (document.file.parent / parsed.budgets).resolve()
@@ -179,8 +193,9 @@ def _check_schema(document: Document) -> None:
 Places = dict[str, KeyPath]
 
 
-def _grid_points(document: Document, grid: Grid) -> Iterator[tuple[Places, dict[str, Any]]]:
-    axes = {name: getattr(grid, name) for name in Grid.model_fields if getattr(grid, name)}
+def _grid_points(document: Document, suite: SuiteFile) -> Iterator[tuple[Places, dict[str, Any]]]:
+    axes = {"task": suite.tasks} if suite.tasks else {}
+    axes |= {name: getattr(suite.grid, name) for name in Grid.model_fields if getattr(suite.grid, name)}
     if not axes:
         return
     size = 1
@@ -188,11 +203,13 @@ def _grid_points(document: Document, grid: Grid) -> Iterator[tuple[Places, dict[
         size *= len(values)
     if size > MAX_CELLS:
         raise document.error(("grid",), f"has {size:,} cells", f"at most {MAX_CELLS:,} are run: split the suite")
-    written = document.content.get("grid") or {}
+    grid = document.content.get("grid") or {}
+    written = {name: grid.get(name) for name in axes} | {"task": document.content.get("tasks")}
     for indices in itertools.product(*(range(len(values)) for values in axes.values())):
         places: Places = {}
         for name, index in zip(axes, indices, strict=True):
-            places[name] = ("grid", name, index) if isinstance(written.get(name), list) else ("grid", name)
+            place: KeyPath = ("tasks",) if name == "task" else ("grid", name)
+            places[name] = (*place, index) if isinstance(written[name], list) else place
         yield places, {name: axes[name][index] for name, index in zip(axes, indices, strict=True)}
 
 
@@ -209,13 +226,31 @@ def _said(defaults: Point, key: str, places: Places) -> dict[str, Any]:
     return values
 
 
-def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
+def _cells(document: Document, places: Places, values: dict[str, Any], training: Trainings) -> Iterator[Cell]:
+    """The cell of a point; where it has a task, one for each learning rate."""
+    if "task" not in values:
+        if "learning_rate" in values:
+            place = places["learning_rate"]
+            raise document.error(place, "says how to train, and there is no task", "name one under `tasks`")
+        yield _cell(document, places, values)
+        return
     root = places.get("", ("grid",))
-    for required in ("model", "method", "batch_size", "sequence_length"):
+    _require(document, root, values, "model", "method")
+    for point in with_training(document, places, values, training):
+        yield _cell(document, places, point)
+
+
+def _require(document: Document, root: KeyPath, values: dict[str, Any], *names: str) -> None:
+    for required in names:
         if required not in values:
             raise document.error((*root, required), "is missing", f"name a {required} here or under `defaults`")
+
+
+def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
+    root = places.get("", ("grid",))
+    _require(document, root, values, "model", "method", "batch_size", "sequence_length")
     place = {name: places.get(name, (*root, name)) for name in Point.model_fields}
-    model, overrides = _named(document, place["model"], values["model"], "model")
+    model, overrides = named(document, place["model"], values["model"], "model")
     _refuse_keys(document, place["model"], overrides)
     overrides = overrides.pop("config", {})
     method, levers, params = parse_method(document, place["method"], values["method"])
@@ -232,6 +267,7 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     device = parse_device(document.where(place["device"]), values.get("device", "counted"))
+    _check_training(document, place, values, device)
     check_model(document.where(place["model"]), model, overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
     check_method(document.where(place["method"]), model, overrides, values.get("head"), method)
@@ -253,7 +289,18 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         optimizer_impl=values.get("optimizer_impl"),
         device=device,
         seed=values.get("seed", 0),
+        training=values.get("training"),
     )
+
+
+def _check_training(document: Document, place: Places, values: dict[str, Any], device: str) -> None:
+    if values.get("training") is None:
+        if values.get("head") == "multiple_choice":
+            raise document.error(place["head"], "needs a task, whose choices it reads", "name one under `tasks`")
+    elif device.startswith(PREDICTED):
+        raise document.error(place["device"], "a training cannot be predicted", "write device: counted or cuda")
+    elif values.get("precision") == "fp16-autocast" and device == "counted":
+        raise document.error(place["precision"], "fp16 is not trained in on a CPU", "write precision: bf16-autocast")
 
 
 def cell_of(verb: str, values: dict[str, Any]) -> Cell:
@@ -278,21 +325,9 @@ def parse_device(where: str, device: str) -> str:
     return device
 
 
-def _named(document: Document, path: KeyPath, value: Any, kind: str) -> tuple[str, dict[str, Any]]:
-    """A name and what is set beside it, from "name" or {name: ..., key: value}."""
-    settings = dict(value) if isinstance(value, dict) else {"name": value}
-    name = settings.pop("name", None)
-    if not isinstance(name, str):
-        hint = "YAML reads yes, no, on and off as true or false: put the word in quotes"
-        plain = f"write a name of `meftbench list {kind}s`, or {{name: ..., key: value}}"
-        cure = hint if isinstance(name, bool) else plain
-        raise document.error(path, f"{name!r} is not the name of a {kind}", cure)
-    return name, settings
-
-
 def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Levers, dict[str, Any]]:
     """Method, levers and settings of "lora+checkpoint" or {name: meft1, adapter_size: 8}. Raises UserError."""
-    text, settings = _named(document, path, value, "method")
+    text, settings = named(document, path, value, "method")
     name, *levers = text.split("+")
     if name in NOT_APPLICABLE:
         raise document.error(path, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")
@@ -314,7 +349,7 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
 def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
     wanted = point.model_dump(exclude_none=True)
     if "model" in wanted:
-        wanted["model"] = _named(document, (*path, "model"), wanted["model"], "model")[0]
+        wanted["model"] = named(document, (*path, "model"), wanted["model"], "model")[0]
     if "method" in wanted:
         wanted["method"] = parse_method(document, (*path, "method"), wanted["method"])
     if "attention" in wanted:

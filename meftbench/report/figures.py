@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report import plots, side_bits
+from meftbench.report import plots, quality_plots, side_bits
+from meftbench.report.quality import results, trained, untrained
 from meftbench.report.tables import (
     SHAPE,
     Group,
@@ -108,6 +109,31 @@ def pictures(frame: DataFrame) -> list[Picture]:
 
 
 def _kinds(whole: DataFrame) -> list[Kind]:
+    return [*_quality(trained(whole)), *_memory(untrained(whole))]
+
+
+def _quality(frame: DataFrame) -> list[Kind]:
+    """The figures of trainings: a panel a task, in one setting."""
+    panels = []
+    for _, rows in frame.groupby(["task", *SHAPE], sort=False):
+        first = rows.iloc[0]
+        shape = shape_text(first["batch_size"], first["micro_batch_size"], first["sequence_length"])
+        if results(rows):
+            panels.append(Panel(f"{first['task']}, {shape}", rows))
+    curves = [panel for panel in panels if any(panel.frame["learning_curve"].notna())]
+    memory, time = quality_plots.plot_score_by_memory, quality_plots.plot_score_by_time
+    paler = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
+    return [
+        Kind("score-by-memory", "Score and activation memory", [memory], panels, paler),
+        Kind("score-by-time", "Score and training time", [time], panels, paler),
+        Kind("learning-curves", "Learning curves", [quality_plots.plot_learning_curves], curves,
+             "Bands: lowest and highest of the seeds."),
+    ]  # fmt: skip
+
+
+def _memory(whole: DataFrame) -> list[Kind]:
+    if not len(whole):
+        return []
     sweeps = _sweeps(whole)
     swept = [metric for metric in _BY_SIDE_BITS if any(panel.frame[metric].notna().any() for panel in sweeps)]
     frame, note = _one_of_each_sweep(whole, sweeps)

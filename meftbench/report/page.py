@@ -12,6 +12,9 @@ from meftbench.records.store import Run, unwritable, write_whole
 from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
+from meftbench.report.quality import Table as QualityTable
+from meftbench.report.quality import results, untrained
+from meftbench.report.quality import tables as quality_tables
 from meftbench.report.summary import SHOWN, count, ending, error, failures, number
 from meftbench.report.tables import (
     SETTING,
@@ -84,11 +87,12 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         runs=[_headline(name, run) for name, run in zip(names, runs, strict=True)],
         sources={source: said for source, said in _SOURCES.items() if source in _occurring(frame)},
         metrics_by_source=_by_source(frame),
-        groups=[group.title for group in groups(frame)] if len(frame) else [],
-        shared=_shared(frame),
-        differing=_differing(frame),
+        groups=[group.title for group in groups(untrained(frame))] if len(frame) else [],
+        shared=_shared(untrained(frame)),
+        differing=_differing(untrained(frame)),
         pictures=[{"name": p.name, "title": p.title, "alt": p.alt, "svg": Markup(p.inline())} for p in drawn],
-        rows=table_rows(frame),
+        quality=quality_tables(results(frame)),
+        rows=table_rows(untrained(frame)),
         several_models=frame["model"].nunique() > 1 if len(frame) else False,
         several_runs=len(runs) > 1,
         failures=[line for run in runs for line in failures(run)],
@@ -168,10 +172,24 @@ def anchor(run: str, cell_id: str) -> str:
 
 
 def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
-    """The table as Markdown, with where it comes from above it."""
+    """The tables as Markdown, with where they come from above them."""
+    heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
+    said = "\n".join(f"- {h['name']}: {h['machine']}, {h['date']}, {h['checkout']}; {h['cells']}" for h in heads)
+    parts = [said, *(_quality_markdown(table) for table in quality_tables(results(frame)))]
+    steps = untrained(frame)
+    if len(steps) or len(parts) == 1:
+        parts.append(_steps_markdown(steps, len(runs) > 1))
+    return "\n\n".join(parts) + "\n"
+
+
+def _quality_markdown(table: QualityTable) -> str:
+    return f"## {table.title}\n\n{' '.join(table.notes)}\n\n{markdown_table(table.head, table.lines)}"
+
+
+def _steps_markdown(frame: DataFrame, several_runs: bool) -> str:
     differing = _differing(frame)
     # What is the same in all rows is said above them.
-    leads = ["run"] * (len(runs) > 1) + ["model"] * (frame["model"].nunique() > 1)
+    leads = ["run"] * several_runs + ["model"] * (frame["model"].nunique() > 1)
     head = (*leads, "method", "batch", "tokens", *map(_setting_said, differing), "status",
             "activation MiB", "% of full", "peak MiB", "step ms", "tokens/s", "recon. error", "gradient error",
             "start shift", "trained")  # fmt: skip
@@ -181,10 +199,8 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
         setting = (str(row["setting"][name]) for name in differing)
         texts = [n["text"] + (f" ({n['source']})" if n["source"] else "") for n in row["numbers"]]
         lines.append((*first, *setting, row["status"], texts[0], row["share"]["text"], *texts[1:]))
-    heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
-    said = "\n".join(f"- {h['name']}: {h['machine']}, {h['date']}, {h['checkout']}; {h['cells']}" for h in heads)
     shared = f" All cells: {_shared(frame)}." if _shared(frame) else ""
-    return f"{said}\n\nCompared at equal batch, micro-batch and length.{shared}\n\n{markdown_table(head, lines)}\n"
+    return f"Compared at equal batch, micro-batch and length.{shared}\n\n{markdown_table(head, lines)}"
 
 
 def _headline(name: str, run: Run) -> dict[str, str]:

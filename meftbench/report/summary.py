@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.records.record import Record
 from meftbench.records.store import Run
+from meftbench.report.quality import print_quality, untrained
 from meftbench.report.tables import (
     Group,
     detail_of,
@@ -38,7 +39,9 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     if not run.records:
         out.print(Text("no cell has finished"))
         return
-    frame = frame_of(run)
+    whole = frame_of(run)
+    print_quality(whole, out)
+    frame = untrained(whole)
     shares = share_of_full(frame)
     found = groups(frame)
     for group in found:

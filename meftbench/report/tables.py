@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.catalogue import METHODS
+from meftbench.plan.training import Training
 from meftbench.records.metrics import METRICS
 from meftbench.records.record import Record
 from meftbench.records.store import Run, write_whole
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # Two cells that differ in one of these are not comparable by method alone.
-SETTING = ("run", "model", "device", "precision", "head", "attention_requested", "optimizer", "optimizer_impl", "seed")
+SETTING = (
+    *("run", "model", "device", "precision", "head", "attention_requested", "optimizer", "optimizer_impl"),
+    *("task", "learning_rate", "training", "seed"),
+)
 SHAPE = ("batch_size", "micro_batch_size", "sequence_length")
 _CELL = (
     "model_revision",
@@ -42,6 +47,7 @@ _BASE = (
     *("run", "cell_id", "label", "model", "method", "method_name"),
     *_CELL,
     *_REVERSIBLE,
+    *("task", "learning_rate", "training", "scored_by", "cuts"),
     *("levers", "status", "detail", "repeats", "wall_s"),
 )
 
@@ -103,6 +109,7 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
     row |= {name: last.cell.get(name) for name in _CELL}
     params = last.cell.get("method_params") or {}
     row |= {name: params.get(name) for name in _REVERSIBLE} | {"side_bits": side_bits(params)}
+    row |= _training(last)
     row |= {"levers": "+".join(name for name, on in (last.cell.get("levers") or {}).items() if on)}
     row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
     row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
@@ -118,6 +125,22 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
         else:
             row[name] = None
     return row
+
+
+def _training(record: Record) -> dict[str, Any]:
+    """Of a training: task, rate, what else differs from the defaults, the score's name, and what the data lack."""
+    said = record.cell.get("training")
+    if not said:
+        return {}
+    training = Training.model_validate_json(json.dumps(said))
+    rest = training.label.split("/", 2)[2:]
+    return {
+        "task": training.task,
+        "learning_rate": training.learning_rate,
+        "training": ", ".join(rest).replace("/", ", "),
+        "scored_by": record.cell.get("scored_by") or "score",
+        "cuts": record.cell.get("cuts") or [],
+    }
 
 
 def side_bits(params: Mapping[str, Any]) -> int | None:

@@ -19,11 +19,20 @@ SIZES = ("batch_size", "micro_batch_size", "sequence_length")
 
 @dataclass(frozen=True)
 class Attempt:
-    """A cell to run, for the `repeat`-th time. dominated_by: cell_id of the `oom` cell because of which it is not."""
+    """A cell to run, for the `repeat`-th time.
+
+    dominated_by: cell_id of the `oom` cell because of which it is not run.  beaten_by: of the cell whose learning rate
+        did better.
+    """
 
     cell: Cell
     repeat: int
     dominated_by: str | None = None
+    beaten_by: str | None = None
+
+    @property
+    def is_skipped(self) -> bool:
+        return self.dominated_by is not None or self.beaten_by is not None
 
     @property
     def key(self) -> Key:

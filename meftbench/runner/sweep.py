@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from meftbench.plan.suite import Suite
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, load_run, writing
 from meftbench.runner import folder, gpus, host
+from meftbench.runner.choice import better_rate
 from meftbench.runner.environment import code_digest, environment
 from meftbench.runner.process import Job, Outcome, Worker, utc_now, worker_environment
 from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
@@ -50,6 +51,7 @@ class Noted:
 
 
 Event = Started | Ended | Noted
+CELLS = "cells"  # of a run with trainings: their checkpoints until they end, and the weights that are kept
 
 
 def run_suite(
@@ -90,14 +92,15 @@ def run_suite(
     folder.earlier_run(suite, out, resume or bool(retry))
     with writing(out) as writer:
         earlier = folder.earlier_run(suite, out, resume or bool(retry))
-        finished = {key: record.status for key, record in folder.finished_records(earlier, retry).items()}
+        stand = folder.finished_records(earlier, retry)
+        finished = {key: record.status for key, record in stand.items()}
         plan = _plan(suite, chosen, limit, finished)
         if earlier is None or pending(plan, finished):
             _execute(
                 suite,
                 writer,
                 earlier,
-                _Sweep(plan, finished, slots, fail_fast, on_event),
+                _Sweep(plan, finished, slots, fail_fast, on_event, scores_of(stand.values())),
                 command,
                 devices,
             )
@@ -142,7 +145,10 @@ def _execute(
     logs.mkdir(exist_ok=True)
     parallel = sum(map(len, sweep.free.values()))
     threads = suite.protocol.threads or max(1, host.cores() // parallel)
-    worker = Worker(worker_environment(suite.protocol, threads, os.environ), logs / "worker.log", command)
+    told = worker_environment(suite.protocol, threads, os.environ)
+    if any(cell.training for cell in suite.cells):
+        told |= {"MEFTBENCH_PRELOAD": "tasks"}
+    worker = Worker(told, logs / "worker.log", command)
     try:
         if "cuda" in sweep.free and worker.facts.get("torch_cuda", "unknown") is None:
             cure = "install a CUDA build of torch, or use `--device counted`"
@@ -179,13 +185,14 @@ def _tidy(logs: Path) -> None:
 
 @dataclass
 class _Sweep:
-    """What is left to do in one execution. free: idle slots by kind of device."""
+    """What is left to do in one execution. free: idle slots by kind of device.  scores: of trainings, by cell_id."""
 
     plan: Plan
     finished: dict[Key, Status]
     free: dict[str, list[str]]
     fail_fast: bool
     on_event: Callable[[Event], None]
+    scores: dict[str, float]
     running: dict[Key, tuple[Attempt, str]] = field(default_factory=dict)
     done: int = 0
     stopped: bool = False
@@ -197,7 +204,7 @@ class _Sweep:
         total = len(pending(self.plan, self.finished))
         while True:
             for attempt, slot in self._next():
-                if attempt.dominated_by is not None:
+                if attempt.is_skipped:
                     self._write(writer, _skipped(identity, attempt, self.plan), total)
                     continue
                 self.on_event(Started(attempt.cell, attempt.repeat, self.done, total))
@@ -219,11 +226,14 @@ class _Sweep:
                 attempt = next_attempt(self.plan, self.finished, self.running, among)
                 if attempt is None:
                     break
-                yield attempt, "" if attempt.dominated_by is not None else slots.pop(0)
+                if not attempt.is_skipped and (better := better_rate(attempt.cell, self.plan.cells, self.scores)):
+                    attempt = replace(attempt, beaten_by=better.cell_id)
+                yield attempt, "" if attempt.is_skipped else slots.pop(0)
 
     def _write(self, writer: Writer, record: Record, total: int) -> None:
         writer.append(record)
         self.finished[record.cell_id, record.repeat] = record.status
+        self.scores |= scores_of([record])
         self.done += 1
         self.on_event(Ended(record, self.done, total))
 
@@ -249,7 +259,8 @@ def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, me
         threads=threads,
         # CUDA maps far more than it uses: there the device's own allocator says when memory is out.
         memory_bytes=None if on_gpu else memory,
-        environment={"CUDA_VISIBLE_DEVICES": slot if on_gpu else ""},
+        environment={"CUDA_VISIBLE_DEVICES": slot if on_gpu else ""}
+        | ({"MEFTBENCH_CELL_FOLDER": str(logs.parent.absolute() / CELLS / name)} if attempt.cell.training else {}),
     )
 
 
@@ -270,8 +281,20 @@ def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome) -> Rec
     )
 
 
+def scores_of(records: Iterable[Record]) -> dict[str, float]:
+    """The validation score of each training, by cell_id."""
+    found = ((record.cell_id, record.value("score")) for record in records)
+    return {cell_id: score for cell_id, score in found if isinstance(score, int | float)}
+
+
 def _skipped(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
-    smaller = next(cell for cell in plan.cells if cell.cell_id == attempt.dominated_by)
+    other = next(cell for cell in plan.cells if cell.cell_id in (attempt.dominated_by, attempt.beaten_by))
+    why: dict[str, Any]
+    if attempt.beaten_by is not None:
+        why = {"type": "RateNotChosen", "message": f"{other.label} did better", "beaten_by": attempt.beaten_by}
+    else:
+        message = f"needs at least what {other.label} needs, which was out of memory"
+        why = {"type": "Dominated", "message": message, "dominated_by": attempt.dominated_by}
     now = utc_now()
     return Record(
         record_id=uuid7(),
@@ -282,10 +305,6 @@ def _skipped(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
         worker_pid=None,
         cell=attempt.cell.recorded(),
         status="skipped",
-        status_detail={
-            "type": "Dominated",
-            "message": f"needs at least what {smaller.label} needs, which was out of memory",
-            "dominated_by": attempt.dominated_by,
-        },
+        status_detail=why,
         **identity,
     )

@@ -22,7 +22,7 @@ from meftbench.verdicts.outcome import Outcome
 SCHEMA = 1
 Missing = Literal["error", "warn", "ignore"]
 # Values that are no single number: there is nothing to hold a bound against.
-NOT_A_NUMBER = frozenset({"peak_phase", "reconstruction_rel", "throttle_reasons"})
+NOT_A_NUMBER = frozenset({"learning_curve", "peak_phase", "reconstruction_rel", "throttle_reasons"})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""`meftbench finetune`: train a model on a task and score it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from meftbench.cli.options import AsJson, Attention, Method, MicroBatchSize, Model, Override, Quiet, Setting, pairs
+from meftbench.errors import UserError
+
+
+def finetune(
+    model: Model,
+    method: Method,
+    task: Annotated[str, typer.Argument(help="A name of `meftbench list tasks`, or a folder with data and task.yaml.")],
+    data: Annotated[
+        str | None, typer.Option(help="Folder of the data.  [default: $MEFTBENCH_DATA, or the Hugging Face hub]")
+    ] = None,
+    learning_rate: Annotated[str, typer.Option(metavar="R,...", help="Several: the best is chosen.")] = "5e-4",
+    seed: Annotated[str, typer.Option(metavar="S,...", help="Several: the spread is reported.")] = "0",
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.  [default: 3]")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 16,
+    micro_batch_size: MicroBatchSize = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a sample, at most.  [default: the task's]")
+    ] = None,
+    train_examples: Annotated[int | None, typer.Option(min=1, help="Use so many training rows.")] = None,
+    evaluation_examples: Annotated[int | None, typer.Option(min=1, help="Use so many rows to score.")] = None,
+    evaluations: Annotated[int | None, typer.Option(min=1, help="How often to score.  [default: 4]")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="End after so many scores without a better one.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 (the default), bf16-autocast ...")] = None,
+    attention: Attention = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id.  [default: the model's own]")] = None,
+    config: Override = None,
+    settings: Setting = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or counted.")] = "auto",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the best weights in the run folder.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/finetune-TASK-TIME]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with the run in --out, from its last checkpoint.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; on CUDA one a GPU.")] = 1,
+    timeout: Annotated[str, typer.Option(help="Time allowed for a training: 90s, 10m, 24h.")] = "24h",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train MODEL by METHOD on TASK; print its score, and the memory and time of its steps.
+
+    A run like those of `meftbench run`: `report`, `show` and `compare` read it. Exits 3 if a training failed.
+    """
+    from meftbench.cli.run import finish, on_device, sweep_to
+    from meftbench.plan.strict_yaml import Document
+    from meftbench.plan.suite import parse_suite
+    from meftbench.runner.folder import default_folder
+
+    said = {
+        "data": data,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "train_examples": train_examples,
+        "evaluation_examples": evaluation_examples,
+        "evaluations": evaluations,
+        "patience": patience,
+        "tokenizer": tokenizer,
+        "keep": "best" if keep else "nothing",
+    }
+    point = {
+        "model": {"name": model, "config": pairs("--config", config)},
+        "method": {"name": method, **pairs("--set", settings)},
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "sequence_length": sequence_length,
+        "precision": precision,
+        "attention": attention,
+    }
+    content: dict[str, Any] = {
+        "schema": 1,
+        "name": "finetune-" + "".join(char if char.isalnum() or char in "_.-" else "-" for char in Path(task).name),
+        "description": f"{model}, {method}, {task}",
+        "protocol": {"passes": ["memory"], "warmup": 1, "steps": 1, "repeats": 1, "timeout": timeout},
+        "training": {key: value for key, value in said.items() if value is not None},
+        "defaults": {key: value for key, value in point.items() if value is not None},
+        "tasks": [task],
+        "grid": {
+            "learning_rate": _listed("--learning-rate", learning_rate, float, "write 5e-4 or 1e-4,5e-4"),
+            "seed": _listed("--seed", seed, int, "write 0 or 0,1,2"),
+        },
+    }
+    suite = on_device(parse_suite(Document(Path("finetune"), content, {})), device)
+    folder = out or default_folder(suite.name)
+    again = frozenset({"error", "timeout"}) if resume else frozenset()
+    finished = sweep_to(folder, suite, f"finetune {model} {method} {task} ...", quiet=quiet, resume=resume, retry=again,
+                        jobs=jobs)  # fmt: skip
+    raise typer.Exit(finish(finished, as_json))
+
+
+def _listed(option: str, text: str, kind: type, cure: str) -> list[Any]:
+    try:
+        found = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found or any(number < 0 for number in found):
+        raise UserError(option, f"{text!r} is not a list of numbers", cure)
+    return found

@@ -1,0 +1,211 @@
+"""Trainings as results: a row a method and task, with its best learning rate, the score over seeds, and the memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from meftbench.report.tables import methods_in_order, rows_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.console import Console
+
+# Trainings that differ in one of these are not the same method on the same task.
+_APART = (
+    *("run", "model", "task", "method", "training", "batch_size", "micro_batch_size", "sequence_length"),
+    *("precision", "head", "attention_requested", "optimizer", "optimizer_impl", "device"),
+)
+FURTHER = ("score_test", "score_mismatched")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of one number over seeds, in the order of the seeds. Missing where a seed has none."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds (n - 1); None of one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def said(self, digits: int = 3) -> str:
+        """`0.812 ± 0.004`."""
+        about = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{about}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A method on a task with the learning rate that is best on validation.
+
+    rows: of the frame, those of the rate, a seed each.  rates: all that were tried, with the mean score of each.
+    own: what its training has of its own among the results, such as `ordinary`.
+    score: on validation, the same rows that chose rate and checkpoint.  further: of other evaluations, by metric.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    learning_rate: float
+    rates: dict[float, float]
+    score: Spread
+    time_s: Spread
+    tokens_per_s: Spread
+    own: str = ""
+    further: dict[str, Spread] = field(default_factory=dict)
+
+    @property
+    def first(self) -> dict[str, Any]:
+        return self.rows[0]
+
+    @property
+    def activation_bytes(self) -> float | None:
+        found: float | None = self.first["activation_peak_bytes"]
+        return found
+
+    @property
+    def method(self) -> str:
+        """With what its training has of its own: `meft1-exact (ordinary)`."""
+        said = str(self.first["method"])
+        return f"{said} ({self.own})" if self.own else said
+
+    @property
+    def seeds(self) -> list[int]:
+        return [row["seed"] for row in self.rows]
+
+
+def trained(frame: DataFrame) -> DataFrame:
+    """The cells that were trained on a task."""
+    return frame[frame["task"].notna()]
+
+
+def untrained(frame: DataFrame) -> DataFrame:
+    """The cells of which only steps were measured."""
+    return frame[frame["task"].isna()]
+
+
+def results(frame: DataFrame) -> list[Result]:
+    """The results of a run or several: by task as they come, within one in the order of the methods.
+
+    Of the rates of a method that which most seeds have, and of those the best mean score.
+    """
+    from pandas import notna
+
+    done = trained(frame)
+    done = done[(done["status"] == "ok") & done["score"].notna()] if "score" in done else done[:0]
+    order = methods_in_order(frame)
+    # What all trainings share is no name for one of them.
+    shared = set.intersection(*({*said.split(", ")} for said in done["training"])) if len(done) else set()
+    found: list[Result] = []
+    for _, rows in done.groupby(list(_APART), dropna=False, sort=False):
+        by_rate: dict[float, list[dict[str, Any]]] = {}
+        for row in rows_of(rows.sort_values("seed")):
+            by_rate.setdefault(float(row["learning_rate"]), []).append(row)
+        means = {rate: statistics.fmean(row["score"] for row in mine) for rate, mine in by_rate.items()}
+        best = max(by_rate, key=lambda rate: (len(by_rate[rate]), means[rate]))
+        mine = tuple(by_rate[best])
+        further = {
+            name: _spread(mine, name) for name in FURTHER if name in done and any(notna(row[name]) for row in mine)
+        }
+        found.append(
+            Result(mine, best, means, _spread(mine, "score"), _spread(mine, "training_time_s"),
+                   _spread(mine, "training_tokens_per_s"), _without(mine[0]["training"], shared), further)
+        )  # fmt: skip
+    tasks = list(dict.fromkeys(result.first["task"] for result in found))
+    models = list(dict.fromkeys(result.first["model"] for result in found))
+    return sorted(
+        found,
+        key=lambda r: (models.index(r.first["model"]), tasks.index(r.first["task"]), order.index(r.first["method"])),
+    )
+
+
+def _without(training: str, shared: set[str]) -> str:
+    return ", ".join(part for part in training.split(", ") if part and part not in shared)
+
+
+def _spread(rows: Sequence[dict[str, Any]], name: str) -> Spread:
+    return Spread(tuple(float(row[name]) for row in rows if row[name] is not None))
+
+
+HEAD = ("method", "score", "activation", "% of full", "time", "tokens/s", "rate", "trained")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The results of a model on a task. lines: of texts under HEAD.  notes: what was cut, how it was scored."""
+
+    title: str
+    head: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+    notes: list[str]
+
+
+def tables(found: Iterable[Result]) -> list[Table]:
+    """A table a model, task and shape."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in found:
+        row = result.first
+        shape = (row["batch_size"], row["micro_batch_size"], row["sequence_length"])
+        groups.setdefault((row["run"], row["model"], row["task"], row["precision"], *shape), []).append(result)
+    return [_table(mine) for mine in groups.values()]
+
+
+def _table(mine: list[Result]) -> Table:
+    row = mine[0].first
+    full = next((r.activation_bytes for r in mine if r.first["method"] == "full"), None)
+    further = [name for name in FURTHER if any(name in result.further for result in mine)]
+    head = (HEAD[0], HEAD[1], *(name.removeprefix("score_") for name in further), *HEAD[2:])
+    lines = []
+    for result in mine:
+        held, source = result.activation_bytes, result.first["activation_peak_bytes_source"]
+        share = f"{held / full:.0%}" if held is not None and full else "-"
+        lines.append((
+            result.method,
+            result.score.said(),
+            *(result.further[name].said() if name in result.further else "-" for name in further),
+            "-" if held is None else f"{held / 2**20:,.1f} MiB ({source})",
+            share,
+            f"{result.time_s.mean:,.1f} s",
+            f"{result.tokens_per_s.mean:,.0f}",
+            f"{result.learning_rate:g} of {', '.join(f'{rate:g}' for rate in sorted(result.rates))}",
+            f"{result.first['parameters_trainable']:,}",
+        ))  # fmt: skip
+    micro = "" if row["micro_batch_size"] == row["batch_size"] else f" (micro-batch {row['micro_batch_size']})"
+    shape = f"batch {row['batch_size']}{micro} × {row['sequence_length']} tokens"
+    title = f"{row['task']}: {row['model']}, {shape}, {row['precision']}"
+    seeds = sorted({seed for result in mine for seed in result.seeds})
+    over = f"mean ± standard deviation over seeds {_listed(seeds)}"
+    scored = f"Score: {row['scored_by']} on validation, {over}, measured"
+    if len(seeds) == 1:
+        scored = f"Score: {row['scored_by']} on validation, seed {seeds[0]} alone, measured"
+    notes = [f"{scored}. Validation chose the checkpoint and the learning rate as well: it flatters."]
+    if row["cuts"]:
+        notes.append(f"Not the published sets: {'; '.join(row['cuts'])}.")
+    return Table(title, head, lines, notes)
+
+
+def _listed(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def print_quality(frame: DataFrame, out: Console) -> None:
+    """Print a table a task; nothing where nothing was trained."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    for table in tables(results(frame)):
+        out.print(Text(table.title, style="bold"))
+        shown = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for place, name in enumerate(table.head):
+            shown.add_column(name, justify="left" if place == 0 else "right", overflow="fold", no_wrap=0 < place < 3)
+        for line in table.lines:
+            shown.add_row(*map(Text, line))
+        out.print(shown)
+        for note in table.notes:
+            out.print(Text(note))

@@ -1,0 +1,87 @@
+"""Plots of trainings: score beside memory and time, and how it was reached. Frame in, axes drawn, nothing saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from meftbench.report.plots import colour, legend_beside, markers
+from meftbench.report.quality import Result, results
+from meftbench.report.tables import methods_in_order
+from meftbench.units import MiB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+_DOMINATED = 0.35  # opacity of what another method beats in both
+
+
+def plot_score_by_memory(frame: DataFrame, ax: Axes) -> None:
+    """Score against activation memory (MiB) of one task: a point a method with its best rate, a bar over its seeds.
+
+    The line joins the methods that no other beats in both; the others are paler.
+    """
+    _plot_score(frame, ax, lambda result: _mebibytes(result), "activation memory of a step (MiB)")
+
+
+def plot_score_by_time(frame: DataFrame, ax: Axes) -> None:
+    """As `plot_score_by_memory`, against the time of all training steps (s)."""
+    _plot_score(frame, ax, lambda result: result.time_s.mean, "time of all training steps (s)")
+
+
+def _mebibytes(result: Result) -> float | None:
+    return None if result.activation_bytes is None else result.activation_bytes / MiB
+
+
+def _plot_score(frame: DataFrame, ax: Axes, cost: Callable[[Result], float | None], label: str) -> None:
+    looks = markers(frame)
+    points = [(x, result) for result in results(frame) if (x := cost(result)) is not None]
+    best = [
+        (x, result)
+        for x, result in points
+        if not any(y <= x and other.score.mean >= result.score.mean and other is not result for y, other in points)
+    ]
+    for x, result in points:
+        alone = any(result is other for _, other in best)
+        method, about = result.first["method"], result.score.deviation or 0.0
+        ax.errorbar([x], [result.score.mean], yerr=[about], color=colour(method), marker=looks[method], markersize=7,
+                    capsize=3, linestyle="none", alpha=1.0 if alone else _DOMINATED, label=result.method)  # fmt: skip
+    best.sort(key=lambda pair: pair[0])
+    ax.plot([x for x, _ in best], [r.score.mean for _, r in best], color="#999999", linewidth=0.8, zorder=0)
+    scored = points[0][1].first["scored_by"] if points else "score"
+    ax.set(xlabel=label, ylabel=f"{scored} on validation", xscale="log")
+    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    _plain_ticks(ax)
+    legend_beside(ax)
+
+
+def _plain_ticks(ax: Axes) -> None:
+    """Numbers as people write them on a log axis that often spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=3))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def plot_learning_curves(frame: DataFrame, ax: Axes) -> None:
+    """Validation score against optimizer steps of one task: a line a method with its best rate, a band over seeds."""
+    import numpy as np
+
+    found = {result.method: result for result in results(frame)}
+    order = methods_in_order(frame)
+    for result in sorted(found.values(), key=lambda r: order.index(r.first["method"])):
+        curves = [row["learning_curve"] for row in result.rows if row["learning_curve"]]
+        # Early stopping ends seeds at different steps: each step has the seeds that reached it.
+        steps = sorted({int(step) for curve in curves for step, _, _ in curve})
+        at = [[score for curve in curves for step, _, score in curve if step == wanted] for wanted in steps]
+        mean = np.array([np.mean(scores) for scores in at])
+        line = colour(result.first["method"])
+        ax.plot(steps, mean, color=line, marker=".", label=result.method)
+        if len(curves) > 1:
+            ax.fill_between(steps, [min(s) for s in at], [max(s) for s in at], color=line, alpha=0.12, linewidth=0)
+    scored = next((result.first["scored_by"] for result in found.values()), "score")
+    ax.set(xlabel="optimizer steps", ylabel=f"{scored} on validation")
+    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    legend_beside(ax)

@@ -1,0 +1,220 @@
+"""A quality cell: data, head, training and score, with the memory of its steps, in one record (DESIGN 4)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.backbones.quantize import quantize
+from meftbench.errors import UserError
+from meftbench.methods import Applied, prepare
+from meftbench.methods.saving import save_adapter
+from meftbench.plan.cell import Cell
+from meftbench.plan.models import RANDOM, folder_of, head_of, split_name
+from meftbench.plan.tasks import Task, find_task
+from meftbench.records.record import Metric
+from meftbench.step import AUTOCAST, DTYPES, Step, build_optimizer
+from meftbench.tasks.data import Splits, load_splits
+from meftbench.tasks.encode import Encoded, encode
+from meftbench.tasks.trainer import TaskTrainer, last_checkpoint
+
+# The folder of a cell in its run: checkpoints while it is trained, and what is kept of it. The runner sets it.
+CELL_FOLDER = "MEFTBENCH_CELL_FOLDER"
+HELD_OUT = 0.1  # of the training rows, where a task has no split to choose a checkpoint by
+# By what an evaluation is called beside the first.
+METRIC_OF = {"test": "score_test", "validation_mismatched": "score_mismatched"}
+
+
+class QualityCell:
+    """A cell whose data are read and encoded, from which steps and trainings are built.
+
+    Raises UserError: no data, columns or labels that do not fit, no tokenizer, a model that cannot be loaded.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        training = cell.training
+        assert training is not None
+        self.cell, self.device = cell, device
+        self.task: Task = find_task(cell.label, training.task)
+        splits = load_splits(
+            self.task,
+            training.data,
+            train_examples=training.train_examples,
+            evaluation_examples=training.evaluation_examples,
+        )
+        self.splits = _with_validation(splits)
+        self.num_labels = len(self.splits.labels) if self.splits.labels else 1
+        random = split_name(cell.model)[0] + RANDOM
+        with torch.device("meta"):
+            config: Any = build_model(random, cell.model_config_overrides, head=cell.head).config
+        self.head = head_of(config.model_type, cell.head)
+        self.encoded = self._encoded(config)
+
+    def _encoded(self, config: Any) -> Encoded:
+        cell = self.cell
+        given: dict[str, Any] = {"head": self.head, "sequence_length": cell.sequence_length}
+        if self.task.kind == "images":
+            return encode(self.splits, self.task, image=(config.image_size, config.num_channels), **given)
+        tokenizer = _tokenizer(cell)
+        return encode(self.splits, self.task, tokenizer=tokenizer, vocab_size=config.vocab_size,
+                      pad_id=config.pad_token_id, **given)  # fmt: skip
+
+    def applied(self) -> Applied:
+        """The model under the method, from the cell's seed, on the device."""
+        cell = self.cell
+        autocast = cell.precision in AUTOCAST
+        model = build_model(
+            cell.model,
+            cell.model_config_overrides,
+            attention=cell.attention_requested,
+            dtype=torch.float32 if autocast else DTYPES[cell.precision],
+            seed=cell.seed,
+            num_labels=self.num_labels,
+            head=cell.head,
+        )
+        model.config.use_cache = False  # type: ignore[union-attr]
+        if self.task.kind == "regression":
+            model.config.problem_type = "regression"  # type: ignore[union-attr]
+        if cell.precision == "nf4":
+            quantize(model)
+        method = "+".join([cell.method, *cell.levers.names()])
+        applied = prepare(model, method, cell.method_params, seed=cell.seed)
+        applied.model.to(self.device)
+        return applied
+
+    def step(self) -> Step:
+        """The step whose memory is measured: the first rows of the data, padded to the cell's length."""
+        cell, rows = self.cell, self.encoded.train
+        picked = [rows[index % len(rows)] for index in range(cell.batch_size)]
+        batch = self.encoded.collate(picked, pad_to=cell.sequence_length)
+        batch.pop("choice_mask", None)  # the loss of a step is the model's own, dummies and all
+        applied = self.applied()
+        autocast = AUTOCAST.get(cell.precision)
+        return Step(
+            applied=applied,
+            optimizer=build_optimizer(cell, list(applied.trained().values())),
+            batch={name: tensor.to(self.device) for name, tensor in batch.items()},
+            micro_batch_size=cell.micro_batch_size,
+            device=self.device,
+            sequence_length=cell.sequence_length,
+            autocast=autocast,
+            scaler=torch.amp.GradScaler(self.device.type) if autocast == torch.float16 else None,
+        )
+
+    def train(self) -> tuple[dict[str, Metric], dict[str, Any]]:
+        """Train to the end and score the best checkpoint: metrics, and what only a run can tell of the cell."""
+        training = self.cell.training
+        assert training is not None
+        with _cell_folder() as folder:
+            resumed = last_checkpoint(folder / "checkpoints") is not None
+            trainer = TaskTrainer(
+                self.cell, self.applied(), self.task, self.encoded, folder / "checkpoints", self.device.type == "cuda"
+            )
+            trainer.train_or_resume()
+            metrics = self._metrics(trainer)
+            if training.keep == "best":
+                _keep(trainer.applied, self.cell, folder / "best")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        observed = {
+            "data": self.splits.origin,
+            "data_digest": self.splits.digest,
+            "cuts": list(self.splits.cuts),
+            "truncated_samples": self.encoded.truncated,
+            "train_rows": len(self.encoded.train),
+            "evaluation_rows": {name: len(rows) for name, rows in self.encoded.evaluations.items()},
+            "scored_by": self.task.scores[0],
+            "resumed": resumed,
+        }
+        return metrics, observed
+
+    def _metrics(self, trainer: TaskTrainer) -> dict[str, Metric]:
+        history = trainer.state.log_history
+        losses = [float(entry["loss"]) for entry in history if "loss" in entry]
+        scored = [entry for entry in history if "eval_score" in entry]
+        clock = trainer.clock
+        metrics = {
+            "training_loss": Metric(losses[-1], "measured", n=len(losses), samples=losses),
+            "learning_curve": Metric(
+                [[entry["step"], float(entry["eval_loss"]), float(entry["eval_score"])] for entry in scored], "measured"
+            ),
+            "best_step": Metric(int(trainer.state.best_global_step or trainer.state.global_step), "measured"),
+            "training_steps": Metric(int(trainer.state.global_step), "counted"),
+            "training_tokens": Metric(clock.tokens, "counted"),
+            "training_time_s": Metric(clock.seconds, "measured"),
+            "training_tokens_per_s": Metric(clock.tokens / clock.seconds, "measured"),
+        }
+        for name in self.encoded.evaluations:
+            found = trainer.scored(name)
+            if name == trainer.first:
+                metrics["validation_loss"] = _metric(found["loss"])
+                metrics |= {score: _metric(found[score]) for score in self.task.scores}
+            metrics["score" if name == trainer.first else METRIC_OF[name]] = _metric(found["score"])
+        return metrics
+
+
+def _metric(value: float | None) -> Metric:
+    return Metric(value, "measured", absent="undefined: the predictions are constant" if value is None else None)
+
+
+def _with_validation(splits: Splits) -> Splits:
+    """The splits with `validation` first; where there is none, a tenth of the training rows becomes it."""
+    if "validation" in splits.evaluations:
+        return splits
+    parts = splits.train.train_test_split(test_size=HELD_OUT, seed=0)
+    held = f"validation: {len(parts['test']):,} rows held out of the training rows, as the task has no such split"
+    return replace(
+        splits,
+        train=parts["train"],
+        evaluations={"validation": parts["test"]} | splits.evaluations,
+        cuts=[*splits.cuts, held],
+    )
+
+
+def _tokenizer(cell: Cell) -> Any:
+    """The tokenizer of `training.tokenizer`, or the model's own, random weights or not. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    training = cell.training
+    assert training is not None
+    name, _ = split_name(cell.model)
+    source = training.tokenizer or tokenizer_of(name) or str(folder_of(name))
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        cure = "name a folder or a hub id by `training: {tokenizer: ...}`"
+        raise UserError(cell.label, f"no tokenizer can be loaded from {source!r} ({reason})", cure) from None
+
+
+@contextmanager
+def _cell_folder() -> Iterator[Path]:
+    """The cell's folder in its run; without a run, one that goes away."""
+    if named := os.environ.get(CELL_FOLDER):
+        folder = Path(named)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        return
+    with tempfile.TemporaryDirectory(prefix="meftbench-") as name:
+        yield Path(name)
+
+
+def _keep(applied: Applied, cell: Cell, folder: Path) -> None:
+    """The trained weights as `load_adapter` or, after full fine-tuning, `from_pretrained` reads them."""
+    try:
+        if cell.method == "full":
+            applied.model.save_pretrained(folder)  # type: ignore[operator]
+        else:
+            save_adapter(applied.model, folder)
+    except OSError as error:
+        raise UserError(str(folder), f"the best weights cannot be written ({error})", "make room") from None

@@ -1,0 +1,302 @@
+"""transformers.Trainer for a task: its loss, its score, and checkpoints of what is trained alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from meftbench.errors import UserError
+from meftbench.methods import Applied
+from meftbench.plan.cell import Cell
+from meftbench.plan.tasks import Task
+from meftbench.tasks.encode import Encoded
+from meftbench.tasks.scores import choose, scores_of
+
+WEIGHTS = "trained.safetensors"
+STATE = "trainer_state.json"
+EVALUATION_BATCH = 4  # times as many samples as in a training step: no gradients are held
+
+
+class StepClock(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Seconds and tokens of the training steps, evaluation and checkpoints left out; kept in checkpoints."""
+
+    def __init__(self, seconds: float = 0.0, tokens: int = 0) -> None:
+        self.seconds, self.tokens = seconds, tokens
+        self._begin = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"seconds": self.seconds, "tokens": self.tokens}, "attributes": {}}
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begin = _now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds += _now() - self._begin
+
+
+def _now() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class EvaluateAt(TrainerCallback):  # type: ignore[misc]
+    """Validation is scored, and a checkpoint written, after these steps."""
+
+    def __init__(self, steps: frozenset[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_evaluate = control.should_save = state.global_step in self.steps
+        return control
+
+
+class TaskTrainer(Trainer):  # type: ignore[misc]
+    """Trains `applied` on a task; validation chooses the checkpoint whose weights are left in the model.
+
+    folder: of checkpoints. An unfinished training that lies there is taken up by `train_or_resume`.
+    """
+
+    control: Any  # TrainerControl, which Trainer does not annotate
+
+    def __init__(self, cell: Cell, applied: Applied, task: Task, encoded: Encoded, folder: Path, cuda: bool) -> None:
+        training = cell.training
+        assert training is not None
+        self.cell, self.applied, self.task, self.encoded = cell, applied, task, encoded
+        self.first, *_ = encoded.evaluations
+        steps = total_steps(cell, len(encoded.train))
+        count = min(training.evaluations, steps)
+        when = frozenset(round(steps * number / count) for number in range(1, count + 1))
+        callbacks: list[TrainerCallback] = [StepClock(), EvaluateAt(when)]
+        if training.patience is not None:
+            callbacks.append(EarlyStoppingCallback(training.patience))
+        super().__init__(
+            model=applied.model,
+            args=_arguments(cell, folder, steps, cuda),
+            train_dataset=encoded.train,
+            eval_dataset=encoded.evaluations[self.first],
+            data_collator=self._collate,
+            callbacks=callbacks,
+        )
+        # A classifier's loss is a mean over samples: only of tokens must Trainer know how many a batch has.
+        self.model_accepts_loss_kwargs = self._answers
+
+    @property
+    def _answers(self) -> bool:
+        """Whether the head predicts the tokens of an answer."""
+        return self.task.kind == "choices" and "choice_mask" not in self._collate([self.encoded.train[0]])
+
+    @property
+    def clock(self) -> StepClock:
+        """Another after a resume: Trainer makes it anew from the checkpoint."""
+        return next(found for found in self.callback_handler.callbacks if isinstance(found, StepClock))
+
+    def train_or_resume(self) -> None:
+        """Train to the end, from the last whole checkpoint where there is one. Raises UserError: the disk is full."""
+        found = last_checkpoint(Path(self.args.output_dir))
+        with self.applied.ordinary() if self.cell.training.ordinary else nullcontext():  # type: ignore[union-attr]
+            self.train(resume_from_checkpoint=None if found is None else str(found))
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        full = self.cell.training.batches == "full"  # type: ignore[union-attr]
+        return self.encoded.collate(rows, pad_to=self.cell.sequence_length if full else None)
+
+    # --- loss ---
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **given: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        if model.training:
+            self.clock.tokens += tokens_of(inputs)
+        with self.applied.around_forward():
+            if "choice_mask" not in inputs:
+                return super().compute_loss(model, inputs, return_outputs, **given)  # type: ignore[no-any-return]
+            outputs = model(**{name: t for name, t in inputs.items() if name not in ("choice_mask", "labels")})
+            loss = F.cross_entropy(_masked(outputs.logits, inputs["choice_mask"]), inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    # --- score ---
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and scores of validation, as Trainer names them."""
+        found = self.scored(self.first)
+        metrics = {f"eval_{name}": value for name, value in found.items() if value is not None}
+        metrics.setdefault("eval_score", -1.0)  # undefined, as of constant predictions: the worst there is
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def scored(self, name: str) -> dict[str, float | None]:
+        """`loss`, `score` (the first of the task's scores) and each score of an evaluation; None: undefined."""
+        rows = self.encoded.evaluations[name]
+        self.model.eval()
+        size = self.cell.micro_batch_size * EVALUATION_BATCH
+        predictions, labels, losses, weights = [], [], [], []
+        for start in range(0, len(rows), size):
+            picked = [rows[index] for index in range(start, min(start + size, len(rows)))]
+            batch = self._prepare_inputs(self.encoded.collate(picked))
+            predicted, answer, loss, weight = self._predicted(batch)
+            predictions.append(predicted)
+            labels.append(answer)
+            losses.append(loss)
+            weights.append(weight)
+        found = scores_of(self.task, np.concatenate(predictions), np.concatenate(labels))
+        loss = float(np.average(losses, weights=weights))
+        return {"loss": loss, "score": found[self.task.scores[0]], **found}
+
+    def _predicted(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
+        """Predictions and labels of a batch (one a sample), its mean loss, and over how many that is one."""
+        if "answer_index" in batch:
+            return self._likeliest(batch)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "choice_mask"}
+        with torch.no_grad(), self.autocast_smart_context_manager():
+            outputs = self.model(**inputs)
+        logits, labels = outputs.logits.float(), batch["labels"]
+        if "choice_mask" in batch:
+            logits = _masked(logits, batch["choice_mask"])
+        if self.task.kind == "regression":
+            loss, predicted = F.mse_loss(logits.squeeze(-1), labels.float()), logits.squeeze(-1)
+        else:
+            loss, predicted = F.cross_entropy(logits, labels), logits.argmax(-1)
+        return predicted.cpu().numpy(), labels.cpu().numpy(), float(loss), len(labels)
+
+    def _likeliest(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
+        """Of every question the choice whose tokens are the likeliest after it; (B, C, L) tokens and labels."""
+        ids, labels, mask = batch["input_ids"], batch["labels"], batch["choice_mask"]
+        samples, choices, length = ids.shape
+        with torch.no_grad(), self.autocast_smart_context_manager():
+            flat = {"input_ids": ids.flatten(0, 1), "attention_mask": batch["attention_mask"].flatten(0, 1)}
+            logits = self.model(**flat).logits.float()
+        targets = labels.flatten(0, 1)[:, 1:]
+        taken = -F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+        likelihood = taken.view(samples, choices, length - 1).sum(-1)
+        tokens = (labels[:, :, 1:] != -100).sum(-1)
+        assert self.cell.training is not None
+        normalised = self.cell.training.length_normalised
+        answer = batch["answer_index"]
+        predicted = choose(*(t.cpu().numpy() for t in (likelihood, tokens, mask)), normalised=normalised)
+        right = answer[:, None]
+        weight = int(tokens.gather(1, right).sum())
+        loss = -float(likelihood.gather(1, right).sum()) / weight
+        return predicted, answer.cpu().numpy(), loss, weight
+
+    # --- checkpoints: what is trained, and no more ---
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().contiguous().clone() for name, p in self.applied.trained().items()}
+        save_file(tensors, folder / WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch.save says it by a RuntimeError, safetensors by one of its own.
+            if not isinstance(error, OSError) and not _said_by_the_disk(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is none
+            cure = "make room; `--resume --retry error` goes on from the last whole checkpoint"
+            raise UserError(str(folder), f"the checkpoint cannot be written ({error})", cure) from None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        kept = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in self.applied.trained().items():
+                parameter.copy_(kept[name])
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def total_steps(cell: Cell, rows: int) -> int:
+    """Optimizer steps of a training on so many rows; a last batch that is not full is a step."""
+    training = cell.training
+    assert training is not None
+    return training.max_steps or max(1, round(training.epochs * -(-rows // cell.batch_size)))
+
+
+def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArguments:
+    training = cell.training
+    assert training is not None
+    never = 10**9  # EvaluateAt says when; Trainer wants a period
+    return TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=cell.micro_batch_size,
+        gradient_accumulation_steps=cell.batch_size // cell.micro_batch_size,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=round(training.warmup_ratio * steps),
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_betas[0],
+        adam_beta2=training.adam_betas[1],
+        adam_epsilon=training.adam_epsilon,
+        max_grad_norm=training.clip or 0.0,
+        optim="adamw_torch" if cell.optimizer == "adamw" else cell.optimizer,
+        bf16=cell.precision == "bf16-autocast",
+        fp16=cell.precision == "fp16-autocast",
+        seed=cell.seed,
+        data_seed=cell.seed,
+        use_cpu=not cuda,
+        eval_strategy="steps",
+        eval_steps=never,
+        save_strategy="steps",
+        save_steps=never,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
+    )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end; those that were not are removed."""
+    whole = []
+    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        # Trainer writes its state last.
+        try:
+            json.loads((found / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(found)
+        else:
+            whole.append(found)
+    return whole[-1] if whole else None
+
+
+def tokens_of(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch that are not padding; of images: samples (their tokens are the backbone's business)."""
+    mask = inputs.get("attention_mask")
+    return len(inputs["labels"]) if mask is None else int(mask.sum())
+
+
+def _masked(logits: Tensor, choice_mask: Tensor) -> Tensor:
+    return logits.float().masked_fill(~choice_mask, float("-inf"))
+
+
+def _said_by_the_disk(error: Exception) -> bool:
+    return isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "No space left" in str(error)
