@@ -1,70 +1,245 @@
-"""`meftbench export`: one predicted cell for others to look at."""
+"""`meftbench export`: a run for trackers and tables, a predicted step for others to look at."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meftbench.cli.options import DEFAULT_PROFILE, Override, Quiet, Setting, a_cell, progress
+from meftbench.cli.options import (
+    DEFAULT_PROFILE,
+    Allocator,
+    Attention,
+    Head,
+    MicroBatchSize,
+    Optimizer,
+    Override,
+    Precision,
+    ProfileName,
+    Quiet,
+    Setting,
+    a_cell,
+    progress,
+)
+from meftbench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from meftbench.plan.cell import Cell
+    from meftbench.records.store import Run
 
 
 class Format(StrEnum):
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+    junit = "junit"
+    github_action_benchmark = "github-action-benchmark"
+    bmf = "bmf"
+    pytorch_v3 = "pytorch-v3"
     memory_viz = "memory_viz"
     timeline = "timeline"
 
 
+_PREDICTED = (Format.memory_viz, Format.timeline)
+_PANELS = 12  # more are not read
+_SHAPE = "--batch-size and --sequence-length"
+
+
 def export(
-    model: Annotated[str, typer.Argument(help="A name of `meftbench list models`, a hub id or a folder.")],
-    method: Annotated[str, typer.Argument(help="A name of `meftbench list methods`, with levers: lora+checkpoint.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")],
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens a sample.")],
-    format_: Annotated[
-        Format, typer.Option("--format", help="memory_viz: a snapshot for pytorch.org/memory_viz. timeline: a figure.")
-    ] = Format.memory_viz,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file; a timeline is FILE.png and FILE.svg.")
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run folder (it has a records.jsonl); any other is a model.")
+    ],
+    which: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CELL|METHOD", help="Of RUN: starts of cell_ids, or globs on labels. Of MODEL: its methods."
+        ),
     ] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Samples a forward; divides the batch.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 (the default), bf16, bf16-autocast ...")] = None,
-    attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
-    head: Annotated[str | None, typer.Option(help="classification, causal_lm ...")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw (the default) or sgd.")] = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="See above. Default: csv of RUN, memory_viz of MODEL.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file; text goes to stdout without. A figure is two."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="For trackers, of RUN: this metric; may be repeated.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Of MODEL: samples a step.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Of MODEL: tokens a sample.")] = None,
+    micro_batch_size: MicroBatchSize = None,
+    precision: Precision = None,
+    attention: Attention = None,
+    head: Head = None,
+    optimizer: Optimizer = None,
     config: Override = None,
     settings: Setting = None,
-    profile: Annotated[str, typer.Option(help="A name of `meftbench list profiles`, or a file.")] = DEFAULT_PROFILE,
-    allocator: Annotated[str, typer.Option(help="As PYTORCH_ALLOC_CONF: expandable_segments:True.")] = "",
+    profile: ProfileName = None,
+    allocator: Allocator = "",
     quiet: Quiet = False,
 ) -> None:
-    """Write the predicted memory of a few steps: as torch's memory snapshot, or drawn as live bytes by category.
+    """Write what others read, of a run or of cells that are only named.
 
-    The snapshot has every allocation since the model was built, and the allocator's segments at the end.
+    export RUN [CELL...] --format csv|json|parquet|junit: a row or a test case a cell.
+    export RUN [CELL...] --format github-action-benchmark|bmf|pytorch-v3: for trackers.
+    export RUN [CELL...] --format memory_viz|timeline: the cells, predicted again.
+    export MODEL METHOD... --batch-size N --sequence-length N: predicted, without a run.
+
+    RUN is a folder that has a records.jsonl; anything else is a MODEL, its folder too.
+    memory_viz is a snapshot for pytorch.org/memory_viz: every allocation of one cell since
+    its model was built. timeline is a figure: live bytes by category, a panel a cell.
     """
+    from meftbench.records.store import RECORDS
+
+    tell = progress(quiet)
+    shape = {"batch_size": batch_size, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
+    rest = {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer}
+    if (Path(what) / RECORDS).is_file():
+        for name, value in {**shape, **rest, "config": config, "set": settings}.items():
+            if value is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(option, f"{what} is a run, and its cells are as they are", f"leave {option} out")
+        loaded = _chosen(Path(what), which or [])
+        if format_ not in _PREDICTED:
+            _write_run(loaded, format_ or Format.csv, output, metric)
+        else:
+            named, cells, conf = _cells_again(loaded, profile)
+            _write_predicted(cells, named, allocator or conf, format_, output, tell)
+        return
+    if format_ not in (None, *_PREDICTED):
+        cure = "name a folder that `meftbench run` wrote, with its records.jsonl"
+        raise UserError(what, f"is no run, and --format {format_} is of a run", cure)
+    if not which:
+        cure = f"write `meftbench export MODEL METHOD` with {_SHAPE}, or name a folder that `meftbench run` wrote"
+        raise UserError(what, "is no run, and no METHOD is named", cure)
+    if batch_size is None or sequence_length is None:
+        raise UserError("export", f"{what} is no run, and the shape of the cell is not given", f"add {_SHAPE}")
+    chosen = profile or DEFAULT_PROFILE
+    cells = [a_cell("export", what, method, chosen, config, settings, **shape, **rest) for method in which]
+    _write_predicted(cells, chosen, allocator, format_ or Format.memory_viz, output, tell)
+
+
+# --- of a run ---
+
+
+def _chosen(folder: Path, which: list[str]) -> Run:
+    """The run with the cells that `which` names, all without. Raises UserError (exit 5): a name that matches none."""
+    from dataclasses import replace
+
+    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.report.detail import find_records
+
+    run = load_run(folder)
+    warn_if_torn(run)
+    if not which:
+        return run
+    wanted = {record.record_id for name in which for record in find_records(run, name)}
+    return replace(run, records=[record for record in run.records if record.record_id in wanted])
+
+
+def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str] | None) -> None:
+    from meftbench.records.metrics import METRICS
+    from meftbench.report import run_formats
+
+    for name in metric or []:
+        if name not in METRICS:
+            raise unknown("--metric", "metric", name, METRICS)
+    metrics = metric or run_formats.TRACKED
+    if format_ is Format.parquet:
+        file = output or Path(f"{run.path.resolve().name}.parquet")
+        table = run_formats.run_parquet(run)
+        _written(file, lambda: file.write_bytes(table))
+    elif format_ is Format.github_action_benchmark:
+        base = output or Path("benchmark.json")
+        for side, text in run_formats.github_action_benchmark(run, metrics).items():
+            part = base.with_name(f"{base.stem}-{side}{base.suffix or '.json'}")
+            _write_text(part, text)
+            print(f"  tool: custom{side.title()}IsBetter")
+    else:
+        whole, of_metrics = run_formats.WHOLE.get(format_), run_formats.OF_METRICS.get(format_)
+        text = whole(run) if whole else of_metrics(run, metrics) if of_metrics else ""
+        if output is None or str(output) == "-":
+            print(text)
+        else:
+            _write_text(output, text)
+
+
+def _write_text(file: Path, text: str) -> None:
+    _written(file, lambda: file.write_text(text + "\n", encoding="utf-8"))
+
+
+# --- predicted ---
+
+
+def _cells_again(run: Run, profile: str | None) -> tuple[str, list[Cell], str]:
+    """The profile, the run's cells on it, and the run's allocator. The profile is that of `--profile`, of the run's
+    predictions, of the device it was measured on, or the default. Raises UserError."""
+    from meftbench.plan.profiles import PREDICTED
+    from meftbench.verdicts import validation
+
+    devices = {str(record.cell.get("device")) for record in run.records}
+    if not profile and len(devices) == 1 and (only := devices.pop()) != "counted":
+        profile = only.removeprefix(PREDICTED) if only.startswith(PREDICTED) else validation.profile_of(run).name
+    chosen = profile or DEFAULT_PROFILE
+    protocol = validation.protocol_for(run)
+    if protocol.padding:
+        what = f"was taken with padding ({protocol.padding:g} of each sequence), which cannot be predicted"
+        raise UserError(str(run.path), what, "take it with `padding: 0`, or name MODEL METHOD")
+    cells = {cell.cell_id: cell for cell in (validation.predicted_cell(record, chosen) for record in run.records)}
+    return chosen, list(cells.values()), protocol.alloc_conf
+
+
+def _write_predicted(
+    cells: list[Cell], profile: str, allocator: str, format_: Format, output: Path | None, tell: Callable[[str], None]
+) -> None:
     from meftbench.report.timeline import timeline_picture
     from meftbench.runner.predictions import ask
 
-    values: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length}
-    values |= {"micro_batch_size": micro_batch_size}
-    values |= {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer}
-    cell = a_cell("export", model, method, profile, config, settings, **values)
-    request: dict[str, Any] = {"cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
+    most = 1 if format_ is Format.memory_viz else _PANELS
+    if not 1 <= len(cells) <= most:
+        what = f"{len(cells)} cells are named, and {format_} holds {'one' if most == 1 else f'1 to {most}'}"
+        raise UserError("export", what, "name fewer: the start of a cell_id, or a glob on labels")
+    request: dict[str, Any] = {"verb": "export", "cells": [cell.model_dump(mode="json") for cell in cells]}
+    request |= {"profile": profile, "allocator": allocator, "snapshot": None}
     if format_ is Format.memory_viz:
-        file = _writable(output or Path("snapshot.pickle"))
-        ask(request | {"verb": "export", "snapshot": str(file.absolute())}, progress(quiet))
+        file = _ready(output or Path("snapshot.pickle"))
+        ask(request | {"snapshot": str(file.absolute())}, tell)
         print(f"{file}: drop it on https://pytorch.org/memory_viz")
-    else:
-        file = _writable(output or Path("timeline"))
-        name = file.stem if file.suffix in (".png", ".svg") else file.name
-        answer = ask(request | {"verb": "export", "snapshot": None}, progress(quiet))
-        timeline_picture(answer, name).write(file.parent)
-        print(f"{file.with_name(name + '.png')} and {name}.svg: written")
+        return
+    file = _ready(output or Path("timeline"))
+    name = file.stem if file.suffix in (".png", ".svg") else file.name
+    picture = timeline_picture(ask(request, tell)["cells"], name)
+    try:
+        picture.write(file.parent)
+    except OSError as error:
+        raise _unwritable(file.parent, error) from None
+    print(f"{file.with_name(name + '.png')} and {name}.svg: written")
 
 
-def _writable(file: Path) -> Path:
+# --- files ---
+
+
+def _written(file: Path, write: Callable[[], object]) -> None:
+    """Write `file`, and say so. Raises UserError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        raise _unwritable(file, error) from None
+    print(f"{file}: written")
+
+
+def _ready(file: Path) -> Path:
     """`file`, its folder there before the work begins. Raises UserError."""
-    from meftbench.records.store import made
-
-    made(file.parent)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(file.parent, error) from None
     return file
+
+
+def _unwritable(file: Path, error: OSError) -> UserError:
+    return UserError(str(file), f"cannot be written ({error.strerror or error})", "choose another with -o/--output")

@@ -45,7 +45,7 @@ def fit(
     profile: ProfileName = None,
     methods: Annotated[str, typer.Option(metavar="METHOD,...", help="With levers.")] = METHODS,
     sequence_lengths: Annotated[
-        str | None, typer.Option(metavar="N,...", help="The largest batch at each.  [default: 512,2048]")
+        str | None, typer.Option(metavar="N,...", help="The largest batch at each. Default: 512,2048.")
     ] = None,
     batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="The longest sequence at each.")] = "1,8",
     precision: Precision = None,
@@ -53,7 +53,7 @@ def fit(
     head: Head = None,
     config: Override = None,
     allocator: Allocator = "",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Methods at a time.  [default: cores, at most 2]")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Methods at a time. Default: cores, at most 2.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown, PNG and SVG.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -36,7 +36,7 @@ Setting = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method: adapter_size=8.")
 ]
 ProfileName = Annotated[
-    str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file.  [default: {DEFAULT_PROFILE}]")
+    str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file. Default: {DEFAULT_PROFILE}.")
 ]
 Allocator = Annotated[str, typer.Option(help="As PYTORCH_ALLOC_CONF: expandable_segments:True.")]
 

@@ -64,6 +64,14 @@ class Protocol(BaseModel):
         """Hash of everything that changes what is measured; the time allowed and the repeats do not."""
         return digest(self.model_dump(mode="json", exclude={"timeout", "repeats", "on_oom"}))
 
+    @property
+    def alloc_conf(self) -> str:
+        """The allocator's setting as PYTORCH_ALLOC_CONF has it; "" is torch's default."""
+        if self.allocator == "expandable":
+            return "expandable_segments:True"
+        given = self.allocator.items() if isinstance(self.allocator, dict) else ()
+        return ",".join(f"{key}:{value}" for key, value in given)
+
     def repeats_on(self, device: str) -> int:
         """Fresh processes for a cell on `device`."""
         return self.repeats if self.repeats is not None else (3 if device == "cuda" else 1)

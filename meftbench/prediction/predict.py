@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meftbench.errors import CellFailure
+from meftbench.errors import CellFailure, UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.models import image_tokens, known_config
 from meftbench.plan.profiles import Profile, find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, replay
@@ -173,12 +174,20 @@ def predict(
 def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:
     """Metrics and observations of a cell whose device is `predicted:PROFILE`.
 
-    Raises CellFailure (oom) where the device's memory does not suffice, UserError as `predict` does.
+    The protocol's allocator and memory limit are those of the replay.
+    Raises CellFailure (oom) where the device's memory does not suffice, UserError as `predict` does, and where
+    sequences are to be padded: a trace has no mask, and with one other attention kernels run.
     """
     profile = find_profile(cell.device.partition(":")[2])
-    found = predict(cell, profile, warmup=max(1, protocol.warmup), steps=max(1, protocol.steps))
+    if protocol.padding and not image_tokens(known_config(cell.model, cell.model_config_overrides) or {}):
+        what = f"padding ({protocol.padding:g} of each sequence) cannot be predicted"
+        raise UserError(cell.label, what, "set `padding: 0` in the protocol, or measure it")
+    capacity = profile.memory_bytes - profile.context_bytes
+    if protocol.memory_limit is not None:
+        capacity = min(capacity, protocol.memory_limit)
+    settings = replace(AllocatorSettings.parse(protocol.alloc_conf), capacity=capacity)
+    found = predict(cell, profile, warmup=max(1, protocol.warmup), steps=max(1, protocol.steps), settings=settings)
     if (failed := found.replayed.oom) is not None:
-        capacity = profile.memory_bytes - profile.context_bytes
         raise CellFailure(
             "oom",
             type="predicted",

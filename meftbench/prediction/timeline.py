@@ -14,31 +14,41 @@ from meftbench.prediction.allocator import AllocatorSettings, Event, snapshot
 from meftbench.prediction.predict import predict
 from meftbench.probes.memory_counted import BLOCK, CATEGORIES
 
-POINTS = 2000  # more are not seen
+POINTS = 600  # more are not seen
 
 
 def export(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """request: `cell`; `profile`; `allocator`, as PYTORCH_ALLOC_CONF has it; `snapshot`, a file to write or None.
+    """request: `cells`; `profile`; `allocator`, as PYTORCH_ALLOC_CONF has it; `snapshot`, a file to write of the first
+    cell, or None.
 
-    The answer is the last step: `timeline` (see `timeline_of`), `label`, `method`, `device`, `peak_allocated_bytes`.
+    The answer is the last step of each of `cells`: `timeline` (see `timeline_of`), `label`, `method`, `device`,
+    `peak_allocated_bytes`.
     """
-    cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
-    settings = AllocatorSettings.parse(request["allocator"])
-    tell(f"predicting {cell.label} on {profile.device}")
-    found = predict(cell, profile, settings=settings)
-    if request["snapshot"]:
-        file = Path(request["snapshot"])
-        try:
-            file.write_bytes(pickle.dumps(snapshot(found.events, settings)))
-        except OSError as error:
-            raise UserError(str(file), f"cannot be written ({error.strerror})", "choose another --output") from None
-    return {
-        "label": cell.label,
-        "method": cell.method_label,
-        "device": profile.device,
-        "peak_allocated_bytes": found.measured[-1].peak.total,
-        "timeline": timeline_of(found.events, found.step_from),
-    }
+    profile, settings = find_profile(request["profile"]), AllocatorSettings.parse(request["allocator"])
+    answers: list[dict[str, Any]] = []
+    for cell in map(Cell.model_validate, request["cells"]):
+        tell(f"predicting {cell.label} on {profile.device}")
+        found = predict(cell, profile, settings=settings)
+        if request["snapshot"] and not answers:
+            _write(Path(request["snapshot"]), pickle.dumps(snapshot(found.events, settings)))
+        answers.append(
+            {
+                "label": cell.label,
+                "method": cell.method_label,
+                "device": profile.device,
+                "peak_allocated_bytes": found.measured[-1].peak.total,
+                "timeline": timeline_of(found.events, found.step_from),
+            }
+        )
+    return {"cells": answers}
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        cure = "choose another with -o/--output"
+        raise UserError(str(file), f"cannot be written ({error.strerror})", cure) from None
 
 
 def timeline_of(events: list[Event], step_from: int, points: int = POINTS) -> dict[str, Any]:

@@ -141,7 +141,11 @@ def picture(answer: dict[str, Any], kind: str) -> bytes:
             ax = figure.add_subplot(lines, columns, index + 1)
             plot_fit([row for row in answer["rows"] if (row["asked"], row["at"]) == (asked, at)], ax)
             ax.set_title(title(asked, at), loc="left")
-        figure.suptitle(f"{answer['model']}, {answer['precision']}: what fits, predicted", x=0.01, ha="left")
+        heading = f"What fits, predicted: {answer['model']}, {answer['precision']}, by the rules of {answer['device']}"
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        if any(row["at_limit"] for row in answer["rows"]):
+            note = "A ring: the model has no more positions, or more was not looked at."
+            figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
         figure.savefig(stream, format=kind, dpi=130, metadata=metadata)
     return stream.getvalue()
 
@@ -151,15 +155,20 @@ def plot_fit(rows: list[dict[str, Any]], ax: Axes) -> None:
 
     rows: of one question. A ring: the model has no more positions, or more was not looked at.
     """
-    for method in dict.fromkeys(row["method"] for row in rows):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    sizes = {method: [row["largest"] for row in rows if row["method"] == method] for method in methods}
+    for index, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method and row["largest"]]
+        # Those that are drawn later at the same places would hide this one: it is wider than they are.
+        hidden = sum(sizes[later] == sizes[method] for later in methods[index + 1 :])
         levers = method.partition("+")[2]
         xs, ys = [row["memory_bytes"] / 2**30 for row in mine], [row["largest"] for row in mine]
         label = method if mine else f"{method}: nothing fits"
-        ax.plot(xs, ys, _LINES.get(levers, "-"), color=colour(method), marker="o", markersize=4, label=label)
+        ax.plot(xs, ys, _LINES.get(levers, "-"), color=colour(method), marker="o", label=label,
+                linewidth=1.5 + 1.8 * hidden, markersize=4 + 1.8 * hidden)  # fmt: skip
         ends = [(x, y) for x, y, row in zip(xs, ys, mine, strict=True) if row["at_limit"]]
-        ax.plot([x for x, _ in ends], [y for _, y in ends], "o", color=colour(method), fillstyle="none", markersize=9,
-                label="_limit")  # fmt: skip
+        ax.plot([x for x, _ in ends], [y for _, y in ends], "o", color=colour(method), fillstyle="none",
+                markersize=9 + 1.8 * hidden, label="_limit")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="memory of the card (GiB)", ylabel=_UNIT[rows[0]["asked"]])
     places = sorted({row["memory_bytes"] / 2**30 for row in rows})
     ax.set_xticks(places, [f"{place:.3g}" for place in places])

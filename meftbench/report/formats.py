@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -123,36 +124,55 @@ def _signed(value: float, unit: str) -> str:
 
 def verdicts_junit(verdicts: Sequence[Verdict], suite: str) -> str:
     """JUnit XML: a test case for each verdict; over is a failure, a failed cell an error, a missing number skipped."""
-    root = ElementTree.Element("testsuite", name=_xml_text(suite), tests=str(len(verdicts)))
-    tally = {"failures": 0, "errors": 0, "skipped": 0}
+    cases = []
     for verdict in verdicts:
-        case = ElementTree.SubElement(
-            root,
-            "testcase",
-            classname=_xml_text(suite),
-            name=_xml_text(f"{verdict.label}::{verdict.metric}"),
-            time=f"{verdict.wall_s:.3f}",
-            file=_xml_text(str(verdict.file)),
-            line=str(verdict.line),
-        )
-        properties = ElementTree.SubElement(case, "properties")
-        for name in ("value", "bound", "headroom", "source"):
-            if (value := getattr(verdict, name)) is not None:
-                ElementTree.SubElement(properties, "property", name=f"{name}", value=str(value))
-        ElementTree.SubElement(properties, "property", name="unit", value=verdict.unit)
-        tag = _junit_tag(verdict)
-        if tag:
-            ElementTree.SubElement(case, tag, message=_xml_text(verdict.text()), type=verdict.state)
-            tally[{"failure": "failures", "error": "errors", "skipped": "skipped"}[tag]] += 1
-    root.attrib.update({name: str(count) for name, count in tally.items()})
-    ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode")
+        told = {name: str(value) for name in _TOLD if (value := getattr(verdict, name)) is not None}
+        name = f"{verdict.label}::{verdict.metric}"
+        place = {"file": str(verdict.file), "line": str(verdict.line)}
+        message = verdict.text()
+        cases.append(Case(name, verdict.wall_s, told, _junit_tag(verdict), message, verdict.state, place))
+    return junit(suite, cases)
+
+
+_TOLD = ("value", "bound", "headroom", "source", "unit")
 
 
 def _junit_tag(verdict: Verdict) -> str | None:
     if verdict.fails:
         return "failure" if verdict.state in ("over", "oom") else "error"
     return "skipped" if verdict.state in ("waived", "elsewhere", "unmatched", "missing") else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A test case of JUnit. tag: "failure", "error", "skipped"; None: passed.  place: `file` and `line`, if any."""
+
+    name: str
+    seconds: float
+    properties: dict[str, str]
+    tag: str | None
+    message: str
+    kind: str
+    place: dict[str, str] = field(default_factory=dict)
+
+
+def junit(suite: str, cases: Sequence[Case]) -> str:
+    """The cases as JUnit XML, with their tally."""
+    root = ElementTree.Element("testsuite", name=_xml_text(suite), tests=str(len(cases)))
+    tally = {"failure": 0, "error": 0, "skipped": 0}
+    for case in cases:
+        where = {key: _xml_text(value) for key, value in case.place.items()}
+        given = {"classname": _xml_text(suite), "name": _xml_text(case.name), "time": f"{case.seconds:.3f}"} | where
+        element = ElementTree.SubElement(root, "testcase", given)
+        properties = ElementTree.SubElement(element, "properties")
+        for name, value in case.properties.items():
+            ElementTree.SubElement(properties, "property", name=name, value=_xml_text(value))
+        if case.tag:
+            ElementTree.SubElement(element, case.tag, message=_xml_text(case.message), type=case.kind)
+            tally[case.tag] += 1
+    root.attrib.update(failures=str(tally["failure"]), errors=str(tally["error"]), skipped=str(tally["skipped"]))
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode")
 
 
 def _xml_text(text: str) -> str:

@@ -227,11 +227,16 @@ def sources(frame: DataFrame, metric: str) -> list[str]:
 
 
 def write_csv(frame: DataFrame, file: Path) -> None:
+    """`as_csv`, as a file. Raises UserError where it cannot be written."""
+    write_whole(file, as_csv(frame))
+
+
+def as_csv(frame: DataFrame) -> str:
     """The table as CSV: a unit in each metric's heading, its source beside it."""
     headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
     # A nan that was measured is a finding; an empty field is a number that was not taken.
     table = frame.map(lambda value: "NaN" if value != value else value).rename(columns=headings)
-    write_whole(file, table.to_csv(index=False))
+    return str(table.to_csv(index=False))
 
 
 def methods_in_order(frame: DataFrame) -> list[str]:

@@ -92,10 +92,8 @@ def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str,
         for name, value in inherited.items()
         if name not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     }
-    if protocol.allocator == "expandable":
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    elif isinstance(protocol.allocator, dict):
-        environment["PYTORCH_ALLOC_CONF"] = ",".join(f"{key}:{value}" for key, value in protocol.allocator.items())
+    if protocol.alloc_conf:
+        environment["PYTORCH_ALLOC_CONF"] = protocol.alloc_conf
     return environment | {
         "OMP_NUM_THREADS": str(threads),
         # numpy's BLAS would start its threads on import, and a process with threads should not fork.

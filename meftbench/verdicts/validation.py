@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pydantic import ValidationError
+
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
-from meftbench.plan.profiles import PROFILES, Profile, find_profile
+from meftbench.plan.profiles import PREDICTED, PROFILES, Profile, find_profile
+from meftbench.plan.protocol import Protocol
 from meftbench.records.record import Record
-from meftbench.records.store import Run
+from meftbench.records.store import Run, write_whole
+from meftbench.verdicts.outcome import collect
 
 METRICS = ("peak_allocated_bytes", "activation_peak_bytes", "peak_reserved_bytes")
+FILE = "validation.json"
 AXES = ("method", "precision", "attention")
 
 
@@ -51,6 +58,15 @@ class Spread:
     signed: float
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What holding a run against predictions gave. missing: a line for each cell without a prediction, and why."""
+
+    profile: str
+    errors: list[Error]
+    missing: list[str]
+
+
 def measured_records(run: Run) -> list[Record]:
     """The finished cells of `run` in which a GPU measured memory. Raises UserError (exit 5): there are none."""
     found = [record for record in run.records if record.status == "ok" and any(_measured(record, m) for m in METRICS)]
@@ -58,6 +74,18 @@ def measured_records(run: Run) -> list[Record]:
         what = f"has no cell with measured {', '.join(METRICS)}"
         raise UserError(str(run.path), what, "name a run taken with --device cuda", NOTHING_MATCHED)
     return found
+
+
+def protocol_for(run: Run) -> Protocol:
+    """How to predict what `run` measured: one step, and of the run's protocol what changes memory (allocator, memory
+    limit, padding). Raises UserError: its protocol is damaged."""
+    given = run.suite.get("protocol") or {}
+    kept = {name: given[name] for name in ("allocator", "memory_limit", "padding") if name in given}
+    try:
+        return Protocol(**kept, warmup=1, steps=1, repeats=1, passes=("memory",), on_oom="record")
+    except ValidationError as error:
+        what = f"has a damaged protocol ({error.errors()[0]['msg']})"
+        raise UserError(str(run.path), what, "run the suite again") from None
 
 
 def profile_of(run: Run) -> Profile:
@@ -84,15 +112,18 @@ def predicted_cell(record: Record, profile: str) -> Cell:
 
 
 def errors(measured: Iterable[Record], predicted: Mapping[str, Record], profile: str) -> list[Error]:
-    """Every number that both have. predicted: by cell_id, on the device of `profile`."""
+    """Every number that both have, one a cell: of several repeats the median. predicted: by cell_id, on `profile`."""
     found = []
-    for record in measured:
+    for outcome in collect(measured):
+        record = outcome.records[-1]
         other = predicted.get(predicted_cell(record, profile).cell_id)
         for metric in METRICS:
-            before, after = _measured(record, metric), other.value(metric) if other else None
-            if before and isinstance(after, int):
+            taken = [value for one in outcome.records if (value := _measured(one, metric))]
+            after = other.value(metric) if other else None
+            if taken and isinstance(after, int):
                 attention = str(record.cell.get("attention_used") or record.cell["attention_requested"])
                 precision = str(record.cell["precision"])
+                before = round(median(taken))
                 found.append(Error(record.label, record.method_label, precision, attention, metric, before, after))
     return found
 
@@ -121,8 +152,9 @@ def spreads(found: list[Error]) -> list[Spread]:
     return result
 
 
-def text(found: list[Error], missing: list[str]) -> str:
+def text(validation: Validation) -> str:
     """A table of the spreads, the worst cell of each metric, and the cells without a prediction."""
+    found = validation.errors
     rows = spreads(found)
     width = max(len(row.name) for row in rows)
     lines = []
@@ -134,16 +166,45 @@ def text(found: list[Error], missing: list[str]) -> str:
             kind = f"{'' if row.axis == 'all' else row.axis:<9} {row.name:<{width}}"
             lines.append(f"  {kind} {row.count:>5} {row.median:>7.2%} {row.worst:>7.2%} {row.signed:>+7.2%}")
         lines.append(f"  worst: {worst.label}: {worst.measured:,} measured, {worst.predicted:,} predicted bytes")
-    return "\n".join(lines + [f"not predicted: {line}" for line in missing])
+    return "\n".join(lines + [f"not predicted: {line}" for line in validation.missing])
 
 
-def as_json(found: list[Error], missing: list[str], profile: str) -> dict[str, Any]:
+def as_json(validation: Validation) -> dict[str, Any]:
     return {
-        "profile": profile,
-        "spreads": [vars(row) for row in spreads(found)],
-        "errors": [vars(error) | {"share": error.share} for error in found],
-        "not_predicted": missing,
+        "profile": validation.profile,
+        "spreads": [vars(row) for row in spreads(validation.errors)],
+        "errors": [vars(error) | {"share": error.share} for error in validation.errors],
+        "not_predicted": validation.missing,
     }
+
+
+def save(run: Run, validation: Validation) -> Path:
+    """Write FILE into the run's folder. Raises UserError where that cannot be."""
+    file = run.path / FILE
+    write_whole(file, json.dumps(as_json(validation), indent=1, ensure_ascii=False) + "\n")
+    return file
+
+
+def saved(run: Run) -> Validation | None:
+    """What `save` wrote; None where nothing did. Raises UserError: the file is damaged."""
+    file = run.path / FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        known = Error.__dataclass_fields__
+        rows = [Error(**{key: value for key, value in row.items() if key in known}) for row in content["errors"]]
+        return Validation(str(content["profile"]), rows, [str(line) for line in content["not_predicted"]])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(str(file), f"is damaged ({error})", "write it again with `meftbench validate --save`") from None
+
+
+def unverified(run: Run) -> list[str]:
+    """The devices that predictions of `run` are for and that nobody has held against one, as their profiles name them;
+    a profile that is not there any more counts as unverified."""
+    devices = {str(record.cell.get("device")) for record in run.records}
+    names = sorted(name.removeprefix(PREDICTED) for name in devices if name.startswith(PREDICTED))
+    return [name for name in names if not (name in PROFILES and PROFILES[name].verified)]
 
 
 def _spread(metric: str, axis: str, name: str, group: list[Error]) -> Spread:

@@ -101,3 +101,14 @@ def test_the_plot_draws_sizes_against_gibibytes_and_rings_the_limits():
     assert [[80]] == [
         list(ln.get_xdata()) for ln in ax.get_lines() if ln.get_label() == "_limit" and len(ln.get_xdata())
     ]
+
+
+def test_lines_at_the_same_places_are_all_seen():
+    """The one that is drawn first is the widest."""
+    same = [an_entry(method, sequence_length=[512, 2048]) for method in ("full", "lora", "meft1")]
+    ax = Figure().add_subplot()
+
+    plot_fit(as_answer(ABOUT, [*same, an_entry("meft3", sequence_length=[511, 2048])])["rows"], ax)
+
+    widths = [line.get_linewidth() for line in ax.get_lines() if not line.get_label().startswith("_")]
+    assert widths[0] > widths[1] > widths[2] == widths[3]

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from builders import a_record, a_run, measured
+from meftbench.errors import UserError
 from meftbench.plan.profiles import find_profile
 from meftbench.runner import process, run_suite
-from meftbench.verdicts.validation import METRICS, errors, predicted_cell, spreads
+from meftbench.verdicts.validation import METRICS, Validation, errors, predicted_cell, save, saved, spreads, unverified
 from sweeps import a_suite
 
 REAL_WORKER = process.WORKER
@@ -61,6 +62,55 @@ def test_what_was_measured_as_a_factor_of_the_prediction_is_that_far_off(tmp_pat
     assert all(row["worst"] == pytest.approx(1 - 1 / 1.1, abs=1e-5) for row in found["spreads"])
     assert 2 * len(METRICS) == len(found["errors"])
     assert {"lora", "meft1"} == {row["name"] for row in found["spreads"] if row["axis"] == "method"}
+
+
+def test_the_protocol_of_the_run_is_the_predictions(tmp_path, predicting, cli):
+    """Expandable segments reserve less than torch's default; padding cannot be predicted, and is refused by name."""
+    cell = a_measured(10**8)
+    shares = {}
+    for name, protocol in (("default", {}), ("expandable", {"allocator": "expandable"})):
+        a_run(tmp_path / name, cell, environment=T4, protocol={"warmup": 2, "steps": 5} | protocol)
+        found = json.loads(cli("validate", tmp_path / name, "--json", "-q")[1])
+        shares[name] = {row["metric"]: row["predicted"] for row in found["errors"]}
+
+    assert shares["default"]["peak_allocated_bytes"] == shares["expandable"]["peak_allocated_bytes"]
+    assert shares["default"]["peak_reserved_bytes"] != shares["expandable"]["peak_reserved_bytes"]
+
+    a_run(tmp_path / "padded", cell, environment=T4, protocol={"padding": 0.25})
+
+    code, out, err = cli("validate", tmp_path / "padded", "-q")
+
+    assert (5, "", 1) == (code, out, len(err.splitlines()))
+    assert "padding (0.25 of each sequence) cannot be predicted" in err
+
+
+def test_repeats_are_one_cell_by_their_median():
+    records = [a_measured(peak, repeat=repeat) for repeat, peak in enumerate((900, 1000, 5000))]
+
+    found = errors(records, predicted_of(records[0], 1010), "t4")
+
+    assert [(1000, 1010)] * len(METRICS) == [(error.measured, error.predicted) for error in found]
+
+
+def test_it_is_kept_in_the_run_where_the_report_finds_it(tmp_path):
+    """What is saved comes back; a run without is None; a damaged file is one line."""
+    record = a_measured(1000)
+    run = a_run(tmp_path / "run", record, environment=T4)
+    found = Validation("t4", errors([record], predicted_of(record, 990), "t4"), ["m/full/b1/s1: error: no"])
+
+    assert saved(run) is None
+    save(run, found)
+    assert found == saved(run)
+
+    (run.path / "validation.json").write_text("{}")
+    with pytest.raises(UserError, match=r"validation\.json: is damaged"):
+        saved(run)
+
+
+def test_a_device_that_nobody_has_held_a_prediction_against_is_named(tmp_path):
+    run = a_run(tmp_path / "run", a_record(device="predicted:t4"), a_record(device="counted"))
+
+    assert ["t4"] == unverified(run)
 
 
 def test_the_spread_has_the_median_the_worst_and_the_sign():
