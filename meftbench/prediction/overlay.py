@@ -1,6 +1,10 @@
 """CUDA's semantics for a step that is traced with fake CPU tensors: what its kernels save, and work in, by rule.
 
 Every rule names what it was read from; torch 2.6 to 2.13. A rule changes what is allocated, never a shape.
+
+Without a rule, since the measured step (step.py) has none of it: gradient clipping. GradScaler is left out: of
+fp16-autocast it keeps a scale and a count of steps, and per step a flag, some blocks of 512 bytes; gradients are
+unscaled in place, at `optimizer.step()`.
 Shape suffixes: B samples, H heads, Q and K positions of queries and keys, E size of a head.
 """
 
@@ -109,9 +113,18 @@ class _Attention:
         if torch.is_autocast_enabled("cpu"):  # attention is on CUDA's list of lower precision
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        grouped = query.shape[1] != key.shape[1]
         kernel = attention_kernel(
-            query.dtype, query.shape[-1], attn_mask is not None, query.shape[1] != key.shape[1], self.capability
+            query.dtype, query.shape[-1], attn_mask is not None, grouped, self.capability, dropout_p
         )
+        if kernel == "cudnn":
+            bias = attn_mask
+            if bias is not None and bias.dtype == torch.bool:
+                bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(bias, 0.0)
+            keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+            return torch.ops.aten._scaled_dot_product_cudnn_attention(  # type: ignore[no-any-return]
+                query, key, value, bias, keep, dropout_p, is_causal, scale=scale
+            )[0]
         if kernel == "flash":
             size = query.shape[-1]
             if size % 8:  # it takes heads of multiples of 8, padded before
@@ -134,11 +147,26 @@ class _Attention:
 
 
 def attention_kernel(
-    dtype: torch.dtype, head_size: int, masked: bool, grouped: bool, capability: tuple[int, ...]
+    dtype: torch.dtype, head_size: int, masked: bool, grouped: bool, capability: tuple[int, ...], dropout_p: float = 0.0
 ) -> str:
-    """flash: half precision, no mask, heads of at most 256, from Ampere on. efficient: a mask, float32 or older
-    devices; keys as many as queries; rows of whole 16 bytes. math: otherwise. (cuDNN's kernel is not chosen by default
-    on devices below Hopper, and saves what flash saves.)"""
+    """cudnn: half precision, heads of at most 128 in whole 16 bytes, dropout in sixteenths, on Hopper and on Blackwell
+    for data centres (compute capability 9 and 10), a mask or not. flash: half precision, no mask, heads of at most 256,
+    from Ampere on. efficient: a mask, float32 or older devices; keys as many as queries; rows of whole 16 bytes.
+    math: otherwise.
+
+    cuDNN comes first in torch 2.13 with a cuDNN above 9.15, which its wheels for CUDA 13 bring and those for 12 do not;
+    torch 2.9.1, and TORCH_CUDNN_SDPA_DEPRIORITIZED, have flash first. Both save the same: the output, a float32
+    a query and head. Source: sdp_utils.cpp, check_prefer_cudnn_attention, can_use_cudnn_attention, check_cudnn_dropout;
+    github.com/pytorch/pytorch pull request 138522 made it opt-in in 2.5.1.
+    """
+    if (
+        dtype in _HALF
+        and capability[0] in (9, 10)
+        and head_size <= 128
+        and head_size % 8 == 0
+        and (dropout_p * 16).is_integer()
+    ):
+        return "cudnn"
     if dtype in _HALF and not masked and head_size <= 256 and capability >= (8, 0):
         return "flash"
     aligned = head_size % (4 if dtype == torch.float32 else 8) == 0
@@ -181,6 +209,8 @@ def scratch_bytes(name: str, args: tuple[Any, ...]) -> list[int]:
     """Bytes a CUDA kernel allocates for itself while it runs, beside what the operator `name` returns."""
     if name.startswith("_scaled_dot_product_flash_attention_backward"):
         return _flash_backward(args)
+    if name.startswith("_scaled_dot_product_cudnn_attention_backward"):
+        return _cudnn_backward(args)
     if name.startswith("_scaled_dot_product_efficient_attention_backward"):
         return _efficient_backward(args)
     if name.startswith("embedding_dense_backward"):
@@ -199,6 +229,14 @@ def _flash_backward(args: tuple[Any, ...]) -> list[int]:
     if heads != key.shape[1]:
         found += [batch * key.shape[2] * heads * size * query.dtype.itemsize] * 2
     return found
+
+
+def _cudnn_backward(args: tuple[Any, ...]) -> list[int]:
+    """cudnn/MHA.cpp, run_cudnn_SDP_bprop: what the library asks for, which no source tells. Taken for flash's, without
+    dk and dv a head of queries: dq in float32 and a float32 a query. Nobody has measured it."""
+    query = args[1]
+    batch, heads, length, size = query.shape
+    return [batch * heads * length * size * 4, batch * heads * length * 4]
 
 
 def _efficient_backward(args: tuple[Any, ...]) -> list[int]:

@@ -36,21 +36,27 @@ def saved_bytes(function, *inputs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size", "masked", "grouped", "capability", "expected"),
+    ("dtype", "size", "masked", "grouped", "capability", "dropout", "expected"),
     [
-        (torch.bfloat16, 64, False, False, (8, 0), "flash"),
-        (torch.bfloat16, 64, False, True, (8, 0), "flash"),  # grouped queries are flash's own
-        (torch.bfloat16, 64, True, False, (8, 0), "efficient"),  # flash takes no mask
-        (torch.float16, 64, False, False, (7, 5), "efficient"),  # flash begins with Ampere
-        (torch.float32, 64, False, False, (9, 0), "efficient"),
-        (torch.float32, 64, False, True, (9, 0), "math"),
-        (torch.float32, 66, False, False, (8, 0), "math"),  # rows of whole 16 bytes
-        (torch.float64, 64, False, False, (9, 0), "math"),
+        (torch.bfloat16, 64, False, False, (8, 0), 0.0, "flash"),
+        (torch.bfloat16, 64, False, True, (8, 0), 0.0, "flash"),  # grouped queries are flash's own
+        (torch.bfloat16, 64, True, False, (8, 0), 0.0, "efficient"),  # flash takes no mask
+        (torch.float16, 64, False, False, (7, 5), 0.0, "efficient"),  # flash begins with Ampere
+        (torch.float32, 64, False, False, (9, 0), 0.0, "efficient"),
+        (torch.float32, 64, False, True, (9, 0), 0.0, "math"),
+        (torch.float32, 66, False, False, (8, 0), 0.0, "math"),  # rows of whole 16 bytes
+        (torch.bfloat16, 64, False, False, (9, 0), 0.0, "cudnn"),  # Hopper prefers cuDNN
+        (torch.bfloat16, 128, True, True, (10, 0), 0.0, "cudnn"),  # which takes a mask, and grouped queries
+        (torch.bfloat16, 64, False, False, (9, 0), 0.1, "flash"),  # but dropout in sixteenths alone
+        (torch.bfloat16, 64, False, False, (9, 0), 0.125, "cudnn"),
+        (torch.bfloat16, 256, False, False, (9, 0), 0.0, "flash"),  # and no such heads backward
+        (torch.bfloat16, 64, False, False, (12, 0), 0.0, "flash"),  # Blackwell for desktops
+        (torch.float64, 64, False, False, (9, 0), 0.0, "math"),
     ],
 )
-def test_the_kernel_that_attention_takes(dtype, size, masked, grouped, capability, expected):
-    """By dtype, head size, mask, grouped queries and compute capability."""
-    assert expected == attention_kernel(dtype, size, masked, grouped, capability)
+def test_the_kernel_that_attention_takes(dtype, size, masked, grouped, capability, dropout, expected):
+    """By dtype, head size, mask, grouped queries, compute capability and dropout."""
+    assert expected == attention_kernel(dtype, size, masked, grouped, capability, dropout)
 
 
 def test_dropout_keeps_a_byte_an_element():
@@ -67,6 +73,25 @@ def test_attention_keeps_its_output_and_a_statistic():
         q, k, v = (torch.empty(2, 3, 128, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         kept, _ = saved_bytes(lambda *t: F.scaled_dot_product_attention(*t, dropout_p=0.1), q, k, v)
     assert 2 * 3 * 128 * 64 * 2 + 2 * 3 * 128 * 4 <= kept <= 2 * 3 * 128 * 64 * 2 + 2 * 3 * 128 * 4 + 64
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_cudnns_attention_keeps_what_flash_keeps(on_meta):
+    """Out and logsumexp, whether keys are as many as queries or shared; backward gives gradients of their shapes."""
+    from contextlib import nullcontext
+
+    device = "meta" if on_meta else "cpu"
+    with nullcontext() if on_meta else FakeTensorMode(), cuda_semantics(find_profile("h200")):
+        q = torch.empty(2, 4, 128, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        k, v = (torch.empty(2, 2, 128, 64, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(2))
+        kept, out = saved_bytes(lambda *t: F.scaled_dot_product_attention(*t, enable_gqa=True, is_causal=True), q, k, v)
+        found = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+
+    expected = 2 * 4 * 128 * 64 * 2 + 2 * 4 * 128 * 4
+    assert expected <= kept <= expected + 64
+    assert [tuple(t.shape) for t in (q, k, v)] == [tuple(t.shape) for t in found]
+    backward = "_scaled_dot_product_cudnn_attention_backward.default"
+    assert [2 * 4 * 128 * 64 * 4, 2 * 4 * 128 * 4] == scratch_bytes(backward, (None, q, k))
 
 
 def test_attention_by_products_keeps_scores_and_mask():
