@@ -27,9 +27,11 @@ from meftbench.report.tables import (
     sources,
     write_csv,
 )
+from meftbench.report.validation import validation_pictures
 from meftbench.units import MiB
 from meftbench.verdicts.environment import checkout, machine
 from meftbench.verdicts.outcome import outcomes
+from meftbench.verdicts.validation import saved, text, unverified
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -55,7 +57,7 @@ def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if "html" in kinds:
-            drawn = pictures(frame)
+            drawn = [*pictures(frame), *validation_pictures(runs, run_names(runs))]
             (folder / PLOTS).mkdir(exist_ok=True)
             for picture in drawn:
                 picture.write(folder / PLOTS)
@@ -92,6 +94,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         differing=_differing(untrained(frame)),
         pictures=[{"name": p.name, "title": p.title, "alt": p.alt, "svg": Markup(p.inline())} for p in drawn],
         quality=quality_tables(results(frame)),
+        validations=_validations(runs, names),
         rows=table_rows(untrained(frame)),
         several_models=frame["model"].nunique() > 1 if len(frame) else False,
         several_runs=len(runs) > 1,
@@ -174,7 +177,11 @@ def anchor(run: str, cell_id: str) -> str:
 def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     """The tables as Markdown, with where they come from above them."""
     heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
-    said = "\n".join(f"- {h['name']}: {h['machine']}, {h['date']}, {h['checkout']}; {h['cells']}" for h in heads)
+    said = "\n".join(
+        f"- {h['name']}: {h['machine']}, {h['date']}, {h['checkout']}; {h['cells']}"
+        + (f"; predicted for {h['unverified']}: not validated on this device" if h["unverified"] else "")
+        for h in heads
+    )
     parts = [said, *(_quality_markdown(table) for table in quality_tables(results(frame)))]
     steps = untrained(frame)
     if len(steps) or len(parts) == 1:
@@ -213,6 +220,7 @@ def _headline(name: str, run: Run) -> dict[str, str]:
         "cells": ending(run) if run.records else "no cell has finished",
         "description": str(run.suite.get("description") or ""),
         "path": str(run.path),
+        "unverified": ", ".join(unverified(run)),
         "protocol": ", ".join(_said(run.suite.get("protocol") or {})),
     }
 
@@ -224,6 +232,12 @@ def _said(protocol: dict[str, Any]) -> list[str]:
         for key, value in protocol.items()
         if value is not None
     ]
+
+
+def _validations(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str]]:
+    """(name of the run, what `meftbench validate` printed), of those that have it."""
+    found = ((name, saved(run)) for name, run in zip(names, runs, strict=True))
+    return [(f"{name}, by the rules of {kept.profile}", text(kept)) for name, kept in found if kept and kept.errors]
 
 
 def _occurring(frame: DataFrame) -> set[str]:
