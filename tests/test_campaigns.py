@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from meftbench.plan.suite import load_suite
 from meftbench.records.store import load_run
 
 CAMPAIGNS = Path(__file__).resolve().parents[1] / "reports" / "campaigns"
@@ -198,3 +199,56 @@ def test_decoders_in_miniature(tmp_path, capsys, monkeypatch):
     if not torch.cuda.is_available():
         assert 4 == script["main"]([str(tmp_path)])
         assert "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_prediction_in_miniature(tmp_path, capsys):
+    """A run that was measured elsewhere: twice what is predicted is over the limits, the very number is within."""
+    from dataclasses import replace
+
+    from builders import a_run, measured
+    from meftbench.plan.cell import Cell
+    from meftbench.runner import run_suite
+    from sweeps import a_suite
+
+    tiny = {"model": "bert-tiny@random", "batch_size": 2, "sequence_length": 16, "device": "predicted:t4"}
+    cells = [Cell.of(method, **tiny) for method in ("lora", "meft1")]
+    run = run_suite(a_suite(*cells, passes=("memory",), warmup=1, steps=1), tmp_path / "predicted")
+    device = {"gpus": {"devices": [{"name": "Tesla T4"}]}}
+    campaign = main_of("prediction")
+    for factor, code in ((1, 0), (2, 1)):
+        records = [
+            replace(
+                record,
+                cell=record.cell | {"device": "cuda"},
+                metrics={
+                    name: measured(factor * record.metrics[name].value)
+                    for name in ("peak_allocated_bytes", "peak_reserved_bytes")
+                },
+            )
+            for record in run.records
+        ]
+        a_run(tmp_path / f"measured{factor}", *records, environment=device)
+        out = tmp_path / f"out{factor}"
+
+        assert code == campaign([str(out), "--measured", str(tmp_path / f"measured{factor}")])
+
+        table = pd.read_csv(out / "errors.csv")
+        assert [1 / factor - 1] * 4 == pytest.approx(list(table.error))
+        assert "predicted-against-measured" in (out / "report.html").read_text()
+        assert 2 == len(load_run(out).records)
+        assert (out / "plots" / "predicted-against-measured.png").is_file()
+    printed = capsys.readouterr().out
+    assert "- all limits are held" in printed
+    assert "- peak_allocated_bytes: worst 50.00% is over 3%" in printed
+
+
+def test_prediction_without_a_gpu_says_so(tmp_path, capsys, monkeypatch):
+    """What it would measure are a hundred cells at least, none twice."""
+    cells = load_suite("sweep-prediction").cells
+    assert 100 <= len({cell.cell_id for cell in cells}) == len(cells)
+    monkeypatch.setattr("pynvml.nvmlInit", _no_driver)
+
+    assert 4 == main_of("prediction")([str(tmp_path / "out")])
+
+    assert not (tmp_path / "out").exists()
+    assert 1 == len(capsys.readouterr().err.strip().splitlines())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,7 @@ from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.profiles import PREDICTED, PROFILES, Profile, find_profile
 from meftbench.plan.protocol import Protocol
+from meftbench.plan.suite import Suite
 from meftbench.records.record import Record
 from meftbench.records.store import Run, write_whole
 from meftbench.verdicts.outcome import collect
@@ -109,6 +111,27 @@ def predicted_cell(record: Record, profile: str) -> Cell:
     said = {name: value for name, value in record.cell.items() if name in Cell.model_fields}
     said |= {"model_config_overrides": record.cell.get("model_config") or {}, "device": f"predicted:{profile}"}
     return Cell.model_validate(said)
+
+
+def validate(
+    run: Run, profile: str, tell: Callable[[str], None] = lambda line: None, most: int | None = None
+) -> Validation:
+    """Predicts the cells that `run` measured, one after the other in processes of their own, and holds them against it.
+
+    most: cells, evenly spread over the run; None: all.  tell: is given a line of progress.
+    Raises UserError: nothing was measured (exit 5), or the run's protocol is damaged.
+    """
+    from meftbench.runner import run_suite
+
+    measured = measured_records(run)
+    again = {record.cell_id: predicted_cell(record, profile) for record in measured}
+    kept = list(again)[:: max(1, -(-len(again) // most))] if most else list(again)
+    measured = [record for record in measured if record.cell_id in kept]
+    tell(f"predicting {len(kept)} cell{'s' * (len(kept) != 1)} on {profile}")
+    with tempfile.TemporaryDirectory() as folder:
+        suite = Suite("validate", "", protocol_for(run), tuple(again[cell_id] for cell_id in kept), None)
+        predicted = {record.cell_id: record for record in run_suite(suite, Path(folder) / "run").records}
+    return Validation(profile, errors(measured, predicted, profile), without(measured, predicted, profile))
 
 
 def errors(measured: Iterable[Record], predicted: Mapping[str, Record], profile: str) -> list[Error]:
