@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -43,8 +44,25 @@ _VERBS: dict[str, Callable[..., None]] = {
     "list": listing.list_,
     "doctor": doctor.doctor,
 }
+
+
+class _Interrupted(Exception):  # noqa: N818 - no error
+    """Ctrl-C, under a name that typer does not take: it would end without a word."""
+
+
+def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
+    @wraps(verb)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+    return wrapped
+
+
 for _name, _verb in _VERBS.items():
-    app.command(_name)(_verb)
+    app.command(_name)(_interruptible(_verb))
 
 
 def _version(asked: bool) -> None:
@@ -88,6 +106,9 @@ def _exit_code(arguments: list[str] | None) -> int:
         print(f"meftbench: {message.rstrip('.')}; see `meftbench --help`", file=sys.stderr)
         return INVALID
     except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except _Interrupted:
+        print("meftbench: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone: nobody is left to tell.

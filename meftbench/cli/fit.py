@@ -63,6 +63,7 @@ def fit(
     Held against the card: what torch reserves, and the context of the process. Nothing is computed, no GPU is needed.
     """
     from meftbench.plan.profiles import find_profile
+    from meftbench.records.store import made
     from meftbench.report.fit import as_answer, print_fit, write_fit
     from meftbench.runner.predictions import ask
 
@@ -92,6 +93,8 @@ def fit(
         "lengths": [[batch, min(longest or MOST_TOKENS, MOST_TOKENS // batch)] for batch in samples],
         "jobs": min(jobs or min(2, os.cpu_count() or 1), len(cells)),
     }
+    if out is not None:
+        made(out)  # not after minutes of predicting
     found = ask(request, progress(quiet))["methods"]
     if all(entry["refused"] for entry in found):
         raise UserError("", found[0]["refused"].rpartition("; ")[0], found[0]["refused"].rpartition("; ")[2])
