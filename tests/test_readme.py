@@ -59,7 +59,7 @@ def test_every_command_it_shows_is_one():
     lines = [line for line in README.splitlines() if re.match(r"\s*meftbench \w", line)]
     commands = [shlex.split(line, comments=True) for line in lines]
 
-    verbs = {"run", "report", "show", "compare", "check", "list", "doctor", "estimate", "fit"}
+    verbs = {"run", "report", "show", "compare", "check", "list", "doctor", "estimate", "fit", "validate", "export"}
     assert verbs == {words[1] for words in commands}
     assert {words[1] for words in commands} <= set(_VERBS)
     named = [words[2] for words in commands if words[1] == "run" and not words[2].endswith(".yaml")]
