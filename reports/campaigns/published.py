@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -24,7 +25,9 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.profiles import PREDICTED, find_profile
 from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import cell_of
+from meftbench.prediction import predict as predict_module
 from meftbench.prediction.predict import Predicted, predict
+from meftbench.prediction.trace import uncomputed_step
 from meftbench.records.store import made
 
 FIGURES = Path(__file__).resolve().parents[1] / "published" / "figures.yaml"
@@ -48,7 +51,9 @@ def held(cell: Cell, keeps_gradients: bool) -> Held:
     """Raises UserError: the cell cannot be traced."""
     levels: list[int] = []
 
-    def watch(step: Any) -> None:
+    def watched(cell: Cell, **how: Any) -> Any:
+        step, mode = uncomputed_step(cell, **how)
+
         def level(*_: Any) -> None:
             levels.append(_get_current_dispatch_mode().total)  # type: ignore[union-attr]
 
@@ -57,10 +62,13 @@ def held(cell: Cell, keeps_gradients: bool) -> Held:
         if keeps_gradients:
             zero = step.optimizer.zero_grad
             step.optimizer.zero_grad = lambda set_to_none: zero(set_to_none=False)
+        return step, mode
 
     profile = find_profile(cell.device.removeprefix(PREDICTED))
-    found = predict(cell, profile, watch=watch)
-    return Held(found, levels[-1] - found.measured[-1].baseline)
+    with mock.patch.object(predict_module, "uncomputed_step", watched):
+        found = predict(cell, profile)
+    # The first step is the one that is traced; those after it follow from its events.
+    return Held(found, levels[-1] - found.warm[0].baseline)
 
 
 def quantity_of(row: dict[str, Any], prediction: Held) -> int:
