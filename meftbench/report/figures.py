@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report import plots, quality_plots, side_bits
+from meftbench.report import ablations, plots, quality_plots, side_bits
 from meftbench.report.quality import results, trained, untrained
 from meftbench.report.tables import (
     SHAPE,
@@ -123,11 +123,17 @@ def _quality(frame: DataFrame) -> list[Kind]:
     curves = [panel for panel in panels if any(panel.frame["learning_curve"].notna())]
     memory, time = quality_plots.plot_score_by_memory, quality_plots.plot_score_by_time
     paler = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
+    swept = {axis: [panel for panel in panels if ablations.sweeps(panel.frame, axis)] for axis in ablations.AXES}
+    shifts = [panel for panel in panels if ablations.has_shifts(panel.frame)]
+    bars = "Bars: standard deviation over seeds."
     return [
         Kind("score-by-memory", "Score and activation memory", [memory], panels, paler),
         Kind("score-by-time", "Score and training time", [time], panels, paler),
         Kind("learning-curves", "Learning curves", [quality_plots.plot_learning_curves], curves,
              "Bands: lowest and highest of the seeds."),
+        Kind("score-by-shift", "Score and starting-point shift", [ablations.plot_score_by_shift], shifts, bars),
+        *(Kind(f"score-by-{axis.replace('_', '-')}", f"Score and {axis.replace('_', ' ')}", ablations.draws_for(axis),
+               where, bars) for axis, where in swept.items()),
     ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ _BASE = (
     *("run", "cell_id", "label", "model", "method", "method_name"),
     *_CELL,
     *_REVERSIBLE,
-    *("task", "learning_rate", "training", "scored_by", "cuts"),
+    *("task", "learning_rate", "training", "scored_by", "cuts", "settings", "layers"),
     *("levers", "status", "detail", "repeats", "wall_s"),
 )
 
@@ -133,13 +133,14 @@ def _training(record: Record) -> dict[str, Any]:
     if not said:
         return {}
     training = Training.model_validate_json(json.dumps(said))
-    rest = training.label.split("/", 2)[2:]
     return {
         "task": training.task,
         "learning_rate": training.learning_rate,
-        "training": ", ".join(rest).replace("/", ", "),
+        "training": ", ".join(training.own),
         "scored_by": record.cell.get("scored_by") or "score",
         "cuts": record.cell.get("cuts") or [],
+        "settings": json.dumps(record.cell.get("method_params") or {}, sort_keys=True),
+        "layers": record.cell.get("layers"),
     }
 
 
