@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from meftbench.cli.options import AsJson, Attention, Method, MicroBatchSize, Model, Override, Quiet, Setting, pairs
+from meftbench.cli.options import (
+    AsJson,
+    Attention,
+    Method,
+    MicroBatchSize,
+    Model,
+    Override,
+    Quiet,
+    Setting,
+    pairs,
+    typed,
+)
 from meftbench.errors import UserError
 
 
 def finetune(
+    context: typer.Context,
     model: Model,
     method: Method,
     task: Annotated[str, typer.Argument(help="A name of `meftbench list tasks`, or a folder with data and task.yaml.")],
@@ -78,7 +92,7 @@ def finetune(
     }
     content: dict[str, Any] = {
         "schema": 1,
-        "name": "finetune-" + "".join(char if char.isalnum() or char in "_.-" else "-" for char in Path(task).name),
+        "name": "finetune-" + re.sub(r"[^A-Za-z0-9_.-]", "-", Path(task).name),
         "description": f"{model}, {method}, {task}",
         "protocol": {"passes": ["memory"], "warmup": 1, "steps": 1, "repeats": 1, "timeout": timeout},
         "training": {key: value for key, value in said.items() if value is not None},
@@ -89,11 +103,12 @@ def finetune(
             "seed": _listed("--seed", seed, int, "write 0 or 0,1,2"),
         },
     }
+    command = typed(context)
     suite = on_device(parse_suite(Document(Path("finetune"), content, {})), device)
+    suite = replace(suite, source=None, command=command)
     folder = out or default_folder(suite.name)
     again = frozenset({"error", "timeout"}) if resume else frozenset()
-    finished = sweep_to(folder, suite, f"finetune {model} {method} {task} ...", quiet=quiet, resume=resume, retry=again,
-                        jobs=jobs)  # fmt: skip
+    finished = sweep_to(folder, suite, command, quiet=quiet, resume=resume, retry=again, jobs=jobs)
     raise typer.Exit(finish(finished, as_json))
 
 

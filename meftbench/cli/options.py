@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +98,22 @@ def emit(text: str, output: Path | None) -> None:
     except OSError as error:
         raise UserError(str(output), f"cannot be written ({error.strerror})", "choose another --output") from None
     print(f"{output}: written", file=sys.stderr)
+
+
+def typed(context: typer.Context) -> str:
+    """The verb and what was typed after it, to be typed again; without --out and --resume."""
+    parts = [str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name in ("out", "resume") or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if parameter.param_type_name == "argument":
+                parts.append(str(item))
+            elif isinstance(item, bool):
+                parts.append((parameter.opts if item else parameter.secondary_opts)[0])
+            else:
+                parts += [parameter.opts[0], str(item)]
+    return shlex.join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meftbench.cli.options import typed
 from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserError, unknown
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ RETRYABLE = ("error", "timeout", "oom", "skipped")
 
 
 def run(
+    context: typer.Context,
     suite: Annotated[str, typer.Argument(help="A name of `meftbench list suites`, or the path of a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/NAME-TIME]")] = None,
     resume: Annotated[
@@ -62,7 +65,7 @@ def run(
     folder = out or _folder(plan, resume or bool(again))
     options = {"resume": resume, "retry": again, "where": chosen, "limit": limit, "jobs": jobs, "fail_fast": fail_fast}
     finished = sweep_to(
-        folder, plan, f"run {suite}", quiet=quiet, verbose=verbose, **options, gpu_indices=_indices(gpus)
+        folder, plan, typed(context), quiet=quiet, verbose=verbose, **options, gpu_indices=_indices(gpus)
     )
     raise typer.Exit(finish(finished, as_json))
 
@@ -153,7 +156,7 @@ def _interruptions(command: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
-        cure = f"`meftbench {command} --out {folder} --resume` goes on"
+        cure = f"`meftbench {command} --out {shlex.quote(str(folder))} --resume` goes on"
         print(f"meftbench: interrupted: finished records are kept in {folder}; {cure}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED if isinstance(end, KeyboardInterrupt) else TERMINATED) from None
     finally:

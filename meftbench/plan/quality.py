@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
 from meftbench.plan.models import head_of, image_tokens, known_config
@@ -21,6 +23,12 @@ HEADS_FOR = {
 }
 
 
+class _Length(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    sequence_length: int | None = Field(default=None, ge=1)
+
+
 def with_training(
     document: Document, places: Mapping[str, KeyPath], values: Mapping[str, Any], trainings: Trainings
 ) -> Iterator[dict[str, Any]]:
@@ -32,7 +40,10 @@ def with_training(
     place = places["task"]
     name, settings = named(document, place, values["task"], "task")
     task = find_task(document.where(place), name)
-    length = settings.pop("sequence_length", None)
+    if "task" in settings:
+        raise document.error((*place, "task"), "names a task again", f"leave it out: this is {name!r}")
+    said = {"sequence_length": settings.pop("sequence_length", None)}
+    length = validated_part(document, place, said, _Length).sequence_length
     model, beside = named(document, places.get("model", place), values["model"], "model")
     method = named(document, places.get("method", place), values["method"], "method")[0]
     config = known_config(model, beside.get("config") or {}) or {}

@@ -23,6 +23,7 @@ from meftbench.plan.strict_yaml import Document, KeyPath, named, read, validated
 from meftbench.plan.training import Positive, Trainings
 
 MAX_CELLS = 10_000
+_OF_TRAINING = ("task", "learning_rate")  # axes that are no fields of a cell
 
 
 def _as_list(value: Any) -> Any:
@@ -107,7 +108,10 @@ class SuiteFile(_Strict):
 
 @dataclass(frozen=True)
 class Suite:
-    """A checked plan: the cells in the order in which they are listed, and how to measure them."""
+    """A checked plan: the cells in the order in which they are listed, and how to measure them.
+
+    source: the file it was read from.  command: what else was typed, without `meftbench`, where it is of no file.
+    """
 
     name: str
     description: str
@@ -115,6 +119,7 @@ class Suite:
     cells: tuple[Cell, ...]
     budgets: Path | None
     source: Path | None = None
+    command: str | None = None
 
     @property
     def suite_id(self) -> str:
@@ -172,6 +177,8 @@ def parse_suite(document: Document) -> Suite:
     if any(cell.training for cell in cells.values()):
         # Of all seeds the first comes first: it may choose the learning rate of the others.
         cells = dict(sorted(cells.items(), key=lambda item: item[1].seed))
+    elif "training" in document.content:
+        raise document.error(("training",), "says how to train, and there is no task", "name one under `tasks`")
     budgets = None
     if parsed.budgets is not None:
         budgets = (document.file.parent / parsed.budgets).resolve()
@@ -352,6 +359,8 @@ def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
         wanted["model"] = named(document, (*path, "model"), wanted["model"], "model")[0]
     if "method" in wanted:
         wanted["method"] = parse_method(document, (*path, "method"), wanted["method"])
+    if "task" in wanted:
+        wanted["task"] = named(document, (*path, "task"), wanted["task"], "task")[0]
     if "attention" in wanted:
         wanted["attention_requested"] = wanted.pop("attention")
     if not wanted:
@@ -360,7 +369,7 @@ def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
 
 
 def _matches(cell: Cell, wanted: dict[str, Any]) -> bool:
-    found = {name: getattr(cell, name) for name in wanted if name != "method"}
+    found = {name: getattr(cell.training if name in _OF_TRAINING else cell, name, None) for name in wanted}
     if "method" in wanted:
         found["method"] = (cell.method, cell.levers, cell.method_params)
     return found == wanted

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0)]
+# `type` in a record's status_detail of a training that was left out: another learning rate did better.
+NOT_CHOSEN = "RateNotChosen"
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -42,7 +44,7 @@ class _Settings(BaseModel):
     max_steps: Count | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     adam_betas: Annotated[tuple[float, float], BeforeValidator(_pair)] = (0.9, 0.98)
     adam_epsilon: Positive = 1e-6
     clip: Positive | None = 1.0
@@ -67,14 +69,19 @@ class Training(_Settings):
     @property
     def label(self) -> str:
         """`rte/lr0.0005`, and what else differs from the defaults, as a cell's label has it."""
-        said = [self.task, f"lr{self.learning_rate:g}"]
+        return "/".join([self.task, f"lr{self.learning_rate:g}", *self.own])
+
+    @property
+    def own(self) -> list[str]:
+        """What differs from the defaults beside task and rate: `epochs=1`, `ordinary`."""
+        said = []
         fields = type(self).model_fields
         for name in fields:
             value = getattr(self, name)
             if name not in ("task", "data", "learning_rate", "grid", "keep") and value != fields[name].default:
                 shown = f"{value:g}" if isinstance(value, float) else value
                 said.append(name if value is True else f"{name}={shown}")
-        return "/".join(said)
+        return said
 
 
 def _numbers(value: Any) -> Any:

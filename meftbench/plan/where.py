@@ -16,6 +16,8 @@ _ALSO: dict[str, Callable[[Cell], Any]] = {
     "cell_id": lambda cell: cell.cell_id,
     "attention": lambda cell: cell.attention_requested,
     "weights": lambda cell: cell.weights,
+    "task": lambda cell: cell.training and cell.training.task,
+    "learning_rate": lambda cell: cell.training and cell.training.learning_rate,
 }
 
 
@@ -54,5 +56,14 @@ def _matches(cell: Cell, key: str, glob: str) -> bool:
         values = [getattr(cell, key), getattr(cell, f"{key}_label")]
     else:
         values = [_ALSO[key](cell) if key in _ALSO else getattr(cell, key)]
+    if key == "learning_rate" and _number(glob) is not None:
+        return values == [_number(glob)]  # 5e-4 and 0.0005 are the same
     # A name with brackets is meant as it stands before it is meant as a pattern.
     return any(str(value) == glob or fnmatchcase(str(value), glob) for value in values)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

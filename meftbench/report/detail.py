@@ -37,6 +37,12 @@ _STEP = (
     "drift_bytes_per_step",
     "paper_meft_activation_bytes",
 )
+_TRAINING = (
+    *("score", "score_test", "score_mismatched", "accuracy", "f1", "matthews", "pearson", "spearman"),
+    *("validation_loss", "training_loss", "best_step", "training_steps", "training_tokens", "training_time_s"),
+    "training_tokens_per_s",
+)
+_MOST_EVALUATIONS = 12
 # Above this the recomputed activations are another network's.
 NOISE = 1e-3
 
@@ -52,8 +58,10 @@ class Section:
 def sections(record: Record) -> list[Section]:
     """The record as sections, those without rows left out."""
     ladder = [(n, told(n, record.metrics[n]), why) for n, why in LADDER.items() if n in record.metrics]
-    used = {*_STEP, *LADDER, *BREAKDOWN, "peak_buffers"}
+    used = {*_STEP, *LADDER, *BREAKDOWN, *_TRAINING, "peak_buffers", "learning_curve"}
     found = [
+        Section("The training", list(_rows(record, _TRAINING))),
+        Section("Validation during the training", list(_curve(record))),
         Section("Peaks, each with what the one before leaves out", ladder),
         Section("A step", list(_rows(record, _STEP))),
         Section("What the peak consists of", list(_breakdown(record))),
@@ -81,7 +89,9 @@ def told(name: str, metric: Metric) -> str:
         return f"absent: {metric.absent}"
     value = as_number(metric.value)
     if value is None:
-        text = f"{len(metric.value)} layers" if isinstance(metric.value, list) else str(metric.value)
+        text = str(metric.value)
+        if isinstance(metric.value, list):
+            text = f"{len(metric.value)} {'evaluations' if name == 'learning_curve' else 'layers'}"
         return f"{text} ({metric.source})"
     unit = METRICS[name].unit
     spread = ""
@@ -128,6 +138,9 @@ def command(run: Run, record: Record) -> str:
     """The line that runs this cell again."""
     suite = run.suite.get("source") or run.name
     device = record.cell.get("device", "counted")
+    if typed := run.suite.get("command"):
+        rate = (record.cell.get("training") or {}).get("learning_rate")
+        return f"meftbench {typed} --learning-rate {rate} --seed {record.cell.get('seed', 0)}"
     return f"meftbench run {shlex.quote(str(suite))} --where cell_id={record.cell_id} --device {shlex.quote(device)}"
 
 
@@ -154,6 +167,17 @@ def _phases(record: Record) -> Iterator[tuple[str, str, str]]:
     metric = record.metrics.get("peak_allocated_bytes")
     for phase, peak in (metric.phases or {}).items() if metric else ():
         yield phase, f"{said(peak, 'byte')} ({metric.source if metric else ''})", "peak allocated in this phase"
+
+
+def _curve(record: Record) -> Iterator[tuple[str, str, str]]:
+    """A row an evaluation; of many, as many as are read, the first and the last among them."""
+    metric = record.metrics.get("learning_curve")
+    curve = metric.value if metric is not None and isinstance(metric.value, list) else []
+    stride = max(1, -(-(len(curve) - 1) // _MOST_EVALUATIONS))
+    for index, (step, loss, score) in enumerate(curve):
+        if (len(curve) - 1 - index) % stride == 0 or index == 0:
+            shown = "undefined" if score is None else f"{score:.4g}"
+            yield f"step {step}", f"{shown} ({metric.source if metric else ''})", f"score; loss {loss:.4g}"
 
 
 def _layers(record: Record) -> Iterator[tuple[str, str, str]]:

@@ -74,8 +74,9 @@ def plot_learning_curves(frame: DataFrame, ax: Axes) -> None:
     for result in sorted(found.values(), key=lambda r: order.index(r.first["method"])):
         curves = [row["learning_curve"] for row in result.rows if row["learning_curve"]]
         # Early stopping ends seeds at different steps: each step has the seeds that reached it.
-        steps = sorted({int(step) for curve in curves for step, _, _ in curve})
-        at = [[score for curve in curves for step, _, score in curve if step == wanted] for wanted in steps]
+        known = [(int(step), score) for curve in curves for step, _, score in curve if score is not None]
+        steps = sorted({step for step, _ in known})
+        at = [[score for step, score in known if step == wanted] for wanted in steps]
         mean = np.array([np.mean(scores) for scores in at])
         line = colour(result.first["method"])
         ax.plot(steps, mean, color=line, marker=".", label=result.method)

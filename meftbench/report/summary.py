@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.record import Record
 from meftbench.records.store import Run
 from meftbench.report.quality import print_quality, untrained
@@ -86,6 +87,8 @@ def _first_ok(status: str) -> int:
 def failures(run: Run) -> list[str]:
     """A line for each cell that did not end ok: its label, how it ended, why."""
     bad = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
+    # Of learning rates that another beat, the table of scores says which were tried.
+    bad = [record for record in bad if record.status_detail.get("type") != NOT_CHOSEN]
     return [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in bad]
 
 

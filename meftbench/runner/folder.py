@@ -112,6 +112,7 @@ def described(suite: Suite) -> dict[str, Any]:
         "description": suite.description,
         "meftbench_version": meftbench.__version__,
         "source": _source(suite.source),
+        **({"command": suite.command} if suite.command else {}),
         "budgets": str(suite.budgets) if suite.budgets else None,
         "protocol": suite.protocol.model_dump(mode="json"),
         "cells": [

@@ -15,6 +15,7 @@ from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite
+from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, load_run, writing
 from meftbench.runner import folder, gpus, host
@@ -291,7 +292,7 @@ def _skipped(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
     other = next(cell for cell in plan.cells if cell.cell_id in (attempt.dominated_by, attempt.beaten_by))
     why: dict[str, Any]
     if attempt.beaten_by is not None:
-        why = {"type": "RateNotChosen", "message": f"{other.label} did better", "beaten_by": attempt.beaten_by}
+        why = {"type": NOT_CHOSEN, "message": f"{other.label} did better", "beaten_by": attempt.beaten_by}
     else:
         message = f"needs at least what {other.label} needs, which was out of memory"
         why = {"type": "Dominated", "message": message, "dominated_by": attempt.dominated_by}

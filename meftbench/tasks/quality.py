@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.backbones.quantize import quantize
@@ -25,7 +27,7 @@ from meftbench.records.record import Metric
 from meftbench.step import AUTOCAST, DTYPES, Step, build_optimizer
 from meftbench.tasks.data import Splits, load_splits
 from meftbench.tasks.encode import Encoded, encode
-from meftbench.tasks.trainer import TaskTrainer, last_checkpoint
+from meftbench.tasks.trainer import Scored, TaskTrainer, last_checkpoint
 
 # The folder of a cell in its run: checkpoints while it is trained, and what is kept of it. The runner sets it.
 CELL_FOLDER = "MEFTBENCH_CELL_FOLDER"
@@ -43,6 +45,7 @@ class QualityCell:
     def __init__(self, cell: Cell, device: torch.device) -> None:
         training = cell.training
         assert training is not None
+        _check_installed(training.task)
         self.cell, self.device = cell, device
         self.task: Task = find_task(cell.label, training.task)
         splits = load_splits(
@@ -51,7 +54,7 @@ class QualityCell:
             train_examples=training.train_examples,
             evaluation_examples=training.evaluation_examples,
         )
-        self.splits = _with_validation(splits)
+        self.splits = _with_validation(splits, training.evaluation_examples)
         self.num_labels = len(self.splits.labels) if self.splits.labels else 1
         random = split_name(cell.model)[0] + RANDOM
         with torch.device("meta"):
@@ -132,6 +135,7 @@ class QualityCell:
             "train_rows": len(self.encoded.train),
             "evaluation_rows": {name: len(rows) for name, rows in self.encoded.evaluations.items()},
             "scored_by": self.task.scores[0],
+            "layers": trainer.model.config.num_hidden_layers,
             "resumed": resumed,
         }
         return metrics, observed
@@ -139,12 +143,12 @@ class QualityCell:
     def _metrics(self, trainer: TaskTrainer) -> dict[str, Metric]:
         history = trainer.state.log_history
         losses = [float(entry["loss"]) for entry in history if "loss" in entry]
-        scored = [entry for entry in history if "eval_score" in entry]
+        scored = [entry for entry in history if "eval_loss" in entry]
         clock = trainer.clock
         metrics = {
             "training_loss": Metric(losses[-1], "measured", n=len(losses), samples=losses),
             "learning_curve": Metric(
-                [[entry["step"], float(entry["eval_loss"]), float(entry["eval_score"])] for entry in scored], "measured"
+                [[entry["step"], float(entry["eval_loss"]), entry.get("eval_score")] for entry in scored], "measured"
             ),
             "best_step": Metric(int(trainer.state.best_global_step or trainer.state.global_step), "measured"),
             "training_steps": Metric(int(trainer.state.global_step), "counted"),
@@ -155,26 +159,41 @@ class QualityCell:
         for name in self.encoded.evaluations:
             found = trainer.scored(name)
             if name == trainer.first:
-                metrics["validation_loss"] = _metric(found["loss"])
-                metrics |= {score: _metric(found[score]) for score in self.task.scores}
-            metrics["score" if name == trainer.first else METRIC_OF[name]] = _metric(found["score"])
+                metrics["validation_loss"] = Metric(found.loss, "measured")
+                metrics |= {score: _metric(value, found) for score, value in found.scores.items()}
+            metrics["score" if name == trainer.first else METRIC_OF[name]] = _metric(found.score, found)
         return metrics
 
 
-def _metric(value: float | None) -> Metric:
-    return Metric(value, "measured", absent="undefined: the predictions are constant" if value is None else None)
+def _check_installed(task: str) -> None:
+    """Before a training that could not be scored begins."""
+    missing = [name for name in ("datasets", "sklearn", "scipy", "accelerate", "PIL") if find_spec(name) is None]
+    if missing:
+        what = f"needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+        raise UserError(f"task {task}", what, "pip install 'meftbench[tasks]'")
 
 
-def _with_validation(splits: Splits) -> Splits:
-    """The splits with `validation` first; where there is none, a tenth of the training rows becomes it."""
+def _metric(value: float | None, of: Scored) -> Metric:
+    return Metric(value, "measured", absent=of.absent if value is None else None)
+
+
+def _with_validation(splits: Splits, at_most: int | None) -> Splits:
+    """The splits with `validation` first; where there is none, a tenth of the training rows becomes it.
+
+    at_most: so many rows of them are scored.  Raises UserError: a single training row.
+    """
     if "validation" in splits.evaluations:
         return splits
+    if len(splits.train) < 2:
+        what = "there is no validation split, and no training row to spare for one"
+        raise UserError(splits.origin, what, "add validation rows, or train on more")
     parts = splits.train.train_test_split(test_size=HELD_OUT, seed=0)
-    held = f"validation: {len(parts['test']):,} rows held out of the training rows, as the task has no such split"
+    rows = parts["test"].select(range(min(len(parts["test"]), at_most or len(parts["test"]))))
+    held = f"validation: {len(rows):,} rows held out of the training rows, as the task has no such split"
     return replace(
         splits,
         train=parts["train"],
-        evaluations={"validation": parts["test"]} | splits.evaluations,
+        evaluations={"validation": rows} | splits.evaluations,
         cuts=[*splits.cuts, held],
     )
 
@@ -216,5 +235,5 @@ def _keep(applied: Applied, cell: Cell, folder: Path) -> None:
             applied.model.save_pretrained(folder)  # type: ignore[operator]
         else:
             save_adapter(applied.model, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(str(folder), f"the best weights cannot be written ({error})", "make room") from None

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from meftbench.errors import UserError
 from meftbench.methods import Applied
@@ -63,6 +65,19 @@ class EvaluateAt(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_evaluate = control.should_save = state.global_step in self.steps
         return control
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation. scores: by name, the task's first foremost; None: undefined, and `absent` says why."""
+
+    loss: float
+    scores: dict[str, float | None]
+    absent: str | None
+
+    @property
+    def score(self) -> float | None:
+        return next(iter(self.scores.values()))
 
 
 class TaskTrainer(Trainer):  # type: ignore[misc]
@@ -115,6 +130,14 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         full = self.cell.training.batches == "full"  # type: ignore[union-attr]
         return self.encoded.collate(rows, pad_to=self.cell.sequence_length if full else None)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.cell.training.group_by_length:  # type: ignore[union-attr]
+            return super()._get_train_sampler(train_dataset)
+        # Trainer takes len(input_ids), which of a question with choices is how many it has, and images have none.
+        images = self.task.kind == "images"
+        lengths = [1] * len(self.encoded.train) if images else [_length(row) for row in self.encoded.train]
+        return LengthGroupedSampler(self.cell.batch_size, lengths=lengths)
+
     # --- loss ---
 
     def compute_loss(
@@ -132,16 +155,17 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     # --- score ---
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss and scores of validation, as Trainer names them."""
+        """Loss and scores of validation, as Trainer names them; a score that is undefined is not in the log."""
         found = self.scored(self.first)
-        metrics = {f"eval_{name}": value for name, value in found.items() if value is not None}
-        metrics.setdefault("eval_score", -1.0)  # undefined, as of constant predictions: the worst there is
+        named = {"loss": found.loss, "score": found.score, **found.scores}
+        metrics = {f"eval_{name}": value for name, value in named.items() if value is not None}
         self.log(dict(metrics))
+        metrics.setdefault("eval_score", -1.0)  # for the choice of the checkpoint: the worst there is
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def scored(self, name: str) -> dict[str, float | None]:
-        """`loss`, `score` (the first of the task's scores) and each score of an evaluation; None: undefined."""
+    def scored(self, name: str) -> Scored:
+        """The loss and the task's scores of an evaluation, by the weights as they are."""
         rows = self.encoded.evaluations[name]
         self.model.eval()
         size = self.cell.micro_batch_size * EVALUATION_BATCH
@@ -154,9 +178,12 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             labels.append(answer)
             losses.append(loss)
             weights.append(weight)
-        found = scores_of(self.task, np.concatenate(predictions), np.concatenate(labels))
         loss = float(np.average(losses, weights=weights))
-        return {"loss": loss, "score": found[self.task.scores[0]], **found}
+        predicted, answers = np.concatenate(predictions), np.concatenate(labels)
+        if np.isnan(predicted).any():
+            return Scored(loss, dict.fromkeys(self.task.scores), "undefined: predictions are not numbers")
+        found = scores_of(self.task, predicted, answers)
+        return Scored(loss, found, _why_undefined(predicted, answers) if None in found.values() else None)
 
     def _predicted(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
         """Predictions and labels of a batch (one a sample), its mean loss, and over how many that is one."""
@@ -166,13 +193,17 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad(), self.autocast_smart_context_manager():
             outputs = self.model(**inputs)
         logits, labels = outputs.logits.float(), batch["labels"]
+        nothing = logits.isnan().any(-1).cpu().numpy()  # a training that diverged predicts no class
         if "choice_mask" in batch:
             logits = _masked(logits, batch["choice_mask"])
         if self.task.kind == "regression":
             loss, predicted = F.mse_loss(logits.squeeze(-1), labels.float()), logits.squeeze(-1)
         else:
             loss, predicted = F.cross_entropy(logits, labels), logits.argmax(-1)
-        return predicted.cpu().numpy(), labels.cpu().numpy(), float(loss), len(labels)
+        answers = predicted.cpu().numpy()
+        if nothing.any():
+            answers = np.where(nothing, np.nan, answers)
+        return answers, labels.cpu().numpy(), float(loss), len(labels)
 
     def _likeliest(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
         """Of every question the choice whose tokens are the likeliest after it; (B, C, L) tokens and labels."""
@@ -189,6 +220,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         normalised = self.cell.training.length_normalised
         answer = batch["answer_index"]
         predicted = choose(*(t.cpu().numpy() for t in (likelihood, tokens, mask)), normalised=normalised)
+        if bool(likelihood.isnan().all(-1).any()):
+            predicted = np.full(len(predicted), np.nan)
         right = answer[:, None]
         weight = int(tokens.gather(1, right).sum())
         loss = -float(likelihood.gather(1, right).sum()) / weight
@@ -211,8 +244,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             if not isinstance(error, OSError) and not _said_by_the_disk(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is none
-            cure = "make room; `--resume --retry error` goes on from the last whole checkpoint"
-            raise UserError(str(folder), f"the checkpoint cannot be written ({error})", cure) from None
+            cure = "make room; `finetune --resume`, or `run --resume --retry error`, goes on from the one before"
+            raise UserError(str(folder), f"the checkpoint cannot be written ({_first_line(error)})", cure) from None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         kept = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -222,7 +255,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        # By its name alone: a run folder may have been moved since.
+        self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
 
 def total_steps(cell: Cell, rows: int) -> int:
@@ -242,7 +276,7 @@ def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArgu
         per_device_train_batch_size=cell.micro_batch_size,
         gradient_accumulation_steps=cell.batch_size // cell.micro_batch_size,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
+        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
         warmup_steps=round(training.warmup_ratio * steps),
         weight_decay=training.weight_decay,
         adam_beta1=training.adam_betas[0],
@@ -277,7 +311,8 @@ def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArgu
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that was written to its end; those that were not are removed."""
     whole = []
-    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+    named = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    for found in sorted(named, key=lambda path: int(path.name.rpartition("-")[2])):
         # Trainer writes its state last.
         try:
             json.loads((found / STATE).read_text(encoding="utf-8"))
@@ -298,5 +333,24 @@ def _masked(logits: Tensor, choice_mask: Tensor) -> Tensor:
     return logits.float().masked_fill(~choice_mask, float("-inf"))
 
 
+def _length(row: Mapping[str, Any]) -> int:
+    """Tokens of an example; of one with choices, of its longest, to which they are padded."""
+    ids = row["input_ids"]
+    return max(map(len, ids)) if isinstance(ids, list) else len(ids)
+
+
+def _why_undefined(predictions: np.ndarray, labels: np.ndarray) -> str:
+    if not np.isfinite(predictions).all():
+        return "undefined: predictions are not finite"
+    if len(labels) < 2:
+        return "undefined: a correlation needs two rows"
+    return f"undefined: the {'labels' if np.ptp(labels) == 0 else 'predictions'} are constant"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _said_by_the_disk(error: Exception) -> bool:
-    return isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "No space left" in str(error)
+    signs = ("PytorchStreamWriter", "inline_container", "No space left")
+    return isinstance(error, SafetensorError) or any(sign in str(error) for sign in signs)
