@@ -5,6 +5,7 @@ A trace does not depend on the card's size, so cards share it.
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from meftbench.prediction.remembered import Remembered
 Axis = Literal["batch_size", "sequence_length"]
 # The tokens themselves are held here: more are not asked about.
 MOST_TOKENS = 2**24
+CLOSE = 2
 NEAR = 4096  # a limit that is looked at at once
 
 
@@ -44,6 +46,14 @@ class Shape:
             self._fits[capacity] = replay(self._events, replace(self._settings, capacity=capacity)).oom is None
         return self._fits[capacity]
 
+    def enough(self, within: int) -> int:
+        """About the smallest card that takes it, off by at most `within` bytes: to guess by, nothing is decided so."""
+        low, high = self.least, self.needed
+        while high - low > within:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(middle) else (middle, high)
+        return high
+
 
 class Shapes:
     """The shapes of one method, each traced once. cell: gives everything but the shape."""
@@ -67,6 +77,8 @@ class Shapes:
             endless = replace(self._settings, capacity=None)
             found = predict(cell, self._profile, settings=endless, remembered=self._remembered)
             self._known[key] = Shape(found, self._settings)
+            gc.collect()
+            gc.freeze()  # its events are kept, and are not to be walked at every step of every later trace
         return self._known[key]
 
     def along(self, axis: Axis, at: int) -> Callable[[int], Shape]:
@@ -98,8 +110,10 @@ def largest(shape: Callable[[int], Shape], capacities: Iterable[int], limit: int
             size = _guess(known, shape, capacity)
             if high <= limit and tries % 4 == 3:
                 size = (low + high) // 2  # where the line through both sides does not help, halves do
-            elif high > limit and size <= low:
-                size = low + 2**tries
+            elif low in known and size - low <= CLOSE:
+                size = low + 1  # what is guessed from what was just looked at is right, or nearly
+            elif high <= limit and high - size <= CLOSE:
+                size = high - 1
             size = min(max(size, low + 1), high - 1)
             low, high = (size, high) if look(size).fits(capacity) else (low, size)
             tries += 1
@@ -108,10 +122,15 @@ def largest(shape: Callable[[int], Shape], capacities: Iterable[int], limit: int
 
 
 def _guess(known: list[int], shape: Callable[[int], Shape], capacity: int) -> int:
-    """Where a line through the two nearest sizes meets the capacity; what torch reserves is nearly such a line."""
-    after = min(max(bisect_right(known, capacity, key=lambda size: shape(size).needed), 1), len(known) - 1)
+    """Where a line through the two nearest sizes meets the capacity; what a card must have is nearly such a line."""
     if len(known) == 1:
         return known[0]
+    first, last = shape(known[0]), shape(known[-1])
+    within = max((last.needed - first.needed) // (known[-1] - known[0]) // 4, 1)
+    after = bisect_right(known, capacity, key=lambda size: shape(size).enough(within))
+    after = min(max(after, 1), len(known) - 1)
     left, right = known[after - 1], known[after]
-    rise = shape(right).needed - shape(left).needed
-    return right + 1 if rise <= 0 else left + (right - left) * (capacity - shape(left).needed) // rise
+    at_left, at_right = shape(left).enough(within), shape(right).enough(within)
+    if at_right <= at_left:  # there the optimizer needs the most, whatever the size
+        return 4 * right if capacity >= at_right else 0
+    return left + (right - left) * (capacity - at_left) // (at_right - at_left)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from meftbench.prediction.repeated import step_after, tell
 from meftbench.prediction.trace import named_refusals, uncomputed_step
 from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter, parameter_counts, step_metrics
 from meftbench.records.record import Metric
-from meftbench.step import AUTOCAST
+from meftbench.step import AUTOCAST, Step
 from meftbench.units import format_bytes
 
 
@@ -89,9 +88,10 @@ class CudaCounter(StorageCounter):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and to keep the compiler out costs more than to count
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, remembered: Remembered) -> None:
         super().__init__(device_type)
         self.events = []
+        self._call = remembered
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -101,7 +101,7 @@ class CudaCounter(StorageCounter):
         self._op = func.__name__
         for tensor in held:
             self._see(tensor, "temporaries")
-        result = func(*args, **kwargs or {})
+        result = self._call(func, args, kwargs)
         self.returned(func.__name__, result)
         return result
 
@@ -114,9 +114,9 @@ class CudaCounter(StorageCounter):
 class PredictedStep(CountedStep):
     """A step under a counter of what it would allocate on a CUDA device."""
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, step: Step, remembered: Remembered) -> None:
         super().__init__(step)
-        self.counter = CudaCounter(step.device.type)
+        self.counter = CudaCounter(step.device.type, remembered)
 
 
 def predict(
@@ -137,10 +137,9 @@ def predict(
     begin = time.perf_counter()
     on_meta = cell.precision not in AUTOCAST
     step, mode = uncomputed_step(cell, foreach=True, on_meta=on_meta)
-    asked_once = (remembered or Remembered()) if on_meta else nullcontext()
-    with named_refusals(cell), cuda_semantics(profile), mode, asked_once:
+    with named_refusals(cell), cuda_semantics(profile), mode:
         workspace = torch.empty(profile.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
-        with PredictedStep(step) as counted:
+        with PredictedStep(step, remembered or Remembered()) as counted:
             counted.counter.book(workspace, "other")
             assert counted.counter.events is not None
             step_from = len(counted.counter.events)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Made(NamedTuple):
@@ -26,27 +25,23 @@ class _Made(NamedTuple):
 
 
 _ITSELF = object()  # the operator changes its first argument and returns it
+_NOTHING = object()  # the operator changes its first argument and returns nothing
 _ASK = object()  # not to be remembered
+_TENSORS = ("Tensor", "Tensor?", "List[Tensor]")
 
 
-class Remembered(TorchDispatchMode):
-    """Within it, operators on meta tensors are asked once for each set of shapes. Views are always asked.
+class Remembered:
+    """Calls operators, those on meta tensors once for each set of shapes. Views are always called.
 
-    Entered before a mode that counts, so that what is remembered passes that one as everything does.
+    For a mode that counts, which sees what is remembered as it sees everything.  hits, asked: how often an operator
+    was known, and was called.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to keep the compiler out costs more than to remember
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[Any, Any] = {}
         self.hits = self.asked = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         kind = _kind(func)
         if kind is None:
             return func(*args, **kwargs or {})
@@ -60,7 +55,7 @@ class Remembered(TorchDispatchMode):
             self.asked += 1
             result = func(*args, **kwargs or {})
             if all(tensor.device.type == "meta" for tensor in tensors):
-                self._known[key] = _ITSELF if kind == "in place" and result is args[0] else _told(kind, result, tensors)
+                self._known[key] = _told(kind, result, args, tensors)
             else:
                 self._known[key] = _ASK
             return result
@@ -70,21 +65,27 @@ class Remembered(TorchDispatchMode):
         self.hits += 1
         if known is _ITSELF:
             return args[0]
+        if known is _NOTHING:
+            return None
         return known.again() if isinstance(known, _Made) else type(known)(made and made.again() for made in known)
 
 
 @cache
 def _kind(func: Any) -> str | None:
-    """`new`: what it returns is new; `in place`: it returns its first argument; None: a view, or not known."""
+    """`new`: what it returns is new; `in place`: it writes to its first argument, and returns that or nothing (lists of
+    tensors); None: a view, or not known."""
     schema = func._schema
     returned = [value.alias_info for value in schema.returns]
     given = [value.alias_info for value in schema.arguments]
     if not any(returned) and not any(given):
-        return "new" if all(str(value.type) in ("Tensor", "Tensor?") for value in schema.returns) and returned else None
+        return "new" if all(str(value.type) in _TENSORS for value in schema.returns) and returned else None
     first = given[0] if given else None
-    if len(returned) == 1 and first is not None and first.is_write and not any(given[1:]) and returned[0] is not None:
-        return "in place" if returned[0].before_set == first.before_set else None
-    return None
+    if first is None or not first.is_write or any(given[1:]):
+        return None
+    if not returned:
+        return "in place"
+    same = len(returned) == 1 and returned[0] is not None and returned[0].before_set == first.before_set
+    return "in place" if same else None
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
@@ -96,15 +97,15 @@ def _key(value: Any, tensors: list[Tensor]) -> Any:
     return (value.__class__, value)
 
 
-def _told(kind: str, result: Any, tensors: list[Tensor]) -> Any:
+def _told(kind: str, result: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
     """What to remember of a result."""
-    if kind != "new":
-        return _ASK
+    if kind == "in place":
+        return _ITSELF if result is args[0] else _NOTHING if result is None else _ASK
     given = {tensor.untyped_storage()._cdata for tensor in tensors}
     if isinstance(result, Tensor):
         return _made(result, given)
     parts = [value if value is None else _made(value, given) for value in result]
-    return _ASK if any(part is _ASK for part in parts) else tuple(parts)
+    return _ASK if any(part is _ASK for part in parts) else type(result)(parts)
 
 
 def _made(tensor: Any, given: set[int]) -> Any:

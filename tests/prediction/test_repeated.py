@@ -43,12 +43,19 @@ def a_small_cell(name):
     return a_cell(**given)
 
 
+class Asking(Remembered):
+    """Remembers nothing."""
+
+    def __call__(self, func, args, kwargs):
+        return func(*args, **kwargs or {})
+
+
 def traced(cell, steps):
     """Every step traced and every operator asked: what was observed, the events, where the last step begins."""
     step, mode = uncomputed_step(cell, foreach=True, on_meta=cell.precision == "bf16")
     with named_refusals(cell), cuda_semantics(PROFILE), mode:
         workspace = torch.empty(PROFILE.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
-        with PredictedStep(step) as counted:
+        with PredictedStep(step, Asking()) as counted:
             counted.counter.book(workspace, "other")
             observed, starts = [], []
             for _ in range(steps):
@@ -68,7 +75,7 @@ def by_birth(events):
         found.append((event.kind, births.get(event.key), event.nbytes, event.category, event.origin))
     ordered = []
     for kind, run in groupby(found, key=itemgetter(0)):
-        ordered += sorted(run) if kind == "free" else list(run)
+        ordered += sorted(run, key=itemgetter(1) if kind == "free" else lambda event: 0)
     return ordered
 
 
