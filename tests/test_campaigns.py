@@ -252,3 +252,53 @@ def test_prediction_without_a_gpu_says_so(tmp_path, capsys, monkeypatch):
 
     assert not (tmp_path / "out").exists()
     assert 1 == len(capsys.readouterr().err.strip().splitlines())
+
+
+QUALITY = """\
+schema: 1
+name: {name}
+protocol: {{warmup: 1, steps: 1, passes: [memory]}}
+defaults:
+  model:
+    name: minilm@random
+    config: {{num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 2, intermediate_size: 64}}
+  batch_size: 4
+  sequence_length: 16
+tasks: ["{task}"]
+training: {{max_steps: 4, evaluations: 2, learning_rate: 1.0e-3}}
+grid: {{method: [lora, meft1-exact]}}
+include:
+  - {{method: meft1-exact, task: {{name: "{task}", ordinary: true}}}}
+"""
+
+
+def test_the_quality_campaign_in_miniature(tmp_path):
+    """A section is a run with its page; a training without reversal is held against the reversed one."""
+    task, suites, out = tmp_path / "task", tmp_path / "suites", tmp_path / "out"
+    for folder in (task, suites):
+        folder.mkdir()
+    rows = [f'{{"text": "{"good" if n % 2 else "bad"} film number {n}", "label": {n % 2}}}\n' for n in range(16)]
+    for split in ("train", "validation"):
+        (task / f"{split}.jsonl").write_text("".join(rows))
+    (task / "task.yaml").write_text("kind: classification\ntexts: [text]\nlabel: label\nlabels: [bad, good]\n")
+    name = "quality-minilm-ablations"
+    (suites / f"{name}.yaml").write_text(QUALITY.format(name=name, task=task))
+    arguments = [str(out), "--sections", "ablations", "--suites", str(suites), "--jobs", "1"]
+
+    assert 0 == main_of("quality")(arguments)
+
+    assert ["ok"] * 3 == [record.status for record in load_run(out / name).records]
+    assert "Scores" in (out / name / "report.html").read_text()
+    line = (out / name / "reversal.md").read_text().splitlines()[-1]
+    method, _, steps, _, relative, *_ = (part.strip() for part in line.strip("|").split("|"))
+    assert ("meft1-exact", "4") == (method, steps)
+    assert float(relative) < 1e-5
+
+
+def test_the_quality_campaign_without_a_gpu_says_so(tmp_path, capsys):
+    """Exit code 4 and one line."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+
+    assert 4 == main_of("quality")([str(tmp_path / "out"), "--device", "cuda"])
+    assert 1 == len(capsys.readouterr().err.splitlines())
