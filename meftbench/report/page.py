@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.records.metrics import METRICS
 from meftbench.records.store import Run, unwritable, write_whole
+from meftbench.report import claims
 from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
@@ -94,6 +95,9 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         differing=_differing(untrained(frame)),
         pictures=[{"name": p.name, "title": p.title, "alt": p.alt, "svg": Markup(p.inline())} for p in drawn],
         quality=quality_tables(results(frame)),
+        claims=claims.claim_rows(frame),
+        claims_head=claims.HEAD,
+        claims_said=claims.SAID,
         validations=_validations(runs, names),
         rows=table_rows(untrained(frame)),
         several_models=frame["model"].nunique() > 1 if len(frame) else False,
@@ -186,6 +190,9 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     steps = untrained(frame)
     if len(steps) or len(parts) == 1:
         parts.append(_steps_markdown(steps, len(runs) > 1))
+    if held := claims.claim_rows(frame):
+        table = markdown_table(claims.HEAD, [row.texts for row in held])
+        parts.append(f"## The paper's claims\n\n{claims.SAID}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
