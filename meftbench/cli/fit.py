@@ -31,7 +31,7 @@ METHODS = (
     "full,full+checkpoint,lora,lora+checkpoint,lora+checkpoint+chunked_loss,parallel,meft1-exact,"
     "meft1-exact+chunked_loss"
 )
-LENGTHS = (512, 2048)
+LENGTHS = (512,)
 # Beyond these nothing is looked at; where a card has room for them, that is said.
 MOST_TOKENS = 2**24
 MOST_SAMPLES = 2**16
@@ -45,9 +45,9 @@ def fit(
     profile: ProfileName = None,
     methods: Annotated[str, typer.Option(metavar="METHOD,...", help="With levers.")] = METHODS,
     sequence_lengths: Annotated[
-        str | None, typer.Option(metavar="N,...", help="The largest batch at each. Default: 512,2048.")
+        str | None, typer.Option(metavar="N,...", help="The largest batch at each. Default: 512.")
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="The longest sequence at each.")] = "1,8",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="The longest sequence at each.")] = "1",
     precision: Precision = None,
     attention: Attention = None,
     head: Head = None,

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Literal
 
+from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.plan.profiles import Profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.remembered import Remembered
+from meftbench.prediction.trace import uncomputed_model
+from meftbench.step import AUTOCAST
 
 Axis = Literal["batch_size", "sequence_length"]
 # The tokens themselves are held here: more are not asked about.
@@ -62,6 +65,7 @@ class Shapes:
         self._cell, self._profile, self._settings = cell, profile, settings
         self._known: dict[tuple[int, int], Shape] = {}
         self._remembered = Remembered()
+        self._applied: Applied | None = None
 
     @property
     def traced(self) -> int:
@@ -75,7 +79,11 @@ class Shapes:
             cell = self._cell.model_copy(update=sizes)
             # No capacity: the cards' own are asked of the replay.
             endless = replace(self._settings, capacity=None)
-            found = predict(cell, self._profile, settings=endless, remembered=self._remembered)
+            if self._applied is None and cell.precision not in AUTOCAST:
+                self._applied = uncomputed_model(cell)
+            found = predict(
+                cell, self._profile, settings=endless, remembered=self._remembered, applied=self._applied
+            )
             self._known[key] = Shape(found, self._settings)
             gc.collect()
             gc.freeze()  # its events are kept, and are not to be walked at every step of every later trace

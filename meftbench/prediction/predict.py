@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meftbench.errors import CellFailure, UserError
+from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.plan.models import image_tokens, known_config
 from meftbench.plan.profiles import Profile, find_profile
@@ -127,16 +128,18 @@ def predict(
     steps: int = 1,
     settings: AllocatorSettings | None = None,
     remembered: Remembered | None = None,
+    applied: Applied | None = None,
 ) -> Predicted:
     """The memory of `cell` on the device of `profile`. One step is traced; those after it follow from it.
 
     settings: of the allocator; None: torch's defaults, within the device's memory.  remembered: what operators on meta
-    tensors gave in other traces.
+    tensors gave in other traces.  applied: of `trace.uncomputed_model`, of another shape perhaps where the cell's
+    precision is no autocast. None: it is built.
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
     on_meta = cell.precision not in AUTOCAST
-    step, mode = uncomputed_step(cell, foreach=True, on_meta=on_meta)
+    step, mode = uncomputed_step(cell, foreach=True, on_meta=on_meta, applied=applied)
     with named_refusals(cell), cuda_semantics(profile), mode:
         workspace = torch.empty(profile.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
         with PredictedStep(step, remembered or Remembered()) as counted:

@@ -20,7 +20,7 @@ from transformers import masking_utils
 from meftbench.backbones.build import build_model
 from meftbench.batch import resident_batch
 from meftbench.errors import UserError
-from meftbench.methods import prepare
+from meftbench.methods import Applied, prepare
 from meftbench.plan.cell import Cell
 from meftbench.plan.models import RANDOM, split_name
 from meftbench.probes.memory_counted import CountedStep, Observed
@@ -81,16 +81,11 @@ class named_refusals:  # noqa: N801 - used as a function
             ) from None
 
 
-def uncomputed_step(
-    cell: Cell, *, foreach: bool | None = None, on_meta: bool = False
-) -> tuple[Step, AbstractContextManager[object]]:
-    """The step of `cell` with fake tensors on the CPU, and the mode to enter around it.
+def uncomputed_model(cell: Cell) -> Applied:
+    """The model of `cell` under its method on torch's meta device; shapes of batches are no part of it.
 
-    foreach: the optimizer's implementation where the cell names none; None: torch's choice for the CPU.
-    on_meta: with tensors on torch's meta device instead, which is ten times faster and knows no autocast, and whose
-        operators are nobody's in particular: for who replaces those that differ (overlay.py).
+    Raises UserError as `uncomputed_step` does.
     """
-    autocast = AUTOCAST.get(cell.precision)
     if cell.precision == "nf4":
         raise UserError(cell.label, "4-bit weights cannot be traced", "use another precision, or measure it")
     name = split_name(cell.model)[0] + RANDOM
@@ -99,12 +94,28 @@ def uncomputed_step(
             name,
             cell.model_config_overrides,
             attention=cell.attention_requested,
-            dtype=torch.float32 if autocast else DTYPES[cell.precision],
+            dtype=torch.float32 if cell.precision in AUTOCAST else DTYPES[cell.precision],
             head=cell.head,
         )
         model.config.use_cache = False  # type: ignore[union-attr]
         method = "+".join([cell.method, *cell.levers.names()])
-        applied = prepare(model, method, cell.method_params, seed=cell.seed)
+        return prepare(model, method, cell.method_params, seed=cell.seed)
+
+
+def uncomputed_step(
+    cell: Cell, *, foreach: bool | None = None, on_meta: bool = False, applied: Applied | None = None
+) -> tuple[Step, AbstractContextManager[object]]:
+    """The step of `cell` with fake tensors on the CPU, and the mode to enter around it.
+
+    foreach: the optimizer's implementation where the cell names none; None: torch's choice for the CPU.
+    on_meta: with tensors on torch's meta device instead, which is ten times faster and knows no autocast, and whose
+        operators are nobody's in particular: for who replaces those that differ (overlay.py).
+    applied: of `uncomputed_model`, perhaps traced before in another shape on_meta; None: it is built.
+    Raises UserError: the model cannot be built, the method does not fit it, 4-bit weights.
+    """
+    autocast = AUTOCAST.get(cell.precision)
+    applied = applied or uncomputed_model(cell)
+    model = applied.model
     batch = resident_batch(model, cell.batch_size, cell.sequence_length, torch.device("cpu"))
     mode: AbstractContextManager[object] = ExitStack()
     if on_meta:

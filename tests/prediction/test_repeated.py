@@ -15,7 +15,7 @@ from meftbench.prediction.allocator import AllocatorSettings, Event, replay
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.predict import PredictedStep, predict
 from meftbench.prediction.remembered import Remembered
-from meftbench.prediction.trace import named_refusals, uncomputed_step
+from meftbench.prediction.trace import named_refusals, uncomputed_model, uncomputed_step
 
 PROFILE = find_profile("rtx4090")
 ENDLESS = AllocatorSettings()
@@ -112,3 +112,24 @@ def test_what_is_remembered_of_other_shapes_changes_no_event(method):
 
     assert by_birth(traced(cell, 2)[1]) == by_birth(again.events)
     assert 10 * (remembered.asked - asked) < remembered.hits
+
+
+@pytest.mark.parametrize("name", [name for name, given in CELLS.items() if given.get("precision", "bf16") == "bf16"])
+def test_a_model_traced_in_other_shapes_is_as_good_as_new(name):
+    """Larger, smaller, longer, shorter, and back: each trace is that of a model built for it, byte for byte."""
+    cell, applied, remembered = a_small_cell(name), None, Remembered()
+    for batch, length in ((6, 64), (12, 32), (6, 128), (6, 64)):
+        shaped = cell.model_copy(
+            update={
+                "batch_size": batch,
+                "micro_batch_size": min(batch, 2 * cell.micro_batch_size),
+                "sequence_length": length,
+            }
+        )
+        applied = applied or uncomputed_model(shaped)
+
+        again = predict(shaped, PROFILE, settings=ENDLESS, remembered=remembered, applied=applied)
+
+        fresh = predict(shaped, PROFILE, settings=ENDLESS)
+        assert fresh.replayed == again.replayed
+        assert [event[:1] + event[2:] for event in fresh.events] == [event[:1] + event[2:] for event in again.events]
