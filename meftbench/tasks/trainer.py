@@ -293,7 +293,7 @@ def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArgu
         eval_steps=never,
         save_strategy="steps",
         save_steps=never,
-        save_total_limit=1,
+        save_total_limit=2,  # of one, Trainer removes the last at its end, where another is the best
         load_best_model_at_end=True,
         metric_for_best_model="score",
         greater_is_better=True,
@@ -326,7 +326,11 @@ def last_checkpoint(folder: Path) -> Path | None:
 def tokens_of(inputs: Mapping[str, Tensor]) -> int:
     """Tokens of a batch that are not padding; of images: samples (their tokens are the backbone's business)."""
     mask = inputs.get("attention_mask")
-    return len(inputs["labels"]) if mask is None else int(mask.sum())
+    if mask is None:
+        return len(inputs["labels"])
+    if "choice_mask" in inputs:
+        mask = mask * inputs["choice_mask"][..., None]  # a choice that stands in for none is padding
+    return int(mask.sum())
 
 
 def _masked(logits: Tensor, choice_mask: Tensor) -> Tensor:
