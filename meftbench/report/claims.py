@@ -17,7 +17,7 @@ from meftbench.units import MiB
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-HEAD = ("claim", "cells", "paper", "ours", "in the paper's GB, and in bytes", "why they differ")
+HEAD = ("cells", "ours", "in the paper's GB, and in bytes", "why they differ")
 SAID = (
     "Claims of the MEFT paper (NeurIPS 2023) that cells of this run speak of, beside our numbers. A GB is that of the "
     "paper's code, a thousand MiB: 1,048,576,000 bytes. The reasons are those that the records support, and what is "
@@ -51,11 +51,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ClaimRow:
-    """A row of the section: texts under HEAD, each of several sentences or lines."""
+    """Cells that speak of a claim: under each of HEAD several lines, in `why` sentences."""
 
-    claim: list[str]
-    cells: list[str]
-    paper: str
+    cells: str
     ours: list[str]
     amounts: list[str]
     why: list[str]
@@ -63,21 +61,52 @@ class ClaimRow:
     @property
     def texts(self) -> tuple[str, ...]:
         """The row as text, a cell each."""
-        parts = (self.claim, self.cells, [self.paper], self.ours, self.amounts, self.why)
-        return tuple("; ".join(part) if part is not self.why else _sentences(part) for part in parts)
+        return (self.cells, "; ".join(self.ours), "; ".join(self.amounts), sentences(self.why))
 
 
-def _sentences(said: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class ClaimTable:
+    """A claim and all cells of the runs that speak of it. title: the claim.  known: where it is from, what is unknown.
+
+    always: the reasons that all rows have.
+    """
+
+    title: str
+    known: str
+    rows: list[ClaimRow]
+    always: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What stands between the title and the rows."""
+        return [self.known, *([f"In all of them: {sentences(self.always)}"] if self.always else [])]
+
+
+def sentences(said: Sequence[str]) -> str:
+    """Each with its full stop."""
     return " ".join(f"{sentence}." for sentence in said)
 
 
-def claim_rows(frame: DataFrame) -> list[ClaimRow]:
-    """A row for each claim and each group of comparable cells that speaks of it; none where no cell does."""
-    rows: list[ClaimRow] = []
+def claim_tables(frame: DataFrame) -> list[ClaimTable]:
+    """A table for each claim that a cell speaks of, a row for each group of comparable cells."""
+    tables = []
     for claim in paper_claims():
         found = _of_scores(claim, frame) if claim.metric == "score" else _of_memory(claim, frame)
-        rows += [_row(comparison, found) for comparison in found]
-    return rows
+        if found:
+            tables.append(_table(claim, found))
+    return tables
+
+
+def _table(claim: Claim, found: list[Comparison]) -> ClaimTable:
+    why = [_reasons(comparison, found) for comparison in found]
+    told = [said for said, comparison in zip(why, found, strict=True) if comparison.number is not None]
+    always = [sentence for sentence in (told[0] if len(told) > 1 else []) if all(sentence in said for said in told)]
+    rows = [
+        ClaimRow(comparison.said, _ours(comparison), comparison.made_of, [s for s in said if s not in always])
+        for comparison, said in zip(found, why, strict=True)
+    ]
+    stated = f"{claim.bound} {_written(claim, claim.stated)}".strip()
+    return ClaimTable(claim.text, f"The paper: {stated} ({claim.source}). Unknown: {claim.unknown}.", rows, always)
 
 
 # --- memory: cells at the same shape and setting ---
@@ -146,8 +175,8 @@ def _of_share(claim: Claim, share: float) -> float:
 
 
 def _amount(name: str, held: float) -> str:
-    """`full 10.093 GB, 10,583,039,488 B`: a GB of the paper's code is a thousand MiB."""
-    return f"{name} {held / MiB / 1000:.3f} GB, {held:,.0f} B"
+    """`full: 10.093 GB, 10,583,039,488 B`: a GB of the paper's code is a thousand MiB."""
+    return f"{name}: {held / MiB / 1000:.3f} GB, {held:,.0f} B"
 
 
 # --- scores: the best training of each method ---
@@ -206,27 +235,19 @@ def _spread(result: Result) -> str:
 
 def _held(result: Result) -> str:
     held = result.activation_bytes
-    return "" if held is None else f" with {_amount('', held).strip()} of activations"
+    return "" if held is None else f" with {held / MiB / 1000:.3f} GB, {held:,.0f} B of activations"
 
 
-# --- a row ---
+# --- a table ---
 
 
-def _row(comparison: Comparison, found: list[Comparison]) -> ClaimRow:
-    claim, number = comparison.claim, comparison.number
-    ours = [f"unknown: {what}" for what in comparison.missing]
-    if number is not None:
-        best = f" by {comparison.facts['best']}" if "best" in comparison.facts else ""
-        ours = [f"{_written(claim, number)}{best} ({comparison.facts['source']})", *comparison.beside]
-        ours += [f"without {what}" for what in comparison.missing]
-    return ClaimRow(
-        claim=[claim.text, f"source: {claim.source}", f"unknown: {claim.unknown}"],
-        cells=[comparison.said],
-        paper=" ".join(part for part in (claim.bound, _written(claim, claim.stated)) if part),
-        ours=ours,
-        amounts=comparison.made_of,
-        why=_reasons(comparison, found) if number is not None else [],
-    )
+def _ours(comparison: Comparison) -> list[str]:
+    """Our number first, then what stands beside it, and what is missing."""
+    if comparison.number is None:
+        return [f"unknown: {what}" for what in comparison.missing]
+    best = f"by {comparison.facts['best']}, " if "best" in comparison.facts else ""
+    ours = [f"{_written(comparison.claim, comparison.number)} ({best}{comparison.facts['source']})"]
+    return [*ours, *comparison.beside, *(f"without {what}" for what in comparison.missing)]
 
 
 def _written(claim: Claim, number: float) -> str:
@@ -234,7 +255,8 @@ def _written(claim: Claim, number: float) -> str:
 
 
 def _reasons(comparison: Comparison, found: list[Comparison]) -> list[str]:
-    assert comparison.number is not None
+    if comparison.number is None:
+        return []
     above = comparison.number - comparison.claim.stated
     differs = "same" if abs(above) < _ALIKE else "more" if above > 0 else "less"
     facts = comparison.facts | {"differs": differs}

@@ -95,7 +95,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         differing=_differing(untrained(frame)),
         pictures=[{"name": p.name, "title": p.title, "alt": p.alt, "svg": Markup(p.inline())} for p in drawn],
         quality=quality_tables(results(frame)),
-        claims=claims.claim_rows(frame),
+        claims=claims.claim_tables(frame),
         claims_head=claims.HEAD,
         claims_said=claims.SAID,
         validations=_validations(runs, names),
@@ -190,14 +190,19 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     steps = untrained(frame)
     if len(steps) or len(parts) == 1:
         parts.append(_steps_markdown(steps, len(runs) > 1))
-    if held := claims.claim_rows(frame):
-        table = markdown_table(claims.HEAD, [row.texts for row in held])
-        parts.append(f"## The paper's claims\n\n{claims.SAID}\n\n{table}")
+    if held := claims.claim_tables(frame):
+        parts.append(f"## The paper's claims\n\n{claims.SAID}")
+    parts += [_claim_markdown(table) for table in held]
     return "\n\n".join(parts) + "\n"
 
 
 def _quality_markdown(table: QualityTable) -> str:
     return f"## {table.title}\n\n{' '.join(table.notes)}\n\n{markdown_table(table.head, table.lines)}"
+
+
+def _claim_markdown(table: claims.ClaimTable) -> str:
+    rows = markdown_table(claims.HEAD, [row.texts for row in table.rows])
+    return "\n\n".join([f"### {table.title}", *table.notes, rows])
 
 
 def _steps_markdown(frame: DataFrame, several_runs: bool) -> str:

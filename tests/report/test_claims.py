@@ -11,11 +11,11 @@ from meftbench.plan.claims import among, paper_claims
 from meftbench.plan.training import Training
 from meftbench.records.metrics import METRICS
 from meftbench.records.record import Metric
-from meftbench.report.claims import claim_rows
+from meftbench.report.claims import claim_tables
 from meftbench.report.page import write_report
 from meftbench.report.tables import frame_of
 
-ACTIVATION, PEFT = "activation memory up to 84 % below full fine-tuning", "earlier parameter-efficient methods"
+ACTIVATION, PEFT = "Activation memory up to 84 % below full fine-tuning", "Earlier parameter-efficient methods"
 # Beside the fields of a cell, what a comparison knows.
 FACTS = {"source", "differs", "metric", "test", "cut", "cuts", "seeds", "best", "other"}
 
@@ -38,20 +38,28 @@ def trained(method, score, task="rte", rate=5e-4, **more):
     return a_record(method=method, metrics=taken, training=training, observed=observed, **more)
 
 
+def table_of(tmp_path, *records, about=ACTIVATION):
+    found = claim_tables(frame_of(a_run(tmp_path / "run", *records)))
+    return next(table for table in found if table.title.startswith(about))
+
+
 def rows_of(tmp_path, *records, about=ACTIVATION):
-    return [row for row in claim_rows(frame_of(a_run(tmp_path / "run", *records))) if row.claim[0].startswith(about)]
+    return table_of(tmp_path, *records, about=about).rows
 
 
 def test_a_saving_is_that_of_the_best_method_in_the_papers_unit_and_in_bytes(tmp_path):
     """A GB of the paper's code is a thousand MiB."""
-    (row,) = rows_of(tmp_path, memory("full", 5000), memory("meft1", 1000), memory("meft3", 800), memory("lora", 9))
+    records = [memory("full", 5000), memory("meft1", 1000), memory("meft3", 800), memory("lora", 9)]
 
-    assert ["84.0% by meft3(adapter_size=8) (counted)", "the same by activation_peak_bytes"] == row.ours
-    assert "up to 84.0%" == row.paper
+    table = table_of(tmp_path, *records)
+
+    (row,) = table.rows
+    assert ["84.0% (by meft3(adapter_size=8), counted)", "the same by activation_peak_bytes"] == row.ours
+    assert table.known.startswith("The paper: up to 84.0% (its abstract). Unknown: backbone and shape")
     assert [
-        "full 5.000 GB, 5,242,880,000 B",
-        "meft1(adapter_size=8) 1.000 GB, 1,048,576,000 B, 20.0% of full",
-        "meft3(adapter_size=8) 0.800 GB, 838,860,800 B, 16.0% of full",
+        "full: 5.000 GB, 5,242,880,000 B",
+        "meft1(adapter_size=8): 1.000 GB, 1,048,576,000 B, 20.0% of full",
+        "meft3(adapter_size=8): 0.800 GB, 838,860,800 B, 16.0% of full",
     ] == row.amounts
 
 
@@ -66,7 +74,7 @@ def test_what_the_paper_leaves_out_stands_beside_it(tmp_path):
 def test_a_share_is_the_smallest_of_the_methods(tmp_path):
     (row,) = rows_of(tmp_path, memory("full", 1000), memory("lora", 830), memory("houlsby", 750), about=PEFT)
 
-    assert "75.0% by houlsby(adapter_size=8) (counted)" == row.ours[0]
+    assert "75.0% (by houlsby(adapter_size=8), counted)" == row.ours[0]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,7 @@ def test_a_missing_cell_is_named(tmp_path, full, said):
     """A cell at another setting is no replacement."""
     rows = rows_of(tmp_path, *full, memory("meft1", 100))
 
-    (row,) = [row for row in rows if "attention eager" in row.cells[0]]
+    (row,) = [row for row in rows if "attention eager" in row.cells]
     assert row.ours[0].startswith(said)
     assert [] == row.why == row.amounts
 
@@ -89,7 +97,7 @@ def test_a_missing_cell_is_named(tmp_path, full, said):
 def test_a_method_that_failed_is_named_beside_those_that_did_not(tmp_path):
     (row,) = rows_of(tmp_path, memory("full", 1000), memory("meft1", 100), memory("meft3", None, status="error"))
 
-    assert "90.0% by meft1(adapter_size=8) (counted)" == row.ours[0]
+    assert "90.0% (by meft1(adapter_size=8), counted)" == row.ours[0]
     assert "without meft3(adapter_size=8) ended error" == row.ours[-1]
 
 
@@ -131,6 +139,19 @@ def test_a_fused_kernel_is_explained_by_the_number_with_eager_attention(tmp_path
     assert not any("with eager attention" in sentence for sentence in (*alone.why, *unlike.why))
 
 
+def test_a_reason_that_all_rows_have_is_said_once(tmp_path):
+    """Above them; those of one stay there."""
+    eager = [memory("full", 1000), memory("meft1", 100)]
+    fused = [memory("full", 500, attention="sdpa"), memory("meft1", 60, attention="sdpa")]
+
+    table = table_of(tmp_path, *eager, *fused)
+
+    assert any("Counted on a CPU" in sentence for sentence in table.always)
+    assert table.notes[1].startswith("In all of them: ")
+    assert ["Eager attention"] == [sentence.split(":")[0] for sentence in table.rows[0].why]
+    assert all("Counted" not in sentence for row in table.rows for sentence in row.why)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -159,7 +180,7 @@ def test_a_run_without_such_cells_has_no_section(tmp_path):
 
     write_report([run], tmp_path / "out", {"html", "md"})
 
-    assert [] == claim_rows(frame_of(run))
+    assert [] == claim_tables(frame_of(run))
     for name in ("report.html", "table.md"):
         assert "claims" not in (tmp_path / "out" / name).read_text().lower()
 
@@ -173,18 +194,18 @@ def test_page_and_table_have_the_section(tmp_path):
         text = (tmp_path / "out" / name).read_text()
         assert "The paper's claims" in text.replace("&#39;", "'")
         assert "1,048,576,000 bytes" in text
-        assert "84.0% by meft3" in text
+        assert "84.0% (by meft3" in text
 
 
 def test_a_score_gap_is_of_the_best_training_of_each(tmp_path):
     """Chosen on validation over rates; in points."""
     records = [trained("full", 0.70), trained("meft1", 0.60), trained("meft3", 0.68, rate=1e-3), trained("lora", 0.69)]
 
-    (row,) = rows_of(tmp_path, *records, about="the same GLUE score")
+    (row,) = rows_of(tmp_path, *records, about="The same GLUE score")
 
     assert ["-2.0 points (measured)", "lora 0.690"] == row.ours
     assert "meft3 0.680 with 1.000 GB, 1,048,576,000 B of activations" == row.amounts[1]
-    assert "meft3, rate 0.001" in row.cells[0]
+    assert "meft3, rate 0.001" in row.cells
     assert any("validation rows" in sentence for sentence in row.why)
 
 
@@ -200,7 +221,7 @@ def test_test_rows_and_cut_data_are_said(tmp_path):
 
 
 def test_a_gap_without_full_says_so(tmp_path):
-    (row,) = rows_of(tmp_path, trained("meft1", 0.6), about="the same GLUE score")
+    (row,) = rows_of(tmp_path, trained("meft1", 0.6), about="The same GLUE score")
 
     assert ["unknown: full is not in the run on rte, nothing to hold the others against"] == row.ours
 
