@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.claims import Claim, Reason, among, matches, paper_claims
-from meftbench.report.quality import Result, results
+from meftbench.report.quality import Result, Spread, results
 from meftbench.report.tables import SETTING, SHAPE, rows_of, shape_text
 from meftbench.units import MiB
 
@@ -105,8 +105,9 @@ def _table(claim: Claim, found: list[Comparison]) -> ClaimTable:
         ClaimRow(comparison.said, _ours(comparison), comparison.made_of, [s for s in said if s not in always])
         for comparison, said in zip(found, why, strict=True)
     ]
-    stated = f"{claim.bound} {_written(claim, claim.stated)}".strip()
-    return ClaimTable(claim.text, f"The paper: {stated} ({claim.source}). Unknown: {claim.unknown}.", rows, always)
+    # Of a gap no number is stated.
+    stated = "" if claim.number == "gap" else f"The paper: {f'{claim.bound} {_written(claim, claim.stated)}'.strip()}. "
+    return ClaimTable(claim.text, f"{stated}Source: {claim.source}. Unknown: {claim.unknown}.", rows, always)
 
 
 # --- memory: cells at the same shape and setting ---
@@ -211,6 +212,7 @@ def _score(claim: Claim, mine: list[Result], apart: dict[str, Any]) -> Compariso
         "cut": "yes" if row["cuts"] else "no",
         "cuts": "; ".join(row["cuts"]),
         "test": "yes" if "score_test" in ours.further else "no",
+        "exact": _exact(best, ours),
     }
     comparison = Comparison(claim, facts, apart, None, f"{said}, batch {row['batch_size']}")
     full = best.get("full")
@@ -219,18 +221,31 @@ def _score(claim: Claim, mine: list[Result], apart: dict[str, Any]) -> Compariso
         return comparison
     reference = _mean(full) if claim.number == "gap" and full is not None else 0.0
     comparison.number = _mean(ours) - reference
+    spreads = [dev for r in (ours, full) if r is not None and (dev := _taken(r).deviation) is not None]
+    facts["within"] = "yes" if spreads and abs(comparison.number) <= max(spreads) else "no"
     shown = [full] * (claim.number == "gap" and full is not None) + [ours]
     comparison.made_of = [f"{r.first['method']} {_spread(r)}{_held(r)}" for r in shown if r is not None]
     comparison.beside = [f"{method} {_spread(r)}" for method, r in best.items() if among(claim.beside, method)]
     return comparison
 
 
+def _exact(best: dict[str, Result], ours: Result) -> str:
+    """How the best of the exact methods scores beside ours."""
+    exact = [_mean(result) for result in best.values() if result.first["arithmetic"] == "exact"]
+    return "absent" if not exact else "higher" if max(exact) > _mean(ours) else "not higher"
+
+
+def _taken(result: Result) -> Spread:
+    """The score that is held against a claim: of test rows where there is one."""
+    return result.further.get("score_test") or result.score
+
+
 def _mean(result: Result) -> float:
-    return (result.further.get("score_test") or result.score).mean
+    return _taken(result).mean
 
 
 def _spread(result: Result) -> str:
-    return (result.further.get("score_test") or result.score).said()
+    return _taken(result).said()
 
 
 def _held(result: Result) -> str:
@@ -259,7 +274,7 @@ def _reasons(comparison: Comparison, found: list[Comparison]) -> list[str]:
         return []
     above = comparison.number - comparison.claim.stated
     differs = "same" if abs(above) < _ALIKE else "more" if above > 0 else "less"
-    facts = comparison.facts | {"differs": differs}
+    facts = comparison.facts | {"differs": differs, "number": comparison.claim.number}
     said = []
     for reason in comparison.claim.reasons:
         if matches(reason.when, facts):

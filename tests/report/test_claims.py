@@ -17,7 +17,7 @@ from meftbench.report.tables import frame_of
 
 ACTIVATION, PEFT = "Activation memory up to 84 % below full fine-tuning", "Earlier parameter-efficient methods"
 # Beside the fields of a cell, what a comparison knows.
-FACTS = {"source", "differs", "metric", "test", "cut", "cuts", "seeds", "best", "other"}
+FACTS = {"source", "number", "differs", "metric", "test", "cut", "cuts", "seeds", "within", "exact", "best", "other"}
 
 
 def memory(method, mib, attention="eager", metric="paper_meft_activation_bytes", status="ok", source="counted", **more):
@@ -55,7 +55,7 @@ def test_a_saving_is_that_of_the_best_method_in_the_papers_unit_and_in_bytes(tmp
 
     (row,) = table.rows
     assert ["84.0% (by meft3(adapter_size=8), counted)", "the same by activation_peak_bytes"] == row.ours
-    assert table.known.startswith("The paper: up to 84.0% (its abstract). Unknown: backbone and shape")
+    assert table.known.startswith("The paper: up to 84.0%. Source: the abstract. Unknown: backbone and shape")
     assert [
         "full: 5.000 GB, 5,242,880,000 B",
         "meft1(adapter_size=8): 1.000 GB, 1,048,576,000 B, 20.0% of full",
@@ -218,6 +218,28 @@ def test_test_rows_and_cut_data_are_said(tmp_path):
     assert ["33.0% (measured)"] == row.ours[:1]
     assert any("train: 100 of 4,957 rows" in sentence for sentence in row.why)
     assert not any("validation rows" in sentence for sentence in row.why)
+
+
+@pytest.mark.parametrize(
+    ("exact", "seeds", "said", "unsaid"),
+    [
+        (0.69, [0.68], "score higher", "standard deviation"),
+        (0.60, [0.68], "rates of full", "score higher"),
+        (0.60, [0.66, 0.70], "standard deviation", "score higher"),
+        (0.60, [0.679, 0.681], "rates of full", "standard deviation"),
+    ],
+)
+def test_reasons_for_a_lower_score_need_numbers(tmp_path, exact, seeds, said, unsaid):
+    """The paper's arithmetic is blamed where exact methods do better, seeds where the gap is within their spread."""
+    params = {"adapter_size": 8}
+    meft = [trained("meft1", score, seed=seed, method_params=params) for seed, score in enumerate(seeds)]
+    records = [trained("full", 0.70), trained("meft1-exact", exact), *meft]
+
+    (row,) = rows_of(tmp_path, *records, about="The same GLUE score")
+
+    assert row.ours[0].startswith("-2.0 points")
+    assert any(said in sentence for sentence in row.why)
+    assert not any(unsaid in sentence for sentence in row.why)
 
 
 def test_a_gap_without_full_says_so(tmp_path):
