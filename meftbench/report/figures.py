@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.report import ablations, plots, quality_plots, side_bits
-from meftbench.report.quality import results, trained, untrained
+from meftbench.report.quality import COMPARED, differing_settings, results, trained, untrained
 from meftbench.report.tables import (
     SHAPE,
     Group,
@@ -19,6 +19,7 @@ from meftbench.report.tables import (
     methods_in_order,
     parts_of,
     rows_of,
+    setting_text,
     shape_text,
     without_side_bits,
 )
@@ -115,11 +116,13 @@ def _kinds(whole: DataFrame) -> list[Kind]:
 def _quality(frame: DataFrame) -> list[Kind]:
     """The figures of trainings: a panel a task, in one setting."""
     panels = []
-    for _, rows in frame.groupby(["task", *SHAPE], sort=False):
-        first = rows.iloc[0]
+    apart = [rows for _, rows in frame.groupby(list(COMPARED), sort=False, dropna=False) if results(rows)]
+    firsts = [next(rows_of(rows)) for rows in apart]
+    differing = [*(["precision"] if len({row["precision"] for row in firsts}) > 1 else []), *differing_settings(firsts)]
+    for rows, first in zip(apart, firsts, strict=True):
         shape = shape_text(first["batch_size"], first["micro_batch_size"], first["sequence_length"])
-        if results(rows):
-            panels.append(Panel(f"{first['task']}, {shape}", rows))
+        rest = "".join(f", {setting_text(name, first[name])}" for name in differing)
+        panels.append(Panel(f"{first['task']}, {shape}{rest}", rows))
     curves = [panel for panel in panels if any(panel.frame["learning_curve"].notna())]
     memory, time = quality_plots.plot_score_by_memory, quality_plots.plot_score_by_time
     paler = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."

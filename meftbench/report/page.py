@@ -16,9 +16,10 @@ from meftbench.report.formats import markdown_table
 from meftbench.report.quality import Table as QualityTable
 from meftbench.report.quality import results, untrained
 from meftbench.report.quality import tables as quality_tables
-from meftbench.report.summary import SHOWN, count, ending, error, failures, number
+from meftbench.report.summary import SHOWN, ending, error, failures, number
 from meftbench.report.tables import (
     SETTING,
+    count,
     frame_of,
     groups,
     parts_of,

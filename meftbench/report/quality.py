@@ -7,17 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.tables import methods_in_order, rows_of
+from meftbench.report.tables import count, methods_in_order, rows_of, setting_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.console import Console
 
-# Trainings that differ in one of these are not the same method on the same task.
-_APART = (
-    *("run", "model", "task", "method", "training", "batch_size", "micro_batch_size", "sequence_length"),
+# Trainings that differ in one of these are not in the same table or panel; if in another, not the same method.
+COMPARED = (
+    *("run", "model", "task", "batch_size", "micro_batch_size", "sequence_length"),
     *("precision", "head", "attention_requested", "optimizer", "optimizer_impl", "device"),
 )
+_APART = (*COMPARED, "method", "training")
+_SAID_WHERE_THEY_DIFFER = ("run", "head", "attention_requested", "optimizer", "optimizer_impl", "device")
 FURTHER = ("score_test", "score_mismatched")
 
 
@@ -130,56 +132,80 @@ def _without(training: str, shared: set[str]) -> str:
 
 
 def _spread(rows: Sequence[dict[str, Any]], name: str) -> Spread:
-    return Spread(tuple(float(row[name]) for row in rows if row[name] is not None))
+    return Spread(tuple(float(row[name]) for row in rows if row.get(name) is not None))
 
 
+ROOMY = 120  # columns of a terminal that has room for all that is said
 HEAD = ("method", "score", "activation", "% of full", "time", "tokens/s", "rate", "trained")
 
 
 @dataclass(frozen=True)
 class Table:
-    """The results of a model on a task. lines: of texts under HEAD.  notes: what was cut, how it was scored."""
+    """The results of a model on a task. lines: of texts under `head`.  notes: what was cut, how it was scored.
+
+    narrow_head, narrow_lines: the same in the 80 columns of a terminal; `narrow_note` says what they leave unsaid.
+    """
 
     title: str
     head: tuple[str, ...]
     lines: list[tuple[str, ...]]
     notes: list[str]
+    narrow_head: tuple[str, ...] = ()
+    narrow_lines: list[tuple[str, ...]] = field(default_factory=list)
+    narrow_note: str = ""
 
 
 def tables(found: Iterable[Result]) -> list[Table]:
-    """A table a model, task and shape."""
+    """A table a model, task, shape and setting; its title says how they differ."""
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in found:
-        row = result.first
-        shape = (row["batch_size"], row["micro_batch_size"], row["sequence_length"])
-        groups.setdefault((row["run"], row["model"], row["task"], row["precision"], *shape), []).append(result)
-    return [_table(mine) for mine in groups.values()]
+        groups.setdefault(tuple(result.first[name] for name in COMPARED), []).append(result)
+    differing = differing_settings([mine[0].first for mine in groups.values()])
+    return [_table(mine, differing) for mine in groups.values()]
 
 
-def _table(mine: list[Result]) -> Table:
+def differing_settings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings beside model, task, shape and precision, in which `rows` differ."""
+    return [name for name in _SAID_WHERE_THEY_DIFFER if len({row[name] for row in rows}) > 1]
+
+
+def _table(mine: list[Result], differing: list[str]) -> Table:
     row = mine[0].first
     full = next((r.activation_bytes for r in mine if r.first["method"] == "full"), None)
     further = [name for name in FURTHER if any(name in result.further for result in mine)]
     head = (HEAD[0], HEAD[1], *(name.removeprefix("score_") for name in further), *HEAD[2:])
-    lines = []
+    narrow_head = (*head[: -len(HEAD) + 2], "activation\nMiB", "% of\nfull", "time\ns", "tokens\n/s", "rate", "trained")
+    seeds = sorted({seed for result in mine for seed in result.seeds})
+    lines, narrow = [], []
     for result in mine:
         held, source = result.activation_bytes, result.first["activation_peak_bytes_source"]
+        weights = result.first["parameters_trainable"]
         share = f"{held / full:.0%}" if held is not None and full else "-"
         lines.append((
             result.method,
-            result.score.said(),
+            result.score.said() + ("" if result.seeds == seeds else f" (seed {_listed(result.seeds)})"),
             *(result.further[name].said() if name in result.further else "-" for name in further),
             "-" if held is None else f"{held / 2**20:,.1f} MiB ({source})",
             share,
-            f"{result.time_s.mean:,.1f} s",
-            f"{result.tokens_per_s.mean:,.0f}",
+            f"{result.time_s.mean:,.1f} s" if result.time_s.values else "-",
+            f"{result.tokens_per_s.mean:,.0f}" if result.tokens_per_s.values else "-",
             f"{result.learning_rate:g} of {', '.join(f'{rate:g}' for rate in sorted(result.rates))}",
-            f"{result.first['parameters_trainable']:,}",
+            "-" if weights is None else f"{weights:,}",
+        ))  # fmt: skip
+        tried = len(result.rates)
+        narrow.append((
+            *lines[-1][: -len(HEAD) + 2],
+            "-" if held is None else f"{held / 2**20:,.1f}",
+            share,
+            f"{result.time_s.mean:,.1f}" if result.time_s.values else "-",
+            lines[-1][-3],
+            f"{result.learning_rate:g}{f' of {tried}' if tried > 1 else ''}",
+            count(weights),
         ))  # fmt: skip
     micro = "" if row["micro_batch_size"] == row["batch_size"] else f" (micro-batch {row['micro_batch_size']})"
     shape = f"batch {row['batch_size']}{micro} × {row['sequence_length']} tokens"
-    title = f"{row['task']}: {row['model']}, {shape}, {row['precision']}"
-    seeds = sorted({seed for result in mine for seed in result.seeds})
+    rest = "".join(f", {setting_text(name, row[name])}" for name in differing)
+    title = f"{row['task']}: {row['model']}, {shape}, {row['precision']}{rest}"
     over = f"mean ± standard deviation over seeds {_listed(seeds)}"
     scored = f"Score: {row['scored_by']} on validation, {over}, measured"
     if len(seeds) == 1:
@@ -187,7 +213,10 @@ def _table(mine: list[Result]) -> Table:
     notes = [f"{scored}. Validation chose the checkpoint and the learning rate as well: it flatters."]
     if row["cuts"]:
         notes.append(f"Not the published sets: {'; '.join(row['cuts'])}.")
-    return Table(title, head, lines, notes)
+    sources = sorted({result.first["activation_peak_bytes_source"] for result in mine if result.activation_bytes})
+    unsaid = [f"Memory is {' and '.join(sources)}"] if sources else []
+    unsaid += ["a rate is the best of so many"] if any(len(result.rates) > 1 for result in mine) else []
+    return Table(title, head, lines, notes, narrow_head, narrow, f"{'; '.join(unsaid)}." if unsaid else "")
 
 
 def _listed(seeds: list[int]) -> str:
@@ -201,11 +230,12 @@ def print_quality(frame: DataFrame, out: Console) -> None:
 
     for table in tables(results(frame)):
         out.print(Text(table.title, style="bold"))
+        roomy = out.width >= ROOMY
         shown = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for place, name in enumerate(table.head):
-            shown.add_column(name, justify="left" if place == 0 else "right", overflow="fold", no_wrap=0 < place < 3)
-        for line in table.lines:
+        for place, name in enumerate(table.head if roomy else table.narrow_head):
+            shown.add_column(name, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place > 0)
+        for line in table.lines if roomy else table.narrow_lines:
             shown.add_row(*map(Text, line))
         out.print(shown)
-        for note in table.notes:
+        for note in [*([] if roomy else [table.narrow_note]), *table.notes]:
             out.print(Text(note))

@@ -11,6 +11,7 @@ from meftbench.records.store import Run
 from meftbench.report.quality import print_quality, untrained
 from meftbench.report.tables import (
     Group,
+    count,
     detail_of,
     frame_of,
     groups,
@@ -77,7 +78,9 @@ def ending(run: Run) -> str:
     counts = ", ".join(
         f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses, key=_first_ok))
     )
-    return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}"
+    beaten = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in outcomes(run))
+    why = f" ({beaten} at a learning rate that another beat)" if beaten else ""
+    return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}{why}"
 
 
 def _first_ok(status: str) -> int:
@@ -85,11 +88,14 @@ def _first_ok(status: str) -> int:
 
 
 def failures(run: Run) -> list[str]:
-    """A line for each cell that did not end ok: its label, how it ended, why."""
+    """A line for each cell that did not end ok or has no score: its label, how it ended, why."""
     bad = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
     # Of learning rates that another beat, the table of scores says which were tried.
     bad = [record for record in bad if record.status_detail.get("type") != NOT_CHOSEN]
-    return [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in bad]
+    ended = [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in bad]
+    done = [outcome for outcome in outcomes(run) if outcome.status == "ok" and outcome.cell.get("training")]
+    absent = [(outcome.label, score.absent) for outcome in done if (score := outcome.metric("score"))]
+    return ended + [f"{' '.join(label.split())}: no score ({why})" for label, why in absent if why is not None]
 
 
 def _why(record: Record) -> str:
@@ -197,13 +203,3 @@ def error(value: float | None) -> str:
         if 0.01 <= value < 1000
         else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     )
-
-
-def count(value: float | None) -> str:
-    """A count for a narrow column: 1,234 or 12.3k or 109.5M."""
-    if value is None:
-        return "-"
-    for limit, size, letter in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
-        if value >= limit:
-            return f"{value / size:,.1f}{letter}"
-    return f"{value:,.0f}"

@@ -191,12 +191,13 @@ def groups(frame: DataFrame) -> list[Group]:
     differing = [name for name in SETTING if frame[name].nunique(dropna=False) > 1]
     for values, rows in frame.groupby(list(SETTING), dropna=False, sort=False):
         shared = dict(zip(SETTING, values, strict=True))
-        parts = [str(shared["model"]), *(_setting(name, shared[name]) for name in differing if name != "model")]
+        parts = [str(shared["model"]), *(setting_text(name, shared[name]) for name in differing if name != "model")]
         found.append(Group(", ".join(parts), rows))
     return found
 
 
-def _setting(name: str, value: object) -> str:
+def setting_text(name: str, value: object) -> str:
+    """A setting as titles have it: `cuda`, `head multiple_choice`."""
     said = "default" if value is None or value != value else str(value)
     return said if name in ("run", "device", "precision") else f"{name.removesuffix('_requested')} {said}"
 
@@ -255,3 +256,13 @@ def rows_of(frame: DataFrame) -> Iterator[dict[str, Any]]:
     """The rows as mappings from column to value."""
     for row in frame.to_dict("records"):
         yield {str(key): value for key, value in row.items()}
+
+
+def count(value: float | None) -> str:
+    """A count for a narrow column: 1,234 or 12.3k or 109.5M."""
+    if value is None:
+        return "-"
+    for limit, size, letter in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if value >= limit:
+            return f"{value / size:,.1f}{letter}"
+    return f"{value:,.0f}"

@@ -99,7 +99,7 @@ def test_rates_as_an_axis(suite_of):
 
 
 @pytest.mark.parametrize(
-    "text, length",
+    ("text", "length"),
     [
         ("tasks: rte\n", 256),
         ("tasks: rte\ngrid: {sequence_length: 48}\n", 48),
@@ -177,7 +177,7 @@ def test_where_by_task_and_rate(suite_of):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    ("text", "said"),
     [
         ("tasks:\n  - rt\n", "5: tasks[0]: unknown task 'rt'; did you mean 'rte'?"),
         ("tasks:\n  - {name: rte, epoch: 3}\n", "5: tasks[0].epoch: unknown key 'epoch'; did you mean 'epochs'?"),

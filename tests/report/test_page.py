@@ -142,7 +142,7 @@ def test_failures_have_their_message_and_the_command_to_run_them_again(tmp_path)
 
     text = Parsed(page_of(tmp_path, record, source="suites/ci.yaml")).all_text()
 
-    assert "Cells that did not end ok bert-base@random/full/b8/s128: timeout (after 600 s)" in text
+    assert "Cells that did not end ok or have no score bert-base@random/full/b8/s128: timeout (after 600 s)" in text
     assert f"meftbench run suites/ci.yaml --where cell_id={record.cell_id} --device counted" in text
 
 

@@ -68,7 +68,8 @@ def test_memory_time_and_score_in_one_outcome(tmp_path):
     assert (16, {"validation": 8}, 0) == tuple(
         observed[n] for n in ("train_rows", "evaluation_rows", "truncated_samples")
     )
-    assert 32 == len(observed["data_digest"]) and str(tmp_path / "mood") == observed["data"]
+    assert 32 == len(observed["data_digest"])
+    assert str(tmp_path / "mood") == observed["data"]
 
 
 def test_a_batch_larger_than_the_data(tmp_path):
@@ -138,12 +139,11 @@ def test_the_best_weights_of_full_fine_tuning_are_kept(tmp_path, cell_folder):
 def test_no_room_for_what_is_kept(tmp_path, monkeypatch, cell_folder, fault):
     """One line; the training itself is not lost: its checkpoints stay until it is taken up again."""
     cell = a_training(a_classification(tmp_path / "mood"), "full", keep="best")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"best: the best weights cannot be written"):
-        patch.setattr(
-            "transformers.modeling_utils.PreTrainedModel.save_pretrained",
-            lambda *_, **__: (_ for _ in ()).throw(fault),
-        )
-        trained(cell)
+    with monkeypatch.context() as patch:
+        writer = "transformers.modeling_utils.PreTrainedModel.save_pretrained"
+        patch.setattr(writer, lambda *_, **__: (_ for _ in ()).throw(fault))
+        with pytest.raises(UserError, match=r"best: the best weights cannot be written"):
+            trained(cell)
 
     _, observed = trained(cell)
 

@@ -52,8 +52,15 @@ class Killed(BaseException):
     """What ends a process in the middle of a training."""
 
 
+def killed_at(step, cell, monkeypatch):
+    """The training of `cell`, ended when this execution begins its `step`-th step."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            trained(cell)
+
+
 def kill_at(monkeypatch, step):
-    """The training ends after so many steps of this execution, wherever that is."""
     taken = []
 
     def end(self, *args, **kwargs):
@@ -72,9 +79,7 @@ def test_a_training_taken_up_again_is_the_one_that_was_not_cut(tmp_path, monkeyp
     """Losses, curve, scores and tokens, to the last bit, with dropout: as if nothing had happened."""
     cell = a_training(a_classification(tmp_path / "mood"), method, model_config_overrides=TINY, max_steps=6)
     whole, observed = trained(cell)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 5)
-        trained(cell)
+    killed_at(5, cell, monkeypatch)
 
     rest, resumed = trained(cell)
 
@@ -88,9 +93,10 @@ def test_a_training_that_had_ended_is_only_scored(tmp_path, monkeypatch, cell_fo
     """It was killed between its last checkpoint and its record."""
     cell = a_training(a_classification(tmp_path / "mood"))
     whole, _ = trained(cell)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr("meftbench.tasks.quality.QualityCell._metrics", lambda *_: (_ for _ in ()).throw(Killed))
-        trained(cell)
+        with pytest.raises(Killed):
+            trained(cell)
     with monkeypatch.context() as patch:
         kill_at(patch, 1)
         rest, _ = trained(cell)
@@ -101,9 +107,7 @@ def test_a_training_that_had_ended_is_only_scored(tmp_path, monkeypatch, cell_fo
 def test_a_run_folder_that_was_moved(tmp_path, monkeypatch, cell_folder):
     """The best checkpoint is where the others are, not where it was."""
     cell = a_training(a_classification(tmp_path / "mood"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 4)
-        trained(cell)
+    killed_at(4, cell, monkeypatch)
     cell_folder.rename(tmp_path / "moved")
     monkeypatch.setenv(CELL_FOLDER, str(tmp_path / "moved"))
 
@@ -180,9 +184,7 @@ def test_a_bug_while_a_checkpoint_is_written_is_no_full_disk(tmp_path, monkeypat
 def test_a_checkpoint_holds_what_is_trained_alone(tmp_path, monkeypatch, cell_folder):
     """A frozen model of gigabytes is not written again and again."""
     cell = a_training(a_classification(tmp_path / "mood"), "lora")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 3)
-        trained(cell)
+    killed_at(3, cell, monkeypatch)
 
     [checkpoint] = (cell_folder / "checkpoints").iterdir()
 
@@ -478,7 +480,7 @@ def test_the_rate_warms_up_and_stays(tmp_path):
     assert [0.0, 0.005, 0.01, 0.01] == pytest.approx(rates)
 
 
-@pytest.mark.parametrize("batches, lengths", [("full", {16}), ("longest", {5, 6, 7, 8, 9})])
+@pytest.mark.parametrize(("batches", "lengths"), [("full", {16}), ("longest", {5, 6, 7, 8, 9})])
 def test_batches_padded_full_or_to_their_longest(tmp_path, monkeypatch, batches, lengths):
     seen = set()
     step = TaskTrainer.training_step
