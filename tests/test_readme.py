@@ -59,7 +59,20 @@ def test_every_command_it_shows_is_one():
     lines = [line for line in README.splitlines() if re.match(r"\s*meftbench \w", line)]
     commands = [shlex.split(line, comments=True) for line in lines]
 
-    verbs = {"run", "report", "show", "compare", "check", "list", "doctor", "estimate", "fit", "validate", "export"}
+    verbs = {
+        "run",
+        "report",
+        "show",
+        "compare",
+        "check",
+        "list",
+        "doctor",
+        "estimate",
+        "fit",
+        "validate",
+        "export",
+        "finetune",
+    }
     assert verbs == {words[1] for words in commands}
     assert {words[1] for words in commands} <= set(_VERBS)
     named = [words[2] for words in commands if words[1] == "run" and not words[2].endswith(".yaml")]
@@ -78,9 +91,11 @@ def test_the_estimate_is_what_the_program_prints(capsys):
     assert block[:-1] == printed[:-1]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), ids=["suite", "budgets"])
+@pytest.mark.parametrize(
+    "block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), ids=["suite", "trainings", "budgets"]
+)
 def test_its_yaml_is_accepted(block, tmp_path):
-    """The suite parses into cells (the folder ./my-model aside) and the budgets load."""
+    """The suites parse into cells (the folder ./my-model aside) and the budgets load."""
     lines = block.splitlines()
     margin = len(lines[0]) - len(lines[0].lstrip())
     text = "\n".join(line[margin:] for line in lines).replace(", ./my-model", "")
@@ -88,7 +103,9 @@ def test_its_yaml_is_accepted(block, tmp_path):
     file.write_text(text)
 
     if "grid:" in text:
-        assert 4 * 4 == len(parse_suite(read(file)).cells)
+        tasks, methods, rates, seeds = 2, 3, 2, 3
+        cells = tasks * methods * rates * seeds if "tasks:" in text else 4 * 4
+        assert cells == len(parse_suite(read(file)).cells)
     else:
         assert 2 == len(load_budgets(file).rows)
 
