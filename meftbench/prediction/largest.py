@@ -81,9 +81,7 @@ class Shapes:
             endless = replace(self._settings, capacity=None)
             if self._applied is None and cell.precision not in AUTOCAST:
                 self._applied = uncomputed_model(cell)
-            found = predict(
-                cell, self._profile, settings=endless, remembered=self._remembered, applied=self._applied
-            )
+            found = predict(cell, self._profile, settings=endless, remembered=self._remembered, applied=self._applied)
             self._known[key] = Shape(found, self._settings)
             gc.collect()
             gc.freeze()  # its events are kept, and are not to be walked at every step of every later trace
