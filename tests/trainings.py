@@ -25,7 +25,7 @@ TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TINY_OPT = {
     **{"num_hidden_layers": 2, "hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 32},
-    "dropout": 0.0,
+    **{"dropout": 0.0, "vocab_size": 30522},
 }
 TINY_VIT = {**TINY, "image_size": 8, "patch_size": 4}
 _GOOD, _BAD = ("a good and fine film", "lovely", "warm and kind people"), ("bad", "a sad and dull mess", "cold, rude")

@@ -11,7 +11,7 @@ import pytest
 
 from meftbench.records.store import load_run
 from meftbench.runner import process
-from stand_in import BROKEN, ENDLESS, FINE
+from stand_in import ENDLESS, FINE, WRONG
 from sweeps import WORKER, alive, statuses, told, wait_until
 from trainings import MODEL_DIR, NO_DROPOUT, TINY, a_classification, a_regression
 
@@ -36,33 +36,19 @@ def tiny(task, method="lora", *more):
 
 
 def test_from_data_to_a_score(cli, tmp_path, real_worker, monkeypatch):
-    """A fault in the data is a line and exit 3; mended, --resume trains, and prints score, memory and time.
-
-    What it printed then is read by `show`, which says how to train one of them again, and by `check`.
-    """
+    """It prints score, memory and time; `show` says how to train one of them again, and `check` holds it to a score."""
     monkeypatch.setenv("COLUMNS", "80")
     task = a_classification(tmp_path / "my mood")
-    line = tiny(task, "meft1-exact", "--seed", "0,1", "--learning-rate", "1e-2,1e-3", "--keep")
-    rows = (tmp_path / "my mood" / "train.jsonl").read_text()
-    (tmp_path / "my mood" / "train.jsonl").write_text(rows + '{"text": "odd", "label": 7}\n')
 
-    failed, out, err = cli(*line)
+    code, out, err = cli(*tiny(task, "meft1-exact", "--seed", "0,1", "--learning-rate", "1e-3", "--keep"))
 
-    assert (3, 1) == (failed, out.count("4 cells: 4 error"))
-    assert "label 7 is none of the 2 classes" in " ".join(out.split())
-    assert "Traceback" not in out + err
-
-    (tmp_path / "my mood" / "train.jsonl").write_text(rows)
-    code, out, err = cli(*line, "--resume")
-
-    assert 0 == code
-    assert "Score: accuracy on validation, mean ± standard deviation over seeds 0, 1, measured." in " ".join(
-        out.split()
-    )
-    assert "4 cells: 4 ok" in out
+    assert 0 == code, err
+    said = " ".join(out.split())
+    assert "Score: accuracy on validation, mean ± standard deviation over seeds 0, 1, measured." in said
+    assert "2 cells: 2 ok" in out
     assert max(map(len, out.splitlines())) <= 80
     kept = [path.name for cell in (tmp_path / "run" / "cells").iterdir() for path in cell.iterdir()]
-    assert ["best"] * 4 == kept
+    assert ["best"] * 2 == kept
 
     code, out, err = cli("show", "run", "*0.001*seed1")
     said = " ".join(out.split())
@@ -116,14 +102,17 @@ def test_what_is_said_reaches_the_cell(cli, tmp_path):
     assert 4 == cell["method_params"]["rank"]
 
 
-def test_a_failed_training_is_tried_again_by_resume(cli, tmp_path, told_by_cells):
-    """What ended well is not."""
+def test_a_fault_is_a_line_and_resume_tries_again(cli, tmp_path, told_by_cells):
+    """Exit 3, without a traceback; what ended well is not done again, and another run does not go into its folder."""
     task = a_classification(tmp_path / "mood")
-    line = (*ARGUMENTS, task, "--seed", f"{FINE},{BROKEN}", "--out", "run")
+    line = (*ARGUMENTS, task, "--seed", f"{FINE},{WRONG}", "--out", "run")
 
-    codes = [cli(*line)[0], cli(*line)[0], cli(*line, "--resume")[0]]
+    code, out, err = cli(*line)
+    codes = [cli(*line)[0], cli(*line, "--resume")[0]]
 
-    assert [3, 2, 3] == codes
+    assert [3, 2, 3] == [code, *codes]
+    assert "seed5: error (model: has no weights; download it)" in " ".join(out.split())
+    assert "Traceback" not in out + err
     assert 3 == len(told_by_cells())
 
 
@@ -192,7 +181,7 @@ def test_bad_input(cli, tmp_path, arguments, said):
     assert [] == list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["we ird, na=me", "größe", "-x", "a/b"])
+@pytest.mark.parametrize("name", ["we ird, na=me/größe", "-x"])
 def test_folders_of_any_name(cli, tmp_path, name):
     """The name of a task is a path, whatever is in it."""
     a_classification(tmp_path / name)
