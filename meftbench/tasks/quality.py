@@ -92,6 +92,11 @@ class QualityCell:
         method = "+".join([cell.method, *cell.levers.names()])
         applied = prepare(model, method, cell.method_params, seed=cell.seed)
         applied.model.to(self.device)
+        if self.head == "multiple_choice":
+            # Adding a number to every choice's logit changes no softmax: the gradient of the bias is zero but for
+            # rounding, and of two choices exactly.
+            biases = {name for name in applied.trained() if "classifier" in name and name.endswith("bias")}
+            applied.no_gradient |= biases
         return applied
 
     def step(self) -> Step:
@@ -131,6 +136,7 @@ class QualityCell:
             "data": self.splits.origin,
             "data_digest": self.splits.digest,
             "cuts": list(self.splits.cuts),
+            "licence": self.task.licence,
             "truncated_samples": self.encoded.truncated,
             "train_rows": len(self.encoded.train),
             "evaluation_rows": {name: len(rows) for name, rows in self.encoded.evaluations.items()},
