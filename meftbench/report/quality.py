@@ -102,8 +102,11 @@ def results(frame: DataFrame) -> list[Result]:
     done = trained(frame)
     done = done[(done["status"] == "ok") & done["score"].notna()] if "score" in done else done[:0]
     order = methods_in_order(frame)
-    # What all trainings share is no name for one of them.
-    shared = set.intersection(*({*said.split(", ")} for said in done["training"])) if len(done) else set()
+    # What all trainings of a table share is no name for one of them.
+    shared: dict[tuple[Any, ...], set[str]] = {}
+    for row in rows_of(done):
+        said = {*str(row["training"]).split(", ")}
+        shared[_table_of(row)] = shared.get(_table_of(row), said) & said
     found: list[Result] = []
     for _, rows in done.groupby(list(_APART), dropna=False, sort=False):
         by_rate: dict[float, list[dict[str, Any]]] = {}
@@ -115,16 +118,19 @@ def results(frame: DataFrame) -> list[Result]:
         further = {
             name: _spread(mine, name) for name in FURTHER if name in done and any(notna(row[name]) for row in mine)
         }
-        found.append(
-            Result(mine, best, means, _spread(mine, "score"), _spread(mine, "training_time_s"),
-                   _spread(mine, "training_tokens_per_s"), _without(mine[0]["training"], shared), further)
-        )  # fmt: skip
+        own = _without(mine[0]["training"], shared[_table_of(mine[0])])
+        time_s, tokens_per_s = _spread(mine, "training_time_s"), _spread(mine, "training_tokens_per_s")
+        found.append(Result(mine, best, means, _spread(mine, "score"), time_s, tokens_per_s, own, further))
     tasks = list(dict.fromkeys(result.first["task"] for result in found))
     models = list(dict.fromkeys(result.first["model"] for result in found))
     return sorted(
         found,
         key=lambda r: (models.index(r.first["model"]), tasks.index(r.first["task"]), order.index(r.first["method"])),
     )
+
+
+def _table_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in COMPARED)
 
 
 def _without(training: str, shared: set[str]) -> str:
@@ -159,7 +165,7 @@ def tables(found: Iterable[Result]) -> list[Table]:
     """A table a model, task, shape and setting; its title says how they differ."""
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in found:
-        groups.setdefault(tuple(result.first[name] for name in COMPARED), []).append(result)
+        groups.setdefault(_table_of(result.first), []).append(result)
     differing = differing_settings([mine[0].first for mine in groups.values()])
     return [_table(mine, differing) for mine in groups.values()]
 
