@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.report.plots import legend_beside
 from meftbench.report.quality import Result, results
 from meftbench.report.side_bits import SWEEP
+from meftbench.report.tables import parts_of
 from meftbench.units import MiB
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _plot(
     for line, shade in zip(lines, _COLOURS * len(lines), strict=False):
         xs = [place for r in line if (place := _place(r, axis)) is not None]
         ax.errorbar(xs, [value(r) for r in line], yerr=[spread(r) for r in line], color=shade, marker="o", capsize=3,
-                    label=_named(line[0]))  # fmt: skip
+                    label=_named(line[0], axis))  # fmt: skip
     places = sorted({place for line in lines for r in line if (place := _place(r, axis)) is not None})
     if axis == "adapter_size":
         ax.set_xscale("log", base=2)
@@ -88,8 +89,11 @@ def _plot(
     legend_beside(ax)
 
 
-def _named(result: Result) -> str:
-    return "+".join(part for part in (str(result.first["method_name"]), str(result.first["levers"])) if part)
+def _named(result: Result, axis: str) -> str:
+    """The method's label without the setting that is looked at."""
+    name, settings, levers = parts_of(str(result.first["method"]))
+    rest = [setting for setting in settings if not setting.startswith(f"{axis}=")]
+    return "+".join([f"{name}({','.join(rest)})" if rest else name, *levers])
 
 
 def _scored(frame: DataFrame) -> str:
@@ -97,10 +101,24 @@ def _scored(frame: DataFrame) -> str:
     return f"{first.first['scored_by'] if first else 'score'} on validation"
 
 
-def has_shifts(frame: DataFrame) -> bool:
-    """Whether reversible methods started from two different places."""
-    shifts = {r.first["starting_point_shift"] for r in results(frame) if r.first["coupling"]}
-    return len(shifts - {None}) > 1
+# What moves the starting point; the factors themselves may be named instead of the side bits.
+_MOVES = ("coupling", "output", "side_bits", "lambda", "beta")
+
+
+def shifted(frame: DataFrame) -> list[Result]:
+    """Results of reversible methods that differ, each from others of its method, in where they start alone.
+
+    Of the settings that a method was run at otherwise, those with the most such results.
+    """
+    alike: dict[str, dict[str, list[Result]]] = {}
+    for result in results(frame):
+        row = result.first
+        if row["coupling"] and row["starting_point_shift"] is not None and not result.own:
+            rest = {name: value for name, value in json.loads(row["settings"]).items() if name not in _MOVES}
+            of = alike.setdefault(str(row["method_name"]), {})
+            of.setdefault(json.dumps([row["levers"], rest]), []).append(result)
+    lines = [max(of.values(), key=len) for of in alike.values()]
+    return [r for line in lines if len({r.first["starting_point_shift"] for r in line}) > 1 for r in line]
 
 
 def plot_score_by_shift(frame: DataFrame, ax: Axes) -> None:
@@ -109,10 +127,8 @@ def plot_score_by_shift(frame: DataFrame, ax: Axes) -> None:
     Colour and marker are coupling and output; the number beside a point is its factor near zero.
     """
     said: set[str] = set()
-    for result in results(frame):
+    for result in shifted(frame):
         row = result.first
-        if not row["coupling"] or row["starting_point_shift"] is None or result.own:
-            continue
         shade, marker, _ = SWEEP[row["coupling"], row["output"]]
         label = f"{row['method_name']}, {row['coupling']}, {row['output']}"
         ax.errorbar([row["starting_point_shift"]], [result.score.mean], yerr=[result.score.deviation or 0.0],

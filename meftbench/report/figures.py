@@ -127,7 +127,7 @@ def _quality(frame: DataFrame) -> list[Kind]:
     memory, time = quality_plots.plot_score_by_memory, quality_plots.plot_score_by_time
     paler = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
     swept = {axis: [panel for panel in panels if ablations.sweeps(panel.frame, axis)] for axis in ablations.AXES}
-    shifts = [panel for panel in panels if ablations.has_shifts(panel.frame)]
+    shifts = [panel for panel in panels if ablations.shifted(panel.frame)]
     bars = "Bars: standard deviation over seeds."
     return [
         Kind("score-by-memory", "Score and activation memory", [memory], panels, paler),
