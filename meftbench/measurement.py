@@ -22,6 +22,7 @@ from meftbench.methods import Applied
 from meftbench.plan.catalogue import BACKBONES, PROBES
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
+from meftbench.plan.training import PRELOAD
 from meftbench.prediction.predict import predicted_cell
 from meftbench.probes.levers import check_levers
 from meftbench.probes.memory_counted import CountedStep, count_memory, parameter_counts
@@ -31,7 +32,6 @@ from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.step import Step, build_step
 
-PRELOAD = "MEFTBENCH_PRELOAD"  # `tasks`: the runner has trainings to do
 # An allocation that fails under these names is a full device in disguise (MEASURING 4).
 _DISGUISED_OOM = ("CUDNN_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 

@@ -95,11 +95,12 @@ def fit(
     }
     if out is not None:
         made(out)  # not after minutes of predicting
-    found = ask(request, progress(quiet))["methods"]
+    answered = ask(request, progress(quiet))
+    found = answered["methods"]
     if all(entry["refused"] for entry in found):
         raise UserError("", found[0]["refused"].rpartition("; ")[0], found[0]["refused"].rpartition("; ")[2])
     about: dict[str, Any] = {"model": cells[0].model_label, "precision": cells[0].precision}
-    about |= {"profile": device.name}
+    about |= {"profile": device.name, "predict_s": answered["seconds"]}
     about |= {"device": device.device, "verified": device.verified, "context_bytes": device.context_bytes}
     answer = as_answer(about | {"default_profile": profile is None, "cards": cards, "positions": longest}, found)
     if as_json:

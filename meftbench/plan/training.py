@@ -10,6 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 # `type` in a record's status_detail of a training that was left out: another learning rate did better.
 NOT_CHOSEN = "RateNotChosen"
+# What the runner tells the process of a training by its environment: the cell's folder in its run, where checkpoints
+# are kept until it ends and what is kept of it; and what to import before the first.
+CELL_FOLDER = "MEFTBENCH_CELL_FOLDER"
+PRELOAD = "MEFTBENCH_PRELOAD"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 

@@ -75,9 +75,10 @@ def fit(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     `allocator`; `capacities`, bytes that torch may reserve, in rising order; `batches`, [length, limit] each: the
     largest batch of samples so long; `lengths`, [batch, limit] each; `jobs`, processes at a time.
 
-    The answer has an entry a method: `lines`, each with what was asked and the largest for each capacity (0: none), and
-    `refused`, the line of a UserError.
+    The answer has `seconds`, of all of it, and an entry a method: `lines`, each with what was asked and the largest for
+    each capacity (0: none), and `refused`, the line of a UserError.
     """
+    begin = time.perf_counter()
     gc.collect()
     gc.freeze()  # what was imported is not to be walked at every step of every trace
     # Cards share traces, so few are better off alone; but one costly method is not to keep one process waiting.
@@ -92,15 +93,16 @@ def fit(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     # Forked before any backward ran: autograd has no threads yet.
     with ProcessPoolExecutor(request["jobs"], multiprocessing.get_context("fork")) as pool:
         ongoing = {pool.submit(_fit_method, part): (index, part["capacities"][0]) for index, part in work}
-        found: list[dict[int, dict[str, Any]]] = [{} for _ in request["cells"]]
+        parts: list[dict[int, dict[str, Any]]] = [{} for _ in request["cells"]]
+        found: list[dict[str, Any]] = [{}] * len(request["cells"])
         for future in as_completed(ongoing):
             index, first = ongoing[future]
-            found[index][first] = future.result()
-            if len(found[index]) == len(shares):
-                entry = _joined([found[index][share[0]] for share in shares])
+            parts[index][first] = future.result()
+            if len(parts[index]) == len(shares):
+                entry = found[index] = _joined([parts[index][share[0]] for share in shares])
                 said = entry["refused"] or f"{entry['traced']} cells predicted in {entry['seconds']:.0f} s"
                 tell(f"{entry['method']}: {said}")
-    return {"methods": [_joined([parts[share[0]] for share in shares]) for parts in found]}
+    return {"methods": found, "seconds": time.perf_counter() - begin}
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

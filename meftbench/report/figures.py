@@ -120,7 +120,7 @@ def _quality(frame: DataFrame) -> list[Kind]:
     firsts = [next(rows_of(rows)) for rows in apart]
     differing = [*(["precision"] if len({row["precision"] for row in firsts}) > 1 else []), *differing_settings(firsts)]
     for rows, first in zip(apart, firsts, strict=True):
-        shape = shape_text(first["batch_size"], first["micro_batch_size"], first["sequence_length"])
+        shape = shape_text(*(first[name] for name in SHAPE))
         rest = "".join(f", {setting_text(name, first[name])}" for name in differing)
         panels.append(Panel(f"{first['task']}, {shape}{rest}", rows))
     curves = [panel for panel in panels if any(panel.frame["learning_curve"].notna())]
@@ -186,7 +186,7 @@ def _sweeps(frame: DataFrame) -> list[Panel]:
                     best = ((len(lines), size), shown)
             if best is not None:
                 first = best[1].iloc[0]
-                shape = shape_text(first["batch_size"], first["micro_batch_size"], first["sequence_length"])
+                shape = shape_text(*(first[name] for name in SHAPE))
                 found.append(Panel(_titled(f"{name}, {shape}", group, several), best[1]))
     return found
 
@@ -254,7 +254,7 @@ def _one_shape(frame: DataFrame, metric: str) -> list[Panel]:
                 best = ((known, size), rows)
         if best is not None:
             first = best[1].iloc[0]
-            shape = shape_text(first["batch_size"], first["micro_batch_size"], first["sequence_length"])
+            shape = shape_text(*(first[name] for name in SHAPE))
             found.append(Panel(_titled(shape, group, several), best[1]))
     return found
 

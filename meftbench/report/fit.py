@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.report.plots import colour, legend_beside, plain_numbers
-from meftbench.units import format_bytes
+from meftbench.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,8 @@ def as_answer(about: dict[str, Any], methods: list[dict[str, Any]]) -> dict[str,
         for card, size in zip(about["cards"], line["largest"], strict=True)
     ]
     refused = {entry["method"]: entry["refused"] for entry in methods if entry["refused"]}
-    return about | {"source": "predicted", "rows": rows, "refused": refused}
+    cells = sum(entry["traced"] for entry in methods)
+    return about | {"source": "predicted", "rows": rows, "refused": refused, "cells": cells}
 
 
 def said(row: dict[str, Any]) -> str:
@@ -98,6 +99,7 @@ def print_fit(answer: dict[str, Any], console: Console | None = None) -> None:
         out.print(table)
     for note in notes(answer):
         out.print(Text(note, overflow="fold"))
+    out.print(Text(f"{answer['cells']:,} cells predicted in {format_duration(answer['predict_s'])}, measured"))
 
 
 def markdown(answer: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite
-from meftbench.plan.training import NOT_CHOSEN
+from meftbench.plan.training import CELL_FOLDER, NOT_CHOSEN, PRELOAD
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, load_run, writing
 from meftbench.runner import folder, gpus, host
@@ -148,7 +148,7 @@ def _execute(
     threads = suite.protocol.threads or max(1, host.cores() // parallel)
     told = worker_environment(suite.protocol, threads, os.environ)
     if any(cell.training for cell in suite.cells):
-        told |= {"MEFTBENCH_PRELOAD": "tasks"}
+        told |= {PRELOAD: "tasks"}
     worker = Worker(told, logs / "worker.log", command)
     try:
         if "cuda" in sweep.free and worker.facts.get("torch_cuda", "unknown") is None:
@@ -261,7 +261,7 @@ def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, me
         # CUDA maps far more than it uses: there the device's own allocator says when memory is out.
         memory_bytes=None if on_gpu else memory,
         environment={"CUDA_VISIBLE_DEVICES": slot if on_gpu else ""}
-        | ({"MEFTBENCH_CELL_FOLDER": str(logs.parent.absolute() / CELLS / name)} if attempt.cell.training else {}),
+        | ({CELL_FOLDER: str(logs.parent.absolute() / CELLS / name)} if attempt.cell.training else {}),
     )
 
 

@@ -23,14 +23,13 @@ from meftbench.methods.saving import save_adapter
 from meftbench.plan.cell import Cell
 from meftbench.plan.models import RANDOM, folder_of, head_of, split_name
 from meftbench.plan.tasks import Task, find_task
+from meftbench.plan.training import CELL_FOLDER
 from meftbench.records.record import Metric
 from meftbench.step import AUTOCAST, DTYPES, Step, build_optimizer
 from meftbench.tasks.data import Splits, load_splits
 from meftbench.tasks.encode import Encoded, encode
 from meftbench.tasks.trainer import Scored, TaskTrainer, last_checkpoint
 
-# The folder of a cell in its run: checkpoints while it is trained, and what is kept of it. The runner sets it.
-CELL_FOLDER = "MEFTBENCH_CELL_FOLDER"
 HELD_OUT = 0.1  # of the training rows, where a task has no split to choose a checkpoint by
 # By what an evaluation is called beside the first.
 METRIC_OF = {"test": "score_test", "validation_mismatched": "score_mismatched"}

@@ -304,7 +304,6 @@ def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArgu
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
     )
 
 

@@ -64,7 +64,9 @@ def test_what_is_wrong_is_one_line_before_anything_is_predicted(cli, given, said
 
 def test_a_method_that_does_not_apply_is_a_note_and_an_error_where_none_does(cli, monkeypatch):
     def answering(*entries):
-        code = f"import sys; sys.stdin.readline(); print({json.dumps({'answer': {'methods': entries}})!r})"
+        code = (
+            f"import sys; sys.stdin.readline(); print({json.dumps({'answer': {'methods': entries, 'seconds': 3}})!r})"
+        )
         monkeypatch.setattr(predictions, "PREDICTOR", (sys.executable, "-c", code))
         return cli("fit", "bert-tiny@random", "--methods", "full,lora+chunked_loss", "--memory", "8GiB")
 
@@ -72,6 +74,7 @@ def test_a_method_that_does_not_apply_is_a_note_and_an_error_where_none_does(cli
     code, out, _ = answering(an_entry(batch_size=[5]), bad)
     assert 0 == code
     assert "needs a head over a vocabulary" in out
+    assert out.rstrip().endswith("cells predicted in 3.0 s, measured")
 
     code, out, err = answering(bad)
     assert (2, "") == (code, out)

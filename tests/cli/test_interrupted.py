@@ -30,7 +30,7 @@ def marked(mark):
             if not ended and mark.encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
         except (OSError, IndexError):
-            continue
+            continue  # it has ended while it was looked at
     return found
 
 

@@ -16,8 +16,8 @@ from meftbench.errors import UserError
 from meftbench.measurement import measure_cell
 from meftbench.methods.saving import load_adapter
 from meftbench.plan.protocol import Protocol
+from meftbench.plan.training import CELL_FOLDER
 from meftbench.tasks import quality as qualities
-from meftbench.tasks.quality import CELL_FOLDER
 from trainings import (
     NO_DROPOUT,
     TINY,

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from meftbench.errors import UserError
-from meftbench.tasks.quality import CELL_FOLDER
+from meftbench.plan.training import CELL_FOLDER
 from meftbench.tasks.trainer import StepClock, TaskTrainer, last_checkpoint
 from trainings import (
     NO_DROPOUT,
