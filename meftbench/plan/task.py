@@ -40,6 +40,7 @@ class Task:
         is among them it is the correct choice.  template: the prompt of a decoder, with columns in braces.
     labels: class names in the order of their ids; None: no classes, or those that the data have.
     scores: the first is the score.  rows: of each split as published, by which cut data are known.
+    departures: what files that go about hold other than the split as published, by their SHA-256.
     sequence_length: tokens; None for images.
     """
 
@@ -59,6 +60,7 @@ class Task:
     choices: tuple[str, ...] = ()
     template: str = ""
     rows: Mapping[str, int] = field(default_factory=dict)
+    departures: Mapping[str, str] = field(default_factory=dict)
     sequence_length: int | None = 128
     revision: str | None = None
 

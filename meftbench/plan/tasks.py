@@ -139,6 +139,11 @@ _ALL = [
         ("f1", "accuracy"),
         labels=("not_duplicate", "duplicate"),
         rows={"train": 363846, "validation": 40430},
+        departures={
+            "4974b671c08a1fb9cc04954e0f51344ece96fc5ebe8853d58b0a9dbcd9508730": (
+                "validation: of Quora's release as Stanford's CS 224N split it, not GLUE's"
+            ),
+        },
     ),
     _glue(
         "mnli",
@@ -203,6 +208,10 @@ _ALL = [
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         evaluations={"test": "test"},
         rows={"train": 50000, "test": 10000},
+        departures={
+            "731b3993b5deb44bf2e653fb2d8045cc81c057c755e2460c37723c535d99094d": "train: JPEG re-encodings",
+            "4f46a5725328f25ce91992b47b0b24a07908548fa789a9dd997ec26135d398bd": "test: JPEG re-encodings",
+        },
         licence="none stated",
     ),
     _images(

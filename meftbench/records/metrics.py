@@ -119,6 +119,7 @@ METRICS: dict[str, Kind] = {
     # quality: the task's score beside the memory
     "score": Kind("score", "higher", "the task's first score on validation, of the checkpoint that is best there"),
     "score_test": Kind("score", "higher", "the same score on test rows, of the checkpoint chosen on validation"),
+    "score_constant": Kind("score", "higher", "the score of the best answer that is always the same, on validation"),
     "score_mismatched": Kind("score", "higher", "MNLI: the score on genres that training has not, same checkpoint"),
     "accuracy": Kind("score", "higher", "share of validation rows answered right"),
     "f1": Kind("score", "higher", "harmonic mean of precision and recall on validation"),

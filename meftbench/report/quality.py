@@ -176,6 +176,8 @@ def differing_settings(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _table(mine: list[Result], differing: list[str]) -> Table:
+    from pandas import notna
+
     row = mine[0].first
     full = next((r.activation_bytes for r in mine if r.first["method"] == "full"), None)
     further = [name for name in FURTHER if any(name in result.further for result in mine)]
@@ -200,7 +202,9 @@ def _table(mine: list[Result], differing: list[str]) -> Table:
         ))  # fmt: skip
         tried = len(result.rates)
         narrow.append((
-            *lines[-1][: -len(HEAD) + 2],
+            result.method,
+            result.score.said() + ("" if result.seeds == seeds else "*"),
+            *lines[-1][2 : -len(HEAD) + 2],
             "-" if held is None else f"{held / 2**20:,.1f}",
             share,
             f"{result.time_s.mean:,.1f}" if result.time_s.values else "-",
@@ -217,11 +221,14 @@ def _table(mine: list[Result], differing: list[str]) -> Table:
     if len(seeds) == 1:
         scored = f"Score: {row['scored_by']} on validation, seed {seeds[0]} alone, measured"
     notes = [f"{scored}. Validation chose the checkpoint and the learning rate as well: it flatters."]
+    if notna(constant := row.get("score_constant")):
+        notes.append(f"The best answer that is always the same scores {constant:.3f}, counted.")
     if row["cuts"]:
         notes.append(f"Not the published sets: {'; '.join(row['cuts'])}.")
     sources = sorted({result.first["activation_peak_bytes_source"] for result in mine if result.activation_bytes})
     unsaid = [f"Memory is {' and '.join(sources)}"] if sources else []
     unsaid += ["a rate is the best of so many"] if any(len(result.rates) > 1 for result in mine) else []
+    unsaid += [f"*: {r.method} has seed {_listed(r.seeds)} alone" for r in mine if r.seeds != seeds]
     return Table(title, head, lines, notes, narrow_head, narrow, f"{'; '.join(unsaid)}." if unsaid else "")
 
 

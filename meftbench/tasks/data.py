@@ -69,6 +69,7 @@ def load_splits(
         published = task.rows.get(task.train if name == "train" else task.evaluations[name], len(rows))
         if published != len(used[name]):
             cuts.append(_cut(name, len(used[name]), published))
+    cuts += [task.departures[file] for file in source.digests if file in task.departures]
     train = used.pop("train")
     return Splits(train, used, labels, source.origin, cuts, digest.hexdigest())
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -28,6 +29,7 @@ from meftbench.records.record import Metric
 from meftbench.step import AUTOCAST, DTYPES, Step, build_optimizer
 from meftbench.tasks.data import Splits, load_splits
 from meftbench.tasks.encode import Encoded, encode
+from meftbench.tasks.scores import constant_score
 from meftbench.tasks.trainer import Scored, TaskTrainer, last_checkpoint
 
 HELD_OUT = 0.1  # of the training rows, where a task has no split to choose a checkpoint by
@@ -167,6 +169,9 @@ class QualityCell:
                 metrics["validation_loss"] = Metric(found.loss, "measured")
                 metrics |= {score: _metric(value, found) for score, value in found.scores.items()}
             metrics["score" if name == trainer.first else METRIC_OF[name]] = _metric(found.score, found)
+        constant = constant_score(self.task, np.asarray(self.splits.evaluations[trainer.first]["label"]))
+        absent = "a regression has no commonest answer" if constant is None else None
+        metrics["score_constant"] = Metric(constant, "counted", absent=absent)
         return metrics
 
 

@@ -27,6 +27,18 @@ def scores_of(task: Task, predictions: Array, labels: Array) -> dict[str, float 
     return {name: _score(name, predictions, labels, task.labels) for name in task.scores}
 
 
+def constant_score(task: Task, labels: Array) -> float | None:
+    """The first score of the best answer that is always the same; None of a regression, where there is none.
+
+    labels: (N,) as in `scores_of`.
+    """
+    if task.kind == "regression":
+        return None
+    name = task.scores[0]
+    scores = (scores_of(task, np.full_like(labels, answer), labels)[name] for answer in np.unique(labels))
+    return max((score for score in scores if score is not None), default=None)
+
+
 def _score(name: str, predictions: Array, labels: Array, known: tuple[str, ...] | None) -> float | None:
     from scipy import stats
     from sklearn import metrics

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,6 +41,10 @@ class Source(Protocol):
     @property
     def origin(self) -> str:
         """Where it is, for the record."""
+
+    @property
+    def digests(self) -> list[str]:
+        """SHA-256 of the files that were read and of which a digest is known."""
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | None:
         """The rows of a split by its name here and on the hub; None: there is no such split."""
@@ -88,6 +92,7 @@ class Files:
 
     folder: Path
     root: Path
+    digests: list[str] = field(default_factory=list)
 
     @property
     def origin(self) -> str:
@@ -165,6 +170,7 @@ class Files:
                     raise UserError(
                         str(file), f"differs from {self.root / CHECKSUMS}", "fetch it again, or mend the sum"
                     )
+            self.digests.append(said)
 
 
 def _checksums(file: Path) -> dict[Path, str]:
@@ -192,6 +198,7 @@ class Hub:
             raise UserError(f"task {task.name}", "is not on the hub, and no data root is named", cure)
         self.path, self.config = task.hub
         self.origin = "hub " + "/".join(filter(None, task.hub))
+        self.digests: list[str] = []  # `datasets` holds the files against the hub's own
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | None:
         from datasets import load_dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from meftbench.errors import UserError
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.plan.tasks import Task
+from meftbench.tasks.collate import Row
 from meftbench.tasks.encode import Encoded
 from meftbench.tasks.scores import choose, scores_of
 
@@ -134,9 +135,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         if not self.cell.training.group_by_length:  # type: ignore[union-attr]
             return super()._get_train_sampler(train_dataset)
         # Trainer takes len(input_ids), which of a question with choices is how many it has, and images have none.
-        images = self.task.kind == "images"
-        lengths = [1] * len(self.encoded.train) if images else [_length(row) for row in self.encoded.train]
-        return LengthGroupedSampler(self.cell.batch_size, lengths=lengths)
+        return LengthGroupedSampler(self.cell.batch_size, lengths=self._lengths(self.encoded.train))
+
+    def _lengths(self, rows: Sequence[Row]) -> list[int]:
+        return [1] * len(rows) if self.task.kind == "images" else [_length(row) for row in rows]
 
     # --- loss ---
 
@@ -169,10 +171,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         rows = self.encoded.evaluations[name]
         self.model.eval()
         size = self.cell.micro_batch_size * EVALUATION_BATCH
+        order = np.argsort(self._lengths(rows), kind="stable").tolist()  # batches of one length: little padding
         predictions, labels, losses, weights = [], [], [], []
         for start in range(0, len(rows), size):
-            picked = [rows[index] for index in range(start, min(start + size, len(rows)))]
-            batch = self._prepare_inputs(self.encoded.collate(picked))
+            batch = self._prepare_inputs(self.encoded.collate([rows[index] for index in order[start : start + size]]))
             predicted, answer, loss, weight = self._predicted(batch)
             predictions.append(predicted)
             labels.append(answer)

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from builders import a_measured_cell, a_run
+from builders import a_measured_cell, a_run, counted
 from meftbench.report.detail import sections
 from meftbench.report.page import write_report
 from meftbench.report.quality import results, tables
@@ -131,6 +131,19 @@ def test_a_method_with_fewer_seeds_says_which(frame):
     (table,) = tables(results(frame(a_score(), a_score(seed=1), a_score("lora", seed=1, score=0.6))))
 
     assert "0.600 (seed 1)" == table.lines[1][1]
+    assert ("0.600*", "*: lora has seed 1 alone") == (
+        table.narrow_lines[1][1],
+        table.narrow_note.rpartition("; ")[2].rstrip("."),
+    )
+
+
+def test_what_always_the_same_answer_scores(frame):
+    """Said where it is known: beside it a score of 0.66 may be none."""
+    told = frame(a_score(metrics={"score_constant": counted(0.66)}), a_score(task="stsb"))
+
+    notes = [" ".join(table.notes) for table in tables(results(told))]
+
+    assert ["The best answer that is always the same scores 0.660, counted." in said for said in notes] == [True, False]
 
 
 def test_scores_of_further_rows_have_a_column(frame):

@@ -28,13 +28,22 @@ THERE = {
 CUTS = {
     "sst2": ["train: 20,000 of 67,349 rows"],
     "qnli": ["train: 9,999 of 104,743 rows", "validation: 5,000 of 5,463 rows"],
-    "qqp": ["train: 9,999 of 363,846 rows", "validation: 5,000 of 40,430 rows"],
+    "qqp": [
+        "train: 9,999 of 363,846 rows",
+        "validation: 5,000 of 40,430 rows",
+        "validation: of Quora's release as Stanford's CS 224N split it, not GLUE's",
+    ],
     "mnli": [
         "train: 9,999 of 392,702 rows",
         "validation: 5,000 of 9,815 rows",
         f"validation_mismatched: not in {DATA / 'glue/mnli'}",
     ],
-    "cifar10": ["train: 5,000 of 50,000 rows", "test: 1,000 of 10,000 rows"],
+    "cifar10": [
+        "train: 5,000 of 50,000 rows",
+        "test: 1,000 of 10,000 rows",
+        "train: JPEG re-encodings",
+        "test: JPEG re-encodings",
+    ],
     "mnist": ["train: 2,000 of 60,000 rows", "test: 500 of 10,000 rows"],
 }
 # How often each label is in training, from the README.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meftbench.plan.tasks import TASKS
-from meftbench.tasks.scores import choose, scores_of
+from meftbench.tasks.scores import choose, constant_score, scores_of
 from task_data import a_task
 
 
@@ -46,6 +46,14 @@ def test_predictions_that_do_not_vary():
     nothing = {"pearson": None, "spearman": None}
     assert nothing == scores_of(TASKS["stsb"], np.array([2.0, 2.0, 2.0]), labels)
     assert nothing == scores_of(TASKS["stsb"], np.array([2.0, np.nan, 1.0]), labels)
+
+
+def test_the_best_constant_answer():
+    """Of four labels three are 1: accuracy 3/4; F1 of always 1 is 2·3 / (2·3 + 1); a correlation has none."""
+    labels = np.array([1, 0, 1, 1])
+
+    assert [3 / 4, 0.0, None] == [constant_score(TASKS[name], labels) for name in ("rte", "cola", "stsb")]
+    assert pytest.approx(6 / 7) == constant_score(TASKS["qqp"], labels)
 
 
 def test_f1_of_more_classes_is_their_mean():

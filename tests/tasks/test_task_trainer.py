@@ -343,6 +343,10 @@ def test_a_regression(tmp_path):
 
     assert ("pearson", metrics["pearson"]) == (observed["scored_by"], metrics["score"])
     assert -1 <= metrics["spearman"].value <= 1
+    assert (None, "a regression has no commonest answer") == (
+        metrics["score_constant"].value,
+        metrics["score_constant"].absent,
+    )
 
 
 @pytest.mark.parametrize(
@@ -399,7 +403,7 @@ def test_images(tmp_path):
 
     metrics, observed = trained(cell)
 
-    assert 1.0 == metrics["score"].value
+    assert (1.0, 0.5) == (metrics["score"].value, metrics["score_constant"].value)
     assert {"validation": 8} == observed["evaluation_rows"]
     assert 16 * 4 == metrics["training_tokens"].value
 
