@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 PAGE, TABLE, MARKDOWN, PLOTS = "report.html", "table.csv", "table.md", "plots"
 _SOURCES = {
-    "measured": "a clock or a CUDA allocator said so",
+    "measured": "a clock, a CUDA allocator or the answers to a task said so",
     "counted": "bytes of live tensors, counted on CPU under real arithmetic",
     "predicted": "simulated for a named device",
 }
 _SETTING = tuple(name for name in SETTING if name not in ("run", "model"))
 # Explained under the table; the others are explained in each cell's detail.
-_EXPLAINED = (*SHOWN, "starting_point_shift", "parameters_trainable")
+_EXPLAINED = (*SHOWN, "starting_point_shift", "parameters_trainable", "score", "training_time_s")
 
 
 def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> list[Path]:
@@ -107,7 +107,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         warnings=_warnings(runs),
         noise=NOISE,
         details=[_detail(name, run, record) for name, run in zip(names, runs, strict=True) for record in run.records],
-        meanings={name: METRICS[name] for name in _EXPLAINED},
+        meanings={name: METRICS[name] for name in _EXPLAINED if name in frame or name in SHOWN},
     )
 
 
