@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.backbones.layout import base_of
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
 from meftbench.methods import Applied, prepare
@@ -88,6 +90,7 @@ class QualityCell:
         model.config.use_cache = False  # type: ignore[union-attr]
         if self.task.kind == "regression":
             model.config.problem_type = "regression"  # type: ignore[union-attr]
+            _start_at(model, float(np.mean(self.splits.train["label"])))
         if cell.precision == "nf4":
             quantize(model)
         method = "+".join([cell.method, *cell.levers.names()])
@@ -222,6 +225,22 @@ def _tokenizer(cell: Cell) -> Any:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         cure = "name a folder or a hub id by `training: {tokenizer: ...}`"
         raise UserError(cell.label, f"no tokenizer can be loaded from {source!r} ({reason})", cure) from None
+
+
+def _start_at(model: nn.Module, mean: float) -> None:
+    """Let the head of a regression predict the mean of the training labels, where it has a bias.
+
+    Otherwise the first steps of a training go into that offset, and what adapters learn for it leads to a plateau.
+    """
+    own = {id(module) for module in base_of(model).modules()}
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Linear)
+            and id(module) not in own
+            and module.out_features == 1
+            and module.bias is not None
+        ):
+            nn.init.constant_(module.bias, mean)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def transfer(images: Run) -> Suite:
         "protocol": {"passes": ["memory"], "warmup": 1, "steps": 1, "timeout": "1800s", "threads": 1},
         "defaults": {"model": str(kept[0]), "batch_size": 32},
         "tasks": [{"name": "mnist", "train_examples": 1000, "evaluation_examples": 500}],
-        "training": {"epochs": 3, "evaluations": 3, "learning_rate": {"*": 4e-3, "full": 5e-4}},
+        "training": {"epochs": 6, "evaluations": 3, "learning_rate": {"*": 4e-3, "full": 5e-4}},
         "grid": {"method": list(TRANSFER_METHODS), "seed": [0, 1]},
     }
     return parse_suite(Document(Path("transfer"), content, {}))
