@@ -350,6 +350,20 @@ def test_a_regression(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "model", "biases"),
+    [("full", "bert-base@random", 1), ("lora", "roberta-base@random", 1), ("full", "opt-1.3b@random", 0)],
+)
+def test_a_regression_starts_at_the_mean_of_its_labels(tmp_path, method, model, biases):
+    """By the bias of its head; a decoder's head has none, and is left alone."""
+    facts = {"model": model, "model_config_overrides": TINY_OPT if "opt" in model else TINY}
+    task = a_regression(tmp_path / "num", numbers=lambda i: 2.0 + i % 2)
+
+    applied = prepared(a_training(task, method, head="classification", **facts)).applied()
+
+    assert [2.5] * biases == [p.item() for p in applied.trained().values() if p.shape == (1,)]
+
+
+@pytest.mark.parametrize(
     ("precision", "write"),
     [("fp64", a_regression), ("bf16", a_regression), ("bf16-autocast", a_regression), ("bf16", a_classification)],
 )
