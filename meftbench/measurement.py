@@ -9,7 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,9 +69,12 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     begin = time.perf_counter()
     with _oom_is_a_result(step):
         subject = Subject(cell, protocol, step, _reading(device))
+        ordinary = cell.training is not None and cell.training.ordinary
         for name, entry in PROBES.items():
-            if name in protocol.passes:
-                outcome.metrics |= _load(entry.home)(subject)
+            # Of a training by ordinary autograd nothing is reconstructed.
+            if name in protocol.passes and not (ordinary and name == "reconstruction"):
+                with step.applied.ordinary() if ordinary else nullcontext():
+                    outcome.metrics |= _load(entry.home)(subject)
         if not step.steps_run:
             step.run()
         with CountedStep(step) as counted:

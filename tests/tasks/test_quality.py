@@ -72,6 +72,17 @@ def test_memory_time_and_score_in_one_outcome(tmp_path):
     assert str(tmp_path / "mood") == observed["data"]
 
 
+def test_the_memory_of_ordinary_autograd_is_its_own(tmp_path):
+    """A training without reversal holds what its layers save, and has no error of reconstruction."""
+    task, asked = a_classification(tmp_path / "mood"), Protocol(passes=["memory", "reconstruction"], warmup=1, steps=1)
+    cells = [a_training(task, "meft1-exact", max_steps=1, ordinary=ordinary) for ordinary in (False, True)]
+
+    reversed_, ordinary = (measure_cell(cell, asked).metrics for cell in cells)
+
+    assert ordinary["activation_peak_bytes"].value > 1.5 * reversed_["activation_peak_bytes"].value
+    assert [True, False] == ["reconstruction_rel_max" in metrics for metrics in (reversed_, ordinary)]
+
+
 def test_a_batch_larger_than_the_data(tmp_path):
     """Its memory is measured of rows that are repeated; the training has one step an epoch."""
     cell = a_training(a_classification(tmp_path / "mood", train=3), batch_size=8, max_steps=None, epochs=2.0)
