@@ -221,8 +221,9 @@ def _table(mine: list[Result], differing: list[str]) -> Table:
     if len(seeds) == 1:
         scored = f"Score: {row['scored_by']} on validation, seed {seeds[0]} alone, measured"
     notes = [f"{scored}. Validation chose the checkpoint and the learning rate as well: it flatters."]
-    if notna(constant := row.get("score_constant")):
-        notes.append(f"The best answer that is always the same scores {constant:.3f}, counted.")
+    constants = (said.get("score_constant") for result in mine for said in result.rows)
+    if constant := [value for value in constants if notna(value)]:
+        notes.append(f"The best answer that is always the same scores {constant[0]:.3f}, counted.")
     if row["cuts"]:
         notes.append(f"Not the published sets: {'; '.join(row['cuts'])}.")
     sources = sorted({result.first["activation_peak_bytes_source"] for result in mine if result.activation_bytes})
