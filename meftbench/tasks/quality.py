@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
-from meftbench.backbones.layout import base_of
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
 from meftbench.methods import Applied, prepare
@@ -35,6 +34,7 @@ from meftbench.tasks.scores import constant_score
 from meftbench.tasks.trainer import Scored, TaskTrainer, last_checkpoint
 
 HELD_OUT = 0.1  # of the training rows, where a task has no split to choose a checkpoint by
+HEAD_NAMES = {"classifier", "classification_head", "score"}  # in models of transformers
 # By what an evaluation is called beside the first.
 METRIC_OF = {"test": "score_test", "validation_mismatched": "score_mismatched"}
 
@@ -90,7 +90,6 @@ class QualityCell:
         model.config.use_cache = False  # type: ignore[union-attr]
         if self.task.kind == "regression":
             model.config.problem_type = "regression"  # type: ignore[union-attr]
-            _start_at(model, float(np.mean(self.splits.train["label"])))
         if cell.precision == "nf4":
             quantize(model)
         method = "+".join([cell.method, *cell.levers.names()])
@@ -128,11 +127,25 @@ class QualityCell:
         assert training is not None
         with _cell_folder() as folder:
             resumed = last_checkpoint(folder / "checkpoints") is not None
+            applied = self.applied()
+            biases = _head_biases(applied) if self.task.kind == "regression" else []
+            # A head that starts at 0 spends the first steps on the labels' mean, and what adapters learn for it leads
+            # to a plateau.
+            offset = float(np.mean(self.splits.train["label"])) if biases else 0.0
             trainer = TaskTrainer(
-                self.cell, self.applied(), self.task, self.encoded, folder / "checkpoints", self.device.type == "cuda"
+                self.cell,
+                applied,
+                self.task,
+                self.encoded,
+                folder / "checkpoints",
+                self.device.type == "cuda",
+                offset=offset,
             )
             trainer.train_or_resume()
             metrics = self._metrics(trainer)
+            with torch.no_grad():
+                for bias in biases:
+                    bias.add_(offset)
             if training.keep == "best":
                 _keep(trainer.applied, self.cell, folder / "best")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -227,20 +240,10 @@ def _tokenizer(cell: Cell) -> Any:
         raise UserError(cell.label, f"no tokenizer can be loaded from {source!r} ({reason})", cure) from None
 
 
-def _start_at(model: nn.Module, mean: float) -> None:
-    """Let the head of a regression predict the mean of the training labels, where it has a bias.
-
-    Otherwise the first steps of a training go into that offset, and what adapters learn for it leads to a plateau.
-    """
-    own = {id(module) for module in base_of(model).modules()}
-    for module in model.modules():
-        if (
-            isinstance(module, nn.Linear)
-            and id(module) not in own
-            and module.out_features == 1
-            and module.bias is not None
-        ):
-            nn.init.constant_(module.bias, mean)
+def _head_biases(applied: Applied) -> list[nn.Parameter]:
+    """Of the head of a regression; decoders' heads have none."""
+    named = applied.trained().items()
+    return [p for name, p in named if p.shape == (1,) and name.endswith("bias") and HEAD_NAMES & {*name.split(".")}]
 
 
 @contextmanager

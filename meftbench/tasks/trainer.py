@@ -85,14 +85,26 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     """Trains `applied` on a task; validation chooses the checkpoint whose weights are left in the model.
 
     folder: of checkpoints. An unfinished training that lies there is taken up by `train_or_resume`.
+    offset: of a regression, what is added to the model's outputs in float32, whatever it computes in: its head learns
+        the difference to it.
     """
 
     control: Any  # TrainerControl, which Trainer does not annotate
 
-    def __init__(self, cell: Cell, applied: Applied, task: Task, encoded: Encoded, folder: Path, cuda: bool) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        applied: Applied,
+        task: Task,
+        encoded: Encoded,
+        folder: Path,
+        cuda: bool,
+        *,
+        offset: float = 0.0,
+    ) -> None:
         training = cell.training
         assert training is not None
-        self.cell, self.applied, self.task, self.encoded = cell, applied, task, encoded
+        self.cell, self.applied, self.task, self.encoded, self.offset = cell, applied, task, encoded, offset
         self.first, *_ = encoded.evaluations
         steps = total_steps(cell, len(encoded.train))
         count = min(training.evaluations, steps)
@@ -147,6 +159,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor | tuple[Tensor, Any]:
         if model.training:
             self.clock.tokens += tokens_of(inputs)
+        if self.offset:
+            inputs = {**inputs, "labels": inputs["labels"] - self.offset}
         with self.applied.around_forward():
             if "choice_mask" not in inputs:
                 return super().compute_loss(model, inputs, return_outputs, **given)  # type: ignore[no-any-return]
@@ -199,7 +213,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         if "choice_mask" in batch:
             logits = _masked(logits, batch["choice_mask"])
         if self.task.kind == "regression":
-            loss, predicted = F.mse_loss(logits.squeeze(-1), labels.float()), logits.squeeze(-1)
+            predicted = logits.squeeze(-1)
+            loss = F.mse_loss(predicted, labels.float() - self.offset)  # as in training: nothing is lost to the offset
         else:
             loss, predicted = F.cross_entropy(logits, labels), logits.argmax(-1)
         answers = predicted.cpu().numpy()

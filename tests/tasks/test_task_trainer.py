@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
 
 from meftbench.errors import UserError
 from meftbench.plan.training import CELL_FOLDER
@@ -350,17 +351,38 @@ def test_a_regression(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "model", "biases"),
-    [("full", "bert-base@random", 1), ("lora", "roberta-base@random", 1), ("full", "opt-1.3b@random", 0)],
+    ("method", "model", "starts"),
+    [("full", "bert-base@random", 0.25), ("lora", "roberta-base@random", 0.25), ("full", "opt-1.3b@random", 2000.5**2)],
 )
-def test_a_regression_starts_at_the_mean_of_its_labels(tmp_path, method, model, biases):
-    """By the bias of its head; a decoder's head has none, and is left alone."""
+def test_a_regression_starts_at_the_mean_of_its_labels(tmp_path, method, model, starts):
+    """Half of the labels are 2000 and half 2001; a decoder's head has no bias that could learn the difference."""
     facts = {"model": model, "model_config_overrides": TINY_OPT if "opt" in model else TINY}
-    task = a_regression(tmp_path / "num", numbers=lambda i: 2.0 + i % 2)
+    task = a_regression(tmp_path / "num", numbers=lambda i: 2000.0 + i % 2)
 
-    applied = prepared(a_training(task, method, head="classification", **facts)).applied()
+    metrics, _ = trained(a_training(task, method, head="classification", max_steps=1, **facts))
 
-    assert [2.5] * biases == [p.item() for p in applied.trained().values() if p.shape == (1,)]
+    assert losses(metrics)[0] == pytest.approx(starts, rel=0.2)
+    assert metrics["validation_loss"].value == pytest.approx(starts, rel=0.5)
+
+
+def test_large_labels_in_half_precision(tmp_path):
+    """bfloat16 knows no year between 2000 and 2008: the mean is added in float32."""
+    task = a_regression(tmp_path / "num", numbers=lambda i: 2000.0 + i % 2)
+
+    metrics, _ = trained(a_training(task, "lora", precision="bf16-autocast", max_steps=2))
+
+    assert metrics["score"].value is not None
+    assert losses(metrics)[0] == pytest.approx(0.25, rel=0.5)
+
+
+def test_the_kept_regression_predicts_labels(tmp_path, cell_folder):
+    """Not their difference to the mean: the file is for others' programs."""
+    task = a_regression(tmp_path / "num", numbers=lambda i: 2000.0 + i % 2)
+    trained(a_training(task, "full", max_steps=1, keep="best", model_config_overrides=TINY))
+
+    model = AutoModelForSequenceClassification.from_pretrained(cell_folder / "best").eval()
+
+    assert float(model(input_ids=torch.tensor([[101, 2204, 102]])).logits) == pytest.approx(2000.5, abs=1)
 
 
 @pytest.mark.parametrize(
