@@ -39,7 +39,7 @@ class Protocol(BaseModel):
     on_oom: `record` it and go on; `skip-larger`: cells that need more are not started;
         `bracket`: as skip-larger, and cells between a fitting and a failing batch are tried from the middle.
     padding: share of each sequence that is padding, 0 to below 1.
-    threads: CPU threads of a worker; None: the cores, divided by the jobs.
+    threads: CPU threads of a worker; None: OMP_NUM_THREADS or else the cores, divided by the jobs.
     memory_limit: bytes of device memory a cell may hold before it ends as `oom`; None: what the device has.
     """
 

@@ -145,7 +145,9 @@ def _execute(
     logs = writer.folder / folder.LOGS
     logs.mkdir(exist_ok=True)
     parallel = sum(map(len, sweep.free.values()))
-    threads = suite.protocol.threads or max(1, host.cores() // parallel)
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    cores = int(said) if said.isdecimal() and int(said) else host.cores()
+    threads = suite.protocol.threads or max(1, cores // parallel)
     told = worker_environment(suite.protocol, threads, os.environ)
     if any(cell.training for cell in suite.cells):
         told |= {PRELOAD: "tasks"}

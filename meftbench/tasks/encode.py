@@ -195,6 +195,9 @@ def _tokens(
         for name in names:
             for index, value in zip(picked, shorter[name], strict=True):
                 columns[name][index] = value
+    if (longest := max(map(len, columns["input_ids"]), default=0)) > limit:
+        what = f"an example has {longest} tokens at the least, as its special tokens alone may not be cut"
+        raise UserError(f"sequence length {limit}", what, "allow more tokens")
     examples = [
         {name: np.asarray(value, dtype=np.int32) for name, value in zip(names, values, strict=True)}
         for values in zip(*columns.values(), strict=True)

@@ -58,6 +58,8 @@ class QualityCell:
             evaluation_examples=training.evaluation_examples,
         )
         self.splits = _with_validation(splits, training.evaluation_examples)
+        # Scores are of the classes that training has, whichever of them occur in an evaluation.
+        self.task = replace(self.task, labels=self.splits.labels)
         self.num_labels = len(self.splits.labels) if self.splits.labels else 1
         random = split_name(cell.model)[0] + RANDOM
         with torch.device("meta"):

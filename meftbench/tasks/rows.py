@@ -48,6 +48,10 @@ def class_names(where: str, task: Task, train: Dataset | None) -> tuple[str, ...
     values = set(train.unique(task.label)) - {None}
     if all(_is_integral(value) for value in values):
         names = tuple(str(i) for i in range(int(max(values, default=0)) + 1))
+        if len(values) > 1 and set(map(int, values)) != set(range(len(names))):
+            said = ", ".join(str(int(value)) for value in sorted(values)[:6]) + (" ..." if len(values) > 6 else "")
+            cure = "number the classes from 0 without a gap, or name them by `labels:` in task.yaml"
+            raise UserError(where, f"column {task.label!r} has the classes {said}", cure)
     else:
         names = tuple(sorted(str(value) for value in values))
     if len(names) < 2:
@@ -174,7 +178,7 @@ def _undecoded(where: str, raw: Dataset, column: str) -> Dataset:
 
 def _image_file(where: str, image: dict[str, Any] | None) -> bytes:
     """The file's bytes, after a look that they can be decoded."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     image = image or {}
     place = image.get("path") or where
@@ -184,5 +188,7 @@ def _image_file(where: str, image: dict[str, Any] | None) -> bytes:
             opened.load()
     # Broken files raise all of these from Pillow 13's decoders.
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
-        raise UserError(str(place), f"is not an image that can be decoded ({error})", "replace or remove it") from None
+        # Pillow names the object in memory that it was given.
+        why = "not of a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(str(place), f"is not an image that can be decoded ({why})", "replace or remove it") from None
     return content

@@ -48,8 +48,8 @@ def _score(name: str, predictions: Array, labels: Array, known: tuple[str, ...] 
             return float(metrics.accuracy_score(labels, predictions))
         case "f1":
             classes = len(known) if known else int(max(predictions.max(), labels.max())) + 1
-            average = "binary" if classes == 2 else "macro"
-            return float(metrics.f1_score(labels, predictions, average=average, zero_division=0))
+            of = {"average": "binary"} if classes == 2 else {"average": "macro", "labels": range(classes)}
+            return float(metrics.f1_score(labels, predictions, zero_division=0, **of))
         case "matthews":
             # 0.0 where the predictions, or the labels, are of one class: no better than chance.
             return float(metrics.matthews_corrcoef(labels, predictions))

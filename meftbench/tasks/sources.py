@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ CLASSES = "classes.json"
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "jsonl": ("json", {}),
     "json": ("json", {}),
-    "csv": ("csv", {"keep_default_na": False}),
-    "tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
+    "csv": ("csv", {"keep_default_na": False, "index_col": False}),
+    "tsv": ("csv", {"keep_default_na": False, "index_col": False, "sep": "\t", "quoting": 3}),
     "parquet": ("parquet", {}),
     "arrow": ("arrow", {}),
 }
@@ -226,10 +227,14 @@ def _built(where: str, builder: str, files: list[str], **options: Any) -> Datase
 @contextmanager
 def _faults(where: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
+    from pandas.errors import ParserWarning
 
     try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError) as error:
+        with warnings.catch_warnings():
+            # Of a line with more fields than the head has, pandas drops the last ones, and warns.
+            warnings.simplefilter("error", ParserWarning)
+            yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError, ParserWarning) as error:
         reason = _reason(error)
         if "corresponds to no data" in reason:  # datasets 5.2 of a file that has columns and no rows
             raise empty(where) from None

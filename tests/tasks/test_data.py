@@ -206,6 +206,15 @@ def test_a_bad_answer_is_a_line(tmp_path, row, facts, line):
     assert line in the_line(task, None)
 
 
+def test_numbers_with_a_gap_are_no_classes(tmp_path):
+    """Otherwise stars from 1 to 5 would have a class 0, and an identifier a head of a million classes."""
+    some_mail(tmp_path, train=[{"title": "a", "spam": 1}, {"title": "b", "spam": 10**6}])
+
+    line = the_line(a_task(tmp_path, labels=None), None)
+
+    assert ", train: column 'spam' has the classes 1, 1000000; number the classes from 0 without a gap" in line
+
+
 def test_a_split_that_is_not_there(tmp_path):
     write(tmp_path, "train")
 
@@ -217,6 +226,7 @@ def test_a_split_that_is_not_there(tmp_path):
     [
         ("train.jsonl", b'{"title": "a", "spam": 1}\n{"title": ', "train.jsonl: cannot be read ("),
         ("train.csv", b"title,spam\na,1\nb,1,2,3\n", "train.csv: cannot be read (Error tokenizing data"),
+        ("train.csv", b"title,spam\na, b,1\nc, d,1\n", "train.csv: cannot be read (Length of header or names does not"),
         ("train.csv", b"title,spam\n", "train.csv: is an empty split; put rows there"),
         ("train.parquet", b"PAR0", "train.parquet: cannot be read ("),
         ("train.arrow", b"no", "train.arrow: cannot be read ("),

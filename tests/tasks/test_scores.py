@@ -64,6 +64,15 @@ def test_f1_of_more_classes_is_their_mean():
     assert {"f1": pytest.approx((1 + 2 / 3 + 2 / 3) / 3)} == scores
 
 
+def test_f1_is_of_the_classes_that_training_has():
+    """A class that an evaluation has not, and nobody predicts, counts 0: no prediction changes what is measured."""
+    task = a_task("own", labels=("a", "b", "c"), scores=("f1",))
+
+    scores = scores_of(task, np.array([0, 1]), np.array([0, 1]))
+
+    assert {"f1": pytest.approx(2 / 3)} == scores
+
+
 def test_scores_are_of_as_many_labels():
     for predictions, labels in (([1], [1, 0]), ([], []), ([[1]], [[1]])):
         with pytest.raises(ValueError, match=r"\(N,\) predictions and labels"):
