@@ -19,7 +19,7 @@ from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, untouched_layouts
 from meftbench.plan.catalogue import Meft
-from meftbench.reversible import Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
+from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
 
 
 def _attention_core(block: Any, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -43,6 +43,10 @@ def _adapter_tokens(block: Any, o: None, h_1TD: Tensor) -> Tensor:
     return output_1TD
 
 
+def _normed_adapter_tokens(block: Any, o: None, h_1TD: Tensor) -> Tensor:
+    return _adapter_tokens(block, o, _attention_before(block, h_1TD))
+
+
 def _attention_before(block: Any, h_1TD: Tensor) -> Tensor:
     layout = _layout(block)
     assert layout.attention_before is not None
@@ -61,6 +65,9 @@ _WHOLE_LAYER = Half(_attention_core, _layer_tokens)
 _ATTENTION = Half(_attention_core, _attention_tokens)
 _FEED_FORWARD = Half(None, _feed_forward_tokens)
 _ADAPTER = Half(None, _adapter_tokens)
+# A language model's residual stream holds values of 20,000 in single channels: through an adapter that reads them as
+# they are, they would reach every channel.
+_NORMED_ADAPTER = Half(None, _normed_adapter_tokens)
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def _reversed(
     for layer in adapted:
         for site in variant.sites:
             layout.attach(layer, site, new_adapter(model, layout, settings))
-    halves = _halves(layout, variant)
+    halves = _halves(layout, settings, variant)
     stack = ReversibleStack(
         (_block(model, layer, layout, settings, variant, halves) for layer in reversible),
         *_couplings(settings, variant),
@@ -180,6 +187,7 @@ def _reversed(
         parts_from=PARTED_FROM if settings.head_groups == "auto" else 0,
         strict=settings.strict,
         first_layer=len(below),
+        calibrated=settings.arithmetic == "exact" and settings.step_bits == "auto",
     )
     if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
         # The last block's second half writes the stream that is not returned: its adapter has nothing to learn.
@@ -190,11 +198,13 @@ def _reversed(
     return stack
 
 
-def _halves(layout: Layout, variant: Variant) -> tuple[Half, Half]:
+def _halves(layout: Layout, settings: Meft, variant: Variant) -> tuple[Half, Half]:
     """F and G, with a pre-norm before attention where the layout has one."""
     if layout.attention_before is None:
         return variant.f, variant.g
-    f, g = (replace(half, before=_attention_before) if half.core else half for half in (variant.f, variant.g))
+    by_itself = _NORMED_ADAPTER if settings.adapter_input == "normed" else _ADAPTER
+    halves = (by_itself if half is _ADAPTER else half for half in (variant.f, variant.g))
+    f, g = (replace(half, before=_attention_before) if half.core else half for half in halves)
     return f, g
 
 
@@ -263,7 +273,9 @@ def _head_groups(heads: int, asked: int | Literal["auto"]) -> int:
 
 
 def _couplings(settings: Meft, variant: Variant) -> tuple[Coupling, Coupling]:
-    arithmetic = FixedPoint(settings.step_bits) if settings.arithmetic == "exact" else Float()
+    arithmetic: Arithmetic = Float()
+    if settings.arithmetic == "exact":
+        arithmetic = FixedPoint() if settings.step_bits == "auto" else FixedPoint(settings.step_bits)
     couplings = []
     for published, small, said in zip(variant.factors, variant.small, (settings.lambda_, settings.beta), strict=True):
         factor = (settings.small_factor(published) if small else published) if said is None else said

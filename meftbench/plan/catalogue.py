@@ -43,25 +43,38 @@ def _pieces(value: Any) -> Any:
     return value
 
 
+def _step_bits(value: Any) -> Any:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 30):
+        raise ValueError("must be auto, or a whole number from 1 to 30")
+    return value
+
+
 Pieces = Annotated[Literal["auto"] | int, BeforeValidator(_pieces)]
+StepBits = Annotated[Literal["auto"] | int, BeforeValidator(_step_bits)]
 
 
 class Meft(Bottleneck):
     """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); all but adapter_size, lambda and beta are ours.
 
     arithmetic: `float` as published; `exact`: fixed-point streams, whose reversal has no error. Its factors below 1
-        are 2^-side_bits, and that many bits an element are put aside in every block; the step is 2^-step_bits.
+        are 2^-side_bits, and that many bits an element are put aside in every block.
+    step_bits: the fixed-point step is 2^-step_bits; `auto`: one a channel, from what the model holds in the first
+        batch, and widened where a later one needs more.
+    coupling, output: how the two streams are coupled, and which one is the result (DESIGN 3.2).
+    adapter_input: what the adapter that is a half by itself reads (G of MEFT1, F of MEFT2): the stream, as published, or
+        the stream normed as the layer's attention reads it. In post-norm models the two are the same.
     tiles, head_groups: the pieces in which token-wise work and attention are recomputed; `auto` lets the shape decide.
     strict: verify in every step, at three blocks, that reversal was exact.
     """
 
     arithmetic: Literal["float", "exact"] = "float"
-    side_bits: int | None = Field(default=None, ge=1, le=8)  # None: 3 where exact
-    step_bits: int = Field(default=16, ge=1, le=30)
+    side_bits: int | None = Field(default=None, ge=1, le=8)  # None: 4 where exact
+    step_bits: StepBits = "auto"
     lambda_: float | None = Field(default=None, gt=0, alias="lambda")  # None: the variant's value, 0.1 or 1
     beta: float | None = Field(default=None, gt=0)
     coupling: Literal["paper", "centred"] = "paper"
     output: Literal["mean", "last"] = "mean"
+    adapter_input: Literal["stream", "normed"] = "stream"
     reversible_layers: Literal["all"] | int = "all"
     reversible_at: Literal["top", "bottom"] = "top"
     remaining: Literal["adapted", "frozen"] = "adapted"
@@ -90,13 +103,24 @@ class Meft(Bottleneck):
 
     def small_factor(self, published: float) -> float:
         """The factor near zero where none is named: the published one, or the power of two of `side_bits`."""
-        return published if self.arithmetic == "float" else 2.0 ** -(self.side_bits or 3)
+        return published if self.arithmetic == "float" else 2.0 ** -(self.side_bits or SIDE_BITS)
+
+
+# λ = 1/16: the smallest number of bits with which all three variants start where the pre-trained model stands, on an
+# encoder with post-norms as on a language model with pre-norms (reports/start).
+SIDE_BITS = 4
 
 
 class MeftExact(Meft):
-    """MEFT with exact reversal, token-wise work in tiles: what one should use."""
+    """MEFT with exact reversal, token-wise work in tiles: what one should use.
+
+    It starts where the pre-trained model stands, which the paper's coupling does not on deep pre-norm models.
+    """
 
     arithmetic: Literal["exact"] = "exact"
+    coupling: Literal["paper", "centred"] = "centred"
+    output: Literal["mean", "last"] = "last"
+    adapter_input: Literal["stream", "normed"] = "normed"
     tiles: Pieces = "auto"
     head_groups: Pieces = "auto"
 

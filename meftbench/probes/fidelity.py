@@ -27,14 +27,13 @@ def probe(subject: Subject) -> dict[str, Metric]:
 class StreamErrors:
     """Observer of a ReversibleStack: holds the true streams of the forward pass against the recomputed ones.
 
-    unit: the value of 1 in a stream, as its arithmetic says.
+    stack: whose streams are observed; its arithmetic says what 1 in a stream is worth.
     relative: per block, [first stream, second stream]: ‖recomputed − true‖ / ‖true‖, in float64.
     largest: the largest absolute difference.  mismatched: elements that are not restored bit for bit.
     nonfinite: NaN and infinite elements met in recomputed streams.
     """
 
-    blocks: int
-    unit: float = 1.0
+    stack: ReversibleStack
     true: dict[int, list[Tensor]] = field(default_factory=dict)
     relative: dict[int, list[float]] = field(default_factory=dict)
     largest: float = 0.0
@@ -45,11 +44,11 @@ class StreamErrors:
         if direction == "forward":
             self.true[block] = [stream.detach().clone() for stream in streams]
             return
-        errors = []
+        errors, unit = [], self.stack.arithmetic.unit(streams[0].device)
         for recomputed, true in zip(streams, self.true.pop(block), strict=True):
-            difference = recomputed.double() - true.double()
-            errors.append(_ratio(float(difference.norm()), float(true.double().norm())))
-            absolute = float(difference.abs().max()) * self.unit
+            difference = (recomputed.double() - true.double()) * unit
+            errors.append(_ratio(float(difference.norm()), float((true.double() * unit).norm())))
+            absolute = float(difference.abs().max())
             self.mismatched += int((recomputed != true).sum())
             self.largest = absolute if math.isnan(absolute) else max(self.largest, absolute)
             self.nonfinite += int((~torch.isfinite(recomputed)).sum())
@@ -114,7 +113,7 @@ def measure_fidelity(step: Step) -> dict[str, Metric]:
         reason = "nothing is recomputed in backward"
         names = ("reconstruction_rel_max", "gradient_rel_max", "gradient_cosine_min")
         return {name: Metric(None, "measured", absent=reason) for name in names}
-    observers = [StreamErrors(len(stack.blocks), stack.arithmetic.unit) for stack in stacks]
+    observers = [StreamErrors(stack) for stack in stacks]
     reversing = [stack for stack in stacks if stack.activations == "reverse"]
     strict = [stack.strict for stack in stacks]
     for stack, observer in zip(stacks, observers, strict=True):

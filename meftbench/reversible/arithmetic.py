@@ -45,7 +45,7 @@ class Arithmetic(Protocol):
     """The operations of the reversible passes, each exact or not as the implementation says.
 
     exact: `grow_` undoes `shrink_`, and `subtract_` undoes `add_`, bit for bit.
-    unit: the value of 1 in a stream.  limit: streams hold |x| < limit · unit; None: what floating point holds.
+    limit: streams hold integers |x| < limit; None: what floating point holds.
     ordinary: the same numbers for ordinary autograd.
     """
 
@@ -53,8 +53,6 @@ class Arithmetic(Protocol):
     def name(self) -> str: ...
     @property
     def exact(self) -> bool: ...
-    @property
-    def unit(self) -> float: ...
     @property
     def limit(self) -> float | None: ...
     @property
@@ -66,6 +64,10 @@ class Arithmetic(Protocol):
 
     def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
         """The value of a stream in floating point; may be the stream itself."""
+        ...
+
+    def unit(self, device: torch.device) -> float | Tensor:
+        """The value of 1 in a stream: one for all channels, or (D,), float32."""
         ...
 
     def side_bytes(self, columns: int, factor: float) -> int:
@@ -96,7 +98,6 @@ class Float:
 
     name = "float"
     exact = False
-    unit = 1.0
     limit = None
 
     @property
@@ -110,7 +111,10 @@ class Float:
         return h_BLD
 
     def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
-        return x_TD
+        return x_TD.to(dtype)
+
+    def unit(self, device: torch.device) -> float:
+        return 1.0
 
     def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
         return x_BLD if factor == 1.0 else x_BLD * factor
@@ -137,40 +141,74 @@ class Float:
         x_TD.sub_(value_TD.to(x_TD.dtype))
 
 
+class ChannelSteps:
+    """A fixed-point step 2⁻ᵏ for each channel: k (D,), whole numbers of any sign, on the CPU.
+
+    The vectors 2ᵏ and 2⁻ᵏ that streams are multiplied with are made once a device. Two are equal only if they are one
+    object: an arithmetic that holds other steps is another arithmetic.
+    """
+
+    def __init__(self, bits_D: Tensor) -> None:
+        self.bits_D = bits_D.to("cpu", torch.int16)
+        self._powers: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def powers(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(2ᵏ, 2⁻ᵏ), each (D,), float32, on `device`."""
+        if device not in self._powers:
+            bits_D = self.bits_D.to(device, torch.int32)
+            one_D = torch.ones(bits_D.shape, device=device)
+            self._powers[device] = torch.ldexp(one_D, bits_D), torch.ldexp(one_D, -bits_D)
+        return self._powers[device]
+
+
 @dataclass(frozen=True)
 class FixedPoint:
-    """Streams are int32 in steps of 2⁻ᵏ, k = step_bits: values from −2³¹⁻ᵏ up to 2³¹⁻ᵏ.
+    """Streams are integers in steps of 2⁻ᵏ: int32 holds values from −2³¹⁻ᵏ up to 2³¹⁻ᵏ.
 
+    step_bits: k, one for all channels or one a channel: a channel of a language model may hold values thousands of
+        times those of another (DESIGN 3.3). Integers, shifts and side bits do not see it.
+    wide: int64 instead of int32: the same numbers, without an end of the range; for passes that nothing undoes.
     lift, add: a floating-point value is rounded to the step; the gradient passes straight through.
     shrink by 2⁻ᵐ, m = 0 .. 8: x >> m (the floor); its m low bits are put aside, packed (bits.py).
     Every operation is one on integers that recomputation reproduces, so the inverse is exact at any depth.
     A factor that is no power of two raises ValueError.
     """
 
-    step_bits: int = 16
+    step_bits: int | ChannelSteps = 16
+    wide: bool = False
     name = "exact"
     exact = True
 
     @property
-    def unit(self) -> float:
-        return math.ldexp(1.0, -self.step_bits)
-
-    @property
     def limit(self) -> float:
-        return 2.0**31
+        return 2.0**62 if self.wide else 2.0**31
 
     @property
     def ordinary(self) -> Ordinary:
         return StraightThrough(self.step_bits)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.wide else torch.int32
+
+    def scale(self, device: torch.device) -> float | Tensor:
+        """2ᵏ: one for all channels, or (D,), float32."""
+        if isinstance(self.step_bits, ChannelSteps):
+            return self.step_bits.powers(device)[0]
+        return math.ldexp(1.0, self.step_bits)
+
+    def unit(self, device: torch.device) -> float | Tensor:
+        if isinstance(self.step_bits, ChannelSteps):
+            return self.step_bits.powers(device)[1]
+        return math.ldexp(1.0, -self.step_bits)
+
     def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
         scaled_BLD = self.scaled(h_BLD)
         _raise_to(watch, scaled_BLD)
-        return scaled_BLD.round_().to(torch.int32).contiguous()
+        return scaled_BLD.round_().to(self.dtype).contiguous()
 
     def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return x_TD.to(wide).mul_(self.unit).to(dtype)
+        return x_TD.to(_wide(dtype)).mul_(self.unit(x_TD.device)).to(dtype)
 
     def side_bytes(self, columns: int, factor: float) -> int:
         m = side_bits(factor)
@@ -193,19 +231,18 @@ class FixedPoint:
 
     def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
         scaled_TD = self.scaled(value_TD).round_()
-        steps_TD = scaled_TD.to(torch.int32)
+        steps_TD = scaled_TD.to(self.dtype)
         if watch is not None:
             # The sum once more in floating point, which does not wrap round at the end of the range.
             _raise_to(watch, scaled_TD.add_(x_TD))
         x_TD.add_(steps_TD)
 
     def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
-        x_TD.sub_(self.scaled(value_TD).round_().to(torch.int32))
+        x_TD.sub_(self.scaled(value_TD).round_().to(self.dtype))
 
     def scaled(self, value: Tensor) -> Tensor:
         """value / step, a new tensor, in float32 (float64 where the value is)."""
-        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-        return value.detach().to(wide) * math.ldexp(1.0, self.step_bits)
+        return value.detach().to(_wide(value.dtype)) * self.scale(value.device)
 
 
 @dataclass(frozen=True)
@@ -213,11 +250,11 @@ class StraightThrough:
     """FixedPoint's numbers as multiples of the step in float64, which holds them all: the same values, reached by
     other operations, for ordinary autograd. Rounding passes gradients on as they are."""
 
-    step_bits: int = 16
+    step_bits: int | ChannelSteps = 16
 
     @property
-    def unit(self) -> float:
-        return math.ldexp(1.0, -self.step_bits)
+    def fixed(self) -> FixedPoint:
+        return FixedPoint(self.step_bits)
 
     def lifted(self, h_BLD: Tensor) -> Tensor:
         return self._rounded(h_BLD)
@@ -228,16 +265,21 @@ class StraightThrough:
     def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
         if side_bits(factor) == 0:
             return x_BLD
-        product_BLD = x_BLD * factor
-        exact_BLD = (product_BLD.detach() / self.unit).floor_().mul_(self.unit)
+        product_BLD, unit = x_BLD * factor, self.fixed.unit(x_BLD.device)
+        exact_BLD = (product_BLD.detach() / unit).floor_().mul_(unit)
         return _PassThrough.apply(product_BLD, exact_BLD)  # type: ignore[no-untyped-call, no-any-return]
 
     def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
         return x_BLD + self._rounded(value_BLD)
 
     def _rounded(self, value: Tensor) -> Tensor:
-        rounded = FixedPoint(self.step_bits).scaled(value).round_().double().mul_(self.unit)
+        rounded = self.fixed.scaled(value).round_().double().mul_(self.fixed.unit(value.device))
         return _PassThrough.apply(value, rounded)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which values of `dtype` are scaled to steps and back."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _PassThrough(torch.autograd.Function):

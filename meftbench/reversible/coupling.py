@@ -44,9 +44,9 @@ class Coupling:
         if isinstance(self.arithmetic, FixedPoint) and fused.usable(x_TD, value_TD):
             width = self.arithmetic.side_bytes(x_TD.shape[-1], self.factor)
             side = x_TD.new_empty(x_TD.shape[0], width, dtype=torch.uint8) if keep and width else None
-            m, step_bits = side_bits(self.factor), self.arithmetic.step_bits
+            m, scale = side_bits(self.factor), self.arithmetic.scale(x_TD.device)
             centre_TD = o_TD if self.centred else None
-            fused.forward_(x_TD, centre_TD, value_TD, side, m=m, step_bits=step_bits, watch=watch)
+            fused.forward_(x_TD, centre_TD, value_TD, side, m=m, scale=scale, watch=watch)
             return side
         if self.centred:
             x_TD.sub_(o_TD)
@@ -57,9 +57,9 @@ class Coupling:
     def inverse_(self, y_TD: Tensor, o_TD: Tensor, value_TD: Tensor, side: Tensor | None) -> None:
         """y becomes x, in place."""
         if isinstance(self.arithmetic, FixedPoint) and fused.usable(y_TD, value_TD):
-            m, step_bits = side_bits(self.factor), self.arithmetic.step_bits
+            m, scale = side_bits(self.factor), self.arithmetic.scale(y_TD.device)
             centre_TD = o_TD if self.centred else None
-            fused.inverse_(y_TD, centre_TD, value_TD, side, m=m, step_bits=step_bits)
+            fused.inverse_(y_TD, centre_TD, value_TD, side, m=m, scale=scale)
             return
         self.arithmetic.subtract_(y_TD, value_TD)
         self.arithmetic.grow_(y_TD, self.factor, side)

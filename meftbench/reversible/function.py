@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meftbench.reversible.notes import Notes
-from meftbench.reversible.passes import Walk, run_forward
+from meftbench.reversible.notes import Context, Notes
+from meftbench.reversible.passes import Walk
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 class Passage:
     """What goes from one node of the pair below to the other, past the autograd engine.
 
+    context: what the layers are called with.  notes: of the forward pass, once it has run.
     streams: in forward, from Reversal to Finish.  gradients: in backward, from Finish to Reversal.
     """
 
     stack: ReversibleStack
-    notes: Notes
+    context: Context
+    notes: Notes | None = None
     streams: list[Tensor] | None = None
     gradients: list[Tensor | None] | None = None
 
@@ -41,8 +43,9 @@ class Finish(torch.autograd.Function):
         ctx.passage = passage
         ctx.save_for_backward(token)
         assert passage.streams is not None
+        assert passage.notes is not None
         streams, passage.streams = passage.streams, None
-        return passage.stack.finish(streams, passage.notes.dtype)
+        return passage.stack.finish(streams, passage.notes.dtype, passage.notes.arithmetic)
 
     @staticmethod
     @once_differentiable
@@ -62,10 +65,10 @@ class Reversal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, passage: Passage, trained: int, h_BLD: Tensor, *tensors: Tensor) -> Tensor:
-        notes = passage.notes
         ctx.passage, ctx.trained = passage, tensors[len(tensors) - trained :]
-        notes.context.differentiable = []  # inputs of this node; a second reference would keep their graph
-        streams = run_forward(passage.stack, h_BLD, notes, keep=True)
+        passage.context.differentiable = []  # inputs of this node; a second reference would keep their graph
+        streams, passage.notes = passage.stack.run(h_BLD, passage.context, keep=True)
+        notes = passage.notes
         if notes.range:
             notes.range.begin_copy()
         ctx.save_for_backward(*streams, *notes.sides)
@@ -84,6 +87,7 @@ class Reversal(torch.autograd.Function):
         del saved
         passage: Passage = ctx.passage
         assert passage.gradients is not None
+        assert passage.notes is not None
         walk = Walk(passage.stack, passage.notes, streams, passage.gradients)
         passage.gradients = None
         del streams

@@ -11,7 +11,6 @@ is to neighbouring columns and no program needs another's elements.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ def usable(x_TD: Tensor, value_TD: Tensor) -> bool:
         # A subclass may have no memory behind it (fake tensors), or not all of the elements.
         and type(x_TD) is type(value_TD) is Tensor
         and value_TD.dtype in VALUES
+        and x_TD.dtype == torch.int32
         and value_TD.device == x_TD.device
         and value_TD.shape == x_TD.shape
         and x_TD.stride(-1) == 1
@@ -52,25 +52,26 @@ def forward_(
     side: Tensor | None,
     *,
     m: int,
-    step_bits: int,
+    scale: float | Tensor,
     watch: Tensor | None = None,
 ) -> None:
-    """x becomes ((x − o) >> m) + round(value · 2ᵏ), k = step_bits, in place; only for tiles that are `usable`.
+    """x becomes ((x − o) >> m) + round(value · scale), in place; only for tiles that are `usable`.
 
     x_TD, o_TD: int32; without o nothing is subtracted.
+    scale: 2ᵏ, one for all channels or (D,), float32 and contiguous.
     side: room for the m low bits of x − o, (T, row_bytes(D, m)), uint8; None: they are not kept.
     watch: float32, no dimensions; raised to the largest |result|, taken in float32. NaN is the largest of all.
     """
     # The order of floating-point numbers that are not negative is that of their bits; NaNs come last.
     watch_bits = None if watch is None else watch.view(torch.int32)
-    _launch(_forward, x_TD, o_TD, value_TD, side, m, step_bits, watch=watch_bits)
+    _launch(_forward, x_TD, o_TD, value_TD, side, m, scale, watch=watch_bits)
 
 
 def inverse_(
-    y_TD: Tensor, o_TD: Tensor | None, value_TD: Tensor, side: Tensor | None, *, m: int, step_bits: int
+    y_TD: Tensor, o_TD: Tensor | None, value_TD: Tensor, side: Tensor | None, *, m: int, scale: float | Tensor
 ) -> None:
     """The inverse of `forward_`, in place: y becomes x. side: what it wrote; may be None only if m is 0."""
-    _launch(_inverse, y_TD, o_TD, value_TD, side, m, step_bits)
+    _launch(_inverse, y_TD, o_TD, value_TD, side, m, scale)
 
 
 def _launch(
@@ -80,10 +81,11 @@ def _launch(
     value_TD: Tensor,
     side: Tensor | None,
     m: int,
-    step_bits: int,
+    scale: float | Tensor,
     **watch: Tensor | None,
 ) -> None:
     rows, columns = x_TD.shape
+    by_channel, for_all = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     grid = (-(-rows // ROWS), -(-columns // (8 * COLUMNS)))
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(x_TD):
@@ -92,6 +94,7 @@ def _launch(
             o_TD,
             value_TD,
             side,
+            by_channel,
             rows,
             x_TD.stride(0),
             *((0, 0) if o_TD is None else o_TD.stride()),
@@ -100,7 +103,7 @@ def _launch(
             **watch,
             D=columns,
             M=m,
-            STEPS=math.ldexp(1.0, step_bits),
+            STEPS=for_all,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             enable_fp_fusion=False,  # torch rounds a product before it adds
@@ -119,7 +122,7 @@ def _loaded() -> bool:
         return False
     here = globals()
     here["tl"] = triton.language
-    for helper in (_steps, _bits_of_plane, _plane_of_bits):
+    for helper in (_rounded, _bits_of_plane, _plane_of_bits):
         here[helper.__name__] = triton.jit(helper)
     # Sizes of tiles differ by one, and places of the watch by four bytes: neither is worth a compilation.
     here["_forward"] = triton.jit(_forward, do_not_specialize=["T", "watch"])
@@ -132,6 +135,7 @@ def _forward(
     o: tl.tensor,
     value: tl.tensor,
     side: tl.tensor,
+    scale: tl.tensor,
     T: int,
     x_row: int,
     o_row: int,
@@ -164,7 +168,12 @@ def _forward(
                 if M & (1 << K):
                     packed |= _plane_of_bits(kept, J, 1 << K, M >> (K + 1) << (K + 1))
         kept = kept >> M
-        steps = _steps(tl.load(value + row * value_row + place * value_column, mask=inside, other=0.0), STEPS)
+        scaled = tl.load(value + row * value_row + place * value_column, mask=inside, other=0.0).to(tl.float32)
+        if scale is not None:
+            scaled *= tl.load(scale + place, mask=place < D, other=1.0)
+        else:
+            scaled *= STEPS
+        steps = _rounded(scaled)
         if watch is not None:
             # The sum once more in floating point, which does not wrap round at the end of the range.
             level = tl.maximum(level, (kept.to(tl.float32) + steps).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
@@ -182,6 +191,7 @@ def _inverse(
     o: tl.tensor,
     value: tl.tensor,
     side: tl.tensor,
+    scale: tl.tensor,
     T: int,
     x_row: int,
     o_row: int,
@@ -207,7 +217,12 @@ def _inverse(
         place = column + J * EIGHTH
         inside = held & (place < D)
         kept = tl.load(x + row * x_row + place, mask=inside, other=0)
-        steps = _steps(tl.load(value + row * value_row + place * value_column, mask=inside, other=0.0), STEPS)
+        scaled = tl.load(value + row * value_row + place * value_column, mask=inside, other=0.0).to(tl.float32)
+        if scale is not None:
+            scaled *= tl.load(scale + place, mask=place < D, other=1.0)
+        else:
+            scaled *= STEPS
+        steps = _rounded(scaled)
         kept = (kept - steps.to(tl.int32)) << M
         for K in tl.static_range(4):
             if M & (1 << K):
@@ -217,9 +232,8 @@ def _inverse(
         tl.store(x + row * x_row + place, kept, mask=inside)
 
 
-def _steps(value: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
-    """value · STEPS in float32, rounded half to even."""
-    scaled = value.to(tl.float32) * STEPS
+def _rounded(scaled: tl.tensor) -> tl.tensor:
+    """float32, rounded half to even."""
     # From 2²³ on float32 has no fractions: adding it rounds them away, by the rule of every sum. The interpreter has
     # no function for it.
     whole = tl.where(scaled < 0, -8388608.0, 8388608.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from meftbench.reversible.arithmetic import Arithmetic
+from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.halves import tiles_of
 from meftbench.reversible.recompute import AutocastState, Numerics
 from meftbench.reversible.watch import Fingerprints, Range, sampled
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
+
+Observer = Callable[[str, int, list[Tensor]], None]
 
 
 @dataclass
@@ -72,11 +77,14 @@ class _Call:
 class Notes:
     """What a forward pass notes for the walk back.
 
+    couplings: of this pass; those of the stack may hold another range by the time of the walk back.
     dtype, shape, device: of the hidden state.  input_wanted: whether the stack's input needs a gradient.
+    observers: called before each block in forward, and in the walk back once its inputs are restored.
     rng: a state for each half that drew random numbers.  sides: what each half's coupling put aside (T, bytes).
     """
 
     context: Context
+    couplings: tuple[Coupling, Coupling]
     dtype: torch.dtype
     shape: torch.Size
     device: torch.device
@@ -88,16 +96,26 @@ class Notes:
     modes: list[bool]
     range: Range | None
     fingerprints: Fingerprints | None
+    observers: list[Observer]
     rng: list[Tensor | None] = field(default_factory=list)
     sides: list[Tensor | None] = field(default_factory=list)
 
     @staticmethod
-    def of(stack: ReversibleStack, h_BLD: Tensor, context: Context, strict: bool) -> Notes:
+    def of(
+        stack: ReversibleStack,
+        h_BLD: Tensor,
+        context: Context,
+        couplings: tuple[Coupling, Coupling],
+        observer: Observer | None = None,
+        strict: bool = False,
+    ) -> Notes:
         device, blocks = h_BLD.device, len(stack.blocks)
-        limits = [coupling.limit for coupling in stack.couplings if coupling.limit is not None]
+        limits = [coupling.limit for coupling in couplings if coupling.limit is not None]
+        fingerprints = Fingerprints(sampled(blocks)) if strict and blocks else None
         tiles = tiles_of(h_BLD.shape[:-1].numel(), stack.tiles, h_BLD.shape[-1], device)
         return Notes(
             context=context,
+            couplings=couplings,
             dtype=h_BLD.dtype,
             shape=h_BLD.shape,
             device=device,
@@ -109,9 +127,14 @@ class Notes:
             numerics=Numerics.now(),
             # Dropout may be switched between forward and backward; recomputation must see the forward's mode.
             modes=[module.training for module in stack.modules()],
-            range=Range(blocks, min(limits), stack.arithmetic.unit, device) if limits else None,
-            fingerprints=Fingerprints(sampled(blocks)) if strict and blocks else None,
+            range=Range(blocks, min(limits), couplings[0].arithmetic.unit(device), device) if limits else None,
+            fingerprints=fingerprints,
+            observers=[it for it in (observer, fingerprints) if it is not None],
         )
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return self.couplings[0].arithmetic
 
     def reads_wanted(self, index: int, replaced: int) -> bool:
         """Whether what half `replaced` of block `index` reads needs a gradient; the lowest reads the stack's input."""

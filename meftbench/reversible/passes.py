@@ -37,7 +37,7 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
     keep: a walk back will follow. Halves then run with gradients enabled, though no graph is kept: that decides which
     kernels torch takes, and recomputation must take the same.
     """
-    arithmetic = stack.arithmetic
+    arithmetic = notes.arithmetic
     watch = notes.range.input() if notes.range else None
     streams = [arithmetic.lift(h_BLD, watch), arithmetic.lift(h_BLD)]
     with ExitStack() as entered:
@@ -48,12 +48,12 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
         for index, block in enumerate(stack.blocks):
             if stack.swap and index:
                 streams.reverse()
-            _observe(stack, notes, "forward", index, streams)
+            _observe(notes, "forward", index, streams)
             args, kwargs, _ = notes.context.fresh(index)
-            for replaced, (coupling, half) in enumerate(zip(stack.couplings, block.halves, strict=True)):  # type: ignore[arg-type]
+            for replaced, (coupling, half) in enumerate(zip(notes.couplings, block.halves, strict=True)):  # type: ignore[arg-type]
                 before = rng_state(notes.device)
                 wanted = keep and notes.reads_wanted(index, replaced)
-                part = _Recomputed(stack, half, block, streams[1 - replaced], notes, wanted, args, kwargs)
+                part = _Recomputed(half, block, streams[1 - replaced], notes, wanted, args, kwargs)
                 side = _advance(coupling, part, streams[replaced], index, replaced, keep)
                 notes.rng.append(before if drew(before, notes.device) else None)
                 notes.sides.append(side)
@@ -110,7 +110,6 @@ class _Recomputed:
 
     def __init__(
         self,
-        stack: ReversibleStack,
         half: Half,
         block: nn.Module,
         other_BLD: Tensor,
@@ -120,7 +119,7 @@ class _Recomputed:
         kwargs: dict[str, Any],
     ) -> None:
         self.half, self.block, self.other_BLD, self.notes, self.wanted = half, block, other_BLD, notes, wanted
-        self.arithmetic = stack.arithmetic
+        self.arithmetic = notes.arithmetic
         self.entry: GradientEdge | None = None
         self.outputs: list[Tensor] = []  # (B·L, E / parts)
         self.edges: list[GradientEdge | None] = []
@@ -210,14 +209,14 @@ class Walk:
     def run(self, sides: list[Tensor | None]) -> None:
         """Walk from the last block to the first. sides: consumed from the end. Raises StreamError."""
         stack, notes = self.stack, self.notes
-        if notes.range:
+        if notes.range and stack.range is None:  # a calibrated range was seen to in the forward pass
             notes.range.check(stack.first_layer)  # what left the range cannot be restored
         with modes_as(stack, notes.modes), notes.numerics.entered():
             for index in reversed(range(len(stack.blocks))):
                 trained = [parameter for parameter in stack.blocks[index].parameters() if parameter.requires_grad]
                 for replaced in (1, 0):
                     self._reverse_half(index, replaced, sides.pop(), trained)
-                _observe(stack, notes, "backward", index, self.streams)
+                _observe(notes, "backward", index, self.streams)
                 if stack.swap and index:
                     self.streams.reverse()
                     self.gradients.reverse()
@@ -226,7 +225,7 @@ class Walk:
 
     def _reverse_half(self, index: int, replaced: int, sides: Tensor | None, trained: list[nn.Parameter]) -> None:
         """Recompute a half once: restore the stream it replaced, and back-propagate."""
-        block, coupling = self.stack.blocks[index], self.stack.couplings[replaced]
+        block, coupling = self.stack.blocks[index], self.notes.couplings[replaced]
         half = cast(Half, block.halves[replaced])  # type: ignore[index]
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
         args, kwargs, context_roots = self.notes.context.fresh(index)
@@ -236,7 +235,7 @@ class Walk:
             self.of_normed = None
             sink = partial(self._add_to_gradient, 1 - replaced) if half.before is None else self._add_to_normed
             with gathered_in(sink):
-                part = _Recomputed(self.stack, half, block, other_BLD, self.notes, wanted, args, kwargs)
+                part = _Recomputed(half, block, other_BLD, self.notes, wanted, args, kwargs)
             of_outputs: list[Tensor] = []  # gradients of the core's parts (B·L, E / parts)
             if half.tokens is None and dy_BLD is not None:
                 of_outputs = [dy_BLD.flatten(0, 1).to(part.outputs[0].dtype)]
@@ -361,10 +360,9 @@ class Walk:
         self.of_normed = term_BLD.clone() if self.of_normed is None else self.of_normed.add_(term_BLD)
 
 
-def _observe(stack: ReversibleStack, notes: Notes, direction: str, index: int, streams: list[Tensor]) -> None:
-    for observer in (stack.observer, notes.fingerprints):
-        if observer is not None:
-            observer(direction, index, streams)
+def _observe(notes: Notes, direction: str, index: int, streams: list[Tensor]) -> None:
+    for observer in notes.observers:
+        observer(direction, index, streams)
 
 
 def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:

@@ -5,7 +5,9 @@ Shape suffixes: B samples, L positions, D hidden size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from meftbench.errors import UserError
-from meftbench.reversible.arithmetic import Arithmetic
+from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, Float
+from meftbench.reversible.calibration import CalibratedRange, Largest, computed
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.halves import Half, tiles_of
-from meftbench.reversible.notes import Context, Notes
+from meftbench.reversible.notes import Context, Notes, Observer
 from meftbench.reversible.passes import run_forward
+from meftbench.reversible.recompute import replayed_rng, rng_state, set_rng_state
 
-Observer = Callable[[str, int, list[Tensor]], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside h
 
 
@@ -71,6 +74,9 @@ class ReversibleStack(nn.Module):
     How the streams are held between blocks is the couplings' arithmetic (arithmetic.py): `Float` in h's dtype, as
     published, or `FixedPoint` as int32, whose reversal is exact in every precision that the halves compute in.
 
+    calibrated: the fixed-point steps are taken from the model: one a channel, from what the first forward pass holds
+        (calibration.py). A later pass that leaves the range is run again with a wider one, from the same random
+        numbers; `range.widenings` counts those.
     carrier: 0 or 1: which stream carries the output of the last pre-trained layer; returned if output is "last".
     tiles: token-wise work runs on that many tiles of the B·L tokens, in forward and backward; "auto": see `tiles_of`.
     parts: a half's core runs in that many parts, such as groups of heads; in one where there are fewer than
@@ -89,8 +95,8 @@ class ReversibleStack(nn.Module):
     In evaluation and under `no_grad` the same equations run and nothing is kept. A second backward through one
     forward raises torch's error unless the first was called with retain_graph.
 
-    Raises StreamError (in backward, or under `no_grad` at the end): a value left the range of a fixed-point stream,
-    or is NaN or infinite there.
+    Raises StreamError: a value of a fixed-point stream is NaN or infinite; or, where the range is not calibrated, left
+    it (in backward, or under `no_grad` at the end).
     """
 
     def __init__(
@@ -107,22 +113,33 @@ class ReversibleStack(nn.Module):
         parts_from: int = 0,
         strict: bool = False,
         first_layer: int = 0,
+        calibrated: bool = False,
     ) -> None:
         super().__init__()
         if first.arithmetic != second.arithmetic:
             raise ValueError("both couplings of a stack must share one arithmetic")
         if strict and not first.arithmetic.exact:
             raise ValueError(f"strict verifies exact reversal, which {first.arithmetic.name} arithmetic is not")
+        if calibrated and not first.arithmetic.exact:
+            raise ValueError(f"calibrated is for fixed-point streams, not for {first.arithmetic.name} ones")
         for coupling in (first, second):
             coupling.arithmetic.side_bytes(8, coupling.factor)  # refuses a factor it cannot undo
         self.blocks = nn.ModuleList(blocks)
-        self.couplings = (first, second)
+        self._couplings = (first, second)  # as asked for; `couplings` has the steps that hold now
+        self.range = CalibratedRange() if calibrated else None
         self.swap, self.carrier, self.output = swap, carrier, output
         self.tiles, self.parts, self.parts_from = tiles, parts, parts_from
         self.strict, self.first_layer = strict, first_layer
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
         self.observer: Observer | None = None
         self.noted: list[Call] = []
+
+    @property
+    def couplings(self) -> tuple[Coupling, Coupling]:
+        """The couplings, their arithmetic with the steps that hold now."""
+        if self.range is None or self.range.steps is None:
+            return self._couplings
+        return _with_arithmetic(self._couplings, FixedPoint(self.range.steps))
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -135,13 +152,15 @@ class ReversibleStack(nn.Module):
             raise UserError("ReversibleStack", "its parameters are sharded while it runs", cure)
         calls, self.noted = [*self.noted, (args, kwargs)], []
         context = Context.of(calls)
+        if self.range is not None and self.range.steps is None:
+            self._calibrate(h_BLD, calls)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         inputs = [h_BLD, *context.differentiable, *trained]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             return self._unkept(h_BLD, context)
         if self.activations != "reverse":
             return self._ordinary(h_BLD, calls)
-        passage = Passage(self, Notes.of(self, h_BLD, context, self.strict))
+        passage = Passage(self, context)
         token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
         return output_BLD
@@ -150,9 +169,9 @@ class ReversibleStack(nn.Module):
         """Parts that a core runs in beside that many tiles."""
         return self.parts if tiles >= self.parts_from else 1
 
-    def finish(self, streams: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def finish(self, streams: list[Tensor], dtype: torch.dtype, arithmetic: Arithmetic) -> Tensor:
         """The hidden state (B, L, D) from the last two streams [y1, y2], a tensor of its own."""
-        read = self.arithmetic.read
+        read = arithmetic.read
         if self.output == "last":
             carried_BLD = read(streams[self.carrier], dtype)
             # A stream itself would be overwritten by the walk back, under the eyes of whoever holds the output.
@@ -168,13 +187,60 @@ class ReversibleStack(nn.Module):
         gradients[self.carrier] = dh_BLD.clone(memory_format=torch.contiguous_format)
         return gradients
 
-    def _unkept(self, h_BLD: Tensor, context: Context) -> Tensor:
-        notes = Notes.of(self, h_BLD, context, strict=False)
+    def run(self, h_BLD: Tensor, context: Context, *, keep: bool) -> tuple[list[Tensor], Notes]:
+        """The last two streams and what the pass noted; again with a wider range as long as a stream leaves it.
+
+        keep: a walk back will follow.
+        """
+        couplings = self.couplings
+        if self.range is not None and context.filled:
+            # Run again, layers would fill their cache again: here, where nothing is undone, streams of 64 bits hold all.
+            assert self.range.steps is not None
+            couplings = _with_arithmetic(couplings, FixedPoint(self.range.steps, wide=True))
+        before = rng_state(h_BLD.device)
+        while True:
+            notes = Notes.of(self, h_BLD, context, couplings, self.observer, self.strict and keep)
+            streams = run_forward(self, h_BLD, notes, keep=keep)
+            if self.range is None or context.filled or notes.range is None or not notes.range.left():
+                return streams, notes
+            del streams, notes
+            with replayed_rng(before, h_BLD.device):
+                largest_ND = self._largest(h_BLD, context)
+            self.range.widen(largest_ND, self._limit(), self.first_layer)
+            couplings = self.couplings
+            set_rng_state(before, h_BLD.device)
+
+    def _calibrate(self, h_BLD: Tensor, calls: list[Call]) -> None:
+        assert self.range is not None
+        if not computed(h_BLD):
+            self.range.assume(h_BLD.shape[-1])
+            return
+        context = Context.of(calls)
+        if context.filled:
+            context = Context.of(copy.deepcopy(calls))  # a cache is filled by the pass that was asked for, only
+        with replayed_rng(rng_state(h_BLD.device), h_BLD.device):
+            largest_ND = self._largest(h_BLD, context)
+        self.range.calibrate(largest_ND, self._limit(), self.first_layer)
+
+    def _limit(self) -> float:
+        return min(coupling.limit for coupling in self._couplings if coupling.limit is not None)
+
+    def _largest(self, h_BLD: Tensor, context: Context) -> Tensor:
+        """Largest |value| of each channel before each block and after the last, (blocks + 1, D): the same equations
+        in floating point, which has no range to leave."""
         with torch.no_grad():
-            streams = run_forward(self, h_BLD, notes, keep=False)
+            largest = Largest()
+            held_BLD = h_BLD.float() if h_BLD.dtype.itemsize < 4 else h_BLD
+            notes = Notes.of(self, h_BLD, context, _with_arithmetic(self._couplings, Float()), largest)
+            largest.add(run_forward(self, held_BLD, notes, keep=False))
+            return largest.table()
+
+    def _unkept(self, h_BLD: Tensor, context: Context) -> Tensor:
+        with torch.no_grad():
+            streams, notes = self.run(h_BLD, context, keep=False)
             if notes.range:
                 notes.range.check(self.first_layer)
-            return self.finish(streams, h_BLD.dtype)
+            return self.finish(streams, h_BLD.dtype, notes.arithmetic)
 
     def _ordinary(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:
         numbers, dtype = self.arithmetic.ordinary, h_BLD.dtype
@@ -213,3 +279,8 @@ class ReversibleStack(nn.Module):
         g_BLD = g.ordinary(block, read(y1_BLD, dtype), tiles, parts, args, kwargs)
         y2_BLD = second.ordinary(x2_BLD, y1_BLD, g_BLD)
         return [y1_BLD, y2_BLD]
+
+
+def _with_arithmetic(couplings: tuple[Coupling, Coupling], arithmetic: Arithmetic) -> tuple[Coupling, Coupling]:
+    first, second = couplings
+    return replace(first, arithmetic=arithmetic), replace(second, arithmetic=arithmetic)

@@ -20,12 +20,13 @@ class StreamError(UserError, ArithmeticError):
 
 
 class Range:
-    """The largest |x| that each half wrote, in units of the arithmetic.
+    """The largest |x| that each half wrote, in steps.
 
-    limit: in units; a stream must stay below it.  One more place than halves is for the stack's input.
+    limit: in steps; a stream must stay below it.  unit: a step, the same for all channels or (D,).
+    One more place than halves is for the stack's input.
     """
 
-    def __init__(self, blocks: int, limit: float, unit: float, device: torch.device) -> None:
+    def __init__(self, blocks: int, limit: float, unit: float | Tensor, device: torch.device) -> None:
         self._levels = torch.zeros(2 * blocks + 1, device=device)
         self._limit, self._unit = limit, unit
         self._host: Tensor | None = None
@@ -49,30 +50,42 @@ class Range:
         self._copied = torch.cuda.Event()
         self._copied.record()
 
+    def left(self) -> bool:
+        """Whether a stream left the range, NaN and infinity included. Waits for the forward pass, once."""
+        return any(not level < self._limit for level in self._found())
+
     def check(self, first_layer: int) -> None:
         """Raises StreamError at the first half that left the range. Waits for the forward pass, once."""
-        if self._host is None:
-            self.begin_copy()
-        if _uncomputed(self._host):
+        levels = self._found()
+        if not levels:
             return
-        if self._copied is not None:
-            self._copied.synchronize()
-        assert self._host is not None
-        limit, levels = self._limit, self._host.tolist()
         places = [("the stack's input", levels[-1])]
         places += [(f"layer {first_layer + place // 2}", level) for place, level in enumerate(levels[:-1])]
         for where, level in places:
-            if level < limit:
+            if level < self._limit:
                 continue
-            value = level * self._unit
-            if not math.isfinite(value):
-                what = f"a stream holds {'NaN' if math.isnan(value) else 'infinity'}"
+            if not math.isfinite(level):
+                what = f"a stream holds {'NaN' if math.isnan(level) else 'infinity'}"
                 cure = "lower the learning rate, or use bf16 or fp32 instead of fp16"
+            elif isinstance(self._unit, Tensor):
+                what, cure = "a stream is outside the range of its channel", "call the model without a cache first"
             else:
-                what = f"stream value {value:,.0f} is outside ±{limit * self._unit:,.0f}"
-                bits = math.floor(math.log2(limit / value))
-                cure = f"set `step_bits` to {bits} or lower" if bits > 0 else "no fixed-point step holds such values"
+                what = f"stream value {level * self._unit:,.0f} is outside ±{self._limit * self._unit:,.0f}"
+                bits = math.floor(math.log2(self._limit / (level * self._unit)))
+                cure = f"set `step_bits` to auto, or to {bits} or lower" if bits > 0 else "set `step_bits` to auto"
             raise StreamError(where, what, cure)
+
+    def _found(self) -> list[float]:
+        """The levels; none where nothing was computed."""
+        if self._host is None:
+            self.begin_copy()
+        if _uncomputed(self._host):
+            return []
+        if self._copied is not None:
+            self._copied.synchronize()
+        assert self._host is not None
+        levels: list[float] = self._host.tolist()
+        return levels
 
 
 class Fingerprints:

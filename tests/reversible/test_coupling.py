@@ -69,7 +69,7 @@ def test_the_ordinary_form_has_the_very_same_values(m, step_bits, centred, dtype
     coupling.forward_(x[0], other[0], value[0])
     expected = coupling.ordinary(numbers.lifted(h1), numbers.lifted(h2), value)
 
-    assert torch.equal(expected, x.double() * arithmetic.unit)
+    assert torch.equal(expected, x.double() * arithmetic.unit(x.device))
     assert torch.equal(numbers.read(expected, dtype), arithmetic.read(x, dtype))
 
 

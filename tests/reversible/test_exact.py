@@ -212,7 +212,7 @@ def test_leaving_the_range_is_an_error_with_layer_value_and_cure():
     """One line: which layer, which value, which setting; in training before anything is reversed, and in evaluation."""
     stack = a_stack(scale=3e5, layers=3, first_layer=5)
     h = torch.ones(1, 4, 8)
-    expected = r"layer 5: stream value [\d,]+ is outside ±32,768; set `step_bits` to \d+ or lower"
+    expected = r"layer 5: stream value [\d,]+ is outside ±32,768; set `step_bits` to auto, or to \d+ or lower"
 
     out = stack(h)
     with pytest.raises(StreamError, match=expected) as raised:
@@ -229,9 +229,9 @@ def test_the_cure_cures():
     stack = a_stack(scale=3e5, layers=1)
     with torch.no_grad(), pytest.raises(StreamError) as raised:
         stack(torch.ones(1, 4, 8))
-    named = int(str(raised.value).split("`step_bits` to ")[1].split()[0])
+    named = int(str(raised.value).split("`step_bits` to auto, or to ")[1].split()[0])
     fixed = FixedPoint(named)
-    stack.couplings = (Coupling(fixed, 1 / 8), Coupling(fixed, 1.0))
+    stack._couplings = (Coupling(fixed, 1 / 8), Coupling(fixed, 1.0))
 
     stack(torch.ones(1, 4, 8)).sum().backward()
 

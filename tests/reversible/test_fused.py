@@ -166,7 +166,7 @@ def test_only_the_tile_is_written():
     with in_plain_torch():
         expected_side = Coupling(FixedPoint(), 2.0**-m, True).forward_(expected[rows], other[rows], value)
     before, version = stream.clone(), stream._version
-    options = {"m": m, "step_bits": 16}
+    options = {"m": m, "scale": 2.0**16}
 
     fused.forward_(stream[rows], other[rows], value, sides[rows, :-1], **options)
 

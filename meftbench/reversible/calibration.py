@@ -1,0 +1,120 @@
+"""The range of fixed-point streams, taken from the model: `step_bits: auto` (DESIGN 3.3).
+
+Language models hold values of very different size in their residual stream: in SmolLM2-135M one channel of the first
+token passes 20,000 while most channels stay below 100. One step for all channels would spend eight bits of most of
+them to hold one. So each channel has a power of two of its own, chosen such that the largest value that a forward
+pass met has HEADROOM bits of room above it. A later pass that needs more gets it: the range is widened and that pass
+is run again.
+
+Shape suffixes: B samples, L positions, D hidden size; N blocks + 1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from meftbench.reversible.arithmetic import ChannelSteps
+from meftbench.reversible.watch import StreamError
+
+# Room above the largest value met, in bits. The fixed-point error at that value is then below float32's by 2⁻³.
+HEADROOM = 2
+# The finest step is 2⁻³⁰; the coarsest still holds the largest float32 in an int32.
+FINEST, COARSEST = 30, -100
+# A channel that is silent in one batch need not be in the next: it gets room for this share of the median channel.
+SILENT = 1 / 16
+
+
+class CalibratedRange(nn.Module):
+    """The fixed-point steps of a stack, one a channel; none before the first forward pass of the model.
+
+    A module without parameters, so that the steps are copied, pickled and saved with the model: they are its extra
+    state in `state_dict`, int16 (D,), empty before calibration.
+    widenings: how often a pass has left the range and was run again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: ChannelSteps | None = None
+        self.widenings = 0
+
+    def calibrate(self, largest_ND: Tensor, limit: float, first_layer: int) -> None:
+        """Take the steps from the largest |value| of each channel before each block and after the last.
+
+        limit: what a stream may hold, in steps.
+        Raises StreamError where values are NaN or infinite, with the first layer that made them.
+        """
+        self.steps = ChannelSteps(self._fitted(largest_ND, limit, first_layer))
+
+    def widen(self, largest_ND: Tensor, limit: float, first_layer: int) -> None:
+        """Take coarser steps where a channel needs them; steps become finer nowhere, and coarser somewhere.
+
+        Raises StreamError as `calibrate` does.
+        """
+        assert self.steps is not None
+        before_D = self.steps.bits_D
+        bits_D = torch.minimum(before_D, self._fitted(largest_ND, limit, first_layer))
+        if torch.equal(bits_D, before_D):
+            # Held in floating point, the values just fitted: rounding to steps made the difference.
+            bits_D = before_D - 1
+        self.steps = ChannelSteps(bits_D)
+        self.widenings += 1
+        if self.widenings == 1:
+            channels = int((bits_D < before_D).sum())
+            warnings.warn(
+                f"a hidden state left the range of the fixed-point streams in {channels} of {len(bits_D)} channels; "
+                "the range was widened and the forward pass run again (said once; counted as range_widenings)",
+                stacklevel=2,
+            )
+
+    def assume(self, channels: int) -> None:
+        """Steps of 2⁻¹⁶ for a pass whose values are not computed (fake and meta tensors)."""
+        self.steps = ChannelSteps(torch.full((channels,), 16))
+
+    def _fitted(self, largest_ND: Tensor, limit: float, first_layer: int) -> Tensor:
+        largest_ND = largest_ND.to("cpu", torch.float64)
+        finite_N = torch.isfinite(largest_ND).all(1)
+        if not finite_N.all():
+            block = int((~finite_N).nonzero()[0])
+            where = f"layer {first_layer + block - 1}" if block else "the stack's input"
+            what = "the range of its streams cannot be calibrated: it holds NaN or infinity"
+            raise StreamError(where, what, "check the model's weights and inputs, or use bf16 or fp32 instead of fp16")
+        largest_D = largest_ND.amax(0)
+        largest_D = largest_D.clamp(min=float(largest_D.median()) * SILENT)
+        # frexp: value = mantissa · 2ᵉ with 1/2 <= mantissa < 1, so that every value is below 2ᵉ.
+        bits_D = int(math.log2(limit)) - HEADROOM - torch.frexp(largest_D).exponent
+        bits_D = torch.where(largest_D == 0, FINEST, bits_D)
+        return bits_D.clamp(COARSEST, FINEST).to(torch.int16)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int16) if self.steps is None else self.steps.bits_D.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = ChannelSteps(state.clone()) if state.numel() else None
+
+
+class Largest:
+    """Observer of a forward pass: the largest |value| of each channel before each block, and after the last."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+
+    def __call__(self, direction: str, block: int, streams: list[Tensor]) -> None:
+        self.add(streams)
+
+    def add(self, streams: list[Tensor]) -> None:
+        largest = [torch.linalg.vector_norm(s.flatten(0, 1).float(), math.inf, 0) for s in streams]
+        self._rows.append(torch.maximum(*largest))
+
+    def table(self) -> Tensor:
+        """(N, D), float32."""
+        return torch.stack(self._rows)
+
+
+def computed(tensor: Tensor) -> bool:
+    """Whether the tensor holds values; those of a step that is traced do not."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
