@@ -16,6 +16,7 @@ from meftbench.errors import UserError
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
 from meftbench.plan.catalogue import Settings
 from meftbench.reversible import ReversibleStack
+from meftbench.reversible.calibration import CalibratedRange
 from meftbench.reversible.tiled import Tiling
 
 from .bottleneck import Bottleneck
@@ -48,6 +49,11 @@ class Applied:
         """The reversible stacks of the model, empty for other methods."""
         return [module for module in self.model.modules() if isinstance(module, ReversibleStack)]
 
+    @property
+    def ranges(self) -> dict[str, CalibratedRange]:
+        """The calibrated ranges of the model's fixed-point stacks, by the stack's name and `.range`."""
+        return ranges_of(self.model)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -64,6 +70,12 @@ class Applied:
         for module in self.model.modules():
             if isinstance(module, Bottleneck):
                 module.zero()
+
+
+def ranges_of(model: nn.Module) -> dict[str, CalibratedRange]:
+    """As `Applied.ranges`, of a model that has a method applied."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleStack)}
+    return {f"{name}.range": stack.range for name, stack in stacks.items() if stack.range is not None}
 
 
 def untouched_layouts(model: nn.Module) -> tuple[Layout, ...]:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from meftbench import __version__
 from meftbench.errors import UserError
 from meftbench.methods import prepare
-from meftbench.methods.applied import NOTE, note_before
+from meftbench.methods.applied import NOTE, note_before, ranges_of
 from meftbench.methods.bottleneck import Bottleneck
+from meftbench.methods.meft import VARIANTS
 from meftbench.methods.unloading import (
     and_more,
     changes_weights,
@@ -41,7 +42,7 @@ from meftbench.plan.catalogue import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "MEFTBENCH"
-SCHEMA = 1
+SCHEMA = 2  # 1: before streams took their range from the model
 _WRITTEN = {"method": str, "settings": dict, "base_model_class": str, "hidden_sizes": list, "backbone": list}
 # Settings that say how the work is done, or where new weights start: not what a trained model computes.
 _FREE = ("tiles", "head_groups", "strict", "init_std")
@@ -71,6 +72,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         applied, whose weights are replaced (`tiles`, `head_groups` and `strict` may differ). dtype, device and mode
         of the model are kept. Where an error is raised, the model is as it was.
 
+    The range of fixed-point streams is loaded too: the logits are those of the saved model, bit for bit.
+
     Warns: the base model has another name or revision than the one that was saved from.
     Raises UserError: nothing readable in the folder, another method or other settings applied, another class of model
     or hidden size, and tensors that are missing, unexpected or of another shape.
@@ -82,6 +85,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     for key, kind in _WRITTEN.items():
         if not isinstance(config.get(key), kind):
             raise UserError(str(folder / CONFIG), f"{key} is missing or no {kind.__name__}", "save the adapter again")
+    if config["schema"] == 1:
+        config["settings"] = _settings_of_schema_1(config["method"], config["settings"])
     method, settings = config["method"], config["settings"]
     applied: dict[str, Any] | None = {"method": "of peft"} if is_peft(model) else vars(model).get(NOTE)
     if applied is not None:
@@ -102,6 +107,20 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     return model if model.training else model.eval()
 
 
+def _settings_of_schema_1(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they were meant before their defaults changed: the model computes what it was trained to compute."""
+    if "arithmetic" not in settings:
+        return settings
+    meant = settings | {"adapter_input": "stream"}
+    if settings["arithmetic"] == "exact" and settings.get("side_bits") is None:
+        factors = [name for name, small in zip(("lambda", "beta"), VARIANTS[method[:5]].small, strict=True) if small]
+        if all(settings.get(name) is None for name in ("lambda", "beta")):
+            meant["side_bits"] = 3
+        else:
+            meant |= {name: 1 / 8 for name in factors if settings.get(name) is None}
+    return meant
+
+
 # --- what is saved ---
 
 
@@ -110,6 +129,8 @@ def _own(model: nn.Module, also: list[str] | None = None) -> dict[str, Tensor]:
     bottlenecks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Bottleneck))
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.endswith("._extra_state"):  # of ranges, which `ranges_of` has
+            continue
         own = name.startswith(bottlenecks) or in_new_head(model, name) or tensor.requires_grad
         if own or name in (also or ()):
             found.setdefault(id(tensor), (name, tensor))  # tied weights are saved once
@@ -130,6 +151,7 @@ def _base_of_config(model: Any) -> dict[str, str | None]:
 
 def _files(model: nn.Module, note: dict[str, Any]) -> dict[str, bytes]:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _own(model).items()}
+    tensors |= {name: held.get_extra_state() for name, held in ranges_of(model).items()}
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = {
         "peft_type": PEFT_TYPE,
@@ -141,7 +163,7 @@ def _files(model: nn.Module, note: dict[str, Any]) -> dict[str, bytes]:
         **_base_of_config(model),
         "base_model_class": type(model).__name__,
         "hidden_sizes": _hidden_sizes(model),
-        "modules_to_save": sorted({name.split(".")[0] for name in tensors if in_new_head(model, name)}),
+        "modules_to_save": sorted({name.split(".")[0] for name in _own(model) if in_new_head(model, name)}),
         "backbone": trained_backbone(model),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -198,7 +220,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(str(folder / CONFIG), f"cannot be read ({error})", again) from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(str(folder / CONFIG), "is no configuration of an adapter", again)
-    if config["peft_type"] == PEFT_TYPE and config.get("schema") != SCHEMA:
+    if config["peft_type"] == PEFT_TYPE and config.get("schema") not in (1, SCHEMA):
         raise UserError(str(folder / CONFIG), f"is of schema {config.get('schema')!r}", "update meftbench")
     try:
         weights = (folder / WEIGHTS).read_bytes()
@@ -257,8 +279,17 @@ def _fill(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[
         saved, found = (", ".join(map(str, sizes)) for sizes in (config["hidden_sizes"], _hidden_sizes(model)))
         cure = "load it into the model that it was saved from"
         raise UserError(str(folder), f"is for hidden size {saved}, the model's is {found}", cure)
-    own = _own(model, also=config["backbone"])
-    _check_tensors(folder, own, tensors)
+    own, ranges = _own(model, also=config["backbone"]), ranges_of(model)
+    for name in ranges:
+        if name not in tensors:
+            what = f"lacks {name!r}, the range of its fixed-point streams"
+            raise UserError(str(folder / WEIGHTS), what, "save the adapter again from the model that it was trained on")
+        if tensors[name].numel() not in (0, *config["hidden_sizes"]):
+            what = f"{name!r} is of {tensors[name].numel()} channels"
+            raise UserError(str(folder / WEIGHTS), what, "load it into the model that it was saved from")
+    _check_tensors(folder, own, {name: tensor for name, tensor in tensors.items() if name not in ranges})
+    for name, held in ranges.items():
+        held.set_extra_state(tensors[name])
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

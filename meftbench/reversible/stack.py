@@ -22,7 +22,7 @@ from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.halves import Half, tiles_of
 from meftbench.reversible.notes import Context, Notes, Observer
 from meftbench.reversible.passes import run_forward
-from meftbench.reversible.recompute import replayed_rng, rng_state, set_rng_state
+from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside h
 
@@ -218,7 +218,8 @@ class ReversibleStack(nn.Module):
         context = Context.of(calls)
         if context.filled:
             context = Context.of(copy.deepcopy(calls))  # a cache is filled by the pass that was asked for, only
-        with replayed_rng(rng_state(h_BLD.device), h_BLD.device):
+        # Without dropout the range depends on the batch alone, not on random numbers.
+        with modes_as(self, [False for _ in self.modules()]):
             largest_ND = self._largest(h_BLD, context)
         self.range.calibrate(largest_ND, self._limit(), self.first_layer)
 

@@ -250,6 +250,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().contiguous().clone() for name, p in self.applied.trained().items()}
+        # What the trained weights compute depends on the steps of fixed-point streams, which training may have widened.
+        tensors |= {name: held.get_extra_state() for name, held in self.applied.ranges.items()}
         save_file(tensors, folder / WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -266,6 +268,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         kept = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        for name, held in self.applied.ranges.items():
+            held.set_extra_state(kept[name])
         with torch.no_grad():
             for name, parameter in self.applied.trained().items():
                 parameter.copy_(kept[name])

@@ -55,6 +55,7 @@ def test_loss_and_gradients_are_those_of_transformers(backbone, method):
     batch = a_batch_for(plain)
     assert bool((batch["labels"] == -100).any())
 
+    torch.manual_seed(7)  # as `gradients`: a decoder's range is calibrated on what the encoder's dropout left
     assert chunked(**batch).logits is None
     assert_same(gradients(chunked, batch), gradients(plain, batch))
 

@@ -347,14 +347,14 @@ def test_the_configuration_says_what_was_applied(adapter):
     config = json.loads((adapter[0] / CONFIG).read_text())
     tensors = safetensors.torch.load_file(adapter[0] / WEIGHTS)
 
-    assert (config["peft_type"], config["method"], config["schema"]) == ("MEFTBENCH", "meft1-exact", 1)
+    assert (config["peft_type"], config["method"], config["schema"]) == ("MEFTBENCH", "meft1-exact", 2)
     assert config["settings"]["adapter_size"] == 4
-    assert config["settings"]["step_bits"] == 16
+    assert config["settings"]["step_bits"] == "auto"
     assert config["base_model_class"] == "BertForSequenceClassification"
     assert config["modules_to_save"] == ["classifier"]
     assert sum(".adapter." in name for name in tensors) == 2 * 3 * 4
     assert sorted(os.listdir(adapter[0])) == [CONFIG, WEIGHTS]
-    assert len(tensors) == 2 * 3 * 4 + 2
+    assert len(tensors) == 2 * 3 * 4 + 2 + 1  # and the range
 
 
 @pytest.mark.parametrize("written", [0, 1])
@@ -389,7 +389,7 @@ def test_a_full_disk_leaves_the_old_adapter(folder, written, monkeypatch):
         (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG}: cannot be read"),
         (lambda f: (f / CONFIG).write_text("[]"), "is no configuration of an adapter"),
         (lambda f: (f / CONFIG).write_text('{"peft_type": "MEFTBENCH", "schema": 1}'), "method is missing"),
-        (lambda f: change(f, schema=2), "is of schema 2; update meftbench"),
+        (lambda f: change(f, schema=3), "is of schema 3; update meftbench"),
         (lambda f: change(f, method="meft9"), "unknown method 'meft9'"),
         (lambda f: change(f, peft_type="LORAX"), "peft cannot read it"),
         (lambda f: change(f, settings={"adapter_sise": 4}), "unknown key 'adapter_sise'"),

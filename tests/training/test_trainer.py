@@ -153,7 +153,7 @@ def test_bf16_clipping_and_evaluation(backbone, tmp_path):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_gradient_checkpointing_leaves_a_stack_reversed(backbone, layers, tmp_path):
     """Trainer's switch checkpoints ordinary layers; in a stack, whose layers run again anyway, it changes nothing:
-    the same gradients, and each layer once more in backward."""
+    the same gradients, and each layer once more in backward; once before, to calibrate the range."""
     pairs, runs = [], []
     for switched in (False, True):
         applied = a_prepared_model(backbone, reversible_layers=layers)
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_leaves_a_stack_reversed(backbone, layers, tmp_pa
         pairs.append(seen.steps[0])
         runs.append(len(counted))
 
-    assert [2, 2] == runs
+    assert [3, 3] == runs
     assert_close(pairs[1], pairs[0])
 
 
