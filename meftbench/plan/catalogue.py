@@ -61,8 +61,8 @@ class Meft(Bottleneck):
     step_bits: the fixed-point step is 2^-step_bits; `auto`: one a channel, from what the model holds in the first
         batch, and widened where a later one needs more.
     coupling, output: how the two streams are coupled, and which one is the result (DESIGN 3.2).
-    adapter_input: what the adapter that is a half by itself reads (G of MEFT1, F of MEFT2): the stream, as published, or
-        the stream normed as the layer's attention reads it. In post-norm models the two are the same.
+    adapter_input: what the adapter that is a half by itself reads (G of MEFT1, F of MEFT2): the stream, as published,
+        or the stream normed as the layer's attention reads it. In post-norm models the two are the same.
     tiles, head_groups: the pieces in which token-wise work and attention are recomputed; `auto` lets the shape decide.
     strict: verify in every step, at three blocks, that reversal was exact.
     """

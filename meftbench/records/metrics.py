@@ -118,6 +118,7 @@ METRICS: dict[str, Kind] = {
     "power_w": Kind("watt", "neither", "power draw after the timed steps"),
     # quality: the task's score beside the memory
     "score": Kind("score", "higher", "the task's first score on validation, of the checkpoint that is best there"),
+    "score_untrained": Kind("score", "higher", "the same before the first step, of a language model; lora: zero-shot"),
     "score_test": Kind("score", "higher", "the same score on test rows, of the checkpoint chosen on validation"),
     "score_constant": Kind("score", "higher", "the score of the best answer that is always the same, on validation"),
     "score_mismatched": Kind("score", "higher", "MNLI: the score on genres that training has not, same checkpoint"),

@@ -20,7 +20,7 @@ COMPARED = (
 )
 _APART = (*COMPARED, "method", "training")
 _SAID_WHERE_THEY_DIFFER = ("run", "head", "attention_requested", "optimizer", "optimizer_impl", "device")
-FURTHER = ("score_test", "score_mismatched")
+FURTHER = ("score_untrained", "score_test", "score_mismatched")
 
 
 @dataclass(frozen=True)

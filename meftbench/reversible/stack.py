@@ -194,7 +194,7 @@ class ReversibleStack(nn.Module):
         """
         couplings = self.couplings
         if self.range is not None and context.filled:
-            # Run again, layers would fill their cache again: here, where nothing is undone, streams of 64 bits hold all.
+            # Run again, layers would fill their cache again. Nothing is undone here, so streams may have 64 bits.
             assert self.range.steps is not None
             couplings = _with_arithmetic(couplings, FixedPoint(self.range.steps, wide=True))
         before = rng_state(h_BLD.device)

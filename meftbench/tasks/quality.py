@@ -143,8 +143,11 @@ class QualityCell:
                 self.device.type == "cuda",
                 offset=offset,
             )
+            untrained = trainer.scored(trainer.first) if self.head == "causal_lm" else None
             trainer.train_or_resume()
             metrics = self._metrics(trainer)
+            if untrained is not None:
+                metrics["score_untrained"] = _metric(untrained.score, untrained)
             with torch.no_grad():
                 for bias in biases:
                     bias.add_(offset)
