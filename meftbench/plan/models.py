@@ -9,6 +9,7 @@ from typing import Any
 
 from meftbench.errors import UserError, unknown
 from meftbench.plan.catalogue import BACKBONES, MODELS
+from meftbench.plan.gguf_files import SUFFIX, cache_folder, check_gguf, gguf_file_of
 from meftbench.plan.peft_names import refusal
 
 RANDOM = "@random"
@@ -21,7 +22,11 @@ def split_name(model: str) -> tuple[str, bool]:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder that `name` means: a path, or the data of an installed package; None: a name on the hub."""
+    """The folder that `name` means: a path, the data of an installed package, or where the weights of a GGUF file are
+    kept once they are dequantized; None: a name on the hub."""
+    file = gguf_file_of(name)
+    if file is not None:
+        return cache_folder(file) if file.is_file() else None
     if name in MODELS:
         package = MODELS[name].package
         spec = importlib.util.find_spec(package) if package else None
@@ -32,7 +37,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or Path(name).is_dir()
+    return name.startswith((".", "/", "~")) or name.endswith(SUFFIX) or Path(name).is_dir()
 
 
 def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None:
@@ -49,6 +54,10 @@ def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None
 def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
     """Raises UserError for an unknown name, a missing or empty folder."""
     name, random = split_name(model)
+    file = gguf_file_of(name)
+    if file is not None and not (random and name in MODELS):
+        check_gguf(where, file)
+        return
     folder = folder_of(name)
     if name not in MODELS and folder is None and name.count("/") != 1:
         raise unknown(where, "model", name, [*MODELS, *(known + RANDOM for known in MODELS)])

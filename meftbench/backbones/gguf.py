@@ -1,0 +1,81 @@
+"""Weights from a GGUF file: read and dequantized by transformers once, then kept as an ordinary model folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from meftbench.errors import UserError
+from meftbench.plan.gguf_files import cache_folder, check_gguf
+
+# Where the cache cannot be written: folders of this process, by file.
+_TEMPORARY: dict[Path, tempfile.TemporaryDirectory[str]] = {}
+
+
+def dequantized(name: str, file: Path) -> Path:
+    """A model folder with the dequantized float32 weights of a GGUF file, its configuration and its tokenizer.
+
+    It is made at the first call and kept in the cache (plan/gguf_files.py); where that cannot be written, in a temporary
+    folder of this process, with a warning.  name: what the user calls the model, for errors.
+
+    Raises UserError: no GGUF file, a damaged one, or an architecture that transformers cannot read from it.
+    """
+    check_gguf(name, file)
+    if file in _TEMPORARY:
+        return Path(_TEMPORARY[file].name)
+    folder = cache_folder(file)
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "config.json").is_file():
+                _make(name, file, folder)
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be written ({error}); the weights of {file.name} are not kept", stacklevel=2)
+        _TEMPORARY[file] = tempfile.TemporaryDirectory(prefix="meftbench-gguf-")
+        _write(name, file, Path(_TEMPORARY[file].name))
+        return Path(_TEMPORARY[file].name)
+    return folder
+
+
+def _make(name: str, file: Path, folder: Path) -> None:
+    """The folder, whole or not at all."""
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _write(name, file, beside)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # it is not there any more where all went well
+
+
+def _write(name: str, file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # gguf and transformers raise what the damaged place happens to cause
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"{str(file)!r} cannot be read as a model ({reason})"
+        raise UserError(name, what, "check that the file is whole and of an architecture that transformers knows") from None
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers refuses to save what it takes for quantized
+    config.name_or_path = file.name
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
