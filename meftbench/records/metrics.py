@@ -98,6 +98,10 @@ METRICS: dict[str, Kind] = {
     "starting_point_shift": Kind(
         "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, untrained, adapters at zero"
     ),
+    "pretrained_loss": Kind("loss", "lower", "loss of the pre-trained model on the cell's batch, evaluation mode"),
+    "starting_loss": Kind(
+        "loss", "lower", "the same loss with the method applied, adapters as they are initialised, before any training"
+    ),
     # size
     "parameters_total": Kind("count", "neither", "parameters of the model with the method applied"),
     "parameters_trainable": Kind("count", "lower", "parameters that are trained"),
