@@ -47,6 +47,7 @@ def tell(events: list[Event], counter: StorageCounter, mark: Callable[[str], Non
         elif kind == "alloc":
             held[key] = -(-nbytes // counter.block) * counter.block, category
             counter.gain(*held[key])
+            counter.gradients.born(key)
         else:
             size, before = held.pop(key)
             counter.lose(size, before)
@@ -54,3 +55,7 @@ def tell(events: list[Event], counter: StorageCounter, mark: Callable[[str], Non
                 held[key] = size, category
                 counter.live[category] += size
                 counter.total += size
+                if category == "gradients":
+                    counter.gradients.arrived(key, size)
+            else:
+                counter.gradients.ended(key)

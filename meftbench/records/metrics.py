@@ -43,6 +43,9 @@ METRICS: dict[str, Kind] = {
     # step structure
     "baseline_allocated_bytes": _bytes("allocated right before the step: parameters, optimizer state, inputs"),
     "activation_peak_bytes": _bytes("peak of forward and backward above the level before the step"),
+    "activation_gradients_bytes": _bytes(
+        "gradients of trained parameters within activation_peak_bytes, at its peak; the rest grows with tokens"
+    ),
     "saved_bytes": _bytes("held at the end of forward above the level before the step, minus outputs"),
     "optimizer_peak_bytes": _bytes("peak during the optimizer step"),
     "first_step_peak_allocated_bytes": _bytes("peak of the first step, before optimizer state exists"),

@@ -29,6 +29,7 @@ LADDER = {
 }
 _STEP = (
     "activation_peak_bytes",
+    "activation_gradients_bytes",
     "baseline_allocated_bytes",
     "saved_bytes",
     "peak_phase",
