@@ -174,7 +174,10 @@ def test_shapes_that_differ_are_refused():
         starting_point_shift(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
 
 
-LLAMA = {"model": "llama-3.2-1b@random", "model_config_overrides": TINY["llama"][1] | {"num_hidden_layers": 2}}
+LLAMA = {
+    "model": "llama-3.2-1b@random",
+    "model_config_overrides": TINY["llama"][1] | {"num_hidden_layers": 2, "attention_dropout": 0.3},
+}
 
 
 def a_start(method, **changes):
