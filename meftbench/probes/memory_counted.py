@@ -29,6 +29,7 @@ from meftbench.step import Mark, Step
 from meftbench.units import format_bytes
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
+GRADIENT = "gradient"  # the origin in events of what `arrived` was told of
 BLOCK = 512  # bytes: the CUDA caching allocator hands out multiples of this
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -117,10 +118,18 @@ class StorageCounter(TorchDispatchMode):
             self._storages[key] = (reference, size, category)
             self.live[before] -= size
             self.live[category] += size
-            if category == "gradients":
-                self.gradients.arrived(key, size)
             if self.events is not None:
                 self.events.append(("book", key, 0, category, ""))
+
+    def arrived(self, gradient: Tensor) -> None:
+        """The gradient of a trained parameter, or a part of its sum: its bytes do not grow with tokens. It stays in its
+        category, which is by where it was born until it is the parameter's own."""
+        key = gradient.untyped_storage()._cdata
+        entry = self._storages.get(key)
+        if entry is not None:
+            self.gradients.arrived(key, entry[1])
+            if self.events is not None:
+                self.events.append(("book", key, 0, entry[2], GRADIENT))
 
     def mark(self, phase: str) -> None:
         """A phase begins: its peak starts at the present level."""
@@ -271,7 +280,8 @@ class CountedStep:
         self._book_optimizer()
         for parameter in self.step.applied.trained().values():
             # What arrives is added to a gradient that is there already (accumulation), or becomes it.
-            self._hooks.append(parameter.register_hook(self._book_arriving))
+            # torch.autograd.grad calls this hook, too: a reversible stack sums what its tiles give.
+            self._hooks.append(parameter.register_hook(self.counter.arrived))
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._book_gradient))
         counter.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -310,11 +320,9 @@ class CountedStep:
         gradients = counter.gradients.bytes_at(counter.busiest_at)
         return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, gradients, buffers)
 
-    def _book_arriving(self, gradient: Tensor) -> None:
-        self.counter.book(gradient, "gradients")
-
     def _book_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
+            self.counter.arrived(parameter.grad)
             self.counter.book(parameter.grad, "gradients")
 
     def _book_optimizer(self) -> None:

@@ -228,6 +228,11 @@ def sources(frame: DataFrame, metric: str) -> list[str]:
     return sorted({source for value, source in pairs if value is not None})
 
 
+def taken(frame: DataFrame, metric: str) -> bool:
+    """Whether any cell has a value of the metric, NaN included: older runs may not know it, some cells have none."""
+    return metric in frame and any(value is not None for value in frame[metric])
+
+
 def write_csv(frame: DataFrame, file: Path) -> None:
     """`as_csv`, as a file. Raises UserError where it cannot be written."""
     write_whole(file, as_csv(frame))

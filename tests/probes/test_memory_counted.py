@@ -188,7 +188,7 @@ def test_gradients_within_the_activation_peak_of_an_mlp():
     for tensor in (first.weight, second.weight, x):
         counter.book(tensor, "parameters")
     for layer in (first, second):
-        layer.weight.register_post_accumulate_grad_hook(lambda p: counter.book(p.grad, "gradients"))
+        layer.weight.register_post_accumulate_grad_hook(lambda p: counter.arrived(p.grad))
     weight, hidden, stream = 4 * 256 * 64, 4 * 64 * 256, 4 * 64 * 64
     with counter:
         counter.mark("forward")
@@ -201,7 +201,7 @@ def test_gradients_within_the_activation_peak_of_an_mlp():
 
     assert weight + 3 * hidden + 2 * stream == counter.busiest - level
     assert weight == counter.gradients.bytes_at(counter.busiest_at)
-    assert 2 * weight == counter.live["gradients"]
+    assert 2 * weight == counter.gradients.bytes_at(counter.gradients.clock)
 
 
 @pytest.mark.parametrize("method", ["meft1", "meft2", "meft1-exact", "meft3-exact"])
