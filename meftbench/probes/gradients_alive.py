@@ -37,7 +37,7 @@ class GradientsAlive:
         self._births[key] = self.clock
 
     def arrived(self, key: int, size: int) -> None:
-        """The storage `key` of `size` bytes turns out to be the gradient of a trained parameter, or a part of its sum."""
+        """The storage `key` of `size` bytes turns out to be a trained parameter's gradient, or a part of it."""
         if key in self._by_key:
             return
         self._by_key[key] = _Lifetime(size, self._births[key])

@@ -110,7 +110,7 @@ def _why(record: Record) -> str:
 
 # Columns that a narrow terminal does without, the first one first: at equal batch and length tokens/s is the step time
 # again, and a share the activation memory.
-_SPARED = ("tokens/s", "% of full", "peak")
+_SPARED = {"tokens/s": 5, "% of full": 2, "peak": 3}
 
 
 def _table(group: Group, shares: dict[str, float], width: int) -> Table:
@@ -119,8 +119,6 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
 
     frame = group.frame
     size, unit = unit_of(frame)
-    gap = 2 if width >= 100 else 1
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
     heads = [f"activation\n{unit}", "of it\ngrads", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
     heads += ["recon.\nerror", "gradient\nerror", "start loss\n(pre-tr.)", "trained"]
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
@@ -131,13 +129,19 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
     methods = min(max(15, widest), 24)
+    lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
+    widths = {i: max(map(len, lines[i])) for i in shown}
+
+    def needed(gap: int) -> int:
+        return methods + sum(widths[i] + gap for i in shown)
+
+    gap = 2 if width >= 100 and needed(2) <= width else 1
     left_out = []
-    for name, index in zip(_SPARED, (5, 2, 3), strict=True):
-        widths = [max(len(line) for line in (*heads[i].splitlines(), *(text[i] for text in texts.values())))
-                  for i in shown]  # fmt: skip
-        if index in shown and methods + sum(widths) + gap * len(shown) > width:
+    for name, index in _SPARED.items():
+        if index in shown and needed(gap) > width:
             shown.remove(index)
             left_out.append(name)
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=methods)
     for index in shown:
         table.add_column(heads[index], justify="right", no_wrap=True)
@@ -147,7 +151,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
         for row in sorted(here, key=lambda r: order.index(r["method"])):
             table.add_row(Text(_in_lines(row["method"])), *(Text(texts[id(row)][index]) for index in shown))
     notes = ["m measured, c counted, p predicted"] if mixed else []
-    notes += [f"no room at this width for {' and '.join(left_out)}"] if left_out else []
+    notes += [f"no room at this width for {', '.join(left_out)}"] if left_out else []
     table.caption = "; ".join(notes) or None
     return table
 
