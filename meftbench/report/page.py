@@ -19,6 +19,7 @@ from meftbench.report.quality import tables as quality_tables
 from meftbench.report.summary import SHOWN, ending, error, failures, loss, number
 from meftbench.report.tables import (
     SETTING,
+    WRONG_GRADIENT,
     count,
     frame_of,
     groups,
@@ -120,6 +121,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         failures=[line for run in runs for line in failures(run)],
         warnings=_warnings(runs),
         noise=NOISE,
+        wrong_gradient=f"{WRONG_GRADIENT * 100:.0f} %",
         details=[_detail(name, run, record) for name, run in zip(names, runs, strict=True) for record in run.records],
         meanings={
             name: METRICS[name]
