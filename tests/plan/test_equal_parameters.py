@@ -32,14 +32,14 @@ def test_lora_of_the_matching_rank_trains_as_many_parameters(family, method):
 
 @pytest.mark.parametrize("name", ["minilm", "smoke"])
 def test_the_demos_compare_at_equal_parameters_and_run_what_is_recommended(name):
-    """Checkpointed LoRA of the matching rank beside exact reversal in 16 tiles, at every shape."""
+    """Checkpointed LoRA of the matching rank beside exact reversal in tiles, at every shape."""
     cells = load_suite(name).cells
     exact = {(c.batch_size, c.sequence_length): c for c in cells if c.method == "meft1-exact"}
     lora = {(c.batch_size, c.sequence_length): c for c in cells if c.method == "lora" and "rank" in c.method_params}
 
     assert 4 == len(exact)
     assert exact.keys() == lora.keys()
-    assert all(16 == c.method_params["tiles"] for c in cells if c.method.endswith("-exact"))
+    assert all(c.method_params["tiles"] >= 4 for c in cells if c.method.endswith("-exact"))
     assert all(c.levers.checkpoint for c in lora.values())
     one, other = next(iter(exact.values())), next(iter(lora.values()))
     counts = [
