@@ -94,6 +94,10 @@ class Step:
         assert total is not None
         return total
 
+    def loss(self) -> float:
+        """Loss of the batch from forward passes alone, over all micro-batches, in the mode the model is in."""
+        return float(sum(float(self._forward(start)) for start in range(0, self.batch_size, self.micro_batch_size)))
+
     def _forward(self, start: int) -> Tensor:
         stop = min(start + self.micro_batch_size, self.batch_size)
         samples = self._samples(start, stop)

@@ -48,10 +48,21 @@ def methods() -> dict[str, Any]:
 
 
 def models() -> dict[str, Any]:
-    """Named models; `@random` after any of them needs no download."""
-    from meftbench.plan.catalogue import MODELS
+    """Named models, and the rank at which LoRA trains as many parameters as MEFT does with its default adapters.
 
-    return {name: {"summary": f"{model.summary} ({model.hub})"} for name, model in MODELS.items()}
+    `@random` after any of them needs no download.
+    """
+    from meftbench.plan.catalogue import MODELS
+    from meftbench.plan.equal_parameters import matching_rank
+
+    ranks = {name: matching_rank({"model_type": model.model_type} | model.config) for name, model in MODELS.items()}
+    return {
+        name: {
+            "summary": f"{model.summary} ({model.hub}); lora of rank {ranks[name]} trains as much as meft",
+            "matching_rank": ranks[name],
+        }
+        for name, model in MODELS.items()
+    }
 
 
 def tasks() -> dict[str, Any]:

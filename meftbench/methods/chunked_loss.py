@@ -64,11 +64,13 @@ class ChunkedLoss:
     """The forward of `model`, whose loss is transformers' own to rounding.
 
     fused: use torch's function for it; None: where that is known to be as good (`_fused_is_as_good`).
+    always: compute the loss so where no gradients are recorded, too; else logits are given there.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.enabled = True
+        self.always = False
         self.fused: bool | None = None
         # Of transformers' two ways the one goes through `loss_function`: shifted labels unless it is a masked language
         # model, float32. The other is plain cross-entropy at the head's output (BART).
@@ -83,7 +85,7 @@ class ChunkedLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, forward = self.model, type(self.model).forward
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
-        if not self.enabled or given.get("labels") is None or not torch.is_grad_enabled():
+        if not self.enabled or given.get("labels") is None or not (self.always or torch.is_grad_enabled()):
             return forward(model, *args, **kwargs)
         labels = given.pop("labels")
         return_dict = given.pop("return_dict", None)
@@ -108,6 +110,15 @@ class ChunkedLoss:
         output = type(output)(loss=self._loss(h_BLD, labels.to(h_BLD.device), given), **fields)
         wanted = model.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
+
+    @contextmanager
+    def also_without_gradients(self) -> Iterator[None]:
+        """Entered to evaluate a loss whose whole logits might not fit the device."""
+        self.always = True
+        try:
+            yield
+        finally:
+            self.always = False
 
     def _loss(self, h_BLD: Tensor, labels: Tensor, given: dict[str, Any]) -> Tensor:
         """Mean over the tokens that have a label, or their sum over `num_items_in_batch`, as transformers has it."""

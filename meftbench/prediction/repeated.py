@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from meftbench.prediction.allocator import Event
-from meftbench.probes.memory_counted import StorageCounter
+from meftbench.probes.memory_counted import GRADIENT, StorageCounter
 
 
 def step_after(first: list[Event]) -> list[Event]:
@@ -41,12 +41,13 @@ def step_after(first: list[Event]) -> list[Event]:
 def tell(events: list[Event], counter: StorageCounter, mark: Callable[[str], None]) -> None:
     """Counts a step of which there are only the events. mark: is called with its phases."""
     held: dict[int, tuple[int, str]] = {}
-    for kind, key, nbytes, category, _ in events:
+    for kind, key, nbytes, category, origin in events:
         if kind == "phase":
             mark(category)
         elif kind == "alloc":
             held[key] = -(-nbytes // counter.block) * counter.block, category
             counter.gain(*held[key])
+            counter.gradients.born(key)
         else:
             size, before = held.pop(key)
             counter.lose(size, before)
@@ -54,3 +55,7 @@ def tell(events: list[Event], counter: StorageCounter, mark: Callable[[str], Non
                 held[key] = size, category
                 counter.live[category] += size
                 counter.total += size
+                if origin == GRADIENT:
+                    counter.gradients.arrived(key, size)
+            else:
+                counter.gradients.ended(key)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meftbench.backbones import base_of
 from meftbench.errors import CellFailure
+from meftbench.methods.applied import predicts_tokens
+from meftbench.methods.chunked_loss import ChunkedLoss
 from meftbench.plan.cell import Cell
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
@@ -19,8 +24,8 @@ from meftbench.step import Step, build_step
 
 def probe(subject: Subject) -> dict[str, Metric]:
     """Fidelity metrics of the cell."""
-    shift = measure_shift(subject.cell, subject.step.device, subject.protocol.padding)
-    return measure_fidelity(subject.step) | {"starting_point_shift": shift}
+    start = measure_start(subject.cell, subject.step, subject.protocol.padding)
+    return measure_fidelity(subject.step) | start
 
 
 @dataclass
@@ -76,30 +81,76 @@ def starting_point_shift(h_BLD: Tensor, reference_BLD: Tensor) -> float:
     return float((h_BLD.double() - reference_BLD.double()).norm()) / size
 
 
-def last_hidden_state(step: Step) -> Tensor:
-    """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
-    model = step.model
-    base = base_of(getattr(model, "get_base_model", lambda: model)())  # peft has its own wrapper around
-    inputs = {name: tensor for name, tensor in step.batch.items() if name != "labels"}
-    training = model.training
-    model.eval()
+@contextmanager
+def _evaluating(step: Step) -> Iterator[None]:
+    """The step's model in evaluation mode, in the cell's precision, without gradients; afterwards as it was."""
+    training = step.model.training
+    step.model.eval()
     try:
         with torch.no_grad(), step.autocast_region():
-            hidden: Tensor = base(**inputs).last_hidden_state
+            yield
     finally:
-        model.train(training)
+        step.model.train(training)
+
+
+def last_hidden_state(step: Step) -> Tensor:
+    """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
+    base = base_of(_without_peft(step.model))
+    inputs = {name: tensor for name, tensor in step.batch.items() if name != "labels"}
+    with _evaluating(step):
+        hidden: Tensor = base(**inputs).last_hidden_state
     return hidden
 
 
-def measure_shift(cell: Cell, device: torch.device, padding: float) -> Metric:
-    """Starting-point shift of the cell's method, adapters at zero, on the cell's batch."""
-    plain = cell.model_copy(update={"method": "full", "method_params": {}, "levers": type(cell.levers)()})
-    if cell.method == "full":
-        return Metric(0.0, "measured")
-    reference = last_hidden_state(build_step(plain, device, padding))
-    step = build_step(cell, device, padding)
-    step.applied.zero_adapters()
-    return Metric(starting_point_shift(last_hidden_state(step), reference), "measured")
+def untrained_loss(step: Step) -> float:
+    """Loss of the step's batch in evaluation mode, without gradients, a micro-batch at a time as in training.
+
+    Under `+chunked_loss` the whole logits, which may not fit the device, are not made here either.
+    """
+    model: Any = _without_peft(step.model)
+    chunked = getattr(model, "forward", None)
+    switch = chunked.also_without_gradients() if isinstance(chunked, ChunkedLoss) else nullcontext()
+    with switch, _evaluating(step):
+        return step.loss()
+
+
+def _without_peft(model: Any) -> nn.Module:
+    """The model itself; peft has its own wrapper around."""
+    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return inner
+
+
+def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
+    """Where the cell's method starts, on the cell's batch: its hidden states with adapters at zero, and where the head
+    has a loss without training its loss with adapters as they are initialised, each against the pre-trained model.
+
+    step: the cell's own, which other passes may have trained; both models are built afresh.
+    """
+    losses: dict[str, float] = {}
+    if cell.method == "full" and not predicts_tokens(_without_peft(step.model)):
+        return {"starting_point_shift": Metric(0.0, "measured")} | _no_losses()
+    levers = type(cell.levers)(chunked_loss=cell.levers.chunked_loss)
+    plain = cell.model_copy(update={"method": "full", "method_params": {}, "levers": levers})
+    pretrained = build_step(plain, step.device, padding)
+    predicts = predicts_tokens(pretrained.model)
+    if predicts:
+        losses["pretrained_loss"] = losses["starting_loss"] = untrained_loss(pretrained)
+    shift = 0.0
+    if cell.method != "full":
+        reference = last_hidden_state(pretrained)
+        del pretrained
+        begun = build_step(cell, step.device, padding)
+        if predicts:
+            losses["starting_loss"] = untrained_loss(begun)
+        begun.applied.zero_adapters()
+        shift = starting_point_shift(last_hidden_state(begun), reference)
+    found = {"starting_point_shift": shift} | losses
+    return {name: Metric(value, "measured") for name, value in found.items()} | ({} if predicts else _no_losses())
+
+
+def _no_losses() -> dict[str, Metric]:
+    reason = "the head is new: before it is trained, its loss says nothing"
+    return {name: Metric(None, "measured", absent=reason) for name in ("pretrained_loss", "starting_loss")}
 
 
 def measure_fidelity(step: Step) -> dict[str, Metric]:

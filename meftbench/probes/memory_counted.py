@@ -23,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meftbench.errors import CellFailure
 from meftbench.methods.levers import copying_to_host
+from meftbench.probes.gradients_alive import GradientsAlive
 from meftbench.records.record import Metric, Source
 from meftbench.step import Mark, Step
 from meftbench.units import format_bytes
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
+GRADIENT = "gradient"  # the origin in events of what `arrived` was told of
 BLOCK = 512  # bytes: the CUDA caching allocator hands out multiples of this
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -63,6 +65,7 @@ class StorageCounter(TorchDispatchMode):
     attention_kernels: fused attention operators seen.
     busiest: largest total in forward and backward since `reset`.  explain_from: from this total on, a new busiest is
         explained; explained: (bytes, category, origin) of what was alive then.
+    gradients: lifetimes of gradients.  busiest_at: the number of the allocation that made `busiest`.
     events: None, or a list that is told of every allocation and end, and of every other category a storage comes to
         have: ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator).
     """
@@ -77,6 +80,7 @@ class StorageCounter(TorchDispatchMode):
         self.phase_peaks: dict[str, int] = {}
         self.attention_kernels: set[str] = set()
         self.busiest, self.explain_from = 0, math.inf
+        self.gradients, self.busiest_at = GradientsAlive(), 0
         self.explained: list[tuple[int, str, Origin]] = []
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._origins: dict[int, Origin] = {}
@@ -117,6 +121,16 @@ class StorageCounter(TorchDispatchMode):
             if self.events is not None:
                 self.events.append(("book", key, 0, category, ""))
 
+    def arrived(self, gradient: Tensor) -> None:
+        """The gradient of a trained parameter, or a part of its sum: its bytes do not grow with tokens. It stays in its
+        category, which is by where it was born until it is the parameter's own."""
+        key = gradient.untyped_storage()._cdata
+        entry = self._storages.get(key)
+        if entry is not None:
+            self.gradients.arrived(key, entry[1])
+            if self.events is not None:
+                self.events.append(("book", key, 0, entry[2], GRADIENT))
+
     def mark(self, phase: str) -> None:
         """A phase begins: its peak starts at the present level."""
         if self.events is not None:
@@ -130,6 +144,8 @@ class StorageCounter(TorchDispatchMode):
         self.peak = Peak(self.total, self.phase, dict(self.live))
         self.host_peak = self.host
         self.busiest, self.explained = 0, []
+        self.busiest_at = self.gradients.clock
+        self.gradients.forget_ended()
 
     def _see(self, tensor: Tensor, category: str) -> None:
         if tensor.device.type != self.device_type:
@@ -162,11 +178,13 @@ class StorageCounter(TorchDispatchMode):
             self.host_peak = max(self.host_peak, self.host)
             return
         self.gain(size, category)
+        self.gradients.born(key)
 
     def gain(self, size: int, category: str) -> None:
         """So many bytes more, rounded already. Raises CellFailure (oom) above the limit."""
         self.live[category] += size
         self.total += size
+        self.gradients.clock += 1
         self._raise_peaks(size)
 
     def lose(self, size: int, category: str) -> None:
@@ -179,6 +197,7 @@ class StorageCounter(TorchDispatchMode):
             return
         _, size, category = self._storages.pop(key)
         self._origins.pop(key, None)
+        self.gradients.ended(key)
         if self.events is not None and category != "host":
             self.events.append(("free", key, 0, "", ""))
         if category == "host":
@@ -192,7 +211,7 @@ class StorageCounter(TorchDispatchMode):
         if self.total > self.peak.total:
             self.peak = Peak(self.total, self.phase, dict(self.live))
         if self.phase in ("forward", "backward") and self.total > self.busiest:
-            self.busiest = self.total
+            self.busiest, self.busiest_at = self.total, self.gradients.clock
             if self._origins and self.total >= self.explain_from:
                 self.explained = [
                     (size, category, self._origins[key])
@@ -226,13 +245,14 @@ def _place() -> str:
 @dataclass
 class Observed:
     """What the counter saw in one step, in bytes. buffers: what was alive at the peak of forward and backward, if the
-    step before told how high it is."""
+    step before told how high it is.  gradients: of trained parameters, at that peak."""
 
     baseline: int
     saved: int
     phase_peaks: dict[str, int]
     peak: Peak
     host_peak: int
+    gradients: int = 0
     buffers: list[tuple[int, str, Origin]] = field(default_factory=list)
 
     @property
@@ -259,6 +279,9 @@ class CountedStep:
             counter.book(tensor, "inputs")
         self._book_optimizer()
         for parameter in self.step.applied.trained().values():
+            # What arrives is added to a gradient that is there already (accumulation), or becomes it.
+            # torch.autograd.grad calls this hook, too: a reversible stack sums what its tiles give.
+            self._hooks.append(parameter.register_hook(self.counter.arrived))
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._book_gradient))
         counter.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -294,10 +317,12 @@ class CountedStep:
         counter.phase_peaks.pop("end", None)
         counter.explain_from = counter.busiest
         peaks, buffers = dict(counter.phase_peaks), counter.explained
-        return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, buffers)
+        gradients = counter.gradients.bytes_at(counter.busiest_at)
+        return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, gradients, buffers)
 
     def _book_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
+            self.counter.arrived(parameter.grad)
             self.counter.book(parameter.grad, "gradients")
 
     def _book_optimizer(self) -> None:
@@ -365,6 +390,7 @@ def step_metrics(warm: list[Observed], measured: list[Observed], source: Source)
         ),
         "baseline_allocated_bytes": over_steps(lambda o: o.baseline),
         "activation_peak_bytes": over_steps(lambda o: o.activation_peak),
+        "activation_gradients_bytes": over_steps(lambda o: o.gradients),
         "saved_bytes": over_steps(lambda o: o.saved),
         "optimizer_peak_bytes": over_steps(lambda o: o.phase_peaks.get("optimizer", 0)),
         "first_step_peak_allocated_bytes": Metric(first.peak.total, source),

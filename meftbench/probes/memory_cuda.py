@@ -135,7 +135,8 @@ def measure_memory(
 
 
 def breakdown(counted: Observed, baseline: int, peak_allocated: int) -> dict[str, Metric]:
-    """Categories at the peak, summing to `peak_allocated`.
+    """Categories at the peak, summing to `peak_allocated`; and the gradients at the peak of forward and backward, which
+    is where the counted storages peak: the allocator does not say whose its bytes are.
 
     What the allocator holds before the step beyond the counted storages is workspace (cuBLAS and others keep it);
     what is left at the peak is memory that kernels take and give back within themselves.
@@ -143,6 +144,7 @@ def breakdown(counted: Observed, baseline: int, peak_allocated: int) -> dict[str
     metrics = {f"{name}_bytes": _measured(counted.peak.breakdown.get(name, 0)) for name in CATEGORIES}
     workspace = baseline - counted.baseline
     metrics["workspace_bytes"] = _measured(workspace)
+    metrics["activation_gradients_bytes"] = _measured(counted.gradients)
     beyond = peak_allocated - counted.peak.total - workspace
     metrics["other_bytes"] = _measured(counted.peak.breakdown.get("other", 0) + beyond)
     return metrics

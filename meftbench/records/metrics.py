@@ -43,6 +43,9 @@ METRICS: dict[str, Kind] = {
     # step structure
     "baseline_allocated_bytes": _bytes("allocated right before the step: parameters, optimizer state, inputs"),
     "activation_peak_bytes": _bytes("peak of forward and backward above the level before the step"),
+    "activation_gradients_bytes": _bytes(
+        "gradients of trained parameters within activation_peak_bytes, at its peak; the rest grows with tokens"
+    ),
     "saved_bytes": _bytes("held at the end of forward above the level before the step, minus outputs"),
     "optimizer_peak_bytes": _bytes("peak during the optimizer step"),
     "first_step_peak_allocated_bytes": _bytes("peak of the first step, before optimizer state exists"),
@@ -97,6 +100,10 @@ METRICS: dict[str, Kind] = {
     "overflow_events": Kind("count", "lower", "NaN or infinite values met in streams or gradients"),
     "starting_point_shift": Kind(
         "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, untrained, adapters at zero"
+    ),
+    "pretrained_loss": Kind("loss", "lower", "loss of the pre-trained model on the cell's batch, evaluation mode"),
+    "starting_loss": Kind(
+        "loss", "lower", "the same loss with the method applied, adapters as they are initialised, before any training"
     ),
     # size
     "parameters_total": Kind("count", "neither", "parameters of the model with the method applied"),

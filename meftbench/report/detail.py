@@ -29,6 +29,7 @@ LADDER = {
 }
 _STEP = (
     "activation_peak_bytes",
+    "activation_gradients_bytes",
     "baseline_allocated_bytes",
     "saved_bytes",
     "peak_phase",
@@ -42,9 +43,12 @@ _TRAINING = (
     *("validation_loss", "training_loss", "best_step", "training_steps", "training_tokens", "training_time_s"),
     "training_tokens_per_s",
 )
+_START = ("starting_loss", "pretrained_loss", "starting_point_shift")
 _MOST_EVALUATIONS = 12
 # Above this the recomputed activations are another network's.
 NOISE = 1e-3
+# A starting loss above this multiple of the pre-trained model's is said to be far from it.
+FAR_START = 1.1
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Section:
 def sections(record: Record) -> list[Section]:
     """The record as sections, those without rows left out."""
     ladder = [(n, told(n, record.metrics[n]), why) for n, why in LADDER.items() if n in record.metrics]
-    used = {*_STEP, *LADDER, *BREAKDOWN, *_TRAINING, "peak_buffers", "learning_curve"}
+    used = {*_STEP, *LADDER, *BREAKDOWN, *_TRAINING, *_START, "peak_buffers", "learning_curve"}
     found = [
         Section("The training", list(_rows(record, _TRAINING))),
         Section("Validation during the training", list(_curve(record))),
@@ -67,6 +71,7 @@ def sections(record: Record) -> list[Section]:
         Section("What the peak consists of", list(_breakdown(record))),
         Section("What is alive at the peak of forward and backward", list(_buffers(record))),
         Section("Peak in each phase", list(_phases(record))),
+        Section("The starting point, before any training", list(_rows(record, _START))),
         Section("Reconstruction error of each layer", list(_layers(record))),
         Section("Everything else", list(_rows(record, tuple(name for name in METRICS if name not in used)))),
     ]
@@ -125,6 +130,12 @@ def warnings(record: Record) -> list[str]:
         found.append(
             f"reconstruction error {said(error, 'ratio')}: what is recomputed is not what was computed, "
             "and the gradients of the lower adapters are noise"
+        )
+    start, pretrained = number("starting_loss"), number("pretrained_loss")
+    if start is not None and pretrained is not None and not start <= FAR_START * pretrained:
+        found.append(
+            f"start loss {start:.2f} ({pretrained:.2f}): before any training the model with the method is far from "
+            "the pre-trained one in brackets, whose knowledge is lost at the start"
         )
     drift = number("drift_bytes_per_step")
     if drift:

@@ -14,6 +14,7 @@ from meftbench.report import ablations, plots, quality_plots, side_bits
 from meftbench.report.quality import COMPARED, differing_settings, results, trained, untrained
 from meftbench.report.tables import (
     SHAPE,
+    WRONG_GRADIENT,
     Group,
     groups,
     methods_in_order,
@@ -22,6 +23,7 @@ from meftbench.report.tables import (
     setting_text,
     shape_text,
     without_side_bits,
+    wrong_gradient,
 )
 
 if TYPE_CHECKING:
@@ -160,8 +162,20 @@ def _memory(whole: DataFrame) -> list[Kind]:
         Kind("activation-by-batch", "Activation memory and batch size", [batch], by_batch, note),
         Kind("breakdown", "What the peak consists of", [plots.plot_breakdown], shapes, note),
         Kind("reconstruction", "Reconstruction error per layer", [plots.plot_reconstruction], errors, note),
-        Kind("memory-and-speed", "Memory and speed", [plots.plot_memory_against_speed], speeds, note),
+        Kind(
+            "memory-and-speed",
+            "Memory and speed",
+            [plots.plot_memory_against_speed],
+            speeds,
+            " ".join(filter(None, [note, _wrong(speeds)])),
+        ),
     ]
+
+
+def _wrong(panels: list[Panel]) -> str:
+    if not any(wrong_gradient(row) for panel in panels for row in rows_of(panel.frame)):
+        return ""
+    return f"Hollow: the gradient is wrong by more than {WRONG_GRADIENT:.0%}; left out when methods are compared."
 
 
 def _sweeps(frame: DataFrame) -> list[Panel]:
@@ -297,7 +311,9 @@ def _figure(heading: str, kind: Kind) -> Figure:
                               break_on_hyphens=False)  # fmt: skip
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         if kind.note:
-            figure.supxlabel(kind.note, x=0.01, ha="left", fontsize=8, color="#555555")
+            # About 18 small letters take an inch.
+            below = textwrap.fill(kind.note, round(18 * figure.get_figwidth()))
+            figure.supxlabel(below, x=0.01, ha="left", fontsize=8, color="#555555")
         return figure
 
 

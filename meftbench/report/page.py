@@ -16,9 +16,10 @@ from meftbench.report.formats import markdown_table
 from meftbench.report.quality import Table as QualityTable
 from meftbench.report.quality import results, untrained
 from meftbench.report.quality import tables as quality_tables
-from meftbench.report.summary import SHOWN, ending, error, failures, number
+from meftbench.report.summary import SHOWN, ending, error, failures, loss, number
 from meftbench.report.tables import (
     SETTING,
+    WRONG_GRADIENT,
     count,
     frame_of,
     groups,
@@ -27,6 +28,7 @@ from meftbench.report.tables import (
     run_names,
     share_of_full,
     sources,
+    taken,
     write_csv,
 )
 from meftbench.report.validation import validation_pictures
@@ -46,7 +48,19 @@ _SOURCES = {
 }
 _SETTING = tuple(name for name in SETTING if name not in ("run", "model"))
 # Explained under the table; the others are explained in each cell's detail.
-_EXPLAINED = (*SHOWN, "starting_point_shift", "parameters_trainable", "score", "training_time_s")
+_EXPLAINED = (
+    *SHOWN,
+    "starting_point_shift",
+    "parameters_trainable",
+    "activation_gradients_bytes",
+    "starting_loss",
+    "pretrained_loss",
+    "score",
+    "training_time_s",
+)
+# Columns that stand in the table only where some cell has a value: classifiers have no loss before training, and runs
+# of older versions do not know what of their activation memory were gradients.
+_OPTIONAL = ("activation_gradients_bytes", "starting_loss", "pretrained_loss")
 
 
 def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> list[Path]:
@@ -101,23 +115,34 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         claims_said=claims.SAID,
         validations=_validations(runs, names),
         rows=table_rows(untrained(frame)),
+        optional=_optional(untrained(frame)),
         several_models=frame["model"].nunique() > 1 if len(frame) else False,
         several_runs=len(runs) > 1,
         failures=[line for run in runs for line in failures(run)],
         warnings=_warnings(runs),
         noise=NOISE,
+        wrong_gradient=f"{WRONG_GRADIENT * 100:.0f} %",
         details=[_detail(name, run, record) for name, run in zip(names, runs, strict=True) for record in run.records],
-        meanings={name: METRICS[name] for name in _EXPLAINED if name in frame or name in SHOWN},
+        meanings={
+            name: METRICS[name]
+            for name in _EXPLAINED
+            if name in SHOWN or (taken(frame, name) if name in _OPTIONAL else name in frame)
+        },
     )
 
 
 def table_rows(frame: DataFrame) -> list[dict[str, Any]]:
     """What the page's table shows: text for people, `key` for sorting, by column."""
     shares = share_of_full(frame) if len(frame) else {}
-    return [_table_row(row, shares) for row in rows_of(frame)]
+    optional = _optional(frame)
+    return [_table_row(row, shares, optional) for row in rows_of(frame)]
 
 
-def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
+def _optional(frame: DataFrame) -> list[str]:
+    return [metric for metric in _OPTIONAL if taken(frame, metric)]
+
+
+def _table_row(row: dict[str, Any], shares: dict[str, float], optional: Sequence[str]) -> dict[str, Any]:
     def cell(metric: str, text: str) -> dict[str, Any]:
         value = row[metric]
         source = row[f"{metric}_source"] if value is not None else ""
@@ -142,12 +167,14 @@ def _table_row(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
         "share": {"text": "" if share is None else f"{share:.1%}", "key": "" if share is None else share},
         "numbers": [
             cell("activation_peak_bytes", number(row["activation_peak_bytes"], MiB)),
+            *(cell(name, number(row[name], MiB)) for name in optional if name == "activation_gradients_bytes"),
             cell("peak_allocated_bytes", number(row["peak_allocated_bytes"], MiB)),
             cell("step_time_s", number(row["step_time_s"], 1e-3)),
             cell("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
             cell("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
             cell("gradient_rel_max", error(row["gradient_rel_max"])),
             cell("starting_point_shift", "-" if (shift := row["starting_point_shift"]) is None else f"{shift:.3g}"),
+            *(cell(name, loss(row[name])) for name in optional if name != "activation_gradients_bytes"),
             cell("parameters_trainable", count(row["parameters_trainable"])),
         ],
     }
@@ -210,9 +237,12 @@ def _steps_markdown(frame: DataFrame, several_runs: bool) -> str:
     differing = _differing(frame)
     # What is the same in all rows is said above them.
     leads = ["run"] * several_runs + ["model"] * (frame["model"].nunique() > 1)
+    optional = _optional(frame)
+    gradients = ["of it gradients MiB"] if "activation_gradients_bytes" in optional else []
+    losses = [said for name, said in _LOSS_HEADS.items() if name in optional]
     head = (*leads, "method", "batch", "tokens", *map(_setting_said, differing), "status",
-            "activation MiB", "% of full", "peak MiB", "step ms", "tokens/s", "recon. error", "gradient error",
-            "start shift", "trained")  # fmt: skip
+            "activation MiB", "% of full", *gradients, "peak MiB", "step ms", "tokens/s", "recon. error",
+            "gradient error", "start shift", *losses, "trained")  # fmt: skip
     lines = []
     for row in table_rows(frame):
         first = (*(row[name] for name in leads), row["method"], row["batch"]["text"], str(row["length"]))
@@ -221,6 +251,9 @@ def _steps_markdown(frame: DataFrame, several_runs: bool) -> str:
         lines.append((*first, *setting, row["status"], texts[0], row["share"]["text"], *texts[1:]))
     shared = f" All cells: {_shared(frame)}." if _shared(frame) else ""
     return f"Compared at equal batch, micro-batch and length.{shared}\n\n{markdown_table(head, lines)}"
+
+
+_LOSS_HEADS = {"starting_loss": "start loss", "pretrained_loss": "pre-trained"}
 
 
 def _headline(name: str, run: Run) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.records.metrics import BREAKDOWN
-from meftbench.report.tables import methods_in_order, parts_of, rows_of
+from meftbench.report.tables import methods_in_order, parts_of, rows_of, wrong_gradient
 from meftbench.units import GiB, MiB
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ _DOMINATED = "#B8B8B8"
 LABEL_WIDTH = 38
 # What a floating-point zero is called on a log axis, where it has no place of its own.
 EXACT = "0 (bit-identical)"
+# In models of more layers one note names all that are not finite: words over each would run into each other.
+_WORD_A_LAYER = 12
 
 
 def plot_activation_by_length(frame: DataFrame, ax: Axes) -> None:
@@ -152,23 +154,28 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
 
     frame: one cell a method, with `reconstruction_rel` = [[first stream, second stream] per layer].
     Exactly 0 stands on a floor of its own, and methods that are 0 everywhere, which hide each other there, say so in
-    the legend; inf and nan are marked at the top and named.
+    the legend. inf and nan are triangles at the top, named there, and counted in the legend.
     """
     looks = markers(frame)
     rows = {row["method"]: row for row in rows_of(frame) if row.get("reconstruction_rel")}
     values = [float(value) for row in rows.values() for layer in row["reconstruction_rel"] for value in layer]
     finite = [value for value in values if math.isfinite(value) and value > 0]
     low, high = (min(finite), max(finite)) if finite else (1e-16, 1e-15)
-    floor, ceiling = low / 30, high * 30
-    beyond: dict[int, dict[str, None]] = {}
+    floor, ceiling = low / 30, min(high, 1e200) * 30
+    beyond: dict[int, set[str]] = {}
+    off_scale: dict[tuple[str, int], None] = {}
     for method in methods_in_order(frame):
         if method not in rows:
             continue
         layers = rows[method]["reconstruction_rel"]
         for stream in range(max(len(layer) for layer in layers)):
             errors = [float(layer[stream]) for layer in layers]
-            drawn = [floor if error == 0 else error if math.isfinite(error) else ceiling for error in errors]
+            drawn = [
+                floor if error == 0 else min(error, ceiling) if math.isfinite(error) else ceiling for error in errors
+            ]
+            lost = sum(not all(map(math.isfinite, layer)) for layer in layers)
             exact = f": {EXACT}" if not any(error for layer in layers for error in layer) else ""
+            exact += f", not finite in {lost} layer{'s' * (lost != 1)}" if lost else ""
             said = named(method, f" ({rows[method]['reconstruction_rel_source']}){exact}")
             label = said if stream == 0 else "_second stream"
             ax.plot(range(len(drawn)), drawn, "-" if stream == 0 else ":", color=colour(method), label=label,
@@ -176,13 +183,25 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
                     markerfacecolor=colour(method) if stream == 0 else "white")  # fmt: skip
             for layer, error in enumerate(errors):
                 if not math.isfinite(error):
-                    beyond.setdefault(layer, {})["nan" if math.isnan(error) else "inf"] = None
-    for layer, words in beyond.items():
-        ax.annotate(", ".join(words), (layer, ceiling), xytext=(0, 6), textcoords="offset points", ha="center",
-                    fontsize=8, fontweight="bold")  # fmt: skip
+                    off_scale[method, layer] = None
+                    beyond.setdefault(layer, set()).add("nan" if math.isnan(error) else "inf")
     depth = max((len(row["reconstruction_rel"]) for row in rows.values()), default=1)
+    runs = _runs(beyond)
+    if depth <= _WORD_A_LAYER:
+        notes = [((first + last) / 2, "center", words) for first, last, words in runs]
+    else:
+        of_runs = [f"{words}: layers {first} to {last}" if last > first else f"{words}: layer {first}"
+                   for first, last, words in runs]  # fmt: skip
+        notes = [(runs[0][0] - 0.4, "left", "; ".join(of_runs))] if runs else []
+    for place, side, text in notes:
+        ax.annotate(text, (place, ceiling), xytext=(0, 6), textcoords="offset points", ha=side,
+                    fontsize=8, fontweight="bold")  # fmt: skip
+    for method, layer in off_scale:
+        ax.plot([layer], [ceiling], marker="^", markersize=8, linestyle="none", color=colour(method),
+                markeredgecolor="black", markeredgewidth=0.6, label="_off scale")  # fmt: skip
     ax.set(yscale="log", xlabel="layer (0: nearest the input)", ylabel="relative reconstruction error")
-    ax.set_ylim(floor / 3, ceiling * 6)
+    # The same room for a note above the top, however many powers of ten there are below it.
+    ax.set_ylim(floor / 3, ceiling * max(6.0, (ceiling / floor) ** 0.08))
     # Room at the sides for the words above the outermost layers.
     ax.set_xlim(-0.45, depth - 0.55)
     step = max(1, math.ceil(depth / 12))
@@ -197,8 +216,21 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
     legend_beside(ax, title="filled: first stream, hollow: second")
 
 
+def _runs(words_by_layer: dict[int, set[str]]) -> list[tuple[int, int, str]]:
+    """Neighbouring layers with the same words, as (first layer, last layer, words)."""
+    runs: list[tuple[int, int, str]] = []
+    for layer in sorted(words_by_layer):
+        words = ", ".join(sorted(words_by_layer[layer]))
+        if runs and runs[-1][1:] == (layer - 1, words):
+            runs[-1] = (runs[-1][0], layer, words)
+        else:
+            runs.append((layer, layer, words))
+    return runs
+
+
 def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
-    """Peak memory against tokens/s, a point a method; grey: another method is smaller and faster.
+    """Peak memory against tokens/s, a point a method; grey: another method is smaller and faster; grey and hollow: it
+    does not compute the gradient, so that it is not compared with the others at all.
 
     frame: one cell a method, at one shape and setting.
     """
@@ -207,11 +239,12 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
         row for row in rows_of(frame) if row["peak_allocated_bytes"] is not None and row["tokens_per_s"] is not None
     ]
     size, unit = unit_of(row["peak_allocated_bytes"] for row in rows)
-    beaten = dominated([(row["peak_allocated_bytes"], row["tokens_per_s"]) for row in rows])
-    for row, loses in zip(rows, beaten, strict=True):
-        shade = _DOMINATED if loses else colour(row["method"])
+    notes = frontier(rows)
+    for row, note in zip(rows, notes, strict=True):
+        shade = _DOMINATED if note else colour(row["method"])
+        inside = "none" if wrong_gradient(row) else shade
         ax.plot([row["peak_allocated_bytes"] / size], [row["tokens_per_s"]], marker=looks[row["method"]],
-                linestyle="none", color=shade, markersize=8)  # fmt: skip
+                linestyle="none", color=shade, markerfacecolor=inside, markersize=8)  # fmt: skip
     memory = " and ".join(sorted({row["peak_allocated_bytes_source"] for row in rows})) or "none"
     speed = " and ".join(sorted({row["tokens_per_s_source"] for row in rows})) or "none"
     ax.set(xlabel=f"peak allocated ({unit}, {memory})", ylabel=f"tokens/s ({speed})")
@@ -220,8 +253,8 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.grid(True, color="#DDDDDD", linewidth=0.6)
     points = [(row["peak_allocated_bytes"] / size, row["tokens_per_s"]) for row in rows]
-    names = [named(row["method"], " (dominated)" if loses else "") for row, loses in zip(rows, beaten, strict=True)]
-    _label_beside(ax, points, names, beaten)
+    names = [named(row["method"], f" ({note})" if note else "") for row, note in zip(rows, notes, strict=True)]
+    _label_beside(ax, points, names, [bool(note) for note in notes])
 
 
 # --- what the plots share ---
@@ -235,6 +268,17 @@ def slope(points: Iterable[tuple[float, float]]) -> float | None:
     mean_x, mean_y = (sum(values) / len(known) for values in zip(*known, strict=True))
     across = sum((x - mean_x) * (y - mean_y) for x, y in known)
     return float(across / sum((x - mean_x) ** 2 for x, _ in known))
+
+
+def frontier(rows: list[dict[str, Any]]) -> list[str]:
+    """For each row "" where it is on the frontier of memory and speed; else why not: it is dominated, or its gradient
+    is wrong, and then it dominates nobody."""
+    found = [wrong_gradient(row) or "" for row in rows]
+    right = [index for index, why in enumerate(found) if not why]
+    beaten = dominated([(rows[index]["peak_allocated_bytes"], rows[index]["tokens_per_s"]) for index in right])
+    for index, loses in zip(right, beaten, strict=True):
+        found[index] = "dominated" if loses else ""
+    return found
 
 
 def dominated(points: list[tuple[float, float]]) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from meftbench.report.tables import (
     rows_of,
     share_of_full,
     sources,
+    taken,
 )
 from meftbench.units import GiB, MiB, format_bytes
 from meftbench.verdicts.outcome import outcomes
@@ -49,7 +51,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     for group in found:
         out.print(Text(group.title, style="bold"))
         out.print(Text(caption(group.frame)))
-        out.print(_table(group, shares, roomy=out.width >= 100))
+        out.print(_table(group, shares, out.width))
     if len(found) > 1:
         out.print(Text("Between tables more than the method differs: do not rank across them."))
     out.print(Text(ending(run)))
@@ -63,10 +65,11 @@ def caption(frame: DataFrame) -> str:
         "memory": ("activation_peak_bytes", "peak_allocated_bytes"),
         "time": ("step_time_s", "tokens_per_s"),
         "errors": ("reconstruction_rel_max", "gradient_rel_max"),
+        "loss": ("starting_loss", "pretrained_loss"),
     }
     parts = []
     for name, metrics in columns.items():
-        known = sorted({source for metric in metrics for source in sources(frame, metric)})
+        known = sorted({source for metric in metrics if taken(frame, metric) for source in sources(frame, metric)})
         if known:
             parts.append(f"{name} {' and '.join(known)}")
     return f"{', '.join(parts) or 'nothing measured'}; compared at equal batch, micro-batch and length"
@@ -105,15 +108,19 @@ def _why(record: Record) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def _table(group: Group, shares: dict[str, float], roomy: bool) -> Table:
+# Columns that a narrow terminal does without, the first one first: at equal batch and length tokens/s is the step time
+# again, and a share the activation memory.
+_SPARED = {"tokens/s": 5, "% of full": 2, "peak": 3}
+
+
+def _table(group: Group, shares: dict[str, float], width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     frame = group.frame
     size, unit = unit_of(frame)
-    table = Table(box=None, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, show_edge=False)
-    heads = [f"activation\n{unit}", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
-    heads += ["recon.\nerror", "gradient\nerror", "trained"]
+    heads = [f"activation\n{unit}", "of it\ngrads", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
+    heads += ["recon.\nerror", "gradient\nerror", "start loss\n(pre-tr.)", "trained"]
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
     rows = list(rows_of(frame))
@@ -121,7 +128,21 @@ def _table(group: Group, shares: dict[str, float], roomy: bool) -> Table:
     # A column without a single value says nothing and takes the room of those that do.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
-    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=min(max(15, widest), 24))
+    methods = min(max(15, widest), 24)
+    lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
+    widths = {i: max(map(len, lines[i])) for i in shown}
+
+    def needed(gap: int) -> int:
+        return methods + sum(widths[i] + gap for i in shown)
+
+    gap = 2 if width >= 100 and needed(2) <= width else 1
+    left_out = []
+    for name, index in _SPARED.items():
+        if index in shown and needed(gap) > width:
+            shown.remove(index)
+            left_out.append(name)
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=methods)
     for index in shown:
         table.add_column(heads[index], justify="right", no_wrap=True)
     for shape in dict.fromkeys((r["batch_size"], r["micro_batch_size"], r["sequence_length"]) for r in rows):
@@ -129,8 +150,9 @@ def _table(group: Group, shares: dict[str, float], roomy: bool) -> Table:
         table.add_row(Text(_short(*shape), style="italic"))
         for row in sorted(here, key=lambda r: order.index(r["method"])):
             table.add_row(Text(_in_lines(row["method"])), *(Text(texts[id(row)][index]) for index in shown))
-    if mixed:
-        table.caption = "m measured, c counted, p predicted"
+    notes = ["m measured, c counted, p predicted"] if mixed else []
+    notes += [f"no room at this width for {', '.join(left_out)}"] if left_out else []
+    table.caption = "; ".join(notes) or None
     return table
 
 
@@ -164,7 +186,7 @@ def unit_of(frame: DataFrame) -> tuple[int, str]:
 
 def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str]) -> Sequence[str]:
     if row["status"] != "ok":
-        return [row["status"], "", "", "", "", "", "", ""]
+        return [row["status"], *[""] * 9]
 
     def told(metric: str, text: str) -> str:
         return f"{text} {_MARK[row[f'{metric}_source']]}" if metric in mixed and row[metric] is not None else text
@@ -172,12 +194,14 @@ def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[
     share = shares.get(row["cell_id"])
     return [
         told("activation_peak_bytes", number(row["activation_peak_bytes"], size)),
+        number(row.get("activation_gradients_bytes"), size),
         f"{share:.1%}".rstrip("%") if share is not None else "-",
         told("peak_allocated_bytes", number(row["peak_allocated_bytes"], size)),
         told("step_time_s", number(row["step_time_s"], 1e-3)),
         told("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
         told("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
         told("gradient_rel_max", error(row["gradient_rel_max"])),
+        start_of(row),
         count(row["parameters_trainable"]),
     ]
 
@@ -190,6 +214,18 @@ def number(value: float | None, size: float) -> str:
     if scaled >= 1000:
         return f"{scaled:,.0f}"
     return f"{scaled:,.1f}" if scaled >= 10 else f"{scaled:.2f}"
+
+
+def loss(value: float | None) -> str:
+    """A loss to two decimals; "-" not taken."""
+    return f"{value:.2f}" if value is not None and math.isfinite(value) else error(value)
+
+
+def start_of(row: dict[str, Any]) -> str:
+    """`15.26 (3.08)`: the loss before training, and in brackets that of the pre-trained model; "-" not taken."""
+    if row.get("starting_loss") is None:
+        return "-"
+    return f"{loss(row['starting_loss'])} ({loss(row.get('pretrained_loss'))})"
 
 
 def error(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -226,6 +227,35 @@ def sources(frame: DataFrame, metric: str) -> list[str]:
     """Where the values of a metric come from: measured, counted, predicted; those that occur."""
     pairs = zip(frame[metric], frame[f"{metric}_source"], strict=True)
     return sorted({source for value, source in pairs if value is not None})
+
+
+# Above this a gradient is not one. Rounding in bfloat16, with which models are trained, stays well below it.
+WRONG_GRADIENT = 0.1
+_WRONG_RECONSTRUCTION = 0.01
+
+
+def wrong_gradient(row: Mapping[str, Any]) -> str | None:
+    """`gradient is wrong by 308 %` of a cell whose gradient is not that of its loss; None where it is, or is not known.
+
+    Of a cell without a gradient error, what it recomputed must be off by 1 % at most.
+    """
+    error, reconstruction = row.get("gradient_rel_max"), row.get("reconstruction_rel_max")
+    if error is not None:
+        if error <= WRONG_GRADIENT:
+            return None
+        return (
+            f"gradient is wrong by {error:,.0%}".replace("%", " %")
+            if math.isfinite(error)
+            else "gradient is not finite"
+        )
+    if reconstruction is None or reconstruction <= _WRONG_RECONSTRUCTION:
+        return None
+    return "what backward recomputes is wrong"
+
+
+def taken(frame: DataFrame, metric: str) -> bool:
+    """Whether any cell has a value of the metric, NaN included: older runs may not know it, some cells have none."""
+    return metric in frame and any(value is not None for value in frame[metric])
 
 
 def write_csv(frame: DataFrame, file: Path) -> None:

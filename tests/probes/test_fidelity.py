@@ -14,8 +14,15 @@ from meftbench.errors import CellFailure
 from meftbench.measurement import measure_cell
 from meftbench.methods import prepare
 from meftbench.plan.protocol import Protocol
-from meftbench.probes.fidelity import StreamErrors, measure_fidelity, starting_point_shift
-from tests.models import a_cell, a_step
+from meftbench.probes.fidelity import (
+    StreamErrors,
+    measure_fidelity,
+    measure_start,
+    starting_point_shift,
+    untrained_loss,
+)
+from meftbench.step import build_step
+from tests.models import TINY, a_cell, a_step
 
 # The sentences of DESIGN 3.2's table, written for this project.
 SENTENCES = Path(__file__).resolve().parents[1] / "data" / "sentences.txt"
@@ -165,3 +172,78 @@ def test_shapes_that_differ_are_refused():
         starting_point_shift(torch.ones(1, 2, 3), torch.ones(1, 3, 3))
     with pytest.raises(ValueError, match="all zero"):
         starting_point_shift(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
+
+
+LLAMA = {
+    "model": "llama-3.2-1b@random",
+    "model_config_overrides": TINY["llama"][1] | {"num_hidden_layers": 2, "attention_dropout": 0.3},
+}
+
+
+def a_start(method, **changes):
+    cell = a_cell(method, **(LLAMA | changes))
+    return measure_start(cell, build_step(cell, torch.device("cpu")), 0.0)
+
+
+def loss_by_hand(model, batch):
+    """Mean cross-entropy of each token given those before it, from the logits."""
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("method", ["lora", "meft1", "meft3-exact", "lora+chunked_loss", "meft1-exact+chunked_loss"])
+def test_the_start_of_a_language_model_is_told_by_its_loss(method):
+    """Before training, dropout off: that of the pre-trained model, and with adapters as they are initialised."""
+    params = {} if method.startswith("lora") else {"init_std": 0.5}
+    found = a_start(method, method_params=params, micro_batch_size=2)
+    plain, begun = (build_step(a_cell(m, **LLAMA, method_params=p), torch.device("cpu"))
+                    for m, p in (("full", {}), (method.partition("+")[0], params)))  # fmt: skip
+
+    assert loss_by_hand(plain.model, plain.batch) == pytest.approx(found["pretrained_loss"].value, rel=1e-5)
+    assert loss_by_hand(begun.model, begun.batch) == pytest.approx(found["starting_loss"].value, rel=1e-5)
+    # The starting-point shift has adapters at zero; this loss has not.
+    begun.applied.zero_adapters()
+    zeroed = loss_by_hand(begun.model, begun.batch)
+    assert method.startswith("lora") or zeroed != pytest.approx(found["starting_loss"].value, rel=1e-4)
+
+
+def test_full_fine_tuning_starts_where_the_pre_trained_model_stands():
+    """Also where the steps of other passes have trained the cell's own model."""
+    cell = a_cell("full", **LLAMA)
+    step = build_step(cell, torch.device("cpu"))
+    with torch.no_grad():
+        step.model.get_output_embeddings().weight.add_(1.0)
+
+    found = measure_start(cell, step, 0.0)
+
+    untouched = build_step(cell, torch.device("cpu"))
+    assert found["pretrained_loss"].value == found["starting_loss"].value
+    assert loss_by_hand(untouched.model, untouched.batch) == pytest.approx(found["pretrained_loss"].value, rel=1e-5)
+    assert 0 == found["starting_point_shift"].value
+
+
+@pytest.mark.parametrize("method", ["full", "meft1"])
+def test_a_new_head_has_no_loss_before_training(method):
+    """Its weights are random: absent, with the reason."""
+    cell = a_cell(method)
+
+    found = measure_start(cell, build_step(cell, torch.device("cpu")), 0.0)
+
+    assert [None, None] == [found[name].value for name in ("pretrained_loss", "starting_loss")]
+    assert "the head is new" in found["starting_loss"].absent
+    assert found["starting_point_shift"].value is not None
+
+
+def test_a_chunked_loss_is_evaluated_without_the_whole_logits():
+    """They are what may not fit the device; afterwards the model gives logits in evaluation again."""
+    step = build_step(a_cell("lora+chunked_loss", **LLAMA), torch.device("cpu"))
+    sizes = []
+    head = step.model.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:-1].numel()))
+
+    untrained_loss(step)
+
+    assert max(sizes) < 4 * 16
+    with torch.no_grad():
+        assert step.model(**step.batch).logits.shape[:2] == (4, 16)

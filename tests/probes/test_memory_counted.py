@@ -11,7 +11,7 @@ from meftbench.backbones.build import build_model
 from meftbench.batch import resident_batch
 from meftbench.errors import CellFailure
 from meftbench.methods import prepare
-from meftbench.probes.memory_counted import CATEGORIES, CountedStep, StorageCounter, count_memory
+from meftbench.probes.memory_counted import CATEGORIES, CountedStep, StorageCounter, count_memory, parameter_counts
 from meftbench.step import Step
 from tests.models import FOUR_LAYERS, METHODS, a_step
 
@@ -177,3 +177,58 @@ def test_sizes_are_rounded_to_the_allocators_blocks():
 
     assert 512 + 1024 == counter.total
     del x, y
+
+
+def test_gradients_within_the_activation_peak_of_an_mlp():
+    """The peak is in the backward of the activation function, where three hidden activations are alive: of the two
+    weights the upper one has its gradient by then, the lower one not yet."""
+    counter = StorageCounter(block=1)
+    first, second = nn.Linear(64, 256, bias=False), nn.Linear(256, 64, bias=False)
+    x = torch.randn(64, 64)
+    for tensor in (first.weight, second.weight, x):
+        counter.book(tensor, "parameters")
+    for layer in (first, second):
+        layer.weight.register_post_accumulate_grad_hook(lambda p: counter.arrived(p.grad))
+    weight, hidden, stream = 4 * 256 * 64, 4 * 64 * 256, 4 * 64 * 64
+    with counter:
+        counter.mark("forward")
+        counter.reset()
+        level = counter.total
+        out = second(torch.relu(first(x)))
+        assert 0 == counter.gradients.bytes_at(counter.busiest_at)
+        counter.mark("backward")
+        out.backward(torch.zeros(64, 64))
+
+    assert weight + 3 * hidden + 2 * stream == counter.busiest - level
+    assert weight == counter.gradients.bytes_at(counter.busiest_at)
+    assert 2 * weight == counter.gradients.bytes_at(counter.gradients.clock)
+
+
+@pytest.mark.parametrize("method", ["meft1", "meft2", "meft1-exact", "meft3-exact"])
+def test_a_reversible_stack_holds_its_gradients_at_the_peak(method):
+    """It gives them back at its very end, so no parameter has one yet at the peak. They are the same at every length;
+    what is left of the activation peak is proportional to tokens."""
+    steps = [a_step(method, method_params={"adapter_size": 64}, sequence_length=length) for length in (16, 32, 64)]
+    trained = parameter_counts(steps[0].model)["adapter_file_bytes"].value
+    found = [count_memory(step, 1, 1) for step in steps]
+
+    (gradients,) = {metrics["activation_gradients_bytes"].value for metrics in found}
+    assert 0.5 * trained < gradients <= trained
+    short, middle, long = (metrics["activation_peak_bytes"].value - gradients for metrics in found)
+    assert 2 * (middle - short) == pytest.approx(long - middle, rel=0.02)
+    assert 2 * short == pytest.approx(middle, rel=0.02)
+
+
+def test_under_accumulation_the_gradients_of_the_last_micro_batch_are_there_beside_the_sum():
+    """Those of the micro-batches before are in the parameters, those of this one still in the stack."""
+    step = a_step("meft1", method_params={"adapter_size": 64}, micro_batch_size=1)
+    trained = parameter_counts(step.model)["adapter_file_bytes"].value
+
+    metrics = count_memory(step, 1, 1)
+
+    assert 1.5 * trained < metrics["activation_gradients_bytes"].value < metrics["activation_peak_bytes"].value
+
+
+def test_a_peak_before_backward_holds_no_gradients():
+    """LoRA without checkpointing has all of its activations, and no gradient yet."""
+    assert 0 == count_memory(a_step("lora"), 1, 1)["activation_gradients_bytes"].value

@@ -57,6 +57,7 @@ def test_the_allocators_peaks_per_phase_are_the_counted_ones(method):
     counted = count_memory(a_step(method), warmup=1, steps=2)
 
     assert counted["activation_peak_bytes"].value == measured["activation_peak_bytes"].value
+    assert counted["activation_gradients_bytes"].value == measured["activation_gradients_bytes"].value
     assert counted["peak_phase"].value == measured["peak_phase"].value
     assert counted["peak_allocated_bytes"].value + WORKSPACE == measured["peak_allocated_bytes"].value
     for phase in ("forward", "backward", "optimizer", "step"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meftbench.records.record import Metric
 from meftbench.report.detail import sections
-from tests.builders import MiB, a_measured_cell
+from tests.builders import MiB, a_measured_cell, measured
 
 BUFFERS = [
     {
@@ -35,3 +35,17 @@ def test_a_record_without_it_has_no_such_section():
     record = a_measured_cell("meft1", metrics={"peak_buffers": Metric(None, "counted", absent="takes two steps")})
 
     assert "What is alive at the peak of forward and backward" not in {s.title for s in sections(record)}
+
+
+def test_the_start_has_a_section_of_its_own():
+    """Loss at the start, that of the pre-trained model, and the shift."""
+    metrics = {"starting_loss": measured(15.257), "pretrained_loss": measured(3.084)}
+    record = a_measured_cell("meft1", metrics=metrics | {"starting_point_shift": measured(1.08)})
+
+    (section,) = [s for s in sections(record) if s.title == "The starting point, before any training"]
+
+    assert [
+        ("starting_loss", "15.3 (measured)"),
+        ("pretrained_loss", "3.08 (measured)"),
+        ("starting_point_shift", "1.08 ratio (measured)"),
+    ] == [row[:2] for row in section.rows]

@@ -226,3 +226,57 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
 
     with pytest.raises(UserError, match="cannot be written"):
         write_report([run], tmp_path / "file" / "out", {"html"})
+
+
+def rows_of_markdown(run):
+    write_report([run], run.path, {"md"})
+    lines = [line for line in (run.path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_start_of_a_language_model_stands_in_page_and_markdown(tmp_path):
+    """Loss at the start and of the pre-trained model, a column each; a start that is far away is a warning."""
+    losses = {"pretrained_loss": measured(3.084), "starting_loss": measured(15.257)}
+    run = a_run(tmp_path / "run", a_measured_cell("lora"), a_measured_cell("meft1", metrics=losses))
+
+    lora, meft = rows_of_markdown(run)
+    write_report([run], tmp_path / "out", {"html"})
+    text = Parsed((tmp_path / "out" / "report.html").read_text()).all_text()
+
+    assert ("-", "-") == (lora["start loss"], lora["pre-trained"])
+    assert ("15.26 (measured)", "3.08 (measured)") == (meft["start loss"], meft["pre-trained"])
+    assert "start loss 15.26 (3.08): before any training the model with the method is far from" in text
+    assert "starting_loss [loss, lower is better]" in text
+
+
+def test_gradients_within_the_activation_memory_stand_beside_it(tmp_path):
+    """In MiB; older records have none."""
+    new = a_measured_cell("meft1", metrics={"activation_gradients_bytes": 17 * 2**20})
+
+    lora, meft = rows_of_markdown(a_run(tmp_path / "run", a_measured_cell("lora"), new))
+
+    assert ("-", "17.0 (counted)") == (lora["of it gradients MiB"], meft["of it gradients MiB"])
+    assert "70.2 (counted)" == meft["activation MiB"]
+
+
+def test_columns_that_no_cell_has_are_not_there(tmp_path):
+    """Classifiers, whose head is new, and runs of before."""
+    run = a_run(tmp_path / "run", a_measured_cell("lora"))
+    (row,) = rows_of_markdown(run)
+    write_report([run], tmp_path / "out", {"html"})
+    text = Parsed((tmp_path / "out" / "report.html").read_text()).all_text()
+
+    assert not {"start loss", "pre-trained", "of it gradients MiB"} & row.keys()
+    assert "activation_gradients_bytes" not in text
+    assert "starting_loss" not in text
+
+
+@pytest.mark.parametrize(("start", "warned"), [(3.3, False), (3.4, True), (float("nan"), True), (2.9, False)])
+def test_a_start_that_is_ten_percent_worse_is_a_warning(tmp_path, start, warned):
+    """NaN too."""
+    losses = {"pretrained_loss": measured(3.0 + 1e-9), "starting_loss": measured(start)}
+
+    text = Parsed(page_of(tmp_path, a_measured_cell("meft1", metrics=losses))).all_text()
+
+    assert warned == ("before any training the model with the method is far from" in text)

@@ -24,7 +24,7 @@ from meftbench.records.metrics import BREAKDOWN
 from meftbench.records.record import Metric
 from meftbench.report import plots, side_bits
 from meftbench.report.figures import pictures
-from meftbench.report.tables import frame_of
+from meftbench.report.tables import frame_of, wrong_gradient
 
 MiB = 2**20
 
@@ -357,6 +357,88 @@ def test_dominated_methods_are_grey_and_named_so(frame):
     drawn = {(line.get_xdata()[0], line.get_ydata()[0]): line.get_color() for line in ax.get_lines()}
     assert {(300, 90): "#B8B8B8", (200, 100): plots.COLOUR["lora"], (100, 80): plots.COLOUR["meft1"]} == drawn
     assert {"full (dominated)", "lora", "meft1"} == {text.get_text() for text in ax.texts}
+
+
+def test_a_method_that_does_not_compute_the_gradient_is_on_no_frontier(frame):
+    """Small and fast with a gradient that is wrong, or none, it beats nobody; the note says by how much it is wrong."""
+    numbers = {
+        "lora": (200, 100, None),
+        "meft1": (150, 110, 0.03),
+        "meft2": (90, 120, 3.08),
+        "meft3": (80, 120, math.nan),
+    }
+    cells = [
+        a_record(method=m, metrics={"peak_allocated_bytes": p * MiB, "tokens_per_s": measured(t)}
+                 | ({"gradient_rel_max": measured(error)} if error is not None else {}))
+        for m, (p, t, error) in numbers.items()
+    ]  # fmt: skip
+    ax = an_axes()
+
+    plots.plot_memory_against_speed(frame(*cells), ax)
+
+    drawn = {line.get_xdata()[0]: (line.get_color(), line.get_markerfacecolor()) for line in ax.get_lines()}
+    grey, own = "#B8B8B8", plots.COLOUR["meft1"]
+    assert {200: (grey, grey), 150: (own, own), 90: (grey, "none"), 80: (grey, "none")} == drawn
+    assert {
+        "lora (dominated)",
+        "meft1",
+        "meft2 (gradient is wrong by 308 %)",
+        "meft3 (gradient is not finite)",
+    } == {text.get_text() for text in ax.texts}
+
+
+@pytest.mark.parametrize(
+    ("gradient", "reconstruction", "wrong"),
+    [
+        (None, None, None),
+        (0.1, 300.0, None),
+        (0.11, 0.0, "gradient is wrong by 11 %"),
+        (math.inf, None, "gradient is not finite"),
+        (None, 0.01, None),
+        (None, 0.02, "what backward recomputes is wrong"),
+        (None, math.nan, "what backward recomputes is wrong"),
+    ],
+)
+def test_what_computes_the_gradient_is_decided_by_its_error(gradient, reconstruction, wrong):
+    """Ten percent, which bfloat16's rounding does not reach; without it, one percent of what is recomputed."""
+    assert wrong == wrong_gradient({"gradient_rel_max": gradient, "reconstruction_rel_max": reconstruction})
+
+
+def test_the_figure_says_what_hollow_means_where_something_is(frame):
+    """And says nothing of it elsewhere."""
+    right, wrong = (a_measured_cell("meft3", metrics={"gradient_rel_max": measured(error)}) for error in (0.02, 3.1))
+
+    notes = [
+        {picture.name: picture for picture in pictures(frame(cell))}["memory-and-speed"].alt for cell in (right, wrong)
+    ]
+
+    assert ["Hollow: the gradient is wrong by more than 10%" in note for note in notes] == [False, True]
+
+
+def test_thirty_layers_that_are_lost_and_thirty_that_are_exact_are_one_picture(frame):
+    """A floating-point method whose error grows to inf and NaN toward the input, beside exact reversal: nothing is
+    dropped, each layer that is not finite has a triangle at the top, and one note says which they are."""
+    lost = [[math.nan, math.nan]] * 4 + [[math.inf, math.nan]] * 8
+    kept = [[10.0 ** (29 - layer), 10.0 ** (28 - layer)] for layer in range(12, 30)]
+    cells = [
+        a_record(method="meft3", metrics={"reconstruction_rel": Metric([*lost, *kept], "measured")}),
+        a_record(method="meft3-exact", metrics={"reconstruction_rel": Metric([[0.0, 0.0]] * 30, "measured")}),
+    ]
+    ax = an_axes()
+
+    plots.plot_reconstruction(frame(*cells), ax)
+
+    float_first, float_second, exact_first, _ = ax.get_lines()[:4]
+    assert [30] * 3 == [len(line.get_ydata()) for line in (float_first, float_second, exact_first)]
+    assert "meft3 (measured), not finite in 12 layers" == float_first.get_label()
+    ceiling = float_first.get_ydata()[0]
+    assert [ceiling] * 12 == list(float_first.get_ydata()[:12]) == list(float_second.get_ydata()[:12])
+    assert ceiling > max(float_first.get_ydata()[12:])
+    assert {ax.get_yticks()[0]} == {*exact_first.get_ydata()}
+    triangles = [line for line in ax.get_lines() if line.get_marker() == "^"]
+    assert [*range(12)] == [line.get_xdata()[0] for line in triangles]
+    assert ["nan: layers 0 to 3; inf, nan: layers 4 to 11"] == [text.get_text() for text in ax.texts]
+    assert ax.get_ylim()[0] < ax.get_yticks()[0] < ceiling < ax.get_ylim()[1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])

@@ -83,3 +83,45 @@ def test_errors_tell_zero_from_small_from_not_taken():
 def test_counts_are_short():
     """A parameter count in seven characters."""
     assert ["-", "9,999", "12.3k", "109.5M", "6.7G"] == [count(v) for v in (None, 9999, 12_345, 109_500_000, 6.7e9)]
+
+
+def test_a_start_that_is_destroyed_is_seen_at_once(tmp_path):
+    """Loss before training beside that of the pre-trained model; classifiers have no such column (see GOLDEN)."""
+    lora, meft = ({"pretrained_loss": measured(3.084), "starting_loss": measured(loss)} for loss in (3.084, 15.257))
+    run = a_run(tmp_path, a_measured_cell("lora", metrics=lora), a_measured_cell("meft1", metrics=meft))
+
+    text = printed(run, width=100)
+
+    assert "start loss" in text
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith(" ")}
+    assert "3.08 (3.08)" in rows["lora"]
+    assert "15.26 (3.08)" in rows["meft1"]
+    assert "loss measured" in text
+
+
+def test_gradients_within_the_activation_memory_have_a_column(tmp_path):
+    """Of the activation memory, in its unit; "-" in records of before."""
+    new = a_measured_cell("meft1", metrics={"activation_gradients_bytes": 17 * 2**20})
+
+    text = printed(a_run(tmp_path, a_measured_cell("lora"), new), width=100)
+
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(" ")}
+    assert ["70.2", "17.0"] == rows["meft1"][1:3]
+    assert ["450.0", "-"] == rows["lora"][1:3]
+
+
+def test_a_narrow_terminal_leaves_out_what_is_said_twice(tmp_path):
+    """tokens/s is the step time again; the reader is told, and no number is cut."""
+    metrics = {
+        "activation_gradients_bytes": 17 * 2**20,
+        "pretrained_loss": measured(3.08),
+        "starting_loss": measured(15),
+    }
+    run = a_run(tmp_path, a_measured_cell("full"), a_measured_cell("meft1", metrics=metrics))
+
+    narrow, wide = printed(run, 80), printed(run, 110)
+
+    assert "no room at this width for tokens/s, % of full, peak" in " ".join(narrow.split())
+    assert "15.00 (3.08)" in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "no room" not in wide
