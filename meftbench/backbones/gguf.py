@@ -22,8 +22,8 @@ _TEMPORARY: dict[Path, tempfile.TemporaryDirectory[str]] = {}
 def dequantized(name: str, file: Path) -> Path:
     """A model folder with the dequantized float32 weights of a GGUF file, its configuration and its tokenizer.
 
-    It is made at the first call and kept in the cache (plan/gguf_files.py); where that cannot be written, in a temporary
-    folder of this process, with a warning.  name: what the user calls the model, for errors.
+    It is made at the first call and kept in the cache (plan/gguf_files.py); where that cannot be written, in a
+    temporary folder of this process, with a warning.  name: what the user calls the model, for errors.
 
     Raises UserError: no GGUF file, a damaged one, or an architecture that transformers cannot read from it.
     """

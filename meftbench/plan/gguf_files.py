@@ -25,7 +25,8 @@ def gguf_file_of(name: str) -> Path | None:
     Of a model of the catalogue: the file in the installed package that carries it, found without importing the package.
     """
     if name in MODELS:
-        return _packaged(*MODELS[name].gguf) if MODELS[name].gguf else None
+        packaged = MODELS[name].gguf
+        return None if packaged is None else _packaged(*packaged)
     return Path(name).expanduser() if name.endswith(SUFFIX) else None
 
 

@@ -256,7 +256,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             keep = inputs["input_ids"].shape[1] - first
             logits: Tensor = self.model(**inputs, logits_to_keep=keep).logits
             return logits.float()
-        return self.model(**inputs).logits[:, first:].float()
+        whole: Tensor = self.model(**inputs).logits
+        return whole[:, first:].float()
 
     # --- checkpoints: what is trained, and no more ---
 
