@@ -6,9 +6,9 @@ To add a method, a backbone or a probe: write its file, and add one entry below 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.plan.published import MODELS as MODELS
@@ -51,6 +51,11 @@ def _step_bits(value: Any) -> Any:
 
 Pieces = Annotated[Literal["auto"] | int, BeforeValidator(_pieces)]
 StepBits = Annotated[Literal["auto"] | int, BeforeValidator(_step_bits)]
+
+
+# λ = 1/16: the smallest number of bits with which all three variants start where the pre-trained model stands, on an
+# encoder with post-norms as on a language model with pre-norms (reports/start).
+SIDE_BITS = 4
 
 
 class Meft(Bottleneck):
@@ -101,14 +106,16 @@ class Meft(Bottleneck):
             raise ValueError(f"contradicts side_bits: {side_bits}, which is {2.0**-side_bits:g}; leave one of them out")
         return value
 
+    @model_validator(mode="after")
+    def _say_side_bits(self) -> Self:
+        # A record or a saved adapter says how many there were: the default may change, as it did.
+        if self.arithmetic == "exact" and self.side_bits is None and self.lambda_ is None and self.beta is None:
+            object.__setattr__(self, "side_bits", SIDE_BITS)
+        return self
+
     def small_factor(self, published: float) -> float:
         """The factor near zero where none is named: the published one, or the power of two of `side_bits`."""
         return published if self.arithmetic == "float" else 2.0 ** -(self.side_bits or SIDE_BITS)
-
-
-# λ = 1/16: the smallest number of bits with which all three variants start where the pre-trained model stands, on an
-# encoder with post-norms as on a language model with pre-norms (reports/start).
-SIDE_BITS = 4
 
 
 class MeftExact(Meft):
@@ -116,6 +123,9 @@ class MeftExact(Meft):
 
     It starts where the pre-trained model stands, which the paper's coupling does not on deep pre-norm models.
     """
+
+    # Of the defaults: another number makes another cell of the same label (1: the paper's coupling, mean, 3 side bits).
+    defaults: ClassVar[int] = 2
 
     arithmetic: Literal["exact"] = "exact"
     coupling: Literal["paper", "centred"] = "centred"

@@ -75,7 +75,10 @@ class Cell(BaseModel):
 
         Where the data lie, which grid the cell is of and what is kept of it do not change what is run.
         """
-        return digest(self.model_dump(mode="json", exclude_defaults=True, exclude={"training": _NO_IDENTITY}))
+        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"training": _NO_IDENTITY})
+        # Where a method's own defaults have changed, what was recorded before is not what would be run now.
+        changed = getattr(METHODS[self.method].settings, "defaults", None)
+        return digest(content if changed is None else content | {"defaults": changed})
 
     @property
     def weights(self) -> str:

@@ -33,6 +33,9 @@ def matching_rank(config: dict[str, Any], method: str = "meft1-exact", adapter_s
         attentions = layers + int(config["decoder_layers"])
     else:
         layers = attentions = int(config["num_hidden_layers"])
-    adapters = layers * ADAPTERS_A_LAYER[method] * (2 * hidden * adapter_size + adapter_size + hidden)
+    # The last block's own adapter of MEFT1 writes the stream that is not returned where the output is `last`.
+    stacks = 2 if config.get("is_encoder_decoder") or "decoder_layers" in config else 1
+    idle = stacks if method == "meft1-exact" else 0
+    adapters = (layers * ADAPTERS_A_LAYER[method] - idle) * (2 * hidden * adapter_size + adapter_size + hidden)
     a_rank = attentions * ((hidden + queries) + (hidden + values))
     return max(1, round(adapters / a_rank))

@@ -21,6 +21,7 @@ from meftbench.probes.fidelity import (
     starting_point_shift,
     untrained_loss,
 )
+from meftbench.reversible import Coupling, Float, ReversibleStack
 from meftbench.step import build_step
 from tests.models import TINY, a_cell, a_step
 
@@ -155,7 +156,8 @@ def test_nothing_is_claimed_for_methods_that_recompute_nothing():
 
 def test_nan_is_not_lost_among_numbers():
     """A recomputed NaN is counted and ends in the record, whatever its place."""
-    errors = StreamErrors(1)
+    plain = Coupling(Float(), 1.0)
+    errors = StreamErrors(ReversibleStack([], plain, plain, swap=True, carrier=0))
     true = [torch.ones(2), torch.ones(2)]
     errors("forward", 0, true)
     errors("backward", 0, [torch.tensor([1.0, math.nan]), torch.ones(2)])

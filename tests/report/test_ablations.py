@@ -25,8 +25,8 @@ def frame(tmp_path):
         a_shifted_score(0.80, 0.70),
         a_shifted_score(0.70, 0.70, seed=1),
         a_shifted_score(0.71, 1.70, side_bits=1),
-        a_shifted_score(0.72, 0.35, output="last"),
-        a_shifted_score(0.73, 0.14, output="last", coupling="centred"),
+        a_shifted_score(0.72, 0.35, output="mean"),
+        a_shifted_score(0.73, 0.14, output="mean", coupling="paper"),
         a_shifted_score(0.60, 0.70, adapter_size=8),
         a_shifted_score(0.65, 0.61, reversible_layers=2),
         a_shifted_score(0.50, 0.61, reversible_layers=2, adapter_size=8),
@@ -41,7 +41,7 @@ def lines(ax):
 @pytest.mark.parametrize(
     ("axis", "places", "scores"),
     [
-        ("side_bits", [1, 3], [0.71, 0.75]),
+        ("side_bits", [1, 4], [0.71, 0.75]),
         ("adapter_size", [8, 64], [0.60, 0.75]),
         ("reversible_layers", [2, 6], [0.65, 0.75]),
     ],
@@ -73,7 +73,7 @@ def test_score_by_shift(frame):
     points = {(c.lines[0].get_xdata()[0], round(c.lines[0].get_ydata()[0], 3)) for c in ax.containers}
 
     assert {(0.70, 0.75), (1.70, 0.71), (0.35, 0.72), (0.14, 0.73)} == points
-    assert {"1/8", "1/2"} == {text.get_text() for text in ax.texts}
+    assert {"1/16", "1/2"} == {text.get_text() for text in ax.texts}
     assert 4 == len(shifted(frame))
 
 

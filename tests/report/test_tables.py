@@ -94,14 +94,14 @@ def test_side_bits_unsaid_are_three_and_of_exact_methods_alone(params, expected)
 def test_a_frame_knows_the_settings_of_reversible_methods(tmp_path):
     """As recorded, side bits as they are in effect."""
     records = [
-        a_record(method="meft1-exact", method_params={"coupling": "centred"}),
+        a_record(method="meft1-exact", method_params={"coupling": "paper"}),
         a_record(method="meft1"),
         a_record(),
     ]
 
     frame = frame_of(a_run(tmp_path, *records))
 
-    assert [("exact", 3, "centred", "mean"), ("float", None, "paper", "mean"), (None, None, None, None)] == list(
+    assert [("exact", 4, "paper", "last"), ("float", None, "paper", "mean"), (None, None, None, None)] == list(
         zip(frame.arithmetic, frame.side_bits, frame.coupling, frame.output, strict=True)
     )
 
