@@ -96,7 +96,7 @@ METRICS: dict[str, Kind] = {
     ),
     "gradient_cosine_min": Kind("cosine", "higher", "worst cosine of a trained tensor's gradient with autograd's"),
     "loss_abs_diff": Kind("absolute", "lower", "|loss - loss under ordinary autograd|"),
-    "zero_grad_tensors": Kind("count", "lower", "trained tensors whose gradient is all zero or absent"),
+    "zero_grad_tensors": Kind("count", "lower", "trained tensors whose true gradient is zero, such as biases of keys"),
     "overflow_events": Kind("count", "lower", "NaN or infinite values met in streams or gradients"),
     "starting_point_shift": Kind(
         "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, untrained, adapters at zero"
