@@ -8,9 +8,10 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     with _oom_is_a_result("load"):
         quality = None if cell.training is None else _quality(cell, device)
         step = build_step(cell, device, protocol.padding) if quality is None else quality.step()
+    rebuilt = quality.step if quality else partial(build_step, cell, device, protocol.padding)
     outcome.metrics["build_s"] = Metric(time.perf_counter() - begin, "measured")
     outcome.metrics |= parameter_counts(step.model)
     outcome.observed["model_revision"] = revision_of(step.model)
@@ -73,9 +75,12 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
         for name, entry in PROBES.items():
             # Of a training by ordinary autograd nothing is reconstructed.
             if name in protocol.passes and not (ordinary and name == "reconstruction"):
+                if name == "reconstruction":
+                    subject = replace(subject, step=_sane(step, rebuilt))
                 with step.applied.ordinary() if ordinary else nullcontext():
                     outcome.metrics |= _load(entry.home)(subject)
-        if not step.steps_run:
+        step = _sane(step, rebuilt)
+        if not step.steps_run and not any(not stack.arithmetic.exact for stack in step.applied.stacks):
             step.run()
         with CountedStep(step) as counted:
             outcome.metrics |= check_levers(step, cell)
@@ -95,6 +100,14 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
         outcome.observed |= told | {"inputs": cell.training.task if cell.training else None}
     outcome.metrics |= _host_peak()
     return outcome
+
+
+def _sane(step: Step, rebuilt: Callable[[], Step]) -> Step:
+    """The step, or one built afresh where training steps have left weights that are not finite: the published
+    arithmetic of MEFT may do that, and what it does to sane weights is the question."""
+    if all(bool(torch.isfinite(parameter).all()) for parameter in step.applied.trained().values()):
+        return step
+    return rebuilt()
 
 
 def _quality(cell: Cell, device: torch.device) -> Any:

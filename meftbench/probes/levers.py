@@ -42,7 +42,7 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
             hook.remove()
     ratio = (calls["forward"] + calls["backward"]) / calls["forward"]
     moved = offload.moved_bytes if isinstance(offload, Offload) else 0
-    zero = _check_gradients(step)
+    zero, collapsed = _check_gradients(step)
     step.optimizer.zero_grad(set_to_none=True)
     if cell.levers.checkpoint and calls["backward"] == 0:
         raise _not_engaged("checkpoint", "no layer ran again in backward")
@@ -70,6 +70,7 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         "offloaded_bytes": Metric(moved, "counted"),
         "zero_grad_tensors": Metric(zero, "measured"),
         **compiled,
+        **({"collapse": Metric(collapsed, "measured")} if collapsed else {}),
     }
 
 
@@ -86,9 +87,13 @@ def _tiled(step: Step) -> bool:
 TRULY_ZERO, DEAD = 1e-3, 1e-12
 
 
-def _check_gradients(step: Step) -> int:
-    """Count of trained tensors whose gradient is zero: those whose true gradient is, by theory. An absent gradient, a
-    zero one that no theory explains, or one on a frozen tensor, is an error."""
+def _check_gradients(step: Step) -> tuple[int, str | None]:
+    """Count of trained tensors whose gradient is zero: those whose true gradient is, by theory; and what broke down.
+
+    An absent gradient, a zero one that no theory explains, or one on a frozen tensor, is an error. But where activations
+    are recomputed in floating point, as published, gradients that are not finite or vanish though ordinary autograd has
+    them are a result of that arithmetic: a sentence, not an error.
+    """
     sizes: dict[str, float] = {}  # root of the mean square of each gradient
     for name, parameter in step.model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -100,10 +105,41 @@ def _check_gradients(step: Step) -> int:
     largest = max((size for size in sizes.values() if math.isfinite(size)), default=0.0)
     explained = {name for name in sizes if _truly_zero(step, name)}
     unexplained = [name for name, size in sizes.items() if name not in explained and size <= DEAD * largest]
+    unusable = [name for name, size in sizes.items() if not math.isfinite(size)]
+    if (unexplained or unusable) and _recomputed_in_floating_point(step):
+        true = _ordinary_sizes(step)
+        size_of_true = max(true.values(), default=0.0)
+        dead = [name for name in unexplained if true.get(name, 0.0) <= DEAD * size_of_true]
+        if not dead and all(map(math.isfinite, true.values())):
+            zero = [name for name in unexplained if sizes[name] <= DEAD * size_of_true]
+            lost = [f"not finite in {len(unusable)}"] if unusable else []
+            lost += [f"zero in {len(zero)}"] if zero else []
+            what = f"gradients are {' and '.join(lost)} of {len(sizes)} trained tensors" if lost else ""
+            if largest > 10 * size_of_true:
+                wild = f"up to {largest / size_of_true:.0e} times those of ordinary autograd"
+                what = f"{what}, {wild}" if what else f"gradients are {wild}"
+            return 0, f"recomputing activations in floating point broke down: {what}"
     if unexplained:
         what = f"the gradient of {unexplained[0]} is all zero ({len(unexplained)} such tensors)"
         raise _not_engaged("training", what)
-    return sum(sizes[name] <= TRULY_ZERO * largest for name in explained)
+    return sum(sizes[name] <= TRULY_ZERO * largest for name in explained), None
+
+
+def _recomputed_in_floating_point(step: Step) -> bool:
+    stacks = step.applied.stacks
+    return any(not stack.arithmetic.exact and stack.activations == "reverse" for stack in stacks)
+
+
+def _ordinary_sizes(step: Step) -> dict[str, float]:
+    """Root mean squares of the gradients under ordinary autograd through the same equations."""
+    step.optimizer.zero_grad(set_to_none=True)
+    with step.applied.ordinary():
+        step.forward_backward()
+    return {
+        name: float(parameter.grad.double().square().mean().sqrt())
+        for name, parameter in step.applied.trained().items()
+        if parameter.grad is not None
+    }
 
 
 def _truly_zero(step: Step, name: str) -> bool:

@@ -55,7 +55,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     if len(found) > 1:
         out.print(Text("Between tables more than the method differs: do not rank across them."))
     out.print(Text(ending(run)))
-    for line in failures(run):
+    for line in [*collapses(run), *failures(run)]:
         out.print(Text(line, overflow="fold"))
 
 
@@ -99,6 +99,12 @@ def failures(run: Run) -> list[str]:
     done = [outcome for outcome in outcomes(run) if outcome.status == "ok" and outcome.cell.get("training")]
     absent = [(outcome.label, score.absent) for outcome in done if (score := outcome.metric("score"))]
     return ended + [f"{' '.join(label.split())}: no score ({why})" for label, why in absent if why is not None]
+
+
+def collapses(run: Run) -> list[str]:
+    """A line for each cell whose backward pass broke down, though it ended ok: its label and what happened."""
+    found = [(outcome.label, outcome.metric("collapse")) for outcome in outcomes(run) if outcome.status == "ok"]
+    return [f"{' '.join(label.split())}: {metric.value}" for label, metric in found if metric and metric.value]
 
 
 def _why(record: Record) -> str:
@@ -229,9 +235,11 @@ def start_of(row: dict[str, Any]) -> str:
 
 
 def error(value: float | None) -> str:
-    """A relative error: "0" means exactly zero, "-" not taken."""
+    """A relative error: "0" means exactly zero, "-" not taken; what is not finite is a result: "∞" and "NaN"."""
     if value is None:
         return "-"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
     if value == 0:
         return "0"
     return (
