@@ -90,9 +90,9 @@ TRULY_ZERO, DEAD = 1e-3, 1e-12
 def _check_gradients(step: Step) -> tuple[int, str | None]:
     """Count of trained tensors whose gradient is zero: those whose true gradient is, by theory; and what broke down.
 
-    An absent gradient, a zero one that no theory explains, or one on a frozen tensor, is an error. But where activations
-    are recomputed in floating point, as published, gradients that are not finite or vanish though ordinary autograd has
-    them are a result of that arithmetic: a sentence, not an error.
+    An absent gradient, a zero one that no theory explains, or one on a frozen tensor, is an error. But where
+    activations are recomputed in floating point, as published, gradients that are not finite or vanish though ordinary
+    autograd has them are a result of that arithmetic: a sentence, not an error.
     """
     sizes: dict[str, float] = {}  # root of the mean square of each gradient
     for name, parameter in step.model.named_parameters():

@@ -148,7 +148,8 @@ def _training(record: Record) -> dict[str, Any]:
 def side_bits(params: Mapping[str, Any]) -> int | None:
     """Bits that an exact method puts aside, of its recorded settings; None: not exact, or its factors are named.
 
-    Where a record leaves them out they are 3, the default at that time. A factor that is named (`lambda`, `beta`) says what they are only together with the method.
+    Where a record leaves them out they are 3, the default at that time. A factor that is named (`lambda`, `beta`)
+    says what they are only together with the method.
     """
     if params.get("arithmetic") != "exact" or params.get("lambda") is not None or params.get("beta") is not None:
         return None

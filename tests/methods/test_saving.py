@@ -476,3 +476,36 @@ def test_without_a_method_there_is_nothing_to_save_or_unload(tmp_path):
         meftbench.save_adapter(wrapped[0], tmp_path / "file")
     with pytest.raises(UserError, match="no such folder; name a folder that save_adapter wrote"):
         meftbench.load_adapter(a_model(), tmp_path / "absent")
+
+
+# --- the range of fixed-point streams ---
+
+
+def test_an_adapter_of_the_first_schema_computes_what_it_was_trained_to(tmp_path):
+    """Its settings mean the defaults of its time: the paper's coupling, the mean of the streams, three side bits."""
+    paper = {"adapter_size": 4, "step_bits": 16, "side_bits": 3, "coupling": "paper", "output": "mean"}
+    old = {**paper, "adapter_input": "stream"}
+    model = trained(applied_to(a_model("llama"), "meft2-exact", old))
+    meftbench.save_adapter(model, tmp_path)
+    change(tmp_path, schema=1)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["settings"] = {k: v for k, v in config["settings"].items() if k != "adapter_input"} | {"side_bits": None}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+
+    loaded = meftbench.load_adapter(a_model("llama"), tmp_path)
+
+    assert torch.equal(outputs(model), outputs(loaded))
+
+
+def test_an_adapter_without_its_range_is_one_line(folder):
+    """A calibrated method whose file has lost the range: which one, and what to do."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    name = next(name for name in tensors if name.endswith(".range"))
+    safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    del config["weights_sha256"]
+    (folder / CONFIG).write_text(json.dumps(config))
+
+    with pytest.raises(UserError, match="the range of its fixed-point streams") as raised:
+        meftbench.load_adapter(a_model(), folder)
+    assert "\n" not in str(raised.value)
