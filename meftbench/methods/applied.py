@@ -95,7 +95,7 @@ def note_before(model: nn.Module, method: str, settings: Settings) -> dict[str, 
     its frozen parameters, and whether it was checkpointed."""
     return {
         "method": method,
-        "settings": json.loads(json.dumps(settings.model_dump(by_alias=True), default=str)),
+        "settings": json.loads(json.dumps(settings.in_full(), default=str)),
         "levers": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "checkpointed": any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()),

@@ -6,9 +6,9 @@ To add a method, a backbone or a probe: write its file, and add one entry below 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.plan.published import MODELS as MODELS
@@ -106,12 +106,10 @@ class Meft(Bottleneck):
             raise ValueError(f"contradicts side_bits: {side_bits}, which is {2.0**-side_bits:g}; leave one of them out")
         return value
 
-    @model_validator(mode="after")
-    def _say_side_bits(self) -> Self:
-        # A record or a saved adapter says how many there were: the default may change, as it did.
-        if self.arithmetic == "exact" and self.side_bits is None and self.lambda_ is None and self.beta is None:
-            object.__setattr__(self, "side_bits", SIDE_BITS)
-        return self
+    def in_full(self) -> dict[str, Any]:
+        # A record or a saved adapter says how many bits there were: the default may change, as it did.
+        unsaid = self.side_bits is None and self.lambda_ is None and self.beta is None
+        return super().in_full() | ({"side_bits": SIDE_BITS} if unsaid and self.arithmetic == "exact" else {})
 
     def small_factor(self, published: float) -> float:
         """The factor near zero where none is named: the published one, or the power of two of `side_bits`."""

@@ -117,7 +117,7 @@ class Cell(BaseModel):
     def recorded(self) -> dict[str, Any]:
         """The `cell` of a record (MEASURING 3.2): all fields, and the method's settings in full."""
         full = self.model_dump(mode="json")
-        full["method_params"] = self.settings().model_dump(mode="json", by_alias=True)
+        full["method_params"] = self.settings().in_full()
         full["model_config"] = full.pop("model_config_overrides")
         return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
 

@@ -41,7 +41,7 @@ def restored(cell: Cell, kernel: str, device: torch.device) -> tuple[int | None,
     step = build_step(cell, device, padding=0.25 if kernel != "flash" else 0.0)  # flash takes no mask
     observers = []
     for stack in step.applied.stacks:
-        stack.observer, stack.strict = StreamErrors(len(stack.blocks)), True
+        stack.observer, stack.strict = StreamErrors(stack), True
         observers.append(stack.observer)
     try:
         with sdpa_kernel(KERNELS[kernel]):

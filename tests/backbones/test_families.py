@@ -154,7 +154,7 @@ def mismatched(applied, batch):
     """Elements of all streams of all stacks that the backward pass did not restore bit for bit."""
     observers = []
     for stack in applied.stacks:
-        stack.observer = StreamErrors(len(stack.blocks))
+        stack.observer = StreamErrors(stack)
         observers.append(stack.observer)
     gradients(applied.model, batch)
     assert all(len(stack.blocks) == len(o.relative) for stack, o in zip(applied.stacks, observers, strict=True))
