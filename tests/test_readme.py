@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 import shlex
@@ -114,3 +115,13 @@ def test_its_yaml_is_accepted(block, tmp_path):
 def test_ci_runs_its_test_command():
     """The line that .ci/run looks for stands in the README once."""
     assert 1 == len(re.findall(r"^pip install .*&& pytest$", README, re.MULTILINE))
+
+
+def test_the_start_is_that_of_the_committed_csv():
+    """The README's rows are the first three columns of reports/start/start.csv."""
+    block = README.split("<!-- start:")[1].split("<!-- end of start -->")[0]
+    with (ROOT / "reports" / "start" / "start.csv").open(encoding="utf-8") as file:
+        expected = [row[:3] for row in list(csv.reader(file))[1:]]
+
+    lines = [line for line in block.splitlines() if line.startswith("|")][2:]
+    assert expected == [[part.strip() for part in line.strip("|").split("|")] for line in lines]

