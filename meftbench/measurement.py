@@ -84,6 +84,8 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
             step.run()
         with CountedStep(step) as counted:
             outcome.metrics |= check_levers(step, cell)
+        if (widenings := step.applied.range_widenings) is not None:
+            outcome.metrics["range_widenings"] = Metric(widenings, "counted")
         # sdpa takes the fused operator it can, and falls to plain products (math) without a word.
         fused = ", ".join(sorted(counted.counter.attention_kernels)) or "math"
         requested = cell.attention_requested

@@ -54,6 +54,11 @@ class Applied:
         """The calibrated ranges of the model's fixed-point stacks, by the stack's name and `.range`."""
         return ranges_of(self.model)
 
+    @property
+    def range_widenings(self) -> int | None:
+        """Forward passes that left a calibrated range and were run again with a wider one; None: no such range."""
+        return sum(held.widenings for held in self.ranges.values()) if self.ranges else None
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -98,6 +98,9 @@ METRICS: dict[str, Kind] = {
     "loss_abs_diff": Kind("absolute", "lower", "|loss - loss under ordinary autograd|"),
     "zero_grad_tensors": Kind("count", "lower", "trained tensors whose true gradient is zero, such as biases of keys"),
     "overflow_events": Kind("count", "lower", "NaN or infinite values met in streams or gradients"),
+    "range_widenings": Kind(
+        "count", "lower", "forward passes that left the range of fixed-point streams and ran again"
+    ),
     "collapse": Kind("text", "neither", "what broke down in backward where recomputed activations are not exact"),
     "starting_point_shift": Kind(
         "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, untrained, adapters at zero"

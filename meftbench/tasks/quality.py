@@ -184,6 +184,8 @@ class QualityCell:
             "training_time_s": Metric(clock.seconds, "measured"),
             "training_tokens_per_s": Metric(clock.tokens / clock.seconds, "measured"),
         }
+        if (widenings := trainer.applied.range_widenings) is not None:
+            metrics["range_widenings"] = Metric(widenings, "counted")
         for name in self.encoded.evaluations:
             found = trainer.scored(name)
             if name == trainer.first:

@@ -57,6 +57,7 @@ def test_exact_reversal_of_the_same_model_has_no_collapse():
     found = measure_cell(a_deep_cell("meft3-exact"), Protocol(warmup=1, steps=2)).metrics
 
     assert "collapse" not in found
+    assert 0 == found["range_widenings"].value
     assert 0 == found["reconstruction_rel_max"].value
     assert found["gradient_rel_max"].value < 1e-3
 
