@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,15 +150,21 @@ class ChannelSteps:
     """
 
     def __init__(self, bits_D: Tensor) -> None:
-        self.bits_D = bits_D.to("cpu", torch.int16)
+        self._bits: list[int] = bits_D.tolist()
         self._powers: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def bits_D(self) -> Tensor:
+        """k (D,), int16."""
+        return torch.tensor(self._bits, dtype=torch.int16)
 
     def powers(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(2ᵏ, 2⁻ᵏ), each (D,), float32, on `device`."""
         if device not in self._powers:
-            bits_D = self.bits_D.to(device, torch.int32)
-            one_D = torch.ones(bits_D.shape, device=device)
-            self._powers[device] = torch.ldexp(one_D, bits_D), torch.ldexp(one_D, -bits_D)
+            # By numpy: constants of a model are no allocation of the step that happens to be the first.
+            both = (np.ldexp(np.float32(1), np.array(self._bits) * sign) for sign in (1, -1))
+            up, down = (torch.from_numpy(power.astype(np.float32)) for power in both)
+            self._powers[device] = up.to(device), down.to(device)
         return self._powers[device]
 
 

@@ -71,10 +71,6 @@ class CalibratedRange(nn.Module):
                 stacklevel=2,
             )
 
-    def assume(self, channels: int) -> None:
-        """Steps of 2⁻¹⁶ for a pass whose values are not computed (fake and meta tensors)."""
-        self.steps = ChannelSteps(torch.full((channels,), 16))
-
     def _fitted(self, largest_ND: Tensor, limit: float, first_layer: int) -> Tensor:
         largest_ND = largest_ND.to("cpu", torch.float64)
         finite_N = torch.isfinite(largest_ND).all(1)

@@ -193,9 +193,8 @@ class ReversibleStack(nn.Module):
         keep: a walk back will follow.
         """
         couplings = self.couplings
-        if self.range is not None and context.filled:
+        if self.range is not None and self.range.steps is not None and context.filled:
             # Run again, layers would fill their cache again. Nothing is undone here, so streams may have 64 bits.
-            assert self.range.steps is not None
             couplings = _with_arithmetic(couplings, FixedPoint(self.range.steps, wide=True))
         before = rng_state(h_BLD.device)
         while True:
@@ -213,8 +212,7 @@ class ReversibleStack(nn.Module):
     def _calibrate(self, h_BLD: Tensor, calls: list[Call]) -> None:
         assert self.range is not None
         if not computed(h_BLD):
-            self.range.assume(h_BLD.shape[-1])
-            return
+            return  # a step that is traced has no values; one step for all channels allocates as much
         context = Context.of(calls)
         if context.filled:
             context = Context.of(copy.deepcopy(calls))  # a cache is filled by the pass that was asked for, only

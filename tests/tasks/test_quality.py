@@ -69,7 +69,7 @@ def test_memory_time_and_score_in_one_outcome(tmp_path):
         observed[n] for n in ("train_rows", "evaluation_rows", "truncated_samples")
     )
     assert 32 == len(observed["data_digest"])
-    assert str(tmp_path / "mood") == observed["data"]
+    assert f"{tmp_path.name}/mood" == observed["data"]  # without the folders of this machine
 
 
 def test_the_memory_of_ordinary_autograd_is_its_own(tmp_path):
