@@ -66,7 +66,9 @@ def agree(cell, mask=True):
     ranges = [stack.range for stack in step.applied.stacks if stack.range is not None and stack.range.steps is not None]
     known = sum(2 * -(-4 * len(held.steps.bits_D) // 512) * 512 for held in ranges)
     assert {phase: peak - known for phase, peak in expected.phase_peaks.items()} == found.phase_peaks
-    assert expected.peak - known == found.peak
+    assert (expected.peak.total - known, expected.peak.phase) == (found.peak.total, found.peak.phase)
+    breakdown = {name: size for name, size in expected.peak.breakdown.items() if name not in ("other", "temporaries")}
+    assert breakdown.items() <= found.peak.breakdown.items() or known
     assert (expected.baseline - known, expected.saved, expected.host_peak) == (
         found.baseline,
         found.saved,
@@ -94,8 +96,8 @@ def streams_at(depths, method, **params):
 @pytest.mark.slow
 def test_exact_holds_a_third_of_lora_with_checkpointing():
     """Number 3 of the second issue, 12 / 24 / 48 layers: at most 45 / 35 / 26 % of it, with five tiles
-    already; 12 / 13 / 15 streams with 16. With three side bits; the fourth, which starts nearer to the pre-trained model,
-    is 1/32 of a stream a layer more."""
+    already; 12 / 13 / 15 streams with 16. That was with three side bits; the fourth, which starts nearer to the
+    pre-trained model, is 1/32 of a stream a layer more."""
     exact = streams_at((12, 24, 48), "meft1-exact", tiles=16)
     fewer = streams_at((12, 24, 48), "meft1-exact", tiles=5)
     checkpointed = streams_at((12, 24, 48), "lora+checkpoint")
