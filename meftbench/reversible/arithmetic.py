@@ -154,7 +154,7 @@ class ChannelSteps:
         self._powers: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
-    def bits_D(self) -> Tensor:
+    def bits_D(self) -> Tensor:  # noqa: N802  # the shape suffix of the tensors it stands for
         """k (D,), int16."""
         return torch.tensor(self._bits, dtype=torch.int16)
 
