@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meftbench.reversible import Block, Coupling, FixedPoint, Half, ReversibleStack, bits, fused
+from meftbench.reversible.arithmetic import ChannelSteps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -95,6 +96,14 @@ def test_values_may_be_of_any_precision_that_is_trained_in(dtype):
     """Each is widened to float32 before it is scaled; other steps than the usual one scale otherwise."""
     for step_bits in (12, 16, 20):
         assert_same(Coupling(FixedPoint(step_bits), 1 / 8, True), *a_tile(3, 12, dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("columns", [12, 37])
+def test_a_step_for_each_channel(columns):
+    """A vector of powers of two in place of one scale: the same integers, side bits and watch, and the way back."""
+    steps = ChannelSteps(torch.arange(columns) % 9 + 8)
+    assert_same(Coupling(FixedPoint(steps), 1 / 16, True), *a_tile(5, columns))
 
 
 @needs_kernels
