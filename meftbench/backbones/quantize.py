@@ -50,7 +50,21 @@ def _quantized(linear: nn.Linear, bitsandbytes: Any) -> nn.Module:
     )
     if linear.bias is not None:
         found.bias = nn.Parameter(linear.bias.data, requires_grad=False)
-    return found.train(linear.training)
+    found.train(linear.training)
+    keep_layout(found)
+    return found
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Forbid bitsandbytes to rearrange the 4-bit weights of `model` for inference; does nothing to other layers.
+
+    On a processor with AVX512-BF16 its first pass in evaluation mode rearranges them in place, for a kernel that has no
+    backward and does not work after it: the pass that calibrates a fixed-point range, or an evaluation between two
+    epochs, would end the training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meftbench.backbones.quantize import keep_layout
 from meftbench.errors import UserError, unknown
 from meftbench.methods.applied import NOTE, Applied, note_before
 from meftbench.plan.catalogue import LEVERS, METHODS
@@ -49,6 +50,7 @@ def prepare(
             raise unknown("apply_method", "lever", lever, LEVERS)
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
+    keep_layout(model)
     note = note_before(model, name, checked)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:

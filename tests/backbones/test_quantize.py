@@ -56,6 +56,33 @@ def test_exact_reversal_is_exact_on_them():
 
 
 @installed
+@pytest.mark.parametrize("method", ["lora", "meft1-exact"])
+def test_an_evaluation_before_a_step_leaves_the_weights_as_they_are(method):
+    """On processors with AVX512-BF16 bitsandbytes rearranges them for inference, and no step works after that.
+
+    The flag is set by hand, as a model that transformers loaded has it on such a processor.
+    """
+    model = a_quantized()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    applied = prepare(model, method, seed=1)
+    applied.model.to("cpu")
+    batch = a_batch_for(model)
+    before = [p.clone() for p in applied.model.parameters() if p.dtype == torch.uint8]
+
+    with torch.no_grad():
+        applied.model.eval()(**batch)
+    applied.model.train()
+    loss, found = gradients(applied.model, batch)
+
+    after = [p for p in applied.model.parameters() if p.dtype == torch.uint8]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert torch.isfinite(loss)
+    assert all(bool(g.isfinite().all()) for g in found.values())
+
+
+@installed
 def test_groups_of_heads_need_whole_weights():
     """Packed weights have no rows to take; auto takes one group."""
     with pytest.raises(UserError, match="head_groups: attention cannot be cut into groups here"):
