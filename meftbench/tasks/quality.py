@@ -187,7 +187,7 @@ class QualityCell:
         if (widenings := trainer.applied.range_widenings) is not None:
             metrics["range_widenings"] = Metric(widenings, "counted")
         for name in self.encoded.evaluations:
-            found = trainer.scored(name)
+            found = trainer.scored_best() if name == trainer.first else trainer.scored(name)
             if name == trainer.first:
                 metrics["validation_loss"] = Metric(found.loss, "measured")
                 metrics |= {score: _metric(value, found) for score, value in found.scores.items()}

@@ -107,6 +107,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         assert training is not None
         self.cell, self.applied, self.task, self.encoded, self.offset = cell, applied, task, encoded, offset
         self.first, *_ = encoded.evaluations
+        self._found: dict[int, Scored] = {}  # of validation, by the step after which it was scored
         steps = total_steps(cell, len(encoded.train))
         count = min(training.evaluations, steps)
         when = frozenset(round(steps * number / count) for number in range(1, count + 1))
@@ -173,13 +174,21 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss and scores of validation, as Trainer names them; a score that is undefined is not in the log."""
-        found = self.scored(self.first)
+        found = self._found[self.state.global_step] = self.scored(self.first)
         named = {"loss": found.loss, "score": found.score, **found.scores}
         metrics = {f"eval_{name}": value for name, value in named.items() if value is not None}
         self.log(dict(metrics))
         metrics.setdefault("eval_score", -1.0)  # for the choice of the checkpoint: the worst there is
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def scored_best(self) -> Scored:
+        """Validation by the weights that training left in the model: those of the best checkpoint, scored there.
+
+        A training that was resumed after its best checkpoint scores it again.
+        """
+        found = self._found.get(int(self.state.best_global_step or self.state.global_step))
+        return self.scored(self.first) if found is None else found
 
     def scored(self, name: str) -> Scored:
         """The loss and the task's scores of an evaluation, by the weights as they are."""
