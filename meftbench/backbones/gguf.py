@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
+from meftbench.backbones.gguf_header import check_config, check_weights, completed, read_header
 from meftbench.errors import UserError
 from meftbench.plan.gguf_files import cache_folder, check_gguf
 
@@ -25,7 +27,8 @@ def dequantized(name: str, file: Path) -> Path:
     It is made at the first call and kept in the cache (plan/gguf_files.py); where that cannot be written, in a
     temporary folder of this process, with a warning.  name: what the user calls the model, for errors.
 
-    Raises UserError: no GGUF file, a damaged one, or an architecture that transformers cannot read from it.
+    Raises UserError: no GGUF file, a damaged one, an architecture that transformers cannot read from it, or a model of
+    which it would not read everything.
     """
     check_gguf(name, file)
     if file in _TEMPORARY:
@@ -47,7 +50,8 @@ def dequantized(name: str, file: Path) -> Path:
 
 
 def _make(name: str, file: Path, folder: Path) -> None:
-    """The folder, whole or not at all."""
+    """The folder, whole or not at all; one without a configuration is what is left of a damaged one."""
+    shutil.rmtree(folder, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _write(name, file, beside)
@@ -57,27 +61,50 @@ def _make(name: str, file: Path, folder: Path) -> None:
 
 
 def _write(name: str, file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # gguf and transformers raise what the damaged place happens to cause
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = f"{str(file)!r} cannot be read as a model ({reason})"
-        raise UserError(
-            name, what, "check that the file is whole and of an architecture that transformers knows"
-        ) from None
-    config = read.config
+    model, tokenizer = _read(name, file)
+    config: Any = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers refuses to save what it takes for quantized
     config.name_or_path = file.name
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict(), assign=True)
+    plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # what the disk says, in its own words
+        raise OSError(str(error)) from None
+
+
+def _read(name: str, file: Path) -> tuple[Any, Any]:
+    """Model and tokenizer, held against what the file says. Raises UserError."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        header = read_header(file)
+        config = completed(AutoConfig.from_pretrained(**source), header)
+        check_config(name, header, config)
+        whole: Any = getattr(transformers, "GgufConfig", None)  # newer versions may leave weights packed
+        if whole is not None:
+            source["quantization_config"] = whole(dequantize=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        source.pop("quantization_config", None)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except UserError:
+        raise
+    except Exception as error:  # gguf and transformers raise what the damaged place happens to cause
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"{str(file)!r} cannot be read as a model ({reason})"
+        cure = "check that the file is whole and of an architecture that transformers knows"
+        raise UserError(name, what, cure) from None
+    check_weights(name, header, model, set(loading["missing_keys"]))
+    return model, tokenizer

@@ -16,6 +16,7 @@ from meftbench.plan.published import MODELS
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
+SCHEMA = 2  # of what is kept; 2: nothing of the file is left out
 _SAMPLE = 2**20  # bytes at each end of a file that are part of its digest
 
 
@@ -57,10 +58,13 @@ def check_gguf(where: str, file: Path) -> None:
 def cache_folder(file: Path) -> Path:
     """Where the dequantized weights of `file` are kept: below MEFTBENCH_CACHE, XDG_CACHE_HOME or ~/.cache.
 
-    A file that was changed has another folder: its name holds a digest of size, time of change and both ends.
+    A file that was changed has another folder, as have other versions of what reads it: its name holds a digest of size,
+    time of change and both ends, and of those versions.
     """
     status = file.stat()
-    digest = hashlib.blake2b(f"{status.st_size} {status.st_mtime_ns}".encode(), digest_size=8)
+    readers = [metadata.version(name) if find_spec(name) else "" for name in ("transformers", "gguf")]
+    known = [SCHEMA, status.st_size, status.st_mtime_ns, *readers]
+    digest = hashlib.blake2b(" ".join(map(str, known)).encode(), digest_size=8)
     with file.open("rb") as stream:
         digest.update(stream.read(_SAMPLE))
         stream.seek(max(0, status.st_size - _SAMPLE))

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from meftbench.backbones import gguf as loading
 from meftbench.backbones.build import build_model, tokenizer_of
@@ -30,6 +31,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -56,8 +59,11 @@ def interleaved(weight, heads):
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def written(file, model, architecture="llama"):
-    """`model` as a GGUF file of float32 tensors with a tokenizer of WORDS tokens."""
+def written(file, model, architecture="llama", said=None, more=None, without=()):
+    """`model` as a GGUF file of float32 tensors with a tokenizer of WORDS tokens.
+
+    said: more header keys, by name without the architecture. more: more tensors. without: those left out.
+    """
     writer = writing.GGUFWriter(str(file), architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
@@ -74,14 +80,21 @@ def written(file, model, architecture="llama"):
     writer.add_token_merges(["w 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    for key, value in (said or {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(f"{architecture}.{key}", value)
+    for name, tensor in (more or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     for name, tensor in model.state_dict().items():
-        if "q_proj" in name or "k_proj" in name:
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             tensor = interleaved(tensor, HEADS if "q_proj" in name else KEY_HEADS)
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
             name = f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
         else:
             name = NAMES[name]
+        if name in without:
+            continue
         writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -191,6 +204,100 @@ def test_without_the_package_that_reads_it(file, monkeypatch):
 
     with pytest.raises(UserError, match=r"pip install 'meftbench\[gguf\]'"):
         check_model("suite.yaml", str(file), {})
+
+
+ROTARY = {"rope_freqs.weight": torch.ones(HIDDEN // HEADS // 2)}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"more": ROTARY}, r"its rotary embedding is scaled \(rope_freqs.weight\)"),
+        ({"said": {"rope.scaling.type": "linear"}}, "header has llama.rope.scaling.type = linear, which is not read"),
+        ({"said": {"rope.scaling.factor": 4.0}}, "header has llama.rope.scaling.factor = 4.0"),
+        ({"said": {"rope.dimension_count": 4}}, "cannot be read as a model|llama.rope.dimension_count = 4"),
+        ({"said": {"attention.key_length": 16}}, "cannot be read as a model|llama.attention.key_length = 16"),
+        (
+            {"said": {"attention.sliding_window": 8}},
+            "llama.attention.sliding_window = 8, of which llama models have no",
+        ),
+        ({"said": {"logit_scale": 0.25}}, "llama.logit_scale = 0.25, which is not read"),
+        ({"said": {"residual_scale": 0.25}}, "llama.residual_scale = 0.25, which is not read"),
+        ({"more": {"blk.0.attn_q.bias": torch.zeros(HIDDEN)}}, "tensors have .* elements, the model made of them"),
+        ({"more": {"blk.1.ffn_down.bias": torch.zeros(HIDDEN)}}, "some, such as biases, are not read"),
+        ({"without": ("blk.1.ffn_up.weight",)}, "1 weights are not in the file, model.layers.1.mlp.up_proj.weight"),
+        ({"without": ("output_norm.weight", "blk.0.attn_q.weight")}, "2 weights are not in the file"),
+    ],
+)
+def test_what_would_be_left_out_is_refused(given, expected, tmp_path, cache):
+    """transformers reads on without a word, with random weights where there are none; nothing of it is kept."""
+    file = written(tmp_path / "more.gguf", a_llama(), **given)
+
+    with pytest.raises(UserError, match=expected) as raised:
+        build_model(str(file))
+    assert "\n" not in str(raised.value)
+    assert not [folder for folder in (cache / "gguf").iterdir() if folder.is_dir()]
+
+
+def test_a_tied_head_is_not_missed(tmp_path):
+    """A file without an output tensor has a head that is the embedding."""
+    model = a_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    file = written(tmp_path / "tied.gguf", model, without=("output.weight",))
+    ids = torch.arange(3, 23)[None]
+
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, build_model(str(file)).eval()(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 16, 128])
+def test_the_size_of_a_head_that_is_in_the_header_alone(size, tmp_path):
+    """Qwen3's heads are not hidden size over heads, and transformers takes 128 whatever the file says."""
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=2,
+                         num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, max_position_embeddings=64,
+                         head_dim=size, tie_word_embeddings=False, rope_theta=10_000.0)  # fmt: skip
+    model, ids = Qwen3ForCausalLM(config).eval(), torch.arange(3, 23)[None]
+    said = {"attention.key_length": size, "attention.value_length": size}
+    file = written(tmp_path / "qwen3.gguf", model, "qwen3", said)
+
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, build_model(str(file)).eval()(ids).logits, atol=1e-5)
+
+
+def test_what_is_left_of_a_damaged_cache_is_made_again(file):
+    """A folder without its configuration, in the place of the one that is to be made."""
+    folder = cache_folder(file)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"half of it")
+
+    assert HIDDEN == build_model(str(file)).config.hidden_size
+    assert (folder / "config.json").is_file()
+
+
+def test_a_full_disk(file, monkeypatch):
+    """What safetensors raises there is taken for what it is: a warning, and the model from a temporary folder."""
+    save, tried = LlamaForCausalLM.save_pretrained, []
+
+    def full_at_first(self, *given, **named):
+        tried.append(given)
+        if len(tried) == 1:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        return save(self, *given, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full_at_first)
+
+    with pytest.warns(UserWarning, match=r"No space left.*the weights of tiny.gguf are not kept"):
+        assert HIDDEN == build_model(str(file)).config.hidden_size
+
+
+def test_the_special_tokens_of_random_weights_are_those_of_the_real_ones():
+    """A classifier pools at the last token that is not padding."""
+    config = known_config("smollm2@random", {})
+
+    assert (1, 2, 2, 1e-5) == tuple(config[f"{name}_token_id"] for name in ("bos", "eos", "pad")) + (
+        config["rms_norm_eps"],
+    )
 
 
 REAL = gguf_file_of("smollm2")

@@ -1,0 +1,150 @@
+"""What a GGUF file says of its model, held against what transformers made of it.
+
+transformers reads the header keys that it knows and leaves out others without a word, a scaled rotary embedding among
+them: the model then computes something else than the file's. What is not known here to be read is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from meftbench.errors import UserError
+
+# Header keys (below the architecture's name) and the fields of a configuration, one of which must hold their value.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "context_length": ("max_position_embeddings", "n_positions"),
+    "block_count": ("num_hidden_layers",),
+    "embedding_length": ("hidden_size",),
+    "feed_forward_length": ("intermediate_size", "n_inner"),
+    "vocab_size": ("vocab_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
+    "attention.key_length": ("head_dim", "own_head_size"),
+    "attention.value_length": ("head_dim", "own_head_size"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "rope.dimension_count": ("rotary_dim", "own_rotary_size"),
+    "rope.freq_base": ("rope_theta",),
+    "expert_count": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+}
+# Keys that change nothing, with the values at which they do not; None: at any.
+HARMLESS: dict[str, tuple[Any, ...] | None] = {
+    "rope.scaling.type": ("none",),
+    "attention.causal": (True,),
+    "tensor_data_layout": None,
+    "pooling_type": None,
+}
+ROPE_TENSORS = ("rope_freqs", "rope_factors")  # divisors of the rotary frequencies, for longer contexts
+CURE = "name the model's folder or its name on the hub instead"
+
+
+@dataclass(frozen=True)
+class Header:
+    """values: by header key without the architecture, of those that begin with it. sizes: elements by tensor name."""
+
+    architecture: str
+    values: dict[str, Any]
+    sizes: dict[str, int]
+
+
+def read_header(file: Path) -> Header:
+    """The header of a GGUF file; its weights are not read. Raises what the package gguf raises on a damaged file."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(str(file))
+    architecture = str(reader.fields["general.architecture"].contents())
+    begin = f"{architecture}."
+    values = {
+        name.removeprefix(begin): field.contents() for name, field in reader.fields.items() if name.startswith(begin)
+    }
+    return Header(architecture, values, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors})
+
+
+def completed(config: Any, header: Header) -> Any:
+    """`config`, with what the header says and transformers leaves at a default of its own; in place.
+
+    The size of a head (Qwen3), no sliding window (Mistral), and the scale of Gemma's scores, which no header has:
+    the head's size, but for the two models of 27 billion parameters hidden size over heads.
+    """
+    values = header.values
+    if "attention.key_length" in values and hasattr(config, "head_dim"):
+        config.head_dim = int(values["attention.key_length"])
+    gemma = config.model_type.startswith("gemma")
+    if "attention.sliding_window" not in values and not gemma and getattr(config, "sliding_window", None):
+        config.sliding_window = None
+    if hasattr(config, "query_pre_attn_scalar"):
+        largest = (config.model_type[:6], config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
+        own = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = own if largest else config.head_dim
+    return config
+
+
+def check_config(name: str, header: Header, config: Any) -> None:
+    """Raises UserError: the header says something of the computation that is not in the configuration."""
+    for tensor in header.sizes:
+        if tensor.startswith(ROPE_TENSORS):
+            what = f"its rotary embedding is scaled ({tensor}), which transformers does not read from GGUF files"
+            raise UserError(name, what, CURE)
+    for key, value in header.values.items():
+        if key in HARMLESS:
+            allowed = HARMLESS[key]
+            if allowed is None or value in allowed:
+                continue
+        if key not in FIELDS:
+            what = f"its header has {header.architecture}.{key} = {_short(value)}, which is not read from GGUF files"
+            raise UserError(name, what, CURE)
+        held = [found for field in FIELDS[key] if (found := _field(config, field)) is not None]
+        if not any(_same(value, found) for found in held):
+            read = f"read as {_short(held[0])}" if held else f"of which {config.model_type} models have no setting"
+            raise UserError(name, f"its header has {header.architecture}.{key} = {_short(value)}, {read}", CURE)
+
+
+def check_weights(name: str, header: Header, model: nn.Module, missing: set[str]) -> None:
+    """Raises UserError: a weight of the model is not in the file, or one of the file's not in the model.
+
+    missing: the names that transformers did not find.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if absent := sorted(missing - tied):
+        what = f"{len(absent)} weights are not in the file, {absent[0]} among them"
+        raise UserError(name, what, "convert the model again, or " + CURE)
+    of_file = sum(header.sizes.values())
+    of_model = sum(parameter.numel() for parameter in model.parameters())  # a tied weight is one
+    if of_file != of_model:
+        what = (
+            f"the file's {len(header.sizes)} tensors have {of_file:,} elements, the model made of them {of_model:,}: "
+            "some, such as biases, are not read from GGUF files"
+        )
+        raise UserError(name, what, CURE)
+
+
+def _field(config: Any, name: str) -> Any:
+    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if name == "own_head_size":
+        return own
+    rope = getattr(config, "rope_parameters", None) or {}
+    if name == "own_rotary_size":
+        share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+        return int(own * share)
+    if name == "rope_theta":
+        return rope.get(name, getattr(config, name, None))
+    return getattr(config, name, None)
+
+
+def _same(said: Any, held: Any) -> bool:
+    if isinstance(said, float) and isinstance(held, int | float):
+        return abs(said - held) <= 1e-6 * abs(said)  # the header holds float32
+    return bool(said == held)
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) <= 40 else f"{text[:37]}..."
