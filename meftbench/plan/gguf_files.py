@@ -58,8 +58,8 @@ def check_gguf(where: str, file: Path) -> None:
 def cache_folder(file: Path) -> Path:
     """Where the dequantized weights of `file` are kept: below MEFTBENCH_CACHE, XDG_CACHE_HOME or ~/.cache.
 
-    A file that was changed has another folder, as have other versions of what reads it: its name holds a digest of size,
-    time of change and both ends, and of those versions.
+    A file that was changed has another folder, as have other versions of what reads it: its name holds a digest of
+    size, time of change and both ends, and of those versions.
     """
     status = file.stat()
     readers = [metadata.version(name) if find_spec(name) else "" for name in ("transformers", "gguf")]
