@@ -201,8 +201,8 @@ def test_decoders_in_miniature(tmp_path, capsys, monkeypatch):
         assert "there is no CUDA device" in capsys.readouterr().err
 
 
-def test_prediction_in_miniature(tmp_path, capsys):
-    """A run that was measured elsewhere: twice what is predicted is over the limits, the very number is within."""
+def measured_like_predictions(folder, factor):
+    """A run folder of two cells whose measured peaks are `factor` times what is predicted of a T4."""
     from dataclasses import replace
 
     from builders import a_run, measured
@@ -212,25 +212,31 @@ def test_prediction_in_miniature(tmp_path, capsys):
 
     tiny = {"model": "bert-tiny@random", "batch_size": 2, "sequence_length": 16, "device": "predicted:t4"}
     cells = [Cell.of(method, **tiny) for method in ("lora", "meft1")]
-    run = run_suite(a_suite(*cells, passes=("memory",), warmup=1, steps=1), tmp_path / "predicted")
-    device = {"gpus": {"devices": [{"name": "Tesla T4"}]}}
+    protocol = {"passes": ("memory",), "warmup": 1, "steps": 1}
+    run = run_suite(a_suite(*cells, **protocol), folder / "predicted", resume=True)
+    records = [
+        replace(
+            record,
+            cell=record.cell | {"device": "cuda"},
+            metrics={
+                name: measured(factor * record.metrics[name].value)
+                for name in ("peak_allocated_bytes", "peak_reserved_bytes")
+            },
+        )
+        for record in run.records
+    ]
+    a_run(folder / f"measured{factor}", *records, environment={"gpus": {"devices": [{"name": "Tesla T4"}]}})
+    return folder / f"measured{factor}"
+
+
+def test_prediction_in_miniature(tmp_path, capsys):
+    """A run that was measured elsewhere: twice what is predicted is over the limits, the very number is within."""
     campaign = main_of("prediction")
     for factor, code in ((1, 0), (2, 1)):
-        records = [
-            replace(
-                record,
-                cell=record.cell | {"device": "cuda"},
-                metrics={
-                    name: measured(factor * record.metrics[name].value)
-                    for name in ("peak_allocated_bytes", "peak_reserved_bytes")
-                },
-            )
-            for record in run.records
-        ]
-        a_run(tmp_path / f"measured{factor}", *records, environment=device)
+        run = measured_like_predictions(tmp_path, factor)
         out = tmp_path / f"out{factor}"
 
-        assert code == campaign([str(out), "--measured", str(tmp_path / f"measured{factor}")])
+        assert code == campaign([str(out), "--measured", str(run)])
 
         table = pd.read_csv(out / "errors.csv")
         assert [1 / factor - 1] * 4 == pytest.approx(list(table.error))
@@ -302,3 +308,83 @@ def test_the_quality_campaign_without_a_gpu_says_so(tmp_path, capsys):
 
     assert 4 == main_of("quality")([str(tmp_path / "out"), "--device", "cuda"])
     assert 1 == len(capsys.readouterr().err.splitlines())
+
+
+@pytest.fixture
+def gpu_sample(monkeypatch):
+    """The script with one shape, two methods, one precision, two layers."""
+    monkeypatch.syspath_prepend(str(CAMPAIGNS))
+    script = runpy.run_path(str(CAMPAIGNS / "gpu_sample.py"))
+    names = script["main"].__globals__
+    for model in ("SMALL_BERT", "SMALL_LLAMA"):
+        name, config = script[model]
+        monkeypatch.setitem(names, model, (name, config | {"num_hidden_layers": 2}))
+    monkeypatch.setitem(names, "SHAPES", {"cpu": ((names["SMALL_LLAMA"], "fp32", 2, 16),)})
+    monkeypatch.setitem(names, "METHODS", (("lora+checkpoint", {}), ("meft3-exact", {"tiles": 2})))
+    monkeypatch.setattr(names["reversal"], "PRECISIONS", ("bf16",))
+    return script["main"]
+
+
+def test_the_gpu_sample_in_miniature(tmp_path, capsys, gpu_sample):
+    """Every section that a CPU can fill, and a summary that is what is printed."""
+    assert 0 == gpu_sample([str(tmp_path), "--device", "cpu", "--seconds", "300"])
+
+    exactness = pd.read_csv(tmp_path / "exactness.csv")
+    assert 2 * 3 * 2 == len(exactness)  # kernels, tiles, models
+    assert (exactness.elements > 0).all()
+    assert (exactness.differing == 0).all()
+    speed = pd.read_csv(tmp_path / "speed.csv").set_index("method")
+    assert 1 == speed.ratio_to_lora_checkpoint["lora+checkpoint"]
+    assert (speed.lowest <= speed.highest).all()
+    memory = pd.read_csv(tmp_path / "memory.csv")
+    assert (memory.activation_peak_bytes == memory.counted_activation_peak_bytes).all()  # here both are counts
+    assert "0 of them other than bit for bit" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "summary.md").read_text().strip() == capsys.readouterr().out.strip()
+
+
+def test_the_gpu_sample_without_time_says_what_it_left_out(tmp_path, gpu_sample):
+    """No row, and no error."""
+    assert 0 == gpu_sample([str(tmp_path), "--device", "cpu", "--seconds", "-1"])
+
+    assert "No time was left for 12 pieces" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_gpu_sample_goes_on_after_a_piece_that_fails(tmp_path, gpu_sample, monkeypatch):
+    """A row with what went wrong, the other rows as they are, exit code 1."""
+    names = gpu_sample.__globals__
+    restored = names["restored"]
+
+    def once_broken(device, model, method, *rest):
+        if method == "meft1-exact" and rest[-1] == 16:
+            raise RuntimeError("an illegal memory access was encountered")
+        return restored(device, model, method, *rest)
+
+    monkeypatch.setitem(names, "restored", once_broken)
+
+    assert 1 == gpu_sample([str(tmp_path), "--device", "cpu", "--seconds", "300", "--sections", "exactness"])
+
+    found = pd.read_csv(tmp_path / "exactness.csv")
+    broken = found[found.note.notna()]
+    assert {"RuntimeError: an illegal memory access was encountered"} == set(broken.note)
+    assert (2, 10) == (len(broken), int((found.elements > 0).sum()))
+    assert "2 pieces failed" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_gpu_sample_predicts_what_was_measured(tmp_path, gpu_sample):
+    """Of a run measured elsewhere, as `memory` leaves one on a GPU."""
+    run = measured_like_predictions(tmp_path, 1)
+    options = ["--device", "cpu", "--seconds", "60", "--sections", "prediction", "--measured", str(run)]
+
+    assert 0 == gpu_sample([str(tmp_path / "out"), *options])
+
+    assert [0.0] * 4 == pytest.approx(list(pd.read_csv(tmp_path / "out" / "prediction.csv").error))
+
+
+def test_the_gpu_sample_without_a_gpu_says_so(tmp_path, capsys, gpu_sample, monkeypatch):
+    """Exit code 4 and one line, nothing written."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    assert 4 == gpu_sample([str(tmp_path / "out")])
+
+    assert not (tmp_path / "out").exists()
+    assert 1 == len(capsys.readouterr().err.strip().splitlines())
