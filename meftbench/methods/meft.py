@@ -275,7 +275,8 @@ def _head_groups(heads: int, asked: int | Literal["auto"]) -> int:
 def _couplings(settings: Meft, variant: Variant) -> tuple[Coupling, Coupling]:
     arithmetic: Arithmetic = Float()
     if settings.arithmetic == "exact":
-        arithmetic = FixedPoint() if settings.step_bits == "auto" else FixedPoint(settings.step_bits)
+        steps = {} if settings.step_bits == "auto" else {"step_bits": settings.step_bits}
+        arithmetic = FixedPoint(**steps, wide=settings.stream_bits == 64)
     couplings = []
     for published, small, said in zip(variant.factors, variant.small, (settings.lambda_, settings.beta), strict=True):
         factor = (settings.small_factor(published) if small else published) if said is None else said

@@ -65,6 +65,9 @@ class Meft(Bottleneck):
         are 2^-side_bits, and that many bits an element are put aside in every block.
     step_bits: the fixed-point step is 2^-step_bits; `auto`: one a channel, from what the model holds in the first
         batch, and widened where a later one needs more.
+    stream_bits: of the integers that hold the streams. 32, as many as a float32; or 64, so that the fixed point adds no
+        error of its own to float32 even where a language model holds values of very different size: two streams, so
+        8 bytes more for each element of a hidden state, whatever the depth, and no fused kernels.
     coupling, output: how the two streams are coupled, and which one is the result (DESIGN 3.2).
     adapter_input: what the adapter that is a half by itself reads (G of MEFT1, F of MEFT2): the stream, as published,
         or the stream normed as the layer's attention reads it. In post-norm models the two are the same.
@@ -75,6 +78,7 @@ class Meft(Bottleneck):
     arithmetic: Literal["float", "exact"] = "float"
     side_bits: int | None = Field(default=None, ge=1, le=8)  # None: 4 where exact
     step_bits: StepBits = "auto"
+    stream_bits: Literal[32, 64] = 32
     lambda_: float | None = Field(default=None, gt=0, alias="lambda")  # None: the variant's value, 0.1 or 1
     beta: float | None = Field(default=None, gt=0)
     coupling: Literal["paper", "centred"] = "paper"
@@ -92,6 +96,13 @@ class Meft(Bottleneck):
     def _needs_exact(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and info.data.get("arithmetic") == "float":
             raise ValueError("needs arithmetic: exact")
+        return value
+
+    @field_validator("stream_bits")
+    @classmethod
+    def _wide_needs_exact(cls, value: int, info: ValidationInfo) -> int:
+        if value == 64 and info.data.get("arithmetic") == "float":
+            raise ValueError("64 needs arithmetic: exact")
         return value
 
     @field_validator("lambda_", "beta")

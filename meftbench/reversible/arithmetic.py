@@ -5,7 +5,7 @@ below, so another way to hold numbers is another class here and nothing else. Op
 in place on a tile (T, D) of a stream: T tokens, wherever they stand.
 
     Float          floating point, as published: dividing by a factor amplifies rounding errors
-    FixedPoint     int32 integers: reversal is exact (DESIGN 3.3)
+    FixedPoint     integers of 32 or 64 bits: reversal is exact (DESIGN 3.3)
     StraightThrough   FixedPoint's values in float64, differentiable: for ordinary autograd through the same equations
 """
 
@@ -174,7 +174,8 @@ class FixedPoint:
 
     step_bits: k, one for all channels or one a channel: a channel of a language model may hold values thousands of
         times those of another (DESIGN 3.3). Integers, shifts and side bits do not see it.
-    wide: int64 instead of int32: the same numbers, without an end of the range; for passes that nothing undoes.
+    wide: int64 instead of int32. They hold 2⁵², so many as float64 tells apart; steps may then be so fine that nothing
+        is lost of a float32.
     lift, add: a floating-point value is rounded to the step; the gradient passes straight through.
     shrink by 2⁻ᵐ, m = 0 .. 8: x >> m (the floor); its m low bits are put aside, packed (bits.py).
     Every operation is one on integers that recomputation reproduces, so the inverse is exact at any depth.
@@ -188,11 +189,11 @@ class FixedPoint:
 
     @property
     def limit(self) -> float:
-        return 2.0**62 if self.wide else 2.0**31
+        return 2.0**52 if self.wide else 2.0**31
 
     @property
     def ordinary(self) -> Ordinary:
-        return StraightThrough(self.step_bits)
+        return StraightThrough(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -257,11 +258,7 @@ class StraightThrough:
     """FixedPoint's numbers as multiples of the step in float64, which holds them all: the same values, reached by
     other operations, for ordinary autograd. Rounding passes gradients on as they are."""
 
-    step_bits: int | ChannelSteps = 16
-
-    @property
-    def fixed(self) -> FixedPoint:
-        return FixedPoint(self.step_bits)
+    fixed: FixedPoint
 
     def lifted(self, h_BLD: Tensor) -> Tensor:
         return self._rounded(h_BLD)

@@ -23,7 +23,8 @@ from meftbench.reversible.watch import StreamError
 
 # Room above the largest value met, in bits. The fixed-point error at that value is then below float32's by 2⁻³.
 HEADROOM = 2
-# The finest step is 2⁻³⁰; the coarsest still holds the largest float32 in an int32.
+# The finest step in 32 bits is 2⁻³⁰, in 64 as many bits as there are; the coarsest still holds the largest float32 in
+# an int32.
 FINEST, COARSEST = 30, -100
 # A channel that is silent in one batch need not be in the next: it gets room for this share of the median channel.
 SILENT = 1 / 16
@@ -82,9 +83,11 @@ class CalibratedRange(nn.Module):
         largest_D = largest_ND.amax(0)
         largest_D = largest_D.clamp(min=float(largest_D.median()) * SILENT)
         # frexp: value = mantissa · 2ᵉ with 1/2 <= mantissa < 1, so that every value is below 2ᵉ.
-        bits_D = int(math.log2(limit)) - HEADROOM - torch.frexp(largest_D).exponent
-        bits_D = torch.where(largest_D == 0, FINEST, bits_D)
-        return bits_D.clamp(COARSEST, FINEST).to(torch.int16)
+        room = int(math.log2(limit))
+        finest = FINEST if room < 32 else room
+        bits_D = room - HEADROOM - torch.frexp(largest_D).exponent
+        bits_D = torch.where(largest_D == 0, finest, bits_D)
+        return bits_D.clamp(COARSEST, finest).to(torch.int16)
 
     def get_extra_state(self) -> Tensor:
         return torch.empty(0, dtype=torch.int16) if self.steps is None else self.steps.bits_D.clone()

@@ -72,7 +72,7 @@ class ReversibleStack(nn.Module):
     where layers are called with different ones, a `Relay` stands in the place of each block but the last.
 
     How the streams are held between blocks is the couplings' arithmetic (arithmetic.py): `Float` in h's dtype, as
-    published, or `FixedPoint` as int32, whose reversal is exact in every precision that the halves compute in.
+    published, or `FixedPoint` as integers, whose reversal is exact in every precision that the halves compute in.
 
     calibrated: the fixed-point steps are taken from the model: one a channel, from what the first forward pass holds
         (calibration.py). A later pass that leaves the range is run again with a wider one, from the same random
@@ -139,7 +139,13 @@ class ReversibleStack(nn.Module):
         """The couplings, their arithmetic with the steps that hold now."""
         if self.range is None or self.range.steps is None:
             return self._couplings
-        return _with_arithmetic(self._couplings, FixedPoint(self.range.steps))
+        return _with_arithmetic(self._couplings, replace(self._fixed, step_bits=self.range.steps))
+
+    @property
+    def _fixed(self) -> FixedPoint:
+        arithmetic = self._couplings[0].arithmetic
+        assert isinstance(arithmetic, FixedPoint)
+        return arithmetic
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -195,7 +201,7 @@ class ReversibleStack(nn.Module):
         couplings = self.couplings
         if self.range is not None and self.range.steps is not None and context.filled:
             # Run again, layers would fill their cache again. Nothing is undone here, so streams may have 64 bits.
-            couplings = _with_arithmetic(couplings, FixedPoint(self.range.steps, wide=True))
+            couplings = _with_arithmetic(couplings, replace(self._fixed, step_bits=self.range.steps, wide=True))
         before = rng_state(h_BLD.device)
         while True:
             notes = Notes.of(self, h_BLD, context, couplings, self.observer, self.strict and keep)

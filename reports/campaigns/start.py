@@ -38,8 +38,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"**meft{n}-exact**": (f"meft{n}-exact", {}) for n in (1, 2, 3)},
 }
 FACTORS = {"meft1": ("lambda",), "meft2": ("beta",), "meft3": ("lambda", "beta")}
-HEAD = ("method", "smollm2_loss", "minilm_shift", "smollm2_error", "smollm2_error_of_floats", "minilm_error",
-        "minilm_error_of_floats")  # fmt: skip
+HEAD = ("method", "smollm2_loss", "minilm_shift", "smollm2_error", "smollm2_error_of_64_bits",
+        "smollm2_error_of_floats", "minilm_error", "minilm_error_of_64_bits", "minilm_error_of_floats")  # fmt: skip
 
 
 def inputs(name: str) -> dict[str, Tensor]:
@@ -73,8 +73,8 @@ def shift(method: str, settings: dict[str, Any]) -> float:
     return starting_point_shift(hidden(applied.model.eval(), "minilm"), hidden(a_model("minilm"), "minilm"))
 
 
-def errors(name: str, method: str) -> tuple[float, float]:
-    """Of the fixed point, and of float32: relative error of the last hidden state against float64."""
+def errors(name: str, method: str) -> tuple[float, ...]:
+    """Of the fixed point, in 64 bits, and of float32: relative error of the last hidden state against float64."""
     published = method.removesuffix("-exact")
     same = {"coupling": "centred", "output": "last", "adapter_input": "normed"}
     same |= dict.fromkeys(FACTORS[published], 1 / 16)
@@ -82,19 +82,22 @@ def errors(name: str, method: str) -> tuple[float, float]:
         hidden(prepare(a_model(name, dtype), published, same, seed=0).model, name).double()
         for dtype in (torch.float64, torch.float32)
     )
-    fixed = hidden(prepare(a_model(name), method, {}, seed=0).model, name).double()
-    return tuple(float((h - true).norm() / true.norm()) for h in (fixed, floats))  # type: ignore[return-value]
+    fixed, wide = (
+        hidden(prepare(a_model(name), method, {"stream_bits": stream_bits}, seed=0).model, name).double()
+        for stream_bits in (32, 64)
+    )
+    return tuple(float((h - true).norm() / true.norm()) for h in (fixed, wide, floats))
 
 
 def rows() -> list[tuple[str, ...]]:
-    found: list[tuple[str, ...]] = [("pre-trained", f"{loss(a_model('smollm2')):.3f}", "0", "", "", "", "")]
+    found: list[tuple[str, ...]] = [("pre-trained", f"{loss(a_model('smollm2')):.3f}", "0", *[""] * 6)]
     for label, (method, settings) in METHODS.items():
         start = f"{loss(prepare(a_model('smollm2'), method, settings, seed=0).model.eval()):.3f}"
         moved = "0" if method in ("lora", "parallel") else f"{shift(method, settings):.3f}"
         of = (
             [f"{e:.1e}" for name in ("smollm2", "minilm") for e in errors(name, method)]
             if not settings and "exact" in method
-            else [""] * 4
+            else [""] * 6
         )
         found.append((label, start, moved, *of))
         print(*found[-1], file=sys.stderr)
@@ -119,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"Before any training, real weights, fp32, {TOKENS} tokens of English, measured on CPU. Errors are relative, "
     )
     said += (
-        "of the last hidden state, against the same equations in float64; of_floats: of float32 without fixed point."
+        "of the last hidden state, against the same equations in float64; of_64_bits: with stream_bits: 64; of_floats: "
+        "of float32 without fixed point."
     )
     (options.out / "table.md").write_text(f"{said}\n\n{markdown_table(HEAD, found)}\n", encoding="utf-8")
     return 0

@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meftbench.errors import UserError
+from meftbench.measurement import measure_cell
 from meftbench.methods import prepare
+from meftbench.plan.protocol import Protocol
 from meftbench.reversible import StreamError
 from meftbench.reversible.calibration import CalibratedRange, Largest
-from tests.models import a_batch, a_batch_for, a_model, gradients, worst_relative_error
+from tests.models import a_batch, a_batch_for, a_cell, a_model, gradients, worst_relative_error
 
 EXACT = ["meft1-exact", "meft2-exact", "meft3-exact"]
 
@@ -41,12 +44,13 @@ def test_what_was_met_is_held_with_room_to_spare(values, centred):
         assert bits == 30 or max(value, median / 16) * 2.0**bits * 4 * 2 >= limit
 
 
+@pytest.mark.parametrize("stream_bits", [32, 64])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("method", EXACT)
-def test_a_massive_channel_is_reversed_exactly(method, tiles, dtype):
+def test_a_massive_channel_is_reversed_exactly(method, tiles, dtype, stream_bits):
     """Values of 20,000 in one channel, padding, fp32 and autocast: strict finds nothing, gradients are autograd's."""
-    applied = a_decoder(method, 20_000.0, tiles=tiles, strict=True)
+    applied = a_decoder(method, 20_000.0, tiles=tiles, strict=True, stream_bits=stream_bits)
     batch = a_batch_for(applied.model)
 
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
@@ -60,10 +64,59 @@ def test_a_massive_channel_is_reversed_exactly(method, tiles, dtype):
     assert bits_D[0] < bits_D.median() - 5
 
 
+@pytest.mark.parametrize("method", EXACT)
+def test_streams_of_64_bits_lose_nothing_of_a_float32(method):
+    """One channel of the first token is massive: the error of the other tokens' last hidden states against float64 is
+    that of float32 itself, where 32 bits add several times as much."""
+    published = method.removesuffix("-exact")
+    same = {"coupling": "centred", "output": "last", "adapter_input": "normed"}
+    factors = {"meft1": ("lambda",), "meft2": ("beta",), "meft3": ("lambda", "beta")}[published]
+    same |= dict.fromkeys(factors, 1 / 16)
+    batch = {"input_ids": torch.arange(3, 15)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+
+    def hidden(method, dtype=torch.float32, **params):
+        decoder = a_decoder(method, **params).model.eval().to(dtype).get_decoder()
+        with torch.no_grad():
+            decoder.embed_tokens.weight[3, 0] = 20_000.0
+            return decoder(**batch).last_hidden_state[:, 1:].double()
+
+    true = hidden(published, torch.float64, **same)
+    of_floats, of_32, of_64 = (
+        float((found - true).norm() / true.norm())
+        for found in (hidden(published, **same), hidden(method), hidden(method, stream_bits=64))
+    )
+
+    assert of_64 <= 1.5 * of_floats
+    assert of_32 >= 3 * of_floats
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_streams_of_64_bits_cost_eight_bytes_an_element(layers):
+    """What is kept for backward grows by two streams, whatever the depth."""
+    B, L, D = 4, 64, 64
+    saved = [
+        measure_cell(
+            a_cell("meft1-exact", method_params={"stream_bits": stream_bits}, batch_size=B, sequence_length=L,
+                   model_config_overrides={"num_hidden_layers": layers, "hidden_size": D, "num_attention_heads": 4}),
+            Protocol(warmup=1, steps=1, passes=("memory",)),
+        ).metrics["saved_bytes"].value
+        for stream_bits in (32, 64)
+    ]  # fmt: skip
+
+    assert 8 * B * L * D == saved[1] - saved[0]
+
+
+def test_streams_of_floats_have_no_64_bits():
+    """One line that says so."""
+    with pytest.raises(UserError, match="stream_bits: 64 needs arithmetic: exact"):
+        prepare(a_model(2), "meft1", {"stream_bits": 64})
+
+
 @pytest.mark.parametrize("scale", [50.0, 1e6, 1e12])
-def test_leaving_the_range_costs_a_forward_pass_and_nothing_else(scale):
+@pytest.mark.parametrize("stream_bits", [32, 64])
+def test_leaving_the_range_costs_a_forward_pass_and_nothing_else(scale, stream_bits):
     """A later batch that leaves the range: one warning, the same loss and gradients as with a range from the start."""
-    applied, fresh = a_decoder(), a_decoder()
+    applied, fresh = (a_decoder(stream_bits=stream_bits) for _ in range(2))
     batch = a_batch_for(applied.model)
     gradients(applied.model, batch)
     for model in (applied.model, fresh.model):
