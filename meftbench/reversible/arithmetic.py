@@ -226,7 +226,8 @@ class FixedPoint:
         m = side_bits(factor)
         if m == 0:
             return None
-        side = bits.pack(x_TD.bitwise_and((1 << m) - 1).to(torch.uint8), m) if keep else None
+        # To uint8 an integer goes by its lowest eight bits, a negative one too.
+        side = bits.pack(x_TD.to(torch.uint8).bitwise_and_((1 << m) - 1), m) if keep else None
         x_TD.bitwise_right_shift_(m)
         return side
 

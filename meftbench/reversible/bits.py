@@ -34,9 +34,11 @@ def pack(low_TD: Tensor, m: int) -> Tensor:
         span = eighth * width  # columns of this plane's bytes, and distance of the elements in one byte
         target = packed[:, start : start + span]
         field = low_TD if width == m else (low_TD >> bit).bitwise_and_((1 << width) - 1)
-        target.copy_(field[:, :span])
-        for place in range(1, 8 // width):
-            target.bitwise_or_(field[:, place * span : (place + 1) * span] << (place * width))
+        last = 8 // width - 1
+        torch.bitwise_left_shift(field[:, last * span :][:, :span], last * width, out=target)
+        for place in range(last):
+            piece = field[:, place * span : (place + 1) * span]
+            target.bitwise_or_(piece << (place * width) if place else piece)
         bit += width
         start += span
     return packed
@@ -45,14 +47,18 @@ def pack(low_TD: Tensor, m: int) -> Tensor:
 def unpack(packed: Tensor, m: int, columns: int) -> Tensor:
     """The inverse of `pack`: values (T, columns), uint8."""
     eighth = -(-columns // 8)
-    low_TD = packed.new_zeros(packed.shape[0], 8 * eighth)
+    low_TD = packed.new_empty(packed.shape[0], 8 * eighth)
     bit = start = 0
     for width in PLANES[m]:
         span = eighth * width
-        source = packed[:, start : start + span]
+        source, mask = packed[:, start : start + span], (1 << width) - 1
         for place in range(8 // width):
-            field = (source >> (place * width)).bitwise_and_((1 << width) - 1)
-            low_TD[:, place * span : (place + 1) * span].bitwise_or_(field << bit)
+            target = low_TD[:, place * span : (place + 1) * span]
+            if bit == 0:
+                torch.bitwise_right_shift(source, place * width, out=target)
+                target.bitwise_and_(mask)
+            else:
+                target.bitwise_or_((source >> (place * width)).bitwise_and_(mask).bitwise_left_shift_(bit))
         bit += width
         start += span
     return low_TD[:, :columns]

@@ -5,7 +5,8 @@
 
 Sections, each with a CSV and a part of summary.md, which is also printed:
     exactness  elements that backward restores otherwise than bit for bit: precisions x attention kernels x depths
-    speed      step time of meft1-exact against lora+checkpoint and its levers, interleaved in one run, and the ratio
+    speed      step time of the exact methods against lora+checkpoint and its levers, interleaved in one run: the ratio,
+               its lowest and its highest; on a CPU for each number of `--threads`
     limits     (CUDA) largest batch and longest sequence by doubling and bisection until memory is full
     kernels    (CUDA, Triton) the fused coupling: seconds, bytes moved, share of a copy's bandwidth
 Peaks of memory are taken beside speed on CUDA (max_memory_allocated above the level before the step). Without a GPU
@@ -60,6 +61,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora+checkpoint": ("lora+checkpoint", {}),
     "meft1-exact, adapters of 8": ("meft1-exact", {"adapter_size": 8}),
     "meft1-exact, adapters of 64": ("meft1-exact", {}),
+    "meft3-exact, adapters of 8": ("meft3-exact", {"adapter_size": 8}),
+    "meft3-exact, adapters of 64": ("meft3-exact", {}),
     "lora+checkpoint+tiled_mlp": ("lora+checkpoint+tiled_mlp", {}),
     "lora+checkpoint+offload": ("lora+checkpoint+offload", {}),
 }
@@ -150,27 +153,45 @@ def speed(
     precision: str,
     rounds: int,
     methods: list[str],
+    threads: list[int] | None = None,
 ) -> pd.DataFrame:
-    """One row a model, shape and method: median seconds over `rounds` interleaved steps, ratio to lora+checkpoint."""
+    """One row a model, shape, method and number of threads (None: as it is): median seconds over `rounds` interleaved
+    steps, and the ratio to lora+checkpoint."""
     rows = []
     for model in models:
         for batch, length in shapes:
-            chosen = {name: METHODS[name] for name in methods}
-            cells = {name: a_cell(model, m, batch, length, precision, **s) for name, (m, s) in chosen.items()}
-            steps = {name: build_step(cell, device) for name, cell in cells.items()}
-            samples, peaks = _interleaved(steps, device, rounds)
-            base = samples["lora+checkpoint"]
-            for method, seconds in samples.items():
-                # The ratio of neighbours in time: what disturbs the machine disturbs both.
-                ratio = statistics.median(a / b for a, b in zip(seconds, base, strict=True))
-                median = statistics.median(seconds)
-                tokens = batch * length / median
-                rows.append((model, precision, batch, length, method, rounds, median, tokens, ratio, peaks[method]))
-                print(*rows[-1], file=sys.stderr)
-            del steps
-            gc.collect()
-    columns = ["model", "precision", "batch", "tokens", "method", "rounds", "step_s", "tokens_per_s"]
-    return pd.DataFrame(rows, columns=[*columns, "ratio_to_lora_checkpoint", "activation_peak_bytes"])
+            for count in threads or [None]:
+                with _threads(count):
+                    chosen = {name: METHODS[name] for name in methods}
+                    cells = {name: a_cell(model, m, batch, length, precision, **s) for name, (m, s) in chosen.items()}
+                    steps = {name: build_step(cell, device) for name, cell in cells.items()}
+                    samples, peaks = _interleaved(steps, device, rounds)
+                for method, seconds in samples.items():
+                    median = statistics.median(seconds)
+                    shape = (model, precision, batch, length, method, count, rounds, median, batch * length / median)
+                    rows.append((*shape, *ratios(seconds, samples["lora+checkpoint"]), peaks[method]))
+                    print(*rows[-1], file=sys.stderr)
+                del steps
+                gc.collect()
+    columns = ["model", "precision", "batch", "tokens", "method", "threads", "rounds", "step_s", "tokens_per_s"]
+    columns += ["ratio_to_lora_checkpoint", "lowest", "highest"]
+    return pd.DataFrame(rows, columns=[*columns, "activation_peak_bytes"])
+
+
+def ratios(seconds: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Median, lowest and highest ratio of neighbours in time: what disturbs the machine disturbs both."""
+    found = [a / b for a, b in zip(seconds, base, strict=True)]
+    return statistics.median(found), min(found), max(found)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _interleaved(
@@ -295,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depths", type=int, nargs="+", default=[12, 24, 48, 96])
     parser.add_argument("--shapes", nargs="+", help="BATCHxTOKENS ...")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="for speed; lora+checkpoint always runs")
+    parser.add_argument("--threads", type=int, nargs="+", help="on a CPU, for speed; default: as many as torch takes")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
@@ -317,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     methods = list(dict.fromkeys(["lora+checkpoint", *(options.methods or METHODS)]))
     runs: dict[str, Callable[[], pd.DataFrame]] = {
         "exactness": lambda: exactness(device, "miniature", tuple(options.depths)),
-        "speed": lambda: speed(device, models, shapes, precision, options.rounds, methods),
+        "speed": lambda: speed(device, models, shapes, precision, options.rounds, methods, options.threads),
         "limits": lambda: limits(device, models, precision),
         "kernels": lambda: kernels(device),
     }

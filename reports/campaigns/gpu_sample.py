@@ -205,8 +205,7 @@ def _interleaved(
     }
     taken, peaks = reversal._interleaved({name: build_step(c, device) for name, c in cells.items()}, device, rounds)
     for method, seconds in taken.items():
-        ratios = [a / b for a, b in zip(seconds, taken["lora+checkpoint"], strict=True)]
-        spread = (statistics.median(ratios), min(ratios), max(ratios))
+        spread = reversal.ratios(seconds, taken["lora+checkpoint"])
         yield (method, rounds, statistics.median(seconds), *spread, peaks[method], "")
 
 
