@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("block", "run"), [("table", "minilm-cpu"), ("quality", "quality-minilm")])
+@pytest.mark.parametrize(
+    ("block", "run"), [("table", "minilm-cpu"), ("smollm2", "smollm2-cpu"), ("quality", "quality-minilm")]
+)
 def test_a_table_is_what_the_program_prints(block, run):
     """Each line stands in the output of `meftbench show reports/RUN` on a terminal 100 columns wide."""
     from rich.console import Console
