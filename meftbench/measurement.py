@@ -25,8 +25,9 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import PRELOAD
 from meftbench.prediction.predict import predicted_cell
+from meftbench.probes.counted_metrics import count_memory, parameter_counts
 from meftbench.probes.levers import check_levers
-from meftbench.probes.memory_counted import CountedStep, count_memory, parameter_counts
+from meftbench.probes.memory_counted import CountedStep
 from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
 from meftbench.probes.nvml import DeviceReading, open_device
 from meftbench.probes.subject import Subject

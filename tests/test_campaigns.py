@@ -302,13 +302,26 @@ def test_the_quality_campaign_in_miniature(tmp_path):
     assert float(relative) < 1e-5
 
 
-def test_the_quality_campaign_without_a_gpu_says_so(tmp_path, capsys):
+def test_the_quality_campaign_without_a_gpu_says_so(tmp_path, capsys, monkeypatch):
     """Exit code 4 and one line."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     assert 4 == main_of("quality")([str(tmp_path / "out"), "--device", "cuda"])
     assert 1 == len(capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("No available kernel. Aborting execution.", True),
+        ("No viable backend for scaled_dot_product_attention was found.", True),
+        ("CUDA error: no kernel image is available for execution on the device", False),
+        ("CUDA error: an illegal memory access was encountered; CUDA kernel errors might be reported later", False),
+    ],
+)
+def test_a_kernel_that_breaks_is_not_one_that_is_not_offered(said, expected):
+    """What torch refuses is a row; what goes wrong is an error."""
+    assert expected is runpy.run_path(str(CAMPAIGNS / "exact_reversal.py"))["no_such_kernel"](RuntimeError(said))
 
 
 @pytest.fixture

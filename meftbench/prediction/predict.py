@@ -21,7 +21,8 @@ from meftbench.prediction.overlay import cuda_semantics, scratch_bytes
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.repeated import step_after, tell
 from meftbench.prediction.trace import named_refusals, uncomputed_step
-from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter, parameter_counts, step_metrics
+from meftbench.probes.counted_metrics import parameter_counts, step_metrics
+from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter
 from meftbench.records.record import Metric
 from meftbench.step import AUTOCAST, Step
 from meftbench.units import format_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meftbench.probes.memory_counted import count_memory
+from meftbench.probes.counted_metrics import count_memory
 from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric

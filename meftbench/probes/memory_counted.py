@@ -10,7 +10,6 @@ import gc
 import math
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +17,12 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meftbench.errors import CellFailure
 from meftbench.methods.levers import copying_to_host
 from meftbench.probes.gradients_alive import GradientsAlive
-from meftbench.records.record import Metric, Source
 from meftbench.step import Mark, Step
 from meftbench.units import format_bytes
 
@@ -336,79 +334,3 @@ def warmup_steps(step: Step, asked: int) -> int:
     """Steps before the measured ones: at least one where the optimizer keeps state, which the first step creates."""
     keeps_state = not isinstance(step.optimizer, torch.optim.SGD)
     return max(asked, int(keeps_state))
-
-
-def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) -> dict[str, Metric]:
-    """Metrics of the counted steps; peaks are the largest over them (MEASURING 3.2). Raises CellFailure (oom)."""
-    with CountedStep(step, limit=limit) as counted:
-        warm = [counted.run() for _ in range(warmup_steps(step, warmup))]
-        measured = [counted.run() for _ in range(steps)]
-        left = counted.counter.total
-    whole = max(observed.peak.total for observed in [*warm, *measured])
-    return step_metrics(warm, measured, "counted") | {
-        "peak_buffers": peak_buffers(measured),
-        "host_pinned_peak_bytes": Metric(max(o.host_peak for o in measured), "counted"),
-        "paper_meft_activation_bytes": Metric(whole - left, "counted"),
-        "paper_lst_memory": Metric(whole, "counted"),
-    }
-
-
-def peak_buffers(measured: list[Observed]) -> Metric:
-    """What the peak of forward and backward is made of, parameters and the like aside, largest first: those of at least
-    1 % of the activation peak, alike ones counted together."""
-    worst = max(measured, key=lambda observed: (bool(observed.buffers), observed.activation_peak))
-    if not worst.buffers:
-        return Metric(None, "counted", absent="takes two steps: the first tells how high the peak is")
-    alike = Counter(entry for entry in worst.buffers if entry[1] not in ("parameters", "buffers", "optimizer", "host"))
-    rows = [
-        {"bytes": size * count, "count": count, "category": category, **origin._asdict(), "shape": list(origin.shape)}
-        for (size, category, origin), count in alike.items()
-        if size * count >= worst.activation_peak / 100
-    ]
-    return Metric(sorted(rows, key=lambda row: -row["bytes"]), "counted")
-
-
-def step_metrics(warm: list[Observed], measured: list[Observed], source: Source) -> dict[str, Metric]:
-    """The step structure and the breakdown at the peak, from observed steps."""
-
-    def over_steps(value: Callable[[Observed], int]) -> Metric:
-        values = [value(observed) for observed in measured]
-        return Metric(max(values), source, n=len(values), min=min(values), max=max(values))
-
-    worst = max(measured, key=lambda observed: observed.peak.total)
-    phases = {name: max(o.phase_peaks.get(name, 0) for o in measured) for name in ("forward", "backward", "optimizer")}
-    first = (warm or measured)[0]
-    drift = (measured[-1].baseline - measured[0].baseline) / max(1, len(measured) - 1)
-    metrics = {
-        "peak_allocated_bytes": Metric(
-            worst.peak.total,
-            source,
-            n=len(measured),
-            min=min(o.peak.total for o in measured),
-            max=worst.peak.total,
-            phases={**phases, "step": worst.peak.total},
-        ),
-        "baseline_allocated_bytes": over_steps(lambda o: o.baseline),
-        "activation_peak_bytes": over_steps(lambda o: o.activation_peak),
-        "activation_gradients_bytes": over_steps(lambda o: o.gradients),
-        "saved_bytes": over_steps(lambda o: o.saved),
-        "optimizer_peak_bytes": over_steps(lambda o: o.phase_peaks.get("optimizer", 0)),
-        "first_step_peak_allocated_bytes": Metric(first.peak.total, source),
-        "drift_bytes_per_step": Metric(drift, source),
-        "peak_phase": Metric(worst.peak.phase, source),
-    }
-    for category in CATEGORIES:
-        metrics[f"{category}_bytes"] = Metric(worst.peak.breakdown.get(category, 0), source)
-    metrics["workspace_bytes"] = Metric(0, source)
-    return metrics
-
-
-def parameter_counts(model: nn.Module) -> dict[str, Metric]:
-    """Parameters in total and trained, each once however often it is used, and the bytes of the trained ones."""
-    parameters = list(model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    return {
-        "parameters_total": Metric(sum(p.numel() for p in parameters), "counted"),
-        "parameters_trainable": Metric(sum(p.numel() for p in trained), "counted"),
-        "adapter_file_bytes": Metric(sum(p.nbytes for p in trained), "counted"),
-    }

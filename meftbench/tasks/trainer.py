@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from meftbench.errors import UserError
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.plan.tasks import Task
+from meftbench.tasks.callbacks import EvaluateAt, StepClock
 from meftbench.tasks.collate import Row
 from meftbench.tasks.encode import Encoded
 from meftbench.tasks.scores import choose, scores_of
@@ -33,40 +32,6 @@ from meftbench.tasks.scores import choose, scores_of
 WEIGHTS = "trained.safetensors"
 STATE = "trainer_state.json"
 EVALUATION_BATCH = 4  # times as many samples as in a training step: no gradients are held
-
-
-class StepClock(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Seconds and tokens of the training steps, evaluation and checkpoints left out; kept in checkpoints."""
-
-    def __init__(self, seconds: float = 0.0, tokens: int = 0) -> None:
-        self.seconds, self.tokens = seconds, tokens
-        self._begin = 0.0
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"seconds": self.seconds, "tokens": self.tokens}, "attributes": {}}
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._begin = _now()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds += _now() - self._begin
-
-
-def _now() -> float:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class EvaluateAt(TrainerCallback):  # type: ignore[misc]
-    """Validation is scored, and a checkpoint written, after these steps."""
-
-    def __init__(self, steps: frozenset[int]) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        control.should_evaluate = control.should_save = state.global_step in self.steps
-        return control
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
-from meftbench.probes.memory_counted import peak_buffers
+from meftbench.probes.counted_metrics import peak_buffers
 from meftbench.records.store import made
 
 GiB = 2**30

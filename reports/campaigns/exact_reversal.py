@@ -137,10 +137,15 @@ def _differences(
         with sdpa_kernel(getattr(SDPBackend, kernel)):
             step.forward_backward()
     except RuntimeError as error:
-        if "kernel" not in str(error):
+        if not no_such_kernel(error):
             raise
         return 0, 0, f"not offered: {str(error).splitlines()[0]}"
     return observer.seen, observer.wrong, ""
+
+
+def no_such_kernel(error: RuntimeError) -> bool:
+    """Whether torch says that none of the attention kernels allowed takes the shape; a kernel that broke is another."""
+    return any(said in str(error) for said in ("No available kernel", "No viable backend"))
 
 
 # --- speed ---
@@ -165,7 +170,7 @@ def speed(
                     chosen = {name: METHODS[name] for name in methods}
                     cells = {name: a_cell(model, m, batch, length, precision, **s) for name, (m, s) in chosen.items()}
                     steps = {name: build_step(cell, device) for name, cell in cells.items()}
-                    samples, peaks = _interleaved(steps, device, rounds)
+                    samples, peaks = interleaved(steps, device, rounds)
                 for method, seconds in samples.items():
                     median = statistics.median(seconds)
                     shape = (model, precision, batch, length, method, count, rounds, median, batch * length / median)
@@ -194,7 +199,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _interleaved(
+def interleaved(
     steps: dict[str, Step], device: torch.device, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, int | None]]:
     samples: dict[str, list[float]] = {method: [] for method in steps}
@@ -278,7 +283,7 @@ def kernels(device: torch.device, tokens: int = 32768, hidden: int = 2048, m: in
         value = torch.randn(tokens, hidden, device=device).to(dtype)
         moved = 2 * x.nbytes + value.nbytes + x.numel() * m // 8
         for name, plain in (("fused", False), ("plain", True)):
-            with _plain(fused) if plain else contextlib.nullcontext():
+            with plain_coupling(fused) if plain else contextlib.nullcontext():
                 side = coupling.forward_(x, x, value)
                 forward = _timed(lambda v=value: coupling.forward_(x, x, v), device)
                 inverse = _timed(lambda v=value, s=side: coupling.inverse_(x, x, v, s), device)
@@ -289,7 +294,7 @@ def kernels(device: torch.device, tokens: int = 32768, hidden: int = 2048, m: in
 
 
 @contextlib.contextmanager
-def _plain(fused: Any) -> Iterator[None]:
+def plain_coupling(fused: Any) -> Iterator[None]:
     usable, fused.usable = fused.usable, lambda *_: False
     try:
         yield

@@ -157,12 +157,12 @@ def restored(
         padding=0.0 if kernel == "FLASH_ATTENTION" and device.type == "cuda" else 0.25,  # it takes no mask there
     )
     observer = step.applied.stacks[0].observer = reversal.Differences()
-    plain = contextlib.nullcontext() if with_fused else reversal._plain(fused)
+    plain = contextlib.nullcontext() if with_fused else reversal.plain_coupling(fused)
     try:
         with plain, sdpa_kernel(getattr(SDPBackend, kernel)):
             step.forward_backward()
     except RuntimeError as error:
-        if "kernel" not in str(error):
+        if not reversal.no_such_kernel(error):
             raise
         return 0, 0
     return observer.seen, observer.wrong
@@ -189,10 +189,14 @@ def speed(device: torch.device, until: float) -> tuple[Section, Section]:
         steps.rows += [(model[0], precision, batch, length, *row) for row in rows]
         print(*steps.rows[-len(rows) :], sep="\n", file=sys.stderr, flush=True)
         gc.collect()
-    kernels = Section(["kernel", "value", "direction", "seconds", "bytes_moved", "share_of_copy_bandwidth"])
+    kernels = Section(["kernel", "value", "direction", "seconds", "bytes_moved", "share_of_copy_bandwidth", "note"])
     if device.type == "cuda":
-        with contextlib.suppress(ImportError):
-            kernels.rows = list(reversal.kernels(device).itertuples(index=False, name=None))
+        try:
+            kernels.rows = [(*row, "") for row in reversal.kernels(device).itertuples(index=False, name=None)]
+        except Exception as error:  # as in Section.run; without triton it is an ImportError
+            traceback.print_exc()
+            kernels.rows = [(*[None] * 6, f"{type(error).__name__}: {error}")]
+            kernels.failed = 1
     return steps, kernels
 
 
@@ -203,7 +207,7 @@ def _interleaved(
         labelled(method, settings): a_cell(model, method, precision, batch, length, method_params=settings)
         for method, settings in METHODS
     }
-    taken, peaks = reversal._interleaved({name: build_step(c, device) for name, c in cells.items()}, device, rounds)
+    taken, peaks = reversal.interleaved({name: build_step(c, device) for name, c in cells.items()}, device, rounds)
     for method, seconds in taken.items():
         spread = reversal.ratios(seconds, taken["lora+checkpoint"])
         yield (method, rounds, statistics.median(seconds), *spread, peaks[method], "")

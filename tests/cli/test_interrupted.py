@@ -46,6 +46,8 @@ def test_ctrl_c_ends_the_verb_and_its_processes(verb, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As at a terminal, also where the tests were started in the background, whose children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: len(marked(mark)) > 1)  # the one that predicts is there
     process.send_signal(signal.SIGINT)

@@ -14,8 +14,8 @@ from meftbench.methods import prepare
 from meftbench.methods.chunked_loss import CHUNKS, FEWEST, LARGEST, ChunkedLoss, chunk_rows
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
+from meftbench.probes.counted_metrics import count_memory
 from meftbench.probes.levers import check_levers
-from meftbench.probes.memory_counted import count_memory
 from meftbench.step import build_step
 from tests.models import TINY, a_batch_for, a_model, gradients
 

@@ -11,7 +11,8 @@ from meftbench.backbones.build import build_model
 from meftbench.batch import resident_batch
 from meftbench.errors import CellFailure
 from meftbench.methods import prepare
-from meftbench.probes.memory_counted import CATEGORIES, CountedStep, StorageCounter, count_memory, parameter_counts
+from meftbench.probes.counted_metrics import count_memory, parameter_counts
+from meftbench.probes.memory_counted import CATEGORIES, CountedStep, StorageCounter
 from meftbench.step import Step
 from tests.models import FOUR_LAYERS, METHODS, a_step
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from meftbench.probes import memory_cuda, nvml
-from meftbench.probes.memory_counted import CATEGORIES, StorageCounter, count_memory
+from meftbench.probes.counted_metrics import count_memory
+from meftbench.probes.memory_counted import CATEGORIES, StorageCounter
 from meftbench.probes.memory_cuda import measure_memory
 from tests.models import a_step
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from meftbench.errors import UserError
 from meftbench.plan.training import CELL_FOLDER
-from meftbench.tasks.trainer import StepClock, TaskTrainer, last_checkpoint
+from meftbench.tasks.callbacks import StepClock
+from meftbench.tasks.trainer import TaskTrainer, last_checkpoint
 from trainings import (
     NO_DROPOUT,
     TINY,

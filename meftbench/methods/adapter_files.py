@@ -1,0 +1,132 @@
+"""The two files of a saved adapter: written whole or not at all, read, and held against the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from meftbench.errors import UserError
+from meftbench.methods.unloading import and_more
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_TYPE = "MEFTBENCH"
+SCHEMA = 2  # 1: before streams took their range from the model
+
+
+def base_of_config(model: Any) -> dict[str, str | None]:
+    config = model.config
+    return {
+        "base_model_name_or_path": getattr(config, "name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+    }
+
+
+def as_json(config: dict[str, Any]) -> bytes:
+    return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    """All of `files`: each is on the disk, beside its place, before the first is moved there."""
+    made, beside = not folder.exists(), {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            handle, beside[name] = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(beside[name], 0o644)
+        for name, temporary in beside.items():
+            os.replace(temporary, folder / name)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    finally:
+        for temporary in beside.values():
+            Path(temporary).unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # it holds the adapter, or was not made
+                folder.rmdir()
+
+
+def unwritable(folder: Path | str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(str(folder), f"cannot be written ({reason})", "make room, or choose another folder")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a folder. Raises UserError: not there, damaged, of a newer schema."""
+    if not folder.is_dir():
+        raise UserError(str(folder), "no such folder", "name a folder that save_adapter wrote")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(str(folder), f"holds no {name}", "name a folder that save_adapter wrote")
+    again = "save the adapter again, or take both files from a backup"
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(folder / CONFIG), f"cannot be read ({error})", again) from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise UserError(str(folder / CONFIG), "is no configuration of an adapter", again)
+    if config["peft_type"] == PEFT_TYPE and config.get("schema") not in (1, SCHEMA):
+        raise UserError(str(folder / CONFIG), f"is of schema {config.get('schema')!r}", "update meftbench")
+    try:
+        weights = (folder / WEIGHTS).read_bytes()
+        tensors = safetensors.torch.load(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(str(folder / WEIGHTS), f"cannot be read ({error})", again) from None
+    if config.get("weights_sha256", hashlib.sha256(weights).hexdigest()) != hashlib.sha256(weights).hexdigest():
+        raise UserError(str(folder / WEIGHTS), f"was not written together with {CONFIG}", again)
+    return config, tensors
+
+
+# --- checks before anything is loaded ---
+
+
+def check_same(
+    folder: Path,
+    method: str,
+    applied: str,
+    settings: Mapping[str, Any],
+    applied_settings: Mapping[str, Any],
+    free: tuple[str, ...],
+) -> None:
+    cure = "load it into the pre-trained model: meftbench.unload gives it back"
+    if method != applied:
+        raise UserError(str(folder), f"is an adapter of {method}, the model has {applied} applied", cure)
+    for key in settings.keys() | applied_settings.keys():
+        saved, found = settings.get(key), applied_settings.get(key)
+        if key not in free and saved != found:
+            raise UserError(str(folder), f"has {key}: {saved}, the model has {key}: {found}", cure)
+
+
+def warn_of_base(model: nn.Module, config: dict[str, Any]) -> None:
+    for key, found in base_of_config(model).items():
+        saved = config.get(key)
+        if saved != found and (key != "revision" or (saved and found)):
+            warnings.warn(f"the adapter was trained on {key} {saved!r}, this model has {found!r}", stacklevel=3)
+
+
+def check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises UserError at the first tensor that is missing, unexpected, or of another shape."""
+    where, cure = str(folder / WEIGHTS), "load it into the model that it was saved from"
+    if missing := [name for name in expected if name not in found]:
+        raise UserError(where, f"lacks {missing[0]!r}" + and_more(missing, "tensor"), cure)
+    if unexpected := [name for name in found if name not in expected]:
+        what = f"holds {unexpected[0]!r}, which the model has not" + and_more(unexpected, "tensor")
+        raise UserError(where, what, cure)
+    if misshapen := [name for name in expected if found[name].shape != expected[name].shape]:
+        name = misshapen[0]
+        what = f"{name!r} is {tuple(found[name].shape)}, the model's {tuple(expected[name].shape)}"
+        raise UserError(where, what + and_more(misshapen, "tensor"), cure)

@@ -1,0 +1,134 @@
+"""Saving and loading what is in peft's wrapper: by peft, with the heads and prompt encoders that it leaves out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from meftbench.errors import UserError
+from meftbench.methods.adapter_files import (
+    CONFIG,
+    WEIGHTS,
+    as_json,
+    base_of_config,
+    check_same,
+    check_tensors,
+    unwritable,
+    warn_of_base,
+)
+from meftbench.methods.applied import NOTE, note_before
+from meftbench.methods.unloading import changes_weights, in_new_head, is_peft, restore_gradients, unload
+from meftbench.plan.catalogue import Settings
+
+_PEFT_FREE = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+
+
+def files_by_peft(model: Any) -> dict[str, bytes]:
+    adapter = model.active_adapters[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            model.save_pretrained(temporary, selected_adapters=[adapter])
+        except (OSError, SafetensorError) as error:
+            raise unwritable(temporary, error) from None
+        source = Path(temporary) / ("" if adapter == "default" else adapter)
+        weights, config = (source / WEIGHTS).read_bytes(), json.loads((source / CONFIG).read_bytes())
+    if beside := {name: p.detach().cpu().contiguous() for name, p in _beside(model).items() if p.requires_grad}:
+        weights = safetensors.torch.save(safetensors.torch.load(weights) | beside, metadata={"format": "pt"})
+    for key, value in base_of_config(model.get_base_model()).items():
+        config[key] = config.get(key) or value
+    return {WEIGHTS: weights, CONFIG: as_json(config)}
+
+
+def _beside(model: Any) -> dict[str, nn.Parameter]:
+    """What peft does not write: the new task head of a method with no modules to save, such as prompts, and what
+    prompts are computed from, of which peft keeps the result only. peft itself reads the file with them as well."""
+    found = _heads_beside(model)
+    for adapter, encoder in getattr(model, "prompt_encoder", {}).items():
+        parameters = dict(encoder.named_parameters(prefix=f"prompt_encoder.{adapter}"))
+        found |= parameters if len(parameters) > 1 else {}
+    return found
+
+
+def _heads_beside(model: Any) -> dict[str, nn.Parameter]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    base = model.get_base_model()
+    by_peft = {
+        id(parameter)
+        for module in base.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for parameter in cast(nn.Module, module).parameters()
+    }
+    heads = {id(parameter) for name, parameter in base.named_parameters() if in_new_head(base, name)} - by_peft
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in heads}
+
+
+def load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    from peft import PeftConfig, get_peft_model
+
+    try:
+        saved = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(str(folder / CONFIG), f"peft cannot read it ({error})", "save the adapter again") from None
+    method = str(config["peft_type"]).lower()
+    if is_peft(model):
+        found = model.peft_config[model.active_adapters[0]]
+        applied = str(found.peft_type.value).lower()
+        check_same(folder, method, applied, saved.to_dict(), found.to_dict(), _PEFT_FREE)
+        warn_of_base(model.get_base_model(), config)
+        _fill_by_peft(model, folder, tensors)
+        return cast(nn.Module, model)
+    if NOTE in vars(model):
+        check_same(folder, method, vars(model)[NOTE]["method"], {}, {}, ())
+    warn_of_base(model, config)
+    note = note_before(model, method, Settings())
+    saved.inference_mode, saved.base_model_name_or_path = False, None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if changes_weights(saved):
+                # There is no way back from that: whether all fits is tried with a start that changes nothing.
+                trial = copy.deepcopy(saved)
+                trial.init_lora_weights = True
+                unload(_filled_by_peft(get_peft_model(model, trial), note, folder, tensors))
+            wrapped = _filled_by_peft(get_peft_model(model, saved), note, folder, tensors)
+    except (ValueError, AttributeError) as error:
+        vars(model).pop("peft_config", None)
+        restore_gradients(model, note)
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(str(folder), f"does not fit the model ({reason})", "load it into its own base model") from None
+    return wrapped if model.training else wrapped.eval()
+
+
+def _filled_by_peft(wrapped: nn.Module, note: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> nn.Module:
+    setattr(wrapped, NOTE, note)
+    try:
+        _fill_by_peft(wrapped, folder, tensors)
+    except UserError:
+        unload(wrapped)
+        raise
+    return wrapped
+
+
+def _fill_by_peft(model: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    adapter = model.active_adapters[0]
+    embedded = any(part in EMBEDDING_LAYER_NAMES for name in tensors for part in name.split("."))
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embedded)
+    beside = {name: p for name, p in _beside(model).items() if name in tensors or p.requires_grad}
+    check_tensors(folder, own | beside, tensors)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    with torch.no_grad():
+        for name, parameter in beside.items():
+            parameter.copy_(tensors[name])
+            parameter.requires_grad_(True)
