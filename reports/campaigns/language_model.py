@@ -6,10 +6,10 @@ SmolLM2-135M, English sentences of different lengths, padded to the longest. Sec
 table.md:
     exactness  elements that backward restores otherwise than bit for bit: methods x precisions x tiles
     gradients  fp32: relative distance of the gradients from those of the same pass under autograd (straight-through)
-    training   steps of AdamW under bf16 autocast at the highest rate of suites/quality-qa-smollm2.yaml, two sentences each,
-               bits verified in every step (`strict`): passes that had to be run
-               again with a wider range, and the loss of the first and the last ten steps
-Measured on CPU. `--steps` trains less; the model may be another (`--model`), which is how the tests run it.
+    training   steps of AdamW under bf16 autocast at the highest rate of suites/quality-qa-smollm2.yaml, two sentences
+               each, bits verified in every step (`strict`): passes that had to be run again with a wider range, and the
+               loss of the first and the last ten steps
+Measured on CPU. `--steps` trains less; `--model` takes another language model with a tokenizer.
 """
 
 from __future__ import annotations
