@@ -236,7 +236,8 @@ _WRONG_RECONSTRUCTION = 0.01
 
 
 def wrong_gradient(row: Mapping[str, Any]) -> str | None:
-    """`gradient is wrong by 308 %` of a cell whose gradient is not that of its loss; None where it is, or is not known.
+    """`gradient is wrong by 308 %`, or `by 8e23 times its size`: of a cell whose gradient is not that of its loss; None
+    where it is, or is not known.
 
     Of a cell without a gradient error, what it recomputed must be off by 1 % at most.
     """
@@ -244,11 +245,10 @@ def wrong_gradient(row: Mapping[str, Any]) -> str | None:
     if error is not None:
         if error <= WRONG_GRADIENT:
             return None
-        return (
-            f"gradient is wrong by {error:,.0%}".replace("%", " %")
-            if math.isfinite(error)
-            else "gradient is not finite"
-        )
+        if not math.isfinite(error):
+            return "gradient is not finite"
+        size = f"{error:.0%}".replace("%", " %") if error < 100 else f"{error:.0e} times its size".replace("e+", "e")
+        return f"gradient is wrong by {size}"
     if reconstruction is None or reconstruction <= _WRONG_RECONSTRUCTION:
         return None
     return "what backward recomputes is wrong"

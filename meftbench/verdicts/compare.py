@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,8 +63,12 @@ class Change:
         before, after = said_apart(self.before, self.after, unit)
         if not self.delta:
             return f"{after} {self.source}, unchanged"
+        if not math.isfinite(self.delta):
+            same = self.before == self.after or (math.isnan(self.before) and math.isnan(self.after))
+            return f"{after} {self.source}, unchanged" if same else f"{before} -> {after} {self.source}"
         sign = "-" if self.delta < 0 else "+"
-        share = f", {self.share:+.2%}" if abs(self.share) < float("inf") else ""
+        # Of a change by more than a hundred times the difference says enough.
+        share = f", {self.share:+.2%}" if abs(self.share) < 100 else ""
         return f"{before} -> {after} {self.source} ({sign}{said(abs(self.delta), unit)}{share})"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from builders import MiB, a_record, a_run, measured, step_time
@@ -87,6 +89,26 @@ def test_what_became_nan_is_worse(runs):
         return a_record(metrics={"reconstruction_rel_max": value})
 
     assert "worse" == compare(*runs([cell(0.5)], [cell(float("nan"))])).changes[0].judgement
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.1, 1.47e27, "0.1 -> 1.47e+27 counted (+1.47e+27)"),
+        (0.1, math.nan, "0.1 -> nan counted"),
+        (math.nan, 0.1, "nan -> 0.1 counted"),
+        (0.1, math.inf, "0.1 -> inf counted"),
+        (math.nan, math.nan, "nan counted, unchanged"),
+        (math.inf, math.inf, "inf counted, unchanged"),
+    ],
+)
+def test_what_collapsed_is_said_in_figures_that_can_be_read(runs, before, after, said):
+    """No percentage of thirty digits, no difference that is not a number."""
+    pair = runs(*([a_record(metrics={"gradient_rel_max": value})] for value in (before, after)))
+
+    (change,) = compare(*pair).changes
+
+    assert change.text().endswith(f"gradient_rel_max {said}")
 
 
 def test_cells_of_one_run_alone_are_listed(runs):
