@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_METHOD_WIDTH = 24  # columns of the methods at most; more would push the numbers off the screen
 _MARK = {"measured": "m", "counted": "c", "predicted": "p"}
 
 
@@ -134,7 +135,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
     # A column without a single value says nothing and takes the room of those that do.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
-    methods = min(max(15, widest), 24)
+    methods = min(max(15, widest), _METHOD_WIDTH)
     lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
     widths = {i: max(map(len, lines[i])) for i in shown}
 
@@ -169,8 +170,8 @@ def _short(batch: int, micro_batch: int, length: int) -> str:
 def _in_lines(method: str) -> str:
     """A method's settings under its name, so that a long label does not push the numbers off the screen."""
     name, settings, levers = parts_of(method)
-    # One lever fits beside the name.
-    lines = ["+".join([name, *levers[:1]]), *(f"  +{lever}" for lever in levers[1:])]
+    beside = levers[:1] if len(" +".join([name, *levers[:1]])) <= _METHOD_WIDTH else []
+    lines = ["+".join([name, *beside]), *(f"  +{lever}" for lever in levers[len(beside) :])]
     return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in settings)])
 
 
