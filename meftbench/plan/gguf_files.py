@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,15 +63,21 @@ def cache_folder(file: Path) -> Path:
     size, time of change and both ends, and of those versions.
     """
     status = file.stat()
-    readers = [metadata.version(name) if find_spec(name) else "" for name in ("transformers", "gguf")]
-    known = [SCHEMA, status.st_size, status.st_mtime_ns, *readers]
-    digest = hashlib.blake2b(" ".join(map(str, known)).encode(), digest_size=8)
-    with file.open("rb") as stream:
-        digest.update(stream.read(_SAMPLE))
-        stream.seek(max(0, status.st_size - _SAMPLE))
-        digest.update(stream.read(_SAMPLE))
+    digest = _digest(file, status.st_size, status.st_mtime_ns)
     if own := os.environ.get("MEFTBENCH_CACHE"):
         root = Path(own).expanduser()
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meftbench"
-    return root / "gguf" / f"{file.stem}-{digest.hexdigest()}"
+    return root / "gguf" / f"{file.stem}-{digest}"
+
+
+@lru_cache(maxsize=64)
+def _digest(file: Path, size: int, changed_ns: int) -> str:
+    """Remembered: a suite asks once for each of its cells, and some times more."""
+    readers = [metadata.version(name) if find_spec(name) else "" for name in ("transformers", "gguf")]
+    digest = hashlib.blake2b(" ".join(map(str, [SCHEMA, size, changed_ns, *readers])).encode(), digest_size=8)
+    with file.open("rb") as stream:
+        digest.update(stream.read(_SAMPLE))
+        stream.seek(max(0, size - _SAMPLE))
+        digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
