@@ -38,7 +38,7 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """The benchmarks (pytest-benchmark): times are recorded, never asserted."""
     session.install(*CONSTRAINED, "-e", ".[test]")
-    session.run("pytest", "tests/benchmarks", "--benchmark-only", *session.posargs)
+    session.run("pytest", "-n0", "tests/benchmarks", "--benchmark-only", *session.posargs)
 
 
 @nox.session(default=False)

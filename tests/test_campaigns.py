@@ -202,11 +202,9 @@ def test_decoders_in_miniature(tmp_path, capsys, monkeypatch):
         assert "there is no CUDA device" in capsys.readouterr().err
 
 
-def measured_like_predictions(folder, factor):
-    """A run folder of two cells whose measured peaks are `factor` times what is predicted of a T4."""
-    from dataclasses import replace
-
-    from builders import a_run, measured
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory):
+    """The records of two cells as they are predicted of a T4."""
     from meftbench.plan.cell import Cell
     from meftbench.runner import run_suite
     from sweeps import a_suite
@@ -214,7 +212,15 @@ def measured_like_predictions(folder, factor):
     tiny = {"model": "bert-tiny@random", "batch_size": 2, "sequence_length": 16, "device": "predicted:t4"}
     cells = [Cell.of(method, **tiny) for method in ("lora", "meft1")]
     protocol = {"passes": ("memory",), "warmup": 1, "steps": 1}
-    run = run_suite(a_suite(*cells, **protocol), folder / "predicted", resume=True)
+    return run_suite(a_suite(*cells, **protocol), tmp_path_factory.mktemp("predicted") / "run").records
+
+
+def measured_like(predicted, folder, factor):
+    """A run folder of cells whose measured peaks are `factor` times what was predicted."""
+    from dataclasses import replace
+
+    from builders import a_run, measured
+
     records = [
         replace(
             record,
@@ -224,17 +230,17 @@ def measured_like_predictions(folder, factor):
                 for name in ("peak_allocated_bytes", "peak_reserved_bytes")
             },
         )
-        for record in run.records
+        for record in predicted
     ]
     a_run(folder / f"measured{factor}", *records, environment={"gpus": {"devices": [{"name": "Tesla T4"}]}})
     return folder / f"measured{factor}"
 
 
-def test_prediction_in_miniature(tmp_path, capsys):
+def test_prediction_in_miniature(tmp_path, capsys, predicted):
     """A run that was measured elsewhere: twice what is predicted is over the limits, the very number is within."""
     campaign = main_of("prediction")
     for factor, code in ((1, 0), (2, 1)):
-        run = measured_like_predictions(tmp_path, factor)
+        run = measured_like(predicted, tmp_path, factor)
         out = tmp_path / f"out{factor}"
 
         assert code == campaign([str(out), "--measured", str(run)])
@@ -340,8 +346,8 @@ def gpu_sample(monkeypatch):
 
 
 def test_the_gpu_sample_in_miniature(tmp_path, capsys, gpu_sample):
-    """Every section that a CPU can fill, and a summary that is what is printed."""
-    assert 0 == gpu_sample([str(tmp_path), "--device", "cpu", "--seconds", "300"])
+    """What runs in the script's own process, and a summary that is what is printed."""
+    assert 0 == gpu_sample([str(tmp_path), "--device", "cpu", "--seconds", "300", "--sections", "exactness", "speed"])
 
     exactness = pd.read_csv(tmp_path / "exactness.csv")
     assert 2 * 3 * 2 == len(exactness)  # kernels, tiles, models
@@ -350,10 +356,19 @@ def test_the_gpu_sample_in_miniature(tmp_path, capsys, gpu_sample):
     speed = pd.read_csv(tmp_path / "speed.csv").set_index("method")
     assert 1 == speed.ratio_to_lora_checkpoint["lora+checkpoint"]
     assert (speed.lowest <= speed.highest).all()
-    memory = pd.read_csv(tmp_path / "memory.csv")
-    assert (memory.activation_peak_bytes == memory.counted_activation_peak_bytes).all()  # here both are counts
     assert "0 of them other than bit for bit" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "summary.md").read_text().strip() == capsys.readouterr().out.strip()
+
+
+def test_the_gpu_sample_sets_the_count_beside_the_memory(tmp_path, gpu_sample, monkeypatch):
+    """Of a cell in a process of its own; here both are counts."""
+    monkeypatch.setitem(gpu_sample.__globals__, "METHODS", (("meft3-exact", {"tiles": 2}),))
+
+    assert 0 == gpu_sample([str(tmp_path), "--device", "cpu", "--seconds", "300", "--sections", "memory"])
+
+    memory = pd.read_csv(tmp_path / "memory.csv")
+    assert 1 == len(memory)
+    assert (memory.activation_peak_bytes == memory.counted_activation_peak_bytes).all()
 
 
 def test_the_gpu_sample_without_time_says_what_it_left_out(tmp_path, gpu_sample):
@@ -384,9 +399,9 @@ def test_the_gpu_sample_goes_on_after_a_piece_that_fails(tmp_path, gpu_sample, m
     assert "2 pieces failed" in (tmp_path / "summary.md").read_text()
 
 
-def test_the_gpu_sample_predicts_what_was_measured(tmp_path, gpu_sample):
+def test_the_gpu_sample_predicts_what_was_measured(tmp_path, gpu_sample, predicted):
     """Of a run measured elsewhere, as `memory` leaves one on a GPU."""
-    run = measured_like_predictions(tmp_path, 1)
+    run = measured_like(predicted, tmp_path, 1)
     options = ["--device", "cpu", "--seconds", "60", "--sections", "prediction", "--measured", str(run)]
 
     assert 0 == gpu_sample([str(tmp_path / "out"), *options])
