@@ -285,7 +285,7 @@ include:
 """
 
 
-def test_the_quality_campaign_in_miniature(tmp_path):
+def test_the_quality_campaign_in_miniature(tmp_path, capsys):
     """A section is a run with its page; a training without reversal is held against the reversed one."""
     task, suites, out = tmp_path / "task", tmp_path / "suites", tmp_path / "out"
     for folder in (task, suites):
@@ -298,6 +298,8 @@ def test_the_quality_campaign_in_miniature(tmp_path):
     (suites / f"{name}.yaml").write_text(QUALITY.format(name=name, task=task))
     arguments = [str(out), "--sections", "ablations", "--suites", str(suites), "--jobs", "1"]
 
+    assert 5 == main_of("quality")([*arguments, "--where", "method=ful"])
+    assert "none of the 3 cells of quality-minilm-ablations matches" in capsys.readouterr().err
     assert 0 == main_of("quality")(arguments)
 
     assert ["ok"] * 3 == [record.status for record in load_run(out / name).records]

