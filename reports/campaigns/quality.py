@@ -74,7 +74,9 @@ def section(
     """Run or finish `suite` in `out`, of its cells those that `where` chooses, and write its page."""
     cells = [cell.model_copy(update={"device": device, "training": _with(cell.training, data)}) for cell in suite.cells]
     if where is not None and not any(where(cell) for cell in cells):
-        raise UserError("--where", f"none of the {len(cells)} cells of {suite.name} matches", "change it", NOTHING_MATCHED)
+        raise UserError(
+            "--where", f"none of the {len(cells)} cells of {suite.name} matches", "change it", NOTHING_MATCHED
+        )
 
     def tell(event: object) -> None:
         if isinstance(event, Ended):
