@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.tables import count, methods_in_order, rows_of, setting_text
+from meftbench.report.tables import count, left_out, methods_in_order, rows_of, setting_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -237,6 +237,10 @@ def _listed(seeds: list[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
+# Columns that a narrow terminal does without, the first one first, counted from the last.
+_SPARED = {"tokens/s": -3, "% of full": -5, "trained": -1, "time": -4, "rate": -2, "activation": -6}
+
+
 def print_quality(frame: DataFrame, out: Console) -> None:
     """Print a table a task; nothing where nothing was trained."""
     from rich.table import Table as RichTable
@@ -245,11 +249,21 @@ def print_quality(frame: DataFrame, out: Console) -> None:
     for table in tables(results(frame)):
         out.print(Text(table.title, style="bold"))
         roomy = out.width >= ROOMY
-        shown = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for place, name in enumerate(table.head if roomy else table.narrow_head):
-            shown.add_column(name, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place > 0)
-        for line in table.lines if roomy else table.narrow_lines:
-            shown.add_row(*map(Text, line))
-        out.print(shown)
-        for note in [*([] if roomy else [table.narrow_note]), *table.notes]:
+        head, lines, notes = table.head, table.lines, table.notes
+        if not roomy:
+            head, lines = table.narrow_head, table.narrow_lines
+            columns = [[*name.splitlines(), *(line[i] for line in lines)] for i, name in enumerate(head)]
+            widths = {i: 1 + max(map(len, column)) for i, column in enumerate(columns)}
+            spared = left_out(widths, {name: index % len(head) for name, index in _SPARED.items()}, out.width)
+            shown = [i for i in range(len(head)) if i not in {_SPARED[name] % len(head) for name in spared}]
+            head, lines = tuple(head[i] for i in shown), [tuple(line[i] for i in shown) for line in lines]
+            unsaid = [f"No room at this width for {', '.join(spared)}."] if spared else []
+            notes = [table.narrow_note, *unsaid, *notes]
+        drawn = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for place, name in enumerate(head):
+            drawn.add_column(name, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place > 0)
+        for line in lines:
+            drawn.add_row(*map(Text, line))
+        out.print(drawn)
+        for note in notes:
             out.print(Text(note))

@@ -16,6 +16,7 @@ from meftbench.report.tables import (
     detail_of,
     frame_of,
     groups,
+    left_out,
     methods_in_order,
     parts_of,
     rows_of,
@@ -116,8 +117,18 @@ def _why(record: Record) -> str:
 
 
 # Columns that a narrow terminal does without, the first one first: at equal batch and length tokens/s is the step time
-# again, and a share the activation memory.
-_SPARED = {"tokens/s": 5, "% of full": 2, "peak": 3}
+# again, and a share the activation memory. A number is never cut: its column is there or it is not.
+_SPARED = {
+    "tokens/s": 5,
+    "% of full": 2,
+    "peak": 3,
+    "trained": 9,
+    "of it grads": 1,
+    "start loss": 8,
+    "step": 4,
+    "gradient error": 7,
+    "recon. error": 6,
+}
 
 
 def _table(group: Group, shares: dict[str, float], width: int) -> Table:
@@ -143,11 +154,8 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
         return methods + sum(widths[i] + gap for i in shown)
 
     gap = 2 if width >= 100 and needed(2) <= width else 1
-    left_out = []
-    for name, index in _SPARED.items():
-        if index in shown and needed(gap) > width:
-            shown.remove(index)
-            left_out.append(name)
+    spared = left_out({i: widths[i] + gap for i in shown}, _SPARED, width - methods)
+    shown = [i for i in shown if i not in {_SPARED[name] for name in spared}]
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=methods)
     for index in shown:
@@ -158,7 +166,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
         for row in sorted(here, key=lambda r: order.index(r["method"])):
             table.add_row(Text(_in_lines(row["method"])), *(Text(texts[id(row)][index]) for index in shown))
     notes = ["m measured, c counted, p predicted"] if mixed else []
-    notes += [f"no room at this width for {', '.join(left_out)}"] if left_out else []
+    notes += [f"no room at this width for {', '.join(spared)}"] if spared else []
     table.caption = "; ".join(notes) or None
     return table
 

@@ -297,3 +297,16 @@ def count(value: float | None) -> str:
         if value >= limit:
             return f"{value / size:,.1f}{letter}"
     return f"{value:,.0f}"
+
+
+def left_out(widths: Mapping[int, int], spared: Mapping[str, int], room: int) -> list[str]:
+    """Names of columns without which a table fits into `room` characters: of `spared` (name: index), the first first.
+
+    widths: characters that each column takes, the space beside it included.
+    """
+    remaining, names = dict(widths), []
+    for name, index in spared.items():
+        if index in remaining and sum(remaining.values()) > room:
+            del remaining[index]
+            names.append(name)
+    return names

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, measured
+from meftbench.records.store import load_run
 from meftbench.report.summary import count, error, print_summary
+
+REPORTS = Path(__file__).resolve().parents[2] / "reports"
 
 
 def printed(run, width=80):
@@ -125,3 +131,17 @@ def test_a_narrow_terminal_leaves_out_what_is_said_twice(tmp_path):
     assert "15.00 (3.08)" in narrow
     assert max(map(len, narrow.splitlines())) <= 80
     assert "no room" not in wide
+
+
+@pytest.mark.parametrize("run", ["minilm-cpu", "smollm2-cpu", "quality-minilm", "quality-qa-minilm"])
+@pytest.mark.parametrize("width", [40, 50, 60, 70, 80, 90, 110])
+def test_no_number_is_cut_whatever_the_width(run, width):
+    """A figure of a narrow table stands in the wide one: 2e-6 is never shown as 2e-."""
+    loaded = load_run(REPORTS / run)
+    # Of scores there are two tables: short figures up to some width, and whole ones.
+    shown, short, whole = (
+        re.findall(r"(?<=\s)[-+]?[\d.,]+[\w%+-]*(?=\s)", printed(loaded, columns)) for columns in (width, 119, 250)
+    )
+
+    assert 50 < len(shown)
+    assert [] == [figure for figure in shown if figure not in {*short, *whole}]
