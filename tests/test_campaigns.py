@@ -358,6 +358,7 @@ def test_the_gpu_sample_in_miniature(tmp_path, capsys, gpu_sample):
     speed = pd.read_csv(tmp_path / "speed.csv").set_index("method")
     assert 1 == speed.ratio_to_lora_checkpoint["lora+checkpoint"]
     assert (speed.lowest <= speed.highest).all()
+    assert 1 == speed.of_fastest["lora+checkpoint"]
     assert "0 of them other than bit for bit" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "summary.md").read_text().strip() == capsys.readouterr().out.strip()
 

@@ -6,7 +6,7 @@
 Sections, each with a CSV and a part of summary.md, which is also printed:
     exactness  elements that backward restores otherwise than bit for bit: precisions x attention kernels x depths
     speed      step time of the exact methods against lora+checkpoint and its levers, interleaved in one run: the ratio,
-               its lowest and its highest; on a CPU for each number of `--threads`
+               its lowest and its highest, and that of the fastest steps; on a CPU for each number of `--threads`
     limits     (CUDA) largest batch and longest sequence by doubling and bisection until memory is full
     kernels    (CUDA, Triton) the fused coupling: seconds, bytes moved, share of a copy's bandwidth
 Peaks of memory are taken beside speed on CUDA (max_memory_allocated above the level before the step). Without a GPU
@@ -179,14 +179,17 @@ def speed(
                 del steps
                 gc.collect()
     columns = ["model", "precision", "batch", "tokens", "method", "threads", "rounds", "step_s", "tokens_per_s"]
-    columns += ["ratio_to_lora_checkpoint", "lowest", "highest"]
+    columns += ["ratio_to_lora_checkpoint", "lowest", "highest", "of_fastest"]
     return pd.DataFrame(rows, columns=[*columns, "activation_peak_bytes"])
 
 
-def ratios(seconds: list[float], base: list[float]) -> tuple[float, float, float]:
-    """Median, lowest and highest ratio of neighbours in time: what disturbs the machine disturbs both."""
+def ratios(seconds: list[float], base: list[float]) -> tuple[float, float, float, float]:
+    """Median, lowest and highest ratio of neighbours in time, and the ratio of the fastest steps.
+
+    What disturbs a machine for long disturbs neighbours alike; the fastest steps are the least disturbed at all.
+    """
     found = [a / b for a, b in zip(seconds, base, strict=True)]
-    return statistics.median(found), min(found), max(found)
+    return statistics.median(found), min(found), max(found), min(seconds) / min(base)
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def restored(
 def speed(device: torch.device, until: float) -> tuple[Section, Section]:
     steps = Section(
         ["model", "precision", "batch", "tokens", "method", "rounds", "step_s", "ratio_to_lora_checkpoint", "lowest",
-         "highest", "activation_peak_bytes", "note"]
+         "highest", "of_fastest", "activation_peak_bytes", "note"]
     )  # fmt: skip
     for model, precision, batch, length in SHAPES[device.type]:
         if time.monotonic() > until:
@@ -184,7 +184,7 @@ def speed(device: torch.device, until: float) -> tuple[Section, Section]:
             rows = list(_interleaved(device, model, precision, batch, length, 7 if device.type == "cuda" else 2))
         except Exception as error:  # as in Section.run
             traceback.print_exc()
-            rows = [(None, *[None] * 6, f"{type(error).__name__}: {error}")]
+            rows = [(None, *[None] * 7, f"{type(error).__name__}: {error}")]
             steps.failed += 1
         steps.rows += [(model[0], precision, batch, length, *row) for row in rows]
         print(*steps.rows[-len(rows) :], sep="\n", file=sys.stderr, flush=True)
