@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench import __version__
+from meftbench.backbones.quantize import keep_layout
 from meftbench.errors import UserError
 from meftbench.methods import prepare
 from meftbench.methods.adapter_files import (
@@ -79,13 +80,15 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     folder = Path(folder)
     config, tensors = read(folder)
     if config.get("peft_type") != PEFT_TYPE:
-        return load_by_peft(model, folder, config, tensors)
+        found = load_by_peft(model, folder, config, tensors)
+        keep_layout(found)
+        return found
     for key, kind in _WRITTEN.items():
         if not isinstance(config.get(key), kind):
             raise UserError(str(folder / CONFIG), f"{key} is missing or no {kind.__name__}", "save the adapter again")
     if config["schema"] == 1:
         config["settings"] = _settings_of_schema_1(config["method"], config["settings"])
-    method, settings = config["method"], config["settings"]
+    method, settings = config["method"], _with_added_settings(config["settings"])
     applied: dict[str, Any] | None = {"method": "of peft"} if is_peft(model) else vars(model).get(NOTE)
     if applied is not None:
         check_same(folder, method, applied["method"], settings, applied.get("settings", {}), _FREE)
@@ -103,6 +106,11 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         unload(model)
         raise
     return model if model.training else model.eval()
+
+
+def _with_added_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an adapter was saved without because they are newer, at what they then were."""
+    return {"stream_bits": 32} | settings if "arithmetic" in settings else settings
 
 
 def _settings_of_schema_1(method: str, settings: dict[str, Any]) -> dict[str, Any]:

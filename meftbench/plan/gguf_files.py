@@ -9,7 +9,6 @@ import hashlib
 import os
 from functools import lru_cache
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from meftbench.errors import UserError
@@ -52,8 +51,16 @@ def check_gguf(where: str, file: Path) -> None:
         raise UserError(where, f"{str(file)!r} cannot be read ({error.strerror})", "check its permissions") from None
     if begin != MAGIC:
         raise UserError(where, f"{str(file)!r} is no GGUF file", "download or convert it again")
-    if find_spec("gguf") is None:
+    if not _version("gguf"):
         raise UserError(where, f"{str(file)!r} needs the package gguf", "pip install 'meftbench[gguf]'")
+
+
+def _version(distribution: str) -> str:
+    """Version of an installed package; "" where there is none. A folder of its name here, as `gguf`, is no package."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def cache_folder(file: Path) -> Path:
@@ -63,7 +70,7 @@ def cache_folder(file: Path) -> Path:
     size, time of change and both ends, and of those versions.
     """
     status = file.stat()
-    digest = _digest(file, status.st_size, status.st_mtime_ns)
+    digest = _digest(file.resolve(), status.st_size, status.st_mtime_ns)
     if own := os.environ.get("MEFTBENCH_CACHE"):
         root = Path(own).expanduser()
     else:
@@ -74,7 +81,7 @@ def cache_folder(file: Path) -> Path:
 @lru_cache(maxsize=64)
 def _digest(file: Path, size: int, changed_ns: int) -> str:
     """Remembered: a suite asks once for each of its cells, and some times more."""
-    readers = [metadata.version(name) if find_spec(name) else "" for name in ("transformers", "gguf")]
+    readers = [_version(name) for name in ("transformers", "gguf")]
     digest = hashlib.blake2b(" ".join(map(str, [SCHEMA, size, changed_ns, *readers])).encode(), digest_size=8)
     with file.open("rb") as stream:
         digest.update(stream.read(_SAMPLE))

@@ -23,6 +23,9 @@ from meftbench.reversible.watch import StreamError
 
 # Room above the largest value met, in bits. The fixed-point error at that value is then below float32's by 2⁻³.
 HEADROOM = 2
+# 64-bit integers have bits to spare: values 64 times as large stay within the range, and what is a 2⁻²²th of the largest
+# value still keeps all the bits of a float32.
+HEADROOM_OF_64 = 6
 # The finest step in 32 bits is 2⁻³⁰, in 64 as many bits as there are; the coarsest still holds the largest float32 in
 # an int32.
 FINEST, COARSEST = 30, -100
@@ -84,8 +87,8 @@ class CalibratedRange(nn.Module):
         largest_D = largest_D.clamp(min=float(largest_D.median()) * SILENT)
         # frexp: value = mantissa · 2ᵉ with 1/2 <= mantissa < 1, so that every value is below 2ᵉ.
         room = int(math.log2(limit))
-        finest = FINEST if room < 32 else room
-        bits_D = room - HEADROOM - torch.frexp(largest_D).exponent
+        finest, headroom = (FINEST, HEADROOM) if room < 32 else (room, HEADROOM_OF_64)
+        bits_D = room - headroom - torch.frexp(largest_D).exponent
         bits_D = torch.where(largest_D == 0, finest, bits_D)
         return bits_D.clamp(COARSEST, finest).to(torch.int16)
 

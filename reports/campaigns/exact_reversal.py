@@ -314,6 +314,12 @@ def _timed(run: Callable[[], object], device: torch.device, times: int = 20) -> 
 # --- the campaign ---
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count from 1 on")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the sections; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -324,8 +330,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depths", type=int, nargs="+", default=[12, 24, 48, 96])
     parser.add_argument("--shapes", nargs="+", help="BATCHxTOKENS ...")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="for speed; lora+checkpoint always runs")
-    parser.add_argument("--threads", type=int, nargs="+", help="on a CPU, for speed; default: as many as torch takes")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--threads", type=_positive, nargs="+", help="on a CPU, for speed; default: as many as torch takes"
+    )
+    parser.add_argument("--rounds", type=_positive, default=7)
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,10 +202,41 @@ def test_a_file_that_is_not_there_or_a_folder(tmp_path):
 
 def test_without_the_package_that_reads_it(file, monkeypatch):
     """The line says what to install."""
-    monkeypatch.setattr("meftbench.plan.gguf_files.find_spec", lambda name: None)
+    monkeypatch.setattr("meftbench.plan.gguf_files._version", lambda name: "")
 
     with pytest.raises(UserError, match=r"pip install 'meftbench\[gguf\]'"):
         check_model("suite.yaml", str(file), {})
+
+
+def test_a_folder_named_like_the_package_is_none(file, tmp_path, monkeypatch):
+    """Python takes any folder `gguf` in its path for a package of that name; what counts is what is installed."""
+
+    def none(name):
+        raise metadata.PackageNotFoundError(name)
+
+    (tmp_path / "path" / "gguf").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    monkeypatch.setattr("meftbench.plan.gguf_files.metadata.version", none)
+
+    with pytest.raises(UserError, match=r"pip install 'meftbench\[gguf\]'"):
+        check_model("suite.yaml", str(file), {})
+
+
+def test_a_relative_path_means_another_file_in_another_folder(file, tmp_path, monkeypatch):
+    """What is remembered of a file is not taken for that of its namesake."""
+    for name, scale in (("first", 1), ("second", 2)):
+        (tmp_path / name).mkdir()
+        model = a_llama()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(scale)
+        written(tmp_path / name / "same.gguf", model)
+        os.utime(tmp_path / name / "same.gguf", (5, 5))
+    found = []
+    for name in ("first", "second"):
+        monkeypatch.chdir(tmp_path / name)
+        found.append(cache_folder(Path("same.gguf")))
+
+    assert found[0] != found[1]
 
 
 ROTARY = {"rope_freqs.weight": torch.ones(HIDDEN // HEADS // 2)}

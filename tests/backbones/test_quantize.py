@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import torch
 
+import meftbench
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
 from meftbench.measurement import measure_cell
@@ -80,6 +81,25 @@ def test_an_evaluation_before_a_step_leaves_the_weights_as_they_are(method):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert torch.isfinite(loss)
     assert all(bool(g.isfinite().all()) for g in found.values())
+
+
+@installed
+@pytest.mark.parametrize("method", ["lora", "meft1-exact"])
+def test_a_loaded_adapter_can_be_evaluated_and_trained_on(method, tmp_path):
+    """The rearrangement for inference is forbidden where an adapter is loaded, too."""
+    meftbench.save_adapter(prepare(a_quantized(), method, seed=1).model, tmp_path)
+    model = a_quantized()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+
+    loaded = meftbench.load_adapter(model, tmp_path).to("cpu")
+    batch = a_batch_for(model)
+    with torch.no_grad():
+        loaded.eval()(**batch)
+    loss, _ = gradients(loaded.train(), batch)
+
+    assert torch.isfinite(loss)
 
 
 @installed

@@ -357,6 +357,16 @@ def test_the_configuration_says_what_was_applied(adapter):
     assert len(tensors) == 2 * 3 * 4 + 2 + 1  # and the range
 
 
+def test_an_adapter_from_before_a_setting_was_added_goes_into_a_model_with_the_method_applied(folder, adapter):
+    """The setting is what it was when there was none: streams of 32 bits."""
+    config = json.loads((folder / CONFIG).read_text())
+    del config["settings"]["stream_bits"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    model = applied_to(a_model(), *SAVED)
+
+    assert torch.equal(adapter[1], outputs(meftbench.load_adapter(model, folder)))
+
+
 @pytest.mark.parametrize("written", [0, 1])
 def test_a_full_disk_leaves_the_old_adapter(folder, written, monkeypatch):
     """Where the first or the second file cannot be written: one line, and both files are as before."""

@@ -112,8 +112,22 @@ def test_streams_of_floats_have_no_64_bits():
         prepare(a_model(2), "meft1", {"stream_bits": 64})
 
 
-@pytest.mark.parametrize("scale", [50.0, 1e6, 1e12])
-@pytest.mark.parametrize("stream_bits", [32, 64])
+def test_streams_of_64_bits_have_room_for_thirty_times_what_was_met():
+    """They have bits to spare: a step for which 32 bits are run again, and generation with a cache would end."""
+    applied = a_decoder(stream_bits=64)
+    batch = a_batch_for(applied.model)
+    gradients(applied.model, batch)
+    with torch.no_grad():
+        applied.model.model.embed_tokens.weight.mul_(30)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(applied.model, batch)
+
+    assert 0 == applied.stacks[0].range.widenings
+
+
+@pytest.mark.parametrize(("scale", "stream_bits"), [(50.0, 32), (1e6, 32), (1e12, 32), (1e6, 64), (1e12, 64)])
 def test_leaving_the_range_costs_a_forward_pass_and_nothing_else(scale, stream_bits):
     """A later batch that leaves the range: one warning, the same loss and gradients as with a range from the start."""
     applied, fresh = (a_decoder(stream_bits=stream_bits) for _ in range(2))
