@@ -299,7 +299,7 @@ def test_the_quality_campaign_in_miniature(tmp_path, capsys):
     arguments = [str(out), "--sections", "ablations", "--suites", str(suites), "--jobs", "1"]
 
     assert 5 == main_of("quality")([*arguments, "--where", "method=ful"])
-    assert "none of the 3 cells of quality-minilm-ablations matches" in capsys.readouterr().err
+    assert "quality-minilm-ablations: none of its 3 cells matches --where" in capsys.readouterr().err
     assert 0 == main_of("quality")(arguments)
 
     assert ["ok"] * 3 == [record.status for record in load_run(out / name).records]

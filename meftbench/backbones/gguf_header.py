@@ -99,10 +99,14 @@ def check_config(name: str, header: Header, config: Any) -> None:
             allowed = HARMLESS[key]
             if allowed is None or value in allowed:
                 continue
+        if key == "rope.scaling.original_context_length" and value == header.values.get("context_length"):
+            continue  # not scaled
         if key not in FIELDS:
             what = f"its header has {header.architecture}.{key} = {_short(value)}, which is not read from GGUF files"
             raise UserError(name, what, CURE)
         held = [found for field in FIELDS[key] if (found := _field(config, field)) is not None]
+        if key == "context_length" and not held:
+            continue  # BLOOM and T5 have no table of positions, and no such limit
         if not any(_same(value, found) for found in held):
             read = f"read as {_short(held[0])}" if held else f"of which {config.model_type} models have no setting"
             raise UserError(name, f"its header has {header.architecture}.{key} = {_short(value)}, {read}", CURE)
@@ -135,6 +139,8 @@ def _field(config: Any, name: str) -> Any:
     if name == "own_rotary_size":
         share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
         return int(own * share)
+    if name == "n_inner" and hasattr(config, name):
+        return config.n_inner or 4 * config.hidden_size  # GPT-2's None
     if name == "rope_theta":
         return rope.get(name, getattr(config, name, None))
     return getattr(config, name, None)

