@@ -1,6 +1,7 @@
 """Small data in every form that is read, and the tasks that they are."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from meftbench.plan.task import Task
 
-DATA = Path("/work/shared/data")
+# Beside the repository unless the variable of `meftbench` says otherwise.
+DATA = Path(os.environ.get("MEFTBENCH_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 ROWS = [
     {"title": 'the "best" of all', "spam": 1},
     {"title": "NA", "spam": 0},

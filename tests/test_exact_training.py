@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
+from task_data import DATA
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "reports" / "campaigns" / "exact_training.py"
-RTE = ROOT.parent / "shared" / "data" / "glue" / "rte"
+RTE = DATA / "glue" / "rte"
 PAIRS = [
     {"sentence1": "A plane takes off.", "sentence2": "An aeroplane is taking off.", "label": 5.0, "idx": 0},
     {"sentence1": "A man plays the flute.", "sentence2": "Rain fell on the harbour all night.", "label": 0.2, "idx": 1},
@@ -120,7 +122,7 @@ def test_a_run_that_breaks_is_named_and_drawn(campaign):
     assert campaign["ZERO"] in [label.get_text() for label in ax.get_yticklabels()]
 
 
-@pytest.mark.skipif(not RTE.is_dir(), reason=f"no task data at {RTE}")
+@pytest.mark.skipif(not RTE.is_dir(), reason=f"no task data at {RTE}; set MEFTBENCH_DATA")
 def test_exact_reversal_does_not_change_training(campaign):
     """MiniLM on RTE, dropout on: ten steps reversed and under plain autograd have the same losses to 1e-4."""
     task = campaign["read_task"](RTE, steps=10, batch_size=8, length=32, seed=0)

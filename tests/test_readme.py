@@ -127,3 +127,33 @@ def test_the_start_is_that_of_the_committed_csv():
 
     lines = [line for line in block.splitlines() if line.startswith("|")][2:]
     assert expected == [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+
+
+def test_no_report_holds_a_folder_of_the_machine_it_was_made_on():
+    """Neither a record nor a page: a name that only one machine has says nothing to a reader."""
+    folder = re.compile(rb"[\"' >(](/(?:work|home|root|tmp|Users|mnt)/[\w./-]+)")
+    files = [
+        file
+        for file in (ROOT / "reports").rglob("*")
+        if file.suffix in (".jsonl", ".json", ".html", ".yaml", ".md", ".csv")
+    ]
+
+    assert 50 < len(files)
+    assert {} == {
+        str(file.relative_to(ROOT)): found[:2] for file in files if (found := folder.findall(file.read_bytes()))
+    }
+
+
+def test_the_scores_it_names_are_those_of_the_records():
+    """Of the trainings that are not finished with all seeds, in a sentence: to the digit of table.md."""
+    said = " ".join(README.split())
+    for run, method, sentence in (
+        ("quality-glue-minilm", "parallel", "MRPC has {} with parallel adapters"),
+        ("quality-glue-minilm", "meft1-exact", "and {} with `meft1-exact`"),
+        ("quality-qa-smollm2", "lora", "LoRA {}"),
+        ("quality-qa-smollm2", "parallel", "parallel {}"),
+    ):
+        lines = (ROOT / "reports" / run / "table.md").read_text(encoding="utf-8").splitlines()
+        (row,) = [line for line in lines if line.startswith(f"| {method} |")]
+        score = row.split("|")[2].strip()
+        assert sentence.format(score) in said

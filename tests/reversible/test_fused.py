@@ -269,7 +269,7 @@ assert not fused.usable(torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, 8))
 def test_the_kernels_in_the_interpreter():
     """Without CUDA the tests above run in a process of their own, whose triton interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__]
 
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
 

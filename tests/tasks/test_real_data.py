@@ -1,4 +1,4 @@
-"""Every task, as far as its data lie in /work/shared/data, whose README says what was cut."""
+"""Every task, as far as its data lie in ../shared/data or MEFTBENCH_DATA, whose README says what was cut."""
 
 import pytest
 
@@ -61,7 +61,7 @@ COUNTED = {
 def test_a_task_loads_from_the_data_root(task):
     """All of the rows that lie there, and a line for each split that is not as published."""
     if not (DATA / task.folder).is_dir():
-        pytest.skip(f"no {DATA / task.folder}")
+        pytest.skip(f"no {DATA / task.folder}; set MEFTBENCH_DATA to where the tasks' data lie")
 
     splits = load_splits(task, str(DATA))
 
@@ -79,7 +79,7 @@ def test_a_task_loads_from_the_data_root(task):
 def test_the_correct_answer_of_sciq_is_everywhere():
     """It is stored first; used so, a model would learn the place."""
     if not (DATA / "qa/sciq").is_dir():
-        pytest.skip(f"no {DATA / 'qa/sciq'}")
+        pytest.skip(f"no {DATA / 'qa/sciq'}; set MEFTBENCH_DATA to where the tasks' data lie")
 
     labels = list(load_splits(TASKS["sciq"], str(DATA)).train["label"])
 
