@@ -37,6 +37,7 @@ from meftbench.units import parse_bytes
 MEASUREMENT = "meftbench.measurement"
 TRACEBACK_CHARACTERS = 8_000
 MESSAGE_CHARACTERS = 2_000
+_PLACE = re.compile(r'File "/[^"\n]*?/((?:site-packages|meftbench|python3\.\d+)/(?!.*site-packages)[^"\n]*)"')
 
 # torch's CPU allocator raises a plain RuntimeError, and CUDA libraries report exhaustion as a failed call: these are
 # the only failures known by their text (seen in torch 2.13).
@@ -68,6 +69,11 @@ def run_cell(measurement: ModuleType, cell: dict[str, Any], protocol: dict[str, 
         return failure(error)
 
 
+def _without_machine(lines: str) -> str:
+    """A traceback without the folders of this machine: files below the package, site-packages or Python's library."""
+    return _PLACE.sub(r'File "\1"', lines)
+
+
 def failure(error: BaseException) -> dict[str, Any]:
     """The content of a result file for a cell that ended by `error`: `oom`, or `error` with its traceback."""
     lines = traceback.format_exception(error)
@@ -84,7 +90,7 @@ def failure(error: BaseException) -> dict[str, Any]:
     else:
         status = "error"
     if status == "error" and not isinstance(error, UserError):
-        detail.setdefault("traceback", "".join(lines)[-TRACEBACK_CHARACTERS:])
+        detail.setdefault("traceback", _without_machine("".join(lines))[-TRACEBACK_CHARACTERS:])
     return {"status": status, "status_detail": detail, "metrics": {}, "observed": {}}
 
 

@@ -265,7 +265,7 @@ def _headline(name: str, run: Run) -> dict[str, str]:
         "checkout": checkout(run.environment),
         "cells": ending(run) if run.records else "no cell has finished",
         "description": str(run.suite.get("description") or ""),
-        "path": str(run.path),
+        "path": run.path.name if run.path.is_absolute() else str(run.path),  # no folder of this machine
         "unverified": ", ".join(unverified(run)),
         "protocol": ", ".join(_said(run.suite.get("protocol") or {})),
     }

@@ -13,6 +13,7 @@ from meftbench.errors import UserError
 from meftbench.plan.protocol import Protocol
 from meftbench.runner import process
 from meftbench.runner.process import Job, Worker, worker_environment
+from meftbench.worker import _without_machine
 from sweeps import WORKER, alive, told, wait_until
 
 SPAWNING = (*WORKER, "--spawn")
@@ -98,6 +99,12 @@ def test_a_bug_comes_with_its_traceback(a_worker, tmp_path):
 
     assert "stand_in.py" in outcome_of(worker, a_job(tmp_path, stand_in.BROKEN)).detail["traceback"]
     assert "traceback" not in outcome_of(worker, a_job(tmp_path, stand_in.WRONG)).detail
+
+
+@pytest.mark.parametrize("end", ["meftbench/worker.py", "site-packages/torch/nn/m.py", "python3.11/json/__init__.py"])
+def test_a_traceback_names_no_folder_of_the_machine(end):
+    """Of a file below the package, site-packages or Python's own library, the rest of its path."""
+    assert f'File "{end}", line 3' == _without_machine(f'File "/home/me/lib/{end}", line 3')
 
 
 def test_the_last_words_of_a_process_without_a_result_are_reported(a_worker, tmp_path):
