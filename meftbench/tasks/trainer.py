@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,9 @@ from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.plan.tasks import Task
 from meftbench.tasks.callbacks import EvaluateAt, StepClock
-from meftbench.tasks.collate import Row
+from meftbench.tasks.collate import IGNORED, Row
 from meftbench.tasks.encode import Encoded
+from meftbench.tasks.likelihood import likelihoods
 from meftbench.tasks.scores import choose, scores_of
 
 WEIGHTS = "trained.safetensors"
@@ -199,21 +199,12 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def _likeliest(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
         """Of every question the choice whose tokens are the likeliest after it; (B, C, L) tokens and labels."""
-        ids, labels, mask = batch["input_ids"], batch["labels"], batch["choice_mask"]
-        samples, choices, _ = ids.shape
-        targets = labels.flatten(0, 1)[:, 1:]
-        # Prompts are most of the tokens and no part of the likelihood: logits are asked for from the first answer on.
-        first = int((targets != -100).any(0).nonzero()[0])
+        mask, answer = batch["choice_mask"], batch["answer_index"]
         with torch.no_grad(), self.autocast_smart_context_manager():
-            flat = {"input_ids": ids.flatten(0, 1), "attention_mask": batch["attention_mask"].flatten(0, 1)}
-            logits = self._logits_from(first, flat)
-        targets = targets[:, first:]
-        taken = -F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
-        likelihood = taken.view(samples, choices, -1).sum(-1)
-        tokens = (labels[:, :, 1:] != -100).sum(-1)
+            likelihood = likelihoods(self.model, batch)
+        tokens = (batch["labels"] != IGNORED).sum(-1)
         assert self.cell.training is not None
         normalised = self.cell.training.length_normalised
-        answer = batch["answer_index"]
         predicted = choose(*(t.cpu().numpy() for t in (likelihood, tokens, mask)), normalised=normalised)
         if bool(likelihood.isnan().all(-1).any()):
             predicted = np.full(len(predicted), np.nan)
@@ -221,17 +212,6 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         weight = int(tokens.gather(1, right).sum())
         loss = -float(likelihood.gather(1, right).sum()) / weight
         return predicted, answer.cpu().numpy(), loss, weight
-
-    def _logits_from(self, first: int, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (N, L − first, vocabulary), float32, of the positions from `first` on."""
-        base: Any = self.model
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
-        if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-            keep = inputs["input_ids"].shape[1] - first
-            logits: Tensor = self.model(**inputs, logits_to_keep=keep).logits
-            return logits.float()
-        whole: Tensor = self.model(**inputs).logits
-        return whole[:, first:].float()
 
     # --- checkpoints: what is trained, and no more ---
 
