@@ -49,13 +49,13 @@ def by_hand(model, questions):
 
 def check(model, questions, sequences, rtol=1e-5):
     """As by hand, from so many sequences."""
-    read = []
+    read: list[int] = []
     hook = model.register_forward_pre_hook(lambda _, __, given: read.append(len(given["input_ids"])), with_kwargs=True)
     with torch.no_grad():
         found = likelihoods(model, batch_of(questions)).numpy()
         hook.remove()
         expected = by_hand(model, questions)
-    assert [sequences] == read
+    assert sequences == sum(read)
     there = ~np.isnan(expected)
     np.testing.assert_allclose(found[there], expected[there], rtol=rtol)
 
@@ -112,6 +112,7 @@ def test_prompts_that_differ_are_read_one_by_one():
 
     check(model, [cut], sequences=2)
     check(model, [other], sequences=2)
+    check(model, [QUESTIONS[0], cut, QUESTIONS[2], other], sequences=2 + 2 * 3)
 
 
 def test_a_model_whose_masks_are_unknown_reads_one_by_one():
