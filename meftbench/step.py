@@ -22,6 +22,8 @@ PHASES = ("forward", "backward", "optimizer")
 Mark = Callable[[str], None]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+# Arguments of torch's optimizers for a cell's `optimizer_impl`.
+OPTIMIZER_IMPLEMENTATIONS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
 AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # over float32 weights
 
 
@@ -165,8 +167,7 @@ def build_optimizer(cell: Cell, parameters: list[nn.Parameter], foreach: bool | 
 
     foreach: the implementation where the cell names none; None: torch chooses by the device.
     """
-    implementation = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
-    options = implementation[cell.optimizer_impl] if cell.optimizer_impl else {"foreach": foreach}
+    options = OPTIMIZER_IMPLEMENTATIONS[cell.optimizer_impl] if cell.optimizer_impl else {"foreach": foreach}
     if cell.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=1e-4, **options)
     return torch.optim.AdamW(parameters, lr=1e-4, **options)

@@ -23,6 +23,7 @@ from meftbench.errors import UserError
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.plan.tasks import Task
+from meftbench.step import OPTIMIZER_IMPLEMENTATIONS
 from meftbench.tasks.callbacks import EvaluateAt, StepClock
 from meftbench.tasks.collate import IGNORED, Row
 from meftbench.tasks.encode import Encoded
@@ -118,6 +119,14 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def _lengths(self, rows: Sequence[Row]) -> list[int]:
         return [1] * len(rows) if self.task.kind == "images" else [_length(row) for row in rows]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Of transformers, by the implementation that the cell names."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.cell.optimizer_impl is not None:
+            for group in optimizer.param_groups:
+                group |= OPTIMIZER_IMPLEMENTATIONS[self.cell.optimizer_impl]
+        return optimizer
 
     # --- loss ---
 

@@ -1,6 +1,7 @@
 """A training: its loss, its scores, and that nothing is lost when it is cut short."""
 
 import errno
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -338,6 +339,27 @@ def test_a_decoder_learns_the_answer_alone(tmp_path):
     picked = batch["labels"][:, 1:] != -100
     by_hand = -F.log_softmax(logits[:, :-1], -1).gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
     assert float(by_hand[picked].mean()) == pytest.approx(float(found), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("implementation", ["foreach", "fused", "loop"])
+def test_trains_by_the_implementation_of_its_optimizer(tmp_path, monkeypatch, optimizer, implementation):
+    """The one whose memory the record tells, with losses alike but for rounding."""
+    family = {"adamw": "adam", "sgd": "sgd"}[optimizer]  # AdamW is an Adam, and runs its kernels
+    kernel = {"foreach": "_multi_tensor_", "fused": "_fused_", "loop": "_single_tensor_"}[implementation] + family
+    module = importlib.import_module(f"torch.optim.{family}")
+    taken, own = [], getattr(module, kernel)
+
+    def counted(*args, **kwargs):
+        taken.append(kernel)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(module, kernel, counted)
+    fields = {"optimizer": optimizer, "max_steps": 3}
+    chosen, _ = trained(a_training(a_classification(tmp_path / "a"), "lora", optimizer_impl=implementation, **fields))
+    assert taken
+    usual, _ = trained(a_training(a_classification(tmp_path / "a"), "lora", **fields))
+    assert chosen["training_loss"].samples == pytest.approx(usual["training_loss"].samples, rel=1e-4)
 
 
 def test_a_regression(tmp_path):
