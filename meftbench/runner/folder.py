@@ -32,7 +32,7 @@ def latest_folder(suite: Suite, runs: Path = RUNS) -> Path:
     """The newest run of `suite` under `runs`. Raises UserError where there is none."""
     found = [file.parent for file in runs.glob(f"{suite.name}-*/{SUITE}")]
     for folder in sorted(found, key=lambda folder: (folder / SUITE).stat().st_mtime, reverse=True):
-        if load_run(folder).suite.get("suite_id") == suite.suite_id:
+        if not _gone(load_run(folder), suite):
             return folder
     raise UserError("--resume", f"no run of suite {suite.name!r} under {runs}/", "name its folder with --out")
 
@@ -40,8 +40,10 @@ def latest_folder(suite: Suite, runs: Path = RUNS) -> Path:
 def earlier_run(suite: Suite, out: Path, resume: bool) -> Run | None:
     """The run in `out` that is to be taken up; None where a new one begins there.
 
+    A suite to which cells were added since is the same suite; the run gets what was added.
+
     Raises UserError: the folder holds something and `resume` is not set, it is not a run, or the run is of
-    another suite or protocol (exit 4).
+    another protocol, or of a suite with a cell that this one lacks (exit 4).
     """
     if not out.is_dir():
         if out.exists():
@@ -53,16 +55,21 @@ def earlier_run(suite: Suite, out: Path, resume: bool) -> Run | None:
         cure = "add --resume to finish the run in it, or choose another --out"
         raise UserError(str(out), "is not empty", cure)
     run = load_run(out)
-    for what, then, now in (
-        ("protocol", run.suite.get("protocol"), suite.protocol.model_dump(mode="json")),
-        ("suite", run.suite.get("cells"), described(suite)["cells"]),
-    ):
-        key, identity = f"{what}_id", suite.protocol.protocol_id if what == "protocol" else suite.suite_id
-        if run.suite.get(key) != identity:
-            difference = _difference(then, now)
-            cure = "choose another --out for it, or run what began there"
-            raise UserError(str(out), f"holds a run of another {what} ({difference})", cure, NOT_COMPARABLE)
+    cure = "choose another --out for it, or run what began there"
+    if run.suite.get("protocol_id") != suite.protocol.protocol_id:
+        difference = _difference(run.suite.get("protocol"), suite.protocol.model_dump(mode="json"))
+        raise UserError(str(out), f"holds a run of another protocol ({difference})", cure, NOT_COMPARABLE)
+    if gone := _gone(run, suite):
+        more = f" and {len(gone) - 1} more are" if len(gone) > 1 else " is"
+        what = f"holds a run of another suite ({gone[0]}{more} not in this one)"
+        raise UserError(str(out), what, cure, NOT_COMPARABLE)
     return run
+
+
+def _gone(run: Run, suite: Suite) -> list[str]:
+    """The labels of the cells of `run` that `suite` lacks."""
+    now = {cell.cell_id for cell in suite.cells}
+    return [str(cell["label"]) for cell in run.suite["cells"] if cell["cell_id"] not in now]
 
 
 def _never_began(folder: Path) -> bool:
@@ -80,15 +87,6 @@ def _difference(then: Any, now: Any) -> str:
         for key in sorted({*then, *now}):
             if then.get(key) != now.get(key) and key not in ("timeout", "repeats", "on_oom"):
                 return f"{key} was {then.get(key)}, is {now.get(key)}"
-    if isinstance(then, list) and isinstance(now, list):
-        before, after = ({cell["label"]: cell["cell_id"] for cell in cells} for cells in (then, now))
-        for label in after:
-            if label not in before:
-                return f"{label} is new"
-        for label in before:
-            if label not in after:
-                return f"{label} is gone"
-        return next((f"{label} has changed" for label in after if before[label] != after[label]), "other cells")
     return "it does not say which"
 
 
@@ -96,11 +94,15 @@ def begin(writer: Writer, suite: Suite, environment: dict[str, Any]) -> str:
     """Write environment.json, the budgets and, last, suite.yaml, with which the run exists; its run_id."""
     run_id = uuid7()
     writer.write(ENVIRONMENT, json.dumps(environment, indent=2, default=str) + "\n")
+    _write_suite(writer, suite, run_id)
+    return run_id
+
+
+def _write_suite(writer: Writer, suite: Suite, run_id: str) -> None:
     if suite.budgets is not None:
         shutil.copyfile(suite.budgets, writer.folder / BUDGETS)
     content = {"schema": 1, "run_id": run_id} | described(suite)
     writer.write(SUITE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
-    return run_id
 
 
 def described(suite: Suite) -> dict[str, Any]:
@@ -129,17 +131,21 @@ def _source(file: Path | None) -> str | None:
     return file.stem if shipped and shipped.resolve() == file.resolve() else str(file.resolve())
 
 
-def continue_in(writer: Writer, run: Run, environment: dict[str, Any]) -> str | None:
-    """Take up `run`; a sentence where the machine or the software is not the one it began with.
+def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, Any]) -> list[str]:
+    """Take up `run`; sentences: cells were added to its suite, the machine or the software is another.
 
     The first environment stays in environment.json; another is kept beside it, under the id its records carry.
     """
+    notes = []
+    if added := len(suite.cells) - len(run.suite["cells"]):
+        _write_suite(writer, suite, run.run_id)
+        notes.append(f"the suite has {added} more {'cell' if added == 1 else 'cells'} than the run began with")
     now, then = environment["environment_id"], run.environment.get("environment_id")
-    if now == then:
-        return None
-    writer.write(f"environment-{now}.json", json.dumps(environment, indent=2, default=str) + "\n")
-    difference = _difference(run.environment.get("comparable"), environment["comparable"])
-    return f"the run began in another environment ({difference}); its records are marked by environment_id"
+    if now != then:
+        writer.write(f"environment-{now}.json", json.dumps(environment, indent=2, default=str) + "\n")
+        difference = _difference(run.environment.get("comparable"), environment["comparable"])
+        notes.append(f"the run began in another environment ({difference}); its records are marked by environment_id")
+    return notes
 
 
 def finished_records(run: Run | None, retry: frozenset[str]) -> dict[tuple[str, int], Record]:

@@ -72,14 +72,16 @@ def run_suite(
 ) -> Run:
     """Run the cells of `suite` and give back the run folder `out`, read again.
 
-    resume: take up the run in `out`; what has ended is not repeated, but for the statuses in `retry`.
+    resume: take up the run in `out`; what has ended is not repeated, but for the statuses in `retry`. The suite may
+        have got more cells since.
     jobs: cells at a time on the CPU; on CUDA one cell a device.  gpu_indices: devices as `nvidia-smi` counts them.
     limit: at most so many cells are started.  where: only cells for which it is true.
     fail_fast: start nothing more after the first `error` or `timeout`.
     on_event: told of each start and each end.  command, nvml: stand-ins for the worker and for `pynvml`.
     KeyboardInterrupt, SystemExit: the running cells are killed, finished records are kept.
 
-    Raises UserError: the folder is not empty, not writable, in use, or of another suite or protocol (exit 4);
+    Raises UserError: the folder is not empty, not writable, in use, or of a protocol or cells that
+    `suite` does not have (exit 4);
     CUDA is asked for and absent, or busy (exit 4); `where` matches nothing (exit 5); the worker cannot start.
     """
     out = Path(out)
@@ -161,7 +163,7 @@ def _execute(
             run_id = folder.begin(writer, suite, facts)
         else:
             run_id = earlier.run_id
-            if note := folder.continue_in(writer, earlier, facts):
+            for note in folder.continue_in(writer, earlier, suite, facts):
                 sweep.on_event(Noted(note))
         identity = {
             "run_id": run_id,

@@ -215,12 +215,11 @@ def test_a_run_killed_before_its_first_cell_is_begun_anew(tmp_path):
     [
         (a_suite(warmup=5), "holds a run of another protocol (warmup was 2, is 5)"),
         (
-            a_suite(a_cell(), a_cell(batch_size=9)),
-            "holds a run of another suite (bert-base@random/full/b9/s128 is new)",
+            a_suite(a_cell(batch_size=9)),
+            "holds a run of another suite (bert-base@random/full/b8/s128 is not in this one)",
         ),
-        (a_suite(a_cell(batch_size=9)), "holds a run of another suite (bert-base@random/full/b9/s128 is new)"),
     ],
-    ids=["protocol", "more", "others"],
+    ids=["protocol", "others"],
 )
 def test_another_suite_or_protocol_is_not_mixed_in(tmp_path, other, difference):
     """The error names the first difference; nothing is written."""
@@ -233,6 +232,23 @@ def test_another_suite_or_protocol_is_not_mixed_in(tmp_path, other, difference):
     assert difference in str(raised.value)
     assert 4 == raised.value.exit_code
     assert before == (tmp_path / "run" / RECORDS).read_bytes()
+
+
+def test_a_suite_that_got_more_cells_is_taken_up(tmp_path):
+    """What is there stands; suite.yaml lists the new cells, under the same run."""
+    first = sweep(a_suite(), tmp_path / "run")
+    before = (tmp_path / "run" / RECORDS).read_bytes()
+    events = []
+
+    run = sweep(a_suite(a_cell(batch_size=9), a_cell()), tmp_path / "run", resume=True, on_event=events.append)
+
+    assert ["ok", "ok"] == statuses(run)
+    assert (tmp_path / "run" / RECORDS).read_bytes().startswith(before)
+    assert [9, 8] == [cell["batch_size"] for cell in run.suite["cells"]]
+    assert {first.run_id} == {run.run_id, *(record.run_id for record in run.records)}
+    assert ["the suite has 1 more cell than the run began with"] == [e.text for e in events if isinstance(e, Noted)]
+    with pytest.raises(UserError, match=r"b9/s128 is not in this one"):
+        sweep(a_suite(), tmp_path / "run", resume=True)
 
 
 def test_time_allowed_and_repeats_may_change_between_executions(tmp_path):
