@@ -437,3 +437,30 @@ def test_the_language_model_in_miniature(tmp_path, capsys, monkeypatch):
     assert 2 * 30 * 576 <= exactness.elements[0]
     assert pd.read_csv(tmp_path / "gradients.csv").relative_distance[0] <= 1e-5
     assert (tmp_path / "table.md").read_text().strip() == capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--model", "no-such-model"], 2, "no-such-model"),
+        (["--model", "bert-base@random"], 2, "bert-base"),
+        (["--steps", "0"], 2, "0 is not a positive whole number"),
+        (["--sections", "gradients", "--model", "opt-125m"], 4, "holds results of smollm2; choose another folder"),
+    ],
+)
+def test_the_language_model_refuses_in_one_line(tmp_path, capsys, monkeypatch, arguments, code, line):
+    """Nothing is written, and nothing of another model overwritten."""
+    script = runpy.run_path(str(CAMPAIGNS / "language_model.py"))["main"]
+    if "holds" in line:
+        (tmp_path / "training.csv").write_text("model,method\nsmollm2,meft1-exact\n")
+        monkeypatch.setitem(script.__globals__, "a_tokenizer", lambda model: None)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    try:
+        found = script([str(tmp_path), *arguments])
+    except SystemExit as exit:  # argparse
+        found = exit.code
+
+    assert code == found
+    assert line in capsys.readouterr().err.strip().splitlines()[-1]
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.batch import PASSAGE
-from meftbench.errors import UserError
+from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.methods import Applied, prepare
 from meftbench.probes.fidelity import StreamErrors
 from meftbench.records.store import made
@@ -43,7 +43,12 @@ SENTENCES = [" ".join(sentence.split()) + "." for sentence in PASSAGE.split(".")
 def a_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of(model))
+    source = tokenizer_of(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, TypeError) as error:
+        what = f"no tokenizer can be loaded from {source!r} ({str(error).strip().splitlines()[0].rstrip('.')})"
+        raise UserError(f"model {model}", what, "name a language model with a tokenizer, such as smollm2") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -129,12 +134,28 @@ def training(model: str, steps: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def _of_this_model(file: Path, model: str) -> pd.DataFrame | None:
+    """The results in `file`; None where there are none. Raises UserError: they are of another model."""
+    if not file.is_file():
+        return None
+    frame = pd.read_csv(file)
+    if others := {str(name) for name in frame["model"]} - {model}:
+        raise UserError(str(file), f"holds results of {', '.join(others)}", "choose another folder", NOT_COMPARABLE)
+    return frame
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the sections; 1 where an element was not restored."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=_positive, default=1000)
     parser.add_argument("--sections", nargs="+", choices=["exactness", "gradients", "training"])
     options = parser.parse_args(arguments)
     sections = {
@@ -143,13 +164,20 @@ def main(arguments: list[str] | None = None) -> int:
         "training": lambda: training(options.model, options.steps),
     }
     try:
+        a_tokenizer(options.model)
         made(options.out)
+        files = {name: options.out / f"{name}.csv" for name in sections}
+        for name in sections:
+            _of_this_model(files[name], options.model)
         for name in options.sections or sections:
-            sections[name]().to_csv(options.out / f"{name}.csv", index=False)
+            frame = sections[name]()
+            frame.insert(0, "model", options.model)
+            frame.to_csv(files[name], index=False)
+        found = {name: _of_this_model(file, options.model) for name, file in files.items()}
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    frames = {name: pd.read_csv(file) for name in sections if (file := options.out / f"{name}.csv").is_file()}
+    frames = {name: frame.drop(columns="model") for name, frame in found.items() if frame is not None}
     parts = [f"# Exact reversal on {options.model}, real weights (measured on CPU)"]
     for name, frame in frames.items():
         parts.append(f"## {name}\n\n{markdown_table(tuple(frame.columns), frame.astype(str).values.tolist())}")
