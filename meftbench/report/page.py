@@ -33,7 +33,7 @@ from meftbench.report.tables import (
 )
 from meftbench.report.validation import validation_pictures
 from meftbench.units import MiB
-from meftbench.verdicts.environment import checkout, machine
+from meftbench.verdicts.environment import checkout, machines
 from meftbench.verdicts.outcome import outcomes
 from meftbench.verdicts.validation import saved, text, unverified
 
@@ -260,7 +260,7 @@ def _headline(name: str, run: Run) -> dict[str, str]:
     started = run.records[0].started_at if run.records else str(run.environment.get("taken_at", "unknown date"))
     return {
         "name": name,
-        "machine": machine(run.environment),
+        "machine": machines(run),
         "date": started,
         "checkout": checkout(run.environment),
         "cells": ending(run) if run.records else "no cell has finished",

@@ -32,7 +32,8 @@ def latest_folder(suite: Suite, runs: Path = RUNS) -> Path:
     """The newest run of `suite` under `runs`. Raises UserError where there is none."""
     found = [file.parent for file in runs.glob(f"{suite.name}-*/{SUITE}")]
     for folder in sorted(found, key=lambda folder: (folder / SUITE).stat().st_mtime, reverse=True):
-        if not _gone(load_run(folder), suite):
+        run = load_run(folder)
+        if run.suite.get("cells") and not _gone(run, suite):
             return folder
     raise UserError("--resume", f"no run of suite {suite.name!r} under {runs}/", "name its folder with --out")
 
@@ -55,6 +56,8 @@ def earlier_run(suite: Suite, out: Path, resume: bool) -> Run | None:
         cure = "add --resume to finish the run in it, or choose another --out"
         raise UserError(str(out), "is not empty", cure)
     run = load_run(out)
+    if not isinstance(run.suite.get("cells"), list):
+        raise UserError(str(out / SUITE), "lists no cells: it is damaged", "choose another --out, and run again")
     cure = "choose another --out for it, or run what began there"
     if run.suite.get("protocol_id") != suite.protocol.protocol_id:
         difference = _difference(run.suite.get("protocol"), suite.protocol.model_dump(mode="json"))

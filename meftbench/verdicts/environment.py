@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +39,19 @@ def machine(environment: dict[str, Any]) -> str:
     cores = f"{host['cores']} cores" if host.get("cores") else ""
     parts = [gpu_name(environment), host.get("cpu") or host.get("machine"), cores]
     return ", ".join(str(part) for part in parts if part) or "unknown machine"
+
+
+def machines(run: Run) -> str:
+    """The machine that a run began on; where it was taken up on others, how many of its records are from each."""
+    began = machine(run.environment)
+    others: Counter[str] = Counter()
+    for environment_id, count in Counter(record.environment_id for record in run.records).items():
+        file = run.path / f"environment-{environment_id}.json"  # written where a run is taken up (runner/folder.py)
+        if file.is_file():
+            others[machine(json.loads(file.read_text(encoding="utf-8")))] += count
+    del others[began]  # the same machine with other software
+    parts = [f"{count} of {len(run.records)} records: {name}" for name, count in others.items()]
+    return f"{began} ({'; '.join(parts)})" if parts else began
 
 
 def checkout(environment: dict[str, Any]) -> str:

@@ -145,6 +145,8 @@ def _of_this_model(file: Path, model: str) -> pd.DataFrame | None:
     if not file.is_file():
         return None
     frame = pd.read_csv(file)
+    if "model" not in frame:
+        raise UserError(str(file), "does not say of which model it is", "choose another folder", NOT_COMPARABLE)
     if others := {str(name) for name in frame["model"]} - {model}:
         raise UserError(str(file), f"holds results of {', '.join(others)}", "choose another folder", NOT_COMPARABLE)
     return frame

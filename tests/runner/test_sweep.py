@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from meftbench.errors import UserError
 from meftbench.records.store import RECORDS, load_run, read_records, writing
 from meftbench.runner import Ended, Noted, Started, run_suite
 from meftbench.runner import sweep as sweeping
+from meftbench.verdicts.environment import machine, machines
 from stand_in import BRIEF, BROKEN, CRASHED, ENDLESS, FINE, INFINITE, KILLED, OUT_OF_MEMORY
 from sweeps import WORKER, a_suite, alive, does, statuses, sweep, told, wait_until
 
@@ -272,6 +274,19 @@ def test_resuming_in_another_environment_is_said_and_recorded(tmp_path, monkeypa
     first, second = (record.environment_id for record in run.records)
     assert first == run.environment["environment_id"] != second
     assert 77 == json.loads((run.path / f"environment-{second}.json").read_text())["host"]["cores"]
+    assert "(1 of 2 records: " in machines(run)
+    assert machines(run).endswith(", 77 cores)")
+    assert machine(run.environment) == machines(replace(run, records=run.records[:1]))
+
+
+def test_a_run_whose_suite_lists_no_cells_is_not_taken_up(tmp_path):
+    """Nothing says what it is of, so nothing may be added to it."""
+    sweep(a_suite(), tmp_path / "run")
+    file = tmp_path / "run" / "suite.yaml"
+    file.write_text("".join(line for line in file.read_text().partition("cells:")[0]))
+
+    with pytest.raises(UserError, match=r"suite\.yaml: lists no cells"):
+        sweep(a_suite(), tmp_path / "run", resume=True)
 
 
 def test_a_torn_last_line_is_left_out_and_its_cell_run_again(tmp_path):

@@ -60,11 +60,12 @@ def check(model, questions, sequences, rtol=1e-5):
     np.testing.assert_allclose(found[there], expected[there], rtol=rtol)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", DECODERS)
+# transformers has no other attention than eager for Gemma 2, which caps its scores.
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(f, attention) for f in DECODERS for attention in ("eager", "sdpa") if (f, attention) != ("gemma2", "sdpa")],
+)
 def test_a_prompt_is_read_once(monkeypatch, family, attention):
-    if (family, attention) == ("gemma2", "sdpa"):
-        pytest.skip("Gemma 2 caps its scores, which only eager attention does")
     name, config, rates = TINY[family]
     if "sliding_window" in config:
         monkeypatch.setitem(TINY, family, (name, config | {"sliding_window": 64}, rates))
