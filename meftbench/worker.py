@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -229,11 +230,18 @@ class Server:
         return bool(arrived)
 
     def _start(self, job: dict[str, Any]) -> None:
-        pid = self._forked(job) if self._fork else self._spawned(job)
+        # The child waits for a byte until the runner can know of it. Killed before, this process would leave a child
+        # that nobody ends; so the child finds the end of the pipe, and ends by itself.
+        permitted, permit = os.pipe()
+        pid = self._forked(job, permitted, permit) if self._fork else self._spawned(job, permitted)
+        os.close(permitted)
         self._running[pid] = job["id"]
         self._report(event="started", id=job["id"], pid=pid)
+        with suppress(BrokenPipeError):  # it has died, which `_reap` tells
+            os.write(permit, b".")
+        os.close(permit)
 
-    def _forked(self, job: dict[str, Any]) -> int:
+    def _forked(self, job: dict[str, Any], permitted: int, permit: int) -> int:
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -242,9 +250,12 @@ class Server:
                 os.setsid()
                 os.close(write)
                 os.close(read)
+                os.close(permit)
                 self._become_child(job["log"])
-                perform(self._measurement, job)
-                code = 0
+                if os.read(permitted, 1):
+                    os.close(permitted)
+                    perform(self._measurement, job)
+                    code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -258,11 +269,11 @@ class Server:
         os.close(read)
         return pid
 
-    def _spawned(self, job: dict[str, Any]) -> int:
+    def _spawned(self, job: dict[str, Any], permitted: int) -> int:
         with open(job["log"], "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "meftbench.worker", "--measurement", self._name, "--job", json.dumps(job)],
-                stdin=subprocess.DEVNULL,
+                stdin=permitted,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -311,9 +322,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m meftbench.worker", description="The fork server of `meftbench run`.")
     parser.add_argument("--measurement", default=MEASUREMENT, help="module with measure_cell and describe")
     parser.add_argument("--spawn", action="store_true", help="a new interpreter for each job, instead of a fork")
-    parser.add_argument("--job", help="run this job (JSON) and exit")
+    parser.add_argument("--job", help="run this job (JSON) once a byte comes from stdin, and exit")
     options = parser.parse_args(arguments)
     if options.job is not None:
+        if not os.read(0, 1):
+            return 1
         perform(importlib.import_module(options.measurement), json.loads(options.job))
         return 0
     return Server(options.measurement, fork=hasattr(os, "fork") and not options.spawn).serve()

@@ -202,6 +202,37 @@ def test_a_worker_that_dies_is_replaced(a_worker, tmp_path):
         assert "something terrible" in outcome.detail["message"]
 
 
+KILLED_BEFORE_IT_TELLS = """
+import os, signal, sys
+from pathlib import Path
+from meftbench import worker
+
+report = worker.Server._report
+
+def killed(self, **event):
+    if event["event"] == "started":
+        Path(os.environ["PID_FILE"]).write_text(str(event["pid"]))
+        os.kill(os.getpid(), signal.SIGKILL)
+    report(self, **event)
+
+worker.Server._report = killed
+sys.exit(worker.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("ways", [(), ("--spawn",)], ids=["fork", "spawn"])
+def test_a_worker_killed_before_it_tells_of_a_cell_leaves_none_behind(a_worker, tmp_path, told_file, ways):
+    """Nobody else knows of the cell's process, so it must not begin."""
+    command = (sys.executable, "-c", KILLED_BEFORE_IT_TELLS, *WORKER[3:], *ways)
+    worker = a_worker(command, PID_FILE=str(tmp_path / "pid"))
+
+    outcome = outcome_of(worker, a_job(tmp_path, stand_in.ENDLESS))
+
+    assert "WorkerDied" == outcome.detail["type"]
+    wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
+    assert [] == told(told_file)
+
+
 def test_a_worker_that_is_killed_takes_its_cells_along(a_worker, tmp_path, told_file):
     worker = a_worker()
     worker.give(a_job(tmp_path, stand_in.ENDLESS))
