@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meftbench.backbones import Layout, Site, base_of
 from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
-from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, untouched_layouts
+from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, predicts_tokens, untouched_layouts
 from meftbench.plan.catalogue import Meft
 from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
 
@@ -140,7 +140,8 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
     split = [_split(list(layout.list_of(model)[2]), settings) for layout in layouts]
     freeze_backbone(model)
     stacks = [
-        _reversed(model, layout, settings, variant, *layers) for layout, layers in zip(layouts, split, strict=True)
+        _reversed(model, layout, settings, variant, *layers, topmost=layout is layouts[-1])
+        for layout, layers in zip(layouts, split, strict=True)
     ]
     owners = [layout.list_of(model)[0] for layout in layouts]
     for module in dict.fromkeys([base_of(model), *owners]):  # generation calls an encoder by itself
@@ -169,8 +170,10 @@ def _reversed(
     reversible: list[nn.Module],
     below: list[nn.Module],
     above: list[nn.Module],
+    *,
+    topmost: bool,
 ) -> ReversibleStack:
-    """The stack that has taken the place of the reversible layers."""
+    """The stack that has taken the place of the reversible layers. topmost: no other stack reads what it gives."""
     adapted = [*reversible, *(below + above if settings.remaining == "adapted" else [])]
     for layer in adapted:
         for site in variant.sites:
@@ -188,6 +191,7 @@ def _reversed(
         strict=settings.strict,
         first_layer=len(below),
         calibrated=settings.arithmetic == "exact" and settings.step_bits == "auto",
+        keep_last=topmost and not above and not predicts_tokens(model),
     )
     if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
         # The last block's second half writes the stream that is not returned: its adapter has nothing to learn.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meftbench.reversible.notes import Context, Notes
-from meftbench.reversible.passes import Walk
+from meftbench.reversible.passes import Kept, Walk
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
@@ -21,12 +21,14 @@ class Passage:
     """What goes from one node of the pair below to the other, past the autograd engine.
 
     context: what the layers are called with.  notes: of the forward pass, once it has run.
+    kept: the graph that the walk back begins with, if forward kept one.
     streams: in forward, from Reversal to Finish.  gradients: in backward, from Finish to Reversal.
     """
 
     stack: ReversibleStack
     context: Context
     notes: Notes | None = None
+    kept: Kept | None = None
     streams: list[Tensor] | None = None
     gradients: list[Tensor | None] | None = None
 
@@ -67,7 +69,7 @@ class Reversal(torch.autograd.Function):
     def forward(ctx: Any, passage: Passage, trained: int, h_BLD: Tensor, *tensors: Tensor) -> Tensor:
         ctx.passage, ctx.trained = passage, tensors[len(tensors) - trained :]
         passage.context.differentiable = []  # inputs of this node; a second reference would keep their graph
-        streams, passage.notes = passage.stack.run(h_BLD, passage.context, keep=True)
+        streams, passage.notes, passage.kept = passage.stack.run(h_BLD, passage.context, keep=True)
         notes = passage.notes
         if notes.range:
             notes.range.begin_copy()
@@ -88,8 +90,8 @@ class Reversal(torch.autograd.Function):
         passage: Passage = ctx.passage
         assert passage.gradients is not None
         assert passage.notes is not None
-        walk = Walk(passage.stack, passage.notes, streams, passage.gradients)
-        passage.gradients = None
+        walk = Walk(passage.stack, passage.notes, streams, passage.gradients, passage.kept)
+        passage.gradients = passage.kept = None  # a second walk, if the graph is retained, recomputes all
         del streams
         walk.run(sides)
         dh0_BLD = None

@@ -80,6 +80,7 @@ class Notes:
     couplings: of this pass; those of the stack may hold another range by the time of the walk back.
     dtype, shape, device: of the hidden state.  input_wanted: whether the stack's input needs a gradient.
     observers: called before each block in forward, and in the walk back once its inputs are restored.
+    kept_at: block and half whose graph is kept from forward to the walk back (None: all are recomputed).
     rng: a state for each half that drew random numbers.  sides: what each half's coupling put aside (T, bytes).
     """
 
@@ -97,6 +98,7 @@ class Notes:
     range: Range | None
     fingerprints: Fingerprints | None
     observers: list[Observer]
+    kept_at: tuple[int, int] | None = None
     rng: list[Tensor | None] = field(default_factory=list)
     sides: list[Tensor | None] = field(default_factory=list)
 
@@ -130,11 +132,16 @@ class Notes:
             range=Range(blocks, min(limits), couplings[0].arithmetic.unit(device), device) if limits else None,
             fingerprints=fingerprints,
             observers=[it for it in (observer, fingerprints) if it is not None],
+            kept_at=(blocks - 1, stack.carrier) if stack.keeps_graph(len(tiles)) else None,
         )
 
     @property
     def arithmetic(self) -> Arithmetic:
         return self.couplings[0].arithmetic
+
+    def keeps(self, index: int, replaced: int) -> bool:
+        """Whether the graph of half `replaced` of block `index` is kept instead of being recomputed."""
+        return (index, replaced) == self.kept_at
 
     def reads_wanted(self, index: int, replaced: int) -> bool:
         """Whether what half `replaced` of block `index` reads needs a gradient; the lowest reads the stack's input."""

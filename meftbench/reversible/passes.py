@@ -8,7 +8,7 @@ next is touched; nothing stream-sized is kept that can be read from a stream aga
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 CACHED = 196_608  # elements
 
 
-def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bool) -> list[Tensor]:
-    """The last two streams [y1, y2] (B, L, D), contiguous.
+def run_forward(
+    stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bool
+) -> tuple[list[Tensor], Kept | None]:
+    """The last two streams [y1, y2] (B, L, D), contiguous; and the half whose graph is kept for the walk back.
 
     keep: a walk back will follow. Halves then run with gradients enabled, though no graph is kept: that decides which
     kernels torch takes, and recomputation must take the same.
@@ -40,6 +42,7 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
     arithmetic = notes.arithmetic
     watch = notes.range.input() if notes.range else None
     streams = [arithmetic.lift(h_BLD, watch), arithmetic.lift(h_BLD)]
+    kept = None
     with ExitStack() as entered:
         entered.enter_context(notes.autocast.entered())
         entered.enter_context(torch.set_grad_enabled(keep))
@@ -49,20 +52,31 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
             if stack.swap and index:
                 streams.reverse()
             _observe(notes, "forward", index, streams)
-            args, kwargs, _ = notes.context.fresh(index)
+            args, kwargs, roots = notes.context.fresh(index)
             for replaced, (coupling, half) in enumerate(zip(notes.couplings, block.halves, strict=True)):  # type: ignore[arg-type]
+                if stack.unread(index, replaced):
+                    notes.rng.append(None)
+                    notes.sides.append(None)
+                    continue
                 before = rng_state(notes.device)
                 wanted = keep and notes.reads_wanted(index, replaced)
-                part = _Recomputed(half, block, streams[1 - replaced], notes, wanted, args, kwargs)
+                keeps = keep and notes.keeps(index, replaced)
+                handover = Handover()
+                with gathered_in(handover) if keeps else nullcontext():
+                    part = _Half(half, block, streams[1 - replaced], notes, wanted, args, kwargs)
+                part.keeps = keeps
                 side = _advance(coupling, part, streams[replaced], index, replaced, keep)
+                if keeps:
+                    del part.other_BLD  # the walk has it: where streams are offloaded, not this one
+                    kept = Kept(part, roots, handover)
                 notes.rng.append(before if drew(before, notes.device) else None)
                 notes.sides.append(side)
                 del part, side
-    return streams
+    return streams, kept
 
 
 def _advance(
-    coupling: Coupling, part: _Recomputed, stream_BLD: Tensor, index: int, replaced: int, keep: bool
+    coupling: Coupling, part: _Half, stream_BLD: Tensor, index: int, replaced: int, keep: bool
 ) -> Tensor | None:
     """Replace a stream by its half's result, tile by tile; the packed side information of all its tokens."""
     notes, arithmetic = part.notes, coupling.arithmetic
@@ -102,10 +116,34 @@ class _Tile:
     read: Tensor | None
 
 
-class _Recomputed:
+class Handover:
+    """A sink for gradients of a graph that is built before it is known where they belong: in forward, for the walk."""
+
+    def __init__(self) -> None:
+        self.sink: Sink | None = None
+
+    def __call__(self, term_BLD: Tensor) -> None:
+        assert self.sink is not None
+        self.sink(term_BLD)
+
+
+@dataclass
+class Kept:
+    """The half that the walk back begins with, its graph as forward built it (`ReversibleStack.keep_last`).
+
+    roots: the context's leaves in the graph.  handover: where its forked modules hand their gradients.
+    """
+
+    half: _Half
+    roots: dict[int, Tensor]
+    handover: Handover
+
+
+class _Half:
     """A half at one place: its core run at once, its token-wise work tile by tile.
 
     The cores' graphs end in `entry`, which stands for the stream read in floating point without holding it.
+    keeps: the graph of the only tile is kept from the first asking to the second.
     """
 
     def __init__(
@@ -120,6 +158,8 @@ class _Recomputed:
     ) -> None:
         self.half, self.block, self.other_BLD, self.notes, self.wanted = half, block, other_BLD, notes, wanted
         self.arithmetic = notes.arithmetic
+        self.keeps = False
+        self._kept: _Tile | None = None
         self.entry: GradientEdge | None = None
         self.outputs: list[Tensor] = []  # (B·L, E / parts)
         self.edges: list[GradientEdge | None] = []
@@ -160,6 +200,12 @@ class _Recomputed:
 
     def tile(self, rows: slice) -> _Tile:
         """The half's value for the tokens `rows`; tiles must be asked for in order, for the random numbers."""
+        tile, self._kept = self._kept or self._computed(rows), None
+        if self.keeps:
+            self.keeps, self._kept = False, tile
+        return tile
+
+    def _computed(self, rows: slice) -> _Tile:
         core_1TE = joined(self.outputs, rows)
         if self.half.tokens is None:
             assert core_1TE is not None
@@ -200,8 +246,15 @@ class Walk:
     streams, gradients: [y1, y2] and theirs (None: zero), owned by the walk.  After `run`: those of the input.
     """
 
-    def __init__(self, stack: ReversibleStack, notes: Notes, streams: list[Tensor], gradients: list[Tensor | None]):
-        self.stack, self.notes, self.streams, self.gradients = stack, notes, streams, gradients
+    def __init__(
+        self,
+        stack: ReversibleStack,
+        notes: Notes,
+        streams: list[Tensor],
+        gradients: list[Tensor | None],
+        kept: Kept | None = None,
+    ) -> None:
+        self.stack, self.notes, self.streams, self.gradients, self.kept = stack, notes, streams, gradients, kept
         self.of_context: list[Tensor | None] = [None] * notes.context.roots
         self.of_normed: Tensor | None = None  # gradient (B, L, D) of what a core read through a pre-norm
         self.of_trained = Sums()
@@ -215,7 +268,10 @@ class Walk:
             for index in reversed(range(len(stack.blocks))):
                 trained = [parameter for parameter in stack.blocks[index].parameters() if parameter.requires_grad]
                 for replaced in (1, 0):
-                    self._reverse_half(index, replaced, sides.pop(), trained)
+                    side = sides.pop()
+                    if not stack.unread(index, replaced):
+                        self._reverse_half(index, replaced, side, trained)
+                    del side
                 _observe(notes, "backward", index, self.streams)
                 if stack.swap and index:
                     self.streams.reverse()
@@ -225,17 +281,13 @@ class Walk:
 
     def _reverse_half(self, index: int, replaced: int, sides: Tensor | None, trained: list[nn.Parameter]) -> None:
         """Recompute a half once: restore the stream it replaced, and back-propagate."""
-        block, coupling = self.stack.blocks[index], self.notes.couplings[replaced]
-        half = cast(Half, block.halves[replaced])  # type: ignore[index]
+        half, coupling = self._half(index, replaced), self.notes.couplings[replaced]
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
-        args, kwargs, context_roots = self.notes.context.fresh(index)
         dy_BLD = self.gradients[replaced]
         with self._as_in_forward(index, replaced):
-            wanted = self.notes.reads_wanted(index, replaced)
             self.of_normed = None
             sink = partial(self._add_to_gradient, 1 - replaced) if half.before is None else self._add_to_normed
-            with gathered_in(sink):
-                part = _Recomputed(half, block, other_BLD, self.notes, wanted, args, kwargs)
+            part, context_roots = self._begun(index, replaced, sink)
             of_outputs: list[Tensor] = []  # gradients of the core's parts (B·L, E / parts)
             if half.tokens is None and dy_BLD is not None:
                 of_outputs = [dy_BLD.flatten(0, 1).to(part.outputs[0].dtype)]
@@ -262,6 +314,22 @@ class Walk:
                 self._back_through_norm(part, 1 - replaced, trained)
         other_gradient = self._gradient_of(1 - replaced) if coupling.centred else dy_BLD
         coupling.gradient_(dy_BLD, other_gradient)
+
+    def _half(self, index: int, replaced: int) -> Half:
+        return cast(Half, self.stack.blocks[index].halves[replaced])  # type: ignore[index]
+
+    def _begun(self, index: int, replaced: int, sink: Sink) -> tuple[_Half, dict[int, Tensor]]:
+        """A half whose core has run, recomputed or kept from the forward pass; the context's leaves in its graph."""
+        notes = self.notes
+        if self.kept is not None and notes.keeps(index, replaced):
+            kept, self.kept = self.kept, None
+            kept.handover.sink, kept.half.other_BLD = sink, self.streams[1 - replaced]
+            return kept.half, kept.roots
+        args, kwargs, roots = notes.context.fresh(index)
+        wanted, other_BLD = notes.reads_wanted(index, replaced), self.streams[1 - replaced]
+        half, block = self._half(index, replaced), self.stack.blocks[index]
+        with gathered_in(sink):
+            return _Half(half, block, other_BLD, notes, wanted, args, kwargs), roots
 
     @contextmanager
     def _as_in_forward(self, index: int, replaced: int) -> Iterator[None]:
@@ -301,7 +369,7 @@ class Walk:
 
     def _back_through_core(
         self,
-        part: _Recomputed,
+        part: _Half,
         of_outputs: list[Tensor],
         sink: Sink,
         context_roots: dict[int, Tensor],
@@ -326,7 +394,7 @@ class Walk:
                 self.of_context[place] = _sum(self.of_context[place], found.pop(0))
             self.of_trained.add(trained, found)
 
-    def _back_through_norm(self, part: _Recomputed, other: int, trained: list[nn.Parameter]) -> None:
+    def _back_through_norm(self, part: _Half, other: int, trained: list[nn.Parameter]) -> None:
         """From the gradient of what the core read to that of the stream, a tile at a time."""
         dx_BLD, self.of_normed = self.of_normed, None
         if dx_BLD is None:

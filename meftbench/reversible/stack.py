@@ -21,7 +21,7 @@ from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.halves import Half, tiles_of
 from meftbench.reversible.notes import Context, Notes, Observer
-from meftbench.reversible.passes import run_forward
+from meftbench.reversible.passes import Kept, run_forward
 from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside h
@@ -88,6 +88,10 @@ class ReversibleStack(nn.Module):
         "checkpoint": the same, each block under non-reentrant checkpointing.
     strict: with "reverse", verify at the lowest, the middle and the top block that the inputs are restored bit for
         bit; raises StreamError at the end of backward otherwise. Costs sums over their streams.
+    keep_last: what comes after the stack holds less than a block's graph (no vocabulary-sized logits, no layers), and
+        is done before the walk back begins: the graph of the half that the walk begins with, which forward builds
+        anyway, is then kept instead of being recomputed, where there is one tile. The peak is where the walk holds
+        that graph, so it costs none of it.
     first_layer: number of the first block in error messages.
     observer: called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its inputs
         are restored, as the arithmetic holds them; for probes. The streams are overwritten after the call.
@@ -114,6 +118,7 @@ class ReversibleStack(nn.Module):
         strict: bool = False,
         first_layer: int = 0,
         calibrated: bool = False,
+        keep_last: bool = False,
     ) -> None:
         super().__init__()
         if first.arithmetic != second.arithmetic:
@@ -129,7 +134,7 @@ class ReversibleStack(nn.Module):
         self.range = CalibratedRange() if calibrated else None
         self.swap, self.carrier, self.output = swap, carrier, output
         self.tiles, self.parts, self.parts_from = tiles, parts, parts_from
-        self.strict, self.first_layer = strict, first_layer
+        self.strict, self.first_layer, self.keep_last = strict, first_layer, keep_last
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
         self.observer: Observer | None = None
         self.noted: list[Call] = []
@@ -175,6 +180,15 @@ class ReversibleStack(nn.Module):
         """Parts that a core runs in beside that many tiles."""
         return self.parts if tiles >= self.parts_from else 1
 
+    def unread(self, index: int, replaced: int) -> bool:
+        """Whether what half `replaced` of block `index` would write is read by nobody: it is not run."""
+        return self.output == "last" and index == len(self.blocks) - 1 and replaced > self.carrier
+
+    def keeps_graph(self, tiles: int) -> bool:
+        """Whether the walk back finds its first graph built (`keep_last`)."""
+        # Floating-point streams are read without a copy: the graph would hold what the walk overwrites.
+        return self.keep_last and tiles == 1 and self.output == "last" and self.arithmetic.exact
+
     def finish(self, streams: list[Tensor], dtype: torch.dtype, arithmetic: Arithmetic) -> Tensor:
         """The hidden state (B, L, D) from the last two streams [y1, y2], a tensor of its own."""
         read = arithmetic.read
@@ -193,8 +207,9 @@ class ReversibleStack(nn.Module):
         gradients[self.carrier] = dh_BLD.clone(memory_format=torch.contiguous_format)
         return gradients
 
-    def run(self, h_BLD: Tensor, context: Context, *, keep: bool) -> tuple[list[Tensor], Notes]:
-        """The last two streams and what the pass noted; again with a wider range as long as a stream leaves it.
+    def run(self, h_BLD: Tensor, context: Context, *, keep: bool) -> tuple[list[Tensor], Notes, Kept | None]:
+        """The last two streams, what the pass noted, and the graph it kept; again with a wider range as long as a
+        stream leaves it.
 
         keep: a walk back will follow.
         """
@@ -205,10 +220,10 @@ class ReversibleStack(nn.Module):
         before = rng_state(h_BLD.device)
         while True:
             notes = Notes.of(self, h_BLD, context, couplings, self.observer, self.strict and keep)
-            streams = run_forward(self, h_BLD, notes, keep=keep)
+            streams, kept = run_forward(self, h_BLD, notes, keep=keep)
             if self.range is None or context.filled or notes.range is None or not notes.range.left():
-                return streams, notes
-            del streams, notes
+                return streams, notes, kept
+            del streams, notes, kept
             with replayed_rng(before, h_BLD.device):
                 largest_ND = self._largest(h_BLD, context)
             self.range.widen(largest_ND, self._limit(), self.first_layer)
@@ -237,12 +252,12 @@ class ReversibleStack(nn.Module):
             largest = Largest()
             held_BLD = h_BLD.float() if h_BLD.dtype.itemsize < 4 else h_BLD
             notes = Notes.of(self, h_BLD, context, _with_arithmetic(self._couplings, Float()), largest)
-            largest.add(run_forward(self, held_BLD, notes, keep=False))
+            largest.add(run_forward(self, held_BLD, notes, keep=False)[0])
             return largest.table()
 
     def _unkept(self, h_BLD: Tensor, context: Context) -> Tensor:
         with torch.no_grad():
-            streams, notes = self.run(h_BLD, context, keep=False)
+            streams, notes, _ = self.run(h_BLD, context, keep=False)
             if notes.range:
                 notes.range.check(self.first_layer)
             return self.finish(streams, h_BLD.dtype, notes.arithmetic)
@@ -281,6 +296,8 @@ class ReversibleStack(nn.Module):
         parts = self.parts_of(len(tiles))
         f_BLD = f.ordinary(block, read(x2_BLD, dtype), tiles, parts, args, kwargs)
         y1_BLD = first.ordinary(x1_BLD, x2_BLD, f_BLD)
+        if self.unread(index, 1):
+            return [y1_BLD, x2_BLD]
         g_BLD = g.ordinary(block, read(y1_BLD, dtype), tiles, parts, args, kwargs)
         y2_BLD = second.ordinary(x2_BLD, y1_BLD, g_BLD)
         return [y1_BLD, y2_BLD]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from torch import nn
 
 from meftbench.errors import UserError
 from meftbench.methods import prepare
+from meftbench.methods.bottleneck import Bottleneck
+from meftbench.probes.counted_metrics import count_memory
 from meftbench.reversible import Block, Coupling, FixedPoint, Half, ReversibleStack, StreamError
 from tests.models import EXACTS as EXACT
-from tests.models import a_batch, a_model, gradients, worst_relative_error
+from tests.models import a_batch, a_batch_for, a_model, a_step, gradients, worst_relative_error
 
 
 class Differences:
@@ -313,3 +317,92 @@ def test_a_half_needs_something_to_compute():
     """Neither core nor tokens is a mistake of the caller."""
     with pytest.raises(ValueError, match="a core, tokens, or both"):
         Half(None, None)
+
+
+def without_kept_graph(applied):
+    """The same method, every half recomputed."""
+    for stack in applied.stacks:
+        stack.keep_last = False
+    return applied
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("backbone", ["bert", "bart", "llama", "opt", "vit"])
+def test_a_kept_graph_gives_the_gradients_of_a_recomputed_one(method, backbone):
+    """Bit for bit, dropout on, padding on; the layer whose graph is kept is run once a step, the others twice."""
+    head = "classification" if backbone in ("llama", "opt") else None
+    model = a_model(3, torch.float32, backbone=backbone, head=head)
+    kept = prepare(copy.deepcopy(model), method, {}, seed=1)
+    recomputed = without_kept_graph(prepare(model, method, {}, seed=1))
+    batch, calls = a_batch_for(kept.model), []
+    stack = kept.stacks[-1]
+    for number, block in enumerate(stack.blocks):
+        for module in block.modules():
+            if isinstance(module, Bottleneck) and any(p.requires_grad for p in module.parameters()):
+                module.register_forward_hook(lambda *_, number=number: calls.append(number))
+
+    expected = gradients(recomputed.model, batch)
+    found = gradients(kept.model, batch)
+    again = gradients(kept.model, batch)
+
+    assert torch.equal(expected[0], found[0])
+    assert list(expected[1]) == list(found[1])
+    assert all(torch.equal(expected[1][name], found[1][name]) for name in expected[1])
+    assert all(torch.equal(again[1][name], found[1][name]) for name in expected[1])
+    assert [stack.keep_last for stack in kept.stacks] == [False] * (len(kept.stacks) - 1) + [True]
+    below, top = calls.count(0), calls.count(2)
+    assert top < below
+
+
+def test_no_graph_is_kept_where_it_would_raise_the_peak():
+    """Below logits of a vocabulary, below ordinary layers, in tiles, in floating point."""
+    for backbone, head in (("llama", "causal_lm"), ("bart", "seq2seq_lm")):
+        model = a_model(2, torch.float32, backbone=backbone, head=head)
+        assert not any(stack.keep_last for stack in prepare(model, "meft1-exact", {}, seed=1).stacks)
+    partly = {"reversible_layers": 2, "reversible_at": "bottom", "remaining": "adapted"}
+    assert not prepare(a_model(3, torch.float32), "meft1-exact", partly, seed=1).stacks[0].keep_last
+    assert not prepare(a_model(3), "meft1", {"output": "last"}, seed=1).stacks[0].keeps_graph(1)
+    stack = prepare(a_model(3, torch.float32), "meft1-exact", {}, seed=1).stacks[0]
+    assert stack.keeps_graph(1)
+    assert not stack.keeps_graph(2)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_a_kept_graph_costs_no_peak(method):
+    """Counted: a quarter of the tokens' bytes more would be a tensor too many."""
+    step = a_step(method, sequence_length=64, model_config_overrides={"attention_probs_dropout_prob": 0.0})
+    found = count_memory(step, 1, 1)["activation_peak_bytes"].value
+    without_kept_graph(step.applied)
+
+    assert found == pytest.approx(count_memory(step, 1, 1)["activation_peak_bytes"].value, rel=0.02)
+
+
+def test_a_kept_graph_is_freed_and_retained_as_any_other():
+    """Without the garbage collector where backward never comes; a second backward through it recomputes."""
+    applied = prepare(a_model(2, torch.float32), "meft1-exact", {}, seed=1)
+    batch, parameters = a_batch(), [p for p in applied.model.parameters() if p.requires_grad]
+    gc.collect()
+    gc.disable()
+    try:
+        loss = applied.model(**batch).loss
+        walk = next(node for node in nodes_of(loss.grad_fn) if node.name() == "ReversalBackward")
+        kept = weakref.ref(walk.passage.kept)
+        once = torch.autograd.grad(loss, parameters, retain_graph=True)
+        assert kept() is None
+        twice = torch.autograd.grad(loss, parameters)
+        loss = applied.model(**batch).loss
+        walk = next(node for node in nodes_of(loss.grad_fn) if node.name() == "ReversalBackward")
+        kept = weakref.ref(walk.passage.kept)
+        del loss, walk
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def nodes_of(node):
+    """A node of autograd's graph and all below it."""
+    yield node
+    for below, _ in node.next_functions:
+        if below is not None:
+            yield from nodes_of(below)
