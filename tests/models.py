@@ -108,6 +108,25 @@ def a_step(method: str = "full", **changes: Any) -> Step:
     return build_step(a_cell(method, **changes), torch.device("cpu"))
 
 
+def a_cell_of(backbone: str, method: str, layers: int = 3, **changes: Any) -> Cell:
+    """A cell of a family's small model without dropout; "+lever" in the method's name switches levers on."""
+    name, overrides, rates = TINY[backbone]
+    depth = (
+        {"encoder_layers": layers, "decoder_layers": layers} if backbone == "bart" else {"num_hidden_layers": layers}
+    )
+    overrides = overrides | dict.fromkeys(rates, 0.0) | depth
+    if backbone.startswith("gemma"):
+        overrides["layer_types"] = [("sliding_attention", "full_attention")[n % 2] for n in range(layers)]
+    values: dict[str, Any] = {
+        "model": f"{name}@random",
+        "model_config_overrides": overrides,
+        "batch_size": 4,
+        "sequence_length": 64,
+        "attention_requested": "eager" if backbone == "gemma2" else "sdpa",
+    }
+    return Cell.of(method, **(values | changes))
+
+
 def gradients(model: nn.Module, batch: dict[str, Tensor], seed: int = 7) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, and the gradient of every trained parameter; random numbers as from `seed`."""
     torch.manual_seed(seed)

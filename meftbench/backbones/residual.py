@@ -177,7 +177,20 @@ class Names:
     def run_feed_forward_by(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
         """The layer runs by its halves, the second by `function`."""
         # On the instance, by a partial: it is copied and pickled with the layer.
-        layer.forward = partial(self._by_halves, layer, function)
+        layer.forward = partial(self._forward, layer, function)
+
+    def _forward(
+        self, layer: Any, function: Callable[[Tensor], Tensor], h_BLD: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Stands for the `forward` of the layer's class, gradient checkpointing included."""
+        if not _checkpoints_in_forward(layer):
+            return self._by_halves(layer, function, h_BLD, *args, **kwargs)
+        # Run again, the layer would fill its cache again: transformers takes it away as well.
+        uncached = {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
+        uncached |= {"use_cache": False} if kwargs.get("use_cache") else {}
+        halves = partial(self._by_halves, layer, function, **(kwargs | uncached))
+        output_BLD: Tensor = layer._gradient_checkpointing_func(halves, h_BLD, *args)
+        return output_BLD
 
     def _by_halves(
         self, layer: nn.Module, function: Callable[[Tensor], Tensor], h_BLD: Tensor, *args: Any, **kwargs: Any
@@ -206,6 +219,15 @@ class Names:
             "refuses": nothing,
         }
         return Layout(layers=layers, **(usual | said))
+
+
+def _checkpoints_in_forward(layer: nn.Module) -> bool:
+    """Whether transformers is asked to checkpoint the layer, and does so in the `forward` of its class (from 5.2x on;
+    before, in `__call__`, which is still around whatever `forward` an instance has)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    asked = layer.training and getattr(layer, "gradient_checkpointing", False) is True
+    return asked and isinstance(layer, GradientCheckpointingLayer) and "__call__" not in vars(GradientCheckpointingLayer)
 
 
 def _without(module: nn.Module, name: str) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import nn
 from meftbench.errors import CellFailure
 from meftbench.methods.levers import Offload
 from meftbench.plan.cell import Cell
+from meftbench.probes.ran_again import Runs, watched
 from meftbench.records.record import Metric
 from meftbench.step import Step
 
@@ -35,8 +36,10 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     offload: Any = step.applied.around_forward
     if isinstance(offload, Offload):
         offload.reset()
+    tiles_before = step.applied.tiling.recomputed if step.applied.tiling else 0
     try:
-        step.forward_backward()
+        with watched(step) as runs:
+            step.forward_backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -44,14 +47,13 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     moved = offload.moved_bytes if isinstance(offload, Offload) else 0
     zero, collapsed = _check_gradients(step)
     step.optimizer.zero_grad(set_to_none=True)
-    if cell.levers.checkpoint and calls["backward"] == 0:
-        raise _not_engaged("checkpoint", "no layer ran again in backward")
+    _check_checkpoints(cell, runs)
     if step.applied.recomputes and calls["backward"] == 0:
         raise _not_engaged(cell.method, "no layer ran again in backward")
     if not step.applied.recomputes and calls["backward"]:
         raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
-    if cell.levers.tiled_mlp and not _tiled(step):
-        raise _not_engaged("tiled_mlp", "no feed-forward ran in tiles")
+    if cell.levers.tiled_mlp:
+        _check_tiles(step, runs, tiles_before)
     if cell.levers.chunked_loss and max(rows) >= step.batch["labels"][: step.micro_batch_size].numel() > 1:
         raise _not_engaged("chunked_loss", f"the head gave {max(rows)} rows of logits at once")
     compiled: dict[str, Metric] = {}
@@ -74,11 +76,29 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     }
 
 
-def _tiled(step: Step) -> bool:
+def _check_checkpoints(cell: Cell, runs: Runs) -> None:
+    """Checkpointed layers run again from their beginning, others not; tiles of a feed-forward are no evidence."""
+    if not cell.levers.checkpoint:
+        again = [layer.name for layer in runs.ordinary if layer.again]
+        if again:
+            raise _not_engaged("checkpoint", f"{again[0]} ran again in backward although it is off")
+        return
+    layers = [layer for layer in [*runs.ordinary, *runs.blocks] if layer.wanted]
+    missing = [layer.name for layer in layers if not layer.again]
+    if not layers or len(missing) == len(layers):
+        raise _not_engaged("checkpoint", "no layer ran again in backward")
+    if missing:
+        raise _not_engaged("checkpoint", f"{missing[0]} did not run again in backward ({len(missing)} of {len(layers)})")
+
+
+def _check_tiles(step: Step, runs: Runs, before: int) -> None:
+    """Feed-forwards of ordinary layers run again in more than one tile each, and stacks take more than one."""
     applied = step.applied
-    return all(stack.tiles != 1 for stack in applied.stacks) and (
-        bool(applied.stacks) or (applied.tiling is not None and applied.tiling.recomputed > 0)
-    )
+    whole = [stack for stack in applied.stacks if stack.tiles == 1]
+    layers = sum(layer.wanted for layer in runs.ordinary)
+    ran = applied.tiling.recomputed - before if applied.tiling else 0
+    if whole or not (layers or applied.stacks) or ran < layers:
+        raise _not_engaged("tiled_mlp", f"{ran} tiles ran again in backward, for {layers} layers")
 
 
 # A gradient whose true value is zero is exactly zero by the kernels of one processor and rounding by those of another.

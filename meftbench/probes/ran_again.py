@@ -1,0 +1,83 @@
+"""Which layers ran again in backward: by the first of its modules that a layer runs, whatever it is.
+
+A layer of which only the end runs again, such as a feed-forward in tiles, is no layer that was checkpointed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from meftbench.step import Step
+
+
+@dataclass
+class LayerRuns:
+    """One layer or reversible block, in one forward and backward.
+
+    first: the module without submodules that it ran first.  again: that ran in backward.
+    wanted: its output needs a gradient, so that backward passes through it.
+    """
+
+    name: str
+    first: nn.Module | None = None
+    again: bool = False
+    wanted: bool = False
+
+
+@dataclass
+class Runs:
+    """ordinary: layers that transformers can checkpoint.  blocks: those of reversible stacks."""
+
+    ordinary: list[LayerRuns] = field(default_factory=list)
+    blocks: list[LayerRuns] = field(default_factory=list)
+
+
+@contextmanager
+def watched(step: Step) -> Iterator[Runs]:
+    """What runs inside is noted, by the step's phases; hooks are gone afterwards."""
+    found, hooks = Runs(), []
+    inner = {id(module) for stack in step.applied.stacks for module in stack.modules()}
+    names = {id(module): name for name, module in step.model.named_modules()}
+    for module in step.model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inner:
+            runs = LayerRuns(names[id(module)])
+            found.ordinary.append(runs)
+            hooks += [*_on_leaves(step, module, runs), module.register_forward_hook(_noting_output(step, runs))]
+    for stack in step.applied.stacks:
+        for block in stack.blocks:
+            trained = any(parameter.requires_grad for parameter in block.parameters())
+            runs = LayerRuns(names[id(block)], wanted=trained)
+            found.blocks.append(runs)
+            hooks += _on_leaves(step, block, runs)
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _on_leaves(step: Step, layer: nn.Module, runs: LayerRuns) -> list[Any]:
+    def note(module: nn.Module, *_: Any) -> None:
+        if step.phase == "forward" and runs.first is None:
+            runs.first = module
+        elif step.phase == "backward" and module is runs.first:
+            runs.again = True
+
+    leaves = [module for module in layer.modules() if not any(module.children())]
+    return [leaf.register_forward_pre_hook(note) for leaf in leaves]
+
+
+def _noting_output(step: Step, runs: LayerRuns) -> Any:
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if step.phase == "forward":
+            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            runs.wanted = runs.wanted or any(tensor.requires_grad for tensor in tensors)
+
+    return note
