@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from meftbench.errors import UserError
 from meftbench.plan.task import Task
-from meftbench.tasks.rows import Digest, class_names, rows_of
+from meftbench.tasks.labels import class_names, label_kind
+from meftbench.tasks.rows import Digest, rows_of
 from meftbench.tasks.sources import Source, empty, source_of
+from meftbench.tasks.text_files import TextTable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,6 +58,7 @@ def load_splits(
         raise UserError(f"task {task.name}", "`datasets` is not installed", cure) from None
     source = source_of(task, data)
     raw = _raw(task, source)
+    kind = label_kind(f"{source.origin}, train", task, raw["train"])
     labels = class_names(f"{source.origin}, train", task, raw["train"])
     digest, cuts, used = Digest(), [], {}
     for name, rows in raw.items():
@@ -65,6 +68,7 @@ def load_splits(
             continue
         if not len(rows):
             raise empty(f"{source.origin}, {name}")
+        label_kind(f"{source.origin}, {name}", task, rows, like=kind)
         used[name] = rows_of(f"{source.origin}, {name}", task, rows, _drawn(len(rows), limit, seed), labels, digest)
         published = task.rows.get(task.train if name == "train" else task.evaluations[name], len(rows))
         if published != len(used[name]):
@@ -74,7 +78,7 @@ def load_splits(
     return Splits(train, used, labels, source.origin, cuts, digest.hexdigest())
 
 
-def _raw(task: Task, source: Source) -> dict[str, Dataset | None]:
+def _raw(task: Task, source: Source) -> dict[str, Dataset | TextTable | None]:
     """Rows as they lie there, by split; None: a further evaluation split that is not there."""
     train = source.split(task, "train", task.train)
     evaluations = {name: source.split(task, name, hub_name) for name, hub_name in task.evaluations.items()}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.errors import UserError
 from meftbench.plan.task import IMAGE_COLUMN, Task
+from meftbench.tasks.labels import as_written, check_columns, class_of, name_of_id, names_of_ids, whole_number
+from meftbench.tasks.text_files import TextTable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,34 +35,8 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def class_names(where: str, task: Task, train: Dataset | None) -> tuple[str, ...] | None:
-    """Names of the classes by id: the task's, or those that the training rows have; None: it has no classes.
-
-    Raises UserError: no column of labels, or only one class.
-    """
-    if task.kind in ("regression", "choices") or task.labels is not None:
-        return task.labels
-    assert train is not None
-    _check_columns(where, [task.label], train)
-    feature = train.features[task.label]
-    if hasattr(feature, "names"):
-        return tuple(feature.names)
-    values = set(train.unique(task.label)) - {None}
-    if all(_is_integral(value) for value in values):
-        names = tuple(str(i) for i in range(int(max(values, default=0)) + 1))
-        if len(values) > 1 and set(map(int, values)) != set(range(len(names))):
-            said = ", ".join(str(int(value)) for value in sorted(values)[:6]) + (" ..." if len(values) > 6 else "")
-            cure = "number the classes from 0 without a gap, or name them by `labels:` in task.yaml"
-            raise UserError(where, f"column {task.label!r} has the classes {said}", cure)
-    else:
-        names = tuple(sorted(str(value) for value in values))
-    if len(names) < 2:
-        raise UserError(where, f"column {task.label!r} has one class only", "train on two or more")
-    return names
-
-
 def rows_of(
-    where: str, task: Task, raw: Dataset, indices: list[int], labels: Sequence[str] | None, digest: Digest
+    where: str, task: Task, raw: Dataset | TextTable, indices: list[int], labels: Sequence[str] | None, digest: Digest
 ) -> Dataset:
     """The rows `indices` of `raw` in the form of data.Splits, added to `digest`.
 
@@ -68,7 +44,7 @@ def rows_of(
     """
     from datasets import Dataset, Features, Image, List, Value
 
-    _check_columns(where, [*task.texts, task.label, *task.choices], raw)
+    check_columns(where, [*task.texts, task.label, *task.choices], raw)
     features: dict[str, Any]
     if task.kind == "images":
         features = {IMAGE_COLUMN: Image()}
@@ -79,8 +55,10 @@ def rows_of(
         features["choices"] = List(Value("string"))
     features["label"] = Value("float64" if task.kind == "regression" else "int64")
     columns: dict[str, list[Any]] = {column: [] for column in features}
-    picked = raw if indices == list(range(len(raw))) else raw.select(indices, keep_in_memory=True)
-    for index, row in zip(indices, picked, strict=True):
+    names = names_of_ids(raw, task.label)
+    for index, row in zip(indices, _picked(raw, indices), strict=True):
+        if names is not None:
+            row = row | {task.label: name_of_id(row[task.label], names)}
         made, content = _row(f"{where}, row {index + 1}", task, row, labels)
         digest.add({name: value for name, value in made.items() if name != IMAGE_COLUMN or not content}, content)
         for column, value in made.items():
@@ -88,11 +66,10 @@ def rows_of(
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _check_columns(where: str, needed: Iterable[str], raw: Dataset) -> None:
-    for column in needed:
-        if column not in raw.column_names:
-            there = ", ".join(raw.column_names) or "none"
-            raise UserError(where, f"has no column {column!r}", f"its columns are {there}: rename one")
+def _picked(raw: Dataset | TextTable, indices: list[int]) -> Iterable[dict[str, Any]]:
+    if isinstance(raw, TextTable):
+        return (raw.rows[index] for index in indices)
+    return raw if indices == list(range(len(raw))) else raw.select(indices, keep_in_memory=True)
 
 
 def _row(where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | None) -> tuple[dict[str, Any], bytes]:
@@ -100,39 +77,34 @@ def _row(where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | No
     if task.kind == "images":
         image = row[task.texts[0]]
         content = _image_file(where, image)
-        return {IMAGE_COLUMN: image, "label": _class(where, row[task.label], labels or ())}, content
+        return {IMAGE_COLUMN: image, "label": class_of(where, row[task.label], labels or ())}, content
     texts = {column: _text(where, column, row[column]) for column in task.texts}
     if task.kind == "choices":
         choices, answer = _choices(where, task, row)
         return texts | {"choices": choices, "label": answer}, b""
     if task.kind == "regression":
         return texts | {"label": _number(where, row[task.label])}, b""
-    return texts | {"label": _class(where, row[task.label], labels or ())}, b""
+    return texts | {"label": class_of(where, row[task.label], labels or ())}, b""
 
 
 def _text(where: str, column: str, value: Any) -> str:
-    if value is None or isinstance(value, list | dict):
+    if value is None or isinstance(value, list | dict | bytes):
         raise UserError(where, f"column {column!r} is {value!r}, not a text", "mend or remove the row")
-    return str(value)
+    return _sound(where, column, as_written(value))
 
 
-def _is_integral(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-
-
-def _class(where: str, value: Any, labels: Sequence[str]) -> int:
-    if str(value) in labels and not isinstance(value, int | float):
-        return labels.index(str(value))
-    if _is_integral(value) and 0 <= value < len(labels):
-        return int(value)
-    known = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(labels[:10]))
-    what = f"label {value!r} is none of the {len(labels)} classes"
-    raise UserError(where, what, f"these are {known}{' ...' if len(labels) > 10 else ''}: mend or remove the row")
+def _sound(where: str, column: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(where, f"column {column!r} holds half a character ({text!r})", "mend the row") from None
+    return text
 
 
 def _number(where: str, value: Any) -> float:
     try:
-        number = float(value)
+        # Python's own spelling of numbers, 1_000, is not that of data; True is no number.
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -148,28 +120,38 @@ def _choices(where: str, task: Task, row: dict[str, Any]) -> tuple[list[str], in
     else:
         held = row[task.choices[0]]
         texts = list(held["text"]) if isinstance(held, dict) else list(held or [])
-        keys = [str(key) for key in held["label"]] if isinstance(held, dict) else []
-    choices = [text.strip() if isinstance(text, str) else "" for text in texts]
+        keys = [as_written(key) for key in held["label"]] if isinstance(held, dict) else []
+    choices = [_choice(where, task.choices[0], text) for text in texts]
     if len(choices) < 2 or not all(choices):
         raise UserError(where, f"its choices are {texts!r}", "give two or more, none of them empty")
     if task.label in task.choices:
         # As they are stored the correct one is always in the same place. The row decides, not its number: cut data
         # and another seed keep the order.
         order = list(range(len(choices)))
-        random.Random("\n".join([*(str(row[column]) for column in task.texts), *choices])).shuffle(order)
+        random.Random("\n".join([*(as_written(row[column]) for column in task.texts), *choices])).shuffle(order)
         return [choices[i] for i in order], order.index(task.choices.index(task.label))
     label = row[task.label]
-    if str(label) in keys:
-        return choices, keys.index(str(label))
-    if not keys and _is_integral(label) and 0 <= label < len(choices):
-        return choices, int(label)
+    if as_written(label) in keys:
+        return choices, keys.index(as_written(label))
+    number = whole_number(label)
+    if not keys and number is not None and 0 <= number < len(choices):
+        return choices, number
     known = ", ".join(keys) if keys else f"0 to {len(choices) - 1}"
     raise UserError(where, f"label {label!r} names none of its choices", f"these are {known}: mend or remove the row")
 
 
-def _undecoded(where: str, raw: Dataset, column: str) -> Dataset:
+def _choice(where: str, column: str, value: Any) -> str:
+    """A choice without the blanks around it; empty where it is no text."""
+    if value is None or isinstance(value, list | dict | bytes | bool):
+        return ""
+    return _sound(where, column, as_written(value)).strip()
+
+
+def _undecoded(where: str, raw: Dataset | TextTable, column: str) -> Dataset:
     from datasets import Image
 
+    if isinstance(raw, TextTable):
+        raise UserError(where, f"column {column!r} holds no images but texts", "store image files, parquet or arrow")
     if not isinstance(raw.features[column], Image):
         what = f"column {column!r} holds no images but {raw.features[column]}"
         raise UserError(where, what, "store image files, or name the column that has them")

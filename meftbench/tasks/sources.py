@@ -7,7 +7,6 @@ import io
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meftbench.errors import UserError
 from meftbench.plan.task import ALIASES, Task
+from meftbench.tasks.text_files import TextTable, read_text_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "MEFTBENCH_DATA"
 CHECKSUMS = "SHA256SUMS"
 CLASSES = "classes.json"
-# By ending: the builder of `datasets`, and its options. The first that is there is taken. A word such as NA or None is
-# a text, not a missing value; in tab-separated files quotation marks are text, as in GLUE's own.
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "jsonl": ("json", {}),
-    "json": ("json", {}),
-    "csv": ("csv", {"keep_default_na": False, "index_col": False}),
-    "tsv": ("csv", {"keep_default_na": False, "index_col": False, "sep": "\t", "quoting": 3}),
-    "parquet": ("parquet", {}),
-    "arrow": ("arrow", {}),
+# By ending, in this order: the builder of `datasets` that reads it; None: text_files.py does. The first that is there is
+# taken.
+FORMATS: dict[str, str | None] = {
+    "jsonl": None,
+    "json": None,
+    "csv": None,
+    "tsv": None,
+    "parquet": "parquet",
+    "arrow": "arrow",
 }
 
 
@@ -47,7 +47,7 @@ class Source(Protocol):
     def digests(self) -> list[str]:
         """SHA-256 of the files that were read and of which a digest is known."""
 
-    def split(self, task: Task, name: str, hub_name: str) -> Dataset | None:
+    def split(self, task: Task, name: str, hub_name: str) -> Dataset | TextTable | None:
         """The rows of a split by its name here and on the hub; None: there is no such split."""
 
 
@@ -99,7 +99,7 @@ class Files:
     def origin(self) -> str:
         return str(self.folder)
 
-    def split(self, task: Task, name: str, hub_name: str) -> Dataset | None:
+    def split(self, task: Task, name: str, hub_name: str) -> Dataset | TextTable | None:
         for split in _names(name, hub_name):
             for ending in FORMATS:
                 if files := _files(self.folder, split, ending):
@@ -111,12 +111,17 @@ class Files:
                 return self._folder(self.folder / split, task)
         return None
 
-    def _table(self, ending: str, files: list[Path]) -> Dataset:
+    def _table(self, ending: str, files: list[Path]) -> Dataset | TextTable:
         self._verify(files)
         if not any(file.stat().st_size for file in files):
             raise empty(str(files[0]))
-        builder, options = FORMATS[ending]
-        return _built(str(files[0]), builder, [glob.escape(str(file)) for file in files], **options)
+        builder = FORMATS[ending]
+        if builder is not None:
+            return _built(str(files[0]), builder, [glob.escape(str(file)) for file in files])
+        table = read_text_files(files, ending)
+        if not len(table):
+            raise empty(str(files[0]))
+        return table
 
     def _folder(self, folder: Path, task: Task) -> Dataset:
         from datasets import load_from_disk
@@ -227,14 +232,10 @@ def _built(where: str, builder: str, files: list[str], **options: Any) -> Datase
 @contextmanager
 def _faults(where: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
-    from pandas.errors import ParserWarning
 
     try:
-        with warnings.catch_warnings():
-            # Of a line with more fields than the head has, pandas drops the last ones, and warns.
-            warnings.simplefilter("error", ParserWarning)
-            yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError, ParserWarning) as error:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError) as error:
         reason = _reason(error)
         if "corresponds to no data" in reason:  # datasets 5.2 of a file that has columns and no rows
             raise empty(where) from None
