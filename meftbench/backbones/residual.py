@@ -186,9 +186,9 @@ class Names:
         if not _checkpoints_in_forward(layer):
             return self._by_halves(layer, function, h_BLD, *args, **kwargs)
         # Run again, the layer would fill its cache again: transformers takes it away as well.
-        uncached = {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
-        uncached |= {"use_cache": False} if kwargs.get("use_cache") else {}
-        halves = partial(self._by_halves, layer, function, **(kwargs | uncached))
+        taken: dict[str, Any] = {"past_key_values": None, "layer_past": None, "use_cache": False}
+        uncached = {name: taken.get(name, value) for name, value in kwargs.items()}
+        halves = partial(self._by_halves, layer, function, **uncached)
         output_BLD: Tensor = layer._gradient_checkpointing_func(halves, h_BLD, *args)
         return output_BLD
 
@@ -227,7 +227,9 @@ def _checkpoints_in_forward(layer: nn.Module) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     asked = layer.training and getattr(layer, "gradient_checkpointing", False) is True
-    return asked and isinstance(layer, GradientCheckpointingLayer) and "__call__" not in vars(GradientCheckpointingLayer)
+    return (
+        asked and isinstance(layer, GradientCheckpointingLayer) and "__call__" not in vars(GradientCheckpointingLayer)
+    )
 
 
 def _without(module: nn.Module, name: str) -> nn.Module:

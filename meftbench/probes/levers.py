@@ -88,7 +88,9 @@ def _check_checkpoints(cell: Cell, runs: Runs) -> None:
     if not layers or len(missing) == len(layers):
         raise _not_engaged("checkpoint", "no layer ran again in backward")
     if missing:
-        raise _not_engaged("checkpoint", f"{missing[0]} did not run again in backward ({len(missing)} of {len(layers)})")
+        raise _not_engaged(
+            "checkpoint", f"{missing[0]} did not run again in backward ({len(missing)} of {len(layers)})"
+        )
 
 
 def _check_tiles(step: Step, runs: Runs, before: int) -> None:

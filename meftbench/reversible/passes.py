@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 CACHED = 196_608  # elements
 
 
-def run_forward(
-    stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bool
-) -> tuple[list[Tensor], Kept | None]:
+def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bool) -> tuple[list[Tensor], Kept | None]:
     """The last two streams [y1, y2] (B, L, D), contiguous; and the half whose graph is kept for the walk back.
 
     keep: a walk back will follow. Halves then run with gradients enabled, though no graph is kept: that decides which

@@ -124,7 +124,9 @@ def class_of(where: str, value: Any, labels: Sequence[str]) -> int:
         alike = [place for place, name in enumerate(labels) if name.casefold() == text]
         if len(alike) == 1:
             return alike[0]
-    elif number is not None and 0 <= number < len(labels) and not any(whole_number(name) is not None for name in labels):
+    elif (
+        number is not None and 0 <= number < len(labels) and not any(whole_number(name) is not None for name in labels)
+    ):
         return number
     known = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(labels[:10]))
     what = f"label {value!r} is none of the {len(labels)} classes"

@@ -69,7 +69,8 @@ def rows_of(
 def _picked(raw: Dataset | TextTable, indices: list[int]) -> Iterable[dict[str, Any]]:
     if isinstance(raw, TextTable):
         return (raw.rows[index] for index in indices)
-    return raw if indices == list(range(len(raw))) else raw.select(indices, keep_in_memory=True)
+    picked: Iterable[dict[str, Any]] = raw
+    return picked if indices == list(range(len(raw))) else raw.select(indices, keep_in_memory=True)
 
 
 def _row(where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | None) -> tuple[dict[str, Any], bytes]:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "MEFTBENCH_DATA"
 CHECKSUMS = "SHA256SUMS"
 CLASSES = "classes.json"
-# By ending, in this order: the builder of `datasets` that reads it; None: text_files.py does. The first that is there is
-# taken.
+# By ending: the builder of `datasets` that reads it; None: text_files.py does. The first that is there is taken.
 FORMATS: dict[str, str | None] = {
     "jsonl": None,
     "json": None,

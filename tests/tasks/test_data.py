@@ -232,7 +232,11 @@ def test_a_split_that_is_not_there(tmp_path):
         ("train.csv", b"title,spam,spam\na,1,0\n", "train.csv: its header names column 'spam' twice; rename or"),
         ("train.csv", b"title,spam\na,1\ntitle,spam\nb,0\n", "train.csv, row 2: is the header once more; remove"),
         ("train.csv", b'title,spam\n"a,1\n', "train.csv, line 2: cannot be read (unexpected end of data)"),
-        ("train.csv", "title,spam\nü,1\n".encode("latin-1"), "train.csv: cannot be read (byte 12 is not UTF-8); save it"),
+        (
+            "train.csv",
+            "title,spam\nü,1\n".encode("latin-1"),
+            "train.csv: cannot be read (byte 12 is not UTF-8); save it",
+        ),
         ("train.tsv", b"title\tspam\na\t1\n\ntitle\tspam\n", "train.tsv, row 2: is the header once more"),
         ("train.jsonl", b'{"title": "a", "spam": 1, "spam": 0}\n', "train.jsonl, row 1: names 'spam' twice; rename"),
         ("train.jsonl", b'{"title": "a", "spam": NaN}\n', "train.jsonl, row 1: cannot be read (NaN is no JSON)"),

@@ -15,7 +15,20 @@ from task_data import a_choice_task, a_task
 FORMS = ["jsonl", "json", "csv", "tsv"]
 # Without the ends of a line and a field of a tab-separated file, which cannot hold them.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n"), min_size=1)
-GUESSED_AT = ["007", "1e5", "1.50", "TRUE", "null", "NA", "2020-01-01", "2020-01-01T00:00:00Z", " x ", "1_000", '"', "-0"]
+GUESSED_AT = [
+    "007",
+    "1e5",
+    "1.50",
+    "TRUE",
+    "null",
+    "NA",
+    "2020-01-01",
+    "2020-01-01T00:00:00Z",
+    " x ",
+    "1_000",
+    '"',
+    "-0",
+]
 
 
 def write_rows(folder, split, rows, form="jsonl"):
@@ -139,13 +152,25 @@ def test_named_labels_are_looked_up_as_texts_first(tmp_path, labels, value, plac
             None,
             ("csv", "csv"),
             {},
-            ", train, row 3: label 'good ' differs from 'good' of row 1 by blanks or capitals alone; write them alike, or",
+            ", train, row 3: label 'good ' differs from 'good' of row 1 by blanks or capitals alone; write them alike",
         ),
         (["Good", "bad", "good"], None, ("jsonl", "jsonl"), {}, "row 3: label 'good' differs from 'Good' of row 1 by"),
         (["good", "bad"], ["bad "], ("csv", "csv"), {}, ", validation, row 1: label 'bad ' is none of the 2 classes"),
-        (["1", "2"], [1], ("jsonl", "jsonl"), {}, ", validation, row 1: label 1 is a number, those of the training rows"),
+        (
+            ["1", "2"],
+            [1],
+            ("jsonl", "jsonl"),
+            {},
+            ", validation, row 1: label 1 is a number, those of the training rows",
+        ),
         ([1, 0], [1, "0"], ("jsonl", "jsonl"), {}, ", validation, row 2: label '0' is a text, those of the training"),
-        ([1, 0, "1"], None, ("jsonl", "jsonl"), {}, ", train, row 3: label '1' is a text, that of rows before is a num"),
+        (
+            [1, 0, "1"],
+            None,
+            ("jsonl", "jsonl"),
+            {},
+            ", train, row 3: label '1' is a text, that of rows before is a num",
+        ),
         ([1, True], None, ("jsonl", "jsonl"), {}, ", train, row 2: label True is a truth value, that of rows before"),
         (["1", "2"], ["0"], ("jsonl", "csv"), {}, ", validation, row 1: label '0' is none of the 2 classes; these are"),
         ([[1], [0]], None, ("jsonl", "jsonl"), {}, ", train, row 1: label [1] is neither a text nor a number"),
