@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from meftbench.errors import UserError
+from meftbench.methods.applied import vocabulary_of
 from meftbench.methods.unloading import and_more
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,6 +31,26 @@ def base_of_config(model: Any) -> dict[str, str | None]:
         "base_model_name_or_path": getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
     }
+
+
+def check_saved_vocabulary(model: Any, before: int | None, trained: bool) -> None:
+    """Raises UserError where the vocabulary was resized after the method was applied and its rows are not in the file.
+
+    before: rows when the method was applied (None: not noted).  trained: the file has the embeddings.
+    """
+    rows = vocabulary_of(model)
+    if before is not None and rows != before and not trained:
+        what = f"its vocabulary was resized from {before} to {rows}, and the embeddings are not trained, so not saved"
+        cure = "resize before apply_method, or train them: get_input_embeddings().weight.requires_grad_(True)"
+        raise UserError(type(model).__name__, what, cure)
+
+
+def check_vocabulary(folder: Path, model: Any, saved: int | None) -> None:
+    """Raises UserError where the adapter was saved from a model with another vocabulary (None: not noted)."""
+    rows = vocabulary_of(model)
+    if saved is not None and rows is not None and saved != rows:
+        cure = f"load it into its own base model, or resize this one first: resize_token_embeddings({saved})"
+        raise UserError(str(folder), f"is for a vocabulary of {saved}, the model's is {rows}", cure)
 
 
 def as_json(config: dict[str, Any]) -> bytes:
@@ -65,8 +86,9 @@ def unwritable(folder: Path | str, error: Exception) -> UserError:
     return UserError(str(folder), f"cannot be written ({reason})", "make room, or choose another folder")
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a folder. Raises UserError: not there, damaged, of a newer schema."""
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Configuration, tensors and the tensors' metadata of a folder. Raises UserError: not there, damaged, of a newer
+    schema."""
     if not folder.is_dir():
         raise UserError(str(folder), "no such folder", "name a folder that save_adapter wrote")
     for name in (CONFIG, WEIGHTS):
@@ -84,11 +106,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         weights = (folder / WEIGHTS).read_bytes()
         tensors = safetensors.torch.load(weights)
-    except (OSError, SafetensorError) as error:
+        header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(str(folder / WEIGHTS), f"cannot be read ({error})", again) from None
     if config.get("weights_sha256", hashlib.sha256(weights).hexdigest()) != hashlib.sha256(weights).hexdigest():
         raise UserError(str(folder / WEIGHTS), f"was not written together with {CONFIG}", again)
-    return config, tensors
+    return config, tensors, header.get("__metadata__") or {}
 
 
 # --- checks before anything is loaded ---

@@ -104,7 +104,17 @@ def note_before(model: nn.Module, method: str, settings: Settings) -> dict[str, 
         "levers": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "checkpointed": any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()),
+        "vocabulary": vocabulary_of(model),
     }
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Rows of the model's input embeddings; None: it reads no tokens."""
+    try:
+        rows: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return rows
 
 
 def freeze_backbone(model: nn.Module) -> None:

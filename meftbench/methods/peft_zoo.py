@@ -56,7 +56,7 @@ def _config_class(row: PeftMethod, name: str) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        if kind.value == row.peft_type:
+        if getattr(kind, "value", kind) == row.peft_type:  # other packages register theirs by a plain string
             return config
     raise UserError(name, f"the installed peft {__version__} has no {row.peft_type}", "pip install --upgrade peft")
 

@@ -26,12 +26,14 @@ from meftbench.methods.adapter_files import (
     as_json,
     base_of_config,
     check_same,
+    check_saved_vocabulary,
     check_tensors,
+    check_vocabulary,
     read,
     warn_of_base,
     write,
 )
-from meftbench.methods.applied import NOTE, ranges_of
+from meftbench.methods.applied import NOTE, ranges_of, vocabulary_of
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.methods.meft import VARIANTS
 from meftbench.methods.saving_peft import files_by_peft, load_by_peft
@@ -78,9 +80,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     or hidden size, and tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    config, tensors = read(folder)
+    config, tensors, metadata = read(folder)
     if config.get("peft_type") != PEFT_TYPE:
-        found = load_by_peft(model, folder, config, tensors)
+        found = load_by_peft(model, folder, config, tensors, metadata)
         keep_layout(found)
         return found
     for key, kind in _WRITTEN.items():
@@ -150,6 +152,8 @@ def _hidden_sizes(model: nn.Module) -> list[int]:
 def _files(model: nn.Module, note: dict[str, Any]) -> dict[str, bytes]:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _own(model).items()}
     tensors |= {name: held.get_extra_state() for name, held in ranges_of(model).items()}
+    embeddings = model.get_input_embeddings() if vocabulary_of(model) else None  # type: ignore[operator]
+    check_saved_vocabulary(model, note.get("vocabulary"), embeddings is not None and embeddings.weight.requires_grad)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = {
         "peft_type": PEFT_TYPE,
@@ -159,6 +163,7 @@ def _files(model: nn.Module, note: dict[str, Any]) -> dict[str, bytes]:
         "settings": note["settings"],
         "levers": note["levers"],
         **base_of_config(model),
+        "vocabulary": vocabulary_of(model),
         "base_model_class": type(model).__name__,
         "hidden_sizes": _hidden_sizes(model),
         "modules_to_save": sorted({name.split(".")[0] for name in _own(model) if in_new_head(model, name)}),
@@ -174,6 +179,7 @@ def _fill(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[
         saved, found = (", ".join(map(str, sizes)) for sizes in (config["hidden_sizes"], _hidden_sizes(model)))
         cure = "load it into the model that it was saved from"
         raise UserError(str(folder), f"is for hidden size {saved}, the model's is {found}", cure)
+    check_vocabulary(folder, model, config.get("vocabulary"))
     own, ranges = _own(model, also=config["backbone"]), ranges_of(model)
     for name in ranges:
         if name not in tensors:

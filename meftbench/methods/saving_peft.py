@@ -20,14 +20,26 @@ from meftbench.methods.adapter_files import (
     as_json,
     base_of_config,
     check_same,
+    check_saved_vocabulary,
     check_tensors,
+    check_vocabulary,
     unwritable,
     warn_of_base,
 )
-from meftbench.methods.applied import NOTE, note_before
-from meftbench.methods.unloading import changes_weights, in_new_head, is_peft, restore_gradients, unload
+from meftbench.methods.applied import NOTE, note_before, vocabulary_of
+from meftbench.methods.unloading import (
+    changes_weights,
+    in_new_head,
+    is_peft,
+    note_of,
+    restore_gradients,
+    trained_beside,
+    unload,
+)
 from meftbench.plan.catalogue import Settings
 
+# In the file's metadata: rows of the embeddings of the model that it was saved from.
+VOCABULARY = "meftbench_vocabulary"
 _PEFT_FREE = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 
 
@@ -40,17 +52,24 @@ def files_by_peft(model: Any) -> dict[str, bytes]:
             raise unwritable(temporary, error) from None
         source = Path(temporary) / ("" if adapter == "default" else adapter)
         weights, config = (source / WEIGHTS).read_bytes(), json.loads((source / CONFIG).read_bytes())
-    if beside := {name: p.detach().cpu().contiguous() for name, p in _beside(model).items() if p.requires_grad}:
-        weights = safetensors.torch.save(safetensors.torch.load(weights) | beside, metadata={"format": "pt"})
+    beside = {name: p.detach().cpu().contiguous() for name, p in _beside(model).items() if p.requires_grad}
+    tensors = safetensors.torch.load(weights) | beside
+    base = model.get_base_model()
+    embeddings = base.get_input_embeddings().weight if vocabulary_of(base) else None
+    check_saved_vocabulary(base, note_of(model).get("vocabulary"), embeddings is not None and embeddings.requires_grad)
+    metadata = {"format": "pt", VOCABULARY: str(vocabulary_of(base) or "")}
+    weights = safetensors.torch.save(tensors, metadata=metadata)
     for key, value in base_of_config(model.get_base_model()).items():
         config[key] = config.get(key) or value
     return {WEIGHTS: weights, CONFIG: as_json(config)}
 
 
 def _beside(model: Any) -> dict[str, nn.Parameter]:
-    """What peft does not write: the new task head of a method with no modules to save, such as prompts, and what
-    prompts are computed from, of which peft keeps the result only. peft itself reads the file with them as well."""
+    """What peft does not write: the new task head of a method with no modules to save, such as prompts; what prompts
+    are computed from, of which peft keeps the result only; and whatever else of the model requires grad, such as
+    norms or embeddings. peft itself reads the file with them as well."""
     found = _heads_beside(model)
+    found |= {name: p for name, p in trained_beside(model).items() if not name.startswith("prompt_encoder.")}
     for adapter, encoder in getattr(model, "prompt_encoder", {}).items():
         parameters = dict(encoder.named_parameters(prefix=f"prompt_encoder.{adapter}"))
         found |= parameters if len(parameters) > 1 else {}
@@ -72,9 +91,12 @@ def _heads_beside(model: Any) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in heads}
 
 
-def load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def load_by_peft(
+    model: Any, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> nn.Module:
     from peft import PeftConfig, get_peft_model
 
+    vocabulary = int(metadata.get(VOCABULARY) or 0) or None
     try:
         saved = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError) as error:
@@ -85,7 +107,7 @@ def load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dict
         applied = str(found.peft_type.value).lower()
         check_same(folder, method, applied, saved.to_dict(), found.to_dict(), _PEFT_FREE)
         warn_of_base(model.get_base_model(), config)
-        _fill_by_peft(model, folder, tensors)
+        _fill_by_peft(model, folder, tensors, vocabulary)
         return cast(nn.Module, model)
     if NOTE in vars(model):
         check_same(folder, method, vars(model)[NOTE]["method"], {}, {}, ())
@@ -98,8 +120,8 @@ def load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dict
                 # There is no way back from that: whether all fits is tried with a start that changes nothing.
                 trial = copy.deepcopy(saved)
                 trial.init_lora_weights = True
-                unload(_filled_by_peft(get_peft_model(model, trial), note, folder, tensors))
-            wrapped = _filled_by_peft(get_peft_model(model, saved), note, folder, tensors)
+                unload(_filled_by_peft(get_peft_model(model, trial), note, folder, tensors, vocabulary))
+            wrapped = _filled_by_peft(get_peft_model(model, saved), note, folder, tensors, vocabulary)
     except (ValueError, AttributeError) as error:
         vars(model).pop("peft_config", None)
         restore_gradients(model, note)
@@ -108,24 +130,31 @@ def load_by_peft(model: Any, folder: Path, config: dict[str, Any], tensors: dict
     return wrapped if model.training else wrapped.eval()
 
 
-def _filled_by_peft(wrapped: nn.Module, note: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> nn.Module:
+def _filled_by_peft(
+    wrapped: nn.Module, note: dict[str, Any], folder: Path, tensors: dict[str, Tensor], vocabulary: int | None
+) -> nn.Module:
     setattr(wrapped, NOTE, note)
     try:
-        _fill_by_peft(wrapped, folder, tensors)
+        _fill_by_peft(wrapped, folder, tensors, vocabulary)
     except UserError:
         unload(wrapped)
         raise
     return wrapped
 
 
-def _fill_by_peft(model: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
+def _fill_by_peft(model: Any, folder: Path, tensors: dict[str, Tensor], vocabulary: int | None) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     adapter = model.active_adapters[0]
     embedded = any(part in EMBEDDING_LAYER_NAMES for name in tensors for part in name.split("."))
     own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embedded)
+    check_vocabulary(folder, model.get_base_model(), vocabulary)
     beside = {name: p for name, p in _beside(model).items() if name in tensors or p.requires_grad}
+    beside |= {name: p for name, p in model.named_parameters() if name in tensors}
+    # Tied weights are saved once: an output layer that is the embeddings, by another name.
+    there = {tensor.data_ptr() for name, tensor in (own | beside).items() if name in tensors}
+    own = {name: tensor for name, tensor in own.items() if name in tensors or tensor.data_ptr() not in there}
     check_tensors(folder, own | beside, tensors)
     set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import nn
 from meftbench.backbones import base_of
 from meftbench.backbones.residual import ADAPTERS
 from meftbench.errors import UserError
-from meftbench.methods.applied import NOTE, predicts_tokens
+from meftbench.methods.applied import NOTE, predicts_tokens, vocabulary_of
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.reversible import Relay, ReversibleStack
 
@@ -29,6 +29,7 @@ def unload(model: nn.Module) -> nn.Module:
     if note.get("method") == "full":
         cure = "load the pre-trained model afresh"
         raise UserError(type(model).__name__, "full fine-tuning changed the weights themselves", cure)
+    _check_vocabulary(model, note)
     if is_peft(model):
         base = _unloaded_by_peft(model)
     else:
@@ -44,6 +45,14 @@ def unload(model: nn.Module) -> nn.Module:
         _restore_checkpointing(base, note["checkpointed"])
     restore_gradients(base, note)
     return base
+
+
+def _check_vocabulary(model: Any, note: dict[str, Any]) -> None:
+    base = model.get_base_model() if is_peft(model) else model
+    before, rows = note.get("vocabulary"), vocabulary_of(base)
+    if before is not None and before != rows:
+        what = f"its vocabulary was resized from {before} to {rows} after the method was applied"
+        raise UserError(type(base).__name__, what, "load the pre-trained model afresh")
 
 
 def note_of(model: nn.Module) -> dict[str, Any]:
@@ -64,6 +73,10 @@ def in_new_head(model: nn.Module, name: str) -> bool:
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
+def _in_head(model: Any, name: str) -> bool:
+    return in_new_head(model.get_base_model(), name)
+
+
 def trained_backbone(model: nn.Module) -> list[str]:
     bottlenecks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Bottleneck))
     return [
@@ -71,6 +84,35 @@ def trained_backbone(model: nn.Module) -> list[str]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not name.startswith(bottlenecks) and not in_new_head(model, name)
     ]
+
+
+def trained_beside(model: Any) -> dict[str, nn.Parameter]:
+    """Of peft's wrapper: what requires grad and is no part of the adapter, nor a copy of a module that peft saves."""
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    of_adapter = set()
+    for module in model.modules():
+        names: tuple[str, ...] = ()
+        if isinstance(module, BaseTunerLayer):
+            names = tuple(module.adapter_layer_names)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            names = ("modules_to_save", "token_adapter")
+        for name in names:
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                of_adapter |= {id(parameter) for parameter in part.parameters()}
+    written = {
+        tensor.data_ptr()
+        for adapter in model.active_adapters
+        for tensor in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).values()
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in of_adapter and parameter.data_ptr() not in written
+    }
 
 
 def and_more(names: list[str], what: str) -> str:
@@ -154,6 +196,11 @@ def _unloaded_by_peft(model: Any) -> nn.Module:
         raise UserError(name, "its weights were changed when the adapter was started from them", cure)
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise UserError(name, "the adapter is merged into its weights", cure)
+    heads = {id(parameter) for key, parameter in model.get_base_model().named_parameters() if _in_head(model, key)}
+    trained = [key for key, p in trained_beside(model).items() if id(p) not in heads and not key.startswith("prompt_")]
+    if trained:
+        what = f"{trained[0]!r} of the pre-trained model requires grad" + and_more(trained, "tensor")
+        raise UserError(name, what, cure)
     tuner = model.base_model
     if model.active_peft_config.is_prompt_learning:  # only a wrapper, and a wrapped head
         base: nn.Module = tuner

@@ -12,6 +12,9 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from torch import nn
 
 import meftbench
@@ -19,6 +22,8 @@ from meftbench.backbones.build import build_model
 from meftbench.batch import resident_batch
 from meftbench.errors import UserError
 from meftbench.methods.bottleneck import Bottleneck
+from meftbench.methods.unloading import in_new_head, trained_beside
+from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.reversible import ReversibleStack
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -519,3 +524,84 @@ def test_an_adapter_without_its_range_is_one_line(folder):
     with pytest.raises(UserError, match="the range of its fixed-point streams") as raised:
         meftbench.load_adapter(a_model(), folder)
     assert "\n" not in str(raised.value)
+
+
+# --- what is trained beside the adapter ---
+
+BESIDE = {
+    "bert": ["bert.embeddings.word_embeddings", "bert.pooler", "bert.encoder.layer.1.output.LayerNorm"],
+    "llama": ["model.embed_tokens", "model.norm", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"],
+}
+
+
+@given(
+    st.sampled_from(["lora", "dora", "ia3", "vera", "prompt-tuning", "ln-tuning", "parallel", "meft1-exact"]),
+    st.sampled_from(sorted(BESIDE)),
+    st.data(),
+)
+@settings_of_hypothesis(max_examples=25)
+def test_whatever_is_trained_beside_an_adapter_is_saved_or_keeps_from_unloading(tmp_path_factory, method, family, data):
+    """Embeddings, norms, a projection that the adapter sits on: the loaded model gives the same, bit for bit."""
+    names = data.draw(st.sets(st.sampled_from(BESIDE[family]), min_size=1))
+    folder = tmp_path_factory.mktemp("beside")
+    model = meftbench.apply_method(a_model(family), method, seed=1)
+    base = _base(model)
+    if method in ("parallel", "meft1-exact", "ln-tuning"):  # layers renamed by a stack, or norms its own
+        names = {name for name in names if ".layer" not in name} or {BESIDE[family][0]}
+    for name in names:
+        base.get_submodule(name).requires_grad_(True)
+    count = sum(p.requires_grad for p in model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    meftbench.save_adapter(trained(model), folder)
+    moved = [name for name, p in model.named_parameters() if name in before and not torch.equal(before[name], p)]
+
+    loaded = meftbench.load_adapter(a_model(family), folder)
+
+    assert moved
+    assert torch.equal(outputs(model), outputs(loaded))
+    assert count == sum(p.requires_grad for p in loaded.parameters())
+    if method != "ln-tuning" or not all("norm" in name for name in names):
+        with pytest.raises(UserError, match=r"requires grad.*load the pre-trained model afresh"):
+            meftbench.unload(loaded)
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_what_a_method_of_peft_trains_is_its_own(method):
+    """None of it is taken for something trained beside the adapter: all of them still unload or say why not."""
+    fits = {"vblora": {"vector_length": 16}}
+    for family in ("bert", "llama"):
+        try:
+            model = meftbench.apply_method(a_model(family), method, seed=1, **fits.get(method, {}))
+        except UserError:
+            continue
+        names = trained_beside(model)
+        assert all(in_new_head(model.get_base_model(), n.removeprefix("base_model.model.")) for n in names), names
+        return
+    pytest.fail(f"{method} fits neither")
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt-tuning", "parallel", "meft1-exact"])
+def test_a_vocabulary_of_another_size(method, tmp_path):
+    """An adapter goes into a model of its own vocabulary. One that was resized while it was on is saved with the
+    embeddings, or refused; the model before cannot be given back."""
+    model = trained(meftbench.apply_method(a_model("llama"), method, seed=1))
+    meftbench.save_adapter(model, tmp_path / "before")
+    _base(model).resize_token_embeddings(130, mean_resizing=False)
+
+    with pytest.raises(UserError, match=r"resized from 120 to 130, and the embeddings are not trained, so not saved"):
+        meftbench.save_adapter(model, tmp_path / "after")
+    with pytest.raises(UserError, match=r"resized from 120 to 130 after the method was applied; load the pre-trained"):
+        meftbench.unload(model)
+    _base(model).get_input_embeddings().weight.requires_grad_(True)
+    meftbench.save_adapter(model, tmp_path / "after")
+
+    other = a_model("llama")
+    with pytest.raises(
+        UserError, match=r"is for a vocabulary of 130, the model's is 120; .*resize_token_embeddings\(130\)"
+    ):
+        meftbench.load_adapter(other, tmp_path / "after")
+    assert not hasattr(other, "peft_config")
+    other.resize_token_embeddings(130, mean_resizing=False)
+    with pytest.raises(UserError, match=r"is for a vocabulary of 120, the model's is 130"):
+        meftbench.load_adapter(other, tmp_path / "before")
+    assert torch.equal(outputs(model), outputs(meftbench.load_adapter(other, tmp_path / "after")))
