@@ -10,7 +10,7 @@ from torch import nn
 
 from meftbench.backbones.quantize import keep_layout
 from meftbench.errors import UserError, unknown
-from meftbench.methods.applied import NOTE, Applied, note_before
+from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
 from meftbench.plan.catalogue import LEVERS, METHODS
 from meftbench.plan.peft_names import NOT_APPLICABLE
 from meftbench.plan.strict_yaml import settings_of
@@ -50,6 +50,7 @@ def prepare(
             raise unknown("apply_method", "lever", lever, LEVERS)
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
+    check_untouched(model)
     keep_layout(model)
     note = note_before(model, name, checked)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

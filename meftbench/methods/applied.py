@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from meftbench.backbones import Layout, base_of, checked_layouts
+from meftbench.backbones import Layout, base_of
 from meftbench.backbones.quantize import dtype_of
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
@@ -83,12 +84,29 @@ def ranges_of(model: nn.Module) -> dict[str, CalibratedRange]:
     return {f"{name}.range": stack.range for name, stack in stacks.items() if stack.range is not None}
 
 
-def untouched_layouts(model: nn.Module) -> tuple[Layout, ...]:
-    """The model's layouts. Raises UserError where its configuration cannot be split, or a method is on it already."""
-    layouts = checked_layouts(model)
-    if any(isinstance(module, (Bottleneck, ReversibleStack)) for module in model.modules()):
-        raise UserError(type(model).__name__, "has a method applied already", "load the pre-trained model afresh")
-    return layouts
+def check_untouched(model: nn.Module) -> None:
+    """Raises UserError where a method is on the model already: one of ours, or anything of peft in it or around it."""
+    note: dict[str, Any] | None = vars(model).get(NOTE)
+    found = note["method"] if note else None
+    if found is None and any(isinstance(module, Bottleneck | ReversibleStack) for module in model.modules()):
+        found = "a method"
+    if found is None and (kind := _of_peft(model)):
+        found = f"an adapter of peft ({kind})"
+    if found:
+        cure = "take it off by meftbench.unload, or load the pre-trained model afresh"
+        raise UserError(type(model).__name__, f"has {found} applied already", cure)
+
+
+def _of_peft(model: nn.Module) -> str | None:
+    """The class of peft's wrapper around the model, or of one of peft's modules in it."""
+    if "peft" not in sys.modules:  # nothing can be of it
+        return None
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (PeftModel, PeftMixedModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return next((type(module).__name__ for module in model.modules() if isinstance(module, kinds)), None)
 
 
 # Attribute of the model to train that says what was applied: plain values, so that it is copied and pickled with it.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from meftbench.backbones import base_of
-from meftbench.methods.applied import Applied, predicts_tokens, untouched_layouts
+from meftbench.backbones import base_of, checked_layouts
+from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.plan.catalogue import Lora
 
 
@@ -15,7 +15,7 @@ def apply(model: nn.Module, settings: Lora) -> Applied:
     """`model` in peft's wrapper: low-rank updates on the attention projections, and a new task head, are trained."""
     from peft import LoraConfig, get_peft_model
 
-    layouts = untouched_layouts(model)
+    layouts = checked_layouts(model)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

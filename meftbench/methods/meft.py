@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones import Layout, Site, base_of
+from meftbench.backbones import Layout, Site, base_of, checked_layouts
 from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
-from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, predicts_tokens, untouched_layouts
+from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, predicts_tokens
 from meftbench.plan.catalogue import Meft
 from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
 
@@ -136,7 +136,7 @@ def apply_meft3(model: nn.Module, settings: Meft) -> Applied:
 
 
 def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
-    layouts = untouched_layouts(model)
+    layouts = checked_layouts(model)
     split = [_split(list(layout.list_of(model)[2]), settings) for layout in layouts]
     freeze_backbone(model)
     stacks = [

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from meftbench.backbones import Layout, base_of
+from meftbench.backbones import Layout, base_of, checked_layouts
 from meftbench.errors import UserError, unknown
-from meftbench.methods.applied import Applied, predicts_tokens, untouched_layouts
+from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.methods.lora import task_of
 from meftbench.plan.catalogue import BACKBONES
 from meftbench.plan.peft_names import PEFT_METHODS, Peft, PeftMethod, Targeted, refusal
@@ -28,7 +28,7 @@ def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
     from peft import get_peft_model
 
     row = PEFT_METHODS[name]
-    layouts = untouched_layouts(model)
+    layouts = checked_layouts(model)
     kind = _config_class(row, name)
     _check_fits(model, name)
     _check_config(settings, row, kind, name)

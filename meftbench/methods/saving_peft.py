@@ -26,7 +26,7 @@ from meftbench.methods.adapter_files import (
     unwritable,
     warn_of_base,
 )
-from meftbench.methods.applied import NOTE, note_before, vocabulary_of
+from meftbench.methods.applied import NOTE, check_untouched, note_before, vocabulary_of
 from meftbench.methods.unloading import (
     changes_weights,
     in_new_head,
@@ -111,6 +111,7 @@ def load_by_peft(
         return cast(nn.Module, model)
     if NOTE in vars(model):
         check_same(folder, method, vars(model)[NOTE]["method"], {}, {}, ())
+    check_untouched(model)
     warn_of_base(model, config)
     note = note_before(model, method, Settings())
     saved.inference_mode, saved.base_model_name_or_path = False, None

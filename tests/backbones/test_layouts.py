@@ -95,5 +95,5 @@ def test_a_method_is_not_applied_twice():
     model = a_model(2)
     prepare(model, "parallel")
 
-    with pytest.raises(UserError, match="has a method applied already"):
+    with pytest.raises(UserError, match=r"has parallel applied already; take it off by meftbench.unload"):
         prepare(model, "meft1")
