@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from meftbench.measurement import measure as measure
     from meftbench.methods import apply_method as apply_method
     from meftbench.methods.saving import load_adapter as load_adapter
     from meftbench.methods.saving import save_adapter as save_adapter
     from meftbench.methods.unloading import unload as unload
+    from meftbench.own_model import measure as measure
     from meftbench.records.store import load_run as load_run
     from meftbench.runner import run_suite as run_suite
 
@@ -22,11 +22,15 @@ _HOMES = {
     "save_adapter": "meftbench.methods.saving",
     "load_adapter": "meftbench.methods.saving",
     "unload": "meftbench.methods.unloading",
-    "measure": "meftbench.measurement",
+    "measure": "meftbench.own_model",
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",
 }
 __all__ = [*_HOMES]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
 
 
 def __getattr__(name: str) -> Any:

@@ -15,20 +15,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from meftbench.backbones.build import AUTO_CLASSES, revision_of, tokenizer_of
 from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
-from meftbench.methods import Applied
 from meftbench.plan.catalogue import BACKBONES, PROBES
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import PRELOAD
 from meftbench.prediction.predict import predicted_cell
-from meftbench.probes.counted_metrics import count_memory, parameter_counts
+from meftbench.probes.counted_metrics import parameter_counts
 from meftbench.probes.levers import check_levers
 from meftbench.probes.memory_counted import CountedStep
-from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
 from meftbench.probes.nvml import DeviceReading, open_device
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
@@ -71,7 +68,7 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     outcome.observed["inputs"] = "text" if tokenizer_of(cell.model) else "random tokens"
     begin = time.perf_counter()
     with _oom_is_a_result(step):
-        subject = Subject(cell, protocol, step, _reading(device))
+        subject = Subject(cell, protocol, step, device_reading(device))
         ordinary = cell.training is not None and cell.training.ordinary
         for name, entry in PROBES.items():
             # Of a training by ordinary autograd nothing is reconstructed.
@@ -137,7 +134,7 @@ def _device(cell: Cell, protocol: Protocol) -> torch.device:
     return device
 
 
-def _reading(device: torch.device) -> DeviceReading | None:
+def device_reading(device: torch.device) -> DeviceReading | None:
     if device.type != "cuda":
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -175,38 +172,6 @@ def _host_peak() -> dict[str, Metric]:
     unit = 1 if platform.system() == "Darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"host_rss_peak_bytes": Metric(peak, "measured")}
-
-
-def measure(
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    micro_batch_size: int | None = None,
-    warmup: int = 1,
-    steps: int = 3,
-) -> dict[str, Metric]:
-    """Memory of training steps of your own model, on the device it is on: counted on CPU, measured on CUDA.
-
-    batch: arguments of the model's forward by name, `labels` among them, first dimension the samples; the model
-        returns an object with `loss`.  optimizer: AdamW over the trained parameters if None.
-    The parameters are trained for warmup + steps steps: measure a copy, or before training.
-
-    >>> metrics["activation_peak_bytes"].value  # doctest: +SKIP
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = next(model.parameters()).device
-    step = Step(
-        applied=Applied(model),
-        optimizer=optimizer or torch.optim.AdamW(trained, lr=1e-5),
-        batch=batch,
-        micro_batch_size=micro_batch_size or len(next(iter(batch.values()))),
-        device=device,
-    )
-    sizes = parameter_counts(model)
-    if device.type == "cuda":
-        return sizes | measure_memory(step, warmup, steps, TorchAllocator(), _reading(device))
-    return sizes | count_memory(step, warmup, steps)
 
 
 def preload() -> None:

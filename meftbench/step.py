@@ -104,8 +104,13 @@ class Step:
         stop = min(start + self.micro_batch_size, self.batch_size)
         samples = self._samples(start, stop)
         with self.applied.around_forward(), self.autocast_region():
-            loss: Tensor = self.model(**samples).loss
+            loss = self.loss_of(samples)
             return loss * ((stop - start) / self.batch_size) if stop - start < self.batch_size else loss
+
+    def loss_of(self, samples: dict[str, Tensor]) -> Tensor:
+        """The model's loss (a scalar) of some samples of the batch."""
+        loss: Tensor = self.model(**samples).loss
+        return loss
 
     def _samples(self, start: int, stop: int) -> dict[str, Tensor]:
         return {name: tensor[start:stop] for name, tensor in self.batch.items()}

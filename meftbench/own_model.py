@@ -1,0 +1,194 @@
+"""Memory and time of training steps of a model and a batch of one's own: `meftbench.measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from meftbench.errors import UserError
+from meftbench.measurement import device_reading
+from meftbench.methods import Applied, prepare
+from meftbench.probes.counted_metrics import count_memory, parameter_counts
+from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
+from meftbench.probes.speed import time_steps
+from meftbench.records.metrics import METRICS
+from meftbench.records.record import Metric
+from meftbench.reversible.recompute import modes_as
+from meftbench.step import Step
+
+
+class Measurement(dict[str, Metric]):
+    """Metrics by name, as in a record: `measurement["activation_peak_bytes"].value`."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a metric that is a number: its value, unit, and how it was obtained."""
+        rows = [
+            (name, metric.value, METRICS[name].unit if name in METRICS else "", metric.source)
+            for name, metric in self.items()
+            if isinstance(metric.value, int | float)
+        ]
+        return pd.DataFrame(rows, columns=["metric", "value", "unit", "source"]).set_index("metric")
+
+
+def measure(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    micro_batch_size: int | None = None,
+    warmup: int = 1,
+    steps: int = 3,
+    time: bool = True,
+    **settings: Any,
+) -> Measurement:
+    """Memory and time of training steps of your own model, on the device it is on: memory counted on CPU, measured on
+    CUDA; time measured, in steps of its own.
+
+    model: run in training mode, with gradients; the mode of each of its modules is afterwards what it was.
+    batch: arguments of the model's forward by name, labels among them. Tensors of one first dimension are its samples,
+        moved to the model's device; lists of numbers become tensors; anything else is passed on as it is.
+        The model gives a loss: as `loss` of an object or a dict, first of a tuple, or by itself; one number.
+    method: applied to the model first, with `settings` as in `apply_method`; "offload" included.
+    optimizer: of the trained parameters; AdamW if None.
+    The parameters are trained for warmup + steps steps, and as many again where `time`: measure a copy, or before
+    training. A method stays applied: `meftbench.unload` takes it off.
+
+    Raises UserError: a model without parameters, trained ones or values (meta); a batch without samples, or that the
+    model does not take; no loss, or one that is no single number; no steps.
+
+    >>> measure(model, batch)["activation_peak_bytes"].value  # doctest: +SKIP
+    """
+    _check_counts(warmup=(warmup, 0), steps=(steps, 1), micro_batch_size=(micro_batch_size, 1))
+    if not isinstance(model, nn.Module):
+        raise UserError("measure", f"the model is {type(model).__name__}, no torch module", "give a torch.nn.Module")
+    if optimizer is not None and method is not None:
+        raise UserError("measure", "the optimizer is older than the method's weights", "leave one of them out")
+    applied = Applied(model) if method is None else prepare(model, method, settings, seed=0)
+    if method is None and settings:
+        raise UserError("measure", f"{min(settings)} is a setting of no method", "name the method, or leave it out")
+    device, trained = _checked(applied)
+    samples, constants = _sorted_out(batch, device)
+    step = OwnStep(
+        applied=applied,
+        optimizer=optimizer or torch.optim.AdamW(trained, lr=1e-5),
+        batch=samples,
+        micro_batch_size=micro_batch_size or len(next(iter(samples.values()))),
+        device=device,
+        constants=constants,
+    )
+    found = Measurement(parameter_counts(applied.model))
+    with ExitStack() as entered:
+        entered.enter_context(torch.inference_mode(False))
+        entered.enter_context(torch.enable_grad())
+        # Evaluation mode holds less: dropout does nothing, and transformers does not checkpoint.
+        entered.enter_context(modes_as(applied.model, [True for _ in applied.model.modules()]))
+        if device.type == "cuda":
+            found |= measure_memory(step, warmup, steps, TorchAllocator(), device_reading(device))
+        else:
+            found |= count_memory(step, warmup, steps)
+        if time:
+            found |= time_steps(step, warmup, steps)
+    if "attention_mask" not in samples:
+        found.pop("tokens_per_s", None)  # how many there are is not known
+    return found
+
+
+@dataclass
+class OwnStep(Step):
+    """A step of a model that may give its loss in any form. constants: arguments that are the same for all samples."""
+
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def loss_of(self, samples: dict[str, Tensor]) -> Tensor:
+        """Raises UserError: the model does not take the batch, gives no loss, or not one number."""
+        where = type(self.model).__name__
+        try:
+            output = self.model(**samples, **self.constants)
+        except TypeError as error:
+            given = ", ".join([*samples, *self.constants])
+            raise UserError(where, f"does not take the batch ({given}): {_line(error)}", "mend the batch") from error
+        loss = _loss_in(output)
+        if not isinstance(loss, Tensor):
+            cure = "put `labels` into the batch, or give a model whose forward returns a loss"
+            raise UserError(where, f"gives no loss but {type(output).__name__}", cure)
+        if loss.numel() != 1 or not loss.is_floating_point():
+            what = f"its loss is {str(loss.dtype).removeprefix('torch.')} {tuple(loss.shape)}, not one number"
+            raise UserError(where, what, "give one loss of the batch, such as its mean")
+        if not loss.requires_grad:
+            raise UserError(where, "its loss needs no gradient", "train a tensor that it depends on")
+        return loss.reshape(())
+
+
+def _loss_in(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, tuple | list):
+        return output[0] if output else None
+    return output if isinstance(output, Tensor) else getattr(output, "loss", None)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_counts(**counts: tuple[int | None, int]) -> None:
+    for name, (count, least) in counts.items():
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
+            raise UserError("measure", f"{name} is {count!r}", f"write a whole number from {least}")
+
+
+def _checked(applied: Applied) -> tuple[torch.device, list[nn.Parameter]]:
+    """The model's device and trained parameters."""
+    model, where = applied.model, type(applied.model).__name__
+    parameters = list(model.parameters())
+    if not parameters:
+        raise UserError(where, "has no parameters", "give a model that can be trained")
+    if any(parameter.is_meta for parameter in parameters):
+        raise UserError(where, "its weights have no values (meta)", "load them: model.to_empty(device=...) and weights")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise UserError(where, "all its parameters are frozen", "train some of them: requires_grad_(True), or a method")
+    return trained[0].device, trained
+
+
+def _sorted_out(batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The batch's samples, and what is passed on as it is."""
+    if not isinstance(batch, Mapping):
+        cure = "give a dict of the arguments of the model's forward: {'input_ids': ..., 'labels': ...}"
+        raise UserError("measure", f"the batch is {type(batch).__name__}, no mapping", cure)
+    samples: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in batch.items():
+        held = _as_tensor(name, value)
+        if isinstance(held, Tensor) and held.dim():
+            samples[name] = held.to(device)
+        else:
+            constants[name] = held.to(device) if isinstance(held, Tensor) else held
+    if not samples:
+        raise UserError("measure", "the batch has no tensor of samples", "give input_ids, labels and the like")
+    counts = {name: len(tensor) for name, tensor in samples.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError("measure", f"the batch has different numbers of samples ({said})", "give each as many")
+    if not min(counts.values()):
+        raise UserError("measure", "the batch has no samples", "give one or more")
+    return samples, constants
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, list) or type(value).__module__ == "numpy":
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            what = f"{name} is no table of numbers ({_line(error)})"
+            raise UserError("measure", what, "pad the samples to one length, or give a tensor") from None
+    return value
