@@ -36,8 +36,8 @@ def resident_batch(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """What the model's forward takes, the same for the same seed: of a text model input_ids and attention_mask (B, L),
-    of an image model pixel_values (B, channels, size, size); and labels: random classes (B), or the tokens themselves
-    (B, L), -100 where they are padding, for a model that predicts tokens.
+    of an image model pixel_values (B, channels, size, size); and labels: random ones as its head takes them, or the
+    tokens themselves (B, L), -100 where they are padding, for a model that predicts tokens.
 
     text_from: folder or hub id of a tokenizer: sample i is the passage from another place on, repeated to length L.
         None: random tokens from `seed`.  padding: share of each sequence, at its end, that is padding.
@@ -46,7 +46,7 @@ def resident_batch(
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         pixels = torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, generator=generator)
-        labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
+        labels = _classes(config, batch_size, generator)
         return {"pixel_values": pixels.to(device), "labels": labels.to(device)}
     ids = (
         _random_tokens(config, batch_size, sequence_length, generator)
@@ -62,8 +62,19 @@ def resident_batch(
     if model.get_output_embeddings() is not None:
         labels = ids.masked_fill(mask == 0, -100)
     else:
-        labels = torch.randint(config.num_labels, (batch_size,), generator=generator)
+        labels = _classes(config, batch_size, generator)
     return {name: t.to(device) for name, t in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
+
+
+def _classes(config: Any, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Labels as the head takes them: classes (B); of a regression numbers (B), or (B, labels) where each is one of its
+    own."""
+    kind, count = getattr(config, "problem_type", None), config.num_labels
+    if kind == "multi_label_classification":
+        return torch.randint(2, (batch_size, count), generator=generator).float()
+    if kind == "regression" or (kind is None and count == 1):
+        return torch.rand((batch_size,) if count == 1 else (batch_size, count), generator=generator)
+    return torch.randint(count, (batch_size,), generator=generator)
 
 
 def _random_tokens(config: Any, batch_size: int, sequence_length: int, generator: torch.Generator) -> Tensor:

@@ -30,7 +30,7 @@ def build_model(
     attention: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    num_labels: int = 2,
+    num_labels: int | None = None,
     head: str | None = None,
 ) -> nn.Module:
     """A model with a task head on the backbone called `name`, in training mode, on the CPU.
@@ -38,7 +38,8 @@ def build_model(
     name: of `meftbench list models`, a hub id or a folder; `@random` gives random weights from `seed`
         without any download.  overrides: fields of the configuration.
     head: a name of catalogue.HEADS; None: the first that the backbone's entry names.  num_labels: of a classifier; 1
-        is regression.
+        is regression; None: what the configuration says (2 where nobody said). Where it is another number than the
+        weights were saved with, the head is new.
     The global RNG state is left as it was found.
 
     Raises UserError: the configuration is refused by transformers, a field is unknown, nothing can be loaded.
@@ -63,8 +64,10 @@ def build_model(
             raise UserError(name, f"its configuration has no field {key!r}", "see the model's configuration class")
         setattr(config, key, value)
     _fit_layer_types(config, overrides or {})
+    new_head = False
     if head.endswith("classification"):
-        config.num_labels = num_labels
+        new_head = num_labels is not None and num_labels != config.num_labels
+        config.num_labels = config.num_labels if num_labels is None else num_labels
         if hasattr(config, "vocab_size") and config.pad_token_id is None:
             # A classifier on a decoder looks for the last token that is not padding.
             config.pad_token_id = 0
@@ -78,7 +81,8 @@ def build_model(
             if random:
                 model = auto.from_config(config, dtype=dtype)
             else:
-                model = auto.from_pretrained(folder or _hub(source), config=config, dtype=dtype)
+                fits: dict[str, Any] = {"ignore_mismatched_sizes": True} if new_head else {}
+                model = auto.from_pretrained(folder or _hub(source), config=config, dtype=dtype, **fits)
         except (OSError, ValueError) as error:
             raise _not_loaded(name, error) from None
     assert isinstance(model, nn.Module)

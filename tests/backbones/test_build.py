@@ -115,3 +115,43 @@ def test_a_text_batch_has_the_length_asked_for(length):
     batch = resident_batch(build_model("minilm"), 2, length, torch.device("cpu"), text_from=tokenizer_of("minilm"))
 
     assert (2, length) == tuple(batch["input_ids"].shape)
+
+
+@pytest.mark.parametrize(
+    ("said", "labels"),
+    [
+        ({"num_labels": 3}, {0, 1, 2}),
+        ({"num_labels": 7}, set(range(7))),
+        ({"num_labels": 1}, None),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, {0.0, 1.0}),
+        ({"num_labels": 3, "problem_type": "regression"}, None),
+    ],
+)
+@pytest.mark.parametrize("backbone", ["bert", "llama", "vit"])
+def test_a_classifier_of_ones_own_keeps_its_labels(tmp_path, backbone, said, labels):
+    """From a folder or by the configuration: the head, its weights, and labels that it takes."""
+    head = "image_classification" if backbone == "vit" else "classification"
+    model = a_model(2, torch.float32, backbone=backbone, head=head)
+    for key, value in said.items():
+        setattr(model.config, key, value)
+    model = type(model)(model.config)
+    model.save_pretrained(tmp_path)
+
+    loaded = build_model(str(tmp_path), head=head)
+    batch = resident_batch(loaded, 64, 16, torch.device("cpu"))
+    loss = loaded(**batch).loss
+    loss.backward()
+
+    assert said["num_labels"] == loaded.config.num_labels
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(expected[name], parameter) for name, parameter in loaded.named_parameters())
+    assert torch.isfinite(loss)
+    assert labels is None or labels == set(batch["labels"].flatten().tolist())
+    other = build_model(str(tmp_path), num_labels=5, head=head)
+    assert 5 == other(**resident_batch(other, 2, 16, torch.device("cpu"))).logits.shape[-1]
+
+
+def test_a_number_of_labels_by_the_configuration():
+    model = build_model("bert-tiny@random", {"num_labels": 4})
+
+    assert (2, 4) == model(**resident_batch(model, 2, 16, torch.device("cpu"))).logits.shape
