@@ -10,6 +10,7 @@ from torch import nn
 
 from meftbench.backbones.quantize import keep_layout
 from meftbench.errors import UserError, unknown
+from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
 from meftbench.plan.catalogue import LEVERS, METHODS
 from meftbench.plan.peft_names import NOT_APPLICABLE
@@ -37,7 +38,8 @@ def apply_method(model: nn.Module, method: str, *, seed: int | None = None, **se
 def prepare(
     model: nn.Module, method: str, settings: dict[str, Any] | None = None, *, seed: int | None = None
 ) -> Applied:
-    """As `apply_method`, giving back what the step and the probes need beside the model."""
+    """As `apply_method`, giving back what the step and the probes need beside the model. Where an error is raised the
+    model is as it was."""
     name, *levers = method.split("+")
     if name in NOT_APPLICABLE:
         raise UserError(
@@ -51,19 +53,20 @@ def prepare(
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
     check_untouched(model)
-    keep_layout(model)
-    note = note_before(model, name, checked)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        applied = _load(entry.home)(model, checked, *entry.given)
-    setattr(applied.model, NOTE, note)
-    for lever in LEVERS:
-        if lever in levers:
-            if lever in applied.refuses:
-                raise UserError(method, applied.refuses[lever], f"leave {lever} out")
-            _load(LEVERS[lever].home)(applied)
-            note["levers"].append(lever)
+    with all_or_nothing(model):
+        keep_layout(model)
+        note = note_before(model, name, checked)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            applied = _load(entry.home)(model, checked, *entry.given)
+        setattr(applied.model, NOTE, note)
+        for lever in LEVERS:
+            if lever in levers:
+                if lever in applied.refuses:
+                    raise UserError(method, applied.refuses[lever], f"leave {lever} out")
+                _load(LEVERS[lever].home)(applied)
+                note["levers"].append(lever)
     assert isinstance(applied, Applied)
     return applied
 

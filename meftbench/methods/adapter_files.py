@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -141,8 +142,12 @@ def warn_of_base(model: nn.Module, config: dict[str, Any]) -> None:
             warnings.warn(f"the adapter was trained on {key} {saved!r}, this model has {found!r}", stacklevel=3)
 
 
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raises UserError at the first tensor that is missing, unexpected, or of another shape."""
+    """Raises UserError at the first tensor that is missing, unexpected, of another shape or kind of number, or that
+    holds NaN or infinity."""
     where, cure = str(folder / WEIGHTS), "load it into the model that it was saved from"
     if missing := [name for name in expected if name not in found]:
         raise UserError(where, f"lacks {missing[0]!r}" + and_more(missing, "tensor"), cure)
@@ -153,3 +158,10 @@ def check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[s
         name = misshapen[0]
         what = f"{name!r} is {tuple(found[name].shape)}, the model's {tuple(expected[name].shape)}"
         raise UserError(where, what + and_more(misshapen, "tensor"), cure)
+    for name, tensor in found.items():
+        kind = expected[name].dtype
+        if tensor.dtype != kind and (tensor.dtype not in NUMBERS or not kind.is_floating_point):
+            what = f"{name!r} is of {str(tensor.dtype).removeprefix('torch.')}, not of floating-point numbers"
+            raise UserError(where, what, "save the adapter again, or take both files from a backup")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(where, f"{name!r} holds NaN or infinity", "train it again, at a lower learning rate")

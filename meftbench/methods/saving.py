@@ -33,6 +33,7 @@ from meftbench.methods.adapter_files import (
     warn_of_base,
     write,
 )
+from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, ranges_of, vocabulary_of
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.methods.meft import VARIANTS
@@ -42,7 +43,6 @@ from meftbench.methods.unloading import (
     is_peft,
     note_of,
     trained_backbone,
-    unload,
 )
 
 _WRITTEN = {"method": str, "settings": dict, "base_model_class": str, "hidden_sizes": list, "backbone": list}
@@ -80,7 +80,13 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     or hidden size, and tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    config, tensors, metadata = read(folder)
+    with all_or_nothing(model):
+        return _loaded(model, folder, *read(folder))
+
+
+def _loaded(
+    model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> nn.Module:
     if config.get("peft_type") != PEFT_TYPE:
         found = load_by_peft(model, folder, config, tensors, metadata)
         keep_layout(found)
@@ -102,11 +108,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         _fill(model, folder, config, tensors)
         return model
     prepare(model, method, settings, seed=0)  # the caller's random numbers stay; the new weights are replaced
-    try:
-        _fill(model, folder, config, tensors)
-    except UserError:
-        unload(model)
-        raise
+    _fill(model, folder, config, tensors)
     return model if model.training else model.eval()
 
 

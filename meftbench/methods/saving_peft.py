@@ -32,7 +32,6 @@ from meftbench.methods.unloading import (
     in_new_head,
     is_peft,
     note_of,
-    restore_gradients,
     trained_beside,
     unload,
 )
@@ -99,7 +98,7 @@ def load_by_peft(
     vocabulary = int(metadata.get(VOCABULARY) or 0) or None
     try:
         saved = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:
         raise UserError(str(folder / CONFIG), f"peft cannot read it ({error})", "save the adapter again") from None
     method = str(config["peft_type"]).lower()
     if is_peft(model):
@@ -123,11 +122,11 @@ def load_by_peft(
                 trial.init_lora_weights = True
                 unload(_filled_by_peft(get_peft_model(model, trial), note, folder, tensors, vocabulary))
             wrapped = _filled_by_peft(get_peft_model(model, saved), note, folder, tensors, vocabulary)
-    except (ValueError, AttributeError) as error:
-        vars(model).pop("peft_config", None)
-        restore_gradients(model, note)
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(str(folder), f"does not fit the model ({reason})", "load it into its own base model") from None
+    except UserError:
+        raise
+    except Exception as error:  # peft raises whatever a configuration of the wrong kind leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(str(folder), f"does not fit the model ({reason})", "load it into its own base model") from error
     return wrapped if model.training else wrapped.eval()
 
 
@@ -135,11 +134,7 @@ def _filled_by_peft(
     wrapped: nn.Module, note: dict[str, Any], folder: Path, tensors: dict[str, Tensor], vocabulary: int | None
 ) -> nn.Module:
     setattr(wrapped, NOTE, note)
-    try:
-        _fill_by_peft(wrapped, folder, tensors, vocabulary)
-    except UserError:
-        unload(wrapped)
-        raise
+    _fill_by_peft(wrapped, folder, tensors, vocabulary)
     return wrapped
 
 

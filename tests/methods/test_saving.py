@@ -605,3 +605,83 @@ def test_a_vocabulary_of_another_size(method, tmp_path):
     with pytest.raises(UserError, match=r"is for a vocabulary of 120, the model's is 130"):
         meftbench.load_adapter(other, tmp_path / "before")
     assert torch.equal(outputs(model), outputs(meftbench.load_adapter(other, tmp_path / "after")))
+
+
+# --- damaged in any way ---
+
+DAMAGED = {method: {} for method in ("meft1-exact", "meft3", "parallel", "lora", "vera", "prompt-tuning", "ia3")}
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.text(max_size=3), st.just([]), st.just({"a": 1})
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """For each method the two files, as a configuration and tensors."""
+    found = {}
+    for method in DAMAGED:
+        folder = tmp_path_factory.mktemp("whole")
+        meftbench.save_adapter(meftbench.apply_method(a_model(), method, seed=1), folder)
+        found[method] = json.loads((folder / CONFIG).read_text()), safetensors.torch.load_file(folder / WEIGHTS)
+        found[method][0].pop("weights_sha256", None)
+    return found
+
+
+def damaged_tensors(draw, tensors):
+    tensors, name = dict(tensors), draw(st.sampled_from(sorted(tensors)))
+    match draw(st.sampled_from(["gone", "renamed", "reshaped", "longer", "nan", "inf", "int", "bool", "half", "more"])):
+        case "gone":
+            del tensors[name]
+        case "renamed":
+            tensors[name + "x"] = tensors.pop(name)
+        case "reshaped":
+            tensors[name] = tensors[name].reshape(-1)[None].contiguous()
+        case "longer":
+            tensors[name] = torch.cat([tensors[name], tensors[name]])
+        case "nan" | "inf" as value:
+            tensors[name] = torch.full_like(tensors[name].float(), float(value))
+        case "int":
+            tensors[name] = tensors[name].to(torch.int32)
+        case "bool":
+            tensors[name] = tensors[name].bool()
+        case "half":
+            tensors[name] = tensors[name].half()
+        case "more":
+            tensors["stray"] = torch.ones(2)
+    return tensors
+
+
+@given(st.sampled_from(sorted(DAMAGED)), st.booleans(), st.data())
+@settings_of_hypothesis(max_examples=80)
+def test_a_damaged_adapter_is_loaded_whole_or_not_at_all(tmp_path_factory, saved, method, in_weights, data):
+    """One line and the model as it was, or a model that computes; never half of it, never NaN."""
+    config, tensors = json.loads(json.dumps(saved[method][0])), saved[method][1]
+    if in_weights:
+        tensors = damaged_tensors(data.draw, tensors)
+    else:
+        part = config["settings"] if "settings" in config and data.draw(st.booleans()) else config
+        key = data.draw(st.sampled_from(sorted(part)))
+        if data.draw(st.booleans()):
+            del part[key]
+        else:
+            part[key] = data.draw(VALUES)
+    folder, model = tmp_path_factory.mktemp("damaged"), a_model()
+    (folder / CONFIG).write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    before = state_of(model)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded, error = loaded_or_refused(model, folder)
+    if error:
+        assert 1 == len(error.splitlines())
+        assert_same(state_of(model), before)
+    else:
+        assert torch.isfinite(outputs(loaded)).all()
+
+
+def loaded_or_refused(model, folder):
+    try:
+        return meftbench.load_adapter(model, folder), None
+    except UserError as error:
+        return None, str(error)
