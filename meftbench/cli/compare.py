@@ -31,6 +31,9 @@ def compare(
         str | None, typer.Option(help="Smaller changes count as none: 2% or 0.02. Default: 0; measured 1%.")
     ] = None,
     only_changed: Annotated[bool, typer.Option("--only-changed", help="Leave out what is the same.")] = False,
+    across: Annotated[
+        bool, typer.Option("--across", help="Also numbers measured in other environments or on other CPU threads.")
+    ] = False,
     fail_on: Annotated[FailOn | None, typer.Option(help="Exit 1 on this.")] = None,
     format_: Annotated[Format, typer.Option("--format")] = Format.text,
     output: Annotated[Path | None, typer.Option(help="Write there instead of to stdout.")] = None,
@@ -39,7 +42,8 @@ def compare(
     """What changed from RUN_A to RUN_B, cell by cell.
 
     Counted bytes are compared exactly, on whatever machines; measured values only within one environment, and times
-    only beyond their own noise (quartiles apart). Exits 4 where the two are not comparable, 5 without a common cell.
+    only on as many CPU threads and beyond their own noise (quartiles apart). Exits 4 where the two are not comparable,
+    5 without a common cell.
     """
     from meftbench.records.store import load_run, warn_if_torn
     from meftbench.report.formats import COMPARISON_FORMATS, append_step_summary, comparison_markdown
@@ -49,7 +53,7 @@ def compare(
     runs = [load_run(run_a), load_run(run_b)]
     for run in runs:
         warn_if_torn(run)
-    comparison = compared(runs[0], runs[1], metric or (), _share(threshold))
+    comparison = compared(runs[0], runs[1], metric or (), _share(threshold), across=across)
     emit(COMPARISON_FORMATS[Format.json if as_json else format_](comparison, only_changed), output)
     if format_ is Format.github:
         append_step_summary(comparison_markdown(comparison, True), f"{run_a} and {run_b}")

@@ -197,11 +197,11 @@ def render_verdicts(verdicts: Sequence[Verdict], format_: str, suite: str) -> st
 
 
 def comparison_text(comparison: Comparison, only_changed: bool = False) -> str:
-    """One line a change, worst first, then cells of one run alone, notes, and a summary."""
+    """Notes, one line a change, worst first, then cells of one run alone, and a summary."""
     lines = [change.text() for change in comparison.shown(only_changed)]
     lines += [f"only in the first: {' '.join(label.split())}" for label in comparison.only_first]
     lines += [f"only in the second: {' '.join(label.split())}" for label in comparison.only_second]
-    return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes), comparison.summary()])
+    return "\n".join([*(f"note: {note}" for note in comparison.notes), *lines, comparison.summary()])
 
 
 def comparison_json(comparison: Comparison, only_changed: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,15 +110,24 @@ class Comparison:
         )
 
 
-def compare(first: Run, second: Run, metrics: Iterable[str] = (), threshold: float | None = None) -> Comparison:
+def compare(
+    first: Run,
+    second: Run,
+    metrics: Iterable[str] = (),
+    threshold: float | None = None,
+    *,
+    across: bool = False,
+) -> Comparison:
     """What changed from `first` to `second`.
 
     metrics: only these; empty: all that are numbers and in both.
     threshold: share below which a change is `same`; default 0 for counted and predicted values, 1 % for measured.
     Measured times count as changed only where the quartiles of the two do not overlap.
+    across: compare what was measured in different environments, and times on different numbers of CPU threads, as well;
+        notes say what differs. Without it those numbers are left out.
 
     Raises UserError: exit 2 for an unknown metric; exit 4 where protocol, schema or (for measured values)
-    environment differ; exit 5 where no cell is in both.
+    environment or CPU threads differ; exit 5 where no cell is in both.
     """
     wanted = list(metrics)
     for name in wanted:
@@ -131,20 +141,26 @@ def compare(first: Run, second: Run, metrics: Iterable[str] = (), threshold: flo
         cure = "compare runs of suites that share cells; `meftbench show RUN` lists them"
         raise UserError(runs, "no cell is in both runs", cure, NOTHING_MATCHED)
     _refuse_other_ways(first, second, [(left[cell_id], right[cell_id]) for cell_id in common])
-    here = {cell_id: _same_environment(left[cell_id], right[cell_id]) for cell_id in common}
     changes: list[Change] = []
-    left_out = 0
+    left_out: Counter[str] = Counter()  # measured numbers, by what differs
+    unlike: dict[str, None] = {}
     for cell_id in common:
-        found, skipped = _changes(left[cell_id], right[cell_id], wanted, threshold, here[cell_id])
+        found, skipped = _changes(left[cell_id], right[cell_id], wanted, threshold, across)
         changes += found
-        left_out += skipped
+        left_out.update(skipped)
+        unlike |= dict.fromkeys(_unlike(left[cell_id], right[cell_id]))
     notes = []
-    if left_out:
+    for what in unlike:
         why = "; ".join(differences(first.environment, second.environment)[:5]) or "environment_id differs"
-        if wanted or not changes:
-            cure = "rerun one of them on the other's machine, or compare counted metrics"
-            raise UserError(runs, f"measured in different environments ({why})", cure, NOT_COMPARABLE)
-        notes.append(f"{left_out} measured numbers are left out: the environments differ ({why})")
+        said_why = f"the environments differ ({why})" if what == ENVIRONMENT else what
+        if across:
+            notes.append(f"compared although {said_why}")
+        elif left_out[what] and (wanted or not changes):
+            cure = "rerun one of them as the other was, compare counted metrics, or tell it to: --across"
+            what = f"measured in different environments ({why})" if what == ENVIRONMENT else f"not comparable: {what}"
+            raise UserError(runs, what, cure, NOT_COMPARABLE)
+        elif left_out[what]:
+            notes.append(f"{left_out[what]} measured numbers are left out: {said_why}")
     if wanted and not changes:
         raise UserError(runs, f"no cell has {', '.join(wanted)} in both runs", "name other metrics", NOTHING_MATCHED)
     return Comparison(
@@ -176,28 +192,44 @@ def _refuse_other_ways(first: Run, second: Run, pairs: list[tuple[Outcome, Outco
             raise UserError(runs, f"measured with different protocols ({why})", cure, NOT_COMPARABLE)
 
 
-def _same_environment(left: Outcome, right: Outcome) -> bool:
+ENVIRONMENT = "environment"
+
+
+def _unlike(left: Outcome, right: Outcome) -> list[str]:
+    """Under which conditions the two were measured otherwise: the environment, the number of CPU threads."""
     places = {record.environment_id for record in (*left.records, *right.records)}
-    return len(places) == 1
+    found = [ENVIRONMENT] if len(places) > 1 else []
+    threads = [_threads(outcome) for outcome in (left, right)]
+    if threads[0] != threads[1] and all(threads):
+        found.append(f"CPU threads differ ({threads[0]} | {threads[1]})")
+    return found
+
+
+def _threads(outcome: Outcome) -> str:
+    """As the records say it; empty where an older record does not."""
+    return ", ".join(sorted({str(record.cell["threads"]) for record in outcome.records if record.cell.get("threads")}))
 
 
 def _changes(
-    left: Outcome, right: Outcome, wanted: list[str], threshold: float | None, same_environment: bool
-) -> tuple[list[Change], int]:
-    """The changes of one cell, and how many measured numbers were left out."""
+    left: Outcome, right: Outcome, wanted: list[str], threshold: float | None, across: bool
+) -> tuple[list[Change], Counter[str]]:
+    """The changes of one cell, and how many measured numbers were left out for what."""
     found: list[Change] = []
     if left.status != right.status:
         worse: Judgement = "worse" if left.status == "ok" else ("better" if right.status == "ok" else "changed")
         statuses = (str(left.status), str(right.status))
         found.append(Change(left.label, left.cell_id, "status", worse, statuses=statuses))
     names = wanted or [name for name in METRICS if name not in NOT_A_NUMBER and name not in _NOT_JUDGED]
-    left_out = 0
+    left_out: Counter[str] = Counter()
+    unlike = [] if across else _unlike(left, right)
     for name in names:
         before, after = left.figure(name), right.figure(name)
         if before is None or after is None or before.source != after.source:
             continue
-        if after.source == "measured" and not same_environment:
-            left_out += 1
+        # A number of threads decides times; of other measured numbers only the environment does.
+        against = [what for what in unlike if what == ENVIRONMENT or METRICS[name].unit in _CLOCKED]
+        if after.source == "measured" and against:
+            left_out[against[0]] += 1
             continue
         judgement = _judge(name, left, right, before, after, threshold)
         found.append(Change(left.label, left.cell_id, name, judgement, after.source, before.value, after.value))

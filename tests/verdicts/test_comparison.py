@@ -8,6 +8,7 @@ import pytest
 
 from builders import MiB, a_record, a_run, measured, step_time
 from meftbench.errors import UserError
+from meftbench.report.formats import comparison_text
 from meftbench.verdicts.compare import compare, exit_code
 
 ACTIVATION = "activation_peak_bytes"
@@ -188,3 +189,41 @@ def test_an_unknown_metric_has_a_nearest_name(runs):
     """Exit 2, before anything is compared."""
     with pytest.raises(UserError, match="did you mean 'activation_peak_bytes'"):
         compare(*runs([a_record()], [a_record()]), metrics=["activation_peak_byte"])
+
+
+@pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
+def test_times_on_another_number_of_threads_are_not_compared(runs, threads):
+    """One thread against two is no regression. Bytes and errors are compared; what differs is said first; told to,
+    times are as well."""
+
+    def cell(count, seconds):
+        metrics = {"step_time_s": step_time(seconds), "tokens_per_s": measured(1 / seconds), ACTIVATION: 5}
+        return a_record(metrics=metrics, observed={"threads": count})
+
+    pair = runs([cell(threads[0], 1.0)], [cell(threads[1], 25.0)])
+    found, told = compare(*pair), compare(*pair, across=True)
+    why = f"CPU threads differ ({threads[0]} | {threads[1]})"
+
+    assert [ACTIVATION] == [change.metric for change in found.changes]
+    assert [f"2 measured numbers are left out: {why}"] == found.notes
+    assert comparison_text(found).startswith(f"note: 2 measured numbers are left out: {why}\n")
+    assert 0 == exit_code(found, True)
+    assert {"step_time_s", "tokens_per_s", ACTIVATION} == {change.metric for change in told.changes}
+    assert [f"compared although {why}"] == told.notes
+    assert 1 == exit_code(told, True)
+    with pytest.raises(UserError, match=r"not comparable: CPU threads differ.*--across") as refused:
+        compare(*pair, metrics=["step_time_s"])
+    assert 4 == refused.value.exit_code
+
+
+def test_told_to_other_environments_are_compared(runs):
+    """With the note of what differs."""
+    pair = runs(
+        [a_record(metrics={"step_time_s": step_time(1.0)}, environment_id="here")],
+        [a_record(metrics={"step_time_s": step_time(2.0)}, environment_id="there")],
+    )
+
+    comparison = compare(*pair, across=True)
+
+    assert ["worse"] == [change.judgement for change in comparison.changes]
+    assert comparison.notes[0].startswith("compared although the environments differ (")
