@@ -145,6 +145,17 @@ def freeze_backbone(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
+LAYER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def refuse_asked(base: Any, kwargs: dict[str, Any], names: tuple[str, ...], what: str, cure: str) -> None:
+    """Raises UserError where a call asks for one of `names`, by its arguments or by the model's configuration."""
+    for name in names:
+        asked = kwargs.get(name)
+        if getattr(base.config, name, False) if asked is None else asked:
+            raise UserError(name, what, cure)
+
+
 def predicts_tokens(model: Any) -> bool:
     """Whether the model's head is a pre-trained one over its vocabulary."""
     return model.get_output_embeddings() is not None

@@ -107,7 +107,11 @@ class ChunkedLoss:
             hook.remove()
         (h_BLD,) = arrived
         fields = {name: value for name, value in output.items() if name != "logits"}
-        output = type(output)(loss=self._loss(h_BLD, labels.to(h_BLD.device), given), **fields)
+        loss = self._loss(h_BLD, labels.to(h_BLD.device), given)
+        if output.get("aux_loss") is not None:
+            # Of a mixture of experts, where it is asked for: what keeps the experts equally used.
+            loss = loss + model.router_aux_loss_coef * output.aux_loss.to(loss.device)
+        output = type(output)(loss=loss, **fields)
         wanted = model.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 

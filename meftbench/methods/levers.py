@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones import Layout, layouts_of
-from meftbench.methods.applied import Applied
+from meftbench.backbones import Layout, base_of, layouts_of
+from meftbench.methods.applied import Applied, refuse_asked
 from meftbench.reversible import Relay, ReversibleStack
 from meftbench.reversible.tiled import LEVER_TILES, Tiling
 
@@ -124,6 +124,7 @@ def tiled_mlp(applied: Applied) -> None:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # peft has its own wrapper around
     tiling = applied.tiling = Tiling()
+    base_of(model).register_forward_pre_hook(_without_router_logits, with_kwargs=True)
     for stack in applied.stacks:
         stack.tiles = LEVER_TILES if stack.tiles in (1, "auto") else stack.tiles
     for layout in applied.layouts or layouts_of(model):
@@ -142,6 +143,12 @@ def tiled_mlp(applied: Applied) -> None:
             tiling.recompute = True
 
     applied.ordinary_switches.append(without)
+
+
+def _without_router_logits(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Taken from inside a feed-forward that runs in tiles, they would be those of one tile, without a gradient.
+    what = "the loss of a mixture's router needs its feed-forwards whole"
+    refuse_asked(base, kwargs, ("output_router_logits",), what, "leave tiled_mlp out, or do not ask for it")
 
 
 def _in_tiles(tiling: Tiling, layer: nn.Module, layout: Layout, h_BLD: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from meftbench.backbones import Layout, Site, base_of, checked_layouts
 from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
-from meftbench.methods.applied import Applied, freeze_backbone, new_adapter, predicts_tokens
+from meftbench.methods.applied import (
+    LAYER_OUTPUTS,
+    Applied,
+    freeze_backbone,
+    new_adapter,
+    predicts_tokens,
+    refuse_asked,
+)
 from meftbench.plan.catalogue import Meft
 from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
 
@@ -213,12 +220,13 @@ def _halves(layout: Layout, settings: Meft, variant: Variant) -> tuple[Half, Hal
 
 
 def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # transformers would take them from hooks on layers, which a reversible stack does not call: it would give none.
-    for name in ("output_hidden_states", "output_attentions"):
-        asked = kwargs.get(name)
-        if getattr(base.config, name, False) if asked is None else asked:
-            cure = "take last_hidden_state, or ask the pre-trained model"
-            raise UserError(name, "a reversible model does not keep what its layers give", cure)
+    # transformers would take them from hooks on layers, which a reversible stack does not call: it would give none, and
+    # the loss that keeps a mixture's experts equally used would have no gradient.
+    what, cure = (
+        "a reversible model does not keep what its layers give",
+        "take last_hidden_state, or ask the pre-trained model",
+    )
+    refuse_asked(base, kwargs, LAYER_OUTPUTS, what, cure)
 
 
 def _without_cache(
