@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import typer
 
 from meftbench import __version__
 from meftbench.cli import check, compare, doctor, estimate, export, finetune, fit, listing, report, run, show, validate
+from meftbench.cli.streams import abandon_stdout, encode_anything, flush
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
 
 EXIT_CODES = """
@@ -84,6 +85,8 @@ def _options(
         raise typer.Exit(INVALID)
 
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+
 # typer < 0.20 raises click's exceptions, later ones those of a copy it carries.
 _ClickException: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
 
@@ -94,9 +97,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str] | None) -> int:
+    encode_anything()
     command = typer.main.get_command(app)
     try:
         outcome = command.main(args=arguments, prog_name="meftbench", standalone_mode=False)
+        flush()
         return outcome if isinstance(outcome, int) else 0
     except UserError as error:
         print(f"meftbench: {error}", file=sys.stderr)
@@ -110,12 +115,27 @@ def _exit_code(arguments: list[str] | None) -> int:
     except _Interrupted:
         print("meftbench: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        # rich and typer leave with 1 where a pipe ends, which means over budget.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         # The reader of our output (`| head`) has gone: nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()
         return 0
-    except Exception:  # not silent: the traceback is printed
-        # Whatever is left is our own mistake: shown with its traceback, and an exit code that no result has.
-        traceback.print_exc()
-        print("meftbench: this is a bug; please report it with the lines above", file=sys.stderr)
-        return BUG
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE or error.filename is not None:
+            return _bug()
+        abandon_stdout()
+        print(
+            f"meftbench: output cannot be written ({error.strerror}); make room, or send it elsewhere", file=sys.stderr
+        )
+        return INVALID
+    except Exception:
+        return _bug()
+
+
+def _bug() -> int:
+    """Whatever is left is our own mistake: shown with its traceback, and an exit code that no result has."""
+    traceback.print_exc()
+    print("meftbench: this is a bug; please report it with the lines above", file=sys.stderr)
+    return BUG
