@@ -68,13 +68,15 @@ def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
     """Keys and values of `key=value`, read as YAML reads them. Raises UserError."""
     import yaml
 
+    from meftbench.plan.strict_yaml import parse
+
     found = {}
     for text in given or []:
         key, equals, value = text.partition("=")
         if not (key and equals):
             raise UserError(option, f"{text!r} is no setting", "write key=value")
         try:
-            found[key.strip()] = yaml.safe_load(value)
+            found[key.strip()] = parse(value)
         except yaml.YAMLError:
             raise UserError(option, f"{value!r} is no value", "write a number, a word or true") from None
     return found

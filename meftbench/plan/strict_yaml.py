@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,23 @@ from pydantic import BaseModel, ValidationError
 
 from meftbench.errors import UserError, unknown
 
-_Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DEEPEST = 50
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML 1.1 reads 1e-5, without a point, as text; everybody who writes it means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+0123456789.")
+)
+
+
+def parse(text: str) -> Any:
+    """A value as our files have it. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 KeyPath = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 
@@ -52,6 +69,8 @@ def read(file: Path) -> Document:
         if node is not None:
             _locate(file, node, (), lines)
         content = None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise UserError(str(file), "is nested too deeply", "write it flatter") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{file}:{line}", f"not valid YAML ({error.problem})", "mend this line") from None
@@ -65,6 +84,9 @@ def read(file: Path) -> Document:
 
 
 def _locate(file: Path, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:
+    if len(path) > DEEPEST:  # of an alias within what it stands for there is no end
+        cure = f"write it without the alias, in at most {DEEPEST} levels"
+        raise UserError(f"{file}:{node.start_mark.line + 1}", "is nested too deeply, or refers to itself", cure)
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
@@ -91,7 +113,10 @@ def validated_part(document: Document, path: KeyPath, content: Any, schema: type
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        # Of the ways in which a value may be written, the one that it came furthest with is the one that was meant.
+        top = found[0]["loc"][:1]
+        first = max((fault for fault in found if fault["loc"][:1] == top), key=lambda fault: len(fault["loc"]))
     loc: KeyPath = (*path, *first["loc"])
     kind, value = first["type"], first.get("input")
     if kind == "extra_forbidden":

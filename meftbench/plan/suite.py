@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from meftbench.errors import unknown
 from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.config_values import check_values
 from meftbench.plan.identity import digest
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
 from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
@@ -276,6 +277,7 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     device = parse_device(document.where(place["device"]), values.get("device", "counted"))
     _check_training(document, place, values, device)
     check_model(document.where(place["model"]), model, overrides)
+    check_values(document.where(place["model"]), overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
     check_method(document.where(place["method"]), model, overrides, values.get("head"), method)
     taken = positions_taken(method, params)

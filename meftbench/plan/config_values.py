@@ -1,0 +1,59 @@
+"""Values of a model's configuration that no model can have: said before a worker starts, by the names of the fields.
+
+transformers takes any value of any kind, and fails somewhere inside.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from difflib import get_close_matches
+from typing import Any
+
+from meftbench.errors import UserError
+
+# Sizes and counts; of these some may be 0 (type_vocab_size of BERT), or absent (a window).
+_COUNTS = re.compile(
+    r"(^num_.*|.*_(size|layers|heads|dim|positions|position_embeddings|rank|experts|channels)|^(n_embd|d_model)$)"
+)
+_MAY_BE_NOTHING = re.compile(r".*(window|vocab_size_per_layer|head_dim|key_value_heads|_embed_proj_dim|chunk).*")
+_RATES = re.compile(r".*(dropout|dropout_prob|_prob|layerdrop)$")
+_NUMBERS = re.compile(r".*(_eps|_epsilon|initializer_range|_theta|_coef|_scalar|_multiplier|softcapping)$")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+# Of transformers' names those that models use; another is refused only where it is nearly one of them.
+_KNOWN = (
+    "gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2",
+    "relu6", "sigmoid", "silu", "swish", "tanh", "mish", "leaky_relu", "laplace", "linear", "selu",
+)  # fmt: skip
+
+
+def check_values(where: str, overrides: dict[str, Any]) -> None:
+    """Raises UserError at the first field whose value is of the wrong kind or out of its range."""
+    for key, value in overrides.items():
+        what = _fault(key, value)
+        if what:
+            raise UserError(where, f"config {key} is {value!r}", f"write {what}")
+    heads, hidden = overrides.get("num_attention_heads"), overrides.get("hidden_size")
+    if heads and hidden and "head_dim" not in overrides and hidden % heads:
+        raise UserError(where, f"config hidden_size {hidden} is no multiple of {heads} heads", "write a multiple of it")
+
+
+def _fault(key: str, value: Any) -> str | None:
+    """What to write instead; None: nothing is known against the value."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in _ACTIVATIONS:
+        near = get_close_matches(str(value), _KNOWN, n=1)
+        if not isinstance(value, str) or (value not in _KNOWN and near):
+            return f"{near[0]!r}" if near else "the name of an activation, such as gelu"
+        return None
+    if _COUNTS.fullmatch(key):
+        if value is None and _MAY_BE_NOTHING.fullmatch(key):
+            return None
+        least = 0 if key == "type_vocab_size" or "experts" in key else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            return f"a whole number from {least}"
+    elif _RATES.fullmatch(key) and not (number and 0 <= value <= 1):
+        return "a number from 0 to 1"
+    elif _NUMBERS.fullmatch(key) and value is not None and not (number and math.isfinite(value)):
+        return "a number, such as 1.0e-5"
+    return None
