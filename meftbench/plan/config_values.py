@@ -52,7 +52,7 @@ def _fault(key: str, value: Any) -> str | None:
         least = 0 if key == "type_vocab_size" or "experts" in key else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             return f"a whole number from {least}"
-    elif _RATES.fullmatch(key) and not (number and 0 <= value <= 1):
+    elif _RATES.fullmatch(key) and value is not None and not (number and 0 <= value <= 1):
         return "a number from 0 to 1"
     elif _NUMBERS.fullmatch(key) and value is not None and not (number and math.isfinite(value)):
         return "a number, such as 1.0e-5"

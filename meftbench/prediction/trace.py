@@ -116,14 +116,19 @@ def uncomputed_step(
     autocast = AUTOCAST.get(cell.precision)
     applied = applied or uncomputed_model(cell)
     model = applied.model
-    batch = resident_batch(model, cell.batch_size, cell.sequence_length, torch.device("cpu"))
     mode: AbstractContextManager[object] = ExitStack()
-    if on_meta:
-        batch = {name: tensor.to("meta") for name, tensor in batch.items()}
-    else:
+    if not on_meta:
         mode = fake = FakeTensorMode()
         _fill(applied.model, fake)
-        batch = {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
+    # Of one sample with values; all of them might not fit this machine.
+    sample = resident_batch(model, 1, cell.sequence_length, torch.device("cpu"))
+    with mode:
+        batch = {
+            name: torch.empty(
+                (cell.batch_size, *tensor.shape[1:]), dtype=tensor.dtype, device="meta" if on_meta else "cpu"
+            )
+            for name, tensor in sample.items()
+        }
     step = _Uncomputed(
         applied=applied,
         optimizer=build_optimizer(cell, list(applied.trained().values()), foreach),

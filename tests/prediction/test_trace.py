@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
 from meftbench.plan.cell import Cell
-from meftbench.prediction.trace import count_uncomputed
+from meftbench.prediction.trace import count_uncomputed, uncomputed_step
 from meftbench.probes.memory_counted import CountedStep
 from meftbench.step import build_step
 from tests.models import a_cell
@@ -105,3 +107,15 @@ def test_exact_holds_a_third_of_lora_with_checkpointing():
     assert all(ours <= goal for ours, goal in zip(exact, (12, 13.5, 16.5), strict=True))
     for ours, theirs, share in zip(fewer, checkpointed, (0.45, 0.35, 0.28), strict=True):
         assert ours <= share * theirs
+
+
+@pytest.mark.parametrize(("model", "length"), [("vit-base@random", 197), ("bert-base@random", 128)])
+def test_a_batch_of_any_size_is_shapes_alone(model, length):
+    """A million images would take 600 GB; what a trace holds of them is nothing."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cell = Cell.of("lora", model=model, batch_size=10**6, sequence_length=length)
+
+    step, _ = uncomputed_step(cell, on_meta=True)
+
+    assert all(10**6 == len(tensor) and tensor.is_meta for tensor in step.batch.values())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
