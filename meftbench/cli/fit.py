@@ -66,12 +66,14 @@ def fit(
     from meftbench.records.store import made
     from meftbench.report.fit import as_answer, print_fit, write_fit
     from meftbench.runner.predictions import ask
+    from meftbench.units import format_bytes
 
     chosen = profile or DEFAULT_PROFILE
     device = find_profile(chosen, "fit: profile")
     cards = sorted({size for text in memory or [] for size in _sizes(text)}) or [device.memory_bytes]
     if cards[0] <= device.context_bytes:
-        raise UserError("--memory", "is no more than the context of a process takes", "write 24GiB")
+        what = f"{format_bytes(cards[0])} is no more than the context of a process takes"
+        raise UserError("--memory", f"{what} ({format_bytes(device.context_bytes)})", "write more, such as 24GiB")
     names = [name.strip() for name in methods.split(",") if name.strip()]
     said: dict[str, Any] = {"precision": precision, "attention": attention, "head": head}
     overrides = {"config": config, "settings": None}

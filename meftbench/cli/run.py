@@ -197,5 +197,6 @@ def _print_run(run: Run) -> None:
 
     print_summary(run)
     print(f"\nrun folder: {run.path}")
-    print(f"next: meftbench report {run.path} · meftbench show {run.path} CELL", end="")
-    print(f" · meftbench check {run.path}" if (run.path / BUDGETS).is_file() else "")
+    folder = shlex.quote(str(run.path))
+    print(f"next: meftbench report {folder} · meftbench show {folder} CELL", end="")
+    print(f" · meftbench check {folder}" if (run.path / BUDGETS).is_file() else "")

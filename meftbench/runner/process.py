@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.records.record import Metric, Status
+from meftbench.units import format_bytes
 
 # By name only: what is behind it imports torch.
 WORKER = (sys.executable, "-m", "meftbench.worker")
@@ -318,6 +320,9 @@ class Worker:
         )
 
 
+ROOM = 64 * 2**10  # bytes; a result takes less
+
+
 def read_result(file: Path) -> dict[str, Any] | str:
     """The content of a result file, its metrics as `Metric`; or, where it is none, what is wrong with it."""
     try:
@@ -328,7 +333,9 @@ def read_result(file: Path) -> dict[str, Any] | str:
         detail, observed = dict(content["status_detail"]), dict(content["observed"])
         return {"status": content["status"], "status_detail": detail, "metrics": metrics, "observed": observed}
     except FileNotFoundError:
-        return "the process left no result"
+        free = shutil.disk_usage(file.parent).free
+        full = f": the disk that the run is written to is full ({format_bytes(free)} free)" if free < ROOM else ""
+        return f"the process left no result{full}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"the process left an unreadable result, {type(error).__name__}: {error}"
 

@@ -1,8 +1,10 @@
 """The parent's side of the worker: whatever happens to a process, its job has an outcome."""
 
 import os
+import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from builders import a_cell
 from meftbench.errors import UserError
 from meftbench.plan.protocol import Protocol
 from meftbench.runner import process
-from meftbench.runner.process import Job, Worker, worker_environment
+from meftbench.runner.process import Job, Worker, read_result, worker_environment
 from meftbench.worker import _without_machine
 from sweeps import WORKER, alive, told, wait_until
 
@@ -298,4 +300,15 @@ def test_the_allocator_is_the_protocols_and_not_the_shells(allocator, expected):
     assert "PYTORCH_CUDA_ALLOC_CONF" not in environment
     assert ("1", "3", "false") == tuple(
         environment[name] for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    )
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """A result that could not be written looks like a process that died."""
+    assert "the process left no result" == read_result(tmp_path / "result.json")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4096))
+
+    assert "the process left no result: the disk that the run is written to is full (4.0 KiB free)" == read_result(
+        tmp_path / "result.json"
     )
