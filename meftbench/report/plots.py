@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable
 from colorsys import hls_to_rgb
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.records.metrics import BREAKDOWN
@@ -86,7 +86,7 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
     failed: dict[Any, int] = {}
     for method in methods_in_order(frame):
         mine = [row for row in rows if row["method"] == method]
-        known = [row for row in mine if row["activation_peak_bytes"] is not None]
+        known = [row for row in mine if finite(row["activation_peak_bytes"])]
         bad = [row for row in mine if row["status"] != "ok"]
         ended = "".join(f", × {status}" for status in dict.fromkeys(row["status"] for row in bad))
         for source in sorted({row["activation_peak_bytes_source"] for row in known}):
@@ -128,7 +128,8 @@ def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
     size, unit = unit_of(row["peak_allocated_bytes"] for row in rows.values())
     starts = dict.fromkeys(order, 0.0)
     for name, shade in CATEGORY.items():
-        widths = [float(rows[method].get(name) or 0) / size for method in order]
+        parts = [rows[method].get(name) for method in order]
+        widths = [float(part) / size if finite(part) else 0.0 for part in parts]
         if not any(widths):
             continue
         lefts = [starts[method] for method in order]
@@ -137,7 +138,9 @@ def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
     largest = max(starts.values(), default=0.0)
     for place, method in enumerate(order):
         row = rows[method]
-        text = f"{starts[method]:,.1f}" if row["status"] == "ok" else row["status"]
+        whole = row["peak_allocated_bytes"]
+        total = f"{starts[method]:,.1f}" if whole is None or finite(whole) else "not finite"
+        text = total if row["status"] == "ok" else row["status"]
         ax.text(starts[method] + largest * 0.01, place, text, va="center", fontsize=8)
     known = sorted({row["peak_allocated_bytes_source"] for row in rows.values() if row["peak_allocated_bytes"]})
     ax.set(xlabel=f"memory at the peak of a step ({unit}, {' and '.join(known) or 'none measured'})")
@@ -159,8 +162,8 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
     looks = markers(frame)
     rows = {row["method"]: row for row in rows_of(frame) if row.get("reconstruction_rel")}
     values = [float(value) for row in rows.values() for layer in row["reconstruction_rel"] for value in layer]
-    finite = [value for value in values if math.isfinite(value) and value > 0]
-    low, high = (min(finite), max(finite)) if finite else (1e-16, 1e-15)
+    positive = [value for value in values if math.isfinite(value) and value > 0]
+    low, high = (min(positive), max(positive)) if positive else (1e-16, 1e-15)
     floor, ceiling = low / 30, min(high, 1e200) * 30
     beyond: dict[int, set[str]] = {}
     off_scale: dict[tuple[str, int], None] = {}
@@ -209,7 +212,7 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
     if 0.0 in values:
         ax.axhline(floor, color="#999999", linewidth=0.8)
         powers = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-        powers = powers[:: max(1, len(powers) // 8)] if finite else []
+        powers = powers[:: max(1, len(powers) // 8)] if positive else []
         ax.set_yticks([floor, *powers], [EXACT, *(f"1e{round(math.log10(power)):d}" for power in powers)])
         ax.minorticks_off()
     ax.grid(True, axis="y", which="major", color="#DDDDDD", linewidth=0.6)
@@ -235,9 +238,7 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
     frame: one cell a method, at one shape and setting.
     """
     looks = markers(frame)
-    rows = [
-        row for row in rows_of(frame) if row["peak_allocated_bytes"] is not None and row["tokens_per_s"] is not None
-    ]
+    rows = [row for row in rows_of(frame) if finite(row["peak_allocated_bytes"]) and finite(row["tokens_per_s"])]
     size, unit = unit_of(row["peak_allocated_bytes"] for row in rows)
     notes = frontier(rows)
     for row, note in zip(rows, notes, strict=True):
@@ -321,8 +322,13 @@ def markers(frame: DataFrame) -> dict[str, str]:
     return found
 
 
+def finite(value: float | None) -> TypeGuard[float]:
+    """Whether a metric was taken and has a place on an axis: what is not finite stands in the tables."""
+    return value is not None and math.isfinite(value)
+
+
 def unit_of(values: Iterable[float | None]) -> tuple[int, str]:
-    largest = max((value for value in values if value is not None), default=0)
+    largest = max((value for value in values if finite(value)), default=0)
     return (GiB, "GiB") if largest >= 10 * GiB else (MiB, "MiB")
 
 

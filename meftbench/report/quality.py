@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,11 @@ _SAID_WHERE_THEY_DIFFER = ("run", "head", "attention_requested", "optimizer", "o
 FURTHER = ("score_untrained", "score_test", "score_mismatched")
 
 
+def mean_of(values: Sequence[float]) -> float:
+    """The mean; NaN or infinite where a value is."""
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else sum(values)
+
+
 @dataclass(frozen=True)
 class Spread:
     """Values of one number over seeds, in the order of the seeds. Missing where a seed has none."""
@@ -31,12 +37,14 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values)
+        return mean_of(self.values)
 
     @property
     def deviation(self) -> float | None:
         """Standard deviation over seeds (n - 1); None of one seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan
 
     def said(self, digits: int = 3) -> str:
         """`0.812 ± 0.004`."""
@@ -100,7 +108,9 @@ def results(frame: DataFrame) -> list[Result]:
     from pandas import notna
 
     done = trained(frame)
-    done = done[(done["status"] == "ok") & done["score"].notna()] if "score" in done else done[:0]
+    # NaN that was recorded is a result; None is none, and stands among the failures with its reason.
+    scored = [score is not None for score in done["score"]] if "score" in done else []
+    done = done[(done["status"] == "ok") & scored] if scored else done[:0]
     order = methods_in_order(frame)
     # What all trainings of a table share is no name for one of them.
     shared: dict[tuple[Any, ...], set[str]] = {}
@@ -112,8 +122,9 @@ def results(frame: DataFrame) -> list[Result]:
         by_rate: dict[float, list[dict[str, Any]]] = {}
         for row in rows_of(rows.sort_values("seed")):
             by_rate.setdefault(float(row["learning_rate"]), []).append(row)
-        means = {rate: statistics.fmean(row["score"] for row in mine) for rate, mine in by_rate.items()}
-        best = max(by_rate, key=lambda rate: (len(by_rate[rate]), means[rate]))
+        means = {rate: mean_of([row["score"] for row in mine]) for rate, mine in by_rate.items()}
+        # A mean that is not finite is the worst of all.
+        best = max(by_rate, key=lambda rate: (len(by_rate[rate]), math.isfinite(means[rate]), means[rate]))
         mine = tuple(by_rate[best])
         further = {
             name: _spread(mine, name) for name in FURTHER if name in done and any(notna(row[name]) for row in mine)
