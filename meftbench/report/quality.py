@@ -109,8 +109,9 @@ def results(frame: DataFrame) -> list[Result]:
 
     done = trained(frame)
     # NaN that was recorded is a result; None is none, and stands among the failures with its reason.
-    scored = [score is not None for score in done["score"]] if "score" in done else []
-    done = done[(done["status"] == "ok") & scored] if scored else done[:0]
+    scored = [score is not None for score in done["score"]] if "score" in done else [False] * len(done)
+    done = done[scored]
+    done = done[done["status"] == "ok"]
     order = methods_in_order(frame)
     # What all trainings of a table share is no name for one of them.
     shared: dict[tuple[Any, ...], set[str]] = {}
