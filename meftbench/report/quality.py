@@ -105,13 +105,14 @@ def results(frame: DataFrame) -> list[Result]:
 
     Of the rates of a method that which most seeds have, and of those the best mean score.
     """
-    from pandas import notna
+    from pandas import Series, notna
 
     done = trained(frame)
     # NaN that was recorded is a result; None is none, and stands among the failures with its reason.
-    scored = [score is not None for score in done["score"]] if "score" in done else [False] * len(done)
-    done = done[scored]
-    done = done[done["status"] == "ok"]
+    if "score" not in done:
+        done = done[:0]
+    scored = [score is not None for score in done["score"]] if len(done) else []
+    done = done[(done["status"] == "ok") & Series(scored, index=done.index, dtype=bool)]
     order = methods_in_order(frame)
     # What all trainings of a table share is no name for one of them.
     shared: dict[tuple[Any, ...], set[str]] = {}
