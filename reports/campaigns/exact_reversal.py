@@ -34,7 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.measurement import describe
+from meftbench.plan.catalogue import MODELS as CATALOGUE
 from meftbench.plan.cell import Cell
+from meftbench.plan.equal_parameters import matching_rank
 from meftbench.records.store import made
 from meftbench.step import Step, build_step
 
@@ -56,9 +58,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# By name. LoRA of rank 8 and MEFT of adapter size 8 train about as many parameters; 64 is meftbench's default.
+# By name. LoRA of rank 8 and MEFT of adapter size 8 train about as many parameters; 64 is meftbench's default, and
+# "matching" the rank that trains as many.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora+checkpoint": ("lora+checkpoint", {}),
+    "lora+checkpoint, rank for 64": ("lora+checkpoint", {"rank": "matching"}),
     "meft1-exact, adapters of 8": ("meft1-exact", {"adapter_size": 8}),
     "meft1-exact, adapters of 64": ("meft1-exact", {}),
     "meft3-exact, adapters of 8": ("meft3-exact", {"adapter_size": 8}),
@@ -79,6 +83,8 @@ def a_cell(model: str, method: str, batch: int, length: int, precision: str, **s
     overrides = overrides | {"attention_probs_dropout_prob": 0.0}
     if length > 512:
         overrides |= {"max_position_embeddings": length}
+    if settings.get("rank") == "matching":
+        settings = settings | {"rank": matching_rank(CATALOGUE[name.removesuffix("@random")].config | overrides)}
     return Cell.of(
         method,
         method_params=settings,
