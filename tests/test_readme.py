@@ -171,3 +171,21 @@ def test_the_scores_it_names_are_those_of_the_records():
     lora, parallel, exact = (answers[method] for method in ("lora", "parallel", "meft1-exact"))
     assert f"zero-shot {lora[1].split()[0]}, LoRA {lora[0]}, parallel {parallel[0]}, `meft1-exact` {exact[0]}" in said
     assert f"test split {lora[2]}, {parallel[2]} and {exact[2]}" in said
+
+
+def test_the_step_times_it_names_are_those_of_the_records():
+    """Ratios to LoRA with checkpointing, one and two threads, to two digits."""
+    with (ROOT / "reports" / "exact-speed-cpu" / "speed.csv").open(encoding="utf-8") as stream:
+        found = {(row["method"], row["threads"]): row for row in csv.DictReader(stream)}
+
+    def both(method, size):
+        named = f"{method}-exact, adapters of {size}"
+        return [f"{float(found[named, count]['ratio_to_lora_checkpoint']):.2f}" for count in ("1", "2")]
+
+    said = " ".join(README.split())
+    (one,) = set(both("meft1", 8))
+    large = " and ".join(both("meft1", 64))
+    assert (
+        f"`meft1-exact` {one} times as long where both train as many weights, {large} with its adapters of 64" in said
+    )
+    assert f"`meft3-exact` {' and '.join(both('meft3', 8))}, and {' and '.join(both('meft3', 64))};" in said
