@@ -147,7 +147,7 @@ def test_levers_in_pairs_are_seen_to_engage(backbone, method, levers):
         assert peak < peak_of(backbone, method)
 
 
-@pytest.mark.parametrize("backbone", ["llama", "opt", "bart"])
+@pytest.mark.parametrize("backbone", ["llama", "opt", "bert"])
 def test_a_checkpointed_layer_with_adapters_is_predicted_as_it_is_counted(backbone):
     """The prediction goes by the same layers."""
     cell = a_cell_of(backbone, "parallel+checkpoint+tiled_mlp")
