@@ -130,7 +130,7 @@ def _exit_code(arguments: list[str] | None) -> int:
             f"meftbench: output cannot be written ({error.strerror}); make room, or send it elsewhere", file=sys.stderr
         )
         return INVALID
-    except Exception:
+    except Exception:  # not silent: shown with its traceback
         return _bug()
 
 

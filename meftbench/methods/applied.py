@@ -130,7 +130,7 @@ def vocabulary_of(model: Any) -> int | None:
     """Rows of the model's input embeddings; None: it reads no tokens."""
     try:
         rows: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # transformers' answers where a model has none, and its bases'
         return None
     return rows
 

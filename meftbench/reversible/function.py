@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meftbench.reversible.notes import Context, Notes
-from meftbench.reversible.passes import Kept, Walk
+from meftbench.reversible.passes import Walk
+from meftbench.reversible.placed import Kept
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.fork import Sink, gathered_in
 from meftbench.reversible.gradients import Sums
-from meftbench.reversible.halves import Half, joined
+from meftbench.reversible.halves import Half
 from meftbench.reversible.notes import Notes
+from meftbench.reversible.placed import Handover, Kept, PlacedHalf, Tile
 from meftbench.reversible.recompute import drew, modes_as, replayed_rng, rng_state, unhooked
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
                 keeps = keep and notes.keeps(index, replaced)
                 handover = Handover()
                 with gathered_in(handover) if keeps else nullcontext():
-                    part = _Half(half, block, streams[1 - replaced], notes, wanted, args, kwargs)
+                    part = PlacedHalf(half, block, streams[1 - replaced], notes, wanted, args, kwargs)
                 part.keeps = keeps
                 side = _advance(coupling, part, streams[replaced], index, replaced, keep)
                 if keeps:
@@ -74,7 +74,7 @@ def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bo
 
 
 def _advance(
-    coupling: Coupling, part: _Half, stream_BLD: Tensor, index: int, replaced: int, keep: bool
+    coupling: Coupling, part: PlacedHalf, stream_BLD: Tensor, index: int, replaced: int, keep: bool
 ) -> Tensor | None:
     """Replace a stream by its half's result, tile by tile; the packed side information of all its tokens."""
     notes, arithmetic = part.notes, coupling.arithmetic
@@ -103,139 +103,6 @@ def _bites(value_TD: Tensor, rows: slice) -> Iterator[tuple[slice, slice]]:
     for start in range(0, count, size):
         stop = min(start + size, count)
         yield slice(start, stop), slice(rows.start + start, rows.start + stop)
-
-
-@dataclass
-class _Tile:
-    """A half's value (1, T, D) for a tile, and the leaves its graph begins at."""
-
-    value: Tensor
-    core: Tensor | None
-    read: Tensor | None
-
-
-class Handover:
-    """A sink for gradients of a graph that is built before it is known where they belong: in forward, for the walk."""
-
-    def __init__(self) -> None:
-        self.sink: Sink | None = None
-
-    def __call__(self, term_BLD: Tensor) -> None:
-        assert self.sink is not None
-        self.sink(term_BLD)
-
-
-@dataclass
-class Kept:
-    """The half that the walk back begins with, its graph as forward built it (`ReversibleStack.keep_last`).
-
-    roots: the context's leaves in the graph.  handover: where its forked modules hand their gradients.
-    """
-
-    half: _Half
-    roots: dict[int, Tensor]
-    handover: Handover
-
-
-class _Half:
-    """A half at one place: its core run at once, its token-wise work tile by tile.
-
-    The cores' graphs end in `entry`, which stands for the stream read in floating point without holding it.
-    keeps: the graph of the only tile is kept from the first asking to the second.
-    """
-
-    def __init__(
-        self,
-        half: Half,
-        block: nn.Module,
-        other_BLD: Tensor,
-        notes: Notes,
-        wanted: bool,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.half, self.block, self.other_BLD, self.notes, self.wanted = half, block, other_BLD, notes, wanted
-        self.arithmetic = notes.arithmetic
-        self.keeps = False
-        self._kept: _Tile | None = None
-        self.entry: GradientEdge | None = None
-        self.outputs: list[Tensor] = []  # (B·L, E / parts)
-        self.edges: list[GradientEdge | None] = []
-        self.dtypes: list[torch.dtype] = []
-        parts = half.parts(notes.parts)
-        if not parts:
-            return
-        assert half.core is not None
-        read_BLD = self._entered(self._read_by_core())
-        for part in range(parts):
-            output_BLE = half.core(block, read_BLD, part, parts, *args, **kwargs)
-            self.edges.append(get_gradient_edge(output_BLE) if output_BLE.requires_grad else None)
-            self.outputs.append(output_BLE.detach().flatten(0, 1))
-            del output_BLE
-
-    def _read_by_core(self) -> Tensor:
-        if self.half.before is None:
-            return self.arithmetic.read(self.other_BLD, self.notes.dtype)
-        with torch.no_grad():
-            tiles = [self.half.before(self.block, self._read_tile(rows)) for rows in self.notes.tiles]
-            return (tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)).view(self.other_BLD.shape)
-
-    def _prepared_by_trained(self) -> bool:
-        """Whether `before` uses a tensor that is trained: it needs a gradient though the stream needs none."""
-        return self.half.before is not None and self.half.before(self.block, self._read_tile(slice(0, 1))).requires_grad
-
-    def _read_tile(self, rows: slice) -> Tensor:
-        """The stream that this half reads, in floating point: (1, T, D)."""
-        return self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.notes.dtype).detach()
-
-    def _entered(self, read_BLD: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and (self.wanted or self._prepared_by_trained())):
-            return read_BLD.detach()
-        token = read_BLD.new_empty(0).requires_grad_()
-        read_BLD = _Entry.apply(token, read_BLD)  # type: ignore[no-untyped-call]
-        self.entry = get_gradient_edge(read_BLD)
-        return read_BLD
-
-    def tile(self, rows: slice) -> _Tile:
-        """The half's value for the tokens `rows`; tiles must be asked for in order, for the random numbers."""
-        tile, self._kept = self._kept or self._computed(rows), None
-        if self.keeps:
-            self.keeps, self._kept = False, tile
-        return tile
-
-    def _computed(self, rows: slice) -> _Tile:
-        core_1TE = joined(self.outputs, rows)
-        if self.half.tokens is None:
-            assert core_1TE is not None
-            return _Tile(core_1TE, None, None)
-        grad = torch.is_grad_enabled()
-        if core_1TE is not None:
-            core_1TE = core_1TE.detach().requires_grad_(grad and any(edge is not None for edge in self.edges))
-        read_1TD = self._read_tile(rows).requires_grad_(grad and self.wanted)
-        return _Tile(self.half.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
-
-    def gather(self, of_core_TE: Tensor, rows: slice, of_outputs: list[Tensor]) -> None:
-        """Put the gradient of the core's output for one tile where those of whole parts are gathered."""
-        pieces = of_core_TE.tensor_split(len(self.outputs), -1)
-        if len(self.notes.tiles) == 1:
-            of_outputs.extend(pieces)
-            return
-        if not of_outputs:
-            of_outputs.extend(torch.empty_like(output) for output in self.outputs)
-        for room, piece in zip(of_outputs, pieces, strict=True):
-            room[rows] = piece
-
-
-class _Entry(torch.autograd.Function):
-    """Where the graph of a half's core begins. A leaf would be held by its graph; this node holds nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, read_BLD: Tensor) -> Tensor:
-        return read_BLD.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise AssertionError("gradients are taken at this node, never through it")
 
 
 class Walk:
@@ -316,7 +183,7 @@ class Walk:
     def _half(self, index: int, replaced: int) -> Half:
         return cast(Half, self.stack.blocks[index].halves[replaced])  # type: ignore[index]
 
-    def _begun(self, index: int, replaced: int, sink: Sink) -> tuple[_Half, dict[int, Tensor]]:
+    def _begun(self, index: int, replaced: int, sink: Sink) -> tuple[PlacedHalf, dict[int, Tensor]]:
         """A half whose core has run, recomputed or kept from the forward pass; the context's leaves in its graph."""
         notes = self.notes
         if self.kept is not None and notes.keeps(index, replaced):
@@ -327,7 +194,7 @@ class Walk:
         wanted, other_BLD = notes.reads_wanted(index, replaced), self.streams[1 - replaced]
         half, block = self._half(index, replaced), self.stack.blocks[index]
         with gathered_in(sink):
-            return _Half(half, block, other_BLD, notes, wanted, args, kwargs), roots
+            return PlacedHalf(half, block, other_BLD, notes, wanted, args, kwargs), roots
 
     @contextmanager
     def _as_in_forward(self, index: int, replaced: int) -> Iterator[None]:
@@ -340,7 +207,7 @@ class Walk:
             yield
 
     def _back_through(
-        self, tile: _Tile, rows: slice, dy_TD: Tensor, other: int, trained: list[nn.Parameter]
+        self, tile: Tile, rows: slice, dy_TD: Tensor, other: int, trained: list[nn.Parameter]
     ) -> Tensor | None:
         """Token-wise work of one tile: gradients of what it read and of the trained tensors are added up, that of the
         core's output (T, E) is given back; None where it needs none."""
@@ -367,7 +234,7 @@ class Walk:
 
     def _back_through_core(
         self,
-        part: _Half,
+        part: PlacedHalf,
         of_outputs: list[Tensor],
         sink: Sink,
         context_roots: dict[int, Tensor],
@@ -392,14 +259,14 @@ class Walk:
                 self.of_context[place] = _sum(self.of_context[place], found.pop(0))
             self.of_trained.add(trained, found)
 
-    def _back_through_norm(self, part: _Half, other: int, trained: list[nn.Parameter]) -> None:
+    def _back_through_norm(self, part: PlacedHalf, other: int, trained: list[nn.Parameter]) -> None:
         """From the gradient of what the core read to that of the stream, a tile at a time."""
         dx_BLD, self.of_normed = self.of_normed, None
         if dx_BLD is None:
             return
         assert part.half.before is not None
         for rows in self.notes.tiles:
-            read_1TD = part._read_tile(rows).requires_grad_(part.wanted)
+            read_1TD = part.read_tile(rows).requires_grad_(part.wanted)
             value_1TD = part.half.before(part.block, read_1TD)
             edge, gradient_1TD = get_gradient_edge(value_1TD), dx_BLD.flatten(0, 1)[rows][None].to(value_1TD.dtype)
             del value_1TD

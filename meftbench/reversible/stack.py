@@ -21,7 +21,8 @@ from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.halves import Half, tiles_of
 from meftbench.reversible.notes import Context, Notes, Observer
-from meftbench.reversible.passes import Kept, run_forward
+from meftbench.reversible.passes import run_forward
+from meftbench.reversible.placed import Kept
 from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside h
