@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from meftbench.errors import UserError
+from meftbench.errors import UserError, one_line
 from meftbench.measurement import device_reading
 from meftbench.methods import Applied, prepare
 from meftbench.probes.counted_metrics import count_memory, parameter_counts
@@ -41,6 +41,7 @@ def measure(
     batch: Mapping[str, Any],
     *,
     method: str | None = None,
+    module: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     micro_batch_size: int | None = None,
     warmup: int = 1,
@@ -55,7 +56,7 @@ def measure(
     batch: arguments of the model's forward by name, labels among them. Tensors of one first dimension are its samples,
         moved to the model's device; lists of numbers become tensors; anything else is passed on as it is.
         The model gives a loss: as `loss` of an object or a dict, first of a tuple, or by itself; one number.
-    method: applied to the model first, with `settings` as in `apply_method`; "offload" included.
+    method: applied to the model first, with `settings` and `module` as in `apply_method`; "offload" included.
     optimizer: of the trained parameters; AdamW if None.
     The parameters are trained for warmup + steps steps, and as many again where `time`: measure a copy, or before
     training. A method stays applied: `meftbench.unload` takes it off.
@@ -70,7 +71,7 @@ def measure(
         raise UserError("measure", f"the model is {type(model).__name__}, no torch module", "give a torch.nn.Module")
     if optimizer is not None and method is not None:
         raise UserError("measure", "the optimizer is older than the method's weights", "leave one of them out")
-    applied = Applied(model) if method is None else prepare(model, method, settings, seed=0)
+    applied = Applied(model) if method is None else prepare(model, method, settings, seed=0, module=module)
     if method is None and settings:
         raise UserError("measure", f"{min(settings)} is a setting of no method", "name the method, or leave it out")
     device, trained = _checked(applied)
@@ -113,7 +114,7 @@ class OwnStep(Step):
             output = self.model(**samples, **self.constants)
         except TypeError as error:
             given = ", ".join([*samples, *self.constants])
-            raise UserError(where, f"does not take the batch ({given}): {_line(error)}", "mend the batch") from error
+            raise UserError(where, f"does not take the batch ({given}): {one_line(error)}", "mend the batch") from error
         loss = _loss_in(output)
         if not isinstance(loss, Tensor):
             cure = "put `labels` into the batch, or give a model whose forward returns a loss"
@@ -132,10 +133,6 @@ def _loss_in(output: Any) -> Any:
     if isinstance(output, tuple | list):
         return output[0] if output else None
     return output if isinstance(output, Tensor) else getattr(output, "loss", None)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_counts(**counts: tuple[int | None, int]) -> None:
@@ -189,6 +186,6 @@ def _as_tensor(name: str, value: Any) -> Any:
         try:
             return torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            what = f"{name} is no table of numbers ({_line(error)})"
+            what = f"{name} is no table of numbers ({one_line(error)})"
             raise UserError("measure", what, "pad the samples to one length, or give a tensor") from None
     return value

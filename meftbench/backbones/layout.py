@@ -96,7 +96,10 @@ def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
     A type that is not in the catalogue is guessed at (backbones/guess.py).
     Raises UserError where there is no layout and none can be guessed.
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        cure = "give a transformers model, a module with one inside, or take method full without levers"
+        raise UserError(type(model).__name__, "has no layers of a transformers model", cure)
     if config.model_type not in BACKBONES:
         from meftbench.backbones.guess import guessed_layout
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from meftbench.backbones.quantize import keep_layout
+from meftbench.backbones.trunk import trunk_of
 from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
+from meftbench.methods.full import train_all
 from meftbench.plan.catalogue import LEVERS, METHODS
 from meftbench.plan.peft_names import NOT_APPLICABLE
 from meftbench.plan.strict_yaml import settings_of
@@ -19,24 +21,36 @@ from meftbench.plan.strict_yaml import settings_of
 __all__ = ["Applied", "apply_method", "prepare"]
 
 
-def apply_method(model: nn.Module, method: str, *, seed: int | None = None, **settings: Any) -> nn.Module:
+def apply_method(
+    model: nn.Module, method: str, *, seed: int | None = None, module: str | None = None, **settings: Any
+) -> nn.Module:
     """Apply a method to a transformers model, in place, and return the model to train.
+
+    model: a transformers model; or a module of your own around one, which is then changed: what is yours in it keeps
+        its `requires_grad` (`full` trains all of it). What save_adapter and load_adapter take is the part inside.
 
     method: a name of `meftbench list methods`, levers joined by `+` ("meft1", "lora+checkpoint").
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
     seed: for the new weights; None: drawn from torch's global generator.
+    module: dotted name of the transformers model in yours, where there are several.
     `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu.
 
-    Raises UserError: unknown name or setting, a model without a layout, a method applied twice.
+    Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
+    model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
     """
     if "offload" in method.split("+")[1:]:
         cure = "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)"
         raise UserError(method, "offload is not part of a model", cure)
-    return prepare(model, method, settings, seed=seed).model
+    return prepare(model, method, settings, seed=seed, module=module).model
 
 
 def prepare(
-    model: nn.Module, method: str, settings: dict[str, Any] | None = None, *, seed: int | None = None
+    model: nn.Module,
+    method: str,
+    settings: dict[str, Any] | None = None,
+    *,
+    seed: int | None = None,
+    module: str | None = None,
 ) -> Applied:
     """As `apply_method`, giving back what the step and the probes need beside the model. Where an error is raised the
     model is as it was."""
@@ -52,14 +66,17 @@ def prepare(
             raise unknown("apply_method", "lever", lever, LEVERS)
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
+    trunk = trunk_of(model, module)
     check_untouched(model)
     with all_or_nothing(model):
         keep_layout(model)
-        note = note_before(model, name, checked)
+        note = note_before(trunk.model, name, checked)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            applied = _load(entry.home)(model, checked, *entry.given)
+            applied = _load(entry.home)(trunk.model, checked, *entry.given)
+        if name == "full":
+            train_all(model)
         setattr(applied.model, NOTE, note)
         for lever in LEVERS:
             if lever in levers:
@@ -67,6 +84,7 @@ def prepare(
                     raise UserError(method, applied.refuses[lever], f"leave {lever} out")
                 _load(LEVERS[lever].home)(applied)
                 note["levers"].append(lever)
+        applied.model = trunk.replaced_in(model, applied.model)
     assert isinstance(applied, Applied)
     return applied
 

@@ -86,8 +86,7 @@ def ranges_of(model: nn.Module) -> dict[str, CalibratedRange]:
 
 def check_untouched(model: nn.Module) -> None:
     """Raises UserError where a method is on the model already: one of ours, or anything of peft in it or around it."""
-    note: dict[str, Any] | None = vars(model).get(NOTE)
-    found = note["method"] if note else None
+    found = next((vars(module)[NOTE]["method"] for module in model.modules() if NOTE in vars(module)), None)
     if found is None and any(isinstance(module, Bottleneck | ReversibleStack) for module in model.modules()):
         found = "a method"
     if found is None and (kind := _of_peft(model)):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, predicts_tokens
@@ -40,9 +41,14 @@ def chunked_loss(applied: Applied) -> None:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # peft has its own wrapper around
     name = type(model).__name__
-    if not predicts_tokens(model):
+    if not isinstance(model, PreTrainedModel) or not predicts_tokens(model):
         cure = "leave the lever out, or take a model for language modelling (head: causal_lm or seq2seq_lm)"
         raise UserError(name, "chunked_loss needs a head over a vocabulary, and the model has none", cure)
+    try:
+        inspect.signature(model.forward).bind(input_ids=None, return_dict=True)
+    except TypeError:
+        what = "its forward cannot be called without labels, or takes no return_dict"
+        raise UserError(name, what, "leave chunked_loss out") from None
     chunked = ChunkedLoss(model)
     if model.config.model_type not in BACKBONES and not chunked.agrees():
         raise UserError(name, "its loss is not the cross-entropy of its head's output", "leave chunked_loss out")

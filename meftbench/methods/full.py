@@ -10,6 +10,10 @@ from meftbench.plan.catalogue import Full
 
 def apply(model: nn.Module, settings: Full) -> Applied:
     """`model` as it is, all parameters trained."""
+    train_all(model)
+    return Applied(model)
+
+
+def train_all(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(not hasattr(parameter, "quant_state"))  # 4-bit weights cannot be trained
-    return Applied(model)

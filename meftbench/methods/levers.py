@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, base_of, layouts_of
+from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, refuse_asked
 from meftbench.reversible import Relay, ReversibleStack
 from meftbench.reversible.tiled import LEVER_TILES, Tiling
@@ -30,17 +31,20 @@ def checkpoint(applied: Applied) -> None:
     """
     stacks = applied.stacks
     reversible = {id(module) for stack in stacks for module in stack.modules()}
-    model: nn.Module = applied.model
+    model: Any = applied.model
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        what = "transformers cannot checkpoint its layers"
+        raise UserError(type(model).__name__, what, "leave checkpoint out, or take another model")
     # Renamed in transformers 5; the first argument of both is the keyword arguments of torch's `checkpoint`.
-    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     # transformers also makes the embedding output require grad, for the reentrant kind. Here it would only bring
     # back what autograd prunes below the first trained weight (MEASURING 5, no. 22).
-    model.disable_input_require_grads()  # type: ignore[operator]
+    model.disable_input_require_grads()
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     for layer in layers:
         if id(layer) in reversible:
-            layer.gradient_checkpointing = False  # type: ignore[assignment]  # the block around it is checkpointed
+            layer.gradient_checkpointing = False  # the block around it is checkpointed
     for stack in stacks:
         stack.activations = "checkpoint"
     switched = [layer for layer in layers if id(layer) not in reversible]
@@ -48,12 +52,12 @@ def checkpoint(applied: Applied) -> None:
     @contextmanager
     def without() -> Iterator[None]:
         for layer in switched:
-            layer.gradient_checkpointing = False  # type: ignore[assignment]
+            layer.gradient_checkpointing = False
         try:
             yield
         finally:
             for layer in switched:
-                layer.gradient_checkpointing = True  # type: ignore[assignment]
+                layer.gradient_checkpointing = True
 
     applied.ordinary_switches.append(without)
     applied.recomputes = True
@@ -123,11 +127,12 @@ def tiled_mlp(applied: Applied) -> None:
     model: Any = applied.model
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # peft has its own wrapper around
+    layouts = applied.layouts or layouts_of(model)
     tiling = applied.tiling = Tiling()
     base_of(model).register_forward_pre_hook(_without_router_logits, with_kwargs=True)
     for stack in applied.stacks:
         stack.tiles = LEVER_TILES if stack.tiles in (1, "auto") else stack.tiles
-    for layout in applied.layouts or layouts_of(model):
+    for layout in layouts:
         for layer in layout.list_of(model)[2]:
             if not isinstance(layer, ReversibleStack | Relay):
                 # By a partial: it is copied and pickled with the layer, and parameters keep their names.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
 from meftbench.backbones import base_of, checked_layouts
+from meftbench.errors import UserError, one_line
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.plan.catalogue import Lora
 
 
 def apply(model: nn.Module, settings: Lora) -> Applied:
-    """`model` in peft's wrapper: low-rank updates on the attention projections, and a new task head, are trained."""
+    """`model` in peft's wrapper: low-rank updates on the attention projections, and a new task head, are trained.
+
+    Raises UserError: peft refuses a setting, such as targets that the model has not.
+    """
     from peft import LoraConfig, get_peft_model
 
     layouts = checked_layouts(model)
@@ -23,24 +28,59 @@ def apply(model: nn.Module, settings: Lora) -> Applied:
         target_modules=settings.targets or sorted({name for layout in layouts for name in layout.attention_targets}),
         **task_of(model),
     )
-    wrapped: nn.Module = get_peft_model(model, config)
+    try:
+        wrapped: nn.Module = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            "lora", f"peft refuses it on {type(model).__name__}: {one_line(error)}", "change its settings"
+        ) from None
     return Applied(wrapped)
 
 
 def task_of(model: Any) -> dict[str, Any]:
-    """What peft must know of the model's head: the kind of task, and which modules are new and trained whole."""
+    """What peft must know of the model's head: the kind of task, and which modules are new and trained whole.
+
+    Without a kind of task peft hands a call on as it is: where none of peft's fits, or where the model's own forward
+    does not take what peft would add to the call.
+    """
+    base = base_of(model)
+    kind = _kind_of_task(model, base)
+    found: dict[str, Any] = {"task_type": kind if kind and _takes_what_peft_adds(model) else None}
+    if not predicts_tokens(model) and base is not model:
+        found["modules_to_save"] = [
+            name
+            for name, child in model.named_children()
+            if child is not base and next(child.parameters(), None) is not None
+        ]
+    return found
+
+
+def _kind_of_task(model: Any, base: nn.Module) -> Any:
     from peft import TaskType
 
     if predicts_tokens(model):
-        kind = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-        return {"task_type": kind}
-    base = base_of(model)
-    new = [
-        name
-        for name, child in model.named_children()
-        if child is not base and next(child.parameters(), None) is not None
-    ]
-    # Of the kinds that peft knows, none has images, or several texts a sample.
-    classifies = model.main_input_name == "input_ids" and not type(model).__name__.endswith("ForMultipleChoice")
-    kind = TaskType.SEQ_CLS if classifies else None
-    return {"task_type": kind, "modules_to_save": new}
+        if not hasattr(model, "prepare_inputs_for_generation"):  # a masked language model, which peft has no kind for
+            return None
+        return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    if model.main_input_name != "input_ids":  # images
+        return None
+    if base is model:
+        return TaskType.FEATURE_EXTRACTION
+    kinds = {
+        "ForMultipleChoice": None,  # several texts a sample
+        "ForTokenClassification": TaskType.TOKEN_CLS,
+        "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    }
+    names = [ancestor.__name__ for ancestor in type(model).__mro__]
+    return next((kinds[end] for end in kinds if any(name.endswith(end) for name in names)), TaskType.SEQ_CLS)
+
+
+# The arguments that a wrapper of peft's for a kind of task always gives.
+_ADDED = ("attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
+
+
+def _takes_what_peft_adds(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return all(name in parameters for name in _ADDED) or any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from meftbench.backbones import Layout, base_of, checked_layouts
-from meftbench.errors import UserError, unknown
+from meftbench.errors import UserError, one_line, unknown
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.methods.lora import task_of
 from meftbench.plan.catalogue import BACKBONES
@@ -25,7 +25,7 @@ def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
 
     Raises UserError: the installed peft has no such method, it does not fit the model, peft refuses a field.
     """
-    from peft import get_peft_model
+    from peft import TaskType, get_peft_model
 
     row = PEFT_METHODS[name]
     layouts = checked_layouts(model)
@@ -38,10 +38,19 @@ def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
     if new and "modules_to_save" in kind.__dataclass_fields__:
         fields["modules_to_save"] = new
     try:
-        wrapped: nn.Module = get_peft_model(model, kind(**(fields | settings.config)))
+        config = kind(**(fields | settings.config))
+        if config.is_prompt_learning and config.task_type is None:
+            # peft's wrapper without a kind of task would leave its prompts out without a word.
+            what = f"peft has no prompts for the head of {type(model).__name__}, or its forward takes no inputs_embeds"
+            raise UserError(name, what, "choose another method or model")
+        by_position = config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+        if row.positions and by_position and "checkpoint" not in row.refuses:  # that is a cache, beside the sequence
+            what = f"{type(model).__name__} answers by position, and its virtual tokens would shift all of them"
+            raise UserError(name, what, "choose another method or model")
+        wrapped: nn.Module = get_peft_model(model, config)
     except _REFUSALS as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(name, f"peft refuses it on {type(model).__name__}: {said}", "change its settings") from None
+        what = f"peft refuses it on {type(model).__name__}: {one_line(error)}"
+        raise UserError(name, what, "change its settings") from None
     if "modules_to_save" not in fields:
         for child in new:
             model.get_submodule(child).requires_grad_(True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from meftbench import __version__
 from meftbench.backbones.quantize import keep_layout
+from meftbench.backbones.trunk import trunk_of
 from meftbench.errors import UserError
 from meftbench.methods import prepare
 from meftbench.methods.adapter_files import (
@@ -39,6 +40,7 @@ from meftbench.methods.bottleneck import Bottleneck
 from meftbench.methods.meft import VARIANTS
 from meftbench.methods.saving_peft import files_by_peft, load_by_peft
 from meftbench.methods.unloading import (
+    applied_inside,
     in_new_head,
     is_peft,
     note_of,
@@ -57,8 +59,10 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
         it was where writing fails.
     Levers are named in adapter_config.json and are not applied again by `load_adapter`.
 
-    Raises UserError: no method applied, full fine-tuning, the folder cannot be written.
+    Raises UserError: no method applied, full fine-tuning, a module of your own around the model (give the part inside),
+    the folder cannot be written.
     """
+    _check_no_own_module(model, "save_adapter")
     note = note_of(model)
     if note.get("method") == "full":
         cure = "save the whole model: model.save_pretrained(folder)"
@@ -80,8 +84,17 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     or hidden size, and tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
+    _check_no_own_module(model, "load_adapter")
     with all_or_nothing(model):
         return _loaded(model, folder, *read(folder))
+
+
+def _check_no_own_module(model: nn.Module, what_for: str) -> None:
+    """Raises UserError for a module of the user's around a transformers model: an adapter is of the part inside."""
+    inside = applied_inside(model) or trunk_of(model).path
+    if inside and not is_peft(model):
+        cure = f"give {what_for} model.{inside}, and save what is your own by torch.save"
+        raise UserError(type(model).__name__, f"is your own module around {inside!r}", cure)
 
 
 def _loaded(

@@ -21,10 +21,14 @@ def unload(model: nn.Module) -> nn.Module:
     """Take the method and its levers off again and return the pre-trained model, bit for bit as it was.
 
     It is the object that `apply_method` was given, with its layers in their places and `requires_grad` as before; hooks
-    of others stay. A new task head keeps what it was trained to. Afterwards a method can be applied again.
+    of others stay. A new task head keeps what it was trained to, as does what is yours in a module around the
+    pre-trained model. Afterwards a method can be applied again.
 
     Raises UserError: no method applied, or weights of the pre-trained model were trained themselves.
     """
+    if (path := applied_inside(model)) is not None:
+        model.set_submodule(path, unload(model.get_submodule(path)))
+        return model
     note = note_of(model)
     if note.get("method") == "full":
         cure = "load the pre-trained model afresh"
@@ -53,6 +57,13 @@ def _check_vocabulary(model: Any, note: dict[str, Any]) -> None:
     if before is not None and before != rows:
         what = f"its vocabulary was resized from {before} to {rows} after the method was applied"
         raise UserError(type(base).__name__, what, "load the pre-trained model afresh")
+
+
+def applied_inside(model: nn.Module) -> str | None:
+    """Name of the transformers model in a module around it that has the method applied; None: there is no such."""
+    if NOTE in vars(model) or is_peft(model):
+        return None
+    return next((name for name, module in model.named_modules() if NOTE in vars(module)), None)
 
 
 def note_of(model: nn.Module) -> dict[str, Any]:

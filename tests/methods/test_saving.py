@@ -477,18 +477,18 @@ def test_an_adapter_of_peft_on_another_method_is_refused(tmp_path):
 
 
 def test_without_a_method_there_is_nothing_to_save_or_unload(tmp_path):
-    """A pre-trained model, a wrapped one, full fine-tuning, no folder, a file in its place: one line each."""
-    full, wrapped = meftbench.apply_method(a_model(), "full"), nn.Sequential(applied_to(a_model(), "houlsby", {}))
+    """A pre-trained model, one in a module around it, full fine-tuning, no folder, a file in its place."""
+    full, adapted = meftbench.apply_method(a_model(), "full"), applied_to(a_model(), "houlsby", {})
     (tmp_path / "file").write_text("")
 
     for call in (meftbench.unload, lambda model: meftbench.save_adapter(model, tmp_path)):
-        for model in (a_model(), wrapped):
+        for model in (a_model(), nn.Sequential(nn.Linear(2, 2))):
             with pytest.raises(UserError, match="has no method applied; apply one with"):
                 call(model)
         with pytest.raises(UserError, match="full fine-tuning"):
             call(full)
     with pytest.raises(UserError, match="cannot be written"):
-        meftbench.save_adapter(wrapped[0], tmp_path / "file")
+        meftbench.save_adapter(adapted, tmp_path / "file")
     with pytest.raises(UserError, match="no such folder; name a folder that save_adapter wrote"):
         meftbench.load_adapter(a_model(), tmp_path / "absent")
 
