@@ -1,5 +1,5 @@
 """Where pre-trained models keep their layers, and how they are built."""
 
-from meftbench.backbones.layout import Layout, Site, base_of, checked_layouts, layouts_of
+from meftbench.backbones.layout import Layout, Site, base_of, checked_layouts, layouts_of, split_layouts
 
-__all__ = ["Layout", "Site", "base_of", "checked_layouts", "layouts_of"]
+__all__ = ["Layout", "Site", "base_of", "checked_layouts", "layouts_of", "split_layouts"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meftbench.backbones.patched import check_forwards, check_one_device
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
 
@@ -52,6 +53,7 @@ class Layout:
     input_readers: submodules of a layer that read what the core is given, with nothing before them.
     attention_targets: names of the projections LoRA adapts by default.
     refuses: None, or why a model of this configuration cannot be split.
+    in_part: submodules of a layer that the core runs without their output projection.
     layers_differ: whether the model passes its layers different masks or positions.
     """
 
@@ -68,6 +70,7 @@ class Layout:
     attention_targets: tuple[str, ...]
     refuses: Callable[[Any], str | None]
     attention_before: Callable[[nn.Module, Tensor], Tensor] | None = None
+    in_part: tuple[str, ...] = ()
     layers_differ: Callable[[Any], bool] = _never
 
     def attention(self, layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -117,3 +120,19 @@ def checked_layouts(model: nn.Module) -> tuple[Layout, ...]:
         if reason:
             raise UserError(type(model).__name__, reason, "choose another model")
     return layouts
+
+
+def split_layouts(model: nn.Module) -> tuple[Layout, ...]:
+    """The same, for a method that runs layers by their halves or puts modules into them. Raises UserError also where
+    `check_split` does."""
+    layouts = checked_layouts(model)
+    check_split(model, layouts)
+    return layouts
+
+
+def check_split(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
+    """Raises UserError where the model is spread over devices, or a layer's forward has been replaced."""
+    check_one_device(model)
+    for layout in layouts:
+        for layer in layout.list_of(model)[2]:
+            check_forwards(layer, layout.in_part)

@@ -68,8 +68,8 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether `quantize` has been applied."""
-    return bool(getattr(model, "is_loaded_in_4bit", False))
+    """Whether weights are quantised, by `quantize` or as transformers loaded them."""
+    return bool(getattr(model, "is_loaded_in_4bit", False)) or getattr(model, "hf_quantizer", None) is not None
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

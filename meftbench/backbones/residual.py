@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from meftbench.backbones.layout import Layout, Site
+from meftbench.backbones.patched import name_of_forward, take_forwards
 from meftbench.errors import UserError
 
 ADAPTERS = "meft_adapters"
@@ -171,13 +172,13 @@ class Names:
         if ADAPTERS not in layer._modules:
             layer.add_module(ADAPTERS, nn.ModuleDict())
         layer.get_submodule(ADAPTERS).add_module(site.name.lower(), adapter)
-        if "forward" not in vars(layer):
+        if name_of_forward(layer) not in vars(layer) or not _is_by_halves(layer):
             self.run_feed_forward_by(layer, partial(self.feed_forward_half, layer))
 
     def run_feed_forward_by(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
         """The layer runs by its halves, the second by `function`."""
         # On the instance, by a partial: it is copied and pickled with the layer.
-        layer.forward = partial(self._forward, layer, function)
+        setattr(layer, name_of_forward(layer), partial(self._forward, layer, function))
 
     def _forward(
         self, layer: Any, function: Callable[[Tensor], Tensor], h_BLD: Tensor, *args: Any, **kwargs: Any
@@ -211,6 +212,7 @@ class Names:
             "attention_tokens": self.cross_tokens if cross else self.attention_tokens,
             "feed_forward": self.feed_forward_half,
             "run_feed_forward_by": self.run_feed_forward_by,
+            "in_part": (self.attention, *([self.cross] if self.cross else [])),
             "input_readers": tuple(f"{self.attention}.{name}" for name in self.projections),
             "attention_targets": (self.projections[0], self.projections[2]),
             "hidden_size": hidden_size,
@@ -232,10 +234,16 @@ def _checkpoints_in_forward(layer: nn.Module) -> bool:
     )
 
 
+def _is_by_halves(layer: nn.Module) -> bool:
+    function = vars(layer)[name_of_forward(layer)]
+    return isinstance(function, partial) and getattr(function.func, "__func__", None) is Names._forward
+
+
 def _without(module: nn.Module, name: str) -> nn.Module:
     """The module with its submodule `name` doing nothing; parameters are shared, the module stays as it was."""
     view = copy.copy(module)
     view._modules = {**module._modules, name: nn.Identity()}
+    take_forwards(view, module)
     return view
 
 

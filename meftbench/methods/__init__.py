@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meftbench.backbones.patched import check_trainable
 from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.errors import UserError, unknown
@@ -68,6 +69,7 @@ def prepare(
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
     trunk = trunk_of(model, module)
+    check_trainable(model)
     check_untouched(model)
     with all_or_nothing(model):
         keep_layout(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from meftbench.backbones import Site, checked_layouts
+from meftbench.backbones import Site, split_layouts
 from meftbench.methods.applied import Applied, freeze_backbone, new_adapter
 from meftbench.plan.catalogue import Bottleneck
 
@@ -25,7 +25,7 @@ def apply_parallel(model: nn.Module, settings: Bottleneck) -> Applied:
 
 
 def _apply(model: nn.Module, settings: Bottleneck, sites: tuple[Site, ...]) -> Applied:
-    layouts = checked_layouts(model)
+    layouts = split_layouts(model)
     freeze_backbone(model)
     for layout in layouts:
         for layer in layout.list_of(model)[2]:

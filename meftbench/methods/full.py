@@ -16,4 +16,5 @@ def apply(model: nn.Module, settings: Full) -> Applied:
 
 def train_all(model: nn.Module) -> None:
     for parameter in model.parameters():
-        parameter.requires_grad_(not hasattr(parameter, "quant_state"))  # 4-bit weights cannot be trained
+        # 4-bit weights cannot be trained, nor integers of other quantisers.
+        parameter.requires_grad_(parameter.is_floating_point() and not hasattr(parameter, "quant_state"))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from meftbench.backbones import Layout, Site, base_of, checked_layouts
+from meftbench.backbones import Layout, Site, base_of, split_layouts
 from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
 from meftbench.methods.applied import (
@@ -143,7 +143,7 @@ def apply_meft3(model: nn.Module, settings: Meft) -> Applied:
 
 
 def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
-    layouts = checked_layouts(model)
+    layouts = split_layouts(model)
     split = [_split(list(layout.list_of(model)[2]), settings) for layout in layouts]
     freeze_backbone(model)
     stacks = [

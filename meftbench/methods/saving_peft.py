@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,6 @@ from meftbench.methods.unloading import (
     is_peft,
     note_of,
     trained_beside,
-    unload,
 )
 from meftbench.plan.catalogue import Settings
 
@@ -115,12 +115,7 @@ def load_by_peft(
     note = note_before(model, method, Settings())
     saved.inference_mode, saved.base_model_name_or_path = False, None
     try:
-        with torch.random.fork_rng(devices=[]):
-            if changes_weights(saved):
-                # There is no way back from that: whether all fits is tried with a start that changes nothing.
-                trial = copy.deepcopy(saved)
-                trial.init_lora_weights = True
-                unload(_filled_by_peft(get_peft_model(model, trial), note, folder, tensors, vocabulary))
+        with torch.random.fork_rng(devices=[]), _weights_restored(model, changes_weights(saved)):
             wrapped = _filled_by_peft(get_peft_model(model, saved), note, folder, tensors, vocabulary)
     except UserError:
         raise
@@ -128,6 +123,19 @@ def load_by_peft(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(str(folder), f"does not fit the model ({reason})", "load it into its own base model") from error
     return wrapped if model.training else wrapped.eval()
+
+
+@contextmanager
+def _weights_restored(model: nn.Module, changed: bool) -> Iterator[None]:
+    """Where what is inside raises, the model's weights are as they were. changed: it changes them; a copy waits on the
+    host."""
+    before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in model.parameters() if changed]
+    try:
+        yield
+    except BaseException:
+        for parameter, values in before:
+            parameter.data.copy_(values)
+        raise
 
 
 def _filled_by_peft(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from meftbench.backbones import base_of
+from meftbench.backbones.patched import BEHIND_HOOK
 from meftbench.backbones.residual import ADAPTERS
 from meftbench.errors import UserError
 from meftbench.methods.applied import NOTE, predicts_tokens, vocabulary_of
@@ -167,6 +169,8 @@ def _forget(module: nn.Module, compiled: bool) -> None:
             table.pop(key, None)  # a hook's key is the same in all of them, and no other's
     for name in [name for name, value in vars(module).items() if _is_ours(value)]:
         delattr(module, name)
+        if name == BEHIND_HOOK:  # which accelerate's hook calls
+            setattr(module, name, MethodType(type(module).forward, module))
     if compiled:
         module._compiled_call_impl = None
 
@@ -194,9 +198,10 @@ def restore_gradients(base: nn.Module, note: dict[str, Any]) -> None:
 
 
 def changes_weights(config: Any) -> bool:
-    """Whether the adapter starts from a part of the weights that is taken out of them (PiSSA, OLoRA and kin)."""
+    """Whether the adapter starts from a part of the weights that is taken out of them (PiSSA, OLoRA, KaSA and kin)."""
     start = getattr(config, "init_lora_weights", True)
-    return isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
+    by_start = isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
+    return by_start or getattr(config, "kasa_config", None) is not None
 
 
 def _unloaded_by_peft(model: Any) -> nn.Module:

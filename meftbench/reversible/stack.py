@@ -159,6 +159,8 @@ class ReversibleStack(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled in the forward pass, halves would be recomputed by other kernels
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if getattr(self, "_is_replica", False):  # torch's mark on the copies of DataParallel, whose buffers are lost
+            raise UserError("ReversibleStack", "is copied by DataParallel", "use DistributedDataParallel")
         if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
             cure = "give fully_shard the whole stack or model, not its blocks or layers, or use DistributedDataParallel"
             raise UserError("ReversibleStack", "its parameters are sharded while it runs", cure)

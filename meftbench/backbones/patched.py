@@ -1,0 +1,83 @@
+"""Models that others have worked on before a method is applied: forwards replaced on instances (accelerate's hooks,
+kernels of other libraries), weights held elsewhere or quantised. What cannot be trained is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from meftbench.errors import UserError
+
+# accelerate keeps what it replaces under the second name, and calls it between moving inputs and outputs.
+FORWARD, BEHIND_HOOK = "forward", "_old_forward"
+
+
+def name_of_forward(module: nn.Module) -> str:
+    """The attribute of an instance that says what the module computes: behind accelerate's hook where there is one."""
+    return BEHIND_HOOK if "_hf_hook" in vars(module) else FORWARD
+
+
+def take_forwards(view: nn.Module, module: nn.Module) -> None:
+    """Bind what was put on `module` in place of its forward to its shallow copy `view`, which has other submodules."""
+    for name in (FORWARD, BEHIND_HOOK):
+        if name in vars(module):
+            vars(view)[name] = _rebound(vars(module)[name], module, view)
+
+
+def _rebound(function: Any, module: nn.Module, view: nn.Module) -> Any:
+    if isinstance(function, partial):
+        args = [view if argument is module else argument for argument in function.args]
+        return partial(function.func, *args, **function.keywords)
+    assert isinstance(function, MethodType)
+    return MethodType(function.__func__, view)
+
+
+def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
+    """Raises UserError where a layer cannot be run by its halves, because somebody has replaced its forward, or that of
+    a submodule that runs in part, by something that knows only the whole.
+
+    in_part: names of the submodules that are run without their output projection.
+    """
+    if name_of_forward(layer) == FORWARD and FORWARD in vars(layer):
+        raise _patched(layer)
+    for name in in_part:
+        module = layer.get_submodule(name)
+        for function in (vars(module)[key] for key in (FORWARD, BEHIND_HOOK) if key in vars(module)):
+            method = isinstance(function, MethodType) and function.__self__ is module
+            if not method and not (isinstance(function, partial) and any(it is module for it in function.args)):
+                raise _patched(module)
+
+
+def _patched(module: nn.Module) -> UserError:
+    what = "its forward was replaced on the instance, and layers are run here in parts"
+    return UserError(type(module).__name__, what, "take the patch off, or patch the class before the model is built")
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises UserError where no method could train: accelerate holds weights elsewhere than on the device that computes
+    (device_map, cpu_offload), they are quantised by something that has no backward, or were made for inference."""
+    name, modules = type(model).__name__, list(model.modules())
+    if any(p.is_meta for p in model.parameters()) and any("_hf_hook" in vars(module) for module in modules):
+        cure = 'load the model onto one device: from_pretrained(..., device_map={"": 0}), or without device_map'
+        raise UserError(name, "its weights are offloaded by accelerate and cannot be trained", cure)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    packed = next((type(m).__name__ for m in modules if type(m).__module__.startswith(_WITHOUT_BACKWARD)), None)
+    if packed or (quantizer is not None and not quantizer.is_trainable):
+        what = f"its weights are quantised by {packed or type(quantizer).__name__}, which has no backward"
+        raise UserError(name, what, "load it in 4 bits of bitsandbytes (precision nf4), or in bfloat16")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError(name, "its weights were made under torch.inference_mode", "load it outside of it")
+
+
+_WITHOUT_BACKWARD = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+
+def check_one_device(model: nn.Module) -> None:
+    """Raises UserError where the model is spread over several devices."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        cure = 'load it onto one: device_map={"": 0}, or take lora'
+        raise UserError(type(model).__name__, f"is spread over {', '.join(devices)}", cure)
