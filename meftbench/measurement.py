@@ -201,6 +201,7 @@ def describe() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "torch_hip": torch.version.hip,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "allow_tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "allow_tf32_cudnn": torch.backends.cudnn.allow_tf32,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from meftbench.probes.cpu_wait import CpuWait
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.step import PHASES, Step
@@ -54,13 +55,14 @@ def time_steps(step: Step, warmup: int, steps: int) -> dict[str, Metric]:
         step.run(clock.mark)
         clock.seconds()
     gc.collect()
-    timed = []
+    timed, waited = [], CpuWait()
     for _ in range(steps):
         step.run(clock.mark)
         timed.append(clock.seconds())
+    share = waited.share()
     step_s = quartiles([seconds["step"] for seconds in timed])
     assert isinstance(step_s.value, float)
-    metrics = {"step_time_s": step_s}
+    metrics = {"step_time_s": step_s, "cpu_wait_share": share}
     for phase in PHASES:
         metrics[f"{phase}_s"] = Metric(statistics.median(seconds[phase] for seconds in timed), "measured", n=steps)
     metrics["tokens_per_s"] = Metric(step.tokens / step_s.value, "measured", n=steps)

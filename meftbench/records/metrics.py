@@ -34,6 +34,9 @@ BREAKDOWN = (
     "other_bytes",
 )
 
+# Above this `cpu_wait_share` a time says how busy the machine was, not what the step costs.
+SHARED_CORES = 0.1
+
 METRICS: dict[str, Kind] = {
     # torch peaks; `phases` of the metric holds load, forward, backward, optimizer, step
     "peak_allocated_bytes": _bytes("largest sum of live blocks during a step, in blocks of 512 bytes"),
@@ -123,6 +126,9 @@ METRICS: dict[str, Kind] = {
     "offloaded_bytes": Kind("byte", "neither", "bytes moved to the host in one step"),
     # conditions
     "device_shared": Kind("flag", "lower", "1: another process used the device"),
+    "cpu_wait_share": Kind(
+        "ratio", "lower", "of the time that threads could have run while timing, the share they waited for a core"
+    ),
     "throttle_reasons": Kind("names", "neither", "why the clocks were held down while timing"),
     "clocks_mhz": Kind("megahertz", "neither", "SM clock after the timed steps"),
     "temperature_c": Kind("celsius", "neither", "device temperature after the timed steps"),

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from meftbench.errors import NOTHING_MATCHED, UserError
-from meftbench.records.metrics import BREAKDOWN, METRICS
+from meftbench.records.metrics import BREAKDOWN, METRICS, SHARED_CORES
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
 from meftbench.verdicts.budgets import glob
@@ -115,6 +115,11 @@ def warnings(record: Record) -> list[str]:
 
     if number("device_shared"):
         found.append("another process used the device: memory outside torch and time are not this cell's alone")
+    waited = number("cpu_wait_share")
+    if waited is not None and waited > SHARED_CORES:
+        found.append(
+            f"its threads waited for a core {waited:.0%} of the time while others held them: the time is too long"
+        )
     reasons = record.value("throttle_reasons")
     if reasons and reasons != "none":
         found.append(f"the clocks were held down while timing ({_words(reasons)}): the time is too long")

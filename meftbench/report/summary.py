@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.training import NOT_CHOSEN
+from meftbench.records.metrics import SHARED_CORES
 from meftbench.records.record import Record
 from meftbench.records.store import Run
 from meftbench.report.quality import print_quality, untrained
@@ -25,7 +26,7 @@ from meftbench.report.tables import (
     taken,
 )
 from meftbench.units import GiB, MiB, format_bytes
-from meftbench.verdicts.outcome import outcomes
+from meftbench.verdicts.outcome import as_number, outcomes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -57,7 +58,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     if len(found) > 1:
         out.print(Text("Between tables more than the method differs: do not rank across them."))
     out.print(Text(ending(run)))
-    for line in [*collapses(run), *failures(run)]:
+    for line in [*shared_cores(run), *collapses(run), *failures(run)]:
         out.print(Text(line, overflow="fold"))
 
 
@@ -101,6 +102,16 @@ def failures(run: Run) -> list[str]:
     done = [outcome for outcome in outcomes(run) if outcome.status == "ok" and outcome.cell.get("training")]
     absent = [(outcome.label, score.absent) for outcome in done if (score := outcome.metric("score"))]
     return ended + [f"{' '.join(label.split())}: no score ({why})" for label, why in absent if why is not None]
+
+
+def shared_cores(run: Run) -> list[str]:
+    """A line where cells were timed while other processes held the cores."""
+    waited = [as_number(record.value("cpu_wait_share")) for record in run.records]
+    found = [share for share in waited if share is not None and share > SHARED_CORES]
+    if not found:
+        return []
+    what = f"{len(found)} of {len(waited)} cells were timed while other processes held the cores (they waited up to"
+    return [f"{what} {max(found):.0%} of the time): rerun them on a quiet machine before comparing times"]
 
 
 def collapses(run: Run) -> list[str]:

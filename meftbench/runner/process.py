@@ -96,6 +96,9 @@ def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str,
     }
     if protocol.alloc_conf:
         environment["PYTORCH_ALLOC_CONF"] = protocol.alloc_conf
+    # Threads that wait for each other by spinning keep the cores from those they wait for where cores are shared: a
+    # step then takes ten times as long. What the user has set holds.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment | {
         "OMP_NUM_THREADS": str(threads),
         # numpy's BLAS would start its threads on import, and a process with threads should not fork.

@@ -136,6 +136,23 @@ def _plan(suite: Suite, chosen: list[Cell], limit: int | None, finished: dict[Ke
     return Plan(suite.cells, {cell_id: repeats[cell_id] for cell_id in unfinished[:limit]}, suite.protocol.on_oom)
 
 
+SLOW_IN_BF16 = (
+    "this processor has no bf16 products: cells in bf16 take many times as long on it as in fp32; what is counted is "
+    "right, times are not those of a processor that has them"
+)
+
+
+def _slow_in_bf16(suite: Suite) -> bool:
+    """Whether steps are timed, or many of them made, in a precision that the processor imitates."""
+    timed = "throughput" in suite.protocol.passes
+    slow = [
+        cell
+        for cell in suite.cells
+        if cell.precision.startswith("bf16") and cell.device == "counted" and (timed or cell.training)
+    ]
+    return bool(slow) and host.bf16_products() is False
+
+
 def _execute(
     suite: Suite,
     writer: Writer,
@@ -165,6 +182,8 @@ def _execute(
             run_id = earlier.run_id
             for note in folder.continue_in(writer, earlier, suite, facts):
                 sweep.on_event(Noted(note))
+        if _slow_in_bf16(suite):
+            sweep.on_event(Noted(SLOW_IN_BF16))
         identity = {
             "run_id": run_id,
             "protocol_id": suite.protocol.protocol_id,

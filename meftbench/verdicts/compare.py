@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
-from meftbench.records.metrics import METRICS
+from meftbench.records.metrics import METRICS, SHARED_CORES
 from meftbench.records.store import Run
 from meftbench.verdicts.budgets import NOT_A_NUMBER
 from meftbench.verdicts.environment import differences
@@ -19,7 +19,16 @@ Judgement = Literal["worse", "better", "changed", "noise", "same"]
 _ORDER: tuple[Judgement, ...] = ("worse", "better", "changed", "noise", "same")
 # They say under which conditions a cell ran, or how busy the host was; not what the method costs.
 _NOT_JUDGED = frozenset(
-    {"device_shared", "clocks_mhz", "temperature_c", "power_w", "build_s", "passes_s", "host_rss_peak_bytes"}
+    {
+        "device_shared",
+        "cpu_wait_share",
+        "clocks_mhz",
+        "temperature_c",
+        "power_w",
+        "build_s",
+        "passes_s",
+        "host_rss_peak_bytes",
+    }
 )
 _CLOCKED = ("second", "token/second", "sample/second")
 _MEASURED_THRESHOLD = 0.01
@@ -196,12 +205,17 @@ ENVIRONMENT = "environment"
 
 
 def _unlike(left: Outcome, right: Outcome) -> list[str]:
-    """Under which conditions the two were measured otherwise: the environment, the number of CPU threads."""
+    """Under which conditions the two were measured otherwise: the environment, the number of CPU threads, or cores that
+    other processes held."""
     places = {record.environment_id for record in (*left.records, *right.records)}
     found = [ENVIRONMENT] if len(places) > 1 else []
     threads = [_threads(outcome) for outcome in (left, right)]
     if threads[0] != threads[1] and all(threads):
         found.append(f"CPU threads differ ({threads[0]} | {threads[1]})")
+    waited = [outcome.figure("cpu_wait_share") for outcome in (left, right)]
+    if any(share is not None and share.value > SHARED_CORES for share in waited):
+        # One sentence for all cells: they are counted by it.
+        found.append(f"cores were shared while timing (threads waited more than {SHARED_CORES:.0%} of the time)")
     return found
 
 

@@ -110,6 +110,7 @@ def test_every_picture_says_what_it_shows(tmp_path):
     ("metrics", "detail", "observed", "sentence"),
     [
         ({"device_shared": measured(1)}, {}, {}, "another process used the device"),
+        ({"cpu_wait_share": measured(0.48)}, {}, {}, "its threads waited for a core 48% of the time while others held"),
         ({"throttle_reasons": ["thermal"]}, {}, {}, "the clocks were held down while timing (thermal)"),
         ({"alloc_retries": 2}, {}, {}, "the allocator had to free its cache and try again"),
         ({}, {"type": "lever-not-engaged", "message": "no forward was re-run"}, {}, "lever not engaged: no forward"),
@@ -133,6 +134,7 @@ def test_what_makes_numbers_doubtful_is_said(tmp_path, metrics, detail, observed
 def test_a_good_run_has_no_warnings(tmp_path):
     """Warnings that are always there are not read."""
     fine = {"reconstruction_rel_max": 1e-4, "drift_bytes_per_step": 0, "alloc_retries": 0, "device_shared": 0}
+    fine |= {"cpu_wait_share": measured(0.03)}
 
     assert "Warnings" not in Parsed(page_of(tmp_path, a_record(metrics=fine))).all_text()
 

@@ -146,6 +146,47 @@ def test_the_limit_of_the_container_is_found_in_both_versions(tmp_path, files, e
     assert expected == host.cgroup_memory(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model name\t: A\nflags\t\t: fpu avx2 avx512_bf16\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu avx2 fma\n", False),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_whether_the_processor_multiplies_in_bf16(tmp_path, text, expected):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+
+    assert host.bf16_products(tmp_path / "cpuinfo") is expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2.0),
+        ({"cpu.max": "50000 100000\n"}, 0.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": ""}, None),
+        ({}, None),
+    ],
+)
+def test_the_cores_of_the_container_are_found_in_both_versions(tmp_path, monkeypatch, files, expected):
+    """No more threads than it has cores for, and one at least: more would be held back in every period."""
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+
+    assert expected == host.cgroup_cores(tmp_path)
+    assert (8 if expected is None else max(1, int(expected))) == host.cores(tmp_path)
+
+
 def test_a_cell_gets_no_more_than_its_container_has_left(tmp_path):
     """With a reserve for the rest of the machine."""
     (tmp_path / "memory.max").write_text("1000000")

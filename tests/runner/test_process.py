@@ -303,6 +303,12 @@ def test_the_allocator_is_the_protocols_and_not_the_shells(allocator, expected):
     )
 
 
+@pytest.mark.parametrize(("shell", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others(shell, expected):
+    """Unless the user has said otherwise."""
+    assert expected == worker_environment(Protocol(), 2, shell)["OMP_WAIT_POLICY"]
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     """A result that could not be written looks like a process that died."""
     assert "the process left no result" == read_result(tmp_path / "result.json")

@@ -425,3 +425,24 @@ def test_kill_9_at_50_random_moments_loses_no_finished_record_and_repeats_none(t
     assert len(suite.cells) == len(read_records(folder / RECORDS)[0])
     # The moments were worth trying: not all before the first cell.
     assert any(0 < count < len(suite.cells) for count in moments)
+
+
+@pytest.mark.parametrize(
+    ("products", "precision", "passes", "said"),
+    [
+        (False, "bf16-autocast", ("memory", "throughput"), True),
+        (False, "bf16", ("throughput",), True),
+        (False, "bf16", ("memory",), False),
+        (False, "fp32", ("throughput",), False),
+        (True, "bf16", ("throughput",), False),
+        (None, "bf16", ("throughput",), False),
+    ],
+)
+def test_a_processor_without_bf16_products_is_said(tmp_path, monkeypatch, products, precision, passes, said):
+    """Steps take thirty times as long there; a run that only counts does not mind."""
+    monkeypatch.setattr(sweeping.host, "bf16_products", lambda: products)
+    events = []
+
+    sweep(a_suite(a_cell(precision=precision), passes=passes), tmp_path / "run", on_event=events.append)
+
+    assert said == (sweeping.SLOW_IN_BF16 in [event.text for event in events if isinstance(event, Noted)])

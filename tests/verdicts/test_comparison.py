@@ -216,6 +216,39 @@ def test_times_on_another_number_of_threads_are_not_compared(runs, threads):
     assert 4 == refused.value.exit_code
 
 
+@pytest.mark.parametrize("waited", [(0.02, 0.5), (0.5, 0.02), (0.11, 0.9)])
+def test_times_that_were_taken_on_shared_cores_are_not_compared(runs, waited):
+    """A step is fifteen times slower beside two busy threads: no regression. Bytes and errors are compared."""
+
+    def cell(share, seconds):
+        metrics = {"step_time_s": step_time(seconds), "cpu_wait_share": measured(share), ACTIVATION: 5}
+        return a_record(metrics=metrics)
+
+    pair = runs([cell(waited[0], 0.41)], [cell(waited[1], 6.09)])
+    found, told = compare(*pair), compare(*pair, across=True)
+    why = "cores were shared while timing (threads waited more than 10% of the time)"
+
+    assert [ACTIVATION] == [change.metric for change in found.changes]
+    assert [f"1 measured numbers are left out: {why}"] == found.notes
+    assert 0 == exit_code(found, True)
+    assert {"step_time_s", ACTIVATION} == {change.metric for change in told.changes}
+    with pytest.raises(UserError, match=r"not comparable: cores were shared while timing.*--across"):
+        compare(*pair, metrics=["step_time_s"])
+
+
+@pytest.mark.parametrize("waited", [(0.0, 0.1), (None, 0.05), (None, None)])
+def test_times_of_quiet_machines_are_compared(runs, waited):
+    """Also beside runs from before it was recorded."""
+
+    def cell(share, seconds):
+        metrics = {"step_time_s": step_time(seconds)}
+        return a_record(metrics=metrics | ({} if share is None else {"cpu_wait_share": measured(share)}))
+
+    found = compare(*runs([cell(waited[0], 1.0)], [cell(waited[1], 2.0)]))
+
+    assert [("step_time_s", "worse")] == [(change.metric, change.judgement) for change in found.changes]
+
+
 def test_told_to_other_environments_are_compared(runs):
     """With the note of what differs."""
     pair = runs(
