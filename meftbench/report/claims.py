@@ -5,6 +5,7 @@ Nothing of the paper is written here: its claims and the reasons, each with its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,7 @@ def _of_scores(claim: Claim, frame: DataFrame) -> list[Comparison]:
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results(frame):
         ordinary = "ordinary" in str(result.first["training"]).split(", ")
-        if matches(claim.of, result.first) and not ordinary:
+        if matches(claim.of, result.first) and not ordinary and math.isfinite(result.score.mean):
             groups.setdefault(tuple(result.first[name] for name in _TRAINED_ALIKE), []).append(result)
     found = []
     for values, mine in groups.items():

@@ -58,7 +58,9 @@ class Result:
 
     rows: of the frame, those of the rate, a seed each.  rates: all that were tried, with the mean score of each.
     own: what its training has of its own among the results, such as `ordinary`.
-    score: on validation, the same rows that chose rate and checkpoint.  further: of other evaluations, by metric.
+    score: on validation, the same rows that chose rate and checkpoint; of the seeds that have one, NaN if none has.
+    undefined: seeds that finished without a score (a correlation with a constant).
+    further: of other evaluations, by metric.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -68,6 +70,7 @@ class Result:
     time_s: Spread
     tokens_per_s: Spread
     own: str = ""
+    undefined: tuple[int, ...] = ()
     further: dict[str, Spread] = field(default_factory=dict)
 
     @property
@@ -89,6 +92,12 @@ class Result:
     def seeds(self) -> list[int]:
         return [row["seed"] for row in self.rows]
 
+    def said_score(self) -> str:
+        """`0.812 ± 0.004`, or that there is none."""
+        if len(self.undefined) == len(self.rows):
+            return "undefined"
+        return self.score.said() + (f" (undefined: seed {_listed([*self.undefined])})" if self.undefined else "")
+
 
 def trained(frame: DataFrame) -> DataFrame:
     """The cells that were trained on a task."""
@@ -105,14 +114,10 @@ def results(frame: DataFrame) -> list[Result]:
 
     Of the rates of a method that which most seeds have, and of those the best mean score.
     """
-    from pandas import Series, notna
+    from pandas import notna
 
     done = trained(frame)
-    # NaN that was recorded is a result; None is none, and stands among the failures with its reason.
-    if "score" not in done:
-        done = done[:0]
-    scored = [score is not None for score in done["score"]] if len(done) else []
-    done = done[(done["status"] == "ok") & Series(scored, index=done.index, dtype=bool)]
+    done = done[done["status"] == "ok"] if "score" in done else done[:0]
     order = methods_in_order(frame)
     # What all trainings of a table share is no name for one of them.
     shared: dict[tuple[Any, ...], set[str]] = {}
@@ -124,16 +129,22 @@ def results(frame: DataFrame) -> list[Result]:
         by_rate: dict[float, list[dict[str, Any]]] = {}
         for row in rows_of(rows.sort_values("seed")):
             by_rate.setdefault(float(row["learning_rate"]), []).append(row)
-        means = {rate: mean_of([row["score"] for row in mine]) for rate, mine in by_rate.items()}
-        # A mean that is not finite is the worst of all.
-        best = max(by_rate, key=lambda rate: (len(by_rate[rate]), math.isfinite(means[rate]), means[rate]))
+        scores = {rate: _spread(mine, "score") for rate, mine in by_rate.items()}
+        means = {rate: spread.mean if spread.values else math.nan for rate, spread in scores.items()}
+        # A seed without a score, or a mean that is not finite, is the worst of all.
+        best = max(
+            by_rate,
+            key=lambda rate: (len(by_rate[rate]), len(scores[rate].values), math.isfinite(means[rate]), means[rate]),
+        )
         mine = tuple(by_rate[best])
+        score = scores[best] if scores[best].values else Spread((math.nan,))
+        undefined = tuple(row["seed"] for row in mine if row["score"] is None)
         further = {
             name: _spread(mine, name) for name in FURTHER if name in done and any(notna(row[name]) for row in mine)
         }
         own = _without(mine[0]["training"], shared[_table_of(mine[0])])
         time_s, tokens_per_s = _spread(mine, "training_time_s"), _spread(mine, "training_tokens_per_s")
-        found.append(Result(mine, best, means, _spread(mine, "score"), time_s, tokens_per_s, own, further))
+        found.append(Result(mine, best, means, score, time_s, tokens_per_s, own, undefined, further))
     tasks = list(dict.fromkeys(result.first["task"] for result in found))
     models = list(dict.fromkeys(result.first["model"] for result in found))
     return sorted(
@@ -204,7 +215,7 @@ def _table(mine: list[Result], differing: list[str]) -> Table:
         share = f"{held / full:.0%}" if held is not None and full else "-"
         lines.append((
             result.method,
-            result.score.said() + ("" if result.seeds == seeds else f" (seed {_listed(result.seeds)})"),
+            result.said_score() + ("" if result.seeds == seeds else f" (seed {_listed(result.seeds)})"),
             *(result.further[name].said() if name in result.further else "-" for name in further),
             "-" if held is None else f"{held / 2**20:,.1f} MiB ({source})",
             share,
@@ -216,7 +227,8 @@ def _table(mine: list[Result], differing: list[str]) -> Table:
         tried = len(result.rates)
         narrow.append((
             result.method,
-            result.score.said() + ("" if result.seeds == seeds else "*"),
+            (result.score.said() if math.isfinite(result.score.mean) else result.said_score())
+            + ("" if result.seeds == seeds and not result.undefined else "*"),
             *lines[-1][2 : -len(HEAD) + 2],
             "-" if held is None else f"{held / 2**20:,.1f}",
             share,
@@ -243,6 +255,7 @@ def _table(mine: list[Result], differing: list[str]) -> Table:
     unsaid = [f"Memory is {' and '.join(sources)}"] if sources else []
     unsaid += ["a rate is the best of so many"] if any(len(result.rates) > 1 for result in mine) else []
     unsaid += [f"*: {r.method} has seed {_listed(r.seeds)} alone" for r in mine if r.seeds != seeds]
+    unsaid += [f"*: {r.method} has no score of seed {_listed([*r.undefined])}" for r in mine if r.undefined]
     return Table(title, head, lines, notes, narrow_head, narrow, f"{'; '.join(unsaid)}." if unsaid else "")
 
 

@@ -41,7 +41,8 @@ def _mebibytes(result: Result) -> float | None:
 
 def _plot_score(frame: DataFrame, ax: Axes, cost: Callable[[Result], float | None], label: str) -> None:
     looks = markers(frame)
-    points = [(x, result) for result in results(frame) if (x := cost(result)) is not None]
+    finite = [result for result in results(frame) if math.isfinite(result.score.mean)]
+    points = [(x, result) for result in finite if (x := cost(result)) is not None]
     best = [
         (x, result)
         for x, result in points

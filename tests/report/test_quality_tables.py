@@ -79,15 +79,31 @@ def test_rates_of_a_task_whose_name_is_a_path(frame, task):
     assert (task, 2) == (result.first["task"], len(result.rates))
 
 
-def test_a_training_without_a_score_is_no_result(frame, tmp_path):
-    """Nor one that failed; it is said among what went wrong."""
+def test_a_finished_training_without_a_score_has_a_row(frame, tmp_path):
+    """Its memory and time are known; why there is no score is said among what went wrong, as is a failure."""
     run = a_run(tmp_path / "other", a_score(score=None), a_score(seed=1, status="error"), a_score("lora"))
 
-    assert ["lora"] == [result.method for result in results(frame_of(run))]
+    found = results(frame_of(run))
+
+    assert [("full", "undefined"), ("lora", "0.700")] == [(result.method, result.said_score()) for result in found]
+    (table,) = tables(found)
+    assert ("full", "undefined", "96.0 MiB (counted)") == table.lines[0][:3]
+    assert ("full", "undefined*") == table.narrow_lines[0][:2]
+    assert "*: full has no score of seed 0" in table.narrow_note
     assert [
         "minilm/full/b16/s48/rte/lr0.001/seed1: error",
         "minilm/full/b16/s48/rte/lr0.001: no score (undefined: the labels are constant)",
     ] == failures(run)
+
+
+def test_a_seed_without_a_score_is_named_and_its_rate_is_not_chosen(frame):
+    """The mean is that of the others; a rate at which every seed has a score is better, whatever it is."""
+    some = [a_score(score=score, seed=seed) for seed, score in enumerate((0.5, None, 0.7))]
+    (alone,) = results(frame(*some))
+    (beside,) = results(frame(*some, *(a_score(score=0.1, seed=seed, rate=1e-2) for seed in range(3))))
+
+    assert ("0.600 ± 0.141 (undefined: seed 1)", (1,)) == (alone.said_score(), alone.undefined)
+    assert (1e-2, ()) == (beside.learning_rate, beside.undefined)
 
 
 def test_a_rate_that_was_beaten_did_not_fail(tmp_path):
