@@ -51,7 +51,10 @@ def finetune(
     config: Override = None,
     settings: Setting = None,
     device: Annotated[str, typer.Option(help="auto, cuda or counted.")] = "auto",
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the best weights in the run folder.")] = False,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep the best weights in the run folder."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/finetune-TASK-TIME]")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with the run in --out, from its last checkpoint.")

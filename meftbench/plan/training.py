@@ -13,7 +13,10 @@ NOT_CHOSEN = "RateNotChosen"
 # What the runner tells the process of a training by its environment: the cell's folder in its run, where checkpoints
 # are kept until it ends and what is kept of it; and what to import before the first.
 CELL_FOLDER = "MEFTBENCH_CELL_FOLDER"
+BEST = "best"  # the weights that are kept, in that folder
 PRELOAD = "MEFTBENCH_PRELOAD"
+# What a user names the folder of all data by, where a suite does not.
+DATA_VARIABLE = "MEFTBENCH_DATA"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 

@@ -15,11 +15,12 @@ from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite
-from meftbench.plan.training import CELL_FOLDER, NOT_CHOSEN, PRELOAD
+from meftbench.plan.training import BEST, CELL_FOLDER, NOT_CHOSEN, PRELOAD
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, load_run, writing
 from meftbench.runner import folder, gpus, host
 from meftbench.runner.choice import better_rate
+from meftbench.runner.data_check import check_data
 from meftbench.runner.environment import code_digest, environment
 from meftbench.runner.process import Job, Outcome, Worker, utc_now, worker_environment
 from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
@@ -81,7 +82,7 @@ def run_suite(
     KeyboardInterrupt, SystemExit: the running cells are killed, finished records are kept.
 
     Raises UserError: the folder is not empty, not writable, in use, or of a protocol or cells that
-    `suite` does not have (exit 4);
+    `suite` does not have (exit 4); data of a task that cannot be used, or have changed since (exit 4);
     CUDA is asked for and absent, or busy (exit 4); `where` matches nothing (exit 5); the worker cannot start.
     """
     out = Path(out)
@@ -92,12 +93,16 @@ def run_suite(
     devices = gpus.read(nvml)
     slots = _slots(suite, chosen, devices, gpu_indices, jobs)
     # Before anything is written, and once more when nobody else can write.
-    folder.earlier_run(suite, out, resume or bool(retry))
+    begun = folder.earlier_run(suite, out, resume or bool(retry))
+    if command is None:  # a stand-in reads no data
+        check_data(chosen, begun)
     with writing(out) as writer:
         earlier = folder.earlier_run(suite, out, resume or bool(retry))
         stand = folder.finished_records(earlier, retry)
         finished = {key: record.status for key, record in stand.items()}
         plan = _plan(suite, chosen, limit, finished)
+        if unkept := _unkept(suite, stand.values(), out):
+            on_event(Noted(unkept))
         if earlier is None or pending(plan, finished):
             _execute(
                 suite,
@@ -108,6 +113,17 @@ def run_suite(
                 devices,
             )
     return load_run(out)
+
+
+def _unkept(suite: Suite, stand: Iterable[Record], out: Path) -> str:
+    """A sentence where best weights are asked for that trainings which ended before did not keep."""
+    asked = {cell.cell_id for cell in suite.cells if cell.training and cell.training.keep == "best"}
+    done = [record for record in stand if record.status == "ok" and record.cell_id in asked]
+    gone = [r for r in done if not (out / CELLS / f"{r.cell_id}-{r.repeat}" / BEST).is_dir()]
+    if not gone:
+        return ""
+    what = f"{len(gone)} of {len(done)} finished trainings kept no weights, and are not trained again"
+    return f"{what}: to keep theirs, run them into another --out with --keep (training: keep: best)"
 
 
 def _slots(

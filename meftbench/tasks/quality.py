@@ -25,7 +25,7 @@ from meftbench.methods.saving import save_adapter
 from meftbench.plan.cell import Cell
 from meftbench.plan.models import RANDOM, folder_of, head_of, split_name
 from meftbench.plan.tasks import Task, find_task
-from meftbench.plan.training import CELL_FOLDER
+from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Metric
 from meftbench.step import AUTOCAST, DTYPES, Step, build_optimizer
 from meftbench.tasks.data import Splits, load_splits
@@ -152,7 +152,7 @@ class QualityCell:
                 for bias in biases:
                     bias.add_(offset)
             if training.keep == "best":
-                _keep(trainer.applied, self.cell, folder / "best")
+                _keep(trainer.applied, self.cell, folder / BEST)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         observed = {
             "data": _without_machine(self.splits.origin),

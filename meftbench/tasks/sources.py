@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meftbench.errors import UserError
 from meftbench.plan.task import ALIASES, Task
+from meftbench.plan.training import DATA_VARIABLE
 from meftbench.tasks.text_files import TextTable, read_text_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DATA_VARIABLE = "MEFTBENCH_DATA"
 CHECKSUMS = "SHA256SUMS"
 CLASSES = "classes.json"
 # By ending: the builder of `datasets` that reads it; None: text_files.py does. The first that is there is taken.
