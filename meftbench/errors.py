@@ -36,6 +36,11 @@ def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserEr
     return UserError(where, f"unknown {kind} {name!r}", cure)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class CellFailure(Exception):  # noqa: N818 - no error: a full device is a result
     """A cell that ended otherwise than `ok`, with what is known of it: a result, not a bug.
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.plan.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.largest import Axis, Shapes, largest
@@ -64,7 +65,7 @@ def estimate(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         "activation_peak_bytes": found.measured[-1].activation_peak,
         "parameters_trainable": found.sizes["parameters_trainable"].value,
         "parameters_total": found.sizes["parameters_total"].value,
-        "attention": _kernels(found.attention) if cell.attention_requested == "sdpa" else ["eager"],
+        "attention": _kernels(cell, found.attention),
         "predict_s": found.seconds,
         "host_bytes": _host_peak(),
     }
@@ -136,8 +137,10 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
     return {"method": cell.method_label, "lines": lines, "refused": refused, "traced": shapes.traced} | took
 
 
-def _kernels(operators: set[str]) -> list[str]:
-    """`flash`, `efficient`; `math` where no fused operator ran."""
+def _kernels(cell: Cell, operators: set[str]) -> list[str]:
+    """`flash`, `efficient`; `math` where no fused operator ran, and `eager` where none was to."""
+    if cell.attention_requested not in ("sdpa", OWN_ATTENTION):
+        return ["eager"]
     names = (name.removeprefix("scaled_dot_product_").removesuffix("_attention") for name in operators)
     return sorted(names) or ["math"]
 
