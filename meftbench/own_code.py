@@ -40,7 +40,7 @@ def load(name: str) -> Function:
         sys.path.insert(0, folder)
     module_name, _, function_name = name.partition(":")
     try:
-        with blamed([name], "cannot be imported", always=True):
+        with blamed([name], "its import failed", always=True):
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise _not_found(name, str(error.name), Path(folder)) from None
@@ -119,7 +119,7 @@ def blamed(names: Sequence[str], fact: str = "raised", always: bool = False) -> 
             raise
         traceback.print_exception(error)
         said = f"{type(error).__name__}: {_without_folders(one_line(error))}".removesuffix(f": {type(error).__name__}")
-        raise UserError(names[0], f"{fact}{f', at {place}' if place else ''}: {said}", "mend it there") from error
+        raise UserError(names[0], f"{fact}{f' at {place}' if place else ''}: {said}", "mend it there") from error
 
 
 def _place(error: BaseException, names: Sequence[str]) -> str | None:

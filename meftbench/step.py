@@ -224,7 +224,7 @@ def caches_off(model: nn.Module) -> None:
 def _quantize(cell: Cell, model: nn.Module) -> None:
     part = transformers_part(model)
     if part is None:
-        raise UserError(cell.label, "only a transformers model is held in 4 bits", "take another precision")
+        raise UserError(cell.model, "only a transformers model is held in 4 bits", "take another precision")
     quantize(part)
 
 

@@ -132,8 +132,12 @@ def image_tokens(config: dict[str, Any]) -> int | None:
 
 def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
     """Longest sequence, in tokens, the model has positions for; None where its configuration is not at hand."""
-    config = known_config(model, overrides)
-    if config is None or "max_position_embeddings" not in config:
+    return positions_in(known_config(model, overrides) or {})
+
+
+def positions_in(config: dict[str, Any]) -> int | None:
+    """Longest sequence, in tokens, that a model of `config` has positions for; None: it does not say."""
+    if config.get("max_position_embeddings") is None:
         return None
     # RoBERTa counts positions from the padding index + 1.
     unused = config.get("pad_token_id", 1) + 1 if config.get("model_type") == "roberta" else 0

@@ -20,14 +20,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
+from meftbench.backbones.own import transformers_part
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
-from meftbench.plan.factories import OWN_ATTENTION
+from meftbench.plan.factories import OWN_ATTENTION, is_factory
+from meftbench.plan.models import positions_in
 from meftbench.plan.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.largest import Axis, Shapes, largest
 from meftbench.prediction.predict import predict
 from meftbench.prediction.timeline import export
+from meftbench.prediction.trace import uncomputed_model
 
 Tell = Callable[[str], None]
 CARDS_AT_A_TIME = 2
@@ -127,14 +130,24 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
         ("sequence_length", request["lengths"]),
     ]
     try:
+        longest = _positions(cell) if request["lengths"] else None
         for axis, places in asked:
             for at, limit in places:
+                if axis == "sequence_length" and longest is not None:
+                    limit = min(limit, longest)
                 sizes = largest(shapes.along(axis, at), request["capacities"], limit)
                 lines.append({"axis": axis, "at": at, "limit": limit, "largest": sizes})
     except UserError as error:
         refused = str(error)
     took = {"seconds": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}
     return {"method": cell.method_label, "lines": lines, "refused": refused, "traced": shapes.traced} | took
+
+
+def _positions(cell: Cell) -> int | None:
+    """Longest sequence that a model of the user's own has positions for; None: it is not, or does not say. The parent
+    process, which does not import it, cannot know."""
+    part = transformers_part(uncomputed_model(cell).model) if is_factory(cell.model) else None
+    return None if part is None else positions_in(part.config.to_dict())
 
 
 def _kernels(cell: Cell, operators: set[str]) -> list[str]:

@@ -21,7 +21,7 @@ from meftbench.backbones.build import build_model
 from meftbench.backbones.own import transformers_part
 from meftbench.errors import UserError
 from meftbench.methods import Applied, prepare
-from meftbench.own_code import blamed
+from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
@@ -102,6 +102,8 @@ def uncomputed_model(cell: Cell) -> Applied:
     if cell.precision == "nf4":
         raise UserError(cell.label, "4-bit weights cannot be traced", "use another precision, or measure it")
     own = is_factory(cell.model)
+    if own:
+        load(cell.model)  # the module itself may make tensors, which are to have values
     name = cell.model if own else split_name(cell.model)[0] + RANDOM
     with torch.device("meta"):
         try:
@@ -114,7 +116,7 @@ def uncomputed_model(cell: Cell) -> Applied:
             )
         except UserError as error:
             if own and isinstance(error.__cause__, Exception):  # raised by the function itself
-                what = f"its model cannot be made without values: {error.what}"
+                what = f"{error.what} (its model was to be made without values, on torch's meta device)"
                 cure = "let it make the model from a configuration (from_config), or count or measure it"
                 raise UserError(error.where, what, cure) from None
             raise

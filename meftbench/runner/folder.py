@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def _gone(run: Run, suite: Suite) -> list[str]:
     """The labels of the cells of `run` that `suite` lacks."""
     now = {cell.cell_id for cell in suite.cells}
     return [str(cell["label"]) for cell in run.suite["cells"] if cell["cell_id"] not in now]
+
+
+@contextmanager
+def gone_unless_begun(out: Path) -> Iterator[None]:
+    """A folder that is made within goes away again where a UserError ends the run before it begins."""
+    there = out.exists()
+    try:
+        yield
+    except UserError:
+        if not there and out.is_dir() and not (out / SUITE).exists() and _never_began(out):
+            shutil.rmtree(out)
+        raise
 
 
 def _never_began(folder: Path) -> bool:
@@ -151,8 +164,10 @@ def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, A
     before = dict(run.suite.get("own_code") or {})
     changed = [name for name, digest in code.items() if name in before and before[name] != digest]
     if changed:
-        said = ", ".join(f"{name} was {before[name]}, is {code[name]}" for name in changed)
-        notes.append(f"the code has changed since the run began ({said}); its records are marked by own_code")
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        notes.append(
+            f"the code of {changed[0]}{more} is another than when the run began; records are marked by own_code"
+        )
     if added := len(suite.cells) - len(run.suite["cells"]):
         _write_suite(writer, suite, run.run_id, {**code, **before})
         notes.append(f"the suite has {added} more {'cell' if added == 1 else 'cells'} than the run began with")

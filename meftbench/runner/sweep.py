@@ -97,7 +97,7 @@ def run_suite(
     slots = _slots(suite, chosen, devices, gpu_indices, jobs)
     # Before anything is written, and once more when nobody else can write.
     folder.earlier_run(suite, out, resume or bool(retry))
-    with writing(out) as writer:
+    with folder.gone_unless_begun(out), writing(out) as writer:
         earlier = folder.earlier_run(suite, out, resume or bool(retry))
         stand = folder.finished_records(earlier, retry)
         finished = {key: record.status for key, record in stand.items()}
