@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import site
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ from meftbench.errors import CellFailure, UserError, one_line
 from meftbench.plan.factories import BATCH_ARGUMENTS, FOLDER
 
 Function = Callable[..., Any]
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s'\"/]+/)+(?=[^\s'\"/]+/[^\s'\"/]+)")
 
 
 def load(name: str) -> Function:
@@ -154,11 +156,9 @@ def _own_file(file: str, names: Sequence[str]) -> str | None:
 
 
 def _without_folders(text: str) -> str:
-    """The text without the working folder and the home folder: records are read elsewhere."""
-    for folder, by in ((os.environ.get(FOLDER, "") + os.sep, ""), (str(Path.home()) + os.sep, "~" + os.sep)):
-        if len(folder) > 2:
-            text = text.replace(folder, by)
-    return text
+    """The text without the working folder; of other absolute paths the last two parts. Records are read elsewhere."""
+    folder = os.environ.get(FOLDER, "") + os.sep
+    return _FOLDERS.sub("", text.replace(folder, "") if len(folder) > 1 else text)
 
 
 def digest_of(name: str) -> str | None:
@@ -180,10 +180,12 @@ def digests_of(names: Iterable[str | None]) -> dict[str, str | None]:
 
 
 def looked_at(calls: Iterable[tuple[str, Sequence[str]]]) -> dict[str, Any]:
-    """For the parent process, before the first cell: the digests by name; or, of the first fault, its `error`."""
-    try:
-        for name, arguments in calls:
+    """For the parent process, before the first cell: `digests` by name; or, of the first fault, `error` and `call`."""
+    digests = {}
+    for name, arguments in calls:
+        try:
             checked_function(name, arguments)
-        return {"digests": digests_of(name for name, _ in calls)}
-    except UserError as error:
-        return {"error": [error.where, error.what, error.cure]}
+            digests[name] = digest_of(name)
+        except UserError as error:
+            return {"error": [error.where, error.what, error.cure], "call": [name, arguments]}
+    return {"digests": digests}

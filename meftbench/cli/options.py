@@ -68,7 +68,7 @@ def a_cell(
 
     Raises UserError: a fault, or code of the user's own that is not allowed.
     """
-    from meftbench.plan.factories import check_allowed
+    from meftbench.plan.factories import check_allowed, places_of
     from meftbench.plan.profiles import PREDICTED, find_profile
     from meftbench.plan.suite import cell_of
 
@@ -76,7 +76,7 @@ def a_cell(
     named = {"model": {"name": model, "config": pairs("--config", config)}, "device": PREDICTED + profile}
     named |= {"method": {"name": method, **pairs("--set", settings)}}
     cell = cell_of(verb, named | {key: value for key, value in values.items() if value is not None})
-    check_allowed({cell.model: f"{verb}: model", str(cell.batch): f"{verb}: batch"}, [cell], allow_code)
+    check_allowed(places_of(cell, f"{verb}: model", f"{verb}: batch"), [cell], allow_code)
     return cell
 
 

@@ -21,6 +21,8 @@ FOLDER = "MEFTBENCH_CODE_FOLDER"
 CALLS = "MEFTBENCH_CODE_CALLS"
 # A cell's attention where the function that makes the model chooses it.
 OWN_ATTENTION = "own"
+# A function by its name, and the names of the arguments that it is called with.
+Call = tuple[str, tuple[str, ...]]
 BATCH_ARGUMENTS = ("batch_size", "sequence_length")
 EXAMPLE = "my_package.models:build"
 
@@ -64,9 +66,9 @@ def check_own(document: Document, place: Mapping[str, KeyPath], model: str, valu
         raise document.error(place["head"], f"is what {model!r} gives its model", "leave it out")
 
 
-def calls_of(cells: Iterable[Cell]) -> list[tuple[str, tuple[str, ...]]]:
-    """The functions that `cells` are made by, each with the names of the arguments it is called with."""
-    found: dict[tuple[str, tuple[str, ...]], None] = {}
+def calls_of(cells: Iterable[Cell]) -> list[Call]:
+    """How functions are called to make `cells`: of each cell the model before the batch."""
+    found: dict[Call, None] = {}
     for cell in cells:
         if is_factory(cell.model):
             found[cell.model, tuple(cell.model_config_overrides)] = None
@@ -75,10 +77,15 @@ def calls_of(cells: Iterable[Cell]) -> list[tuple[str, tuple[str, ...]]]:
     return list(found)
 
 
-def check_allowed(places: Mapping[str, str], cells: Iterable[Cell], allowed: bool) -> None:
+def places_of(cell: Cell, model: str, batch: str) -> dict[Call, str]:
+    """Where the functions that make `cell` stand. model, batch: where its model and its batch do."""
+    return {call: batch if call == (cell.batch, BATCH_ARGUMENTS) else model for call in calls_of([cell])}
+
+
+def check_allowed(places: Mapping[Call, str], cells: Iterable[Cell], allowed: bool) -> None:
     """Raises UserError where a cell is made by a function, and nobody has allowed to import it.
 
-    places: by the function's name, where it stands.
+    places: where the functions stand.
     """
     calls = calls_of(cells)
     if calls and not allowed:
@@ -87,5 +94,5 @@ def check_allowed(places: Mapping[str, str], cells: Iterable[Cell], allowed: boo
         if Path(name).is_dir():
             cure += f"; the folder is ./{name}"
         raise UserError(
-            places.get(name, "model"), f"{name!r} is Python code, which is imported only when allowed", cure
+            places.get(calls[0], "model"), f"{name!r} is Python code, which is imported only when allowed", cure
         )

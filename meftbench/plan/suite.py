@@ -14,7 +14,7 @@ from meftbench.errors import unknown
 from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
-from meftbench.plan.factories import check_arguments, check_own, is_factory
+from meftbench.plan.factories import Call, check_arguments, check_own, is_factory, places_of
 from meftbench.plan.identity import digest
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
 from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
@@ -117,8 +117,8 @@ class Suite:
     """A checked plan: the cells in the order in which they are listed, and how to measure them.
 
     source: the file it was read from.  command: what else was typed, without `meftbench`, where it is of no file.
-    code: the functions of the user's own that make models and batches, and where each stands.  allow_code: whether
-    they may be imported.
+    code: how functions of the user's own are called for models and batches, and where each stands.  allow_code:
+    whether they may be imported.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Suite:
     budgets: Path | None
     source: Path | None = None
     command: str | None = None
-    code: Mapping[str, str] = field(default_factory=dict)
+    code: Mapping[Call, str] = field(default_factory=dict)
     allow_code: bool = False
 
     @property
@@ -176,16 +176,14 @@ def parse_suite(document: Document) -> Suite:
     parsed = validated(document, SuiteFile)
     excluded = [_wanted(document, ("exclude", i), point) for i, point in enumerate(parsed.exclude)]
     cells: dict[str, Cell] = {}
-    code: dict[str, str] = {}
+    code: dict[Call, str] = {}
     for places, values in itertools.chain(_grid_points(document, parsed), _included(parsed.include)):
         point = _said(parsed.defaults, "defaults", places) | values
         for cell in _cells(document, places, point, parsed.training):
             if not any(_matches(cell, wanted) for wanted in excluded):
                 cells.setdefault(cell.cell_id, cell)
-                for axis in ("model", "batch"):
-                    name = getattr(cell, axis)
-                    if name and is_factory(name):
-                        code.setdefault(name, document.where(places[axis]))
+                where = (document.where(places.get(axis, ())) for axis in ("model", "batch"))
+                code = places_of(cell, *where) | code
     if not cells:
         cure = "name at least one model, method, batch_size and sequence_length"
         raise document.error(("grid",), "no cell is left", cure)

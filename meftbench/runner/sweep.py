@@ -192,9 +192,10 @@ def _looked_at(suite: Suite, found: dict[str, Any]) -> dict[str, str | None]:
     """Digests of the functions of the user's own, by name. Raises UserError as the worker found them."""
     if "error" not in found:
         return dict(found.get("digests", {}))
-    name, what, cure = found["error"]
-    place = suite.code.get(name)
-    raise UserError(f"{place}: {name}" if place else name, what, cure)
+    where, what, cure = found["error"]
+    name, arguments = found["call"]
+    place = suite.code.get((name, tuple(arguments)))
+    raise UserError(f"{place}: {where}" if place else where, what, cure)
 
 
 def _tidy(logs: Path) -> None:
