@@ -75,7 +75,8 @@ class QualityCell:
                 random = split_name(cell.model)[0] + RANDOM
                 config: Any = build_model(random, cell.model_config_overrides, head=cell.head).config
             return head_of(config.model_type, cell.head), config
-        model: Any = build_model(cell.model, cell.model_config_overrides, seed=cell.seed)
+        given: dict[str, Any] = {"attention": cell.attention_requested, "seed": cell.seed}
+        model: Any = build_model(cell.model, cell.model_config_overrides, **given)
         head, wanted = head_of_own(model), (cell.head,) if cell.head else HEADS_FOR[self.task.kind]
         if head is None or head not in wanted:
             needed = f"{self.task.name!r} needs a transformers model for {' or '.join(wanted)}"
