@@ -6,10 +6,15 @@ are measured on language, not on noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from meftbench.errors import UserError, one_line
+from meftbench.own_code import call
+from meftbench.plan.factories import BATCH_ARGUMENTS
 
 # Written for this project.
 PASSAGE = """\
@@ -96,3 +101,64 @@ def _text_tokens(text_from: str, batch_size: int, sequence_length: int) -> Tenso
         row = [first, *stream[: sequence_length - 2], last] if first is not None and last is not None else stream
         rows.append(row[:sequence_length])
     return torch.tensor(rows)
+
+
+def own_batch(
+    name: str, batch_size: int, sequence_length: int, device: torch.device, *, dtype: torch.dtype | None, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The batch that the function `name` of the user's own gives: its samples, and what is passed on as it is.
+
+    dtype: that floating-point samples are converted to; None: they stay as they are.
+    The global RNG state is left as it was found.
+    Raises UserError: the function cannot be called, or gives no batch of `batch_size` samples.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        given = call(name, **dict(zip(BATCH_ARGUMENTS, (batch_size, sequence_length), strict=True)))
+    samples, constants = sorted_out(name, given, device)
+    for argument, tensor in samples.items():
+        if len(tensor) != batch_size:
+            what = f"was asked for {batch_size} samples, and gives {argument} of {len(tensor)}"
+            raise UserError(name, what, "make the first dimension of each tensor batch_size")
+        if dtype is not None and tensor.is_floating_point():
+            samples[argument] = tensor.to(dtype)
+    return samples, constants
+
+
+def sorted_out(where: str, batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The batch's samples, and what is passed on as it is.
+
+    Raises UserError: no mapping, no samples, or not of each argument as many.
+    """
+    if not isinstance(batch, Mapping):
+        cure = "give a dict of the arguments of the model's forward: {'input_ids': ..., 'labels': ...}"
+        raise UserError(where, f"the batch is {type(batch).__name__}, no mapping", cure)
+    samples: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in batch.items():
+        held = _as_tensor(where, name, value)
+        if isinstance(held, Tensor) and held.dim():
+            samples[name] = held.to(device)
+        else:
+            constants[name] = held.to(device) if isinstance(held, Tensor) else held
+    if not samples:
+        raise UserError(where, "the batch has no tensor of samples", "give input_ids, labels and the like")
+    counts = {name: len(tensor) for name, tensor in samples.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(where, f"the batch has different numbers of samples ({said})", "give each as many")
+    if not min(counts.values()):
+        raise UserError(where, "the batch has no samples", "give one or more")
+    return samples, constants
+
+
+def _as_tensor(where: str, name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, list) or type(value).__module__ == "numpy":
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            what = f"{name} is no table of numbers ({one_line(error)})"
+            raise UserError(where, what, "pad the samples to one length, or give a tensor") from None
+    return value

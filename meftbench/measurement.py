@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import platform
 import re
@@ -18,8 +19,10 @@ import torch
 
 from meftbench.backbones.build import AUTO_CLASSES, revision_of, tokenizer_of
 from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
+from meftbench.own_code import blamed, digests_of, looked_at
 from meftbench.plan.catalogue import BACKBONES, PROBES
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import CALLS, calls_of
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import PRELOAD
 from meftbench.prediction.predict import predicted_cell
@@ -29,7 +32,7 @@ from meftbench.probes.memory_counted import CountedStep
 from meftbench.probes.nvml import DeviceReading, open_device
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
-from meftbench.step import Step, build_step
+from meftbench.step import Step, attention_used, build_step, is_own
 
 # An allocation that fails under these names is a full device in disguise (MEASURING 4).
 _DISGUISED_OOM = ("CUDNN_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
@@ -55,6 +58,13 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     if cell.levers.compile and device.type == "cpu" and "memory" in protocol.passes:
         what = "compiled code allocates where the counter of a CPU does not see it"
         raise UserError(cell.label, what, "write passes: [throughput, reconstruction], or use --device cuda")
+    if not is_own(cell):
+        return _measured(cell, protocol, device)
+    with blamed([name for name, _ in calls_of([cell])]):
+        return _measured(cell, protocol, device)
+
+
+def _measured(cell: Cell, protocol: Protocol, device: torch.device) -> Outcome:
     outcome = Outcome()
     torch.manual_seed(cell.seed)
     begin = time.perf_counter()
@@ -65,7 +75,9 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
     outcome.metrics["build_s"] = Metric(time.perf_counter() - begin, "measured")
     outcome.metrics |= parameter_counts(step.model)
     outcome.observed["model_revision"] = revision_of(step.model)
-    outcome.observed["inputs"] = "text" if tokenizer_of(cell.model) else "random tokens"
+    outcome.observed["inputs"] = "own" if cell.batch else "text" if tokenizer_of(cell.model) else "random tokens"
+    if is_own(cell):
+        outcome.observed["own_code"] = digests_of(name for name, _ in calls_of([cell]))
     begin = time.perf_counter()
     with _oom_is_a_result(step):
         subject = Subject(cell, protocol, step, device_reading(device))
@@ -84,10 +96,7 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
             outcome.metrics |= check_levers(step, cell)
         if (widenings := step.applied.range_widenings) is not None:
             outcome.metrics["range_widenings"] = Metric(widenings, "counted")
-        # sdpa takes the fused operator it can, and falls to plain products (math) without a word.
-        fused = ", ".join(sorted(counted.counter.attention_kernels)) or "math"
-        requested = cell.attention_requested
-        outcome.observed["attention_used"] = f"sdpa: {fused}" if requested == "sdpa" else requested
+        outcome.observed["attention_used"] = attention_used(cell, counted.counter.attention_kernels)
     outcome.metrics["passes_s"] = Metric(time.perf_counter() - begin, "measured")
     if quality is not None:
         # What the passes have done to these weights must not reach the training.
@@ -194,8 +203,12 @@ def preload() -> None:
 
 
 def describe() -> dict[str, Any]:
-    """What this torch is and how its backends are set, for environment.json; does not initialise CUDA."""
-    return {
+    """What this torch is and how its backends are set, for environment.json; does not initialise CUDA.
+
+    `code`: what was found of the functions that the parent process asked about (plan/factories.py).
+    """
+    asked = os.environ.get(CALLS)
+    return ({"code": looked_at(json.loads(asked))} if asked else {}) | {
         "torch": torch.__version__,
         "torch_git": torch.version.git_version,
         "torch_cuda": torch.version.cuda,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from meftbench.backbones.patched import check_trainable
+from meftbench.batch import sorted_out
 from meftbench.errors import UserError, one_line
 from meftbench.measurement import device_reading
 from meftbench.methods import Applied, prepare
@@ -20,7 +21,7 @@ from meftbench.probes.speed import time_steps
 from meftbench.records.metrics import METRICS
 from meftbench.records.record import Metric
 from meftbench.reversible.recompute import modes_as
-from meftbench.step import Step
+from meftbench.step import OwnStep
 
 
 class Measurement(dict[str, Metric]):
@@ -62,7 +63,7 @@ def measure(
     training. A method stays applied: `meftbench.unload` takes it off.
 
     Raises UserError: a model without parameters, trained ones or values (meta); a batch without samples, or that the
-    model does not take; no loss, or one that is no single number; no steps.
+    model does not take; no loss, or one that is no single number; no steps; whatever a step raises, as its cause.
 
     >>> measure(model, batch)["activation_peak_bytes"].value  # doctest: +SKIP
     """
@@ -75,7 +76,7 @@ def measure(
     if method is None and settings:
         raise UserError("measure", f"{min(settings)} is a setting of no method", "name the method, or leave it out")
     device, trained = _checked(applied)
-    samples, constants = _sorted_out(batch, device)
+    samples, constants = sorted_out("measure", batch, device)
     step = OwnStep(
         applied=applied,
         optimizer=optimizer or torch.optim.AdamW(trained, lr=1e-5),
@@ -86,6 +87,7 @@ def measure(
     )
     found = Measurement(parameter_counts(applied.model))
     with ExitStack() as entered:
+        entered.enter_context(_said_in_a_line(type(applied.model).__name__))
         entered.enter_context(torch.inference_mode(False))
         entered.enter_context(torch.enable_grad())
         # Evaluation mode holds less: dropout does nothing, and transformers does not checkpoint.
@@ -101,38 +103,16 @@ def measure(
     return found
 
 
-@dataclass
-class OwnStep(Step):
-    """A step of a model that may give its loss in any form. constants: arguments that are the same for all samples."""
-
-    constants: dict[str, Any] = field(default_factory=dict)
-
-    def loss_of(self, samples: dict[str, Tensor]) -> Tensor:
-        """Raises UserError: the model does not take the batch, gives no loss, or not one number."""
-        where = type(self.model).__name__
-        try:
-            output = self.model(**samples, **self.constants)
-        except TypeError as error:
-            given = ", ".join([*samples, *self.constants])
-            raise UserError(where, f"does not take the batch ({given}): {one_line(error)}", "mend the batch") from error
-        loss = _loss_in(output)
-        if not isinstance(loss, Tensor):
-            cure = "put `labels` into the batch, or give a model whose forward returns a loss"
-            raise UserError(where, f"gives no loss but {type(output).__name__}", cure)
-        if loss.numel() != 1 or not loss.is_floating_point():
-            what = f"its loss is {str(loss.dtype).removeprefix('torch.')} {tuple(loss.shape)}, not one number"
-            raise UserError(where, what, "give one loss of the batch, such as its mean")
-        if not loss.requires_grad:
-            raise UserError(where, "its loss needs no gradient", "train a tensor that it depends on")
-        return loss.reshape(())
-
-
-def _loss_in(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        return output.get("loss")
-    if isinstance(output, tuple | list):
-        return output[0] if output else None
-    return output if isinstance(output, Tensor) else getattr(output, "loss", None)
+@contextmanager
+def _said_in_a_line(where: str) -> Iterator[None]:
+    """What the user's model, or torch about their batch, raises: our line, and theirs as its cause."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = f"a training step of it fails ({type(error).__name__}: {one_line(error)})"
+        raise UserError(where, what, "mend the model or the batch: the error above says where") from error
 
 
 def _check_counts(**counts: tuple[int | None, int]) -> None:
@@ -149,43 +129,8 @@ def _checked(applied: Applied) -> tuple[torch.device, list[nn.Parameter]]:
         raise UserError(where, "has no parameters", "give a model that can be trained")
     if any(parameter.is_meta for parameter in parameters):
         raise UserError(where, "its weights have no values (meta)", "load them: model.to_empty(device=...) and weights")
+    check_trainable(model)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise UserError(where, "all its parameters are frozen", "train some of them: requires_grad_(True), or a method")
     return trained[0].device, trained
-
-
-def _sorted_out(batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The batch's samples, and what is passed on as it is."""
-    if not isinstance(batch, Mapping):
-        cure = "give a dict of the arguments of the model's forward: {'input_ids': ..., 'labels': ...}"
-        raise UserError("measure", f"the batch is {type(batch).__name__}, no mapping", cure)
-    samples: dict[str, Tensor] = {}
-    constants: dict[str, Any] = {}
-    for name, value in batch.items():
-        held = _as_tensor(name, value)
-        if isinstance(held, Tensor) and held.dim():
-            samples[name] = held.to(device)
-        else:
-            constants[name] = held.to(device) if isinstance(held, Tensor) else held
-    if not samples:
-        raise UserError("measure", "the batch has no tensor of samples", "give input_ids, labels and the like")
-    counts = {name: len(tensor) for name, tensor in samples.items()}
-    if len(set(counts.values())) > 1:
-        said = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError("measure", f"the batch has different numbers of samples ({said})", "give each as many")
-    if not min(counts.values()):
-        raise UserError("measure", "the batch has no samples", "give one or more")
-    return samples, constants
-
-
-def _as_tensor(name: str, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, list) or type(value).__module__ == "numpy":
-        try:
-            return torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            what = f"{name} is no table of numbers ({one_line(error)})"
-            raise UserError("measure", what, "pad the samples to one length, or give a tensor") from None
-    return value

@@ -5,18 +5,22 @@ No method is named here. What differs between methods is in the model, and in wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.backbones.own import head_of_own, transformers_part
 from meftbench.backbones.quantize import quantize
-from meftbench.batch import resident_batch
+from meftbench.batch import own_batch, resident_batch
+from meftbench.errors import UserError, one_line
 from meftbench.methods import Applied, prepare
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import OWN_ATTENTION, is_factory
 
 PHASES = ("forward", "backward", "optimizer")
 Mark = Callable[[str], None]
@@ -40,6 +44,7 @@ class Step:
     micro_batch_size: samples a forward; losses are weighted so that gradients are those of the whole batch.
     autocast: dtype of the autocast region around forward and loss; None: no region.
     scaler: scales the loss, as fp16 needs; None: it is not. `forward_backward` leaves gradients scaled.
+    constants: arguments of the forward that are the same for all samples.
     phase: the phase that runs now, for whoever must say where something happened.  steps_run: steps finished.
     """
 
@@ -51,6 +56,7 @@ class Step:
     sequence_length: int = 0
     autocast: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
     phase: str = "load"
     steps_run: int = 0
 
@@ -125,6 +131,37 @@ class Step:
         mark(phase)
 
 
+class OwnStep(Step):
+    """A step of a model that may give its loss in any form."""
+
+    def loss_of(self, samples: dict[str, Tensor]) -> Tensor:
+        """Raises UserError: the model does not take the batch, gives no loss, or not one number."""
+        where = type(self.model).__name__
+        try:
+            output = self.model(**samples, **self.constants)
+        except TypeError as error:
+            given = ", ".join([*samples, *self.constants])
+            raise UserError(where, f"does not take the batch ({given}): {one_line(error)}", "mend the batch") from error
+        loss = _loss_in(output)
+        if not isinstance(loss, Tensor):
+            cure = "put `labels` into the batch, or give a model whose forward returns a loss"
+            raise UserError(where, f"gives no loss but {type(output).__name__}", cure)
+        if loss.numel() != 1 or not loss.is_floating_point():
+            what = f"its loss is {str(loss.dtype).removeprefix('torch.')} {tuple(loss.shape)}, not one number"
+            raise UserError(where, what, "give one loss of the batch, such as its mean")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise UserError(where, "its loss needs no gradient", "train a tensor that it depends on")
+        return loss.reshape(())
+
+
+def _loss_in(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, tuple | list):
+        return output[0] if output else None
+    return output if isinstance(output, Tensor) else getattr(output, "loss", None)
+
+
 def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     """The step of a cell: everything from its seed, model and method built on the CPU, then moved to `device`.
 
@@ -141,30 +178,82 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
         seed=cell.seed,
         head=cell.head,
     )
-    model.config.use_cache = False  # type: ignore[union-attr]  # a training step reads no cache, and a decoder would fill one
+    caches_off(model)
     if cell.precision == "nf4":
-        quantize(model)
+        _quantize(cell, model)
     method = "+".join([cell.method, *cell.levers.names()])
     applied = prepare(model, method, cell.method_params, seed=cell.seed)
     applied.model.to(device)
-    return Step(
+    batch, more = batch_of(cell, model, cell.batch_size, device, padding)
+    return (OwnStep if is_own(cell) else Step)(
         applied=applied,
         optimizer=build_optimizer(cell, list(applied.trained().values())),
-        batch=resident_batch(
-            model,
-            cell.batch_size,
-            cell.sequence_length,
-            device,
-            text_from=tokenizer_of(cell.model),
-            padding=padding,
-            seed=cell.seed,
-        ),
+        batch=batch,
         micro_batch_size=cell.micro_batch_size,
         device=device,
         sequence_length=cell.sequence_length,
         autocast=autocast,
         scaler=torch.amp.GradScaler(device.type) if autocast == torch.float16 else None,
+        **more,
     )
+
+
+def is_own(cell: Cell) -> bool:
+    """Whether the cell's model or its batch is a function's of the user's own."""
+    return cell.batch is not None or is_factory(cell.model)
+
+
+def attention_used(cell: Cell, operators: Iterable[str]) -> str:
+    """What a record says of a cell's attention. operators: the fused ones that ran; without any, plain products did.
+
+    sdpa takes the fused operator it can, and falls to plain products (math) without a word.
+    """
+    fused = ", ".join(sorted(operators))
+    if cell.attention_requested == OWN_ATTENTION:
+        return f"sdpa: {fused}" if fused else "no fused kernel"
+    return f"sdpa: {fused or 'math'}" if cell.attention_requested == "sdpa" else cell.attention_requested
+
+
+def caches_off(model: nn.Module) -> None:
+    """A training step reads no cache, and a decoder would fill one."""
+    part = transformers_part(model)
+    if part is not None:
+        part.config.use_cache = False
+
+
+def _quantize(cell: Cell, model: nn.Module) -> None:
+    part = transformers_part(model)
+    if part is None:
+        raise UserError(cell.model, "only a transformers model is held in 4 bits", "take another precision")
+    quantize(part)
+
+
+def batch_of(
+    cell: Cell, model: nn.Module, batch_size: int, device: torch.device, padding: float = 0.0
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The resident batch of a cell's `model`, of `batch_size` samples; and of an OwnStep its `constants`.
+
+    Raises UserError: the cell's own batch is none, or its model is of one's own and nobody says what it takes.
+    """
+    if cell.batch is not None:
+        dtype = None if cell.precision in AUTOCAST else DTYPES[cell.precision]
+        samples, constants = own_batch(
+            cell.batch, batch_size, cell.sequence_length, device, dtype=dtype, seed=cell.seed
+        )
+        return samples, {"constants": constants}
+    if is_factory(cell.model) and head_of_own(model) in (None, "multiple_choice"):
+        what = f"what {type(model).__name__} takes is not known"
+        raise UserError(cell.model, what, "name a function that makes a batch: `batch: my_package.models:batch`")
+    batch = resident_batch(
+        model,
+        batch_size,
+        cell.sequence_length,
+        device,
+        text_from=tokenizer_of(cell.model),
+        padding=padding,
+        seed=cell.seed,
+    )
+    return batch, {}
 
 
 def build_optimizer(cell: Cell, parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.Optimizer:

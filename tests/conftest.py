@@ -1,8 +1,13 @@
 """For all tests: hypothesis judges answers, not seconds; processes that share the cores take one share of them each."""
 
 import os
+import sys
 
+import pytest
 from hypothesis import settings
+
+from meftbench.plan.factories import FOLDER
+from own_models import MODELS
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -10,3 +15,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 settings.register_profile("meftbench", deadline=None)
 settings.load_profile("meftbench")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working folder, with the package `mine` in it; what is imported from it is forgotten afterwards."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("")
+    (tmp_path / "mine" / "models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    before, path = set(sys.modules), [*sys.path]
+    yield tmp_path
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def allowed(here, monkeypatch):
+    """As a worker is told."""
+    monkeypatch.setenv(FOLDER, str(here))
+    return here

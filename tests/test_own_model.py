@@ -151,3 +151,52 @@ def test_a_method_by_name_time_and_a_table():
 
 def test_the_public_functions_are_listed():
     assert {"apply_method", "measure", "load_adapter", "save_adapter", "unload", "run_suite"} <= set(dir(meftbench))
+
+
+class Breaks(nn.Module):
+    """A model of the user's that raises in forward or in backward."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.layer, self.where = nn.Linear(4, 1), where
+
+    def forward(self, x):
+        if self.where == "forward":
+            raise KeyError("no such layer")
+        h = self.layer(x).exp()
+        if self.where == "backward":
+            with torch.no_grad():
+                h.add_(1)  # exp's gradient is its value
+        return h.sum()
+
+
+@pytest.mark.parametrize(("where", "kind"), [("forward", KeyError), ("backward", RuntimeError)])
+def test_what_the_users_model_raises_is_one_line_and_its_cause(where, kind):
+    with pytest.raises(
+        UserError, match=rf"^Breaks: a training step of it fails \({kind.__name__}: .*\); mend"
+    ) as caught:
+        meftbench.measure(Breaks(where), {"x": torch.ones(2, 4)})
+
+    assert isinstance(caught.value.__cause__, kind)
+    assert 1 == len(str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"input_ids": torch.full((3, 12), 9999)}, "IndexError: index out of range"),
+        ({"labels": torch.tensor([0, 1, 7])}, "IndexError: Target 7 is out of bounds"),
+        ({"input_ids": torch.ones(3, 12)}, "RuntimeError: Expected tensor for argument"),
+    ],
+)
+def test_what_torch_says_of_a_batch_follows_our_line(changed, said):
+    with pytest.raises(UserError, match="a training step of it fails") as caught:
+        meftbench.measure(a_model(2, torch.float32), a_batch() | changed, time=False)
+    assert said in str(caught.value)
+
+
+def test_weights_for_inference_are_one_line():
+    with torch.inference_mode():
+        model = a_model(2, torch.float32)
+    with pytest.raises(UserError, match=r"were made under torch\.inference_mode"):
+        meftbench.measure(model, a_batch())

@@ -96,7 +96,7 @@ def test_the_estimate_is_what_the_program_prints(capsys):
 
 
 @pytest.mark.parametrize(
-    "block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), ids=["suite", "trainings", "budgets"]
+    "block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), ids=["suite", "trainings", "own", "budgets"]
 )
 def test_its_yaml_is_accepted(block, tmp_path):
     """The suites parse into cells (the folder ./my-model aside) and the budgets load."""
@@ -108,7 +108,7 @@ def test_its_yaml_is_accepted(block, tmp_path):
 
     if "grid:" in text:
         tasks, methods, rates, seeds = 2, 3, 2, 3
-        cells = tasks * methods * rates * seeds if "tasks:" in text else 4 * 4
+        cells = tasks * methods * rates * seeds if "tasks:" in text else 3 if "batch:" in text else 4 * 4
         assert cells == len(parse_suite(read(file)).cells)
     else:
         assert 2 == len(load_budgets(file).rows)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from meftbench.backbones.gguf import dequantized
+from meftbench.backbones.own import build_own
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import MODELS
+from meftbench.plan.factories import is_factory
 from meftbench.plan.gguf_files import gguf_file_of
 from meftbench.plan.models import folder_of, head_of, split_name
 
@@ -37,6 +39,7 @@ def build_model(
 
     name: of `meftbench list models`, a hub id or a folder; `@random` gives random weights from `seed`
         without any download.  overrides: fields of the configuration.
+        Or a function of the user's own, `module:function`, and its keyword arguments; it chooses head and labels.
     head: a name of catalogue.HEADS; None: the first that the backbone's entry names.  num_labels: of a classifier; 1
         is regression; None: what the configuration says (2 where nobody said). Where it is another number than the
         weights were saved with, the head is new.
@@ -47,6 +50,8 @@ def build_model(
     import transformers
     from transformers import AutoConfig
 
+    if is_factory(name):
+        return build_own(name, overrides or {}, attention=attention, dtype=dtype, seed=seed)
     source, random = split_name(name)
     published = random and source in MODELS
     folder = None if published and MODELS[source].gguf else _folder(source)
@@ -101,9 +106,10 @@ def _fit_layer_types(config: Any, overrides: dict[str, Any]) -> None:
 
 
 def tokenizer_of(name: str) -> str | None:
-    """Folder or hub id the model's tokenizer is loaded from; None for random weights and folders without one."""
+    """Folder or hub id the model's tokenizer is loaded from; None for random weights, folders without one and functions
+    of the user's own."""
     source, random = split_name(name)
-    if random:
+    if random or is_factory(name):
         return None
     folder = _folder(source)
     if folder is None:
@@ -113,8 +119,8 @@ def tokenizer_of(name: str) -> str | None:
 
 
 def revision_of(model: nn.Module) -> str | None:
-    """Commit on the hub the weights were loaded from; None for random weights and local folders."""
-    commit = getattr(model.config, "_commit_hash", None)
+    """Commit on the hub the weights were loaded from; None for random weights, local folders and one's own modules."""
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     return str(commit) if commit else None
 
 

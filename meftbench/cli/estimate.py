@@ -12,8 +12,10 @@ import typer
 from meftbench.cli.options import (
     DEFAULT_PROFILE,
     Allocator,
+    AllowCode,
     AsJson,
     Attention,
+    Batch,
     Head,
     Method,
     MicroBatchSize,
@@ -42,6 +44,8 @@ def estimate(
     optimizer: Optimizer = None,
     config: Override = None,
     settings: Setting = None,
+    batch: Batch = None,
+    allow_code: AllowCode = False,
     profile: ProfileName = None,
     allocator: Allocator = "",
     fail_if_too_big: Annotated[bool, typer.Option("--fail-if-too-big", help="Exit 1 if it does not fit.")] = False,
@@ -62,6 +66,8 @@ def estimate(
         chosen,
         config,
         settings,
+        allow_code,
+        batch=batch,
         batch_size=batch_size,
         sequence_length=sequence_length,
         micro_batch_size=micro_batch_size,
@@ -71,7 +77,7 @@ def estimate(
         optimizer=optimizer,
     )
     request = {"verb": "estimate", "cell": cell.model_dump(mode="json"), "profile": chosen, "allocator": allocator}
-    answer = ask(request, progress(quiet))
+    answer = ask(request, progress(quiet), allow_code)
     if as_json:
         print(json.dumps(answer, ensure_ascii=False))
     else:

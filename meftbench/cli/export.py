@@ -12,7 +12,9 @@ import typer
 from meftbench.cli.options import (
     DEFAULT_PROFILE,
     Allocator,
+    AllowCode,
     Attention,
+    Batch,
     Head,
     MicroBatchSize,
     Optimizer,
@@ -77,6 +79,8 @@ def export(
     optimizer: Optimizer = None,
     config: Override = None,
     settings: Setting = None,
+    batch: Batch = None,
+    allow_code: AllowCode = False,
     profile: ProfileName = None,
     allocator: Allocator = "",
     quiet: Quiet = False,
@@ -92,11 +96,12 @@ def export(
     memory_viz is a snapshot for pytorch.org/memory_viz: every allocation of one cell since
     its model was built. timeline is a figure: live bytes by category, a panel a cell.
     """
+    from meftbench.plan.factories import check_allowed
     from meftbench.records.store import RECORDS
 
     tell = progress(quiet)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
-    rest = {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer}
+    rest = {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer, "batch": batch}
     if (Path(what) / RECORDS).is_file():
         for name, value in {**shape, **rest, "config": config, "set": settings}.items():
             if value is not None:
@@ -107,7 +112,8 @@ def export(
             _write_run(loaded, format_ or Format.csv, output, metric)
         else:
             named, cells, conf = _cells_again(loaded, profile)
-            _write_predicted(cells, named, allocator or conf, format_, output, tell)
+            check_allowed({}, cells, allow_code)
+            _write_predicted(cells, named, allocator or conf, format_, output, tell, allow_code)
         return
     if format_ not in (None, *_PREDICTED):
         cure = "name a folder that `meftbench run` wrote, with its records.jsonl"
@@ -118,8 +124,8 @@ def export(
     if batch_size is None or sequence_length is None:
         raise UserError("export", f"{what} is no run, and the shape of the cell is not given", f"add {_SHAPE}")
     chosen = profile or DEFAULT_PROFILE
-    cells = [a_cell("export", what, method, chosen, config, settings, **shape, **rest) for method in which]
-    _write_predicted(cells, chosen, allocator, format_ or Format.memory_viz, output, tell)
+    cells = [a_cell("export", what, method, chosen, config, settings, allow_code, **shape, **rest) for method in which]
+    _write_predicted(cells, chosen, allocator, format_ or Format.memory_viz, output, tell, allow_code)
 
 
 # --- of a run ---
@@ -193,7 +199,13 @@ def _cells_again(run: Run, profile: str | None) -> tuple[str, list[Cell], str]:
 
 
 def _write_predicted(
-    cells: list[Cell], profile: str, allocator: str, format_: Format, output: Path | None, tell: Callable[[str], None]
+    cells: list[Cell],
+    profile: str,
+    allocator: str,
+    format_: Format,
+    output: Path | None,
+    tell: Callable[[str], None],
+    allow_code: bool,
 ) -> None:
     from meftbench.report.timeline import timeline_picture
     from meftbench.runner.predictions import ask
@@ -206,12 +218,12 @@ def _write_predicted(
     request |= {"profile": profile, "allocator": allocator, "snapshot": None}
     if format_ is Format.memory_viz:
         file = _ready(output or Path("snapshot.pickle"))
-        ask(request | {"snapshot": str(file.absolute())}, tell)
+        ask(request | {"snapshot": str(file.absolute())}, tell, allow_code)
         print(f"{file}: drop it on https://pytorch.org/memory_viz")
         return
     file = _ready(output or Path("timeline"))
     name = file.stem if file.suffix in (".png", ".svg") else file.name
-    picture = timeline_picture(ask(request, tell)["cells"], name)
+    picture = timeline_picture(ask(request, tell, allow_code)["cells"], name)
     try:
         picture.write(file.parent)
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from meftbench.cli.options import (
+    AllowCode,
     AsJson,
     Attention,
     Method,
@@ -50,6 +51,7 @@ def finetune(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id.  [default: the model's own]")] = None,
     config: Override = None,
     settings: Setting = None,
+    allow_code: AllowCode = False,
     device: Annotated[str, typer.Option(help="auto, cuda or counted.")] = "auto",
     keep: Annotated[
         bool,
@@ -97,6 +99,7 @@ def finetune(
         "schema": 1,
         "name": "finetune-" + re.sub(r"[^A-Za-z0-9_.-]", "-", Path(task).name),
         "description": f"{model}, {method}, {task}",
+        "allow_code": allow_code,
         "protocol": {"passes": ["memory"], "warmup": 1, "steps": 1, "repeats": 1, "timeout": timeout},
         "training": {key: value for key, value in said.items() if value is not None},
         "defaults": {key: value for key, value in point.items() if value is not None},

@@ -13,8 +13,10 @@ import typer
 from meftbench.cli.options import (
     DEFAULT_PROFILE,
     Allocator,
+    AllowCode,
     AsJson,
     Attention,
+    Batch,
     Head,
     Model,
     Override,
@@ -52,6 +54,8 @@ def fit(
     attention: Attention = None,
     head: Head = None,
     config: Override = None,
+    batch: Batch = None,
+    allow_code: AllowCode = False,
     allocator: Allocator = "",
     jobs: Annotated[int | None, typer.Option(min=1, help="Methods at a time. Default: cores, at most 2.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown, PNG and SVG.")] = None,
@@ -75,12 +79,11 @@ def fit(
         what = f"{format_bytes(cards[0])} is no more than the context of a process takes"
         raise UserError("--memory", f"{what} ({format_bytes(device.context_bytes)})", "write more, such as 24GiB")
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    said: dict[str, Any] = {"precision": precision, "attention": attention, "head": head}
-    overrides = {"config": config, "settings": None}
+    said: dict[str, Any] = {"precision": precision, "attention": attention, "head": head, "batch": batch}
     longest, fixed = _positions(model, config)
     lengths = _numbers("--sequence-lengths", sequence_lengths) if sequence_lengths else _lengths(longest, fixed)
     cells = [
-        a_cell("fit", model, name, chosen, **overrides, batch_size=1, sequence_length=length, **said)
+        a_cell("fit", model, name, chosen, config, None, allow_code, batch_size=1, sequence_length=length, **said)
         for name in names
         for length in lengths
     ][:: len(lengths)]
@@ -97,7 +100,7 @@ def fit(
     }
     if out is not None:
         made(out)  # not after minutes of predicting
-    answered = ask(request, progress(quiet))
+    answered = ask(request, progress(quiet), allow_code)
     found = answered["methods"]
     if all(entry["refused"] for entry in found):
         raise UserError("", found[0]["refused"].rpartition("; ")[0], found[0]["refused"].rpartition("; ")[2])

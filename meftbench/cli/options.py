@@ -23,7 +23,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 DEFAULT_PROFILE = "a100-80gb"
 
-Model = Annotated[str, typer.Argument(help="A name of `meftbench list models`, a hub id or a folder.")]
+Model = Annotated[
+    str, typer.Argument(help="A name of `meftbench list models`, a hub id, a folder, or MODULE:FUNCTION of your own.")
+]
+Batch = Annotated[
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes the batch, from batch_size and sequence_length.")
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Import and run what is named MODULE:FUNCTION, here or in an installed package.",
+    ),
+]
 Method = Annotated[str, typer.Argument(help="A name of `meftbench list methods`, with levers: lora+checkpoint.")]
 MicroBatchSize = Annotated[int | None, typer.Option(min=1, help="Samples a forward; divides the batch.")]
 Precision = Annotated[str | None, typer.Option(help="fp32 (the default), bf16, bf16-autocast ...")]
@@ -49,19 +61,23 @@ def a_cell(
     profile: str,
     config: list[str] | None,
     settings: list[str] | None,
+    allow_code: bool = False,
     **values: Any,
 ) -> Cell:
     """The cell that the command line of `verb` names, checked as a suite's is; values of None are not said.
 
-    Raises UserError.
+    Raises UserError: a fault, or code of the user's own that is not allowed.
     """
+    from meftbench.plan.factories import check_allowed, places_of
     from meftbench.plan.profiles import PREDICTED, find_profile
     from meftbench.plan.suite import cell_of
 
     find_profile(profile, f"{verb}: profile")
     named = {"model": {"name": model, "config": pairs("--config", config)}, "device": PREDICTED + profile}
     named |= {"method": {"name": method, **pairs("--set", settings)}}
-    return cell_of(verb, named | {key: value for key, value in values.items() if value is not None})
+    cell = cell_of(verb, named | {key: value for key, value in values.items() if value is not None})
+    check_allowed(places_of(cell, f"{verb}: model", f"{verb}: batch"), [cell], allow_code)
+    return cell
 
 
 def pairs(option: str, given: list[str] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meftbench.cli.options import typed
+from meftbench.cli.options import AllowCode, typed
 from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserError, unknown
 
 if TYPE_CHECKING:
@@ -49,15 +49,22 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every start and end, and tracebacks.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop after the first error or timeout.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run every cell of SUITE, each in a process of its own, and print the comparison.
 
+    A suite that names MODULE:FUNCTION is code: it is imported only with --allow-code, or where the suite itself has
+    `allow_code: true`.
+
     Exits 3 if a cell ended in error or timeout (out of memory is a result), 5 if --where matches nothing.
     """
+    from dataclasses import replace
+
     from meftbench.plan.suite import load_suite
     from meftbench.plan.where import parse_where
 
     plan = _overridden(load_suite(suite), device, timeout, repeats)
+    plan = replace(plan, allow_code=plan.allow_code or allow_code)
     chosen, again = parse_where(where or []), _statuses(retry)
     if dry_run:
         _print_cells(plan, [cell for cell in plan.cells if chosen(cell)][:limit], as_json)
@@ -165,18 +172,24 @@ def _interruptions(command: str, folder: Path) -> Iterator[None]:
 
 def _print_cells(suite: Suite, cells: list[Any], as_json: bool) -> None:
     from meftbench.errors import NOTHING_MATCHED
+    from meftbench.plan.factories import calls_of
 
     if not cells:
         raise UserError("--where", f"none of the {len(suite.cells)} cells matches", "change it", NOTHING_MATCHED)
     repeats = {cell.cell_id: suite.protocol.repeats_on(cell.device) for cell in cells}
+    code = sorted({name for name, _ in calls_of(cells)})
     if as_json:
         listed = [{"cell_id": c.cell_id, "label": c.label, "device": c.device} for c in cells]
         content = {"suite": suite.name, "suite_id": suite.suite_id, "cells": listed, "processes": sum(repeats.values())}
+        content |= {"code": code} if code else {}
         print(json.dumps(content, ensure_ascii=False))
         return
     for cell in cells:
         print(f"{cell.cell_id}  {cell.device:<8} {cell.label}")
     print(f"{len(cells)} cells, {sum(repeats.values())} processes; nothing was run")
+    if code:
+        allowed = "" if suite.allow_code else ", with --allow-code only"
+        print(f"a run imports and calls code: {', '.join(code)}{allowed}; nothing was imported")
 
 
 def _summary(run: Run, code: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from meftbench.cli.options import AsJson, Quiet, RunFolder, progress
+from meftbench.cli.options import AllowCode, AsJson, Quiet, RunFolder, progress
 
 
 def validate(
@@ -16,6 +16,7 @@ def validate(
         str | None, typer.Option(help="A name of `meftbench list profiles`, or a file. Default: that of RUN's device.")
     ] = None,
     save: Annotated[bool, typer.Option("--save", help="Keep it in RUN, where `meftbench report` shows it.")] = False,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -37,7 +38,7 @@ def validate(
     else:
         profile = validation.profile_of(loaded).name
     tell = progress(quiet)
-    found = validation.validate(loaded, profile, tell)
+    found = validation.validate(loaded, profile, tell, allow_code=allow_code)
     if not found.errors:
         what = f"no cell has a prediction ({'; '.join(found.missing)})"
         raise UserError(str(run), what, "measure others", NOTHING_MATCHED)

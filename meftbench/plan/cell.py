@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from meftbench.plan.catalogue import METHODS
+from meftbench.plan.factories import OWN_ATTENTION, is_factory
 from meftbench.plan.identity import digest
 from meftbench.plan.training import Training
 
@@ -39,6 +40,7 @@ class Cell(BaseModel):
         backward passes and one optimizer step.  sequence_length: tokens a sample.
     method_params: the method's settings that differ from its defaults.
     head: what is trained on the backbone, a name of catalogue.HEADS; None: the first that its entry names.
+    batch: of a function of one's own that gives the batch, `module:function`; None: the batch is made for the model.
     device: `counted`, `cuda`, or `predicted:PROFILE`.
     training: of a quality cell, the task it is trained on until it is scored; None: only steps are measured.
     """
@@ -61,6 +63,7 @@ class Cell(BaseModel):
     device: str = "counted"
     seed: int = 0
     training: Training | None = None
+    batch: str | None = None
 
     @classmethod
     def of(cls, method: str, **fields: Any) -> Cell:
@@ -82,6 +85,9 @@ class Cell(BaseModel):
 
     @property
     def weights(self) -> str:
+        """`random`, `pretrained`, or `own`: whatever a function of the user's own gives."""
+        if is_factory(self.model):
+            return "own"
         return "random" if self.model.endswith("@random") else "pretrained"
 
     @property
@@ -100,10 +106,12 @@ class Cell(BaseModel):
         rest = [
             str(getattr(self, name))
             for name in ("precision", "head", "attention_requested", "optimizer", "optimizer_impl")
-            if getattr(self, name) != fields[name].default
+            if getattr(self, name) not in (fields[name].default, OWN_ATTENTION)
         ]
         if self.micro_batch_size != self.batch_size:
             rest.insert(0, f"mb{self.micro_batch_size}")
+        if self.batch is not None:
+            rest.append(self.batch)
         if self.training is not None:
             rest.append(self.training.label)
         if self.seed != fields["seed"].default:

@@ -9,6 +9,7 @@ from typing import Any
 
 from meftbench.errors import UserError, unknown
 from meftbench.plan.catalogue import BACKBONES, MODELS
+from meftbench.plan.factories import OWN_ATTENTION, check_factory, is_factory
 from meftbench.plan.gguf_files import SUFFIX, cache_folder, check_gguf, gguf_file_of
 from meftbench.plan.peft_names import refusal
 
@@ -24,6 +25,8 @@ def split_name(model: str) -> tuple[str, bool]:
 def folder_of(name: str) -> Path | None:
     """The folder that `name` means: a path, the data of an installed package, or where the weights of a GGUF file are
     kept once they are dequantized; None: a name on the hub."""
+    if is_factory(name):
+        return None
     file = gguf_file_of(name)
     if file is not None:
         return cache_folder(file) if file.is_file() else None
@@ -52,13 +55,19 @@ def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None
 
 
 def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
-    """Raises UserError for an unknown name, a missing or empty folder."""
+    """Raises UserError for an unknown name, a missing or empty folder; a function is looked for when a run begins."""
     name, random = split_name(model)
+    if is_factory(name):
+        if random:
+            raise UserError(where, f"{name!r} makes its own weights", "leave @random out")
+        return
     file = gguf_file_of(name)
     if file is not None and not (random and name in MODELS):
         check_gguf(where, file)
         return
     folder = folder_of(name)
+    if ":" in name and (folder is None or (".py:" in name and not folder.is_dir())):
+        check_factory(where, name, "model")
     if name not in MODELS and folder is None and name.count("/") != 1:
         raise unknown(where, "model", name, [*MODELS, *(known + RANDOM for known in MODELS)])
     if name in MODELS and MODELS[name].package and folder is None and not random:
@@ -91,10 +100,12 @@ def head_of(model_type: str, asked: str | None) -> str:
 
 
 def attention_of(where: str, model: str, overrides: dict[str, Any], asked: str | None) -> str:
-    """The attention a cell means: the one asked for, or the first of the backbone's entry.
+    """The attention a cell means: the one asked for, or the first of the backbone's entry; or a function's own.
 
     Raises UserError where transformers has no such attention for it.
     """
+    if is_factory(model):
+        return asked or OWN_ATTENTION
     config = known_config(model, overrides) or {}
     entry = BACKBONES.get(str(config.get("model_type")))
     known = entry.attentions if entry is not None else ("sdpa",)
@@ -121,8 +132,12 @@ def image_tokens(config: dict[str, Any]) -> int | None:
 
 def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
     """Longest sequence, in tokens, the model has positions for; None where its configuration is not at hand."""
-    config = known_config(model, overrides)
-    if config is None or "max_position_embeddings" not in config:
+    return positions_in(known_config(model, overrides) or {})
+
+
+def positions_in(config: dict[str, Any]) -> int | None:
+    """Longest sequence, in tokens, that a model of `config` has positions for; None: it does not say."""
+    if config.get("max_position_embeddings") is None:
         return None
     # RoBERTa counts positions from the padding index + 1.
     unused = config.get("pad_token_id", 1) + 1 if config.get("model_type") == "roberta" else 0

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
+from meftbench.plan.factories import is_factory
 from meftbench.plan.models import head_of, image_tokens, known_config
 from meftbench.plan.strict_yaml import Document, KeyPath, named, validated_part
 from meftbench.plan.tasks import Task, find_task
@@ -47,8 +48,10 @@ def with_training(
     model, beside = named(document, places.get("model", place), values["model"], "model")
     method = named(document, places.get("method", place), values["method"], "method")[0]
     config = known_config(model, beside.get("config") or {}) or {}
-    head = values.get("head") or _head(document.where(place), task, config)
-    if head not in HEADS_FOR[task.kind]:
+    # The head that a function of the user's own gives its model is seen when it is called.
+    own = is_factory(model)
+    head = values.get("head") or (None if own else _head(document.where(place), task, config))
+    if head is not None and head not in HEADS_FOR[task.kind]:
         cure = f"write {' or '.join(HEADS_FOR[task.kind])}"
         raise document.error(places.get("head", place), f"head {head!r} cannot answer {name!r}", cure)
     fixed = image_tokens(config)
@@ -57,6 +60,9 @@ def with_training(
     usual = head_of(str(config.get("model_type")), None)
     point = {**values, "head": values.get("head") or (None if head == usual else head), "sequence_length": length}
     for training in _of_each_rate(document, places, name, settings, trainings, method, values.get("learning_rate")):
+        if own and task.kind != "images" and training.tokenizer is None:
+            cure = "name its folder or hub id: `training: {tokenizer: ...}`, or --tokenizer"
+            raise document.error(places.get("model", place), f"{model!r} brings no tokenizer for {name!r}", cure)
         yield {name: value for name, value in point.items() if value is not None} | {"training": training}
 
 

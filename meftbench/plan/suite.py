@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,6 +14,7 @@ from meftbench.errors import unknown
 from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
+from meftbench.plan.factories import Call, check_arguments, check_own, is_factory, places_of
 from meftbench.plan.identity import digest
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
 from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
@@ -56,6 +57,7 @@ class Point(_Strict):
     seed: Annotated[int, Field(ge=0)] | None = None
     task: Named | None = None
     learning_rate: Positive | None = None
+    batch: str | None = None
 
 
 T = TypeVar("T")
@@ -86,17 +88,20 @@ class Grid(_Strict):
     device: Axis[str] = []
     seed: Axis[Annotated[int, Field(ge=0)]] = []
     learning_rate: Axis[Positive] = []
+    batch: Axis[str] = []
 
 
 class SuiteFile(_Strict):
     """The keys of a suite file.
 
     tasks: an axis of the grid: each cell is trained on one, as `training` says, and scored; none: steps are measured.
+    allow_code: whether models and batches that are functions, `module:function`, may be imported.
     """
 
     schema_: Literal[1] = Field(alias="schema")
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
     description: str = ""
+    allow_code: bool = False
     protocol: Protocol = Protocol()
     defaults: Point = Point()
     grid: Grid = Grid()
@@ -112,6 +117,8 @@ class Suite:
     """A checked plan: the cells in the order in which they are listed, and how to measure them.
 
     source: the file it was read from.  command: what else was typed, without `meftbench`, where it is of no file.
+    code: how functions of the user's own are called for models and batches, and where each stands.  allow_code:
+    whether they may be imported.
     """
 
     name: str
@@ -121,6 +128,8 @@ class Suite:
     budgets: Path | None
     source: Path | None = None
     command: str | None = None
+    code: Mapping[Call, str] = field(default_factory=dict)
+    allow_code: bool = False
 
     @property
     def suite_id(self) -> str:
@@ -167,11 +176,14 @@ def parse_suite(document: Document) -> Suite:
     parsed = validated(document, SuiteFile)
     excluded = [_wanted(document, ("exclude", i), point) for i, point in enumerate(parsed.exclude)]
     cells: dict[str, Cell] = {}
+    code: dict[Call, str] = {}
     for places, values in itertools.chain(_grid_points(document, parsed), _included(parsed.include)):
         point = _said(parsed.defaults, "defaults", places) | values
         for cell in _cells(document, places, point, parsed.training):
             if not any(_matches(cell, wanted) for wanted in excluded):
                 cells.setdefault(cell.cell_id, cell)
+                where = (document.where(places.get(axis, ())) for axis in ("model", "batch"))
+                code = places_of(cell, *where) | code
     if not cells:
         cure = "name at least one model, method, batch_size and sequence_length"
         raise document.error(("grid",), "no cell is left", cure)
@@ -180,13 +192,25 @@ def parse_suite(document: Document) -> Suite:
         cells = dict(sorted(cells.items(), key=lambda item: item[1].seed))
     elif "training" in document.content:
         raise document.error(("training",), "says how to train, and there is no task", "name one under `tasks`")
+    if parsed.protocol.padding and any(cell.batch for cell in cells.values()):
+        cure = "leave it out: a batch of your own has the padding that it has"
+        raise document.error(("protocol", "padding"), "is not for a batch of your own", cure)
     budgets = None
     if parsed.budgets is not None:
         budgets = (document.file.parent / parsed.budgets).resolve()
         if not budgets.is_file():
             cure = "the path is relative to the suite file"
             raise document.error(("budgets",), f"no such file {parsed.budgets!r}", cure)
-    return Suite(parsed.name, parsed.description, parsed.protocol, tuple(cells.values()), budgets, document.file)
+    return Suite(
+        parsed.name,
+        parsed.description,
+        parsed.protocol,
+        tuple(cells.values()),
+        budgets,
+        document.file,
+        code=code,
+        allow_code=parsed.allow_code,
+    )
 
 
 def _check_schema(document: Document) -> None:
@@ -261,6 +285,7 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     model, overrides = named(document, place["model"], values["model"], "model")
     _refuse_keys(document, place["model"], overrides)
     overrides = overrides.pop("config", {})
+    check_arguments(document.where(place["model"]), overrides)
     method, levers, params = parse_method(document, place["method"], values["method"])
     batch = values["batch_size"]
     micro = values.get("micro_batch_size", batch)
@@ -277,7 +302,9 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     device = parse_device(document.where(place["device"]), values.get("device", "counted"))
     _check_training(document, place, values, device)
     check_model(document.where(place["model"]), model, overrides)
-    check_values(document.where(place["model"]), overrides)
+    check_own(document, place, model, values)
+    if not is_factory(model):
+        check_values(document.where(place["model"]), overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
     check_method(document.where(place["method"]), model, overrides, values.get("head"), method)
     taken = positions_taken(method, params)
@@ -299,6 +326,7 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         device=device,
         seed=values.get("seed", 0),
         training=values.get("training"),
+        batch=values.get("batch"),
     )
 
 

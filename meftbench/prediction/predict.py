@@ -12,7 +12,9 @@ from torch import Tensor
 
 from meftbench.errors import CellFailure, UserError
 from meftbench.methods import Applied
+from meftbench.own_code import digests_of
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import calls_of
 from meftbench.plan.models import image_tokens, known_config
 from meftbench.plan.profiles import Profile, find_profile
 from meftbench.plan.protocol import Protocol
@@ -20,11 +22,11 @@ from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, r
 from meftbench.prediction.overlay import cuda_semantics, scratch_bytes
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.repeated import step_after, tell
-from meftbench.prediction.trace import named_refusals, uncomputed_step
+from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
 from meftbench.probes.counted_metrics import parameter_counts, step_metrics
 from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter
 from meftbench.records.record import Metric
-from meftbench.step import AUTOCAST, Step
+from meftbench.step import AUTOCAST, Step, attention_used, is_own
 from meftbench.units import format_bytes
 
 
@@ -141,7 +143,7 @@ def predict(
     begin = time.perf_counter()
     on_meta = cell.precision not in AUTOCAST
     step, mode = uncomputed_step(cell, foreach=True, on_meta=on_meta, applied=applied)
-    with named_refusals(cell), cuda_semantics(profile), mode:
+    with blamed_step(cell), named_refusals(cell), cuda_semantics(profile), mode:
         workspace = torch.empty(profile.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
         with PredictedStep(step, remembered or Remembered()) as counted:
             counted.counter.book(workspace, "other")
@@ -199,6 +201,8 @@ def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], d
             capacity_bytes=capacity,
             peak_allocated_bytes=found.peak,
         )
-    attention = ", ".join(sorted(found.attention)) or "math"
-    used = f"sdpa: {attention}" if cell.attention_requested == "sdpa" else cell.attention_requested
-    return found.metrics(), {"attention_used": used, "inputs": "shapes", "model_revision": None}
+    used = attention_used(cell, found.attention)
+    observed: dict[str, Any] = {"attention_used": used, "inputs": "shapes", "model_revision": None}
+    if is_own(cell):
+        observed["own_code"] = digests_of(name for name, _ in calls_of([cell]))
+    return found.metrics(), observed

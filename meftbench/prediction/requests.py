@@ -20,13 +20,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
+from meftbench.backbones.own import transformers_part
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import OWN_ATTENTION, is_factory
+from meftbench.plan.models import positions_in
 from meftbench.plan.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.largest import Axis, Shapes, largest
 from meftbench.prediction.predict import predict
 from meftbench.prediction.timeline import export
+from meftbench.prediction.trace import uncomputed_model
 
 Tell = Callable[[str], None]
 CARDS_AT_A_TIME = 2
@@ -64,7 +68,7 @@ def estimate(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         "activation_peak_bytes": found.measured[-1].activation_peak,
         "parameters_trainable": found.sizes["parameters_trainable"].value,
         "parameters_total": found.sizes["parameters_total"].value,
-        "attention": _kernels(found.attention) if cell.attention_requested == "sdpa" else ["eager"],
+        "attention": _kernels(cell, found.attention),
         "predict_s": found.seconds,
         "host_bytes": _host_peak(),
     }
@@ -126,8 +130,11 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
         ("sequence_length", request["lengths"]),
     ]
     try:
+        longest = _positions(cell) if request["lengths"] else None
         for axis, places in asked:
             for at, limit in places:
+                if axis == "sequence_length" and longest is not None:
+                    limit = min(limit, longest)
                 sizes = largest(shapes.along(axis, at), request["capacities"], limit)
                 lines.append({"axis": axis, "at": at, "limit": limit, "largest": sizes})
     except UserError as error:
@@ -136,8 +143,17 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
     return {"method": cell.method_label, "lines": lines, "refused": refused, "traced": shapes.traced} | took
 
 
-def _kernels(operators: set[str]) -> list[str]:
-    """`flash`, `efficient`; `math` where no fused operator ran."""
+def _positions(cell: Cell) -> int | None:
+    """Longest sequence that a model of the user's own has positions for; None: it is not, or does not say. The parent
+    process, which does not import it, cannot know."""
+    part = transformers_part(uncomputed_model(cell).model) if is_factory(cell.model) else None
+    return None if part is None else positions_in(part.config.to_dict())
+
+
+def _kernels(cell: Cell, operators: set[str]) -> list[str]:
+    """`flash`, `efficient`; `math` where no fused operator ran, and `eager` where none was to."""
+    if cell.attention_requested not in ("sdpa", OWN_ATTENTION):
+        return ["eager"]
     names = (name.removeprefix("scaled_dot_product_").removesuffix("_attention") for name in operators)
     return sorted(names) or ["math"]
 

@@ -18,13 +18,15 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from transformers import masking_utils
 
 from meftbench.backbones.build import build_model
-from meftbench.batch import resident_batch
+from meftbench.backbones.own import transformers_part
 from meftbench.errors import UserError
 from meftbench.methods import Applied, prepare
+from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
 from meftbench.probes.memory_counted import CountedStep, Observed
-from meftbench.step import AUTOCAST, DTYPES, Mark, Step, build_optimizer
+from meftbench.step import AUTOCAST, DTYPES, Mark, OwnStep, Step, batch_of, build_optimizer, caches_off, is_own
 
 
 def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
@@ -35,7 +37,7 @@ def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
     Raises UserError where the cell cannot be built, as `build_step` does, or where its forward looks at values.
     """
     step, mode = uncomputed_step(cell)
-    with named_refusals(cell), mode, CountedStep(step) as counted:
+    with blamed_step(cell), named_refusals(cell), mode, CountedStep(step) as counted:
         for _ in range(warmup):
             counted.run()
         return counted.run()
@@ -56,6 +58,16 @@ def _none_packed(position_ids: Tensor) -> None:
     return None
 
 
+@contextmanager
+def blamed_step(cell: Cell) -> Iterator[None]:
+    """To trace within: what a step of the user's own raises becomes a UserError."""
+    if not is_own(cell):
+        yield
+        return
+    with blamed([name for name, _ in calls_of([cell])], "its training step raised", always=True):
+        yield
+
+
 class named_refusals:  # noqa: N801 - used as a function
     """To trace within: what a trace cannot follow becomes a UserError that names it."""
 
@@ -71,7 +83,8 @@ class named_refusals:  # noqa: N801 - used as a function
         if isinstance(error, DynamicOutputShapeException) or on_meta:
             operator = getattr(error, "func", "its forward")
             what = f"{operator} looks at values, which a trace has not"
-            raise UserError(self.cell.label, what, "choose another head (BART: seq2seq_lm), or count it") from None
+            cure = "count it" if is_own(self.cell) else "choose another head (BART: seq2seq_lm), or count it"
+            raise UserError(self.cell.label, what, cure) from None
         # The meta device says it by a NotImplementedError that names its backend; any other is a bug, and stays one.
         missing = isinstance(error, NotImplementedError) and "'Meta' backend" in str(error)
         if missing or isinstance(error, UnsupportedFakeTensorException):
@@ -88,16 +101,28 @@ def uncomputed_model(cell: Cell) -> Applied:
     """
     if cell.precision == "nf4":
         raise UserError(cell.label, "4-bit weights cannot be traced", "use another precision, or measure it")
-    name = split_name(cell.model)[0] + RANDOM
+    own = is_factory(cell.model)
+    if own:
+        load(cell.model)  # the module itself may make tensors, which are to have values
+    name = cell.model if own else split_name(cell.model)[0] + RANDOM
     with torch.device("meta"):
-        model = build_model(
-            name,
-            cell.model_config_overrides,
-            attention=cell.attention_requested,
-            dtype=torch.float32 if cell.precision in AUTOCAST else DTYPES[cell.precision],
-            head=cell.head,
-        )
-        model.config.use_cache = False  # type: ignore[union-attr]
+        try:
+            model = build_model(
+                name,
+                cell.model_config_overrides,
+                attention=cell.attention_requested,
+                dtype=torch.float32 if cell.precision in AUTOCAST else DTYPES[cell.precision],
+                head=cell.head,
+            )
+        except UserError as error:
+            if own and isinstance(error.__cause__, Exception):  # raised by the function itself
+                what = f"{error.what} (its model was to be made without values, on torch's meta device)"
+                cure = "let it make the model from a configuration (from_config), or count or measure it"
+                raise UserError(error.where, what, cure) from None
+            raise
+        if own:
+            model.to("meta")  # what it has made elsewhere
+        caches_off(model)
         method = "+".join([cell.method, *cell.levers.names()])
         return prepare(model, method, cell.method_params, seed=cell.seed)
 
@@ -121,7 +146,8 @@ def uncomputed_step(
         mode = fake = FakeTensorMode()
         _fill(applied.model, fake)
     # Of one sample with values; all of them might not fit this machine.
-    sample = resident_batch(model, 1, cell.sequence_length, torch.device("cpu"))
+    sample, more = batch_of(cell, model, 1, torch.device("cpu"))
+    _check_unpadded(cell, model, sample)
     with mode:
         batch = {
             name: torch.empty(
@@ -129,7 +155,10 @@ def uncomputed_step(
             )
             for name, tensor in sample.items()
         }
-    step = _Uncomputed(
+    if on_meta and "constants" in more:
+        on = {name: held.to("meta") if isinstance(held, Tensor) else held for name, held in more["constants"].items()}
+        more = {"constants": on}
+    step = (_UncomputedOwn if is_own(cell) else _Uncomputed)(
         applied=applied,
         optimizer=build_optimizer(cell, list(applied.trained().values()), foreach),
         batch=batch,
@@ -137,8 +166,16 @@ def uncomputed_step(
         device=torch.device("meta" if on_meta else "cpu"),
         sequence_length=cell.sequence_length,
         autocast=autocast,
+        **more,
     )
     return step, mode
+
+
+def _check_unpadded(cell: Cell, model: nn.Module, sample: dict[str, Tensor]) -> None:
+    mask = sample.get("attention_mask")
+    if cell.batch is not None and mask is not None and transformers_part(model) is model and not bool(mask.all()):
+        what = "its attention_mask has zeros, and padding cannot be predicted"
+        raise UserError(cell.batch, what, "give a batch without padding, or count or measure it")
 
 
 def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -175,3 +212,10 @@ class _Uncomputed(Step):
     def _samples(self, start: int, stop: int) -> dict[str, Tensor]:
         # transformers drops a mask of ones after a look at its values, which are not there to be looked at.
         return {name: t for name, t in super()._samples(start, stop).items() if name != "attention_mask"}
+
+
+class _UncomputedOwn(_Uncomputed, OwnStep):
+    def _samples(self, start: int, stop: int) -> dict[str, Tensor]:
+        # What a module of one's own does with its mask is not known; it may not do without.
+        of_transformers = transformers_part(self.model) is getattr(self.model, "get_base_model", lambda: self.model)()
+        return super()._samples(start, stop) if of_transformers else Step._samples(self, start, stop)

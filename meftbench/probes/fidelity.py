@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from meftbench.backbones import base_of
 from meftbench.errors import CellFailure
@@ -20,6 +22,8 @@ from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.reversible import ReversibleStack, StreamError
 from meftbench.step import Step, build_step
+
+START_LOSSES = ("pretrained_loss", "starting_loss")
 
 
 def probe(subject: Subject) -> dict[str, Metric]:
@@ -96,7 +100,10 @@ def _evaluating(step: Step) -> Iterator[None]:
 def last_hidden_state(step: Step) -> Tensor:
     """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
     base = base_of(_without_peft(step.model))
-    inputs = {name: tensor for name, tensor in step.batch.items() if name != "labels"}
+    inputs = {name: value for name, value in {**step.batch, **step.constants}.items() if name != "labels"}
+    if step.constants or type(step) is not Step:  # a batch of one's own may hold what only the head takes
+        taken = inspect.signature(base.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in taken}
     with _evaluating(step):
         hidden: Tensor = base(**inputs).last_hidden_state
     return hidden
@@ -127,6 +134,9 @@ def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
     step: the cell's own, which other passes may have trained; both models are built afresh.
     """
     losses: dict[str, float] = {}
+    if not isinstance(_without_peft(step.model), PreTrainedModel):
+        reason = "what a module of one's own holds between its layers and its loss is not known"
+        return {name: Metric(None, "measured", absent=reason) for name in (*START_LOSSES, "starting_point_shift")}
     if cell.method == "full" and not predicts_tokens(_without_peft(step.model)):
         return {"starting_point_shift": Metric(0.0, "measured")} | _no_losses()
     levers = type(cell.levers)(chunked_loss=cell.levers.chunked_loss)
@@ -150,7 +160,7 @@ def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
 
 def _no_losses() -> dict[str, Metric]:
     reason = "the head is new: before it is trained, its loss says nothing"
-    return {name: Metric(None, "measured", absent=reason) for name in ("pretrained_loss", "starting_loss")}
+    return {name: Metric(None, "measured", absent=reason) for name in START_LOSSES}
 
 
 def measure_fidelity(step: Step) -> dict[str, Metric]:

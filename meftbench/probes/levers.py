@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from meftbench.backbones.own import transformers_part
 from meftbench.errors import CellFailure
 from meftbench.methods.levers import Offload
 from meftbench.plan.cell import Cell
 from meftbench.probes.ran_again import Runs, watched
 from meftbench.records.record import Metric
-from meftbench.step import Step
+from meftbench.step import Step, is_own
 
 
 def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
@@ -25,7 +26,8 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     """
     calls: Counter[str] = Counter()
     rows = [0]  # of logits, a call of the head each; its calls say nothing of layers where the loss is in chunks
-    head: Any = step.model.get_output_embeddings() if cell.levers.chunked_loss else None  # type: ignore[operator]
+    part: Any = transformers_part(step.model)
+    head: Any = part.get_output_embeddings() if cell.levers.chunked_loss else None
     hooks = [
         module.register_forward_pre_hook(lambda *_: calls.update([step.phase]))
         for module in step.model.modules()
@@ -43,9 +45,9 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     finally:
         for hook in hooks:
             hook.remove()
-    ratio = (calls["forward"] + calls["backward"]) / calls["forward"]
+    ratio = (calls["forward"] + calls["backward"]) / calls["forward"] if calls["forward"] else 1.0
     moved = offload.moved_bytes if isinstance(offload, Offload) else 0
-    zero, collapsed = _check_gradients(step)
+    zero, collapsed = _check_gradients(step, own=is_own(cell))
     step.optimizer.zero_grad(set_to_none=True)
     _check_checkpoints(cell, runs)
     if step.applied.recomputes and calls["backward"] == 0:
@@ -54,7 +56,8 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
     if cell.levers.tiled_mlp:
         _check_tiles(step, runs, tiles_before)
-    if cell.levers.chunked_loss and max(rows) >= step.batch["labels"][: step.micro_batch_size].numel() > 1:
+    labels = step.batch.get("labels", torch.empty(0))[: step.micro_batch_size].numel()
+    if cell.levers.chunked_loss and max(rows) >= labels > 1:
         raise _not_engaged("chunked_loss", f"the head gave {max(rows)} rows of logits at once")
     compiled: dict[str, Metric] = {}
     if cell.levers.compile:
@@ -109,17 +112,20 @@ def _check_tiles(step: Step, runs: Runs, before: int) -> None:
 TRULY_ZERO, DEAD = 1e-3, 1e-12
 
 
-def _check_gradients(step: Step) -> tuple[int, str | None]:
+def _check_gradients(step: Step, own: bool = False) -> tuple[int, str | None]:
     """Count of trained tensors whose gradient is zero: those whose true gradient is, by theory; and what broke down.
 
     An absent gradient, a zero one that no theory explains, or one on a frozen tensor, is an error. But where
     activations are recomputed in floating point, as published, gradients that are not finite or vanish though ordinary
     autograd has them are a result of that arithmetic: a sentence, not an error.
+    own: a model of the user's own may have parameters that its loss does not depend on: no error where ordinary
+    autograd has no gradient for them either.
     """
     sizes: dict[str, float] = {}  # root of the mean square of each gradient
+    absent = []
     for name, parameter in step.model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
-            raise _not_engaged("training", f"{name} is trained and got no gradient")
+            absent.append(name)
         if not parameter.requires_grad and parameter.grad is not None:
             raise _not_engaged("freezing", f"{name} is frozen and got a gradient")
         if parameter.grad is not None:
@@ -128,6 +134,14 @@ def _check_gradients(step: Step) -> tuple[int, str | None]:
     explained = {name for name in sizes if _truly_zero(step, name)}
     unexplained = [name for name, size in sizes.items() if name not in explained and size <= DEAD * largest]
     unusable = [name for name, size in sizes.items() if not math.isfinite(size)]
+    if own and (absent or unexplained):
+        true = _ordinary_sizes(step)
+        size_of_true = max(true.values(), default=0.0)
+        unused = {n for n in (*absent, *unexplained) if size_of_true and true.get(n, 0.0) <= DEAD * size_of_true}
+        absent, unexplained = ([n for n in names if n not in unused] for names in (absent, unexplained))
+        explained |= unused & sizes.keys()
+    if absent:
+        raise _not_engaged("training", f"{absent[0]} is trained and got no gradient")
     if (unexplained or unusable) and _recomputed_in_floating_point(step):
         true = _ordinary_sizes(step)
         size_of_true = max(true.values(), default=0.0)

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from meftbench.errors import NOTHING_MATCHED, UserError
+from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.records.metrics import BREAKDOWN, METRICS, SHARED_CORES
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
@@ -128,7 +129,7 @@ def warnings(record: Record) -> list[str]:
     if record.status_detail.get("type") == "lever-not-engaged":
         found.append(f"lever not engaged: {record.status_detail.get('message', 'it was asked for, not observed')}")
     used, asked = record.cell.get("attention_used"), record.cell.get("attention_requested")
-    if used and asked and used != asked and not str(used).startswith(f"{asked}"):
+    if used and asked not in (None, OWN_ATTENTION) and used != asked and not str(used).startswith(f"{asked}"):
         found.append(f"attention {asked} was asked for, {used} was used")
     error = number("reconstruction_rel_max")
     if error is not None and not error <= NOISE:
@@ -157,7 +158,9 @@ def command(run: Run, record: Record) -> str:
     if typed := run.suite.get("command"):
         rate = (record.cell.get("training") or {}).get("learning_rate")
         return f"meftbench {typed} --learning-rate {rate} --seed {record.cell.get('seed', 0)}"
-    return f"meftbench run {shlex.quote(str(suite))} --where cell_id={record.cell_id} --device {shlex.quote(device)}"
+    allowed = " --allow-code" if record.cell.get("own_code") else ""
+    where = f"--where cell_id={record.cell_id} --device {shlex.quote(device)}"
+    return f"meftbench run {shlex.quote(str(suite))} {where}{allowed}"
 
 
 def _words(value: object) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,18 @@ def _gone(run: Run, suite: Suite) -> list[str]:
     return [str(cell["label"]) for cell in run.suite["cells"] if cell["cell_id"] not in now]
 
 
+@contextmanager
+def gone_unless_begun(out: Path) -> Iterator[None]:
+    """A folder that is made within goes away again where a UserError ends the run before it begins."""
+    there = out.exists()
+    try:
+        yield
+    except UserError:
+        if not there and out.is_dir() and not (out / SUITE).exists() and _never_began(out):
+            shutil.rmtree(out)
+        raise
+
+
 def _never_began(folder: Path) -> bool:
     """Whether all it holds is what a run killed before its first cell leaves behind."""
     ours = {LOCK, LOGS, RECORDS, ENVIRONMENT, BUDGETS}
@@ -93,18 +107,24 @@ def _difference(then: Any, now: Any) -> str:
     return "it does not say which"
 
 
-def begin(writer: Writer, suite: Suite, environment: dict[str, Any]) -> str:
-    """Write environment.json, the budgets and, last, suite.yaml, with which the run exists; its run_id."""
+Digests = Mapping[str, str | None]
+
+
+def begin(writer: Writer, suite: Suite, environment: dict[str, Any], code: Digests) -> str:
+    """Write environment.json, the budgets and, last, suite.yaml, with which the run exists; its run_id.
+
+    code: digests of the functions of the user's own that the suite names.
+    """
     run_id = uuid7()
     writer.write(ENVIRONMENT, json.dumps(environment, indent=2, default=str) + "\n")
-    _write_suite(writer, suite, run_id)
+    _write_suite(writer, suite, run_id, code)
     return run_id
 
 
-def _write_suite(writer: Writer, suite: Suite, run_id: str) -> None:
+def _write_suite(writer: Writer, suite: Suite, run_id: str, code: Digests) -> None:
     if suite.budgets is not None:
         shutil.copyfile(suite.budgets, writer.folder / BUDGETS)
-    content = {"schema": 1, "run_id": run_id} | described(suite)
+    content = {"schema": 1, "run_id": run_id} | described(suite) | ({"own_code": dict(code)} if code else {})
     writer.write(SUITE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
@@ -134,14 +154,22 @@ def _source(file: Path | None) -> str | None:
     return file.stem if shipped and shipped.resolve() == file.resolve() else str(file.resolve())
 
 
-def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, Any]) -> list[str]:
-    """Take up `run`; sentences: cells were added to its suite, the machine or the software is another.
+def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, Any], code: Digests) -> list[str]:
+    """Take up `run`; sentences: cells were added to its suite, the machine, the software or the user's own code is
+    another.
 
     The first environment stays in environment.json; another is kept beside it, under the id its records carry.
     """
     notes = []
+    before = dict(run.suite.get("own_code") or {})
+    changed = [name for name, digest in code.items() if name in before and before[name] != digest]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        notes.append(
+            f"the code of {changed[0]}{more} is another than when the run began; records are marked by own_code"
+        )
     if added := len(suite.cells) - len(run.suite["cells"]):
-        _write_suite(writer, suite, run.run_id)
+        _write_suite(writer, suite, run.run_id, {**code, **before})
         notes.append(f"the suite has {added} more {'cell' if added == 1 else 'cells'} than the run began with")
     now, then = environment["environment_id"], run.environment.get("environment_id")
     if now != then:

@@ -13,18 +13,26 @@ from contextlib import suppress
 from typing import Any
 
 from meftbench.errors import UserError
+from meftbench.plan.factories import FOLDER
 
 # By name only: what is behind it imports torch.
 PREDICTOR = (sys.executable, "-m", "meftbench.prediction.requests")
 _LOG_CHARACTERS = 4000
 
 
-def ask(request: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def ask(
+    request: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None, allow_code: bool = False
+) -> dict[str, Any]:
     """The answer to `request` (see meftbench.prediction.requests). tell: is given each line of progress.
+
+    allow_code: whether functions of the user's own that make models and batches may be imported.
 
     Raises UserError as the prediction did; RuntimeError, with the end of its log, where it ended otherwise.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    inherited = {name: value for name, value in os.environ.items() if name != FOLDER}
+    environment = inherited | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if allow_code:
+        environment[FOLDER] = os.getcwd()
     with tempfile.TemporaryFile() as log:
         # A session of its own, so that the processes it starts can be ended with it.
         process = subprocess.Popen(

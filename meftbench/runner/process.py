@@ -23,6 +23,7 @@ from typing import IO, Any, Literal
 
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import CALLS, FOLDER
 from meftbench.plan.protocol import Protocol
 from meftbench.records.record import Metric, Status
 from meftbench.units import format_bytes
@@ -88,11 +89,12 @@ def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str,
     """The variables the worker is started with.
 
     The allocator is the protocol's, whatever the shell had: it changes the answer by a third (MEASURING 2, no. 9).
+    Code of the user's own is allowed by suite and command line, not by the shell.
     """
     environment = {
         name: value
         for name, value in inherited.items()
-        if name not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+        if name not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", FOLDER, CALLS)
     }
     if protocol.alloc_conf:
         environment["PYTORCH_ALLOC_CONF"] = protocol.alloc_conf

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import meftbench
 from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import CALLS, FOLDER, calls_of, check_allowed
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite
 from meftbench.plan.training import BEST, CELL_FOLDER, NOT_CHOSEN, PRELOAD
@@ -83,6 +85,7 @@ def run_suite(
 
     Raises UserError: the folder is not empty, not writable, in use, or of a protocol or cells that
     `suite` does not have (exit 4); data of a task that cannot be used, or have changed since (exit 4);
+    code of the user's own is not allowed, or cannot be imported or called;
     CUDA is asked for and absent, or busy (exit 4); `where` matches nothing (exit 5); the worker cannot start.
     """
     out = Path(out)
@@ -90,13 +93,14 @@ def run_suite(
     if not chosen:
         cure = "`--dry-run` without it lists them"
         raise UserError("--where", f"none of the {len(suite.cells)} cells matches", cure, NOTHING_MATCHED)
+    check_allowed(suite.code, chosen, suite.allow_code)
     devices = gpus.read(nvml)
     slots = _slots(suite, chosen, devices, gpu_indices, jobs)
     # Before anything is written, and once more when nobody else can write.
     begun = folder.earlier_run(suite, out, resume or bool(retry))
     if command is None:  # a stand-in reads no data
         check_data(chosen, begun)
-    with writing(out) as writer:
+    with folder.gone_unless_begun(out), writing(out) as writer:
         earlier = folder.earlier_run(suite, out, resume or bool(retry))
         stand = folder.finished_records(earlier, retry)
         finished = {key: record.status for key, record in stand.items()}
@@ -186,17 +190,21 @@ def _execute(
     told = worker_environment(suite.protocol, threads, os.environ)
     if any(cell.training for cell in suite.cells):
         told |= {PRELOAD: "tasks"}
+    calls = calls_of(cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id))
+    if calls:
+        told |= {FOLDER: os.getcwd(), CALLS: json.dumps(calls)}
     worker = Worker(told, logs / "worker.log", command)
     try:
         if "cuda" in sweep.free and worker.facts.get("torch_cuda", "unknown") is None:
             cure = "install a CUDA build of torch, or use `--device counted`"
             raise UserError("device cuda", "this torch is built without CUDA", cure, NOT_COMPARABLE)
+        code = _looked_at(suite, worker.facts.pop("code", {})) if calls else {}
         facts = environment(devices, worker.facts)
         if earlier is None:
-            run_id = folder.begin(writer, suite, facts)
+            run_id = folder.begin(writer, suite, facts, code)
         else:
             run_id = earlier.run_id
-            for note in folder.continue_in(writer, earlier, suite, facts):
+            for note in folder.continue_in(writer, earlier, suite, facts, code):
                 sweep.on_event(Noted(note))
         if _slow_in_bf16(suite):
             sweep.on_event(Noted(SLOW_IN_BF16))
@@ -208,10 +216,21 @@ def _execute(
             "code_digest": code_digest(),
             "host": socket.gethostname(),
         }
+        sweep.code = code
         sweep.go(worker, writer, suite, identity, threads, host.available_bytes() // parallel)
     finally:
         worker.close()
         _tidy(logs)
+
+
+def _looked_at(suite: Suite, found: dict[str, Any]) -> dict[str, str | None]:
+    """Digests of the functions of the user's own, by name. Raises UserError as the worker found them."""
+    if "error" not in found:
+        return dict(found.get("digests", {}))
+    where, what, cure = found["error"]
+    name, arguments = found["call"]
+    place = suite.code.get((name, tuple(arguments)))
+    raise UserError(f"{place}: {where}" if place else where, what, cure)
 
 
 def _tidy(logs: Path) -> None:
@@ -225,7 +244,9 @@ def _tidy(logs: Path) -> None:
 
 @dataclass
 class _Sweep:
-    """What is left to do in one execution. free: idle slots by kind of device.  scores: of trainings, by cell_id."""
+    """What is left to do in one execution. free: idle slots by kind of device.  scores: of trainings, by cell_id.
+    code: digests of the functions of the user's own, by name.
+    """
 
     plan: Plan
     finished: dict[Key, Status]
@@ -233,6 +254,7 @@ class _Sweep:
     fail_fast: bool
     on_event: Callable[[Event], None]
     scores: dict[str, float]
+    code: dict[str, str | None] = field(default_factory=dict)
     running: dict[Key, tuple[Attempt, str]] = field(default_factory=dict)
     done: int = 0
     stopped: bool = False
@@ -255,7 +277,7 @@ class _Sweep:
                 return
             attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
             self.free[_kind(attempt.cell)].append(slot)
-            self._write(writer, _record(identity, attempt, outcome), total)
+            self._write(writer, _record(identity, attempt, outcome, self.code), total)
             self.stopped |= self.fail_fast and outcome.status in ("error", "timeout")
 
     def _next(self) -> Iterator[tuple[Attempt, str]]:
@@ -304,7 +326,8 @@ def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, me
     )
 
 
-def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome) -> Record:
+def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code: Mapping[str, str | None]) -> Record:
+    own = {name: code[name] for name, _ in calls_of([attempt.cell]) if name in code}
     return Record(
         record_id=uuid7(),
         cell_id=attempt.cell.cell_id,
@@ -312,7 +335,10 @@ def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome) -> Rec
         started_at=outcome.started_at,
         finished_at=outcome.finished_at,
         worker_pid=outcome.pid,
-        cell=attempt.cell.recorded() | outcome.observed | {"threads": outcome.job.threads},
+        cell=attempt.cell.recorded()
+        | ({"own_code": own} if own else {})
+        | outcome.observed
+        | {"threads": outcome.job.threads},
         status=outcome.status,
         status_detail=outcome.detail,
         wall_s=outcome.wall_s,

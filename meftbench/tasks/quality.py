@@ -18,12 +18,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.backbones.own import head_of_own
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
 from meftbench.methods import Applied, prepare
 from meftbench.methods.saving import save_adapter
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import is_factory
 from meftbench.plan.models import RANDOM, folder_of, head_of, split_name
+from meftbench.plan.quality import HEADS_FOR
 from meftbench.plan.tasks import Task, find_task
 from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Metric
@@ -61,11 +64,30 @@ class QualityCell:
         # Scores are of the classes that training has, whichever of them occur in an evaluation.
         self.task = replace(self.task, labels=self.splits.labels)
         self.num_labels = len(self.splits.labels) if self.splits.labels else 1
-        random = split_name(cell.model)[0] + RANDOM
-        with torch.device("meta"):
-            config: Any = build_model(random, cell.model_config_overrides, head=cell.head).config
-        self.head = head_of(config.model_type, cell.head)
+        self.head, config = self._head_and_config()
         self.encoded = self._encoded(config)
+
+    def _head_and_config(self) -> tuple[str, Any]:
+        """Of the model that is trained. Raises UserError: one of the user's own does not answer the task."""
+        cell = self.cell
+        if not is_factory(cell.model):
+            with torch.device("meta"):
+                random = split_name(cell.model)[0] + RANDOM
+                config: Any = build_model(random, cell.model_config_overrides, head=cell.head).config
+            return head_of(config.model_type, cell.head), config
+        given: dict[str, Any] = {"attention": cell.attention_requested, "seed": cell.seed}
+        model: Any = build_model(cell.model, cell.model_config_overrides, **given)
+        head, wanted = head_of_own(model), (cell.head,) if cell.head else HEADS_FOR[self.task.kind]
+        if head is None or head not in wanted:
+            needed = f"{self.task.name!r} needs a transformers model for {' or '.join(wanted)}"
+            what = f"gives {type(model).__name__}, and {needed}"
+            raise UserError(cell.model, what, "return such a model, or measure steps without a task")
+        if head.endswith("classification") and model.config.num_labels != self.num_labels:
+            what = f"gives a model of {model.config.num_labels} labels, and {self.task.name!r} has {self.num_labels}"
+            raise UserError(
+                cell.model, what, f"let it take num_labels, and set config: {{num_labels: {self.num_labels}}}"
+            )
+        return head, model.config
 
     def _encoded(self, config: Any) -> Encoded:
         cell = self.cell
@@ -163,7 +185,7 @@ class QualityCell:
             "train_rows": len(self.encoded.train),
             "evaluation_rows": {name: len(rows) for name, rows in self.encoded.evaluations.items()},
             "scored_by": self.task.scores[0],
-            "layers": trainer.model.config.num_hidden_layers,
+            "layers": getattr(trainer.model.config, "num_hidden_layers", None),
             "resumed": resumed,
         }
         return metrics, observed

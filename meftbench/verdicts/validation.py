@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -114,10 +114,15 @@ def predicted_cell(record: Record, profile: str) -> Cell:
 
 
 def validate(
-    run: Run, profile: str, tell: Callable[[str], None] = lambda line: None, most: int | None = None
+    run: Run,
+    profile: str,
+    tell: Callable[[str], None] = lambda line: None,
+    most: int | None = None,
+    allow_code: bool = False,
 ) -> Validation:
     """Predicts the cells that `run` measured, one after the other in processes of their own, and holds them against it.
 
+    allow_code: whether functions of the user's own that make models and batches may be imported.
     most: cells, evenly spread over the run; None: all.  tell: is given a line of progress.
     Raises UserError: nothing was measured (exit 5), or the run's protocol is damaged.
     """
@@ -130,6 +135,7 @@ def validate(
     tell(f"predicting {len(kept)} cell{'s' * (len(kept) != 1)} on {profile}")
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite("validate", "", protocol_for(run), tuple(again[cell_id] for cell_id in kept), None)
+        suite = replace(suite, allow_code=allow_code)
         predicted = {record.cell_id: record for record in run_suite(suite, Path(folder) / "run").records}
     return Validation(profile, errors(measured, predicted, profile), without(measured, predicted, profile))
 

@@ -1,0 +1,90 @@
+"""A model that a function of the user's own gives, made ready for a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from meftbench.errors import UserError
+from meftbench.own_code import call
+from meftbench.plan.factories import OWN_ATTENTION
+
+_HEAD_CLASSES = {
+    "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "multiple_choice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "seq2seq_lm": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image_classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def build_own(name: str, config: dict[str, Any], *, attention: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    """The model that the function `name` gives for the keyword arguments `config`, in training mode.
+
+    It is called with torch's default dtype set to `dtype` and its generator to `seed`, both of which are afterwards
+    what they were; parameters of another floating-point dtype are converted.
+    attention: of all transformers models in it; `own`: as they are.
+
+    Raises UserError: the function cannot be called, or gives no module with parameters; no such attention.
+    """
+    with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
+        torch.manual_seed(seed)
+        model = call(name, **config)
+    if not isinstance(model, nn.Module):
+        raise UserError(name, f"returned {type(model).__name__}, no torch module", "return a torch.nn.Module")
+    if next(model.parameters(), None) is None:
+        raise UserError(name, f"returned {type(model).__name__}, which has no parameters", "return one to be trained")
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if attention != OWN_ATTENTION:
+        _attend(name, inside, attention)
+    return model.train()
+
+
+def transformers_part(model: nn.Module) -> PreTrainedModel | None:
+    """The outermost transformers model in `model`, perhaps itself; None: there is none."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def head_of_own(model: nn.Module) -> str | None:
+    """The head of a transformers model, a name of catalogue.HEADS, by its class; None: it is not known."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    classes = {kind.__name__ for kind in type(model).__mro__}
+    for head, mapping in _HEAD_CLASSES.items():
+        for found in getattr(modeling_auto, mapping).values():
+            if classes & ({found} if isinstance(found, str) else {*found}):
+                return head
+    return None
+
+
+def _attend(name: str, models: list[PreTrainedModel], attention: str) -> None:
+    if not models:
+        raise UserError(name, "gives a model whose attention is its own", "leave attention out")
+    for model in models:
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(name, f"gives a model without attention {attention} ({reason})", "leave it out") from None
+        if model.config._attn_implementation != attention:
+            what = f"gives {type(model).__name__}, whose attention cannot be set"
+            raise UserError(name, what, "leave attention out")
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
