@@ -7,9 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from meftbench.plan.catalogue import METHODS
+from meftbench.plan.catalogue import METHODS, MODELS
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
-from meftbench.plan.identity import digest
+from meftbench.plan.identity import digest, place
+from meftbench.plan.models import RANDOM, is_path, split_name
+from meftbench.plan.tasks import is_own
 from meftbench.plan.training import Training
 
 
@@ -76,9 +78,15 @@ class Cell(BaseModel):
     def cell_id(self) -> str:
         """Hash of what differs from the defaults: a field added later leaves old ids as they are.
 
+        A folder is named by where it is, however its path was written.
         Where the data lie, which grid the cell is of and what is kept of it do not change what is run.
         """
         content = self.model_dump(mode="json", exclude_defaults=True, exclude={"training": _NO_IDENTITY})
+        name, random = split_name(self.model)
+        if is_path(name) and name not in MODELS and not is_factory(name):
+            content["model"] = place(name) + (RANDOM if random else "")
+        if self.training is not None and is_own(self.training.task):
+            content["training"] |= {"task": place(self.training.task)}
         # Where a method's own defaults have changed, what was recorded before is not what would be run now.
         changed = getattr(METHODS[self.method].settings, "defaults", None)
         return digest(content if changed is None else content | {"defaults": changed})

@@ -7,6 +7,7 @@ import json
 import os
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 
@@ -18,6 +19,13 @@ def canonical(content: Any) -> str:
 def digest(content: Any) -> str:
     """16 hexadecimal digits (64 bits) of BLAKE2b over the canonical JSON of `content`."""
     return hashlib.blake2b(canonical(content).encode(), digest_size=8).hexdigest()
+
+
+def place(path: str) -> str:
+    """One text for one folder or file, however its path is spelled: from the working folder on where it lies in it,
+    which is the same in every copy of a repository; else its real absolute path."""
+    real, here = Path(path).expanduser().resolve(), Path.cwd().resolve()
+    return f"./{real.relative_to(here).as_posix()}" if real.is_relative_to(here) else str(real)
 
 
 def uuid7() -> str:

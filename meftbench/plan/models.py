@@ -36,10 +36,11 @@ def folder_of(name: str) -> Path | None:
         if spec is None or spec.origin is None:
             return None
         return Path(spec.origin).parent / "model"
-    return Path(name).expanduser() if _is_path(name) else None
+    return Path(name).expanduser() if is_path(name) else None
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
+    """Whether a model is named by where it lies: a folder, or a GGUF file."""
     return name.startswith((".", "/", "~")) or name.endswith(SUFFIX) or Path(name).is_dir()
 
 

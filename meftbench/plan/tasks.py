@@ -238,6 +238,11 @@ _ALL = [
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
+def is_own(name: str) -> bool:
+    """Whether a task is named by its folder."""
+    return name not in TASKS and (name.startswith((".", "/", "~")) or Path(name).is_dir())
+
+
 def find_task(where: str, name: str) -> Task:
     """The task called `name`, or the one that the folder `name` is.
 
@@ -245,6 +250,6 @@ def find_task(where: str, name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    if name.startswith((".", "/", "~")) or Path(name).is_dir():
+    if is_own(name):
         return own_task(where, Path(name).expanduser())
     raise unknown(where, "task", name, TASKS)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from builders import a_cell
@@ -11,6 +11,7 @@ from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.identity import canonical, digest, uuid7
 from meftbench.plan.protocol import Protocol
+from meftbench.plan.training import Training
 from meftbench.plan.where import parse_where
 
 # Ids are written into records and baselines: a change here makes every one of them unfindable.
@@ -108,3 +109,58 @@ def test_no_condition_chooses_everything():
 def test_a_condition_with_a_fault_is_refused(wrong):
     with pytest.raises(UserError, match="--where"):
         parse_where([wrong])
+
+
+# --- where a model or a task lies ---
+
+SPELLINGS = ["./models/mine", "models/mine", "models//mine/", "./models/../models/mine", "{here}/models/mine", "link"]
+
+
+def spelled(folder, spelling):
+    return spelling.format(here=folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@given(st.sampled_from(SPELLINGS), st.sampled_from(SPELLINGS), st.sampled_from(["", "@random"]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_a_folder_is_one_cell_however_it_is_spelled(here, one, other, weights):
+    """A model's and a task's. What was written is what the record and the label say."""
+    shape = {"batch_size": 1, "sequence_length": 8}
+    cells = [Cell.of("lora", model=spelled(here, name) + weights, **shape) for name in (one, other)]
+    trained = [
+        cell.model_copy(update={"training": Training(task=spelled(here, name), learning_rate=0.1)})
+        for cell, name in zip(cells, (one, other), strict=True)
+    ]
+
+    assert cells[0].cell_id == cells[1].cell_id
+    assert trained[0].cell_id == trained[1].cell_id
+    assert spelled(here, one) + weights == cells[0].model
+
+
+def test_the_folder_of_a_copied_repository_is_the_same_cell(tmp_path, monkeypatch):
+    """From the working folder on it is the same; a folder elsewhere is another, and so is another folder."""
+    found = []
+    for copy in ("a", "b"):
+        (tmp_path / copy / "mine").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / copy)
+        found += [Cell.of("lora", model=name, batch_size=1, sequence_length=8).cell_id for name in ("./mine", "mine")]
+    elsewhere = Cell.of("lora", model=str(tmp_path / "a" / "mine"), batch_size=1, sequence_length=8).cell_id
+
+    assert 1 == len(set(found))
+    assert elsewhere not in found
+
+
+def test_a_name_is_no_folder(here):
+    """Of the catalogue, though a folder is called so."""
+    (here / "minilm").mkdir()
+    inside = Cell.of("lora", model="minilm", batch_size=1, sequence_length=8).cell_id
+    (here / "minilm").rmdir()
+
+    assert inside == Cell.of("lora", model="minilm", batch_size=1, sequence_length=8).cell_id
