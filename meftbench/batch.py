@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meftbench.errors import UserError, reading, reason_of
+
 # Written for this project.
 PASSAGE = """\
 The mountain road was closed after the first snow, so the mail came by boat. Every Tuesday an old man with a grey
@@ -86,7 +88,12 @@ def _random_tokens(config: Any, batch_size: int, sequence_length: int, generator
 def _text_tokens(text_from: str, batch_size: int, sequence_length: int) -> Tensor:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(text_from)
+    def not_loaded(error: Exception) -> UserError:
+        what = f"its tokenizer cannot be loaded ({reason_of(error)})"
+        return UserError(text_from, what, "save the tokenizer again, or add @random to the model's name")
+
+    with reading(not_loaded):
+        tokenizer = AutoTokenizer.from_pretrained(text_from)
     tokens: list[int] = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = []
