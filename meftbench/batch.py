@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from meftbench.errors import UserError, one_line
 from meftbench.own_code import call
 from meftbench.plan.factories import BATCH_ARGUMENTS
+=======
+from meftbench.errors import UserError, reading, reason_of
+>>>>>>> helper-c
 
 # Written for this project.
 PASSAGE = """\
@@ -91,7 +95,12 @@ def _random_tokens(config: Any, batch_size: int, sequence_length: int, generator
 def _text_tokens(text_from: str, batch_size: int, sequence_length: int) -> Tensor:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(text_from)
+    def not_loaded(error: Exception) -> UserError:
+        what = f"its tokenizer cannot be loaded ({reason_of(error)})"
+        return UserError(text_from, what, "save the tokenizer again, or add @random to the model's name")
+
+    with reading(not_loaded):
+        tokenizer = AutoTokenizer.from_pretrained(text_from)
     tokens: list[int] = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 DONE = 0
@@ -14,6 +16,12 @@ NOTHING_MATCHED = 5
 BUG = 70
 INTERRUPTED = 130
 TERMINATED = 143
+
+# torch's CPU allocator raises a plain RuntimeError, and CUDA libraries report exhaustion as a failed call: these are
+# the only failures known by their text (seen in torch 2.13).
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory"
+)
 
 
 class UserError(Exception):
@@ -39,6 +47,38 @@ def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserEr
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that host or device memory did not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+@contextmanager
+def reading(fault: Callable[[Exception], UserError]) -> Iterator[None]:
+    """Whatever is raised within, while files of the user's are read, is raised as what `fault` makes of it.
+
+    A damaged file or a value of the wrong kind makes transformers, safetensors and tokenizers raise anything, such as
+    KeyError for an activation that is unknown. UserError and a lack of memory pass as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise fault(error) from None
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says of a file that it cannot read, in one line."""
+    if isinstance(error, KeyError):
+        return f"transformers knows no {error}"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
 
 
 class CellFailure(Exception):  # noqa: N818 - no error: a full device is a result

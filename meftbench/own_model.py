@@ -12,7 +12,7 @@ from torch import nn
 
 from meftbench.backbones.patched import check_trainable
 from meftbench.batch import sorted_out
-from meftbench.errors import UserError, one_line
+from meftbench.errors import UserError, is_out_of_memory, one_line
 from meftbench.measurement import device_reading
 from meftbench.methods import Applied, prepare
 from meftbench.probes.counted_metrics import count_memory, parameter_counts
@@ -108,9 +108,11 @@ def _said_in_a_line(where: str) -> Iterator[None]:
     """What the user's model, or torch about their batch, raises: our line, and theirs as its cause."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         what = f"a training step of it fails ({type(error).__name__}: {one_line(error)})"
         raise UserError(where, what, "mend the model or the batch: the error above says where") from error
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from meftbench.errors import CellFailure, UserError
+from meftbench.errors import CellFailure, UserError, is_out_of_memory
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.records.store import write_whole
@@ -40,11 +40,6 @@ TRACEBACK_CHARACTERS = 8_000
 MESSAGE_CHARACTERS = 2_000
 _PLACE = re.compile(r'File "/[^"\n]*?/((?:site-packages|meftbench|python3\.\d+)/(?!.*site-packages)[^"\n]*)"')
 
-# torch's CPU allocator raises a plain RuntimeError, and CUDA libraries report exhaustion as a failed call: these are
-# the only failures known by their text (seen in torch 2.13).
-_OUT_OF_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory"
-)
 _REQUESTED = re.compile(r"[Tt]ried to allocate ([0-9.]+ ?(?:bytes|B|KiB|MiB|GiB|TiB))")
 
 
@@ -93,13 +88,6 @@ def failure(error: BaseException) -> dict[str, Any]:
     if status == "error" and not isinstance(error, UserError):
         detail.setdefault("traceback", _without_machine("".join(lines))[-TRACEBACK_CHARACTERS:])
     return {"status": status, "status_detail": detail, "metrics": {}, "observed": {}}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that host or device memory did not suffice."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError | OSError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def perform(measurement: ModuleType, job: dict[str, Any]) -> None:

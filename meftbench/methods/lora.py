@@ -10,6 +10,7 @@ from torch import nn
 from meftbench.backbones import base_of, checked_layouts
 from meftbench.errors import UserError, one_line
 from meftbench.methods.applied import Applied, predicts_tokens
+from meftbench.methods.peft_model import wrapped_by_peft
 from meftbench.plan.catalogue import Lora
 
 
@@ -18,7 +19,7 @@ def apply(model: nn.Module, settings: Lora) -> Applied:
 
     Raises UserError: peft refuses a setting, such as targets that the model has not.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     layouts = checked_layouts(model)
     config = LoraConfig(
@@ -29,7 +30,7 @@ def apply(model: nn.Module, settings: Lora) -> Applied:
         **task_of(model),
     )
     try:
-        wrapped: nn.Module = get_peft_model(model, config)
+        wrapped = wrapped_by_peft(model, config)
     except ValueError as error:
         raise UserError(
             "lora", f"peft refuses it on {type(model).__name__}: {one_line(error)}", "change its settings"

@@ -11,6 +11,7 @@ from meftbench.backbones import Layout, base_of, checked_layouts
 from meftbench.errors import UserError, one_line, unknown
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.methods.lora import task_of
+from meftbench.methods.peft_model import wrapped_by_peft
 from meftbench.plan.catalogue import BACKBONES
 from meftbench.plan.peft_names import PEFT_METHODS, Peft, PeftMethod, Targeted, refusal
 
@@ -25,7 +26,7 @@ def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
 
     Raises UserError: the installed peft has no such method, it does not fit the model, peft refuses a field.
     """
-    from peft import TaskType, get_peft_model
+    from peft import TaskType
 
     row = PEFT_METHODS[name]
     layouts = checked_layouts(model)
@@ -47,7 +48,7 @@ def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
         if row.positions and by_position and "checkpoint" not in row.refuses:  # that is a cache, beside the sequence
             what = f"{type(model).__name__} answers by position, and its virtual tokens would shift all of them"
             raise UserError(name, what, "choose another method or model")
-        wrapped: nn.Module = get_peft_model(model, config)
+        wrapped = wrapped_by_peft(model, config)
     except _REFUSALS as error:
         what = f"peft refuses it on {type(model).__name__}: {one_line(error)}"
         raise UserError(name, what, "change its settings") from None

@@ -28,6 +28,7 @@ from meftbench.methods.adapter_files import (
     warn_of_base,
 )
 from meftbench.methods.applied import NOTE, check_untouched, note_before, vocabulary_of
+from meftbench.methods.peft_model import wrapped_by_peft
 from meftbench.methods.unloading import (
     changes_weights,
     in_new_head,
@@ -93,7 +94,7 @@ def _heads_beside(model: Any) -> dict[str, nn.Parameter]:
 def load_by_peft(
     model: Any, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> nn.Module:
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
     vocabulary = int(metadata.get(VOCABULARY) or 0) or None
     try:
@@ -116,7 +117,7 @@ def load_by_peft(
     saved.inference_mode, saved.base_model_name_or_path = False, None
     try:
         with torch.random.fork_rng(devices=[]), _weights_restored(model, changes_weights(saved)):
-            wrapped = _filled_by_peft(get_peft_model(model, saved), note, folder, tensors, vocabulary)
+            wrapped = _filled_by_peft(wrapped_by_peft(model, saved), note, folder, tensors, vocabulary)
     except UserError:
         raise
     except Exception as error:  # peft raises whatever a configuration of the wrong kind leads to

@@ -85,9 +85,15 @@ def _check_folder(where: str, folder: Path, random: bool) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(where, f"{str(folder)!r} has no config.json", "name a folder written by save_pretrained")
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(where, f"{str(folder / 'config.json')!r} is not JSON", "save the model again") from None
+    except OSError as error:
+        what = f"{str(folder / 'config.json')!r} cannot be read ({error.strerror})"
+        raise UserError(where, what, "check its permissions") from None
+    if not isinstance(config, dict):
+        what = f"{str(folder / 'config.json')!r} is no mapping of fields to values"
+        raise UserError(where, what, "save the model again")
     if not random and not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         cure = "put model.safetensors there, or add @random to the name"
         raise UserError(where, f"model folder {str(folder)!r} has no weights", cure)
@@ -124,11 +130,13 @@ def check_head(where: str, model: str, overrides: dict[str, Any], head: str | No
 
 
 def image_tokens(config: dict[str, Any]) -> int | None:
-    """Positions that an image takes in a model of `config`: patches and special tokens; None: it reads no images."""
+    """Positions that an image takes in a model of `config`: patches and special tokens; None: it reads no images, or
+    its sizes are no whole numbers, of which the model itself is asked."""
     special = {"vit": 1, "deit": 2}.get(str(config.get("model_type")))
-    if special is None:
+    image, patch = config.get("image_size", 224), config.get("patch_size", 16)
+    if special is None or not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
         return None
-    return (int(config.get("image_size", 224)) // int(config.get("patch_size", 16))) ** 2 + special
+    return (image // patch) ** 2 + special
 
 
 def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
@@ -138,11 +146,13 @@ def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
 
 def positions_in(config: dict[str, Any]) -> int | None:
     """Longest sequence, in tokens, that a model of `config` has positions for; None: it does not say."""
-    if config.get("max_position_embeddings") is None:
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
         return None
     # RoBERTa counts positions from the padding index + 1.
-    unused = config.get("pad_token_id", 1) + 1 if config.get("model_type") == "roberta" else 0
-    return int(config["max_position_embeddings"]) - unused
+    padding = config.get("pad_token_id", 1)
+    unused = padding + 1 if config.get("model_type") == "roberta" and isinstance(padding, int) else 0
+    return positions - unused
 
 
 def check_method(where: str, model: str, overrides: dict[str, Any], head: str | None, method: str) -> None:

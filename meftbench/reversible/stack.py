@@ -197,8 +197,8 @@ class ReversibleStack(nn.Module):
         read = arithmetic.read
         if self.output == "last":
             carried_BLD = read(streams[self.carrier], dtype)
-            # A stream itself would be overwritten by the walk back, under the eyes of whoever holds the output.
-            return carried_BLD.clone() if carried_BLD.data_ptr() == streams[self.carrier].data_ptr() else carried_BLD
+            # A stream of that dtype is read without a copy, and the walk back would overwrite the output.
+            return carried_BLD.clone() if streams[self.carrier].dtype == dtype else carried_BLD
         return (read(streams[0], dtype) + read(streams[1], dtype)).div_(2)
 
     def gradients_of_streams(self, dh_BLD: Tensor) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ from torch import nn
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.backbones.own import head_of_own
 from meftbench.backbones.quantize import quantize
-from meftbench.errors import UserError
+from meftbench.errors import UserError, reading, reason_of
 from meftbench.methods import Applied, prepare
 from meftbench.methods.saving import save_adapter
 from meftbench.plan.cell import Cell
@@ -267,12 +267,13 @@ def _tokenizer(cell: Cell) -> Any:
     assert training is not None
     name, _ = split_name(cell.model)
     source = training.tokenizer or tokenizer_of(name) or str(folder_of(name))
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+
+    def not_loaded(error: Exception) -> UserError:
         cure = "name a folder or a hub id by `training: {tokenizer: ...}`"
-        raise UserError(cell.label, f"no tokenizer can be loaded from {source!r} ({reason})", cure) from None
+        return UserError(cell.label, f"no tokenizer can be loaded from {source!r} ({reason_of(error)})", cure)
+
+    with reading(not_loaded):
+        return AutoTokenizer.from_pretrained(source)
 
 
 def _head_biases(applied: Applied) -> list[nn.Parameter]:

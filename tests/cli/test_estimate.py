@@ -97,6 +97,25 @@ def test_what_a_suite_refuses_is_refused_here_in_one_line(cli, given, said):
     assert 1 == len(err.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ('{"model_type": "bert", "hidden_act": "gelu_fancy"}', "transformers knows no 'gelu_fancy'"),
+        ("[1]", "is no mapping of fields to values"),
+    ],
+)
+def test_a_folder_that_transformers_cannot_build_is_our_line_alone(cli, tmp_path, config, reason):
+    """Nothing that a library says stands before it on stderr."""
+    (tmp_path / "config.json").write_text(config)
+
+    code, out, err = cli("estimate", f"{tmp_path}@random", "full", *SHAPE, "-q")
+
+    assert (2, "") == (code, out)
+    assert reason in err
+    assert str(tmp_path) in err
+    assert 1 == len(err.splitlines())
+
+
 @pytest.mark.parametrize(("fits", "asked", "code"), [(True, True, 0), (False, True, 1), (False, False, 0)])
 def test_too_big_is_an_answer_unless_it_is_to_fail(cli, answering, fits, asked, code):
     answering(answer=an_answer(fits=fits))

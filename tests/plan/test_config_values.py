@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import MODELS
 from meftbench.plan.config_values import check_values
+from meftbench.plan.models import check_sequence_length
 from meftbench.plan.strict_yaml import parse, read
 
 
@@ -48,6 +54,23 @@ def test_heads_that_do_not_divide():
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_what_models_have_is_taken(name):
     check_values(name, {key: value for key, value in MODELS[name].config.items() if key != "model_type"})
+
+
+@given(
+    st.sampled_from(["roberta", "vit", "bert"]),
+    st.dictionaries(
+        st.sampled_from(["max_position_embeddings", "pad_token_id", "image_size", "patch_size"]),
+        st.one_of(st.none(), st.text(max_size=3), st.integers(-2, 600), st.floats(), st.lists(st.integers())),
+    ),
+)
+@settings(max_examples=40)
+def test_a_folder_may_say_anything_of_its_positions(kind, fields):
+    """What is no number is left to transformers, which says it by the field's name; here nothing else is raised."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": kind} | fields))
+        for length in (1, 128):
+            with suppress(UserError):
+                check_sequence_length("sequence_length", folder, {}, length)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32), st.sampled_from(["{:e}", "{:.0e}", "{:g}", "{!r}"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,3 +194,16 @@ def test_what_a_trace_cannot_follow_is_named():
 
     with pytest.raises(UserError, match=r"looks at values.*seq2seq_lm"):
         predict(cell, A100)
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("meft1-exact", "bf16-autocast"), ("meft1", "fp32"), ("lora+checkpoint", "fp32"), ("ia3", "fp32")],
+)
+def test_a_prediction_makes_no_library_warn(method, precision):
+    """FakeTensors are asked for no data pointer, and peft for nothing under a deprecated name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", UserWarning)
+
+        assert predict(a_cell(method, precision=precision), A100).peak > 0
