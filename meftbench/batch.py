@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from meftbench.errors import UserError, one_line
+from meftbench.errors import UserError, one_line, reading, reason_of
 from meftbench.own_code import call
 from meftbench.plan.factories import BATCH_ARGUMENTS
-=======
-from meftbench.errors import UserError, reading, reason_of
->>>>>>> helper-c
 
 # Written for this project.
 PASSAGE = """\

@@ -10,12 +10,8 @@ import torch
 from torch import nn
 
 from meftbench.backbones.gguf import dequantized
-<<<<<<< HEAD
 from meftbench.backbones.own import build_own
-from meftbench.errors import UserError
-=======
 from meftbench.errors import UserError, reading, reason_of
->>>>>>> helper-c
 from meftbench.plan.catalogue import MODELS
 from meftbench.plan.factories import is_factory
 from meftbench.plan.gguf_files import gguf_file_of
