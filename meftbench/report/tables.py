@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Two cells that differ in one of these are not comparable by method alone.
 SETTING = (
     *("run", "model", "device", "precision", "head", "attention_requested", "optimizer", "optimizer_impl"),
-    *("task", "learning_rate", "training", "seed"),
+    *("task", "learning_rate", "training", "seed", "batch"),
 )
 SHAPE = ("batch_size", "micro_batch_size", "sequence_length")
 _CELL = (
@@ -38,6 +38,7 @@ _CELL = (
     "optimizer_impl",
     "device",
     "seed",
+    "batch",
     *SHAPE,
 )
 
