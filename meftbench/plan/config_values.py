@@ -10,7 +10,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from meftbench.errors import UserError
+from meftbench.plan.strict_yaml import Document, KeyPath
 
 # Sizes and counts; of these some may be 0 (type_vocab_size of BERT), or absent (a window).
 _COUNTS = re.compile(
@@ -27,15 +27,19 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def check_values(where: str, overrides: dict[str, Any]) -> None:
-    """Raises UserError at the first field whose value is of the wrong kind or out of its range."""
+def check_values(document: Document, path: KeyPath, overrides: dict[str, Any]) -> None:
+    """Raises UserError at the first field whose value is of the wrong kind or out of its range.
+
+    path: of `overrides` in the document.
+    """
     for key, value in overrides.items():
         what = _fault(key, value)
         if what:
-            raise UserError(where, f"config {key} is {value!r}", f"write {what}")
+            raise document.error((*path, key), f"config {key} is {value!r}", f"write {what}")
     heads, hidden = overrides.get("num_attention_heads"), overrides.get("hidden_size")
     if heads and hidden and "head_dim" not in overrides and hidden % heads:
-        raise UserError(where, f"config hidden_size {hidden} is no multiple of {heads} heads", "write a multiple of it")
+        what = f"config hidden_size {hidden} is no multiple of {heads} heads"
+        raise document.error((*path, "hidden_size"), what, "write a multiple of it")
 
 
 def _fault(key: str, value: Any) -> str | None:

@@ -46,11 +46,9 @@ def check_factory(where: str, name: str, kind: str, example: str = EXAMPLE) -> N
     raise UserError(where, f"{name!r} is not the name of a {kind}, module:function", cure)
 
 
-def check_arguments(where: str, config: Any) -> None:
+def check_arguments(where: str, config: Mapping[str, Any]) -> None:
     """Raises UserError where what stands under `config` cannot be keyword arguments."""
-    if not isinstance(config, dict):
-        raise UserError(where, f"config is {config!r}", "write {key: value}")
-    wrong = [key for key in config if not (isinstance(key, str) and key.isidentifier())]
+    wrong = [key for key in config if not key.isidentifier()]
     if wrong:
         raise UserError(where, f"config has a key {wrong[0]!r}", "write names as Python has them")
 

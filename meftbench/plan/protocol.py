@@ -8,19 +8,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from meftbench.plan.catalogue import PROBES
 from meftbench.plan.identity import digest
+from meftbench.plan.strict_yaml import FaultAtError
 from meftbench.units import parse_bytes, parse_duration
 
 
 def _known_passes(value: Any) -> Any:
-    for name in value if isinstance(value, (list, tuple)) else []:
-        if name not in PROBES:
-            raise ValueError(f"unknown pass {name!r}, one of: {', '.join(PROBES)}")
+    for index, name in enumerate(value if isinstance(value, (list, tuple)) else []):
+        if not isinstance(name, str) or name not in PROBES:
+            raise FaultAtError(f"unknown pass {name!r}, one of: {', '.join(PROBES)}", index)
     return tuple(value) if isinstance(value, list) else value
 
 
 def _split_size(value: Any) -> Any:
     if isinstance(value, dict) and set(value) != {"max_split_size_mb"}:
-        raise ValueError("write `default`, `expandable` or `{max_split_size_mb: N}`")
+        wrong = [key for key in value if key != "max_split_size_mb"]
+        raise FaultAtError("write `default`, `expandable` or `{max_split_size_mb: N}`", *wrong[:1])
     return value
 
 

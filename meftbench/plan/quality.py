@@ -11,7 +11,7 @@ from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
 from meftbench.plan.factories import is_factory
 from meftbench.plan.models import head_of, image_tokens, known_config
-from meftbench.plan.strict_yaml import Document, KeyPath, named, validated_part
+from meftbench.plan.strict_yaml import Document, KeyPath, name_place, named, validated_part
 from meftbench.plan.tasks import Task, find_task
 from meftbench.plan.training import Training, Trainings, rates_for
 
@@ -40,7 +40,7 @@ def with_training(
     """
     place = places["task"]
     name, settings = named(document, place, values["task"], "task")
-    task = find_task(document.where(place), name)
+    task = find_task(document.where(name_place(place, values["task"])), name)
     if "task" in settings:
         raise document.error((*place, "task"), "names a task again", f"leave it out: this is {name!r}")
     said = {"sequence_length": settings.pop("sequence_length", None)}

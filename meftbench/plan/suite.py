@@ -21,7 +21,7 @@ from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_ta
 from meftbench.plan.profiles import PREDICTED, find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.quality import with_training
-from meftbench.plan.strict_yaml import Document, KeyPath, named, read, validated, validated_part
+from meftbench.plan.strict_yaml import Document, KeyPath, name_place, named, read, validated, validated_part
 from meftbench.plan.training import Positive, Trainings
 
 MAX_CELLS = 10_000
@@ -268,8 +268,11 @@ def _cells(document: Document, places: Places, values: dict[str, Any], training:
         return
     root = places.get("", ("grid",))
     _require(document, root, values, "model", "method")
+    task, place = values["task"], places["task"]
+    of_task = isinstance(task, dict) and task.get("sequence_length") is not None
     for point in with_training(document, places, values, training):
-        yield _cell(document, places, point)
+        length = (*place, "sequence_length") if of_task else places.get("sequence_length", place)
+        yield _cell(document, places | {"sequence_length": length}, point)
 
 
 def _require(document: Document, root: KeyPath, values: dict[str, Any], *names: str) -> None:
@@ -282,31 +285,29 @@ def _cell(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     root = places.get("", ("grid",))
     _require(document, root, values, "model", "method", "batch_size", "sequence_length")
     place = {name: places.get(name, (*root, name)) for name in Point.model_fields}
-    model, overrides = named(document, place["model"], values["model"], "model")
-    _refuse_keys(document, place["model"], overrides)
-    overrides = overrides.pop("config", {})
-    check_arguments(document.where(place["model"]), overrides)
+    model, beside = named(document, place["model"], values["model"], "model")
+    overrides = _config(document, place["model"], beside)
+    check_arguments(document.where((*place["model"], "config")), overrides)
     method, levers, params = parse_method(document, place["method"], values["method"])
+    of_model = document.where(name_place(place["model"], values["model"]))
+    of_method = document.where(name_place(place["method"], values["method"]))
     batch = values["batch_size"]
     micro = values.get("micro_batch_size", batch)
     if batch % micro:
         what = f"micro_batch_size {micro} does not divide batch_size {batch}"
         raise document.error(place["micro_batch_size"], what, f"write a divisor of {batch}")
-    names = {"precision": PRECISIONS, "head": HEADS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
-    for key, known in names.items():
-        if key in values and values[key] not in known:
-            raise unknown(document.where(place[key]), key, values[key], known)
+    _refuse_unknown(document, place, values)
     if method == "full" and values.get("precision") == "nf4":
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     device = parse_device(document.where(place["device"]), values.get("device", "counted"))
     _check_training(document, place, values, device)
-    check_model(document.where(place["model"]), model, overrides)
+    check_model(of_model, model, overrides)
     check_own(document, place, model, values)
     if not is_factory(model):
-        check_values(document.where(place["model"]), overrides)
+        check_values(document, (*place["model"], "config"), overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
-    check_method(document.where(place["method"]), model, overrides, values.get("head"), method)
+    check_method(of_method, model, overrides, values.get("head"), method)
     taken = positions_taken(method, params)
     check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"], taken)
     return Cell(
@@ -347,10 +348,25 @@ def cell_of(verb: str, values: dict[str, Any]) -> Cell:
     return _cell(document, {name: (name,) for name in Point.model_fields}, said)
 
 
-def _refuse_keys(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> None:
+def _config(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a model's configuration. Raises UserError: another key beside its name, or no mapping."""
     for key in beside_name:
         if key != "config":
-            raise unknown(document.where((*place, key)), "key", key, ["name", "config"])
+            raise unknown(document.where((*place, key), key=True), "key", key, ["name", "config"])
+    fields = beside_name.get("config", {})
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        what = f"{fields!r} is no mapping of fields to values"
+        raise document.error((*place, "config"), what, "write config: {num_hidden_layers: 4}")
+    return dict(fields)
+
+
+_CLOSED = {"precision": PRECISIONS, "head": HEADS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
+
+
+def _refuse_unknown(document: Document, places: Places, values: dict[str, Any]) -> None:
+    for key, known in _CLOSED.items():
+        if key in values and values[key] not in known:
+            raise unknown(document.where(places[key]), key, values[key], known)
 
 
 def parse_device(where: str, device: str) -> str:
@@ -366,17 +382,18 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
     """Method, levers and settings of "lora+checkpoint" or {name: meft1, adapter_size: 8}. Raises UserError."""
     text, settings = named(document, path, value, "method")
     name, *levers = text.split("+")
+    place = name_place(path, value)
     if name in NOT_APPLICABLE:
-        raise document.error(path, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")
+        raise document.error(place, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")
     if name not in METHODS:
-        raise unknown(document.where(path), "method", name, METHODS)
+        raise unknown(document.where(place), "method", name, METHODS)
     for lever in levers:
         if lever not in LEVERS:
-            raise unknown(document.where(path), "lever", lever, LEVERS)
+            raise unknown(document.where(place), "lever", lever, LEVERS)
         if levers.count(lever) > 1:
-            raise document.error(path, f"lever {lever!r} is named twice", "name it once")
+            raise document.error(place, f"lever {lever!r} is named twice", "name it once")
         if name in PEFT_METHODS and lever in PEFT_METHODS[name].refuses:
-            raise document.error(path, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
+            raise document.error(place, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
     schema = METHODS[name].settings
     checked = validated_part(document, path, settings, schema)
     said = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
@@ -385,6 +402,9 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
 
 def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
     wanted = point.model_dump(exclude_none=True)
+    _refuse_unknown(document, {name: (*path, name) for name in wanted}, wanted)
+    if "device" in wanted:
+        parse_device(document.where((*path, "device")), wanted["device"])
     if "model" in wanted:
         wanted["model"] = named(document, (*path, "model"), wanted["model"], "model")[0]
     if "method" in wanted:

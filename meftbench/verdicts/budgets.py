@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from meftbench.errors import unknown
 from meftbench.plan.catalogue import METHODS
 from meftbench.plan.cell import Cell, Levers
-from meftbench.plan.strict_yaml import Document, read, validated
+from meftbench.plan.strict_yaml import Document, FaultAtError, read, validated
 from meftbench.records.metrics import METRICS
 from meftbench.units import parse_bytes
 from meftbench.verdicts.outcome import Outcome
@@ -62,9 +62,15 @@ def _increase(value: Any) -> Any:
 
 
 def _baseline(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(label): _amount(amount) for label, amount in value.items()}
-    return _amount(value)
+    if not isinstance(value, dict):
+        return _amount(value)
+    amounts = {}
+    for label, amount in value.items():
+        try:
+            amounts[str(label)] = _amount(amount)
+        except ValueError as error:
+            raise FaultAtError(str(error), label) from None
+    return amounts
 
 
 def _date(value: Any) -> Any:
@@ -123,11 +129,13 @@ class Row(_Strict):
         if self.max is None and self.min is None and self.max_increase is None and self.warn is None:
             raise ValueError("the row has no bound: give max, min, max_increase or warn")
         if (self.max_increase is None) != (self.baseline is None):
-            raise ValueError("max_increase and baseline go together")
+            given = "max_increase" if self.baseline is None else "baseline"
+            raise FaultAtError("max_increase and baseline go together", given)
         if (self.expires is None) != (self.reason is None):
-            raise ValueError("expires and reason go together: a waived row says until when and why")
+            given = "expires" if self.reason is None else "reason"
+            raise FaultAtError("expires and reason go together: a waived row says until when and why", given)
         if self.max is not None and self.warn is not None and self.warn > self.max:
-            raise ValueError("warn is above max and would never be seen")
+            raise FaultAtError("warn is above max and would never be seen", "warn")
         return self
 
     @cached_property
@@ -188,7 +196,7 @@ def load_budgets(file: Path | str) -> Budgets:
             raise document.error((*path, "metric"), f"{row.metric} is not one number", cure)
         for name in row.when:
             if name not in _FIELDS:
-                raise unknown(document.where((*path, "when", name)), "cell field", name, _FIELDS)
+                raise unknown(document.where((*path, "when", name), key=True), "cell field", name, _FIELDS)
     return Budgets(document, parsed.default, parsed.budgets)
 
 

@@ -15,7 +15,9 @@ from meftbench.errors import UserError
 from meftbench.plan.catalogue import MODELS
 from meftbench.plan.config_values import check_values
 from meftbench.plan.models import check_sequence_length
-from meftbench.plan.strict_yaml import parse, read
+from meftbench.plan.strict_yaml import Document, parse, read
+
+AT = Document(Path("toy"), {}, {})
 
 
 def the_line(call, *arguments):
@@ -28,7 +30,7 @@ def the_line(call, *arguments):
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("hidden_size", "abc", "model: config hidden_size is 'abc'; write a whole number from 1"),
+        ("hidden_size", "abc", "toy: model.hidden_size: config hidden_size is 'abc'; write a whole number from 1"),
         ("num_attention_heads", 0, "config num_attention_heads is 0; write a whole number from 1"),
         ("num_hidden_layers", 2.0, "config num_hidden_layers is 2.0; write a whole number"),
         ("num_hidden_layers", True, "config num_hidden_layers is True"),
@@ -41,19 +43,19 @@ def the_line(call, *arguments):
     ],
 )
 def test_a_value_of_the_wrong_kind(key, value, line):
-    assert line in the_line(check_values, "model", {key: value})
+    assert line in the_line(check_values, AT, ("model",), {key: value})
 
 
 def test_heads_that_do_not_divide():
-    line = the_line(check_values, "model", {"hidden_size": 100, "num_attention_heads": 3})
+    line = the_line(check_values, AT, ("model",), {"hidden_size": 100, "num_attention_heads": 3})
 
     assert "config hidden_size 100 is no multiple of 3 heads" in line
-    check_values("model", {"hidden_size": 100, "num_attention_heads": 3, "head_dim": 8})
+    check_values(AT, ("model",), {"hidden_size": 100, "num_attention_heads": 3, "head_dim": 8})
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_what_models_have_is_taken(name):
-    check_values(name, {key: value for key, value in MODELS[name].config.items() if key != "model_type"})
+    check_values(AT, (name,), {key: value for key, value in MODELS[name].config.items() if key != "model_type"})
 
 
 @given(

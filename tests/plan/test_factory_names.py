@@ -104,8 +104,8 @@ def test_the_cell_names_the_functions_as_written(tmp_path):
     [
         ({"model": "a:f", "batch": "org/g"}, {}, "include[0].batch: 'org/g' is not the name of a batch"),
         ({"model": "a:f", "head": "causal_lm"}, {}, "head: is what 'a:f' gives its model; leave it out"),
-        ({"model": {"name": "a:f", "config": {1: 2}}}, {}, "config has a key 1; write names as Python has them"),
-        ({"model": {"name": "bert-tiny@random", "config": 5}}, {}, "config is 5; write {key: value}"),
+        ({"model": {"name": "a:f", "config": {1: 2}}}, {}, "{1: 2} is no mapping of fields to values"),
+        ({"model": {"name": "bert-tiny@random", "config": 5}}, {}, "5 is no mapping of fields to values"),
         ({"model": "a:f", "batch": "a:g"}, {"protocol": {"padding": 0.5}}, "protocol.padding: is not for a batch"),
         ({"model": "a:f"}, {"tasks": ["rte"], "grid": {"seed": 0}}, None),
         ({"model": "a:f"}, {"allow_code": "yes please"}, "allow_code"),
