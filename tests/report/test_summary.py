@@ -134,7 +134,7 @@ def test_a_narrow_terminal_leaves_out_what_is_said_twice(tmp_path):
 
 
 @pytest.mark.parametrize("run", ["minilm-cpu", "smollm2-cpu", "quality-minilm", "quality-qa-minilm"])
-@pytest.mark.parametrize("width", [32, 40, 50, 60, 70, 80, 90, 110])
+@pytest.mark.parametrize("width", [20, 32, 40, 50, 60, 70, 80, 90, 110])
 def test_no_number_is_cut_whatever_the_width(run, width):
     """A figure of a narrow table stands in the wide one: 2e-6 is never shown as 2e-."""
     loaded = load_run(REPORTS / run)
@@ -145,3 +145,15 @@ def test_no_number_is_cut_whatever_the_width(run, width):
 
     assert 20 < len(shown)
     assert [] == [figure for figure in shown if figure not in {*short, *whole}]
+
+
+@pytest.mark.parametrize("run", ["minilm-cpu", "quality-images"])
+@pytest.mark.parametrize("width", [10, 20, 40])
+def test_a_row_says_its_method_whatever_the_width(run, width):
+    """Eight characters a line are the least that the methods' column is given; the numbers stand beside it."""
+    loaded = load_run(REPORTS / run)
+    text = printed(loaded, width)
+
+    for method in {record.cell["method"] for record in loaded.records if record.status == "ok"}:
+        begin = method[:7]
+        assert any(re.match(rf" ?{re.escape(begin)}.*\d", line) for line in text.splitlines())
