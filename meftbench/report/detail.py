@@ -45,6 +45,7 @@ _TRAINING = (
     "training_tokens_per_s",
 )
 _START = ("starting_loss", "pretrained_loss", "starting_point_shift")
+NARROW = 80  # columns of a terminal below which a record is no table
 _MOST_EVALUATIONS = 12
 # Above this the recomputed activations are another network's.
 NOISE = 1e-3
@@ -225,7 +226,6 @@ def find_records(run: Run, wanted: str) -> list[Record]:
 def print_records(run: Run, records: list[Record], traceback: bool = False, console: Console | None = None) -> None:
     """Print records for people; `traceback`: with that of a failed cell."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     out = console or Console()
@@ -236,16 +236,31 @@ def print_records(run: Run, records: list[Record], traceback: bool = False, cons
         for sentence in warnings(record):
             out.print(Text(f"warning: {sentence}", style="yellow"))
         for section in sections(record):
-            table = Table(title=section.title, title_justify="left", title_style="italic", box=None, show_header=False)
-            table.add_column(overflow="fold")
-            table.add_column(overflow="fold", min_width=24)
-            table.add_column(overflow="fold", style="dim")
-            for row in section.rows:
-                table.add_row(*(Text(text) for text in row))
-            out.print(table)
+            _print_section(section, out)
         if traceback:
             out.print(Text(str(record.status_detail.get("traceback") or "no traceback was recorded")))
         out.print(Text(f"again: {command(run, record)}"), soft_wrap=True)
+
+
+def _print_section(section: Section, out: Console) -> None:
+    """A table; on a narrow terminal name, value and meaning of a row below each other, nothing cut."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    if out.width < NARROW:
+        out.print(Text(section.title, style="italic"))
+        for name, value, meaning in section.rows:
+            out.print(Text(f" {name}", overflow="fold"))
+            out.print(Padding(Text(value), (0, 0, 0, 3)), Padding(Text(meaning, style="dim"), (0, 0, 0, 3)))
+        return
+    table = Table(title=section.title, title_justify="left", title_style="italic", box=None, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", min_width=24)
+    table.add_column(overflow="fold", style="dim")
+    for row in section.rows:
+        table.add_row(*(Text(text) for text in row))
+    out.print(table)
 
 
 def headline(record: Record) -> list[str]:

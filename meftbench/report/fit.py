@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.report.plots import colour, legend_beside, plain_numbers
+from meftbench.report.tables import NARROWEST, print_table
 from meftbench.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -90,16 +91,36 @@ def print_fit(answer: dict[str, Any], console: Console | None = None) -> None:
 
     out = console or Console()
     for heading, head, body in tables(answer):
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-        for index, name in enumerate(head):
-            table.add_column(name, justify="right" if index else "left", overflow="fold")
-        for row in body:
-            table.add_row(*map(Text, row))
         out.print(Text(f"{heading}, predicted", style="bold"))
-        out.print(table)
+        for methods, columns, widths in _beside(head, body, out.width):
+            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+            table.add_column(head[0], overflow="fold", width=methods)
+            for index in columns:
+                table.add_column(head[index], justify="right", overflow="fold", width=widths[index])
+            for row in body:
+                table.add_row(Text(row[0]), *(Text(row[index]) for index in columns))
+            print_table(table, out, methods + sum(2 + widths[index] for index in columns))
     for note in notes(answer):
         out.print(Text(note, overflow="fold"))
     out.print(Text(f"{answer['cells']:,} cells predicted in {format_duration(answer['predict_s'])}, measured"))
+
+
+def _beside(head: list[str], body: list[list[str]], room: int) -> Iterator[tuple[int, list[int], dict[int, int]]]:
+    """The columns of cards that stand beside each other in `room` characters, one at least: width of the methods'
+    column before them, their indices, and the width of each."""
+    cells = {index: [head[index], *(row[index] for row in body)] for index in range(1, len(head))}
+    longest = max(len(row[0]) for row in [head, *body])
+    widths = {index: max(map(len, texts)) for index, texts in cells.items()}
+    if longest + max(widths.values()) + 2 > room:  # then words stand below each other; none is cut
+        widths = {index: max(len(word) for text in texts for word in text.split()) for index, texts in cells.items()}
+    methods = max(NARROWEST, min(longest, room - max(widths.values()) - 2))
+    columns: list[int] = []
+    for index in cells:
+        if columns and methods + sum(2 + widths[i] for i in [*columns, index]) > room:
+            yield methods, columns, widths
+            columns = []
+        columns.append(index)
+    yield methods, columns, widths
 
 
 def markdown(answer: dict[str, Any]) -> str:

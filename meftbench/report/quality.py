@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.tables import count, left_out, methods_in_order, rows_of, setting_text
+from meftbench.report.tables import NARROWEST, count, left_out, methods_in_order, print_table, rows_of, setting_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
 
 # Trainings that differ in one of these are not in the same table or panel; if in another, not the same method.
 COMPARED = (
@@ -276,6 +276,7 @@ def print_quality(frame: DataFrame, out: Console) -> None:
         out.print(Text(table.title, style="bold"))
         roomy = out.width >= ROOMY
         head, lines, notes = table.head, table.lines, table.notes
+        methods, least = None, 0  # as wide as they are
         if not roomy:
             head, lines = table.narrow_head, table.narrow_lines
             columns = [[*name.splitlines(), *(line[i] for line in lines)] for i, name in enumerate(head)]
@@ -283,13 +284,18 @@ def print_quality(frame: DataFrame, out: Console) -> None:
             spared = left_out(widths, {name: index % len(head) for name, index in _SPARED.items()}, out.width)
             shown = [i for i in range(len(head)) if i not in {_SPARED[name] % len(head) for name in spared}]
             head, lines = tuple(head[i] for i in shown), [tuple(line[i] for i in shown) for line in lines]
+            numbers = sum(widths[i] for i in shown[1:])
+            methods = max(NARROWEST, min(widths[0] - 1, out.width - numbers - 1))
+            least = methods + 1 + numbers
             unsaid = [f"No room at this width for {', '.join(spared)}."] if spared else []
             notes = [table.narrow_note, *unsaid, *notes]
         drawn = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for place, name in enumerate(head):
-            drawn.add_column(name, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place > 0)
+            justify: JustifyMethod = "left" if place == 0 else "right"
+            width = methods if place == 0 else None
+            drawn.add_column(name, justify=justify, overflow="fold", no_wrap=place > 0, width=width)
         for line in lines:
             drawn.add_row(*map(Text, line))
-        out.print(drawn)
+        print_table(drawn, out, least)
         for note in notes:
             out.print(Text(note))

@@ -12,6 +12,7 @@ from meftbench.records.record import Record
 from meftbench.records.store import Run
 from meftbench.report.quality import print_quality, untrained
 from meftbench.report.tables import (
+    NARROWEST,
     Group,
     count,
     detail_of,
@@ -20,6 +21,7 @@ from meftbench.report.tables import (
     left_out,
     methods_in_order,
     parts_of,
+    print_table,
     rows_of,
     share_of_full,
     sources,
@@ -54,7 +56,8 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     for group in found:
         out.print(Text(group.title, style="bold"))
         out.print(Text(caption(group.frame)))
-        out.print(_table(group, shares, out.width))
+        table, least = _table(group, shares, out.width)
+        print_table(table, out, least)
     if len(found) > 1:
         out.print(Text("Between tables more than the method differs: do not rank across them."))
     out.print(Text(ending(run)))
@@ -142,7 +145,8 @@ _SPARED = {
 }
 
 
-def _table(group: Group, shares: dict[str, float], width: int) -> Table:
+def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, int]:
+    """The table, and the characters that it needs."""
     from rich.table import Table
     from rich.text import Text
 
@@ -158,7 +162,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
     methods = min(max(15, widest), _METHOD_WIDTH)
-    methods = max(8, min(methods, width - 12))  # beside the activation memory, whatever the width
+    methods = max(NARROWEST, min(methods, width - 12))  # beside the activation memory, whatever the width
     lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
     widths = {i: max(map(len, lines[i])) for i in shown}
 
@@ -180,7 +184,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> Table:
     notes = ["m measured, c counted, p predicted"] if mixed else []
     notes += [f"no room at this width for {', '.join(spared)}"] if spared else []
     table.caption = "; ".join(notes) or None
-    return table
+    return table, needed(gap)
 
 
 def _short(batch: int, micro_batch: int, length: int) -> str:

@@ -20,6 +20,8 @@ from meftbench.verdicts.outcome import Outcome, outcomes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.console import Console
+    from rich.table import Table
 
 # Two cells that differ in one of these are not comparable by method alone.
 SETTING = (
@@ -313,3 +315,17 @@ def left_out(widths: Mapping[int, int], spared: Mapping[str, int], room: int) ->
             del remaining[index]
             names.append(name)
     return names
+
+
+NARROWEST = 8  # characters of the column that says the method, whatever the width
+
+
+def print_table(table: Table, out: Console, least: int) -> None:
+    """Print a table that needs `least` characters; a narrower terminal breaks its lines, where rich would drop columns
+    or cut numbers."""
+    before = out.width
+    out.width = max(before, least)
+    try:
+        out.print(table)
+    finally:
+        out.width = before

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from meftbench.report.fit import as_answer, markdown, notes, plot_fit
+from meftbench.report.fit import as_answer, markdown, notes, plot_fit, print_fit
 from meftbench.runner import predictions
 
 MiB, GiB = 2**20, 2**30
@@ -90,6 +94,25 @@ def test_the_limits_are_said():
     assert "| full | 17 | ≥ 2,048 (all positions) |" in text
     assert "not validated on this device" in text
     assert "a context of 1.0 GiB" in " ".join(notes(as_answer(ABOUT, entries)))
+
+
+@given(st.integers(8, 90), st.lists(st.integers(1, 2**24), min_size=1, max_size=4))
+@settings(max_examples=25)
+def test_at_any_width_a_row_has_its_method_and_whole_numbers(width, sizes):
+    """Cards that do not fit beside each other stand below, each with the methods again."""
+    methods = ["full", "meft1-exact+chunked_loss"]
+    cards = [8 * GiB * 2**n for n in range(len(sizes))]
+    answer = as_answer(ABOUT | {"cards": cards, "predict_s": 1.0}, [an_entry(m, batch_size=sizes) for m in methods])
+    stream = io.StringIO()
+
+    print_fit(answer, Console(file=stream, width=width))
+
+    lines = stream.getvalue().splitlines()
+    tables = [index for index, line in enumerate(lines) if line.startswith("method")]
+    rows = [line for line in lines if line.startswith(("full ", "meft1-ex"))]
+    assert 2 * len(tables) == len(rows)
+    words = stream.getvalue().split()
+    assert all(words.count(f"{size:,}") >= 2 for size in sizes)
 
 
 def test_the_plot_draws_sizes_against_gibibytes_and_rings_the_limits():

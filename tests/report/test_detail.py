@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
+import pytest
+from rich.console import Console
+
 from meftbench.records.record import Metric
-from meftbench.report.detail import sections
-from tests.builders import MiB, a_measured_cell, measured
+from meftbench.report.detail import print_records, sections
+from tests.builders import MiB, a_measured_cell, a_run, measured
 
 BUFFERS = [
     {
@@ -49,3 +54,16 @@ def test_the_start_has_a_section_of_its_own():
         ("pretrained_loss", "3.08 (measured)"),
         ("starting_point_shift", "1.08 ratio (measured)"),
     ] == [row[:2] for row in section.rows]
+
+
+@pytest.mark.parametrize("width", [20, 40, 79, 80, 120])
+def test_no_value_of_a_record_is_cut(tmp_path, width):
+    """On a narrow terminal name, value and meaning of a metric stand below each other."""
+    run, stream = a_run(tmp_path / "run", a_measured_cell("meft1")), io.StringIO()
+
+    print_records(run, run.records, console=Console(file=stream, width=width))
+
+    words = stream.getvalue().split()
+    values = [value for section in sections(run.records[0]) for _, value, _ in section.rows]
+    assert len(values) > 10
+    assert [] == [word for value in values for word in value.split() if word not in words]

@@ -145,3 +145,15 @@ def test_no_number_is_cut_whatever_the_width(run, width):
 
     assert 20 < len(shown)
     assert [] == [figure for figure in shown if figure not in {*short, *whole}]
+
+
+@pytest.mark.parametrize("run", ["minilm-cpu", "quality-images"])
+@pytest.mark.parametrize("width", [10, 20, 40])
+def test_a_row_says_its_method_whatever_the_width(run, width):
+    """Eight characters a line are the least that the methods' column is given; the numbers stand beside it."""
+    loaded = load_run(REPORTS / run)
+    text = printed(loaded, width)
+
+    for method in {record.cell["method"] for record in loaded.records if record.status == "ok"}:
+        begin = method[:7]
+        assert any(re.match(rf" ?{re.escape(begin)}.*\d", line) for line in text.splitlines())
