@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meftbench.backbones.patched import check_forwards, check_one_device
+from meftbench.backbones.patched import check_classes, check_forwards, check_one_device
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
 
@@ -131,8 +131,13 @@ def split_layouts(model: nn.Module) -> tuple[Layout, ...]:
 
 
 def check_split(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
-    """Raises UserError where the model is spread over devices, or a layer's forward has been replaced."""
+    """Raises UserError where the model is spread over devices, or a layer is not what its layout knows: of another
+    class, or with a forward that has been replaced."""
     check_one_device(model)
+    config: Any = model.config
+    if config.model_type in BACKBONES:  # a guessed layout has been held against every layer
+        for layout in layouts:
+            check_classes(list(layout.list_of(model)[2]))
     for layout in layouts:
         for layer in layout.list_of(model)[2]:
             check_forwards(layer, layout.in_part)

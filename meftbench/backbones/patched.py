@@ -53,7 +53,23 @@ def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
 
 def _patched(module: nn.Module) -> UserError:
     what = "its forward was replaced on the instance, and layers are run here in parts"
-    return UserError(type(module).__name__, what, "take the patch off, or patch the class before the model is built")
+    return UserError(type(module).__name__, what, "take the patch off")
+
+
+def check_classes(layers: list[nn.Module]) -> None:
+    """Raises UserError where a layer of a family in the catalogue is not transformers' own all through: what a subclass
+    does otherwise would be left out where the layer runs in parts."""
+    for kind in {type(module) for layer in layers for module in layer.modules()}:
+        ancestors = [it for it in kind.__mro__ if it.__module__.startswith(_OF_TRANSFORMERS)]
+        if ancestors and ancestors[0] is not kind:
+            what = f"is a subclass of {ancestors[0].__name__}, and layers are run here in parts that know only that"
+            raise UserError(kind.__name__, what, "take lora, or transformers' own class")
+    if kinds := {type(layer).__name__ for layer in layers if type(layer) is not type(layers[0])}:
+        what = f"its layers are of several classes ({', '.join(sorted({type(layers[0]).__name__, *kinds}))})"
+        raise UserError(type(layers[0]).__name__, what, "take lora, or give them one class")
+
+
+_OF_TRANSFORMERS = "transformers.models."
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -22,8 +22,15 @@ class Trunk:
         """`whole` with `by` in the trunk's place; `by` where the trunk is the whole."""
         if not self.path:
             return by
-        whole.set_submodule(self.path, by)
+        replace(whole, self.model, by)
         return whole
+
+
+def replace(whole: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` where `old` is in `whole`, under all its names."""
+    names = [name for name, module in whole.named_modules(remove_duplicate=False) if module is old]
+    for name in names:
+        whole.set_submodule(name, new)
 
 
 def trunk_of(whole: nn.Module, named: str | None = None) -> Trunk:
@@ -41,7 +48,7 @@ def trunk_of(whole: nn.Module, named: str | None = None) -> Trunk:
     _check_unwrapped(whole, where)
     inside = _outermost(whole)
     if named is not None:
-        found = dict(whole.named_modules()).get(named)
+        found = dict(whole.named_modules(remove_duplicate=False)).get(named)
         if not isinstance(found, PreTrainedModel):
             what = f"has no submodule {named!r}" if found is None else f"{named!r} is {type(found).__name__}"
             cure = f"name a transformers model: {', '.join(inside)}" if any(inside) else "there is none inside"

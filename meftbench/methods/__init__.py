@@ -15,7 +15,7 @@ from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
 from meftbench.methods.full import train_all
-from meftbench.methods.whole_model import warn_on_save
+from meftbench.methods.whole_model import check_not_held_twice, warn_on_save
 from meftbench.plan.catalogue import LEVERS, METHODS
 from meftbench.plan.peft_names import NOT_APPLICABLE
 from meftbench.plan.strict_yaml import settings_of
@@ -88,6 +88,7 @@ def prepare(
                 _load(LEVERS[lever].home)(applied)
                 note["levers"].append(lever)
         warn_on_save(trunk.model)
+        check_not_held_twice(model)
         applied.model = trunk.replaced_in(model, applied.model)
     assert isinstance(applied, Applied)
     return applied

@@ -50,7 +50,9 @@ def chunked_loss(applied: Applied) -> None:
         what = "its forward cannot be called without labels, or takes no return_dict"
         raise UserError(name, what, "leave chunked_loss out") from None
     chunked = ChunkedLoss(model)
-    if model.config.model_type not in BACKBONES and not chunked.agrees():
+    if not hasattr(model.get_output_embeddings(), "weight"):
+        raise UserError(name, "its head is no single projection", "leave chunked_loss out")
+    if not (_is_known(model) or chunked.agrees()):
         raise UserError(name, "its loss is not the cross-entropy of its head's output", "leave chunked_loss out")
     # On the instance: parameters keep their names, and it is copied and pickled with the model.
     model.forward = chunked
@@ -64,6 +66,15 @@ def chunked_loss(applied: Applied) -> None:
             chunked.enabled = True
 
     applied.ordinary_switches.append(without)
+
+
+def _is_known(model: Any) -> bool:
+    """Whether the loss is known without trying: a class of transformers that predicts tokens and nothing else, of a
+    family in the catalogue, and with its own loss."""
+    kind = type(model)
+    alone = kind.__name__.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel"))
+    own = alone and kind.__module__.startswith("transformers.models.")
+    return own and model.config.model_type in BACKBONES and "_loss_function" not in vars(model)
 
 
 class ChunkedLoss:
@@ -217,6 +228,8 @@ class ChunkedLoss:
             ours, theirs = (
                 call(input_ids=tokens, labels=tokens, use_cache=False).loss.detach().float() for call in (self, model)
             )
+        except (AttributeError, TypeError, KeyError):  # no loss, no logits, or other arguments
+            return False
         finally:
             for module, mode in training.items():
                 module.training = mode

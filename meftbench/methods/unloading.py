@@ -11,6 +11,7 @@ from torch import nn
 from meftbench.backbones import base_of
 from meftbench.backbones.patched import BEHIND_HOOK
 from meftbench.backbones.residual import ADAPTERS
+from meftbench.backbones.trunk import replace
 from meftbench.errors import UserError
 from meftbench.methods.applied import NOTE, predicts_tokens, vocabulary_of
 from meftbench.methods.bottleneck import Bottleneck
@@ -29,7 +30,8 @@ def unload(model: nn.Module) -> nn.Module:
     Raises UserError: no method applied, or weights of the pre-trained model were trained themselves.
     """
     if (path := applied_inside(model)) is not None:
-        model.set_submodule(path, unload(model.get_submodule(path)))
+        inside = model.get_submodule(path)
+        replace(model, inside, unload(inside))
         return model
     note = note_of(model)
     if note.get("method") == "full":

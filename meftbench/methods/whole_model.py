@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from meftbench.errors import UserError
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.reversible import ReversibleStack
 
@@ -18,6 +19,18 @@ def warn_on_save(model: nn.Module) -> None:
     if isinstance(model, PreTrainedModel) and _lost(model):
         # On the instance and by a partial: it is copied and pickled with the model.
         model.save_pretrained = partial(_save_pretrained, model)
+
+
+def check_not_held_twice(whole: nn.Module) -> None:
+    """Raises UserError where a layer that a reversible stack has taken is held by another list as well, which would run
+    it as it was."""
+    stacks = [module for module in whole.modules() if isinstance(module, ReversibleStack)]
+    taken = {id(block.get_submodule("layer")) for stack in stacks for block in stack.blocks}
+    for name, module in whole.named_modules():
+        if isinstance(module, nn.ModuleList) and any(id(layer) in taken for layer in module):
+            what = f"{name!r} holds layers that are reversible now, and would run them as they were"
+            cure = "hold the transformers model alone, and take its layers from it"
+            raise UserError(type(whole).__name__, what, cure)
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -121,6 +122,10 @@ def unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(str(folder), f"cannot be written ({error.strerror or error})", "choose another folder with --out")
 
 
+# A message of somebody's exception may hold them; no encoding has them.
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
+
+
 class Writer:
     """The one writer of a run folder. Use through `writing`."""
 
@@ -131,7 +136,8 @@ class Writer:
 
     def append(self, record: Record) -> None:
         """Add one record; it is on the disk when this returns."""
-        line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
+        line = _HALF_CHARACTERS.sub("\ufffd", text).encode() + b"\n"
         try:
             while line:
                 line = line[os.write(self._descriptor, line) :]

@@ -12,6 +12,8 @@ from typing import Any
 
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.identity import place
+from meftbench.plan.tasks import is_own
 from meftbench.plan.training import DATA_VARIABLE
 from meftbench.records.store import Run
 
@@ -51,7 +53,9 @@ def _lies_here(cell: Cell) -> bool:
 
 def _reading(training: dict[str, Any]) -> str:
     """What decides which rows are read. Where they lie does not: data may be moved."""
-    return json.dumps([training.get(name) for name in _READ_BY if name != "data"])
+    task = str(training["task"])
+    limits = [training.get(name) for name in ("train_examples", "evaluation_examples")]
+    return json.dumps([place(task) if is_own(task) else task, *limits])
 
 
 def _digests(earlier: Run | None) -> dict[str, str]:

@@ -348,3 +348,90 @@ def test_every_family_is_found_inside_a_module():
         trunk = a_model(2, torch.float32, backbone)
         model = meftbench.apply_method(nn.ModuleDict({"any": nn.ModuleList([trunk])}), "meft3-exact")
         assert [name for name, module in model.named_modules() if type(module).__name__ == "ReversibleStack"]
+
+
+class TwiceNamed(nn.Module):
+    """One model under two names, and its layers under a third."""
+
+    def __init__(self, layers=False):
+        super().__init__()
+        self.first = self.second = a_new("BertModel")
+        if layers:
+            self.layers = self.first.encoder.layer
+
+    def forward(self, input_ids):
+        return self.first(input_ids).last_hidden_state + self.second(input_ids).last_hidden_state
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix-tuning", "meft1-exact", "houlsby"])
+@pytest.mark.parametrize("named", [None, "first", "second"])
+def test_a_model_of_two_names_is_one_model(method, named):
+    model = meftbench.apply_method(TwiceNamed(), method, module=named)
+
+    assert model.first is model.second
+    meftbench.unload(model)
+    assert model.first is model.second
+    assert type(model.first) is BertModel
+
+
+@pytest.mark.parametrize("method", ["meft1", "meft1-exact", "meft3-exact"])
+def test_layers_of_a_second_name_would_escape_reversal(method):
+    model = TwiceNamed(layers=True)
+    before = seen_of(model)
+
+    with pytest.raises(UserError, match=r"TwiceNamed: 'layers' holds layers that are reversible now"):
+        meftbench.apply_method(model, method, module="first")
+
+    assert the_same(seen_of(model), before)
+    meftbench.apply_method(model, "houlsby", module="first")
+
+
+def subclassed(place):
+    """A model in which one module of every layer does more than transformers' class."""
+    model = a_new("LlamaModel" if place.startswith("self_attn") or place == "mlp" else "BertModel")
+    for layer in model.layers if isinstance(model, LlamaModel) else model.encoder.layer:
+        module = layer.get_submodule(place)
+        module.__class__ = type("Mine", (type(module),), {"__module__": "mine"})
+    return model
+
+
+@pytest.mark.parametrize("place", ["", "attention", "attention.self", "output", "self_attn", "mlp"])
+@pytest.mark.parametrize("method", ["parallel", "meft1-exact", "meft3", "full+tiled_mlp"])
+def test_what_a_subclass_does_is_not_left_out(place, method):
+    model = subclassed(place)
+    with pytest.raises(UserError, match=r"Mine: is a subclass of \w+, and layers are run here in parts"):
+        meftbench.apply_method(model, method)
+    meftbench.apply_method(model, "lora+checkpoint")
+
+
+def test_a_layer_of_another_class_is_one_line():
+    for method in ("parallel", "meft1-exact"):
+        model = a_new("BertModel")
+        model.encoder.layer[1] = nn.Identity()
+        with pytest.raises(UserError, match=r"its layers are of several classes \(BertLayer, Identity\)"):
+            meftbench.apply_method(model, method)
+
+
+def test_hooks_that_reversible_layers_do_not_call_are_said():
+    model = a_new("BertModel")
+    model.encoder.layer[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="hooks on 1 layers, the first of them layer 1, will not be called"):
+        meftbench.apply_method(model, "meft1-exact")
+
+
+def test_a_loss_that_is_more_than_one_of_tokens_is_not_chunked():
+    model = a_new("FewerTokens")
+    known = LlamaForCausalLM(model.config)
+    meftbench.apply_method(known, "full+chunked_loss")
+    own, headed = LlamaForCausalLM(model.config), LlamaForCausalLM(model.config)
+    own.loss_function = lambda logits, labels, vocab_size, **_: (
+        2 * nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    )
+    headed.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 120))
+    for refused, said in (
+        (a_new("BertForPreTraining"), "its loss is not the cross-entropy"),
+        (own, "its loss is not the cross-entropy"),
+        (headed, "its head is no single projection"),
+    ):
+        with pytest.raises(UserError, match=said):
+            meftbench.apply_method(refused, "full+chunked_loss")

@@ -191,3 +191,12 @@ def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, files, said):
 def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
         load_run(tmp_path / "nowhere")
+
+
+def test_half_a_character_does_not_cost_the_record(tmp_path):
+    """The message of somebody's exception may hold one."""
+    with writing(tmp_path) as writer:
+        writer.append(a_record("error", status_detail={"message": "\udcff bad"}))
+
+    [record] = read_records(tmp_path / RECORDS)
+    assert "\ufffd bad" == record.status_detail["message"]

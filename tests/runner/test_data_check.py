@@ -99,8 +99,9 @@ def test_a_process_that_fails_is_one_line(tmp_path):
         )
 
 
-def test_a_run_is_not_taken_up_with_other_data(tmp_path):
+def test_a_run_is_not_taken_up_with_other_data(tmp_path, monkeypatch):
     """Moved data are the same; a changed row is not. What asks for kept weights too late is told so."""
+    monkeypatch.chdir(tmp_path)
     task = a_task(tmp_path / "task")
     first = run_suite(a_suite(a_training(task)), tmp_path / "run")
     assert ["ok"] == [record.status for record in first.records]
@@ -110,12 +111,15 @@ def test_a_run_is_not_taken_up_with_other_data(tmp_path):
     [note] = [event.text for event in events if isinstance(event, Noted)]
     assert note.startswith("1 of 1 finished trainings kept no weights, and are not trained again")
 
+    (tmp_path / "link").symlink_to(task)
     lines = (task / "train.jsonl").read_text()
     (task / "train.jsonl").write_text(lines.replace("word 3", "word three"))
     more = a_suite(a_training(task), a_training(task).model_copy(update={"seed": 1}))
-    with pytest.raises(UserError, match=r"the data of task .* have changed since its records were made") as caught:
-        run_suite(more, tmp_path / "run", resume=True)
-    assert caught.value.exit_code == NOT_COMPARABLE
+    spelled = [a_suite(a_training(name)) for name in ("task", "./task/", "link")]
+    for suite in (more, *spelled):
+        with pytest.raises(UserError, match=r"the data of task .* have changed since its records were made") as caught:
+            run_suite(suite, tmp_path / "run", resume=True)
+        assert caught.value.exit_code == NOT_COMPARABLE
     assert 1 == len(load_run(tmp_path / "run").records)
 
     (task / "train.jsonl").write_text(lines)
