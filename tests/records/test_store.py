@@ -198,5 +198,5 @@ def test_half_a_character_does_not_cost_the_record(tmp_path):
     with writing(tmp_path) as writer:
         writer.append(a_record("error", status_detail={"message": "\udcff bad"}))
 
-    [record] = read_records(tmp_path / RECORDS)
+    ([record], _) = read_records(tmp_path / RECORDS)
     assert "\ufffd bad" == record.status_detail["message"]
