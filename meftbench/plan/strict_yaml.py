@@ -66,6 +66,8 @@ class Document:
 
         key: the key itself is meant, not its value.
         """
+        if not self.lines and path[1:] == ("name",):
+            path = path[:1]  # of a command line, on which a name is written without a key
         known = path
         while known and known not in self.lines:
             known = known[:-1]
