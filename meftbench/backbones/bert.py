@@ -126,5 +126,6 @@ BERT = Layout(
     input_readers=tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
     attention_targets=("query", "value"),
     refuses=_refuses,
+    shells=(("attention",), ("output",)),
 )
 ROBERTA = BERT

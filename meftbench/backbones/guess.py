@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from meftbench.backbones.bert import BERT
 from meftbench.backbones.layout import Layout, base_of
+from meftbench.backbones.patched import alike, treats_tokens_alone
 from meftbench.backbones.residual import Names, layer_types_differ
 from meftbench.errors import UserError
 
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-_TOLERANCE = 1e-5  # relative, float32
 
 
 def guessed_layout(model: nn.Module) -> Layout:
@@ -145,15 +145,7 @@ def _holds(layout: Layout, layer: nn.Module, h_BLD: Tensor, args: tuple[Any, ...
             expected = expected[0] if isinstance(expected, tuple) else expected
             torch.manual_seed(0)
             found = layout.feed_forward(layer, layout.attention(layer, h_BLD, *args, **kwargs))
-            training = layer.training
-            layer.eval()  # tiles draw other random numbers than the whole
-            whole = layout.feed_forward(layer, h_BLD)
-            tiles = torch.cat([layout.feed_forward(layer, tile) for tile in h_BLD.split(2, 1)], 1)
-            layer.train(training)
+            alone = treats_tokens_alone(layer, layout.feed_forward, h_BLD)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
         return False  # a wrong guess fails in any of these ways; the next is tried
-    return _alike(found, expected) and _alike(tiles, whole)
-
-
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= _TOLERANCE * expected.norm())
+    return alone and alike(found, expected)

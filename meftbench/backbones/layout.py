@@ -6,6 +6,7 @@ layer, so the keys of the pre-trained weights stay what they were.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meftbench.backbones.patched import check_classes, check_forwards, check_one_device
+from meftbench.backbones.patched import (
+    check_classes,
+    check_forwards,
+    check_not_replaced,
+    check_one_device,
+    check_tokens_alone,
+    hooked,
+)
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
 
@@ -54,6 +62,8 @@ class Layout:
     attention_targets: names of the projections LoRA adapts by default.
     refuses: None, or why a model of this configuration cannot be split.
     in_part: submodules of a layer that the core runs without their output projection.
+    shells: submodules of which only submodules are called: where the attention half runs by itself, and where the
+        feed-forward half does.
     layers_differ: whether the model passes its layers different masks or positions.
     """
 
@@ -71,6 +81,7 @@ class Layout:
     refuses: Callable[[Any], str | None]
     attention_before: Callable[[nn.Module, Tensor], Tensor] | None = None
     in_part: tuple[str, ...] = ()
+    shells: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     layers_differ: Callable[[Any], bool] = _never
 
     def attention(self, layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -141,3 +152,18 @@ def check_split(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
     for layout in layouts:
         for layer in layout.list_of(model)[2]:
             check_forwards(layer, layout.in_part)
+
+
+def check_in_tiles(model: nn.Module, layout: Layout, *, reversible: bool) -> None:
+    """Raises UserError, or warns, where others have replaced or hooked what will not be called as they know it: in
+    feed-forwards that run in tiles, and, where `reversible`, in layers that run by their halves all through."""
+    shells = layout.shells[0] + layout.shells[1] if reversible else layout.shells[1]
+    layers = list(layout.list_of(model)[2])
+    for layer in layers:
+        check_not_replaced(layer, shells)
+        check_tokens_alone(layer, layout.feed_forward, layout.hidden_size(model.config))
+    found = [n for n, layer in enumerate(layers) if hooked(layer, (*[""][:reversible], *shells))]
+    if found:
+        what = f"hooks on {len(found)} layers, the first of them layer {found[0]}, will not be called"
+        cure = "layers are run in parts here: hook their submodules, or the model"
+        warnings.warn(f"{what}: {cure}", UserWarning, stacklevel=3)

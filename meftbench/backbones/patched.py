@@ -3,16 +3,19 @@ kernels of other libraries), weights held elsewhere or quantised. What cannot be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from meftbench.errors import UserError
 
 # accelerate keeps what it replaces under the second name, and calls it between moving inputs and outputs.
 FORWARD, BEHIND_HOOK = "forward", "_old_forward"
+_OF_TRANSFORMERS = "transformers.models."
 
 
 def name_of_forward(module: nn.Module) -> str:
@@ -37,22 +40,92 @@ def _rebound(function: Any, module: nn.Module, view: nn.Module) -> Any:
 
 def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
     """Raises UserError where a layer cannot be run by its halves, because somebody has replaced its forward, or that of
-    a submodule that runs in part, by something that knows only the whole.
+    a submodule that runs in part, by something that knows only the whole; or where hooks on such a submodule would see
+    the part.
 
     in_part: names of the submodules that are run without their output projection.
     """
-    if name_of_forward(layer) == FORWARD and FORWARD in vars(layer):
-        raise _patched(layer)
+    check_not_replaced(layer, ("",))
     for name in in_part:
         module = layer.get_submodule(name)
         for function in (vars(module)[key] for key in (FORWARD, BEHIND_HOOK) if key in vars(module)):
             method = isinstance(function, MethodType) and function.__self__ is module
             if not method and not (isinstance(function, partial) and any(it is module for it in function.args)):
                 raise _patched(module)
+        check_unhooked(module)
 
 
-def _patched(module: nn.Module) -> UserError:
-    what = "its forward was replaced on the instance, and layers are run here in parts"
+def check_unhooked(module: nn.Module) -> None:
+    """Raises UserError where a submodule that runs without its output projection has hooks that see, or may change,
+    what it gives or its gradient."""
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        what = "has hooks, which would see it without its output projection: layers are run here in parts"
+        raise UserError(type(module).__name__, what, "take them off, or hook its projections")
+
+
+def check_not_replaced(layer: nn.Module, names: tuple[str, ...]) -> None:
+    """Raises UserError where somebody has put another forward on one of these submodules ("": the layer itself), which
+    run in parts only: it would be left out."""
+    for module in map(layer.get_submodule, names):
+        if name_of_forward(module) == FORWARD and FORWARD in vars(module):
+            raise _patched(module)
+        kind = type(module)
+        own = {name for it in kind.__mro__ if it.__module__.startswith(_OF_TRANSFORMERS) for name in vars(it)}
+        if shadowed := sorted((own - {FORWARD}) & vars(module).keys()):
+            raise _patched(module, shadowed[0])
+        # Methods keep the name of their module through transformers' decorators.
+        if kind.forward.__module__ not in {ancestor.__module__ for ancestor in kind.__mro__}:
+            what = f"{kind.__name__}.forward was replaced ({kind.forward.__module__}), and layers are run here in parts"
+            raise UserError(kind.__name__, what, "take the patch off, or take lora")
+
+
+def hooked(layer: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether others have hooks on one of these submodules ("": the layer itself)."""
+    modules = list(map(layer.get_submodule, names))
+    hooks = [hook for it in modules for held in (it._forward_hooks, it._forward_pre_hooks) for hook in held.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("meftbench.") for hook in hooks)
+
+
+def check_tokens_alone(layer: nn.Module, feed_forward: Callable[[nn.Module, Tensor], Tensor], width: int) -> None:
+    """Raises UserError where a submodule's forward was replaced by one that lets tokens see each other in the half of
+    the layer that is run tile by tile.
+
+    feed_forward: (layer, h (B, L, D)) -> (B, L, D).  width: D.
+    """
+    patched = [it for it in layer.modules() if name_of_forward(it) in vars(it) and it is not layer]
+    like = next(layer.parameters())
+    if not patched or like.is_meta:
+        return
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        h_BLD = torch.randn(1, 6, width).to(like.device, like.dtype)
+        alone = treats_tokens_alone(layer, feed_forward, h_BLD)
+    if not alone:
+        kind = type(patched[0]).__name__
+        what = "its forward was replaced on the instance by one in which tokens see each other, and tokens are run here"
+        raise UserError(kind, f"{what} in tiles", "take the patch off, or take lora")
+
+
+def treats_tokens_alone(layer: nn.Module, feed_forward: Callable[[nn.Module, Tensor], Tensor], h_BLD: Tensor) -> bool:
+    """Whether tiles of tokens give what all of them together give; without dropout, which draws for each tile."""
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    try:
+        whole_BLD = feed_forward(layer, h_BLD)
+        tiles_BLD = torch.cat([feed_forward(layer, tile) for tile in h_BLD.split(2, 1)], 1)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return alike(tiles_BLD, whole_BLD)
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether the two are the same but for rounding."""
+    tolerance = 1e-5 if expected.dtype.itemsize >= 4 else 2e-2
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _patched(module: nn.Module, name: str = FORWARD) -> UserError:
+    what = f"its {name} was replaced on the instance, and layers are run here in parts"
     return UserError(type(module).__name__, what, "take the patch off")
 
 
@@ -67,9 +140,6 @@ def check_classes(layers: list[nn.Module]) -> None:
     if kinds := {type(layer).__name__ for layer in layers if type(layer) is not type(layers[0])}:
         what = f"its layers are of several classes ({', '.join(sorted({type(layers[0]).__name__, *kinds}))})"
         raise UserError(type(layers[0]).__name__, what, "take lora, or give them one class")
-
-
-_OF_TRANSFORMERS = "transformers.models."
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, base_of, layouts_of
-from meftbench.backbones.layout import check_split
+from meftbench.backbones.layout import check_in_tiles, check_split
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, refuse_asked
 from meftbench.reversible import Relay, ReversibleStack
@@ -131,6 +131,8 @@ def tiled_mlp(applied: Applied) -> None:
     layouts = applied.layouts or layouts_of(model)
     if not applied.layouts:
         check_split(model, layouts)
+    for layout in () if applied.stacks else layouts:
+        check_in_tiles(model, layout, reversible=False)
     tiling = applied.tiling = Tiling()
     base_of(model).register_forward_pre_hook(_without_router_logits, with_kwargs=True)
     for stack in applied.stacks:

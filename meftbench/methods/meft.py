@@ -6,7 +6,6 @@ are swapped, and which stream carries the last layer's output.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, Site, base_of, split_layouts
+from meftbench.backbones.layout import check_in_tiles
 from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
 from meftbench.methods.applied import (
@@ -147,7 +147,7 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
     layouts = split_layouts(model)
     split = [_split(list(layout.list_of(model)[2]), settings) for layout in layouts]
     for layout in layouts:
-        _warn_of_hooks(list(layout.list_of(model)[2]))
+        check_in_tiles(model, layout, reversible=True)
     freeze_backbone(model)
     stacks = [
         _reversed(model, layout, settings, variant, *layers, topmost=layout is layouts[-1])
@@ -170,14 +170,6 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
                 stack.activations = activations
 
     return Applied(model, ordinary_switches=[cached], recomputes=True, layouts=layouts)
-
-
-def _warn_of_hooks(layers: list[nn.Module]) -> None:
-    hooked = [n for n, layer in enumerate(layers) if layer._forward_hooks or layer._forward_pre_hooks]
-    if hooked:
-        what = f"hooks on {len(hooked)} layers, the first of them layer {hooked[0]}, will not be called"
-        cure = "a reversible model runs its layers in parts: hook their submodules, or the model"
-        warnings.warn(f"{what}: {cure}", UserWarning, stacklevel=2)
 
 
 def _reversed(

@@ -105,6 +105,22 @@ def with_layers_of_others(model):
     return model
 
 
+def with_hooks(model, *names):
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_mlp_of_others(model, mixing):
+    def forward(self, x_BLD):
+        output_BLD = type(self).forward(self, x_BLD)
+        return output_BLD + mixing * output_BLD.mean(1, keepdim=True)
+
+    for layer in model.model.layers:
+        layer.mlp.forward = MethodType(forward, layer.mlp)
+    return model
+
+
 def quantized(model):
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("4 bits need bitsandbytes, of the extra `quantize`")
@@ -211,6 +227,19 @@ BEFORE = {
         [lambda _: with_layers_of_others(a_bert()), lambda _: with_layers_of_others(a_llama())],
         {},
     ),
+    "with hooks on its embeddings, projections or feed-forwards": (
+        [
+            lambda _: with_hooks(a_bert(), "bert.embeddings", "bert.encoder.layer.1.intermediate"),
+            lambda _: with_hooks(a_llama(), "model.layers.0.self_attn.o_proj", "model.layers.0.mlp"),
+        ],
+        {},
+    ),
+    "with hooks on the attention of a decoder (Llama)": (
+        [lambda _: with_hooks(a_llama(), "model.layers.0.self_attn")],
+        {},
+    ),
+    "with a feed-forward's forward replaced": ([lambda _: with_mlp_of_others(a_llama(), mixing=False)], {}),
+    "the same, by one in which tokens see each other": ([lambda _: with_mlp_of_others(a_llama(), mixing=True)], {}),
     "made under torch.inference_mode": ([lambda _: made_for_inference()], {}),
 }
 
