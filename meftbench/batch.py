@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from meftbench.errors import UserError, one_line, reading, reason_of
-from meftbench.own_code import call
+from meftbench.own_code import call, load
 from meftbench.plan.factories import BATCH_ARGUMENTS
 
 # Written for this project.
@@ -118,6 +118,7 @@ def own_batch(
     Raises UserError: the function cannot be called, or gives no batch of `batch_size` samples.
     """
     with torch.random.fork_rng(devices=[]):
+        load(name)  # an import may draw random numbers
         torch.manual_seed(seed)
         given = call(name, **dict(zip(BATCH_ARGUMENTS, (batch_size, sequence_length), strict=True)))
     samples, constants = sorted_out(name, given, device)

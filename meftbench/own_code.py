@@ -96,8 +96,12 @@ def checked_function(name: str, arguments: Iterable[str]) -> Function:
 def call(name: str, **arguments: Any) -> Any:
     """What the function gives. Raises UserError as `checked_function` does, and where it raises."""
     function = checked_function(name, arguments)
-    with blamed([name], always=True):
-        return function(**arguments)
+    ours = {key: value for key, value in os.environ.items() if key.startswith("MEFTBENCH_")}
+    try:
+        with blamed([name], always=True):
+            return function(**arguments)
+    finally:
+        os.environ.update(ours)  # of a function that clears its environment
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from meftbench.probes.speed import time_steps
 from meftbench.records.metrics import METRICS
 from meftbench.records.record import Metric
 from meftbench.reversible.recompute import modes_as
-from meftbench.step import OwnStep
+from meftbench.step import OwnStep, broken_loss
 
 
 class Measurement(dict[str, Metric]):
@@ -61,6 +62,7 @@ def measure(
     optimizer: of the trained parameters; AdamW if None.
     The parameters are trained for warmup + steps steps, and as many again where `time`: measure a copy, or before
     training. A method stays applied: `meftbench.unload` takes it off.
+    Where the loss is no number (NaN, infinity) a warning says so, and so does the metric `collapse`.
 
     Raises UserError: a model without parameters, trained ones or values (meta); a batch without samples, or that the
     model does not take; no loss, or one that is no single number; no steps; whatever a step raises, as its cause.
@@ -98,6 +100,9 @@ def measure(
             found |= count_memory(step, warmup, steps)
         if time:
             found |= time_steps(step, warmup, steps)
+    if broken := broken_loss(step.last_loss):
+        found["collapse"] = Metric(broken, "measured")
+        warnings.warn(broken, UserWarning, stacklevel=2)
     if "attention_mask" not in samples:
         found.pop("tokens_per_s", None)  # how many there are is not known
     return found

@@ -5,6 +5,7 @@ No method is named here. What differs between methods is in the model, and in wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Step:
     autocast: dtype of the autocast region around forward and loss; None: no region.
     scaler: scales the loss, as fp16 needs; None: it is not. `forward_backward` leaves gradients scaled.
     constants: arguments of the forward that are the same for all samples.
-    phase: the phase that runs now, for whoever must say where something happened.  steps_run: steps finished.
+    phase: the phase that runs now, for whoever must say where something happened.
+    steps_run: steps finished.  last_loss: the loss of the last of them; None before the first.
     """
 
     applied: Applied
@@ -59,6 +61,7 @@ class Step:
     constants: dict[str, Any] = field(default_factory=dict)
     phase: str = "load"
     steps_run: int = 0
+    last_loss: float | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -87,7 +90,8 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self._enter("end", mark)
         self.steps_run += 1
-        return float(loss)
+        self.last_loss = float(loss)
+        return self.last_loss
 
     def forward_backward(self, mark: Mark = _unmarked) -> Tensor:
         """Forward, loss and backward over all micro-batches; gradients are left in the parameters."""
@@ -129,6 +133,13 @@ class Step:
     def _enter(self, phase: str, mark: Mark) -> None:
         self.phase = phase
         mark(phase)
+
+
+def broken_loss(loss: float | None) -> str | None:
+    """A sentence about a loss that is no number any more; None where it is one, or none was taken."""
+    if loss is None or math.isfinite(loss):
+        return None
+    return f"the loss is {loss}: weights, inputs or labels are not finite, or overflow in this precision"
 
 
 class OwnStep(Step):

@@ -88,6 +88,24 @@ def of_nothing():
     return nn.Identity()
 
 
+def without_environment():
+    import os
+    os.environ.clear()
+    return build()
+
+
+ONE = build()
+
+
+def the_same():
+    return ONE
+
+
+class Nowhere(Lossless):
+    def forward(self, input):
+        return super().forward(input).mean() * float("nan")
+
+
 def unbearable():
     return Lossless().requires_grad_(bool(torch.ones(1).item()))
 """

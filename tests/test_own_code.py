@@ -116,6 +116,24 @@ def test_the_seed_makes_the_weights_and_the_batch(allowed):
     assert torch.rand(1) == drawn
 
 
+def test_a_function_that_clears_its_environment_is_called_again(allowed):
+    for _ in range(2):
+        assert build("without_environment").batch_size == 2
+
+
+def test_a_model_that_was_given_before_is_one_line(allowed):
+    """A method of another cell may be in it, or the weights of its training."""
+    build("the_same")
+    assert "returned the model that it has returned before; make a new one" in the_line(build, "the_same")
+
+
+def test_a_loss_that_is_no_number_is_said(allowed):
+    """The cell is ok, and its memory is what it is; what broke down is beside it."""
+    found = measure_cell(an_own_cell("Nowhere", "squares"), Protocol(warmup=1, steps=1))
+
+    assert found.metrics["collapse"].value.startswith("the loss is nan: weights, inputs or labels are not finite")
+
+
 def test_attention_is_set_where_it_is_asked_for(allowed):
     assert "eager" == build("build", attention_requested="eager").model.config._attn_implementation
     assert "eager" == build("Own", "batch", attention_requested="eager").model.trunk.config._attn_implementation

@@ -149,6 +149,18 @@ def test_a_method_by_name_time_and_a_table():
     assert offloaded["activation_peak_bytes"].value < found["activation_peak_bytes"].value
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_said(value):
+    model = a_model(1, torch.float32, dropout=0.0)
+    with torch.no_grad():
+        model.classifier.bias.fill_(value)
+    with pytest.warns(UserWarning, match="the loss is nan: weights, inputs or labels"):
+        found = meftbench.measure(model, a_batch(), steps=1, time=False)
+
+    assert "the loss is nan" in found["collapse"].value
+    assert "collapse" not in meftbench.measure(a_model(1, torch.float32), a_batch(), steps=1, time=False)
+
+
 def test_the_public_functions_are_listed():
     assert {"apply_method", "measure", "load_adapter", "save_adapter", "unload", "run_suite"} <= set(dir(meftbench))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ def build_model(
         weights were saved with, the head is new.
     The global RNG state is left as it was found.
 
-    Raises UserError: the configuration is refused by transformers, a field is unknown, nothing can be loaded.
+    Raises UserError: the configuration is refused by transformers, a field is unknown, nothing can be loaded,
+    or not all that the configuration asks for.
     """
     import transformers
     from transformers import AutoConfig
@@ -87,7 +90,7 @@ def build_model(
             # Told of all weights of other sizes, we say which; of a new head they are meant to be.
             told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
             model, loading = auto.from_pretrained(folder or _hub(source), config=config, dtype=dtype, **told)
-            _check_sizes(name, model, loading, new_head)
+            _check_loaded(name, model, loading, head, overrides or {}, new_head)
     assert isinstance(model, nn.Module)
     return model.train()
 
@@ -143,19 +146,42 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     return UserError(name, what, "check the name, the folder or the network, or add @random")
 
 
-def _check_sizes(name: str, model: nn.Module, loading: dict[str, Any], new_head: bool) -> None:
-    """Raises UserError where weights of other sizes than the configuration's were left out.
+def _check_loaded(
+    name: str, model: nn.Module, loading: dict[str, Any], head: str, overrides: dict[str, Any], new_head: bool
+) -> None:
+    """Raises UserError where weights were left out, or left random, that transformers says in its log alone: of other
+    sizes than the configuration's, missing, or of more layers than it has.
 
-    loading: of `from_pretrained(..., output_loading_info=True)`.  new_head: those of the head may be of other sizes.
+    A classifier's head is new where the weights have none, and so is a pooler; a language model's head is not.
+    loading: of `from_pretrained(..., output_loading_info=True)`.  new_head: that of the weights does not fit.
     """
     backbone = f"{getattr(model, 'base_model_prefix', '')}."
     wrong = sorted(entry for entry in loading["mismatched_keys"] if not new_head or entry[0].startswith(backbone))
-    if not wrong:
-        return
-    key, saved, configured = wrong[0]
-    more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
-    what = f"its weights do not fit its configuration ({key} is {_shape(saved)}, not {_shape(configured)}{more})"
-    raise UserError(name, what, "give both from one model, or add @random")
+    if wrong:
+        key, saved, configured = wrong[0]
+        what = f"{key} is {_shape(saved)}, not {_shape(configured)}{_more(wrong)}"
+        raise _unfit(name, f"its weights do not fit its configuration ({what})")
+    missing = sorted(
+        key
+        for key in loading["missing_keys"]
+        if (key.startswith(backbone) and ".pooler." not in key) or head.endswith("_lm")
+    )
+    if missing:
+        raise _unfit(name, f"its weights lack what its configuration has ({missing[0]}{_more(missing)})")
+    left = sorted(key for key in loading["unexpected_keys"] if key.startswith(backbone) and _OF_A_LAYER.search(key))
+    if left and not overrides:
+        raise _unfit(name, f"its weights have what its configuration lacks ({left[0]}{_more(left)})")
+
+
+_OF_A_LAYER = re.compile(r"\.layers?\.[0-9]+\.")
+
+
+def _more(found: Sequence[object]) -> str:
+    return f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
+
+
+def _unfit(name: str, what: str) -> UserError:
+    return UserError(name, what, "give both from one model, or add @random")
 
 
 def _shape(sizes: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from meftbench.errors import UserError
-from meftbench.own_code import call
+from meftbench.own_code import call, load
 from meftbench.plan.factories import OWN_ATTENTION
+
+_GIVEN: WeakSet[nn.Module] = WeakSet()  # models that functions have returned
 
 _HEAD_CLASSES = {
     "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -31,15 +34,20 @@ def build_own(name: str, config: dict[str, Any], *, attention: str, dtype: torch
     what they were; parameters of another floating-point dtype are converted.
     attention: of all transformers models in it; `own`: as they are.
 
-    Raises UserError: the function cannot be called, or gives no module with parameters; no such attention.
+    Raises UserError: the function cannot be called, or gives no module with parameters, or one that it has
+    given before; no such attention.
     """
     with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
+        load(name)  # an import may draw random numbers
         torch.manual_seed(seed)
         model = call(name, **config)
     if not isinstance(model, nn.Module):
         raise UserError(name, f"returned {type(model).__name__}, no torch module", "return a torch.nn.Module")
     if next(model.parameters(), None) is None:
         raise UserError(name, f"returned {type(model).__name__}, which has no parameters", "return one to be trained")
+    if model in _GIVEN:
+        raise UserError(name, "returned the model that it has returned before", "make a new one in each call")
+    _GIVEN.add(model)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

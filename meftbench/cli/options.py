@@ -69,8 +69,8 @@ def a_cell(
     Raises UserError: a fault, or code of the user's own that is not allowed.
     """
     from meftbench.plan.factories import check_allowed, places_of
+    from meftbench.plan.point import cell_of
     from meftbench.plan.profiles import PREDICTED, find_profile
-    from meftbench.plan.suite import cell_of
 
     find_profile(profile, f"{verb}: profile")
     named = {"model": {"name": model, "config": pairs("--config", config)}, "device": PREDICTED + profile}

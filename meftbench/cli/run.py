@@ -121,7 +121,7 @@ def _overridden(suite: Suite, device: str | None, timeout: str | None, repeats: 
 
 def on_device(suite: Suite, device: str) -> Suite:
     """The suite on `device`; `auto` is cuda where there is a GPU, and counted elsewhere. Raises UserError."""
-    from meftbench.plan.suite import parse_device
+    from meftbench.plan.point import parse_device
     from meftbench.runner import gpus
 
     if device == "auto":

@@ -80,8 +80,11 @@ class Document:
         return UserError(self.where(path), what, cure)
 
 
-def read(file: Path) -> Document:
-    """Parse `file`. Raises UserError: not found, not a file, not UTF-8, not YAML, a key given twice."""
+def read(file: Path, example: str = "schema: 1") -> Document:
+    """Parse `file`. example: a key and its value that such a file has.
+
+    Raises UserError: not found, not a file, not UTF-8, not YAML, a key given twice.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -112,7 +115,7 @@ def read(file: Path) -> Document:
     finally:
         loader.dispose()
     if not isinstance(content, dict):
-        raise UserError(f"{file}:1", "is not a mapping of keys to values", "start with `schema: 1`")
+        raise UserError(f"{file}:1", "is not a mapping of keys to values", f"start with `{example}`")
     return Document(file, content, places.lines, places.values)
 
 

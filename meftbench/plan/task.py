@@ -108,6 +108,8 @@ class TaskFile(BaseModel):
     def _has_classes(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         if value is not None and (info.data.get("kind") not in ("classification", "images") or len(value) < 2):
             raise ValueError("must be two class names or more, where kind is classification or images")
+        if twice := [name for name in value or () if (value or ()).count(name) > 1]:
+            raise ValueError(f"names the class {twice[0]!r} twice")
         return value
 
     @field_validator("template")
@@ -136,7 +138,7 @@ def own_task(where: str, folder: Path) -> Task:
     if not folder.is_dir():
         raise UserError(where, f"no task folder {str(folder)!r}", "check the path, or name a task")
     if (folder / TASK_FILE).is_file():
-        return _of_file(folder, validated(read(folder / TASK_FILE), TaskFile))
+        return _of_file(folder, validated(read(folder / TASK_FILE, "kind: classification"), TaskFile))
     train = folder / "train"
     if train.is_dir() and any(entry.is_dir() for entry in train.iterdir()):
         return Task(

@@ -15,7 +15,7 @@ from meftbench.methods.levers import Offload
 from meftbench.plan.cell import Cell
 from meftbench.probes.ran_again import Runs, watched
 from meftbench.records.record import Metric
-from meftbench.step import Step, is_own
+from meftbench.step import Step, broken_loss, is_own
 
 
 def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
@@ -41,13 +41,14 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     tiles_before = step.applied.tiling.recomputed if step.applied.tiling else 0
     try:
         with watched(step) as runs:
-            step.forward_backward()
+            loss = float(step.forward_backward())
     finally:
         for hook in hooks:
             hook.remove()
     ratio = (calls["forward"] + calls["backward"]) / calls["forward"] if calls["forward"] else 1.0
     moved = offload.moved_bytes if isinstance(offload, Offload) else 0
     zero, collapsed = _check_gradients(step, own=is_own(cell))
+    collapsed = collapsed or broken_loss(loss)
     step.optimizer.zero_grad(set_to_none=True)
     _check_checkpoints(cell, runs)
     if step.applied.recomputes and calls["backward"] == 0:

@@ -104,7 +104,9 @@ METRICS: dict[str, Kind] = {
     "range_widenings": Kind(
         "count", "lower", "forward passes that left the range of fixed-point streams and ran again"
     ),
-    "collapse": Kind("text", "neither", "what broke down in backward where recomputed activations are not exact"),
+    "collapse": Kind(
+        "text", "neither", "what broke down: the loss, or backward where recomputed activations are not exact"
+    ),
     "starting_point_shift": Kind(
         "ratio", "lower", "norm of (last hidden state - pre-trained one) / norm of it, untrained, adapters at zero"
     ),

@@ -118,7 +118,7 @@ def shared_cores(run: Run) -> list[str]:
 
 
 def collapses(run: Run) -> list[str]:
-    """A line for each cell whose backward pass broke down, though it ended ok: its label and what happened."""
+    """A line for each cell whose loss or backward pass broke down, though it ended ok: its label and what happened."""
     found = [(outcome.label, outcome.metric("collapse")) for outcome in outcomes(run) if outcome.status == "ok"]
     return [f"{' '.join(label.split())}: {metric.value}" for label, metric in found if metric and metric.value]
 

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.point import cell_of
 from meftbench.plan.profiles import PREDICTED, find_profile
 from meftbench.plan.strict_yaml import read
-from meftbench.plan.suite import cell_of
 from meftbench.prediction import predict as predict_module
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.trace import uncomputed_step

@@ -143,6 +143,8 @@ BROKEN = {
     "a size that is text": (configured(hidden_size="wide"), "hidden_size"),
     "positions that are text": (configured(max_position_embeddings="many"), "max_position_embeddings"),
     "sizes of another model": (configured(hidden_size=64), "its weights do not fit its configuration"),
+    "more layers than weights": (configured(num_hidden_layers=4), r"lack .*layer.2.*and 31 more tensors\)"),
+    "fewer layers than weights": (configured(num_hidden_layers=1), r"have what its configuration lacks .*layer.1"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
 }
 
@@ -170,6 +172,26 @@ def test_weights_of_another_size_are_named_but_for_a_new_head(tmp_path):
 
     with pytest.raises(UserError, match=r"word_embeddings.weight is 120 × 32, not 7 × 32\)"):
         build_model(str(tmp_path), num_labels=5)
+
+
+@pytest.mark.parametrize("backbone", ["bert", "roberta", "bart", "llama", "mistral", "vit"])
+def test_weights_without_a_head_are_enough_for_a_classifier(tmp_path, backbone):
+    """A language model without the head that makes its words is none; a classifier's head is new to begin with."""
+    model = a_model(2, torch.float32, backbone)
+    model.base_model.save_pretrained(tmp_path)
+    assert build_model(str(tmp_path), head=None if backbone == "vit" else "classification")
+    if backbone == "mistral":  # whose words are not tied to its embeddings
+        with pytest.raises(UserError, match=r"its weights lack what its configuration has \(lm_head.weight\)"):
+            build_model(str(tmp_path), head="causal_lm")
+
+
+def test_layers_beyond_those_of_the_weights_are_not_made_up(tmp_path):
+    """Fewer may be asked for; more are random with @random alone."""
+    a_model(2, torch.float32).save_pretrained(tmp_path)
+    assert len(build_model(str(tmp_path), {"num_hidden_layers": 1}).bert.encoder.layer) == 1
+    assert len(build_model(f"{tmp_path}@random", {"num_hidden_layers": 3}).bert.encoder.layer) == 3
+    with pytest.raises(UserError, match=r"its weights lack what its configuration has \(bert.encoder.layer.2.*@random"):
+        build_model(str(tmp_path), {"num_hidden_layers": 3})
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from meftbench.errors import UserError
+from meftbench.plan.point import parse_device
 from meftbench.plan.profiles import PROFILES, find_profile
-from meftbench.plan.suite import parse_device
 from meftbench.units import KiB, MiB
 
 MINE = {

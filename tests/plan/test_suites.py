@@ -93,6 +93,12 @@ def test_the_order_of_cells_and_the_description_do_not_name_the_suite():
         ({"grid": GRID | {"model": {"name": "bert-tiny@random", "layers": 2}}}, "unknown key 'layers'"),
         ({"grid": GRID | {"precision": "fp31"}}, "unknown precision 'fp31'; did you mean 'fp32'?"),
         ({"grid": GRID, "exclude": [{}]}, "names nothing"),
+        (
+            {"grid": GRID, "exclude": [{"model": "berrt"}]},
+            "exclude[0].model: no cell of the suite has model 'berrt'; exclude what the grid",
+        ),
+        ({"grid": GRID, "exclude": [{"batch_size": 999}]}, "has batch_size 999"),
+        ({"grid": GRID, "exclude": [{"attention": "eager"}]}, "no cell of the suite has attention 'eager'"),
         ({"grid": GRID, "protocol": {"timeout": "soon"}}, "'soon' is not a duration"),
         ({"grid": GRID, "protocol": {"allocator": {"max_split": 1}}}, "write `default`, `expandable`"),
         ({"grid": GRID, "protocol": {"memory_limit": "8"}}, "'8' is not an amount of memory"),

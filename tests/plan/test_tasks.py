@@ -73,6 +73,11 @@ def test_a_folder_of_images_needs_no_file(tmp_path):
         ("kind: choices\ntexts: t\nlabel: y\n", "task.yaml:1: choices: name the columns of the choices"),
         ("kind: regression\ntexts: t\nlabel: y\nscores: [f1]\n", "task.yaml:4: scores: pearson and spearman are"),
         ("kind: regression\ntexts: t\nlabel: y\nlabels: [a, b]\n", "task.yaml:4: labels: must be two class names"),
+        (
+            "kind: classification\ntexts: t\nlabel: y\nlabels: [bad, good, bad]\n",
+            "task.yaml:4: labels: names the class 'bad' twice",
+        ),
+        ("[]\n", "task.yaml:1: is not a mapping of keys to values; start with `kind: classification`"),
         ("kind: images\ntexts: [a, b]\nlabel: y\n", "task.yaml:2: texts: must be one column"),
         (
             "kind: choices\ntexts: t\nlabel: y\nchoices: c\ntemplate: 'Q: {question}'\n",

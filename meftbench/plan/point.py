@@ -1,0 +1,176 @@
+"""From one point of a suite, or of the command line, to its cell: every value checked (MEASURING 3.1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meftbench.errors import unknown
+from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
+from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.config_values import check_values
+from meftbench.plan.factories import check_arguments, check_own, is_factory
+from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
+from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
+from meftbench.plan.profiles import PREDICTED, find_profile
+from meftbench.plan.strict_yaml import Document, KeyPath, name_place, named, validated, validated_part
+from meftbench.plan.training import Positive
+
+Named = Any  # "meft1", or {name: meft1, adapter_size: 8}
+Size = Annotated[int, Field(ge=1)]
+
+
+class Point(BaseModel):
+    """The axes of a cell; None: not said here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: Named | None = None
+    method: Named | None = None
+    batch_size: Size | None = None
+    micro_batch_size: Size | None = None
+    sequence_length: Size | None = None
+    precision: str | None = None
+    head: str | None = None
+    attention: str | None = None
+    optimizer: str | None = None
+    optimizer_impl: Literal["foreach", "fused", "loop"] | None = None
+    device: str | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    task: Named | None = None
+    learning_rate: Positive | None = None
+    batch: str | None = None
+
+
+# Where the value of each axis stands; "": the point itself.
+Places = dict[str, KeyPath]
+
+
+def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
+    """The cell of a point. Raises UserError with the place of the first value that is wrong, or missing."""
+    root = places.get("", ("grid",))
+    require(document, root, values, "model", "method", "batch_size", "sequence_length")
+    place = {name: places.get(name, (*root, name)) for name in Point.model_fields}
+    model, beside = named(document, place["model"], values["model"], "model")
+    overrides = _config(document, place["model"], beside)
+    check_arguments(document.where((*place["model"], "config")), overrides)
+    method, levers, params = parse_method(document, place["method"], values["method"])
+    of_model = document.where(name_place(place["model"], values["model"]))
+    of_method = document.where(name_place(place["method"], values["method"]))
+    batch = values["batch_size"]
+    micro = values.get("micro_batch_size", batch)
+    if batch % micro:
+        what = f"micro_batch_size {micro} does not divide batch_size {batch}"
+        raise document.error(place["micro_batch_size"], what, f"write a divisor of {batch}")
+    refuse_unknown(document, place, values)
+    if method == "full" and values.get("precision") == "nf4":
+        cure = "choose another method, or precision: bf16"
+        raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
+    device = parse_device(document.where(place["device"]), values.get("device", "counted"))
+    _check_training(document, place, values, device)
+    check_model(of_model, model, overrides)
+    check_own(document, place, model, values)
+    if not is_factory(model):
+        check_values(document, (*place["model"], "config"), overrides)
+    check_head(document.where(place["head"]), model, overrides, values.get("head"))
+    check_method(of_method, model, overrides, values.get("head"), method)
+    taken = positions_taken(method, params)
+    check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"], taken)
+    return Cell(
+        model=model,
+        model_config_overrides=overrides,
+        method=method,
+        method_params=params,
+        levers=levers,
+        batch_size=batch,
+        micro_batch_size=micro,
+        sequence_length=values["sequence_length"],
+        precision=values.get("precision", "fp32"),
+        head=values.get("head"),
+        attention_requested=attention_of(document.where(place["attention"]), model, overrides, values.get("attention")),
+        optimizer=values.get("optimizer", "adamw"),
+        optimizer_impl=values.get("optimizer_impl"),
+        device=device,
+        seed=values.get("seed", 0),
+        training=values.get("training"),
+        batch=values.get("batch"),
+    )
+
+
+def _check_training(document: Document, place: Places, values: dict[str, Any], device: str) -> None:
+    if values.get("training") is None:
+        if values.get("head") == "multiple_choice":
+            raise document.error(place["head"], "needs a task, whose choices it reads", "name one under `tasks`")
+    elif device.startswith(PREDICTED):
+        raise document.error(place["device"], "a training cannot be predicted", "write device: counted or cuda")
+    elif values.get("precision") == "fp16-autocast" and device == "counted":
+        raise document.error(place["precision"], "fp16 is not trained in on a CPU", "write precision: bf16-autocast")
+
+
+def cell_of(verb: str, values: dict[str, Any]) -> Cell:
+    """The cell of one point, given on the command line of `verb`. Raises UserError, as for a suite."""
+    document = Document(Path(verb), values, {})
+    said = validated(document, Point).model_dump(exclude_none=True)
+    return cell_at(document, {name: (name,) for name in Point.model_fields}, said)
+
+
+def _config(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a model's configuration. Raises UserError: another key beside its name, or no mapping."""
+    for key in beside_name:
+        if key != "config":
+            raise unknown(document.where((*place, key), key=True), "key", key, ["name", "config"])
+    fields = beside_name.get("config", {})
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        what = f"{fields!r} is no mapping of fields to values"
+        raise document.error((*place, "config"), what, "write config: {num_hidden_layers: 4}")
+    return dict(fields)
+
+
+_CLOSED = {"precision": PRECISIONS, "head": HEADS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
+
+
+def refuse_unknown(document: Document, places: Places, values: dict[str, Any]) -> None:
+    """Raises UserError for a precision, head, attention or optimizer that there is not."""
+    for key, known in _CLOSED.items():
+        if key in values and values[key] not in known:
+            raise unknown(document.where(places[key]), key, values[key], known)
+
+
+def parse_device(where: str, device: str) -> str:
+    """`counted`, `cuda`, or `predicted:` and a profile. Raises UserError for anything else."""
+    if device.startswith(PREDICTED):
+        find_profile(device.removeprefix(PREDICTED), where)
+    elif device not in ("counted", "cuda"):
+        raise unknown(where, "device", device, ["counted", "cuda", f"{PREDICTED}PROFILE"])
+    return device
+
+
+def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Levers, dict[str, Any]]:
+    """Method, levers and settings of "lora+checkpoint" or {name: meft1, adapter_size: 8}. Raises UserError."""
+    text, settings = named(document, path, value, "method")
+    name, *levers = text.split("+")
+    place = name_place(path, value)
+    if name in NOT_APPLICABLE:
+        raise document.error(place, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")
+    if name not in METHODS:
+        raise unknown(document.where(place), "method", name, METHODS)
+    for lever in levers:
+        if lever not in LEVERS:
+            raise unknown(document.where(place), "lever", lever, LEVERS)
+        if levers.count(lever) > 1:
+            raise document.error(place, f"lever {lever!r} is named twice", "name it once")
+        if name in PEFT_METHODS and lever in PEFT_METHODS[name].refuses:
+            raise document.error(place, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
+    schema = METHODS[name].settings
+    checked = validated_part(document, path, settings, schema)
+    said = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return name, Levers(**dict.fromkeys(levers, True)), said
+
+
+def require(document: Document, root: KeyPath, values: dict[str, Any], *names: str) -> None:
+    """Raises UserError where one of `names` is not among `values`. root: where the point stands."""
+    for required in names:
+        if required not in values:
+            raise document.error((*root, required), "is missing", f"name a {required} here or under `defaults`")
