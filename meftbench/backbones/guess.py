@@ -20,6 +20,7 @@ from meftbench.backbones.bert import BERT
 from meftbench.backbones.layout import Layout, base_of
 from meftbench.backbones.patched import alike, treats_tokens_alone
 from meftbench.backbones.residual import Names, layer_types_differ
+from meftbench.backbones.trunk import parts_of
 from meftbench.errors import UserError
 
 _OUTPUTS = ("o_proj", "out_proj", "dense")
@@ -28,17 +29,20 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 
 def guessed_layout(model: nn.Module) -> Layout:
     """The layout of a model's only list of layers. Raises UserError where no guess holds."""
-    config: Any = model.config
     path = _path_of_layers(model)
     layers = list(cast(nn.ModuleList, base_of(model).get_submodule(path)))
     calls = _calls(model, layers)
     for guess in _guesses(path, layers[0]):
         if len(calls) == len(layers) and all(_holds(guess, layer, *calls[i]) for i, layer in enumerate(layers)):
             return guess
-    raise _refusal(type(model).__name__, str(config.model_type))
+    raise _refusal(model)
 
 
-def _refusal(name: str, model_type: str) -> UserError:
+def _refusal(model: nn.Module) -> UserError:
+    name, config = type(model).__name__, cast(Any, model.config)
+    if parts := parts_of(model):
+        return UserError(name, f"consists of {len(parts)} models", f'name one: module="{parts[0]}"')
+    model_type = str(config.model_type)
     cure = (
         f"write a layout (backbones/residual.py: Names(...).layout(...)) and an entry {model_type!r} in BACKBONES of "
         "plan/catalogue.py, as CONTRIBUTING.md says"
@@ -54,7 +58,7 @@ def _path_of_layers(model: nn.Module) -> str:
         if isinstance(module, nn.ModuleList) and len(module) and _attention_of(module[0])
     ]
     if len(found) != 1:
-        raise _refusal(type(model).__name__, str(model.config.model_type))  # type: ignore[union-attr]
+        raise _refusal(model)
     return str(found[0])
 
 

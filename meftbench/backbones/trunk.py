@@ -51,7 +51,8 @@ def trunk_of(whole: nn.Module, named: str | None = None) -> Trunk:
         found = dict(whole.named_modules(remove_duplicate=False)).get(named)
         if not isinstance(found, PreTrainedModel):
             what = f"has no submodule {named!r}" if found is None else f"{named!r} is {type(found).__name__}"
-            cure = f"name a transformers model: {', '.join(inside)}" if any(inside) else "there is none inside"
+            known = inside if any(inside) else parts_of(whole)
+            cure = f"name a transformers model: {', '.join(known)}" if known else "there is none inside"
             raise UserError(f"{where}: module", what, cure)
         return Trunk(found, named)
     if len(inside) > 1:
@@ -67,6 +68,19 @@ def _outermost(whole: nn.Module) -> list[str]:
         if isinstance(module, PreTrainedModel) and not any(
             outer == "" or name.startswith(f"{outer}.") for outer in found
         ):
+            found.append(name)
+    return found
+
+
+def parts_of(model: nn.Module) -> list[str]:
+    """Names of the models that a transformers model is put together from, each of a configuration of its own (an
+    encoder and a decoder, images and text); none where it is one model, or a head on one."""
+    types = {getattr(getattr(model, "config", None), "model_type", None)}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        within = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not within and isinstance(module, PreTrainedModel) and kind not in types:
             found.append(name)
     return found
 

@@ -21,21 +21,40 @@ def apply(model: nn.Module, settings: Lora) -> Applied:
     """
     from peft import LoraConfig
 
-    layouts = checked_layouts(model)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=settings.targets or sorted({name for layout in layouts for name in layout.attention_targets}),
+        target_modules=_targets(model, settings.targets),
         **task_of(model),
     )
     try:
         wrapped = wrapped_by_peft(model, config)
     except ValueError as error:
         raise UserError(
-            "lora", f"peft refuses it on {type(model).__name__}: {one_line(error)}", "change its settings"
+            "lora", f"peft refuses it on {type(model).__name__}: {one_line(error).rstrip('.')}", "change its settings"
         ) from None
     return Applied(wrapped)
+
+
+def _targets(model: Any, asked: list[str] | None) -> list[str]:
+    """The projections asked for; or those of attention, by a layout, or else those that peft names for the type.
+
+    Raises UserError where neither is known, and for what is no transformers model.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    if asked and hasattr(model, "config"):
+        return asked
+    try:
+        return sorted({name for layout in checked_layouts(model) for name in layout.attention_targets})
+    except UserError as error:
+        if not hasattr(model, "config"):
+            raise
+        named = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", None))
+        if not isinstance(named, list):
+            raise UserError(error.where, error.what, f"name its projections, targets=[...], or {error.cure}") from None
+        return named
 
 
 def task_of(model: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ are swapped, and which stream carries the last layer's output.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -148,6 +149,10 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
     split = [_split(list(layout.list_of(model)[2]), settings) for layout in layouts]
     for layout in layouts:
         check_in_tiles(model, layout, reversible=True)
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        what = "gradient checkpointing, which is on, makes backward keep the gradient of the embeddings as well"
+        cure = "model.gradient_checkpointing_disable() first: reversible layers are not checkpointed"
+        warnings.warn(f"{what}: {cure}", UserWarning, stacklevel=2)
     freeze_backbone(model)
     stacks = [
         _reversed(model, layout, settings, variant, *layers, topmost=layout is layouts[-1])

@@ -13,16 +13,29 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     BartModel,
+    BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaModel,
     OPTModel,
     RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTModel,
 )
 
@@ -435,3 +448,60 @@ def test_a_loss_that_is_more_than_one_of_tokens_is_not_chunked():
     ):
         with pytest.raises(UserError, match=said):
             meftbench.apply_method(refused, "full+chunked_loss")
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TEXT, IMAGES = SMALL | {"vocab_size": 120}, SMALL | {"image_size": 32, "patch_size": 16}
+
+
+def of_two_models(kind):
+    if kind == "texts":
+        both = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**TEXT), BertConfig(**TEXT))
+        return EncoderDecoderModel(both)
+    both = CLIPTextConfig(**TEXT).to_dict(), CLIPVisionConfig(**IMAGES).to_dict()
+    return CLIPModel(CLIPConfig(text_config=both[0], vision_config=both[1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "targets"), [("texts", "encoder", ["query"]), ("images", "text_model", ["q_proj"])]
+)
+def test_a_model_put_together_from_two_names_its_parts(kind, part, targets):
+    """Each has layers of its own; LoRA takes both where it is told their projections."""
+    for method in ("meft1-exact", "parallel", "lora"):
+        with pytest.raises(UserError, match=rf'consists of 2 models; .*name one: module="{part}"'):
+            meftbench.apply_method(of_two_models(kind), method)
+        meftbench.apply_method(of_two_models(kind), method, module=part)
+    with pytest.raises(UserError, match=rf"no submodule 'middle'; name a transformers model: .*{part}"):
+        meftbench.apply_method(of_two_models(kind), "meft1-exact", module="middle")
+    adapted = meftbench.apply_method(of_two_models(kind), "lora", targets=targets)
+    assert any("lora_A" in name for name, _ in adapted.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=120)), {}),
+        (lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, vocab_size=120)), {}),
+        (
+            lambda: DistilBertForMaskedLM(DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2)),
+            {"targets": ["q_lin", "v_lin"]},
+        ),
+    ],
+)
+@pytest.mark.parametrize("levers", ["", "+checkpoint"])
+def test_lora_trains_layers_that_do_not_split(model, settings, levers):
+    """It needs names of projections, peft's or the user's; no more is asked of it than of full fine-tuning."""
+    tuned = meftbench.apply_method(model(), f"lora{levers}", **settings)
+    tuned.config.decoder_start_token_id = 0
+    tuned(input_ids=TOKENS, labels=TOKENS).loss.backward()
+
+    assert any("lora_B" in name and p.grad.any() for name, p in tuned.named_parameters() if p.grad is not None)
+    with pytest.raises(UserError, match="do not split as those that are known"):
+        meftbench.apply_method(model(), "meft1-exact")
+
+
+def test_checkpointing_that_is_on_is_said_to_meft():
+    model = LlamaForCausalLM(copy.deepcopy(CONFIGS["llama"]))
+    model.gradient_checkpointing_enable()
+    with pytest.warns(UserWarning, match="gradient checkpointing, which is on, makes backward keep the gradient"):
+        meftbench.apply_method(model, "meft1-exact")
