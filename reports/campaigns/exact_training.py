@@ -369,8 +369,8 @@ def summary(table: pd.DataFrame, task: Task, options: argparse.Namespace) -> str
         f"dropout on, seed {options.seed}. AdamW, constant learning rate, betas {betas}, eps "
         f"{ADAMW['eps']:g}, weight decay {ADAMW['weight_decay']}, gradients clipped to norm {CLIP:g}. The arms of a "
         "method share initial weights, batches and random numbers. `meft1`, `meft3`: the paper's float arithmetic, "
-        f"factor 0.1; `-exact`: fixed point, factor 1/{2**SIDE_BITS}. These are different equations, so each is held against its own "
-        "ordinary run.",
+        f"factor 0.1; `-exact`: fixed point, factor 1/{2**SIDE_BITS}. These are different equations, so each is held "
+        "against its own ordinary run.",
         "",
         *(f"- {words}" for words in dict.fromkeys(_in_words(rows) for _, rows in table.groupby("case", sort=False))),
         "",
