@@ -180,7 +180,9 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
         here = [r for r in rows if (r["batch_size"], r["micro_batch_size"], r["sequence_length"]) == shape]
         table.add_row(Text(_short(*shape), style="italic"))
         for row in sorted(here, key=lambda r: order.index(r["method"])):
-            table.add_row(Text(_in_lines(row["method"])), *(Text(texts[id(row)][index]) for index in shown))
+            table.add_row(
+                Text(_within(methods, _in_lines(row["method"]))), *(Text(texts[id(row)][index]) for index in shown)
+            )
     notes = ["m measured, c counted, p predicted"] if mixed else []
     notes += [f"no room at this width for {', '.join(spared)}"] if spared else []
     table.caption = "; ".join(notes) or None
@@ -197,6 +199,20 @@ def _in_lines(method: str) -> str:
     beside = levers[:1] if len(" +".join([name, *levers[:1]])) <= _METHOD_WIDTH else []
     lines = ["+".join([name, *beside]), *(f"  +{lever}" for lever in levers[len(beside) :])]
     return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in settings)])
+
+
+def _within(width: int, lines: str) -> str:
+    """The lines of a label; what is too wide loses its indent, then breaks before its value, so that no number folds."""
+    found: list[str] = []
+    for line in lines.splitlines():
+        name, equals, value = line.strip().partition("=")
+        if len(line) <= width or not equals:
+            found.append(line)
+        elif len(line.strip()) <= width:
+            found.append(line.strip())
+        else:
+            found += [f"{name}=", f" {value}"]
+    return "\n".join(found)
 
 
 SHOWN = (

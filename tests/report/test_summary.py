@@ -157,3 +157,15 @@ def test_a_row_says_its_method_whatever_the_width(run, width):
     for method in {record.cell["method"] for record in loaded.records if record.status == "ok"}:
         begin = method[:7]
         assert any(re.match(rf" ?{re.escape(begin)}.*\d", line) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [16, 20, 30, 80])
+def test_a_setting_says_its_number_whatever_the_width(width):
+    """`tiles=16` is never read as `tiles=1`: it may break before its value, not within it."""
+    settings = {"tiles=16", "tiles=4", "rank=59"}
+    text = printed(load_run(REPORTS / "minilm-cpu"), width)
+
+    for setting in settings:
+        name, value = setting.split("=")
+        assert re.search(rf"{name}=\s*{value}\b", text)
+    assert not re.search(r"tiles=\s*1\b", text)
