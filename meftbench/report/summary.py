@@ -202,7 +202,7 @@ def _in_lines(method: str) -> str:
 
 
 def _within(width: int, lines: str) -> str:
-    """The lines of a label; what is too wide loses its indent, then breaks before its value, so that no number folds."""
+    """The lines of a label. What is too wide loses its indent, then breaks before its value: no number folds."""
     found: list[str] = []
     for line in lines.splitlines():
         name, equals, value = line.strip().partition("=")
