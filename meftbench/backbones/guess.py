@@ -10,15 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from meftbench.backbones.bert import BERT
+from meftbench.backbones.held import calls_of, holds
 from meftbench.backbones.layout import Layout, base_of
-from meftbench.backbones.patched import alike, treats_tokens_alone
 from meftbench.backbones.residual import Names, layer_types_differ
 from meftbench.backbones.trunk import parts_of
 from meftbench.errors import UserError
@@ -31,9 +29,9 @@ def guessed_layout(model: nn.Module) -> Layout:
     """The layout of a model's only list of layers. Raises UserError where no guess holds."""
     path = _path_of_layers(model)
     layers = list(cast(nn.ModuleList, base_of(model).get_submodule(path)))
-    calls = _calls(model, layers)
+    calls = calls_of(model, layers)
     for guess in _guesses(path, layers[0]):
-        if len(calls) == len(layers) and all(_holds(guess, layer, *calls[i]) for i, layer in enumerate(layers)):
+        if len(calls) == len(layers) and all(holds(guess, layer, calls[i]) for i, layer in enumerate(layers)):
             return guess
     raise _refusal(model)
 
@@ -110,46 +108,3 @@ def _guesses(path: str, layer: nn.Module) -> Iterator[Layout]:
                 dropout=dropout,
             )
             yield names.layout(path, layers_differ=layer_types_differ)
-
-
-Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
-
-
-def _calls(model: nn.Module, layers: list[nn.Module]) -> dict[int, Call]:
-    """By a layer's place: h (B, L, D), and what else the model passes it, on a few tokens or one image."""
-    config: Any = model.config
-    seen: dict[int, Call] = {}
-
-    def note(place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = kwargs | {"past_key_values": None}
-        h_BLD = args[0] if args else kwargs.pop("hidden_states")
-        seen[place] = (h_BLD, args[1:], kwargs)
-
-    like = next(model.parameters())
-    if model.main_input_name == "pixel_values":
-        inputs = torch.zeros(1, config.num_channels, config.image_size, config.image_size, device=like.device)
-    else:
-        inputs = torch.arange(6, device=like.device)[None] % config.vocab_size
-    handles = [layer.register_forward_pre_hook(partial(note, i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            base_of(model)(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _holds(layout: Layout, layer: nn.Module, h_BLD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the halves give what the layer gives, random numbers and all, and treat each token alone."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            expected = layer(h_BLD, *args, **kwargs)
-            expected = expected[0] if isinstance(expected, tuple) else expected
-            torch.manual_seed(0)
-            found = layout.feed_forward(layer, layout.attention(layer, h_BLD, *args, **kwargs))
-            alone = treats_tokens_alone(layer, layout.feed_forward, h_BLD)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-        return False  # a wrong guess fails in any of these ways; the next is tried
-    return alone and alike(found, expected)

@@ -6,7 +6,6 @@ layer, so the keys of the pre-trained weights stay what they were.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -15,14 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meftbench.backbones.patched import (
-    check_classes,
-    check_forwards,
-    check_not_replaced,
-    check_one_device,
-    check_tokens_alone,
-    hooked,
-)
 from meftbench.errors import UserError
 from meftbench.plan.catalogue import BACKBONES
 
@@ -131,39 +122,3 @@ def checked_layouts(model: nn.Module) -> tuple[Layout, ...]:
         if reason:
             raise UserError(type(model).__name__, reason, "choose another model")
     return layouts
-
-
-def split_layouts(model: nn.Module) -> tuple[Layout, ...]:
-    """The same, for a method that runs layers by their halves or puts modules into them. Raises UserError also where
-    `check_split` does."""
-    layouts = checked_layouts(model)
-    check_split(model, layouts)
-    return layouts
-
-
-def check_split(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
-    """Raises UserError where the model is spread over devices, or a layer is not what its layout knows: of another
-    class, or with a forward that has been replaced."""
-    check_one_device(model)
-    config: Any = model.config
-    if config.model_type in BACKBONES:  # a guessed layout has been held against every layer
-        for layout in layouts:
-            check_classes(list(layout.list_of(model)[2]))
-    for layout in layouts:
-        for layer in layout.list_of(model)[2]:
-            check_forwards(layer, layout.in_part)
-
-
-def check_in_tiles(model: nn.Module, layout: Layout, *, reversible: bool) -> None:
-    """Raises UserError, or warns, where others have replaced or hooked what will not be called as they know it: in
-    feed-forwards that run in tiles, and, where `reversible`, in layers that run by their halves all through."""
-    shells = layout.shells[0] + layout.shells[1] if reversible else layout.shells[1]
-    layers = list(layout.list_of(model)[2])
-    for layer in layers:
-        check_not_replaced(layer, shells)
-        check_tokens_alone(layer, layout.feed_forward, layout.hidden_size(model.config))
-    found = [n for n, layer in enumerate(layers) if hooked(layer, (*[""][:reversible], *shells))]
-    if found:
-        what = f"hooks on {len(found)} layers, the first of them layer {found[0]}, will not be called"
-        cure = "layers are run in parts here: hook their submodules, or the model"
-        warnings.warn(f"{what}: {cure}", UserWarning, stacklevel=3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, base_of, layouts_of
-from meftbench.backbones.layout import check_in_tiles, check_split
+from meftbench.backbones.split import check_in_tiles, check_split
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, refuse_asked
 from meftbench.reversible import Relay, ReversibleStack

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, Site, base_of, split_layouts
-from meftbench.backbones.layout import check_in_tiles
 from meftbench.backbones.quantize import is_quantized
+from meftbench.backbones.split import check_in_tiles
 from meftbench.errors import UserError
 from meftbench.methods.applied import (
     LAYER_OUTPUTS,
