@@ -143,6 +143,8 @@ def sorted_out(where: str, batch: Mapping[str, Any], device: torch.device) -> tu
     constants: dict[str, Any] = {}
     for name, value in batch.items():
         held = _as_tensor(where, name, value)
+        if isinstance(held, Tensor) and held.is_meta and device.type != "meta":
+            raise UserError(where, f"{name} has no values (meta)", "give a batch that has them")
         if isinstance(held, Tensor) and held.dim():
             samples[name] = held.to(device)
         else:

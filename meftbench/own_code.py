@@ -22,6 +22,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import meftbench
 from meftbench.errors import CellFailure, UserError, one_line
 from meftbench.plan.factories import BATCH_ARGUMENTS, FOLDER
@@ -94,14 +96,34 @@ def checked_function(name: str, arguments: Iterable[str]) -> Function:
 
 
 def call(name: str, **arguments: Any) -> Any:
-    """What the function gives. Raises UserError as `checked_function` does, and where it raises."""
+    """What the function gives. Raises UserError as `checked_function` does, and where it raises.
+
+    Afterwards torch is set as it was before: what a cell is measured under is what its record says.
+    """
     function = checked_function(name, arguments)
+    with _settings_restored(), blamed([name], always=True):
+        return function(**arguments)
+
+
+@contextmanager
+def _settings_restored() -> Iterator[None]:
+    """torch's default dtype and device, gradients, autocast and threads, and our part of the environment."""
     ours = {key: value for key, value in os.environ.items() if key.startswith("MEFTBENCH_")}
+    dtype, device, threads = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    gradients = torch.is_grad_enabled()
     try:
-        with blamed([name], always=True):
-            return function(**arguments)
+        yield
     finally:
-        os.environ.update(ours)  # of a function that clears its environment
+        os.environ.update(ours)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        for kind, enabled in autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+        torch.set_grad_enabled(gradients)
 
 
 @contextmanager

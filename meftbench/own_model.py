@@ -16,6 +16,7 @@ from meftbench.batch import sorted_out
 from meftbench.errors import UserError, is_out_of_memory, one_line
 from meftbench.measurement import device_reading
 from meftbench.methods import Applied, prepare
+from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.probes.counted_metrics import count_memory, parameter_counts
 from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
 from meftbench.probes.speed import time_steps
@@ -61,7 +62,7 @@ def measure(
     method: applied to the model first, with `settings` and `module` as in `apply_method`; "offload" included.
     optimizer: of the trained parameters; AdamW if None.
     The parameters are trained for warmup + steps steps, and as many again where `time`: measure a copy, or before
-    training. A method stays applied: `meftbench.unload` takes it off.
+    training. A method stays applied, unless an error is raised: `meftbench.unload` takes it off.
     Where the loss is no number (NaN, infinity) a warning says so, and so does the metric `collapse`.
 
     Raises UserError: a model without parameters, trained ones or values (meta); a batch without samples, or that the
@@ -74,9 +75,22 @@ def measure(
         raise UserError("measure", f"the model is {type(model).__name__}, no torch module", "give a torch.nn.Module")
     if optimizer is not None and method is not None:
         raise UserError("measure", "the optimizer is older than the method's weights", "leave one of them out")
-    applied = Applied(model) if method is None else prepare(model, method, settings, seed=0, module=module)
     if method is None and settings:
         raise UserError("measure", f"{min(settings)} is a setting of no method", "name the method, or leave it out")
+    with all_or_nothing(model):
+        applied = Applied(model) if method is None else prepare(model, method, settings, seed=0, module=module)
+        return _measured(applied, batch, optimizer, micro_batch_size, warmup, steps, time)
+
+
+def _measured(
+    applied: Applied,
+    batch: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None,
+    micro_batch_size: int | None,
+    warmup: int,
+    steps: int,
+    time: bool,
+) -> Measurement:
     device, trained = _checked(applied)
     samples, constants = sorted_out("measure", batch, device)
     step = OwnStep(
@@ -102,7 +116,7 @@ def measure(
             found |= time_steps(step, warmup, steps)
     if broken := broken_loss(step.last_loss):
         found["collapse"] = Metric(broken, "measured")
-        warnings.warn(broken, UserWarning, stacklevel=2)
+        warnings.warn(broken, UserWarning, stacklevel=3)
     if "attention_mask" not in samples:
         found.pop("tokens_per_s", None)  # how many there are is not known
     return found

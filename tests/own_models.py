@@ -94,6 +94,29 @@ def without_environment():
     return build()
 
 
+def changing(what):
+    if what == "gradients":
+        torch.set_grad_enabled(False)
+    elif what == "device":
+        torch.set_default_device("cpu:0")
+    elif what == "autocast":
+        torch.autocast("cpu").__enter__()
+    elif what == "threads":
+        torch.set_num_threads(torch.get_num_threads() + 1)
+    else:
+        torch.set_default_dtype(torch.float64)
+    return build()
+
+
+def on_meta():
+    with torch.device("meta"):
+        return Lossless()
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(4))
+
+
 ONE = build()
 
 

@@ -121,6 +121,23 @@ def test_a_function_that_clears_its_environment_is_called_again(allowed):
         assert build("without_environment").batch_size == 2
 
 
+@pytest.mark.parametrize("left", ["gradients", "device", "autocast", "threads", "dtype"])
+def test_what_a_function_sets_in_torch_does_not_last(left, allowed):
+    """A cell is measured under what its record says."""
+    before = (torch.is_grad_enabled(), torch.get_default_device(), torch.get_num_threads(), torch.get_default_dtype())
+    step = build("changing", model_config_overrides={"what": left})
+
+    assert not torch.is_autocast_enabled("cpu")
+    after = (torch.is_grad_enabled(), torch.get_default_device(), torch.get_num_threads(), torch.get_default_dtype())
+    assert before == after
+    assert step.run() > 0
+
+
+@pytest.mark.parametrize(("name", "said"), [("on_meta", "have no values (meta)"), ("lazy", "without a shape yet")])
+def test_a_model_without_values_is_one_line(name, said, allowed):
+    assert said in the_line(build, name, "squares")
+
+
 def test_a_model_that_was_given_before_is_one_line(allowed):
     """A method of another cell may be in it, or the weights of its training."""
     build("the_same")

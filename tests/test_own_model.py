@@ -113,6 +113,8 @@ def frozen(model):
         (Model(), {"x": torch.ones(0, 4)}, {}, "measure: the batch has no samples"),
         (Model(), {"x": [[1.0], [1.0, 2.0]]}, {}, "measure: x is no table of numbers ("),
         (Model(), BATCH | {"labels": torch.ones(3)}, {}, "different numbers of samples (x 4, labels 3)"),
+        (Model(), {name: tensor.to("meta") for name, tensor in BATCH.items()}, {}, "measure: x has no values (meta)"),
+        (nn.Sequential(nn.LazyLinear(2)), BATCH, {}, "Sequential: has parameters without a shape yet (LazyLinear"),
         (Model(), BATCH | {"idx": torch.ones(4)}, {}, "Model: does not take the batch (x, idx): "),
         (Model(lambda loss: None), BATCH, {}, "Model: gives no loss but NoneType; put `labels` into the batch"),
         (Model(lambda loss: {"logits": loss}), BATCH, {}, "Model: gives no loss but dict"),
@@ -212,3 +214,18 @@ def test_weights_for_inference_are_one_line():
         model = a_model(2, torch.float32)
     with pytest.raises(UserError, match=r"were made under torch\.inference_mode"):
         meftbench.measure(model, a_batch())
+
+
+@pytest.mark.parametrize("batch", [None, {}, {"input_ids": torch.zeros(2, 4, dtype=torch.long)}])
+@pytest.mark.parametrize("method", ["lora", "houlsby", "meft1-exact", "full+checkpoint"])
+def test_a_model_is_as_it_was_where_it_could_not_be_measured(method, batch):
+    """So that the next call, with a mended batch, does not find a method applied already."""
+    model = a_model(2, torch.float32, dropout=0.0)
+    before = {name: type(module) for name, module in model.named_modules()}
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UserError):
+        meftbench.measure(model, batch, method=method, **QUICK)
+
+    assert before == {name: type(module) for name, module in model.named_modules()}
+    assert trained == [parameter.requires_grad for parameter in model.parameters()]
+    assert meftbench.measure(model, a_batch(), method=method, **QUICK)["activation_peak_bytes"].value > 0

@@ -168,12 +168,17 @@ def _check_loaded(
     )
     if missing:
         raise _unfit(name, f"its weights lack what its configuration has ({missing[0]}{_more(missing)})")
-    left = sorted(key for key in loading["unexpected_keys"] if key.startswith(backbone) and _OF_A_LAYER.search(key))
+    known = {_PLACE.sub("N", key.removeprefix(backbone)) for key in model.state_dict()}
+    left = sorted(
+        key
+        for key in loading["unexpected_keys"]
+        if _PLACE.search(key) and _PLACE.sub("N", key.removeprefix(backbone)) in known
+    )
     if left and not overrides:
         raise _unfit(name, f"its weights have what its configuration lacks ({left[0]}{_more(left)})")
 
 
-_OF_A_LAYER = re.compile(r"\.layers?\.[0-9]+\.")
+_PLACE = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # of a layer in a list: a part of a key that is a number
 
 
 def _more(found: Sequence[object]) -> str:

@@ -52,7 +52,9 @@ def check_held(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
 def _configuration(model: Any, dtype: torch.dtype) -> str:
     config = model.config
     said = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return f"{type(model).__name__} {dtype} {getattr(config, '_attn_implementation', None)} {said}"
+    # A class that is patched later is another.
+    forwards = sorted({(kind.__name__, id(getattr(kind, "forward", None))) for kind in map(type, model.modules())})
+    return f"{type(model).__name__} {dtype} {getattr(config, '_attn_implementation', None)} {said} {forwards}"
 
 
 def check_layers(layers: list[nn.Module]) -> None:

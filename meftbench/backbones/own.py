@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -40,11 +41,17 @@ def build_own(name: str, config: dict[str, Any], *, attention: str, dtype: torch
     with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
         load(name)  # an import may draw random numbers
         torch.manual_seed(seed)
+        untouched = torch.get_default_device().type == "meta"  # for a prediction, weights have no values
         model = call(name, **config)
     if not isinstance(model, nn.Module):
         raise UserError(name, f"returned {type(model).__name__}, no torch module", "return a torch.nn.Module")
     if next(model.parameters(), None) is None:
         raise UserError(name, f"returned {type(model).__name__}, which has no parameters", "return one to be trained")
+    if not untouched and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(name, f"returned {type(model).__name__}, whose weights have no values (meta)", "load them")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        what = f"returned {type(model).__name__}, which has parameters without a shape yet (LazyLinear)"
+        raise UserError(name, what, "run a batch through it first")
     if model in _GIVEN:
         raise UserError(name, "returned the model that it has returned before", "make a new one in each call")
     _GIVEN.add(model)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from meftbench.errors import UserError
 
@@ -73,16 +74,30 @@ def check_not_replaced(layer: nn.Module, names: tuple[str, ...]) -> None:
         own = {name for it in kind.__mro__ if it.__module__.startswith(_OF_TRANSFORMERS) for name in vars(it)}
         if shadowed := sorted((own - {FORWARD}) & vars(module).keys()):
             raise _patched(module, shadowed[0])
-        # Methods keep the name of their module through transformers' decorators.
-        if kind.forward.__module__ not in {ancestor.__module__ for ancestor in kind.__mro__}:
-            what = f"{kind.__name__}.forward was replaced ({kind.forward.__module__}), and layers are run here in parts"
+        if (where := foreign_forward(kind)) is not None:
+            what = f"{kind.__name__}.forward was replaced ({where}), and layers are run here in parts"
             raise UserError(kind.__name__, what, "take the patch off, or take lora")
+
+
+def foreign_forward(kind: type[nn.Module]) -> str | None:
+    """The module that a class's forward was replaced from; None: it is the class's own, or an ancestor's, perhaps under
+    decorators of transformers or torch."""
+    own = {ancestor.__module__ for ancestor in kind.__mro__}
+    function: Any = kind.forward
+    while function is not None:
+        # Of a decorator that calls itself by the name of what is inside: the module it was written in.
+        where = str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
+        if where not in own and not where.startswith(("transformers.", "torch.")):
+            return where
+        function = getattr(function, "__wrapped__", None)
+    return None
 
 
 def hooked(layer: nn.Module, names: tuple[str, ...]) -> bool:
     """Whether others have hooks on one of these submodules ("": the layer itself)."""
     modules = list(map(layer.get_submodule, names))
-    hooks = [hook for it in modules for held in (it._forward_hooks, it._forward_pre_hooks) for hook in held.values()]
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for it in modules for table in tables for hook in getattr(it, table).values()]
     return any(not str(getattr(hook, "__module__", "")).startswith("meftbench.") for hook in hooks)
 
 
@@ -146,6 +161,10 @@ def check_trainable(model: nn.Module) -> None:
     """Raises UserError where no method could train: accelerate holds weights elsewhere than on the device that computes
     (device_map, cpu_offload), they are quantised by something that has no backward, or were made for inference."""
     name, modules = type(model).__name__, list(model.modules())
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise UserError(
+            name, "has parameters without a shape yet (LazyLinear and its kin)", "run a batch through it first"
+        )
     if any(p.is_meta for p in model.parameters()) and any("_hf_hook" in vars(module) for module in modules):
         cure = 'load the model onto one device: from_pretrained(..., device_map={"": 0}), or without device_map'
         raise UserError(name, "its weights are offloaded by accelerate and cannot be trained", cure)

@@ -14,7 +14,7 @@ from meftbench.backbones.trunk import trunk_of
 from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
-from meftbench.methods.full import train_all
+from meftbench.methods.full import check_some_trained
 from meftbench.methods.whole_model import check_not_held_twice, warn_on_save
 from meftbench.plan.catalogue import LEVERS, METHODS
 from meftbench.plan.peft_names import NOT_APPLICABLE
@@ -29,7 +29,7 @@ def apply_method(
     """Apply a method to a transformers model, in place, and return the model to train.
 
     model: a transformers model; or a module of your own around one, which is then changed: what is yours in it keeps
-        its `requires_grad` (`full` trains all of it). What save_adapter and load_adapter take is the part inside.
+        its `requires_grad`. What save_adapter and load_adapter take is the part inside.
 
     method: a name of `meftbench list methods`, levers joined by `+` ("meft1", "lora+checkpoint").
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
@@ -79,7 +79,7 @@ def prepare(
                 torch.manual_seed(seed)
             applied = _load(entry.home)(trunk.model, checked, *entry.given)
         if name == "full":
-            train_all(model)
+            check_some_trained(model)
         setattr(applied.model, NOTE, note)
         for lever in LEVERS:
             if lever in levers:

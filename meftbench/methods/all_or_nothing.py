@@ -28,7 +28,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 attributes[name].clear()
                 attributes[name].update(content)
         for parameter, required in trained:
-            parameter.requires_grad_(required)
+            if parameter.requires_grad != required:  # of some (uninitialised, of inference) it may not be set at all
+                parameter.requires_grad_(required)
         raise
 
 

@@ -114,15 +114,26 @@ NOTE = "meftbench_adapter"
 
 def note_before(model: nn.Module, method: str, settings: Settings) -> dict[str, Any]:
     """The note as it is before a method is applied: the method, and what `unload` must know of the model as it was:
-    its frozen parameters, and whether it was checkpointed."""
+    its frozen parameters, and which modules were checkpointed, and how."""
     return {
         "method": method,
         "settings": json.loads(json.dumps(settings.in_full(), default=str)),
         "levers": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        "checkpointed": any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()),
+        "checkpointed": [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False) is True],
+        "checkpointing": next(map(_options, filter(None, map(_checkpointing_of, model.modules()))), None),
         "vocabulary": vocabulary_of(model),
     }
+
+
+def _checkpointing_of(module: nn.Module) -> Any:
+    return vars(module).get("_gradient_checkpointing_func")
+
+
+def _options(function: Any) -> dict[str, Any]:
+    """Plain arguments that transformers has bound to torch's checkpoint, such as use_reentrant."""
+    plain = getattr(function, "keywords", {}).items()
+    return {name: value for name, value in plain if isinstance(value, bool | int | str)}
 
 
 def vocabulary_of(model: Any) -> int | None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from meftbench.backbones.patched import FORWARD, foreign_forward, name_of_forward
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.plan.catalogue import BACKBONES
@@ -41,6 +42,10 @@ def chunked_loss(applied: Applied) -> None:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # peft has its own wrapper around
     name = type(model).__name__
+    place = name_of_forward(model)
+    if place == FORWARD and FORWARD in vars(model):
+        what = "its forward was replaced on the instance, and would be left out"
+        raise UserError(name, what, "apply the method first, then replace it (or prepare it by accelerate)")
     if not isinstance(model, PreTrainedModel) or not predicts_tokens(model):
         cure = "leave the lever out, or take a model for language modelling (head: causal_lm or seq2seq_lm)"
         raise UserError(name, "chunked_loss needs a head over a vocabulary, and the model has none", cure)
@@ -55,7 +60,7 @@ def chunked_loss(applied: Applied) -> None:
     if not (_is_known(model) or chunked.agrees()):
         raise UserError(name, "its loss is not the cross-entropy of its head's output", "leave chunked_loss out")
     # On the instance: parameters keep their names, and it is copied and pickled with the model.
-    model.forward = chunked
+    setattr(model, place, chunked)
 
     @contextmanager
     def without() -> Iterator[None]:
@@ -74,7 +79,8 @@ def _is_known(model: Any) -> bool:
     kind = type(model)
     alone = kind.__name__.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel"))
     own = alone and kind.__module__.startswith("transformers.models.")
-    return own and model.config.model_type in BACKBONES and "_loss_function" not in vars(model)
+    known = own and model.config.model_type in BACKBONES and "_loss_function" not in vars(model)
+    return known and foreign_forward(kind) is None
 
 
 class ChunkedLoss:

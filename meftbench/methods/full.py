@@ -1,20 +1,21 @@
-"""Full fine-tuning: every weight is trained."""
+"""Full fine-tuning: every weight is trained that is not frozen."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from meftbench.errors import UserError
 from meftbench.methods.applied import Applied
 from meftbench.plan.catalogue import Full
 
 
 def apply(model: nn.Module, settings: Full) -> Applied:
-    """`model` as it is, all parameters trained."""
-    train_all(model)
+    """`model` as it is: what requires grad is trained, which is everything unless somebody has frozen a part."""
     return Applied(model)
 
 
-def train_all(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        # 4-bit weights cannot be trained, nor integers of other quantisers.
-        parameter.requires_grad_(parameter.is_floating_point() and not hasattr(parameter, "quant_state"))
+def check_some_trained(model: nn.Module) -> None:
+    """Raises UserError where all parameters are frozen."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        cure = "train some of them: requires_grad_(True), or take another method"
+        raise UserError(type(model).__name__, "all its parameters are frozen", cure)

@@ -7,6 +7,7 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from meftbench.backbones import base_of
 from meftbench.backbones.patched import BEHIND_HOOK
@@ -50,7 +51,7 @@ def unload(model: nn.Module) -> nn.Module:
     for module in base.modules():
         _forget(module, "compile" in note.get("levers", ()))
     if "checkpoint" in note.get("levers", ()):
-        _restore_checkpointing(base, note["checkpointed"])
+        _restore_checkpointing(base, set(note["checkpointed"]), note["checkpointing"])
     restore_gradients(base, note)
     return base
 
@@ -185,12 +186,15 @@ def _is_ours(function: object) -> bool:
     return callable(function) and str(getattr(function, "__module__", "")).startswith(_PACKAGES)
 
 
-def _restore_checkpointing(base: nn.Module, checkpointed: bool) -> None:
-    for module in base.modules():
+def _restore_checkpointing(base: nn.Module, checkpointed: set[str], options: dict[str, Any] | None) -> None:
+    """checkpointed: names of the modules that were.  options: of torch's checkpoint then; None: it was never on."""
+    for name, module in base.named_modules():
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = checkpointed  # type: ignore[assignment]
-            if not checkpointed:
+            module.gradient_checkpointing = name in checkpointed
+            if options is None:
                 vars(module).pop("_gradient_checkpointing_func", None)
+            else:
+                module._gradient_checkpointing_func = partial(checkpoint, **options)
 
 
 def restore_gradients(base: nn.Module, note: dict[str, Any]) -> None:

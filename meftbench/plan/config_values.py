@@ -19,6 +19,12 @@ _COUNTS = re.compile(
 _MAY_BE_NOTHING = re.compile(r".*(window|vocab_size_per_layer|head_dim|key_value_heads|_embed_proj_dim|chunk).*")
 _RATES = re.compile(r".*(dropout|dropout_prob|_prob|layerdrop)$")
 _NUMBERS = re.compile(r".*(_eps|_epsilon|initializer_range|_theta|_coef|_scalar|_multiplier|softcapping)$")
+# The training step reads a loss by its name, and labels by the kind of problem.
+_WRITTEN: dict[str, tuple[Any, ...]] = {
+    "return_dict": (True,),
+    "use_return_dict": (True,),
+    "problem_type": ("regression", "single_label_classification", "multi_label_classification"),
+}
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 # Of transformers' names those that models use; another is refused only where it is nearly one of them.
 _KNOWN = (
@@ -45,6 +51,8 @@ def check_values(document: Document, path: KeyPath, overrides: dict[str, Any]) -
 def _fault(key: str, value: Any) -> str | None:
     """What to write instead; None: nothing is known against the value."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in _WRITTEN:
+        return None if value in _WRITTEN[key] else f"{' or '.join(map(repr, _WRITTEN[key]))}, or leave it out"
     if key in _ACTIVATIONS:
         near = get_close_matches(str(value), _KNOWN, n=1)
         if not isinstance(value, str) or (value not in _KNOWN and near):

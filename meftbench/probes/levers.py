@@ -51,7 +51,7 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     collapsed = collapsed or broken_loss(loss)
     step.optimizer.zero_grad(set_to_none=True)
     _check_checkpoints(cell, runs)
-    if step.applied.recomputes and calls["backward"] == 0:
+    if step.applied.recomputes and calls["backward"] == 0 and not _kept_whole(step):
         raise _not_engaged(cell.method, "no layer ran again in backward")
     if not step.applied.recomputes and calls["backward"]:
         raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
@@ -78,6 +78,13 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         **compiled,
         **({"collapse": Metric(collapsed, "measured")} if collapsed else {}),
     }
+
+
+def _kept_whole(step: Step) -> bool:
+    """Whether backward has nothing to run again: the graph of a stack's last block is kept, and there is no other."""
+    stacks = step.applied.stacks
+    kept = all(it.keeps_graph(1) and it.tiles in (1, "auto") and len(it.blocks) == 1 for it in stacks)
+    return bool(stacks) and step.applied.tiling is None and kept
 
 
 def _check_checkpoints(cell: Cell, runs: Runs) -> None:

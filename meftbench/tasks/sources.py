@@ -6,6 +6,7 @@ import glob
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,9 +82,37 @@ def _lies_here(folder: Path, name: str) -> bool:
 
 
 def _files(folder: Path, name: str, ending: str) -> list[Path]:
-    """The file of a split, or its pieces as the hub names them: train-00000-of-00002.parquet."""
+    """The file of a split, or its pieces as the hub names them: train-00000-of-00002.parquet.
+
+    Raises UserError: a piece is missing, or there is a whole file as well.
+    """
     whole = folder / f"{name}.{ending}"
-    return [whole] if whole.is_file() else sorted(folder.glob(f"{name}-*-of-*.{ending}"))
+    pieces = sorted(folder.glob(f"{name}-*-of-*.{ending}"))
+    if whole.is_file():
+        if pieces:
+            raise _two(whole, pieces[0])
+        return [whole]
+    if pieces:
+        _check_pieces(name, pieces)
+    return pieces
+
+
+def _check_pieces(name: str, pieces: list[Path]) -> None:
+    numbers = [re.fullmatch(rf"{re.escape(name)}-([0-9]+)-of-([0-9]+)", piece.stem) for piece in pieces]
+    counts = {int(found[2]) for found in numbers if found}
+    if len(counts) > 1:
+        what = f"lies beside pieces of {len(counts)} sets, of which each has another number"
+        raise UserError(str(pieces[0]), what, "leave one set there")
+    there = {int(found[1]) for found in numbers if found}
+    missing = sorted(set(range(*counts)) - there) if counts else []
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        what = f"piece {missing[0]:05d} of {max(counts):05d} is missing{more}"
+        raise UserError(str(pieces[0].parent / name), what, "put all pieces there")
+
+
+def _two(one: Path, other: Path) -> UserError:
+    return UserError(str(one), f"{other.name} is there as well, and only one of them would be read", "remove the other")
 
 
 @dataclass(frozen=True)
@@ -100,14 +129,18 @@ class Files:
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | TextTable | None:
         for split in _names(name, hub_name):
-            for ending in FORMATS:
-                if files := _files(self.folder, split, ending):
-                    return self._table(ending, files)
-            if files := _files(self.folder, split, "npz"):
-                self._verify(files)
-                return self._arrays(files[0], task)
-            if (self.folder / split).is_dir():
-                return self._folder(self.folder / split, task)
+            found = {ending: files for ending in (*FORMATS, "npz") if (files := _files(self.folder, split, ending))}
+            folder = self.folder / split
+            places = [files[0] for files in found.values()] + ([folder] if folder.is_dir() else [])
+            if len(places) > 1:
+                raise _two(*places[:2])
+            if "npz" in found:
+                self._verify(found["npz"])
+                return self._arrays(found["npz"][0], task)
+            for ending, files in found.items():
+                return self._table(ending, files)
+            if folder.is_dir():
+                return self._folder(folder, task)
         return None
 
     def _table(self, ending: str, files: list[Path]) -> Dataset | TextTable:

@@ -11,7 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.batch import resident_batch
@@ -192,6 +198,28 @@ def test_layers_beyond_those_of_the_weights_are_not_made_up(tmp_path):
     assert len(build_model(f"{tmp_path}@random", {"num_hidden_layers": 3}).bert.encoder.layer) == 3
     with pytest.raises(UserError, match=r"its weights lack what its configuration has \(bert.encoder.layer.2.*@random"):
         build_model(str(tmp_path), {"num_hidden_layers": 3})
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (lambda: a_model(2, torch.float32), "num_hidden_layers"),
+        (lambda: a_model(2, torch.float32, "llama", head="classification"), "num_hidden_layers"),
+        (lambda: a_model(2, torch.float32, "bart", head="classification"), "encoder_layers"),
+        (lambda: GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99)), "n_layer"),
+        (lambda: T5ForSequenceClassification(T5Config(d_model=32, d_ff=64, num_layers=2, vocab_size=99)), "num_layers"),
+    ],
+)
+def test_weights_of_more_layers_are_not_cut_off(tmp_path, model, field, bare):
+    """However a family spells its list of layers, and whether the head was saved with it."""
+    saved = model()
+    (saved.base_model if bare else saved).save_pretrained(tmp_path)
+    build_model(str(tmp_path), head="classification")
+    configured(**{field: 1})(tmp_path)
+
+    with pytest.raises(UserError, match=r"its weights have what its configuration lacks \(.*1\."):
+        build_model(str(tmp_path), head="classification")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from functools import wraps
+from types import MethodType
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 from meftbench.errors import CellFailure, UserError
 from meftbench.methods import prepare
@@ -235,3 +240,61 @@ def test_a_trace_sees_every_chunk():
     del step.batch["attention_mask"]
     measured = count_memory(step, steps=1, warmup=1)["activation_peak_bytes"].value
     assert measured == count_uncomputed(cell).activation_peak
+
+
+def tripled(model):
+    forward = type(model).forward
+
+    def replaced(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.loss = output.loss * 3
+        return output
+
+    model.forward = MethodType(replaced, model)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "parallel", "meft1-exact"])
+@pytest.mark.parametrize("backbone", ["llama", "bart"])
+def test_a_forward_that_was_replaced_is_not_left_out(backbone, method):
+    """By hand, or by accelerate, which wraps a model's forward; after the lever it may be, and is then called."""
+    for replace in (tripled, Accelerator(cpu=True, mixed_precision="bf16").prepare):
+        model = a_predictor(backbone, torch.float32)
+        replace(model)
+        forward = model.forward
+        with pytest.raises(UserError, match=r"its forward was replaced on the instance.*apply the method first"):
+            prepare(model, f"{method}+chunked_loss")
+        assert model.forward is forward
+
+
+def test_hooks_of_accelerate_on_the_model_are_called():
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Counting.calls += 1
+            return args, kwargs
+
+    model = a_predictor("llama", torch.float32).eval()
+    add_hook_to_module(model, Counting())
+    batch = a_batch_for(model)
+    expected = float(model(**batch).loss)
+    tuned = prepare(model, "full+chunked_loss").model
+
+    assert float(tuned(**batch).loss) == pytest.approx(expected, rel=1e-5)
+    assert tuned(**batch).logits is None
+    assert Counting.calls == 3
+
+
+def test_a_class_whose_loss_was_patched_is_held_against_itself(monkeypatch):
+    forward = LlamaForCausalLM.forward
+
+    @wraps(forward)
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss * 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(UserError, match="its loss is not the cross-entropy of its head's output"):
+        prepare(a_predictor("llama", torch.float32), "full+chunked_loss")

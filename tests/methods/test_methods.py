@@ -235,3 +235,15 @@ def test_wrong_settings_are_one_line(method, settings, line):
     """From Python as from a suite: where, what, cure."""
     with pytest.raises(UserError, match=line):
         meftbench.apply_method(a_model(), method, **settings)
+
+
+@pytest.mark.parametrize("levers", ["", "+checkpoint", "+tiled_mlp"])
+def test_full_trains_what_is_not_frozen(levers):
+    """What a user has frozen stays so; nothing left to train is one line."""
+    model = a_model(2, torch.float32)
+    model.bert.embeddings.requires_grad_(False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    assert trained == prepare(model, f"full{levers}").trained().keys()
+    with pytest.raises(UserError, match="BertForSequenceClassification: all its parameters are frozen; train some"):
+        prepare(a_model(2, torch.float32).requires_grad_(False), f"full{levers}")

@@ -4,6 +4,7 @@ user's did, or says in a line that it cannot."""
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from types import MethodType
 
@@ -139,16 +140,31 @@ def test_hooks_on_an_attention_that_runs_without_its_projection(kind, method):
     meftbench.apply_method(model, method)
 
 
-def test_a_class_that_was_patched(monkeypatch):
+@pytest.mark.parametrize("wrapped", [functools.wraps, lambda _: lambda function: function])
+def test_a_class_that_was_patched(monkeypatch, wrapped):
     """As libraries of kernels do it: all models of the family run their forward."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     before = LlamaDecoderLayer.forward
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: before(self, *args, **kwargs))
+
+    def counted(self, *args, **kwargs):
+        return before(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", wrapped(before)(counted))
     for method in ("parallel", "meft1-exact", "full+tiled_mlp"):
         with pytest.raises(UserError, match=r"LlamaDecoderLayer.forward was replaced \(.*test_patched_layers"):
             meftbench.apply_method(copy.deepcopy(MODELS["llama"]), method)
     meftbench.apply_method(copy.deepcopy(MODELS["llama"]), "lora+checkpoint")
+
+
+@pytest.mark.parametrize("method", ["meft1-exact", "meft3-exact"])
+@pytest.mark.parametrize("place", ["", "attention", "output"])
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_on_gradients_that_will_not_be_called_are_said(kind, place, method):
+    model = copy.deepcopy(MODELS["bert"])
+    getattr(model.get_submodule("bert.encoder.layer.1").get_submodule(place), kind)(lambda *_: None)
+    with pytest.warns(UserWarning, match="hooks on 1 layers, the first of them layer 1, will not be called"):
+        meftbench.apply_method(model, method)
 
 
 def test_a_part_that_would_be_left_out():

@@ -685,3 +685,21 @@ def loaded_or_refused(model, folder):
         return meftbench.load_adapter(model, folder), None
     except UserError as error:
         return None, str(error)
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}])
+@pytest.mark.parametrize("which", [[True, False], [False, True], [True, True]])
+def test_checkpointing_is_afterwards_as_it_was(which, options):
+    """Which layers, and how: a user may have chosen both."""
+    model = a_model()
+    model.gradient_checkpointing_enable(options)
+    for layer, checkpointed in zip(model.bert.encoder.layer, which, strict=False):
+        layer.gradient_checkpointing = checkpointed
+    before = [layer.gradient_checkpointing for layer in model.bert.encoder.layer]
+    meftbench.unload(meftbench.apply_method(model, "houlsby+checkpoint"))
+
+    assert before == [layer.gradient_checkpointing for layer in model.bert.encoder.layer]
+    assert [options] * len(before) == [
+        {key: value for key, value in layer._gradient_checkpointing_func.keywords.items() if key in options}
+        for layer in model.bert.encoder.layer
+    ]

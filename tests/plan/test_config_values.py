@@ -39,6 +39,9 @@ def the_line(call, *arguments):
         ("hidden_dropout_prob", 1.5, "config hidden_dropout_prob is 1.5; write a number from 0 to 1"),
         ("attention_dropout", "none", "config attention_dropout is 'none'"),
         ("hidden_act", "geluu", "config hidden_act is 'geluu'; write 'gelu'"),
+        ("return_dict", False, "config return_dict is False; write True, or leave it out"),
+        ("use_return_dict", False, "config use_return_dict is False"),
+        ("problem_type", "nonsense", "config problem_type is 'nonsense'; write 'regression' or 'single_label"),
         ("activation_function", 3, "config activation_function is 3; write the name of an activation"),
     ],
 )

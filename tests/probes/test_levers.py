@@ -15,7 +15,7 @@ from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.counted_metrics import count_memory
 from meftbench.probes.levers import check_levers
 from meftbench.step import build_step
-from tests.models import METHODS, TINY, a_cell, a_cell_of, a_step
+from tests.models import FOUR_LAYERS, METHODS, TINY, a_cell, a_cell_of, a_step
 
 LEVERS = ["", "+checkpoint", "+offload", "+checkpoint+offload"]
 
@@ -187,3 +187,17 @@ def test_checkpointing_that_nobody_asked_for():
 
     with pytest.raises(CellFailure, match=r"checkpoint: .*layer\.0 ran again in backward although it is off"):
         check_levers(step, a_cell("lora"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"tiles": 2}, {"output": "mean"}])
+@pytest.mark.parametrize(
+    ("method", "layers"), [("meft1-exact", 1), ("meft3-exact", 1), ("meft1", 1), ("meft1-exact", 2)]
+)
+def test_a_single_reversible_layer_is_no_fault(method, layers, settings):
+    """Its graph is kept, so that nothing runs again in backward; a model of one layer is the same."""
+    if method == "meft1" and "tiles" in settings:
+        settings = {}
+    settings = settings | {"reversible_layers": 1}
+    shape = {"model_config_overrides": FOUR_LAYERS | {"vocab_size": 120, "num_hidden_layers": layers}}
+    found = check_levers(trained_once(method, method_params=settings, **shape), a_cell(method))
+    assert found["zero_grad_tensors"].value >= 0

@@ -45,6 +45,37 @@ def test_pieces_are_one_split(tmp_path):
     assert [row["title"] for row in ROWS] == list(load_splits(a_task(tmp_path), None).train["title"])
 
 
+@pytest.mark.parametrize(
+    ("pieces", "line"),
+    [
+        ([(0, 3), (2, 3)], "train: piece 00001 of 00003 is missing; put all pieces there"),
+        ([(2, 4)], "train: piece 00000 of 00004 is missing, and 2 more"),
+        ([(0, 1), (0, 2), (1, 2)], "lies beside pieces of 2 sets, of which each has another number"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_piece_that_is_missing_is_a_line(tmp_path, pieces, line, ending):
+    for number, count in pieces:
+        write(tmp_path, f"train-{number:05d}-of-{count:05d}", ROWS[:2], ending)
+    write(tmp_path, "validation")
+
+    assert line in the_line(a_task(tmp_path), None)
+
+
+@pytest.mark.parametrize("other", ["train.csv", "train.json", "train-00000-of-00001.jsonl", "train"])
+def test_of_two_files_none_is_left_out(tmp_path, other):
+    """Whichever were read, the rows of the other would be missing without a word."""
+    for name in ("train", "validation"):
+        write(tmp_path, name)
+    if other == "train":
+        (tmp_path / other).mkdir()
+    else:
+        (tmp_path / other).write_text("title,spam\na,1\n")
+
+    line = the_line(a_task(tmp_path), None)
+    assert f"{other} is there as well, and only one of them would be read; remove the other" in line
+
+
 def test_a_data_root_or_the_tasks_own_folder(tmp_path, monkeypatch):
     """`data` may be either; without it MEFTBENCH_DATA is asked."""
     some_mail(tmp_path / "own" / "mail")
