@@ -142,6 +142,33 @@ def warn_of_base(model: nn.Module, config: dict[str, Any]) -> None:
             warnings.warn(f"the adapter was trained on {key} {saved!r}, this model has {found!r}", stacklevel=3)
 
 
+def sample_of(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The first four numbers of eight matrices that are not of the adapter, by name, spread over the model: enough to
+    tell other pre-trained weights. None of weights that are quantised, or have no values.
+
+    own: what is of the adapter.
+    """
+    frozen = {
+        name: tensor
+        for name, tensor in model.named_parameters()
+        if name not in own and tensor.dim() == 2 and tensor.is_floating_point() and not tensor.is_meta
+    }
+    names = list(frozen)[:: max(1, len(frozen) // 8)][:8]
+    return {name: frozen[name].detach().flatten()[:4].double().tolist() for name in names}
+
+
+def warn_of_weights(model: nn.Module, own: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    """Warns where the model's weights are not those that the adapter was trained beside, rounding to another precision
+    left aside."""
+    saved, found = config.get("base_sample") or {}, sample_of(model, own)
+    for name in saved.keys() & found.keys():
+        largest = max(map(abs, saved[name]), default=0.0)
+        if any(abs(a - b) > 0.02 * largest for a, b in zip(saved[name], found[name], strict=False)):
+            what = f"the adapter was trained beside other weights: {name} differs"
+            warnings.warn(f"{what}; load it into the pre-trained model that it was saved from", stacklevel=5)
+            return
+
+
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

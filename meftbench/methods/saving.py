@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench import __version__
-from meftbench.backbones.quantize import keep_layout
+from meftbench.backbones.quantize import is_quantized, keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.errors import UserError
 from meftbench.methods import prepare
@@ -31,7 +31,9 @@ from meftbench.methods.adapter_files import (
     check_tensors,
     check_vocabulary,
     read,
+    sample_of,
     warn_of_base,
+    warn_of_weights,
     write,
 )
 from meftbench.methods.all_or_nothing import all_or_nothing
@@ -79,7 +81,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
 
     The range of fixed-point streams is loaded too: the logits are those of the saved model, bit for bit.
 
-    Warns: the base model has another name or revision than the one that was saved from.
+    Warns: the base model has another name, revision or weights than the one that was saved from.
     Raises UserError: nothing readable in the folder, another method or other settings applied, another class of model
     or hidden size, and tensors that are missing, unexpected or of another shape.
     """
@@ -183,6 +185,7 @@ def _files(model: nn.Module, note: dict[str, Any]) -> dict[str, bytes]:
         "hidden_sizes": _hidden_sizes(model),
         "modules_to_save": sorted({name.split(".")[0] for name in _own(model) if in_new_head(model, name)}),
         "backbone": trained_backbone(model),
+        "base_sample": {} if is_quantized(model) else sample_of(model, _own(model)),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     return {WEIGHTS: weights, CONFIG: as_json(config)}
@@ -203,6 +206,8 @@ def _fill(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[
         if tensors[name].numel() not in (0, *config["hidden_sizes"]):
             what = f"{name!r} is of {tensors[name].numel()} channels"
             raise UserError(str(folder / WEIGHTS), what, "load it into the model that it was saved from")
+    if not is_quantized(model):
+        warn_of_weights(model, own, config)
     check_tensors(folder, own, {name: tensor for name, tensor in tensors.items() if name not in ranges})
     for name, held in ranges.items():
         held.set_extra_state(tensors[name])

@@ -703,3 +703,21 @@ def test_checkpointing_is_afterwards_as_it_was(which, options):
         {key: value for key, value in layer._gradient_checkpointing_func.keywords.items() if key in options}
         for layer in model.bert.encoder.layer
     ]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("method", ["parallel", "meft1-exact"])
+def test_other_weights_under_an_adapter_are_said(family, method, tmp_path, recwarn):
+    """Of one class, sizes and no name: only the weights tell; another precision of them is the same."""
+    meftbench.save_adapter(applied_to(a_model(family), method, {}), tmp_path)
+    for same in (a_model(family), a_model(family).bfloat16()):
+        meftbench.load_adapter(same, tmp_path)
+    assert not [warning for warning in recwarn if "other weights" in str(warning.message)]
+    torch.manual_seed(5)
+    other = a_model(family)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+
+    with pytest.warns(UserWarning, match=r"was trained beside other weights: .* differs; load it into the pre-trained"):
+        meftbench.load_adapter(other, tmp_path)
