@@ -229,6 +229,8 @@ def share_of_full(frame: DataFrame, metric: str = "activation_peak_bytes") -> di
 
 def sources(frame: DataFrame, metric: str) -> list[str]:
     """Where the values of a metric come from: measured, counted, predicted; those that occur."""
+    if metric not in frame:  # of records from before there was the metric
+        return []
     pairs = zip(frame[metric], frame[f"{metric}_source"], strict=True)
     return sorted({source for value, source in pairs if value is not None})
 
@@ -288,10 +290,18 @@ def methods_in_order(frame: DataFrame) -> list[str]:
     return sorted(dict.fromkeys(frame["method"]), key=place)
 
 
+class Row(dict[str, Any]):
+    """A row of a table, by column. A metric that no record has is None, as one that some records lack."""
+
+    def __missing__(self, column: str) -> None:
+        if column.removesuffix("_source").removesuffix("_low").removesuffix("_high") not in METRICS:
+            raise KeyError(column)
+
+
 def rows_of(frame: DataFrame) -> Iterator[dict[str, Any]]:
     """The rows as mappings from column to value."""
     for row in frame.to_dict("records"):
-        yield {str(key): value for key, value in row.items()}
+        yield Row({str(key): value for key, value in row.items()})
 
 
 def count(value: float | None) -> str:

@@ -10,8 +10,11 @@ import pytest
 from rich.console import Console
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, measured
+from meftbench.records.metrics import METRICS, Kind
 from meftbench.records.store import load_run
+from meftbench.report import summary
 from meftbench.report.summary import count, error, print_summary
+from meftbench.report.tables import frame_of, rows_of
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"
 
@@ -169,3 +172,16 @@ def test_a_setting_says_its_number_whatever_the_width(width):
         name, value = setting.split("=")
         assert re.search(rf"{name}=\s*{value}\b", text)
     assert not re.search(r"tiles=\s*1\b", text)
+
+
+def test_a_metric_that_is_newer_than_the_run_is_not_there(monkeypatch, tmp_path):
+    """A stranger's column over records from before it: as a metric that a cell has not, everywhere it is shown."""
+    monkeypatch.setitem(METRICS, "swap_peak_bytes", Kind("byte", "lower", "of a stranger"))
+    monkeypatch.setattr(summary, "SHOWN", (*summary.SHOWN, "swap_peak_bytes"))
+    run = load_run(REPORTS / "minilm-cpu")
+    (row, *_) = rows_of(frame_of(run))
+
+    assert row["swap_peak_bytes"] is None is row["swap_peak_bytes_source"]
+    with pytest.raises(KeyError):
+        row["swap_peek_bytes"]
+    assert printed(run) == printed(load_run(REPORTS / "minilm-cpu"))
