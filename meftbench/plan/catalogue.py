@@ -155,7 +155,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(Full, "meftbench.methods.full:apply", "every weight is trained"),
+    "full": Method(Full, "meftbench.methods.full:apply", "every weight is trained that is not frozen"),
     "lora": Method(Lora, "meftbench.methods.lora:apply", "low-rank updates beside frozen weights (HF peft)"),
     "houlsby": Method(
         Bottleneck, "meftbench.methods.adapters:apply_houlsby", "an adapter after attention and one after feed-forward"
