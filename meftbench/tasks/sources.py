@@ -131,9 +131,11 @@ class Files:
         for split in _names(name, hub_name):
             found = {ending: files for ending in (*FORMATS, "npz") if (files := _files(self.folder, split, ending))}
             folder = self.folder / split
-            places = [files[0] for files in found.values()] + ([folder] if folder.is_dir() else [])
-            if len(places) > 1:
-                raise _two(*places[:2])
+            tables = [files[0] for ending, files in found.items() if ending != "npz"]
+            # Beside arrays a folder of images may show some of them.
+            others = [found["npz"][0]] if "npz" in found else [folder] if folder.is_dir() else []
+            if tables and len(tables + others) > 1:
+                raise _two(*(tables + others)[:2])
             if "npz" in found:
                 self._verify(found["npz"])
                 return self._arrays(found["npz"][0], task)
