@@ -128,6 +128,9 @@ class Files:
         return str(self.folder)
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | TextTable | None:
+        called = [it for it in (name, *ALIASES.get(name, ())) if _lies_here(self.folder, it)]
+        if len(called) > 1:
+            raise _two(self.folder / called[0], self.folder / called[1])
         for split in _names(name, hub_name):
             found = {ending: files for ending in (*FORMATS, "npz") if (files := _files(self.folder, split, ending))}
             folder = self.folder / split

@@ -76,6 +76,14 @@ def test_of_two_files_none_is_left_out(tmp_path, other):
     assert f"{other} is there as well, and only one of them would be read; remove the other" in line
 
 
+@pytest.mark.parametrize("other", ["val", "valid", "dev"])
+def test_of_two_names_of_a_split_none_is_left_out(tmp_path, other):
+    for name in ("train", "validation", other):
+        write(tmp_path, name)
+
+    assert f"validation: {other} is there as well, and only one of them" in the_line(a_task(tmp_path), None)
+
+
 def test_a_data_root_or_the_tasks_own_folder(tmp_path, monkeypatch):
     """`data` may be either; without it MEFTBENCH_DATA is asked."""
     some_mail(tmp_path / "own" / "mail")
