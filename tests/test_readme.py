@@ -167,10 +167,8 @@ def test_the_scores_it_names_are_those_of_the_records():
         memory = ", ".join(cells[1].split()[0] for cells in (parallel, exact))
         assert [parallel[0], exact[0], memory] == [cell.strip() for cell in row.strip("|").split("|")][3:]
     full = {task: glue[task]["full"][0].split(" (")[0] for task in glue}
-    assert (
-        f"three seeds, has {full['mrpc']} on MRPC, {full['stsb']} on STS-B, {full['sst2']} on SST-2 and {full['cola']} on"
-        in said
-    )
+    assert f"three seeds, has {full['mrpc']} on MRPC, {full['stsb']} on STS-B, {full['sst2']} on SST-2 and" in said
+    assert f"SST-2 and {full['cola']} on CoLA, where" in said
     assert f"full fine-tuning ({full['rte']}, one seed)" in said
 
     tasks = rows_of("quality-qa-smollm2")
