@@ -450,6 +450,7 @@ def test_the_language_model_in_miniature(tmp_path, capsys, monkeypatch):
 )
 def test_the_language_model_refuses_in_one_line(tmp_path, capsys, monkeypatch, arguments, code, line):
     """Nothing is written, and nothing of another model overwritten."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # which would be asked for 23 s, twice
     script = runpy.run_path(str(CAMPAIGNS / "language_model.py"))["main"]
     if "holds" in line:
         (tmp_path / "training.csv").write_text("model,method\nsmollm2,meft1-exact\n")

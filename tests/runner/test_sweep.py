@@ -397,12 +397,13 @@ def test_an_interrupted_sweep_keeps_what_has_finished(tmp_path, told_file):
     wait_until(lambda: not any(alive(int(pid)) for _, pid in told(told_file)))
 
 
-def test_kill_9_at_50_random_moments_loses_no_finished_record_and_repeats_none(tmp_path):
+@pytest.mark.parametrize("seed", range(2023, 2028))
+def test_kill_9_at_10_random_moments_loses_no_finished_record_and_repeats_none(tmp_path, seed):
     """Whenever the sweep dies: every record that was on the disk stays, and no cell has two."""
-    chance = random.Random(2023)
+    chance = random.Random(seed)
     suite = a_suite(*(a_cell(batch_size=size, seed=BRIEF) for size in range(1, 61)))
-    folder, number, moments, longest = tmp_path / "0", 0, [], 0.8
-    while len(moments) < 50:
+    folder, number, moments, longest = tmp_path / "0", 0, [], 1.6
+    while len(moments) < 10:
         kept = read_records(folder / RECORDS)[0]
         if len(kept) == len(suite.cells):
             number += 1
@@ -416,7 +417,7 @@ def test_kill_9_at_50_random_moments_loses_no_finished_record_and_repeats_none(t
         process.join()
         found = read_records(folder / RECORDS)[0]
         moments.append(len(found))
-        longest *= 1.0 if found else 1.1  # a busy machine needs longer to its first cell
+        longest *= 1.0 if found else 1.3  # a busy machine needs longer to its first cell
         assert kept == found[: len(kept)]
         assert len(found) == len({record.cell_id for record in found})
 
