@@ -27,8 +27,10 @@ _HELD: set[str] = set()  # configurations whose layouts were found to hold
 
 def check_held(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
     """Raises UserError where the halves of a layer, run one after the other, are not the layer: once a configuration,
-    and one layer of each kind. Of weights without values (meta) or in four bits, which may not run before
-    they are moved, and of a model that cannot run where it is (attention kernels of another device), nothing is told.
+    and one layer of each kind.
+
+    Nothing is told of weights without values (meta), not finite, or in four bits, which may not run before they are
+    moved; nor of a model that cannot run where it is (attention kernels of another device).
     """
     like = next(model.parameters())
     asked = _configuration(model, like.dtype)
@@ -36,11 +38,14 @@ def check_held(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
         return
     for layout in layouts:
         layers = list(layout.list_of(model)[2])
+        kinds = _kinds(model, layers)
         try:
             calls = calls_of(model, layers)
-            own = {place: _own(layers[place], call) for place, call in calls.items() if place in _kinds(model, layers)}
-        except _FAILS:
+            own = {place: _own(layers[place], call) for place, call in calls.items() if place in kinds}
+        except _FAILS:  # the model's own layers cannot run here: there is nothing to hold the halves against
             return
+        if not all(bool(expected.isfinite().all()) for expected in own.values()):
+            return  # of weights that are NaN or infinite everything differs, from itself as well
         for place, expected in own.items():
             if not holds(layout, layers[place], calls[place], expected):
                 kind = type(layers[place]).__name__
@@ -60,6 +65,8 @@ def _configuration(model: Any, dtype: torch.dtype) -> str:
 def check_layers(layers: list[nn.Module]) -> None:
     """Raises UserError where one layer stands in several places, or layers are wrapped: an adapter would be attached
     several times, and a wrapper left out."""
+    if not layers:
+        raise UserError("apply_method", "the model has no layers", "give one that has, or take method full")
     name = type(layers[0]).__name__
     if len({id(layer) for layer in layers}) < len(layers):
         what = "is in the model's list of layers several times, and would be given several adapters"

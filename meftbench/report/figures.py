@@ -125,7 +125,8 @@ def _quality(frame: DataFrame) -> list[Kind]:
         shape = shape_text(*(first[name] for name in SHAPE))
         rest = "".join(f", {setting_text(name, first[name])}" for name in differing)
         panels.append(Panel(f"{first['task']}, {shape}{rest}", rows))
-    curves = [panel for panel in panels if any(panel.frame["learning_curve"].notna())]
+    # Of one evaluation there is a point, and no curve.
+    curves = [panel for panel in panels if any(len(curve or ()) > 1 for curve in panel.frame["learning_curve"])]
     memory, time = quality_plots.plot_score_by_memory, quality_plots.plot_score_by_time
     paler = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
     swept = {axis: [panel for panel in panels if ablations.sweeps(panel.frame, axis)] for axis in ablations.AXES}

@@ -142,8 +142,8 @@ class Files:
             if "npz" in found:
                 self._verify(found["npz"])
                 return self._arrays(found["npz"][0], task)
-            for ending, files in found.items():
-                return self._table(ending, files)
+            if found:
+                return self._table(*next(iter(found.items())))
             if folder.is_dir():
                 return self._folder(folder, task)
         return None

@@ -106,3 +106,24 @@ def test_layers_in_wrappers_are_one_line(method, wrapped):
         model.bert.encoder.layer[place] = wrapped(layer)
     with pytest.raises(UserError, match="is a wrapper around BertLayer, and layers are run here in parts; apply the"):
         meftbench.apply_method(model, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "place"), [("bert", "bert.encoder.layer.0"), ("llama", "model.layers.0")])
+def test_weights_that_are_not_finite_are_not_told_of_as_another_layer(family, place, method, monkeypatch):
+    monkeypatch.setattr(held, "_HELD", set())
+    model = a_model(2, torch.float32, family, dropout=0.0)
+    norms = [module for module in model.get_submodule(place).modules() if "norm" in type(module).__name__.lower()]
+    with torch.no_grad():
+        norms[-1].weight.fill_(float("nan"))
+
+    assert meftbench.apply_method(model, method)
+    assert not held._HELD
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_layers_is_one_line(method):
+    model = a_model(1, torch.float32, "llama", dropout=0.0)
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(UserError, match="the model has no layers; give one that has"):
+        meftbench.apply_method(model, method)
