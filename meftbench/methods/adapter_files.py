@@ -157,10 +157,17 @@ def sample_of(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[flo
     return {name: frozen[name].detach().flatten()[:4].double().tolist() for name in names}
 
 
-def warn_of_weights(model: nn.Module, own: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(number, float) for number in value)
+
+
+def warn_of_weights(folder: Path, model: nn.Module, own: Mapping[str, Tensor], config: dict[str, Any]) -> None:
     """Warns where the model's weights are not those that the adapter was trained beside, rounding to another precision
-    left aside."""
-    saved, found = config.get("base_sample") or {}, sample_of(model, own)
+    left aside. Raises UserError where the file's sample of them is none."""
+    saved, found = config.get("base_sample", {}), sample_of(model, own)
+    if not isinstance(saved, dict) or not all(map(_are_numbers, saved.values())):
+        what = "base_sample is no mapping of names to lists of numbers"
+        raise UserError(str(folder / CONFIG), what, "save the adapter again, or take both files from a backup")
     for name in saved.keys() & found.keys():
         largest = max(map(abs, saved[name]), default=0.0)
         if any(abs(a - b) > 0.02 * largest for a, b in zip(saved[name], found[name], strict=False)):

@@ -207,7 +207,7 @@ def _fill(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[
             what = f"{name!r} is of {tensors[name].numel()} channels"
             raise UserError(str(folder / WEIGHTS), what, "load it into the model that it was saved from")
     if not is_quantized(model):
-        warn_of_weights(model, own, config)
+        warn_of_weights(folder, model, own, config)
     check_tensors(folder, own, {name: tensor for name, tensor in tensors.items() if name not in ranges})
     for name, held in ranges.items():
         held.set_extra_state(tensors[name])

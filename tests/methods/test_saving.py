@@ -721,3 +721,23 @@ def test_other_weights_under_an_adapter_are_said(family, method, tmp_path, recwa
 
     with pytest.warns(UserWarning, match=r"was trained beside other weights: .* differs; load it into the pre-trained"):
         meftbench.load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "sample", [True, None, 7, "text", [], {"a": None}, {"a": 1.0}, {"a": ["1"]}, {"a": [True]}, {"a": [10**400]}]
+)
+def test_a_damaged_sample_of_the_weights_is_one_line(sample, tmp_path):
+    meftbench.save_adapter(applied_to(a_model(), "parallel", {}), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"base_sample": sample}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="base_sample is no mapping of names to lists of numbers; save the adapter"):
+        meftbench.load_adapter(a_model(), tmp_path)
+
+
+def test_an_adapter_without_a_sample_of_the_weights_is_loaded(tmp_path):
+    """As older versions saved it."""
+    meftbench.save_adapter(applied_to(a_model(), "parallel", {}), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["base_sample"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert torch.isfinite(outputs(meftbench.load_adapter(a_model(), tmp_path))).all()
