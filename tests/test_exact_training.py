@@ -122,6 +122,19 @@ def test_a_run_that_breaks_is_named_and_drawn(campaign):
     assert campaign["ZERO"] in [label.get_text() for label in ax.get_yticklabels()]
 
 
+def test_real_layers_are_stacked_twice(campaign):
+    """MiniLM's six layers stand twice, each with weights of its own, and everything around them is as it was."""
+    single, twice = (campaign["_model"](name, num_labels=1, seed=0) for name in ("minilm", "minilm-twice"))
+
+    layers = twice.bert.encoder.layer
+    assert 12 == len(layers) == twice.config.num_hidden_layers
+    for index, layer in enumerate(layers):
+        for name, weight in single.bert.encoder.layer[index % 6].named_parameters():
+            assert torch.equal(weight, layer.get_parameter(name))
+    assert 12 * len(list(layers[0].parameters())) == len(list(layers.parameters()))
+    assert torch.equal(single.classifier.weight, twice.classifier.weight)
+
+
 @pytest.mark.skipif(not RTE.is_dir(), reason=f"no task data at {RTE}; set MEFTBENCH_DATA")
 def test_exact_reversal_does_not_change_training(campaign):
     """MiniLM on RTE, dropout on: ten steps reversed and under plain autograd have the same losses to 1e-4."""

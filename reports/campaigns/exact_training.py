@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
@@ -329,11 +329,11 @@ def _model(name: str, num_labels: int, seed: int) -> nn.Module:
     model = build_model(single, num_labels=num_labels, seed=seed)
     if single == name:
         return model
-    layers = list(layouts_of(model)[0].list_of(model)[2])
-    doubled = build_model(single, {"num_hidden_layers": 2 * len(layers)}, num_labels=num_labels, seed=seed)
-    for index, layer in enumerate(layouts_of(doubled)[0].list_of(doubled)[2]):
-        layer.load_state_dict(layers[index % len(layers)].state_dict())
-    return doubled
+    # Not built with twice the layers in its configuration: weights that lack half of them are refused.
+    layers = cast(nn.ModuleList, layouts_of(model)[0].list_of(model)[2])
+    layers.extend([deepcopy(layer) for layer in layers])
+    model.config.num_hidden_layers = len(layers)
+    return model
 
 
 def _relative(error: Tensor, of: Tensor) -> float:
