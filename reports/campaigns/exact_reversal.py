@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -65,11 +66,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora+checkpoint, rank for 64": ("lora+checkpoint", {"rank": "matching"}),
     "meft1-exact, adapters of 8": ("meft1-exact", {"adapter_size": 8}),
     "meft1-exact, adapters of 64": ("meft1-exact", {}),
+    "meft2-exact, adapters of 64": ("meft2-exact", {}),
     "meft3-exact, adapters of 8": ("meft3-exact", {"adapter_size": 8}),
     "meft3-exact, adapters of 64": ("meft3-exact", {}),
     "lora+checkpoint+tiled_mlp": ("lora+checkpoint+tiled_mlp", {}),
     "lora+checkpoint+offload": ("lora+checkpoint+offload", {}),
 }
+# What trains as many weights.
+AS_MANY_WEIGHTS = {"adapters of 8": "lora+checkpoint", "adapters of 64": "lora+checkpoint, rank for 64"}
 SHAPES = {"cuda": ((8, 128), (8, 512), (32, 512), (128, 512)), "cpu": ((8, 128), (8, 512))}
 KERNELS = {
     "cuda": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"),
@@ -167,7 +171,7 @@ def speed(
     threads: list[int] | None = None,
 ) -> pd.DataFrame:
     """One row a model, shape, method and number of threads (None: as it is): median seconds over `rounds` interleaved
-    steps, and the ratio to lora+checkpoint."""
+    steps, and the ratio to lora+checkpoint; also to that of the rank that trains as many weights, where it is run."""
     rows = []
     for model in models:
         for batch, length in shapes:
@@ -180,12 +184,15 @@ def speed(
                 for method, seconds in samples.items():
                     median = statistics.median(seconds)
                     shape = (model, precision, batch, length, method, count, rounds, median, batch * length / median)
-                    rows.append((*shape, *ratios(seconds, samples["lora+checkpoint"]), peaks[method]))
+                    equal = samples.get(AS_MANY_WEIGHTS.get(method.partition(", ")[2], ""))
+                    to_equal = ratios(seconds, equal)[0] if equal else math.nan
+                    found = ratios(seconds, samples["lora+checkpoint"])
+                    rows.append((*shape, *found, to_equal, peaks[method]))
                     print(*rows[-1], file=sys.stderr)
                 del steps
                 gc.collect()
     columns = ["model", "precision", "batch", "tokens", "method", "threads", "rounds", "step_s", "tokens_per_s"]
-    columns += ["ratio_to_lora_checkpoint", "lowest", "highest", "of_fastest"]
+    columns += ["ratio_to_lora_checkpoint", "lowest", "highest", "of_fastest", "ratio_at_equal_weights"]
     return pd.DataFrame(rows, columns=[*columns, "activation_peak_bytes"])
 
 
