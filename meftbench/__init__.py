@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from meftbench.estimates import estimate as estimate
+    from meftbench.estimates import fit as fit
     from meftbench.methods import apply_method as apply_method
     from meftbench.methods.saving import load_adapter as load_adapter
     from meftbench.methods.saving import save_adapter as save_adapter
@@ -23,6 +25,8 @@ _HOMES = {
     "load_adapter": "meftbench.methods.saving",
     "unload": "meftbench.methods.unloading",
     "measure": "meftbench.own_model",
+    "estimate": "meftbench.estimates",
+    "fit": "meftbench.estimates",
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",
 }

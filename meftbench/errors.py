@@ -18,9 +18,10 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 # torch's CPU allocator raises a plain RuntimeError, and CUDA libraries report exhaustion as a failed call: these are
-# the only failures known by their text (seen in torch 2.13).
+# the only failures known by their text (seen in torch 2.13). cuDNN says NOT_SUPPORTED of a workspace that does not fit.
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory"
+    r"|CUDNN_STATUS_NOT_SUPPORTED"
 )
 
 

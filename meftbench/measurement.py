@@ -1,4 +1,4 @@
-"""The passes of one cell: build, memory, throughput, fidelity, each in its own window (DESIGN 4)."""
+"""The passes of one cell: build, memory, throughput, fidelity, each in its own window (docs/design.md 6)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from meftbench.backbones.build import AUTO_CLASSES, revision_of, tokenizer_of
-from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
+from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError, is_out_of_memory
 from meftbench.own_code import blamed, digests_of, looked_at
-from meftbench.plan.catalogue import BACKBONES, PROBES
+from meftbench.plan.catalogue import BACKBONES, LEVERS, PROBES, resolve
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import CALLS, calls_of
 from meftbench.plan.protocol import Protocol
@@ -33,9 +33,6 @@ from meftbench.probes.nvml import DeviceReading, open_device
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.step import Step, attention_used, build_step, is_own
-
-# An allocation that fails under these names is a full device in disguise (MEASURING 4).
-_DISGUISED_OOM = ("CUDNN_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 @dataclass
@@ -55,9 +52,11 @@ def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
         metrics, observed = predicted_cell(cell, protocol)
         return Outcome(metrics | _host_peak(), observed)
     device = _device(cell, protocol)
-    if cell.levers.compile and device.type == "cpu" and "memory" in protocol.passes:
-        what = "compiled code allocates where the counter of a CPU does not see it"
-        raise UserError(cell.label, what, "write passes: [throughput, reconstruction], or use --device cuda")
+    if device.type == "cpu" and "memory" in protocol.passes:
+        for lever in cell.levers.names():
+            if LEVERS[lever].uncounted is not None:
+                cure = "write passes: [throughput, reconstruction], or use --device cuda"
+                raise UserError(cell.label, str(LEVERS[lever].uncounted), cure)
     if not is_own(cell):
         return _measured(cell, protocol, device)
     with blamed([name for name, _ in calls_of([cell])]):
@@ -88,7 +87,7 @@ def _measured(cell: Cell, protocol: Protocol, device: torch.device) -> Outcome:
                 if name == "reconstruction":
                     subject = replace(subject, step=_sane(step, rebuilt))
                 with step.applied.ordinary() if ordinary else nullcontext():
-                    outcome.metrics |= _load(entry.home)(subject)
+                    outcome.metrics |= resolve(entry.home)(subject)
         step = _sane(step, rebuilt)
         if not step.steps_run and not any(not stack.arithmetic.exact for stack in step.applied.stacks):
             step.run()
@@ -126,11 +125,6 @@ def _quality(cell: Cell, device: torch.device) -> Any:
     return QualityCell(cell, device)
 
 
-def _load(home: str) -> Any:
-    module, _, name = home.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def _device(cell: Cell, protocol: Protocol) -> torch.device:
     if cell.device == "counted":
         return torch.device("cpu")
@@ -156,8 +150,7 @@ def _oom_is_a_result(where: Step | str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error)
-        is_oom = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not is_oom and not any(sign in text for sign in _DISGUISED_OOM):
+        if not is_out_of_memory(error):
             raise
         asked = re.search(r"[Tt]ried to allocate ([0-9.]+) ?(bytes|KiB|MiB|GiB)", text)
         scale = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

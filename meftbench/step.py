@@ -1,4 +1,4 @@
-"""The one training step that every method runs: forward, loss, backward, optimizer step, zero_grad (DESIGN 4).
+"""The one training step that every method runs: forward, loss, backward, optimizer step, zero_grad (docs/design.md 6).
 
 No method is named here. What differs between methods is in the model, and in what is entered around its forward.
 """
@@ -86,7 +86,7 @@ class Step:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        # set_to_none: gradients kept as zeros would live through the next forward (MEASURING 5, no. 3).
+        # set_to_none: gradients kept as zeros would live through the next forward (docs/measuring.md 4).
         self.optimizer.zero_grad(set_to_none=True)
         self._enter("end", mark)
         self.steps_run += 1
@@ -179,32 +179,74 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     padding: share of each sequence that is padding.
     Raises UserError: the model cannot be loaded, the method does not fit it.
     """
-    autocast = AUTOCAST.get(cell.precision)
-    dtype = torch.float32 if autocast else DTYPES[cell.precision]
-    model = build_model(
-        cell.model,
-        cell.model_config_overrides,
-        attention=cell.attention_requested,
-        dtype=dtype,
-        seed=cell.seed,
-        head=cell.head,
-    )
-    caches_off(model)
-    if cell.precision == "nf4":
-        _quantize(cell, model)
-    method = "+".join([cell.method, *cell.levers.names()])
-    applied = prepare(model, method, cell.method_params, seed=cell.seed)
+    model = built_model(cell)
+    applied = with_method(cell, model)
     applied.model.to(device)
     batch, more = batch_of(cell, model, cell.batch_size, device, padding)
-    return (OwnStep if is_own(cell) else Step)(
+    return step_on(cell, applied, batch, device, kind=OwnStep if is_own(cell) else Step, **more)
+
+
+def built_model(cell: Cell, name: str | None = None, *, num_labels: int | None = None) -> nn.Module:
+    """The pre-trained model of a cell, in its precision, from its seed, on the CPU (or the default device).
+
+    name: of the model to build in place of the cell's, such as the same one without its weights.
+    Raises UserError as `build_model` does.
+    """
+    model = build_model(
+        name or cell.model,
+        cell.model_config_overrides,
+        attention=cell.attention_requested,
+        dtype=torch.float32 if cell.precision in AUTOCAST else DTYPES[cell.precision],
+        seed=cell.seed,
+        num_labels=num_labels,
+        head=cell.head,
+    )
+    part = transformers_part(model)
+    if part is not None:
+        part.config.use_cache = False  # a training step reads no cache, and a decoder would fill one
+    return model
+
+
+def with_method(cell: Cell, model: nn.Module) -> Applied:
+    """`model`, of `built_model`, under the cell's method and levers; new weights are drawn from the cell's seed.
+
+    Raises UserError: the method does not fit the model.
+    """
+    if cell.precision == "nf4":
+        part = transformers_part(model)
+        if part is None:
+            raise UserError(cell.model, "only a transformers model is held in 4 bits", "take another precision")
+        quantize(part)
+    method = "+".join([cell.method, *cell.levers.names()])
+    return prepare(model, method, cell.method_params, seed=cell.seed)
+
+
+def step_on(
+    cell: Cell,
+    applied: Applied,
+    batch: dict[str, Tensor],
+    device: torch.device,
+    *,
+    kind: type[Step] = Step,
+    foreach: bool | None = None,
+    scaled: bool = True,
+    **more: Any,
+) -> Step:
+    """The cell's step of a model that has the method applied, on a resident batch.
+
+    kind: the class of the step, `more`: what it takes besides.  foreach: as of `build_optimizer`.
+    scaled: whether a loss under fp16 autocast is scaled; a scaler looks at values.
+    """
+    autocast = AUTOCAST.get(cell.precision)
+    return kind(
         applied=applied,
-        optimizer=build_optimizer(cell, list(applied.trained().values())),
+        optimizer=build_optimizer(cell, list(applied.trained().values()), foreach),
         batch=batch,
         micro_batch_size=cell.micro_batch_size,
         device=device,
         sequence_length=cell.sequence_length,
         autocast=autocast,
-        scaler=torch.amp.GradScaler(device.type) if autocast == torch.float16 else None,
+        scaler=torch.amp.GradScaler(device.type) if scaled and autocast == torch.float16 else None,
         **more,
     )
 
@@ -223,20 +265,6 @@ def attention_used(cell: Cell, operators: Iterable[str]) -> str:
     if cell.attention_requested == OWN_ATTENTION:
         return f"sdpa: {fused}" if fused else "no fused kernel"
     return f"sdpa: {fused or 'math'}" if cell.attention_requested == "sdpa" else cell.attention_requested
-
-
-def caches_off(model: nn.Module) -> None:
-    """A training step reads no cache, and a decoder would fill one."""
-    part = transformers_part(model)
-    if part is not None:
-        part.config.use_cache = False
-
-
-def _quantize(cell: Cell, model: nn.Module) -> None:
-    part = transformers_part(model)
-    if part is None:
-        raise UserError(cell.model, "only a transformers model is held in 4 bits", "take another precision")
-    quantize(part)
 
 
 def batch_of(

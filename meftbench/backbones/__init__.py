@@ -1,6 +1,7 @@
 """Where pre-trained models keep their layers, and how they are built."""
 
-from meftbench.backbones.layout import Layout, Site, base_of, checked_layouts, layouts_of
+from meftbench.backbones.find import checked_layouts, layouts_of
+from meftbench.backbones.layout import Layout, Site, base_of
 from meftbench.backbones.split import split_layouts
 
 __all__ = ["Layout", "Site", "base_of", "checked_layouts", "layouts_of", "split_layouts"]

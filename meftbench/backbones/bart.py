@@ -1,4 +1,4 @@
-"""BART: a post-norm encoder and a post-norm decoder with cross-attention, each a list of layers (DESIGN 3.1).
+"""BART: a post-norm encoder and a post-norm decoder with cross-attention, each a list of layers (docs/design.md 1).
 
 Cross-attention belongs to the attention half of a decoder's layer; its adapters read the first attention.
 """

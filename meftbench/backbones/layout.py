@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
-
-from meftbench.errors import UserError
-from meftbench.plan.catalogue import BACKBONES
 
 
 class Site(Enum):
@@ -93,32 +89,3 @@ def base_of(model: nn.Module) -> nn.Module:
     """The pre-trained part of a transformers model: without task head, and the model itself where it has none."""
     base: nn.Module = getattr(model, str(model.base_model_prefix), model)
     return base
-
-
-def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
-    """The layouts of a transformers model, one a list of layers, in the order in which they run.
-
-    A type that is not in the catalogue is guessed at (backbones/guess.py).
-    Raises UserError where there is no layout and none can be guessed.
-    """
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "model_type"):
-        cure = "give a transformers model, a module with one inside, or take method full without levers"
-        raise UserError(type(model).__name__, "has no layers of a transformers model", cure)
-    if config.model_type not in BACKBONES:
-        from meftbench.backbones.guess import guessed_layout
-
-        return (guessed_layout(model),)
-    module, _, name = BACKBONES[config.model_type].home.partition(":")
-    found = getattr(import_module(module), name)
-    return (found,) if isinstance(found, Layout) else tuple(found)
-
-
-def checked_layouts(model: nn.Module) -> tuple[Layout, ...]:
-    """The same. Raises UserError where the model's configuration cannot be split."""
-    layouts = layouts_of(model)
-    for layout in layouts:
-        reason = layout.refuses(model.config)
-        if reason:
-            raise UserError(type(model).__name__, reason, "choose another model")
-    return layouts

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from meftbench.backbones.find import checked_layouts
 from meftbench.backbones.held import check_held, check_layers
-from meftbench.backbones.layout import Layout, checked_layouts
+from meftbench.backbones.layout import Layout
 from meftbench.backbones.patched import (
     check_classes,
     check_forwards,

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from meftbench.cli.options import (
-    DEFAULT_PROFILE,
     Allocator,
     AllowCode,
     AsJson,
@@ -26,10 +25,11 @@ from meftbench.cli.options import (
     ProfileName,
     Quiet,
     Setting,
-    a_cell,
+    pairs,
     progress,
 )
 from meftbench.errors import DONE, OVER_BUDGET
+from meftbench.plan.defaults import PROFILE
 
 
 def estimate(
@@ -56,28 +56,27 @@ def estimate(
 
     Exits 0 whether or not it fits; with --fail-if-too-big, 1 if it does not.
     """
-    from meftbench.runner.predictions import ask
+    from meftbench.estimates import estimate as estimated
 
-    chosen = profile or DEFAULT_PROFILE
-    cell = a_cell(
-        "estimate",
+    found = estimated(
         model,
         method,
-        chosen,
-        config,
-        settings,
-        allow_code,
-        batch=batch,
         batch_size=batch_size,
         sequence_length=sequence_length,
+        profile=profile or PROFILE,
+        config=pairs("--config", config),
+        settings=pairs("--set", settings),
+        allocator=allocator,
+        allow_code=allow_code,
+        tell=progress(quiet),
+        batch=batch,
         micro_batch_size=micro_batch_size,
         precision=precision,
         attention=attention,
         head=head,
         optimizer=optimizer,
     )
-    request = {"verb": "estimate", "cell": cell.model_dump(mode="json"), "profile": chosen, "allocator": allocator}
-    answer = ask(request, progress(quiet), allow_code)
+    answer = found.to_json()
     if as_json:
         print(json.dumps(answer, ensure_ascii=False))
     else:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meftbench.cli.options import (
-    DEFAULT_PROFILE,
     Allocator,
     AllowCode,
     Attention,
@@ -23,10 +22,11 @@ from meftbench.cli.options import (
     ProfileName,
     Quiet,
     Setting,
-    a_cell,
+    pairs,
     progress,
 )
 from meftbench.errors import UserError, unknown
+from meftbench.plan.defaults import PROFILE
 
 if TYPE_CHECKING:
     from meftbench.plan.cell import Cell
@@ -96,6 +96,7 @@ def export(
     memory_viz is a snapshot for pytorch.org/memory_viz: every allocation of one cell since
     its model was built. timeline is a figure: live bytes by category, a panel a cell.
     """
+    from meftbench.estimates import asked_cell
     from meftbench.plan.factories import check_allowed
     from meftbench.records.store import RECORDS
 
@@ -123,8 +124,12 @@ def export(
         raise UserError(what, "is no run, and no METHOD is named", cure)
     if batch_size is None or sequence_length is None:
         raise UserError("export", f"{what} is no run, and the shape of the cell is not given", f"add {_SHAPE}")
-    chosen = profile or DEFAULT_PROFILE
-    cells = [a_cell("export", what, method, chosen, config, settings, allow_code, **shape, **rest) for method in which]
+    chosen = profile or PROFILE
+    overrides, of_method = pairs("--config", config), pairs("--set", settings)
+    cells = [
+        asked_cell("export", what, method, chosen, overrides, of_method, allow_code, **shape, **rest)
+        for method in which
+    ]
     _write_predicted(cells, chosen, allocator, format_ or Format.memory_viz, output, tell, allow_code)
 
 
@@ -189,7 +194,7 @@ def _cells_again(run: Run, profile: str | None) -> tuple[str, list[Cell], str]:
     devices = {str(record.cell.get("device")) for record in run.records}
     if not profile and len(devices) == 1 and (only := devices.pop()) != "counted":
         profile = only.removeprefix(PREDICTED) if only.startswith(PREDICTED) else validation.profile_of(run).name
-    chosen = profile or DEFAULT_PROFILE
+    chosen = profile or PROFILE
     protocol = validation.protocol_for(run)
     if protocol.padding:
         what = f"was taken with padding ({protocol.padding:g} of each sequence), which cannot be predicted"

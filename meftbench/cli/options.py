@@ -1,4 +1,4 @@
-"""Options that several verbs have, and the cell that the options of a prediction name."""
+"""Options that several verbs have."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from meftbench.errors import UserError
-
-if TYPE_CHECKING:
-    from meftbench.plan.cell import Cell
+from meftbench.plan.defaults import PROFILE
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `meftbench run` wrote.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 # --- what is predicted ---
-
-DEFAULT_PROFILE = "a100-80gb"
 
 Model = Annotated[
     str, typer.Argument(help="A name of `meftbench list models`, a hub id, a folder, or MODULE:FUNCTION of your own.")
@@ -49,35 +45,9 @@ Setting = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method: adapter_size=8.")
 ]
 ProfileName = Annotated[
-    str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file. Default: {DEFAULT_PROFILE}.")
+    str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file. Default: {PROFILE}.")
 ]
 Allocator = Annotated[str, typer.Option(help="As PYTORCH_ALLOC_CONF: expandable_segments:True.")]
-
-
-def a_cell(
-    verb: str,
-    model: str,
-    method: str,
-    profile: str,
-    config: list[str] | None,
-    settings: list[str] | None,
-    allow_code: bool = False,
-    **values: Any,
-) -> Cell:
-    """The cell that the command line of `verb` names, checked as a suite's is; values of None are not said.
-
-    Raises UserError: a fault, or code of the user's own that is not allowed.
-    """
-    from meftbench.plan.factories import check_allowed, places_of
-    from meftbench.plan.point import cell_of
-    from meftbench.plan.profiles import PREDICTED, find_profile
-
-    find_profile(profile, f"{verb}: profile")
-    named = {"model": {"name": model, "config": pairs("--config", config)}, "device": PREDICTED + profile}
-    named |= {"method": {"name": method, **pairs("--set", settings)}}
-    cell = cell_of(verb, named | {key: value for key, value in values.items() if value is not None})
-    check_allowed(places_of(cell, f"{verb}: model", f"{verb}: batch"), [cell], allow_code)
-    return cell
 
 
 def pairs(option: str, given: list[str] | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def validate(
     from meftbench.errors import NOTHING_MATCHED, UserError
     from meftbench.plan.profiles import find_profile
     from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.report.validation import validation_text
     from meftbench.verdicts import validation
 
     loaded = load_run(run)
@@ -44,4 +45,4 @@ def validate(
         raise UserError(str(run), what, "measure others", NOTHING_MATCHED)
     if save:
         tell(f"{validation.save(loaded, found)}: written; `meftbench report {run}` shows it")
-    print(json.dumps(validation.as_json(found), ensure_ascii=False) if as_json else validation.text(found))
+    print(json.dumps(validation.as_json(found), ensure_ascii=False) if as_json else validation_text(found))

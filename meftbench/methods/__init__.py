@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
 from meftbench.methods.full import check_some_trained
 from meftbench.methods.whole_model import check_not_held_twice, warn_on_save
-from meftbench.plan.catalogue import LEVERS, METHODS
+from meftbench.plan.catalogue import LEVERS, METHODS, resolve
 from meftbench.plan.peft_names import NOT_APPLICABLE
 from meftbench.plan.strict_yaml import settings_of
 
@@ -77,7 +76,7 @@ def prepare(
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            applied = _load(entry.home)(trunk.model, checked, *entry.given)
+            applied = resolve(entry.home)(trunk.model, checked, *entry.given)
         if name == "full":
             check_some_trained(model)
         setattr(applied.model, NOTE, note)
@@ -85,15 +84,11 @@ def prepare(
             if lever in levers:
                 if lever in applied.refuses:
                     raise UserError(method, applied.refuses[lever], f"leave {lever} out")
-                _load(LEVERS[lever].home)(applied)
+                applied.levers[lever] = resolve(LEVERS[lever].home)()
+                applied.levers[lever].apply(applied)
                 note["levers"].append(lever)
         warn_on_save(trunk.model)
         check_not_held_twice(model)
         applied.model = trunk.replaced_in(model, applied.model)
     assert isinstance(applied, Applied)
     return applied
-
-
-def _load(home: str) -> Any:
-    module, _, name = home.partition(":")
-    return getattr(import_module(module), name)

@@ -14,11 +14,11 @@ from torch import nn
 from meftbench.backbones import Layout, base_of
 from meftbench.backbones.quantize import dtype_of
 from meftbench.errors import UserError
+from meftbench.methods.levers.base import Lever
 from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
 from meftbench.plan.catalogue import Settings
 from meftbench.reversible import ReversibleStack
 from meftbench.reversible.calibration import CalibratedRange
-from meftbench.reversible.tiled import Tiling
 
 from .bottleneck import Bottleneck
 
@@ -29,7 +29,7 @@ class Applied:
 
     model: what is called and trained (for LoRA peft's wrapper; otherwise the model that was given).
     around_forward: entered around forward and loss of every step (the offload lever).
-    tiling: how feed-forwards of ordinary layers are tiled; None: they are not.
+    levers: those that are on, by name.
     layouts: those the method has split layers by; none where it leaves them whole.
     ordinary: entered to run the same equations under ordinary autograd: nothing recomputed or offloaded.
     refuses: levers that the method does not bear, with the fact that is against it.
@@ -40,7 +40,7 @@ class Applied:
     around_forward: Callable[[], AbstractContextManager[object]] = ExitStack
     ordinary_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     recomputes: bool = False
-    tiling: Tiling | None = None
+    levers: dict[str, Lever] = field(default_factory=dict)
     layouts: tuple[Layout, ...] = ()
     refuses: dict[str, str] = field(default_factory=dict)
     no_gradient: frozenset[str] = frozenset()
@@ -69,6 +69,8 @@ class Applied:
         with ExitStack() as stack:
             for switch in self.ordinary_switches:
                 stack.enter_context(switch())
+            for lever in self.levers.values():
+                stack.enter_context(lever.without())
             yield
 
     def zero_adapters(self) -> None:
@@ -148,7 +150,7 @@ def vocabulary_of(model: Any) -> int | None:
 def freeze_backbone(model: nn.Module) -> None:
     """Freeze everything but a new task head: what the pre-trained model does not own.
 
-    BERT's pooler is part of the base model and stays frozen, the classifier is trained (PAPER, settings). The head of
+    BERT's pooler is part of the base model and stays frozen, the classifier is trained (docs/paper.md). The head of
     a language model is pre-trained and stays frozen.
     """
     for parameter in (model if predicts_tokens(model) else base_of(model)).parameters():

@@ -1,4 +1,4 @@
-"""MEFT1, MEFT2, MEFT3 (Liao, Tan, Monz, NeurIPS 2023, section 3; DESIGN 3.1, 3.2).
+"""MEFT1, MEFT2, MEFT3 (Liao, Tan, Monz, NeurIPS 2023, section 3; docs/design.md 1, 2).
 
 A variant is a row of the table below: what F and G are, which of the two factors goes to zero, whether the streams
 are swapped, and which stream carries the last layer's output.

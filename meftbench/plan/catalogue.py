@@ -6,6 +6,7 @@ To add a method, a backbone or a probe: write its file, and add one entry below 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -68,7 +69,7 @@ class Meft(Bottleneck):
     stream_bits: of the integers that hold the streams. 32, as many as a float32; or 64, so that the fixed point adds no
         error of its own to float32 even where a language model holds values of very different size: two streams, so
         8 bytes more for each element of a hidden state, whatever the depth, and no fused kernels.
-    coupling, output: how the two streams are coupled, and which one is the result (DESIGN 3.2).
+    coupling, output: how the two streams are coupled, and which one is the result (docs/design.md 2).
     adapter_input: what the adapter that is a half by itself reads (G of MEFT1, F of MEFT2): the stream, as published,
         or the stream normed as the layer's attention reads it. In post-norm models the two are the same.
     tiles, head_groups: the pieces in which token-wise work and attention are recomputed; `auto` lets the shape decide.
@@ -144,6 +145,12 @@ class MeftExact(Meft):
     head_groups: Pieces = "auto"
 
 
+def resolve(home: str) -> Any:
+    """The object that an entry's `home`, "module:NAME", stands for; its module is imported."""
+    module, _, name = home.partition(":")
+    return getattr(import_module(module), name)
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to fine-tune: its settings, where it is applied, and its line in `list methods`."""
@@ -188,32 +195,37 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Lever:
-    """What composes with any method by `+`."""
+    """What composes with any method by `+`.
 
-    home: str
+    uncounted: why memory under it cannot be counted on a CPU; None: it can.
+    """
+
+    home: str  # "module:Class", a subclass of methods.levers.base.Lever
     summary: str
+    uncounted: str | None = None
 
 
 LEVERS: dict[str, Lever] = {
     "checkpoint": Lever(
-        "meftbench.methods.levers:checkpoint",
+        "meftbench.methods.levers.checkpoint:Checkpoint",
         "keep only layer inputs and run each layer again in backward (non-reentrant); on MEFT: instead of reversal",
     ),
     "offload": Lever(
-        "meftbench.methods.levers:offload",
+        "meftbench.methods.levers.offload:Offload",
         "hold what backward needs in host memory; with checkpoint: the checkpoints",
     ),
     "tiled_mlp": Lever(
-        "meftbench.methods.levers:tiled_mlp",
+        "meftbench.methods.levers.tiled_mlp:TiledMlp",
         "run feed-forwards in tiles of tokens, again in backward; on MEFT: in the tiles of its own passes",
     ),
     "chunked_loss": Lever(
-        "meftbench.methods.chunked_loss:chunked_loss",
+        "meftbench.methods.levers.chunked_loss:ChunkedLossLever",
         "cross-entropy over chunks of tokens, never the whole logits; for models that predict tokens",
     ),
     "compile": Lever(
-        "meftbench.methods.compiled:compile_layers",
+        "meftbench.methods.levers.compiled:Compile",
         "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
+        uncounted="compiled code allocates where the counter of a CPU does not see it",
     ),
 }
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializationInfo, field_validator, model_serializer
 
-from meftbench.plan.catalogue import METHODS, MODELS
+from meftbench.plan.catalogue import LEVERS, METHODS, MODELS
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
 from meftbench.plan.identity import digest, place
 from meftbench.plan.models import RANDOM, is_path, split_name
@@ -15,21 +16,36 @@ from meftbench.plan.tasks import is_own
 from meftbench.plan.training import Training
 
 
-class Levers(BaseModel):
-    """What composes with a method by `+`; every lever is recorded, on or off."""
+class Levers(RootModel[dict[str, bool]]):
+    """What composes with a method by `+`: every lever of the catalogue by name, on or off.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    A lever that this version does not know, of a newer or older one, may be named where it is off.
+    """
 
-    checkpoint: bool = False
-    offload: bool = False
-    tiled_mlp: bool = False
-    chunked_loss: bool = False
-    compile: bool = False
-    optimizer_in_backward: bool = False
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    root: dict[str, bool] = Field(default_factory=dict, validate_default=True)
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Levers:
+        """Those on that are named."""
+        return cls(dict.fromkeys(names, True))
+
+    @field_validator("root")
+    @classmethod
+    def _of_all(cls, given: dict[str, bool]) -> dict[str, bool]:
+        for name, on in given.items():
+            if on and name not in LEVERS:
+                raise ValueError(f"has no lever {name!r}: there are {', '.join(LEVERS)}")
+        return {name: given.get(name, False) for name in LEVERS}
+
+    @model_serializer
+    def _written(self, info: SerializationInfo) -> dict[str, bool]:
+        return {name: on for name, on in self.root.items() if on or not info.exclude_defaults}
 
     def names(self) -> list[str]:
-        """The levers that are on, in the order of the fields."""
-        return [name for name, on in self.model_dump().items() if on]
+        """The levers that are on, in the order of the catalogue."""
+        return [name for name, on in self.root.items() if on]
 
 
 _NO_IDENTITY = {"data", "grid", "keep"}
@@ -72,7 +88,7 @@ class Cell(BaseModel):
         """A cell of a method with its levers, "lora+checkpoint"; one micro-batch unless `micro_batch_size` is given."""
         name, *levers = method.split("+")
         own: dict[str, Any] = {"method": name, "micro_batch_size": fields.get("batch_size")}
-        return cls(**(own | {"levers": Levers(**dict.fromkeys(levers, True))} | fields))
+        return cls(**(own | {"levers": Levers.of(levers)} | fields))
 
     @cached_property
     def cell_id(self) -> str:
@@ -131,10 +147,12 @@ class Cell(BaseModel):
         return METHODS[self.method].settings.model_validate(self.method_params)
 
     def recorded(self) -> dict[str, Any]:
-        """The `cell` of a record (MEASURING 3.2): all fields, and the method's settings in full."""
+        """The `cell` of a record (docs/measuring.md 2): all fields, and the method's settings in full."""
         full = self.model_dump(mode="json")
         full["method_params"] = self.settings().in_full()
         full["model_config"] = full.pop("model_config_overrides")
+        # Readers of records look for this name; there is no such lever yet.
+        full["levers"].setdefault("optimizer_in_backward", False)
         return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
 
 

@@ -1,4 +1,4 @@
-"""From one point of a suite, or of the command line, to its cell: every value checked (MEASURING 3.1)."""
+"""From one point of a suite, or of the command line, to its cell: every value checked (docs/measuring.md 1)."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
     schema = METHODS[name].settings
     checked = validated_part(document, path, settings, schema)
     said = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return name, Levers(**dict.fromkeys(levers, True)), said
+    return name, Levers.of(levers), said
 
 
 def require(document: Document, root: KeyPath, values: dict[str, Any], *names: str) -> None:

@@ -31,7 +31,7 @@ def _bytes(value: Any) -> Any:
 
 
 class Protocol(BaseModel):
-    """How a cell is measured (DESIGN 4, MEASURING 3.1).
+    """How a cell is measured (docs/design.md 6).
 
     warmup: steps before the measured ones; at least 1 is taken where the optimizer has state.
     steps: measured steps of each pass; a peak is the largest over them.

@@ -1,4 +1,4 @@
-"""From a suite file to its cells: what is to be run, checked in full before anything starts (MEASURING 3.1)."""
+"""From a suite file to its cells: what is to be run, checked in full before anything starts (docs/measuring.md 1)."""
 
 from __future__ import annotations
 

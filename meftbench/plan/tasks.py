@@ -35,7 +35,7 @@ def _glue(name: str, summary: str, texts: tuple[str, ...], scores: tuple[Score, 
 
 
 def _qa(name: str, summary: str, hub: tuple[str, str | None], texts: tuple[str, ...], **more: Any) -> Task:
-    """Choices, judged by accuracy; the template is that of the paper's OPT setting (PAPER.md)."""
+    """Choices, judged by accuracy; the template is that of the paper's OPT setting (docs/paper.md)."""
     return Task(
         name=name,
         family="qa",

@@ -26,7 +26,7 @@ def _pair(value: Any) -> Any:
 
 
 class _Settings(BaseModel):
-    """How a task is trained on; defaults are the settings of the paper's code for BERT (PAPER, settings).
+    """How a task is trained on; defaults are the settings of the paper's code for BERT (docs/paper.md).
 
     data: a folder with the data; None: MEFTBENCH_DATA, or the Hugging Face hub. It is no part of a cell's identity: the
         record holds a digest of the rows that were used.

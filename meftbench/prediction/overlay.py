@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meftbench.plan.profiles import Profile
-from meftbench.reversible import fused, halves
+from meftbench.reversible.kernels import Kernels, as_on
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -38,33 +38,13 @@ def cuda_semantics(profile: Profile) -> Iterator[None]:
         mock.patch.object(F, "log_softmax", _in_float32(F.log_softmax)),
         mock.patch.object(F, "cross_entropy", _in_float32(F.cross_entropy)),
         mock.patch.object(F, "mse_loss", _in_float32(F.mse_loss)),
-        mock.patch.object(halves, "_auto", _auto_tiles(profile)),
+        # Triton compiles for 7.0 and later.
+        as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
     ]
-    if capability >= (7, 0):  # what triton compiles for
-        patches += [
-            mock.patch.object(fused, "usable", _always),
-            mock.patch.object(fused, "forward_", _nothing),
-            mock.patch.object(fused, "inverse_", _nothing),
-        ]
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         yield
-
-
-def _always(*args: Any) -> bool:
-    return True
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Our Triton kernels (reversible/fused.py) work in place and in registers."""
-
-
-def _auto_tiles(profile: Profile) -> Callable[[int, int, torch.device], int]:
-    def auto(tokens: int, width: int, device: torch.device) -> int:
-        return halves.tiles_that_fill(tokens, width, profile.multiprocessors)
-
-    return auto
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -61,7 +61,7 @@ class Predicted:
         return self.replayed.reserved_peak + self.profile.context_bytes
 
     def metrics(self) -> dict[str, Metric]:
-        """The memory metrics of a record (MEASURING 3.2), source predicted."""
+        """The memory metrics of a record (docs/measuring.md 2), source predicted."""
         found = step_metrics(self.warm, self.measured, "predicted")
         other = found["other_bytes"].value
         assert isinstance(other, int)

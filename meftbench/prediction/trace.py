@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException
 from transformers import masking_utils
 
-from meftbench.backbones.build import build_model
 from meftbench.backbones.own import transformers_part
 from meftbench.errors import UserError
-from meftbench.methods import Applied, prepare
+from meftbench.methods import Applied
 from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
 from meftbench.probes.memory_counted import CountedStep, Observed
-from meftbench.step import AUTOCAST, DTYPES, Mark, OwnStep, Step, batch_of, build_optimizer, caches_off, is_own
+from meftbench.step import Mark, OwnStep, Step, batch_of, built_model, is_own, step_on, with_method
 
 
 def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
@@ -107,13 +106,7 @@ def uncomputed_model(cell: Cell) -> Applied:
     name = cell.model if own else split_name(cell.model)[0] + RANDOM
     with torch.device("meta"):
         try:
-            model = build_model(
-                name,
-                cell.model_config_overrides,
-                attention=cell.attention_requested,
-                dtype=torch.float32 if cell.precision in AUTOCAST else DTYPES[cell.precision],
-                head=cell.head,
-            )
+            model = built_model(cell, name)
         except UserError as error:
             if own and isinstance(error.__cause__, Exception):  # raised by the function itself
                 what = f"{error.what} (its model was to be made without values, on torch's meta device)"
@@ -122,9 +115,7 @@ def uncomputed_model(cell: Cell) -> Applied:
             raise
         if own:
             model.to("meta")  # what it has made elsewhere
-        caches_off(model)
-        method = "+".join([cell.method, *cell.levers.names()])
-        return prepare(model, method, cell.method_params, seed=cell.seed)
+        return with_method(cell, model)
 
 
 def uncomputed_step(
@@ -138,7 +129,6 @@ def uncomputed_step(
     applied: of `uncomputed_model`, perhaps traced before in another shape on_meta; None: it is built.
     Raises UserError: the model cannot be built, the method does not fit it, 4-bit weights.
     """
-    autocast = AUTOCAST.get(cell.precision)
     applied = applied or uncomputed_model(cell)
     model = applied.model
     mode: AbstractContextManager[object] = ExitStack()
@@ -158,17 +148,8 @@ def uncomputed_step(
     if on_meta and "constants" in more:
         on = {name: held.to("meta") if isinstance(held, Tensor) else held for name, held in more["constants"].items()}
         more = {"constants": on}
-    step = (_UncomputedOwn if is_own(cell) else _Uncomputed)(
-        applied=applied,
-        optimizer=build_optimizer(cell, list(applied.trained().values()), foreach),
-        batch=batch,
-        micro_batch_size=cell.micro_batch_size,
-        device=torch.device("meta" if on_meta else "cpu"),
-        sequence_length=cell.sequence_length,
-        autocast=autocast,
-        **more,
-    )
-    return step, mode
+    device, kind = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
+    return step_on(cell, applied, batch, device, kind=kind, foreach=foreach, scaled=False, **more), mode
 
 
 def _check_unpadded(cell: Cell, model: nn.Module, sample: dict[str, Tensor]) -> None:

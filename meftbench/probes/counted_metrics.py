@@ -1,4 +1,4 @@
-"""Metrics from counted steps: peaks, what they consist of, and how many parameters there are (MEASURING 3.2)."""
+"""Metrics from counted steps: peaks, what they consist of, and how many parameters there are (docs/measuring.md 2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from meftbench.step import Step
 
 
 def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) -> dict[str, Metric]:
-    """Metrics of the counted steps; peaks are the largest over them (MEASURING 3.2). Raises CellFailure (oom)."""
+    """Metrics of the counted steps; peaks are the largest over them (docs/measuring.md 2). Raises CellFailure (oom)."""
     with CountedStep(step, limit=limit) as counted:
         warm = [counted.run() for _ in range(warmup_steps(step, warmup))]
         measured = [counted.run() for _ in range(steps)]

@@ -1,11 +1,11 @@
-"""Is what backward recomputes what forward computed, and are the gradients right? (DESIGN 4, 3.2, 3.3)"""
+"""Is what backward recomputes what forward computed, and are the gradients right? (docs/design.md 2, 3, 6)"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from meftbench.backbones import base_of
 from meftbench.errors import CellFailure
 from meftbench.methods.applied import predicts_tokens
-from meftbench.methods.chunked_loss import ChunkedLoss
-from meftbench.plan.cell import Cell
+from meftbench.plan.cell import Cell, Levers
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.reversible import ReversibleStack, StreamError
@@ -75,7 +74,7 @@ def starting_point_shift(h_BLD: Tensor, reference_BLD: Tensor) -> float:
     Unlike a task score before training, this sees the representation itself.
 
     Raises ValueError if the shapes differ or the reference is all zero.
-    Source: DESIGN 3.2.
+    Source: docs/design.md 2.
     """
     if h_BLD.shape != reference_BLD.shape:
         raise ValueError(f"shapes (B, L, D) differ: {tuple(h_BLD.shape)} and {tuple(reference_BLD.shape)}")
@@ -114,10 +113,10 @@ def untrained_loss(step: Step) -> float:
 
     Under `+chunked_loss` the whole logits, which may not fit the device, are not made here either.
     """
-    model: Any = _without_peft(step.model)
-    chunked = getattr(model, "forward", None)
-    switch = chunked.also_without_gradients() if isinstance(chunked, ChunkedLoss) else nullcontext()
-    with switch, _evaluating(step):
+    with ExitStack() as entered:
+        for lever in step.applied.levers.values():
+            entered.enter_context(lever.in_evaluation())
+        entered.enter_context(_evaluating(step))
         return step.loss()
 
 
@@ -139,7 +138,7 @@ def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
         return {name: Metric(None, "measured", absent=reason) for name in (*START_LOSSES, "starting_point_shift")}
     if cell.method == "full" and not predicts_tokens(_without_peft(step.model)):
         return {"starting_point_shift": Metric(0.0, "measured")} | _no_losses()
-    levers = type(cell.levers)(chunked_loss=cell.levers.chunked_loss)
+    levers = Levers.of(name for name, lever in step.applied.levers.items() if lever.on_reference_model)
     plain = cell.model_copy(update={"method": "full", "method_params": {}, "levers": levers})
     pretrained = build_step(plain, step.device, padding)
     predicts = predicts_tokens(pretrained.model)

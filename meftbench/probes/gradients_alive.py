@@ -1,4 +1,4 @@
-"""How many bytes of gradients were alive at a moment of a step, known only once they have arrived (DESIGN 4).
+"""How many bytes of gradients were alive at a moment of a step, known only once they have arrived (docs/design.md 6).
 
 Inside backward a gradient is a tensor like any other until autograd gives it to its parameter: a reversible stack
 gives all of its gradients back at its very end, long after the peak. So the birth of every storage is kept, and the

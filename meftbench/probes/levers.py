@@ -1,19 +1,19 @@
-"""Did what was asked for happen? Observed on one step, after training has begun (DESIGN 4, MEASURING 2, want 8)."""
+"""Did what was asked for happen? Observed on one step, after training has begun (docs/design.md 6)."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
-from meftbench.backbones.own import transformers_part
 from meftbench.errors import CellFailure
-from meftbench.methods.levers import Offload
+from meftbench.methods.levers.base import LeverNumber, WatchedStep
+from meftbench.plan.catalogue import LEVERS, resolve
 from meftbench.plan.cell import Cell
-from meftbench.probes.ran_again import Runs, watched
+from meftbench.probes.ran_again import watched
 from meftbench.records.record import Metric
 from meftbench.step import Step, broken_loss, is_own
 
@@ -24,58 +24,43 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     To be called when the optimizer has stepped at least once: before, LoRA's first factor has no gradient.
     Raises CellFailure (error: lever-not-engaged) where the step contradicts the cell.
     """
+    applied = step.applied
+    # One that the cell asks for and the model lacks is asked all the same: what the step shows is against it.
+    levers = {name: applied.levers.get(name) or resolve(LEVERS[name].home)() for name in cell.levers.names()}
+    in_pieces = {id(module) for lever in levers.values() for module in lever.called_in_pieces(applied)}
     calls: Counter[str] = Counter()
-    rows = [0]  # of logits, a call of the head each; its calls say nothing of layers where the loss is in chunks
-    part: Any = transformers_part(step.model)
-    head: Any = part.get_output_embeddings() if cell.levers.chunked_loss else None
-    hooks = [
-        module.register_forward_pre_hook(lambda *_: calls.update([step.phase]))
-        for module in step.model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
-    if head is not None:
-        hooks.append(head.register_forward_hook(lambda _, args, logits: rows.append(logits.shape[:-1].numel())))
-    offload: Any = step.applied.around_forward
-    if isinstance(offload, Offload):
-        offload.reset()
-    tiles_before = step.applied.tiling.recomputed if step.applied.tiling else 0
-    try:
-        with watched(step) as runs:
-            loss = float(step.forward_backward())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as entered:
+        for module in step.model.modules():
+            if isinstance(module, nn.Linear) and id(module) not in in_pieces:
+                hook = module.register_forward_pre_hook(lambda *_: calls.update([step.phase]))
+                entered.callback(hook.remove)
+        for lever in levers.values():
+            entered.enter_context(lever.watched(applied))
+        runs = entered.enter_context(watched(step))
+        loss = float(step.forward_backward())
     ratio = (calls["forward"] + calls["backward"]) / calls["forward"] if calls["forward"] else 1.0
-    moved = offload.moved_bytes if isinstance(offload, Offload) else 0
     zero, collapsed = _check_gradients(step, own=is_own(cell))
     collapsed = collapsed or broken_loss(loss)
     step.optimizer.zero_grad(set_to_none=True)
-    _check_checkpoints(cell, runs)
-    if step.applied.recomputes and calls["backward"] == 0 and not _kept_whole(step):
-        raise _not_engaged(cell.method, "no layer ran again in backward")
-    if not step.applied.recomputes and calls["backward"]:
-        raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
-    if cell.levers.tiled_mlp:
-        _check_tiles(step, runs, tiles_before)
     labels = step.batch.get("labels", torch.empty(0))[: step.micro_batch_size].numel()
-    if cell.levers.chunked_loss and max(rows) >= labels > 1:
-        raise _not_engaged("chunked_loss", f"the head gave {max(rows)} rows of logits at once")
-    compiled: dict[str, Metric] = {}
-    if cell.levers.compile:
-        found = torch._dynamo.utils.counters
-        if not found["stats"]["unique_graphs"]:
-            raise _not_engaged("compile", "nothing was compiled")
-        compiled = {
-            "compiled_graphs": Metric(found["stats"]["unique_graphs"], "measured"),
-            "graph_breaks": Metric(sum(found["graph_break"].values()), "measured"),
-        }
-    if cell.levers.offload and moved == 0:
-        raise _not_engaged("offload", "no byte was moved to the host")
+    seen = WatchedStep(applied, runs, labels)
+    for name, lever in levers.items():
+        if fact := lever.missing(seen):
+            raise _not_engaged(name, fact)
+    again = [layer.name for layer in runs.ordinary if layer.again]
+    if again and "checkpoint" not in levers:
+        raise _not_engaged("checkpoint", f"{again[0]} ran again in backward although it is off")
+    if applied.recomputes and calls["backward"] == 0 and not _kept_whole(step):
+        raise _not_engaged(cell.method, "no layer ran again in backward")
+    if not applied.recomputes and calls["backward"]:
+        raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
+    observed = {"offloaded_bytes": LeverNumber(0, "counted")}
+    for lever in levers.values():
+        observed |= lever.numbers()
     return {
         "forward_calls_ratio": Metric(ratio, "measured"),
-        "offloaded_bytes": Metric(moved, "counted"),
         "zero_grad_tensors": Metric(zero, "measured"),
-        **compiled,
+        **{name: Metric(number.value, number.source) for name, number in observed.items()},
         **({"collapse": Metric(collapsed, "measured")} if collapsed else {}),
     }
 
@@ -84,34 +69,7 @@ def _kept_whole(step: Step) -> bool:
     """Whether backward has nothing to run again: the graph of a stack's last block is kept, and there is no other."""
     stacks = step.applied.stacks
     kept = all(it.keeps_graph(1) and it.tiles in (1, "auto") and len(it.blocks) == 1 for it in stacks)
-    return bool(stacks) and step.applied.tiling is None and kept
-
-
-def _check_checkpoints(cell: Cell, runs: Runs) -> None:
-    """Checkpointed layers run again from their beginning, others not; tiles of a feed-forward are no evidence."""
-    if not cell.levers.checkpoint:
-        again = [layer.name for layer in runs.ordinary if layer.again]
-        if again:
-            raise _not_engaged("checkpoint", f"{again[0]} ran again in backward although it is off")
-        return
-    layers = [layer for layer in [*runs.ordinary, *runs.blocks] if layer.wanted]
-    missing = [layer.name for layer in layers if not layer.again]
-    if not layers or len(missing) == len(layers):
-        raise _not_engaged("checkpoint", "no layer ran again in backward")
-    if missing:
-        raise _not_engaged(
-            "checkpoint", f"{missing[0]} did not run again in backward ({len(missing)} of {len(layers)})"
-        )
-
-
-def _check_tiles(step: Step, runs: Runs, before: int) -> None:
-    """Feed-forwards of ordinary layers run again in more than one tile each, and stacks take more than one."""
-    applied = step.applied
-    whole = [stack for stack in applied.stacks if stack.tiles == 1]
-    layers = sum(layer.wanted for layer in runs.ordinary)
-    ran = applied.tiling.recomputed - before if applied.tiling else 0
-    if whole or not (layers or applied.stacks) or ran < layers:
-        raise _not_engaged("tiled_mlp", f"{ran} tiles ran again in backward, for {layers} layers")
+    return bool(stacks) and "tiled_mlp" not in step.applied.levers and kept
 
 
 # A gradient whose true value is zero is exactly zero by the kernels of one processor and rounding by those of another.

@@ -1,4 +1,4 @@
-"""Bytes of live tensor storages, counted exactly: every storage is followed from birth to death (DESIGN 4).
+"""Bytes of live tensor storages, counted exactly: every storage is followed from birth to death (docs/design.md 6).
 
 The counter sees what operators return, below autograd and inside backward. What a kernel allocates and frees
 within itself is not seen; on CUDA it is what the allocator reports beyond the count.
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meftbench.errors import CellFailure
-from meftbench.methods.levers import copying_to_host
+from meftbench.methods.levers.offload import copying_to_host
 from meftbench.probes.gradients_alive import GradientsAlive
 from meftbench.step import Mark, Step
 from meftbench.units import format_bytes
@@ -291,7 +291,7 @@ class CountedStep:
 
     def run(self) -> Observed:
         """One step, observed."""
-        # Function contexts form cycles which gc would otherwise free at a random moment (MEASURING 5, no. 33).
+        # Function contexts form cycles which gc would otherwise free at a random moment (docs/measuring.md 4).
         gc.collect()
         return self.observe(self.step.run)
 

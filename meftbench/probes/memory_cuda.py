@@ -1,4 +1,4 @@
-"""Memory on CUDA: the allocator's four peaks per phase, and what lies outside torch (DESIGN 4, MEASURING 3.2, 5)."""
+"""Memory on CUDA: the allocator's four peaks per phase, and what lies outside torch (docs/measuring.md 2, 4)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TorchAllocator:
         torch.cuda.reset_peak_memory_stats()
 
     def settle(self) -> None:
-        # This order: stale cached segments do not count as allocated but do as reserved (MEASURING 5, no. 6).
+        # This order: stale cached segments do not count as allocated but do as reserved (docs/measuring.md 4).
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """What the driver says of a GPU, through NVML: memory of processes, clocks, temperature.
 
 Never a crash and never a zero for "unknown": containers, MIG and WDDM hide some of it, and then the metric is absent
-with the reason (MEASURING 5, no. 34).
+with the reason (docs/measuring.md 4).
 """
 
 from __future__ import annotations

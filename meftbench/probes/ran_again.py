@@ -7,36 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from meftbench.methods.levers.base import LayerRuns, Runs
 from meftbench.step import Step
-
-
-@dataclass
-class LayerRuns:
-    """One layer or reversible block, in one forward and backward.
-
-    first: the module without submodules that it ran first.  again: that ran in backward.
-    wanted: its output needs a gradient, so that backward passes through it.
-    """
-
-    name: str
-    first: nn.Module | None = None
-    again: bool = False
-    wanted: bool = False
-
-
-@dataclass
-class Runs:
-    """ordinary: layers that transformers can checkpoint.  blocks: those of reversible stacks."""
-
-    ordinary: list[LayerRuns] = field(default_factory=list)
-    blocks: list[LayerRuns] = field(default_factory=list)
 
 
 @contextmanager

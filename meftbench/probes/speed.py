@@ -1,4 +1,4 @@
-"""Throughput: time of a step and of its phases, after warm-up, in a window of its own (DESIGN 4)."""
+"""Throughput: time of a step and of its phases, after warm-up, in a window of its own (docs/design.md 6)."""
 
 from __future__ import annotations
 

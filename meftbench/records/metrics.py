@@ -1,4 +1,4 @@
-"""Every metric that leaves the program: its unit, which direction is better, and what it means (MEASURING 3.2)."""
+"""Every metric that leaves the program: its unit, which direction is better, what it means (docs/measuring.md 2)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """unit: of the stored value.  better: "lower", "higher" or "neither".  meaning: column help and tooltip."""
+    """unit: of the stored value.  better: "lower", "higher" or "neither".  meaning: column help and tooltip.
+    column: heading of a column of its own in the comparison table, shown where a run has the metric; None: it has
+        none, or the table shows it in a way of its own (report/summary.py).
+    """
 
     unit: str
     better: str
     meaning: str
+    column: str | None = None
 
 
 def _bytes(meaning: str) -> Kind:

@@ -59,7 +59,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Record:
-    """One executed cell and repeat. Field names are those of MEASURING 3.2.
+    """One executed cell and repeat. Field names are those of docs/measuring.md 2.
 
     cell: `Cell.recorded()`, with what was observed (`attention_used`, `model_revision`).
     status_detail: type, message, phase, requested_bytes, free_bytes, capacity_bytes, dominated_by,

@@ -14,14 +14,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from meftbench.errors import UserError
 from meftbench.records.record import SCHEMA, Record
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SUITE, ENVIRONMENT, RECORDS, BUDGETS, LOCK = "suite.yaml", "environment.json", "records.jsonl", "budgets.yaml", ".lock"
 
@@ -46,6 +50,12 @@ class Run:
     @property
     def run_id(self) -> str:
         return str(self.suite["run_id"])
+
+    def to_frame(self) -> DataFrame:
+        """One row a cell, as tables and plots have them (report.tables.frame_of)."""
+        # By name: reports stand above records.
+        frame: DataFrame = import_module("meftbench.report.tables").frame_of(self)
+        return frame
 
 
 def load_run(path: Path | str) -> Run:

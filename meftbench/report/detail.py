@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.records.metrics import BREAKDOWN, METRICS, SHARED_CORES
+from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
 from meftbench.verdicts.budgets import glob
-from meftbench.verdicts.outcome import as_number, said
 
 if TYPE_CHECKING:
     from rich.console import Console

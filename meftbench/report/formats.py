@@ -1,4 +1,4 @@
-"""Verdicts and comparisons for machines: JSON, GitHub annotations and step summary, Markdown, JUnit (MEASURING 3.5)."""
+"""Verdicts and comparisons for machines: JSON, GitHub annotations, Markdown, JUnit (docs/measuring.md 3)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from meftbench.records.outcome import said
 from meftbench.verdicts.compare import Change, Comparison
 from meftbench.verdicts.judge import STATES, State, Verdict
-from meftbench.verdicts.outcome import said
 
 # GitHub shows 10 annotations of a kind for a step; the tenth says how many more there are.
 _SHOWN = 9

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.records.metrics import METRICS
+from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run, unwritable, write_whole
 from meftbench.report import claims
 from meftbench.report.detail import NOISE, command, headline, sections, warnings
@@ -31,11 +32,10 @@ from meftbench.report.tables import (
     taken,
     write_csv,
 )
-from meftbench.report.validation import validation_pictures
+from meftbench.report.validation import validation_pictures, validation_text
 from meftbench.units import MiB
 from meftbench.verdicts.environment import checkout, machines
-from meftbench.verdicts.outcome import outcomes
-from meftbench.verdicts.validation import saved, text, unverified
+from meftbench.verdicts.validation import saved, unverified
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -283,7 +283,11 @@ def _said(protocol: dict[str, Any]) -> list[str]:
 def _validations(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str]]:
     """(name of the run, what `meftbench validate` printed), of those that have it."""
     found = ((name, saved(run)) for name, run in zip(names, runs, strict=True))
-    return [(f"{name}, by the rules of {kept.profile}", text(kept)) for name, kept in found if kept and kept.errors]
+    return [
+        (f"{name}, by the rules of {kept.profile}", validation_text(kept))
+        for name, kept in found
+        if kept and kept.errors
+    ]
 
 
 def _occurring(frame: DataFrame) -> set[str]:

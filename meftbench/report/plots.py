@@ -14,6 +14,7 @@ from colorsys import hls_to_rgb
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from meftbench.plan.catalogue import METHODS
 from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.records.metrics import BREAKDOWN
 from meftbench.report.tables import methods_in_order, parts_of, rows_of, wrong_gradient
@@ -45,7 +46,8 @@ def _spread(n: int) -> str:
     return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
 
 
-COLOUR |= {name: _spread(n) for n, name in enumerate(PEFT_METHODS)}
+_ADDED = [name for name in METHODS if name not in COLOUR and name not in PEFT_METHODS]
+COLOUR |= {name: _spread(n) for n, name in enumerate([*PEFT_METHODS, *_ADDED])}
 LINE = {"measured": "-", "counted": "-.", "predicted": "--"}
 CATEGORY = dict(
     zip(

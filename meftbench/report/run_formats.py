@@ -1,4 +1,4 @@
-"""A run for machines: its records, its table, JUnit, and what trackers of benchmarks read (MEASURING 3.5).
+"""A run for machines: its records, its table, JUnit, and what trackers of benchmarks read (docs/measuring.md 3).
 
 A cell that did not end ok has no number in any of them: out of memory is never 0.
 """
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from meftbench.errors import UserError
 from meftbench.plan.profiles import PREDICTED
 from meftbench.records.metrics import METRICS, Kind
+from meftbench.records.outcome import Figure, Outcome, as_number, outcomes
 from meftbench.records.store import Run
 from meftbench.report.formats import Case, junit
 from meftbench.report.tables import as_csv, detail_of, frame_of
 from meftbench.verdicts.environment import machine
-from meftbench.verdicts.outcome import Figure, Outcome, as_number, outcomes
 
 if TYPE_CHECKING:
     from pandas import DataFrame

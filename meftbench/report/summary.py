@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.training import NOT_CHOSEN
-from meftbench.records.metrics import SHARED_CORES
+from meftbench.records.metrics import METRICS, SHARED_CORES
+from meftbench.records.outcome import as_number, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run
 from meftbench.report.quality import print_quality, untrained
@@ -28,7 +29,6 @@ from meftbench.report.tables import (
     taken,
 )
 from meftbench.units import GiB, MiB, format_bytes
-from meftbench.verdicts.outcome import as_number, outcomes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -154,6 +154,9 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
     size, unit = unit_of(frame)
     heads = [f"activation\n{unit}", "of it\ngrads", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
     heads += ["recon.\nerror", "gradient\nerror", "start loss\n(pre-tr.)", "trained"]
+    of_metrics = metrics_with_columns()
+    spare = {METRICS[name].column or name: len(heads) + place for place, name in enumerate(of_metrics)} | _SPARED
+    heads += [_heading(name, unit) for name in of_metrics]
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
     rows = list(rows_of(frame))
@@ -170,8 +173,8 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
         return methods + sum(widths[i] + gap for i in shown)
 
     gap = 2 if width >= 100 and needed(2) <= width else 1
-    spared = left_out({i: widths[i] + gap for i in shown}, _SPARED, width - methods)
-    shown = [i for i in shown if i not in {_SPARED[name] for name in spared}]
+    spared = left_out({i: widths[i] + gap for i in shown}, spare, width - methods)
+    shown = [i for i in shown if i not in {spare[name] for name in spared}]
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=methods)
     for index in shown:
@@ -233,7 +236,7 @@ def unit_of(frame: DataFrame) -> tuple[int, str]:
 
 def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str]) -> Sequence[str]:
     if row["status"] != "ok":
-        return [row["status"], *[""] * 9]
+        return [row["status"], *[""] * (9 + len(metrics_with_columns()))]
 
     def told(metric: str, text: str) -> str:
         return f"{text} {_MARK[row[f'{metric}_source']]}" if metric in mixed and row[metric] is not None else text
@@ -250,7 +253,28 @@ def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[
         told("gradient_rel_max", error(row["gradient_rel_max"])),
         start_of(row),
         count(row["parameters_trainable"]),
+        *(_value(row.get(name), METRICS[name].unit, size) for name in metrics_with_columns()),
     ]
+
+
+def metrics_with_columns() -> list[str]:
+    """Metrics whose entry asks for a column of its own (`Kind.column`)."""
+    return [name for name, kind in METRICS.items() if kind.column]
+
+
+def _heading(metric: str, unit: str) -> str:
+    """On two lines, as the others: the words, and the unit of what is a size or a time."""
+    column, units = METRICS[metric].column or metric, {"byte": unit, "second": "ms"}
+    shown = units.get(METRICS[metric].unit)
+    return f"{column}\n{shown}" if shown else column.replace(" ", "\n", 1)
+
+
+def _value(value: Any, unit: str, size: int) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if unit in ("byte", "second"):
+        return number(value, size if unit == "byte" else 1e-3)
+    return f"{value:,}" if isinstance(value, int) else error(value)
 
 
 def number(value: float | None, size: float) -> str:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from meftbench.plan.catalogue import METHODS
 from meftbench.plan.training import Training
 from meftbench.records.metrics import METRICS
+from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run, write_whole
 from meftbench.verdicts.budgets import NOT_A_NUMBER
-from meftbench.verdicts.outcome import Outcome, outcomes
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from meftbench.records.store import Run
 from meftbench.report.figures import Picture
 from meftbench.report.plots import colour, legend_beside, unit_of
-from meftbench.verdicts.validation import METRICS, Error, Validation, saved
+from meftbench.verdicts.validation import METRICS, Error, Validation, saved, spreads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,23 @@ _NAMES = {
 }
 # By precision, so that a method's colour stays its own.
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def validation_text(validation: Validation) -> str:
+    """A table of the spreads, the worst cell of each metric, and the cells without a prediction."""
+    found = validation.errors
+    rows = spreads(found)
+    width = max(len(row.name) for row in rows)
+    lines = []
+    for metric in dict.fromkeys(row.metric for row in rows):
+        of_metric = [error for error in found if error.metric == metric]
+        worst = max(of_metric, key=lambda error: abs(error.share))
+        lines += [f"{metric}: predicted against measured", f"  {'':<{width + 10}} cells  median   worst  signed"]
+        for row in (row for row in rows if row.metric == metric):
+            kind = f"{'' if row.axis == 'all' else row.axis:<9} {row.name:<{width}}"
+            lines.append(f"  {kind} {row.count:>5} {row.median:>7.2%} {row.worst:>7.2%} {row.signed:>+7.2%}")
+        lines.append(f"  worst: {worst.label}: {worst.measured:,} measured, {worst.predicted:,} predicted bytes")
+    return "\n".join(lines + [f"not predicted: {line}" for line in validation.missing])
 
 
 def validation_pictures(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:

@@ -1,4 +1,4 @@
-"""The engine: layers whose inputs are recomputed from their outputs (DESIGN 3). Usable without the rest.
+"""The engine: layers whose inputs are recomputed from their outputs (docs/design.md 1 to 5). Usable without the rest.
 
 blocks = [Block({"layer": layer, "adapter": adapter}, f, g) for ...]
 exact = FixedPoint()

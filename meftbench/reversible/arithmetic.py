@@ -5,7 +5,7 @@ below, so another way to hold numbers is another class here and nothing else. Op
 in place on a tile (T, D) of a stream: T tokens, wherever they stand.
 
     Float          floating point, as published: dividing by a factor amplifies rounding errors
-    FixedPoint     integers of 32 or 64 bits: reversal is exact (DESIGN 3.3)
+    FixedPoint     integers of 32 or 64 bits: reversal is exact (docs/design.md 3)
     StraightThrough   FixedPoint's values in float64, differentiable: for ordinary autograd through the same equations
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meftbench.reversible import bits
+from meftbench.reversible import bits, fused
 
 
 class Ordinary(Protocol):
@@ -91,11 +91,56 @@ class Arithmetic(Protocol):
         """The inverse of `add_`."""
         ...
 
+    def couple_(
+        self, x_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, keep: bool, watch: Tensor | None
+    ) -> Tensor | None:
+        """x becomes factor · (x − centre) + value, by the operations above or by one kernel that equals them; what
+        `uncouple_` needs to undo it (None: nothing, or `keep` is off).  centre: None is zero."""
+        ...
+
+    def uncouple_(
+        self, y_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, side: Tensor | None
+    ) -> None:
+        """The inverse of `couple_`."""
+        ...
+
+
+class _StepByStep:
+    """`couple_` and `uncouple_` by the other operations of an arithmetic."""
+
+    def couple_(
+        self: Arithmetic,
+        x_TD: Tensor,
+        centre_TD: Tensor | None,
+        value_TD: Tensor,
+        factor: float,
+        keep: bool,
+        watch: Tensor | None,
+    ) -> Tensor | None:
+        if centre_TD is not None:
+            x_TD.sub_(centre_TD)
+        side = self.shrink_(x_TD, factor, keep)
+        self.add_(x_TD, value_TD, watch)
+        return side
+
+    def uncouple_(
+        self: Arithmetic,
+        y_TD: Tensor,
+        centre_TD: Tensor | None,
+        value_TD: Tensor,
+        factor: float,
+        side: Tensor | None,
+    ) -> None:
+        self.subtract_(y_TD, value_TD)
+        self.grow_(y_TD, factor, side)
+        if centre_TD is not None:
+            y_TD.add_(centre_TD)
+
 
 @dataclass(frozen=True)
-class Float:
+class Float(_StepByStep):
     """Streams are floating point, as the paper has them: nothing is kept, and dividing by a factor f
-    multiplies rounding errors by 1/f in every block (DESIGN 3.3)."""
+    multiplies rounding errors by 1/f in every block (docs/design.md 3)."""
 
     name = "float"
     exact = False
@@ -169,11 +214,11 @@ class ChannelSteps:
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(_StepByStep):
     """Streams are integers in steps of 2⁻ᵏ: int32 holds values from −2³¹⁻ᵏ up to 2³¹⁻ᵏ.
 
     step_bits: k, one for all channels or one a channel: a channel of a language model may hold values thousands of
-        times those of another (DESIGN 3.3). Integers, shifts and side bits do not see it.
+        times those of another (docs/design.md 3). Integers, shifts and side bits do not see it.
     wide: int64 instead of int32. They hold 2⁵², so many as float64 tells apart; steps may then be so fine that nothing
         is lost of a float32.
     lift, add: a floating-point value is rounded to the step; the gradient passes straight through.
@@ -248,6 +293,25 @@ class FixedPoint:
 
     def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
         x_TD.sub_(self.scaled(value_TD).round_().to(self.dtype))
+
+    def couple_(
+        self, x_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, keep: bool, watch: Tensor | None
+    ) -> Tensor | None:
+        if not fused.usable(x_TD, value_TD):
+            return super().couple_(x_TD, centre_TD, value_TD, factor, keep, watch)
+        width = self.side_bytes(x_TD.shape[-1], factor)
+        side = x_TD.new_empty(x_TD.shape[0], width, dtype=torch.uint8) if keep and width else None
+        m, scale = side_bits(factor), self.scale(x_TD.device)
+        fused.forward_(x_TD, centre_TD, value_TD, side, m=m, scale=scale, watch=watch)
+        return side
+
+    def uncouple_(
+        self, y_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, side: Tensor | None
+    ) -> None:
+        if not fused.usable(y_TD, value_TD):
+            super().uncouple_(y_TD, centre_TD, value_TD, factor, side)
+            return
+        fused.inverse_(y_TD, centre_TD, value_TD, side, m=side_bits(factor), scale=self.scale(y_TD.device))
 
     def scaled(self, value: Tensor) -> Tensor:
         """value / step, a new tensor, in float32 (float64 where the value is)."""

@@ -1,4 +1,4 @@
-"""The range of fixed-point streams, taken from the model: `step_bits: auto` (DESIGN 3.3).
+"""The range of fixed-point streams, taken from the model: `step_bits: auto` (docs/design.md 3).
 
 Language models hold values of very different size in their residual stream: in SmolLM2-135M one channel of the first
 token passes 20,000 while most channels stay below 100. One step for all channels would spend eight bits of most of

@@ -1,4 +1,4 @@
-"""The reversible couplings: the equations of DESIGN 3.1 and 3.2, their inverses and derivatives. Nothing else.
+"""The reversible couplings: the equations of docs/design.md 1 and 2, their inverses and derivatives. Nothing else.
 
 Shape suffixes: B samples, L positions, D hidden size; T tokens of a tile.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from meftbench.reversible import fused
-from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, side_bits
+from meftbench.reversible.arithmetic import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Coupling:
     x, y, o: tiles (T, D) of streams as `arithmetic` holds them.  value: f(o), floating point (T, D).
     side: what the product with λ loses. Fixed point, λ = 2⁻ᵐ: m bits an element, and the inverse is exact.
         Floating point: None, and the inverse multiplies rounding errors by 1/λ.
-    Source: Liao, Tan, Monz (NeurIPS 2023), section 3; the centre is ours (DESIGN 3.2).
+    Source: Liao, Tan, Monz (NeurIPS 2023), section 3; the centre is ours (docs/design.md 2).
     """
 
     arithmetic: Arithmetic
@@ -41,30 +39,13 @@ class Coupling:
         self, x_TD: Tensor, o_TD: Tensor, value_TD: Tensor, *, keep: bool = True, watch: Tensor | None = None
     ) -> Tensor | None:
         """x becomes y, in place. Gives the side information for `inverse_` (None: there is none, or not `keep`)."""
-        if isinstance(self.arithmetic, FixedPoint) and fused.usable(x_TD, value_TD):
-            width = self.arithmetic.side_bytes(x_TD.shape[-1], self.factor)
-            side = x_TD.new_empty(x_TD.shape[0], width, dtype=torch.uint8) if keep and width else None
-            m, scale = side_bits(self.factor), self.arithmetic.scale(x_TD.device)
-            centre_TD = o_TD if self.centred else None
-            fused.forward_(x_TD, centre_TD, value_TD, side, m=m, scale=scale, watch=watch)
-            return side
-        if self.centred:
-            x_TD.sub_(o_TD)
-        side = self.arithmetic.shrink_(x_TD, self.factor, keep)
-        self.arithmetic.add_(x_TD, value_TD, watch)
-        return side
+        centre_TD = o_TD if self.centred else None
+        return self.arithmetic.couple_(x_TD, centre_TD, value_TD, self.factor, keep, watch)
 
     def inverse_(self, y_TD: Tensor, o_TD: Tensor, value_TD: Tensor, side: Tensor | None) -> None:
         """y becomes x, in place."""
-        if isinstance(self.arithmetic, FixedPoint) and fused.usable(y_TD, value_TD):
-            m, scale = side_bits(self.factor), self.arithmetic.scale(y_TD.device)
-            centre_TD = o_TD if self.centred else None
-            fused.inverse_(y_TD, centre_TD, value_TD, side, m=m, scale=scale)
-            return
-        self.arithmetic.subtract_(y_TD, value_TD)
-        self.arithmetic.grow_(y_TD, self.factor, side)
-        if self.centred:
-            y_TD.add_(o_TD)
+        centre_TD = o_TD if self.centred else None
+        self.arithmetic.uncouple_(y_TD, centre_TD, value_TD, self.factor, side)
 
     def ordinary(self, x_BLD: Tensor, o_BLD: Tensor, value_BLD: Tensor) -> Tensor:
         """y as a new tensor, for ordinary autograd; streams as `arithmetic.ordinary` holds them."""

@@ -61,7 +61,7 @@ class Finish(torch.autograd.Function):
 class Reversal(torch.autograd.Function):
     """h, and everything trained, to the last two streams. Inputs: passage, count of trained tensors, h, the
     context's differentiable tensors, the trained tensors. Gradients are returned once, never accumulated by a
-    backward inside: hooks (DDP, GradScaler, user's) see one gradient a parameter (DESIGN 3.5).
+    backward inside: hooks (DDP, GradScaler, user's) see one gradient a parameter (docs/design.md 5).
 
     The output is a token without content, to be given to `Finish`.
     """

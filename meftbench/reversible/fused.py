@@ -1,7 +1,8 @@
 """The fixed-point coupling in one kernel each way, for a tile: what coupling.py and arithmetic.py say, bit for bit.
 
-In plain torch a tile takes up to sixty launches, most of them to pack and unpack side bits (DESIGN 3.3). The kernels
-are triton's. It is optional, and imported at the first tile that it could take; until then they are plain functions.
+In plain torch a tile takes up to sixty launches, most of them to pack and unpack side bits (docs/design.md 3). The
+kernels are triton's. It is optional, and imported at the first tile that it could take; until then they are plain
+functions.
 
 A program holds ROWS rows of COLUMNS of the ⌈D/8⌉ columns of side bits. Column c of those has the bits of the elements
 c + j·⌈D/8⌉ of the stream, j = 0 .. 7, in m bytes that also stand ⌈D/8⌉ columns apart (bits.py), so that every access
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from meftbench.reversible.kernels import taken
+
 if TYPE_CHECKING:
     import triton.language as tl
 
@@ -30,6 +33,8 @@ def usable(x_TD: Tensor, value_TD: Tensor) -> bool:
 
     On a CPU only under triton's interpreter (TRITON_INTERPRET=1 before triton is imported), which is for tests.
     """
+    if taken().fused_assumed:
+        return True
     interpreted = x_TD.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"
     return (
         (x_TD.is_cuda or interpreted)
@@ -84,6 +89,8 @@ def _launch(
     scale: float | Tensor,
     **watch: Tensor | None,
 ) -> None:
+    if taken().fused_assumed:
+        return
     rows, columns = x_TD.shape
     by_channel, for_all = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     grid = (-(-rows // ROWS), -(-columns // (8 * COLUMNS)))

@@ -2,7 +2,8 @@
 
 Everything in a transformer layer but attention acts on each token alone. So a half is a core, which needs whole
 samples (attention: q, k, v and their mixture), followed by token-wise work (output projection, norms, feed-forward,
-adapters), which may walk tiles of tokens (DESIGN 3.4). Forward and backward take the same pieces in the same order.
+adapters), which may walk tiles of tokens (docs/design.md 4). Forward and backward take the same pieces in the same
+order.
 
 Shape suffixes: B samples, L positions, D hidden size, E width of the core's output; T tokens of a tile.
 """
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from meftbench.reversible.kernels import taken
 
 # (block, h_BLD, part, parts, *args, **kwargs) -> (B, L, E / parts): a part is a group of heads.
 Core = Callable[..., Tensor]
@@ -100,8 +103,11 @@ def tiles_of(tokens: int, asked: int | Literal["auto"], width: int, device: torc
 
 
 def _auto(tokens: int, width: int, device: torch.device) -> int:
-    if device.type == "cuda":
-        return tiles_that_fill(tokens, width, torch.cuda.get_device_properties(device).multi_processor_count)
+    processors = taken().multiprocessors
+    if processors is None and device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if processors is not None:
+        return tiles_that_fill(tokens, width, processors)
     return min(tokens // CPU_TILE, MOST_TILES)
 
 

@@ -73,7 +73,6 @@ class PlacedHalf:
         self.entry: GradientEdge | None = None
         self.outputs: list[Tensor] = []  # (B·L, E / parts)
         self.edges: list[GradientEdge | None] = []
-        self.dtypes: list[torch.dtype] = []
         parts = half.parts(notes.parts)
         if not parts:
             return

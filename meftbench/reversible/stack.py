@@ -1,4 +1,4 @@
-"""ReversibleStack: the nn.Module that stands in for a list of layers (DESIGN 3.1, 3.5).
+"""ReversibleStack: the nn.Module that stands in for a list of layers (docs/design.md 1, 5).
 
 Shape suffixes: B samples, L positions, D hidden size.
 """

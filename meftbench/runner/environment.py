@@ -1,4 +1,4 @@
-"""environment.json: what the numbers of a run were obtained with (MEASURING 3.2). Torch is not imported for it."""
+"""environment.json: what a run was made with (docs/measuring.md 2). Torch is not imported for it."""
 
 from __future__ import annotations
 

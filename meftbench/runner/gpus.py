@@ -59,7 +59,7 @@ def _device(nvml: Any, index: int) -> dict[str, Any]:
         try:
             device[name] = ask()
         except nvml.NVMLError as error:
-            # A driver in a container, on a MIG slice or under Windows refuses single questions (MEASURING 2, no. 22).
+            # A driver in a container, on a MIG slice or under Windows refuses single questions (docs/measuring.md 4).
             device[name], refused[name] = None, str(error)
     return device | ({"refused": refused} if refused else {})
 

@@ -88,7 +88,7 @@ class _Running:
 def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """The variables the worker is started with.
 
-    The allocator is the protocol's, whatever the shell had: it changes the answer by a third (MEASURING 2, no. 9).
+    The allocator is the protocol's, whatever the shell had: it changes the answer by a third (docs/measuring.md 4).
     Code of the user's own is allowed by suite and command line, not by the shell.
     """
     environment = {

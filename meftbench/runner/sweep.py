@@ -16,7 +16,7 @@ from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import CALLS, FOLDER, calls_of, check_allowed
 from meftbench.plan.identity import uuid7
-from meftbench.plan.suite import Suite
+from meftbench.plan.suite import Suite, load_suite
 from meftbench.plan.training import BEST, CELL_FOLDER, NOT_CHOSEN, PRELOAD
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, load_run, writing
@@ -59,7 +59,7 @@ CELLS = "cells"  # of a run with trainings: their checkpoints until they end, an
 
 
 def run_suite(
-    suite: Suite,
+    suite: Suite | str | Path,
     out: Path | str,
     *,
     resume: bool = False,
@@ -75,6 +75,7 @@ def run_suite(
 ) -> Run:
     """Run the cells of `suite` and give back the run folder `out`, read again.
 
+    suite: a name of `meftbench list suites`, the path of a YAML file, or what `load_suite` has read.
     resume: take up the run in `out`; what has ended is not repeated, but for the statuses in `retry`. The suite may
         have got more cells since.
     jobs: cells at a time on the CPU; on CUDA one cell a device.  gpu_indices: devices as `nvidia-smi` counts them.
@@ -88,6 +89,8 @@ def run_suite(
     code of the user's own is not allowed, or cannot be imported or called;
     CUDA is asked for and absent, or busy (exit 4); `where` matches nothing (exit 5); the worker cannot start.
     """
+    if not isinstance(suite, Suite):
+        suite = load_suite(str(suite))
     out = Path(out)
     chosen = [cell for cell in suite.cells if where is None or where(cell)]
     if not chosen:

@@ -1,4 +1,4 @@
-"""A quality cell: data, head, training and score, with the memory of its steps, in one record (DESIGN 4)."""
+"""A quality cell: data, head, training and score, with the memory of its steps, in one record (docs/design.md 6)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from torch import nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.backbones.own import head_of_own
-from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError, reading, reason_of
-from meftbench.methods import Applied, prepare
+from meftbench.methods import Applied
 from meftbench.methods.saving import save_adapter
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import is_factory
@@ -30,7 +29,7 @@ from meftbench.plan.quality import HEADS_FOR
 from meftbench.plan.tasks import Task, find_task
 from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Metric
-from meftbench.step import AUTOCAST, DTYPES, Step, build_optimizer
+from meftbench.step import Step, built_model, step_on, with_method
 from meftbench.tasks.data import Splits, load_splits
 from meftbench.tasks.encode import Encoded, encode
 from meftbench.tasks.scores import constant_score
@@ -101,23 +100,10 @@ class QualityCell:
     def applied(self) -> Applied:
         """The model under the method, from the cell's seed, on the device."""
         cell = self.cell
-        autocast = cell.precision in AUTOCAST
-        model = build_model(
-            cell.model,
-            cell.model_config_overrides,
-            attention=cell.attention_requested,
-            dtype=torch.float32 if autocast else DTYPES[cell.precision],
-            seed=cell.seed,
-            num_labels=self.num_labels,
-            head=cell.head,
-        )
-        model.config.use_cache = False  # type: ignore[union-attr]
+        model = built_model(cell, num_labels=self.num_labels)
         if self.task.kind == "regression":
             model.config.problem_type = "regression"  # type: ignore[union-attr]
-        if cell.precision == "nf4":
-            quantize(model)
-        method = "+".join([cell.method, *cell.levers.names()])
-        applied = prepare(model, method, cell.method_params, seed=cell.seed)
+        applied = with_method(cell, model)
         applied.model.to(self.device)
         if self.head == "multiple_choice":
             # Adding a number to every choice's logit changes no softmax: the gradient of the bias is zero but for
@@ -132,18 +118,8 @@ class QualityCell:
         picked = [rows[index % len(rows)] for index in range(cell.batch_size)]
         batch = self.encoded.collate(picked, pad_to=cell.sequence_length)
         batch.pop("choice_mask", None)  # the loss of a step is the model's own, dummies and all
-        applied = self.applied()
-        autocast = AUTOCAST.get(cell.precision)
-        return Step(
-            applied=applied,
-            optimizer=build_optimizer(cell, list(applied.trained().values())),
-            batch={name: tensor.to(self.device) for name, tensor in batch.items()},
-            micro_batch_size=cell.micro_batch_size,
-            device=self.device,
-            sequence_length=cell.sequence_length,
-            autocast=autocast,
-            scaler=torch.amp.GradScaler(self.device.type) if autocast == torch.float16 else None,
-        )
+        on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return step_on(cell, self.applied(), on_device, self.device)
 
     def train(self) -> tuple[dict[str, Metric], dict[str, Any]]:
         """Train to the end and score the best checkpoint: metrics, and what only a run can tell of the cell."""

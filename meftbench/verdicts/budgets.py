@@ -1,4 +1,4 @@
-"""The budgets file: bounds on metrics of the cells that a glob names (MEASURING 3.1)."""
+"""The budgets file: bounds on metrics of the cells that a glob names (docs/measuring.md 1)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from meftbench.errors import unknown
-from meftbench.plan.catalogue import METHODS
-from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.catalogue import LEVERS, METHODS
+from meftbench.plan.cell import Cell
 from meftbench.plan.strict_yaml import Document, FaultAtError, read, validated
 from meftbench.records.metrics import METRICS
+from meftbench.records.outcome import Outcome
 from meftbench.units import parse_bytes
-from meftbench.verdicts.outcome import Outcome
 
 SCHEMA = 1
 Missing = Literal["error", "warn", "ignore"]
@@ -213,7 +213,7 @@ def _settings_names() -> set[str]:
 _FIELDS = (
     (set(Cell.model_fields) - {"model_config_overrides", "method_params", "levers"})
     | {"weights", "model_revision", "attention_used", "label"}
-    | set(Levers.model_fields)
+    | set(LEVERS)
     | _settings_names()
 )
 _UNSET = object()

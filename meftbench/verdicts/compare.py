@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
 from meftbench.records.metrics import METRICS, SHARED_CORES
+from meftbench.records.outcome import Figure, Outcome, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.verdicts.budgets import NOT_A_NUMBER
 from meftbench.verdicts.environment import differences
-from meftbench.verdicts.outcome import Figure, Outcome, outcomes, said, said_apart
 
 Judgement = Literal["worse", "better", "changed", "noise", "same"]
 _ORDER: tuple[Judgement, ...] = ("worse", "better", "changed", "noise", "same")

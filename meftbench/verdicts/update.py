@@ -10,11 +10,11 @@ import yaml
 
 from meftbench.plan.strict_yaml import KeyPath
 from meftbench.records.metrics import METRICS
+from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.store import Run, write_whole
 from meftbench.units import MiB
 from meftbench.verdicts.budgets import Budgets, Row
 from meftbench.verdicts.judge import winners
-from meftbench.verdicts.outcome import Outcome, outcomes
 
 
 @dataclass(frozen=True)

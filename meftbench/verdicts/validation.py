@@ -17,9 +17,9 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.profiles import PREDICTED, PROFILES, Profile, find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.suite import Suite
+from meftbench.records.outcome import collect
 from meftbench.records.record import Record
 from meftbench.records.store import Run, write_whole
-from meftbench.verdicts.outcome import collect
 
 METRICS = ("peak_allocated_bytes", "activation_peak_bytes", "peak_reserved_bytes")
 FILE = "validation.json"
@@ -179,23 +179,6 @@ def spreads(found: list[Error]) -> list[Spread]:
                 group = [error for error in of_metric if getattr(error, axis) == name]
                 result.append(_spread(metric, axis, name, group))
     return result
-
-
-def text(validation: Validation) -> str:
-    """A table of the spreads, the worst cell of each metric, and the cells without a prediction."""
-    found = validation.errors
-    rows = spreads(found)
-    width = max(len(row.name) for row in rows)
-    lines = []
-    for metric in dict.fromkeys(row.metric for row in rows):
-        of_metric = [error for error in found if error.metric == metric]
-        worst = max(of_metric, key=lambda error: abs(error.share))
-        lines += [f"{metric}: predicted against measured", f"  {'':<{width + 10}} cells  median   worst  signed"]
-        for row in (row for row in rows if row.metric == metric):
-            kind = f"{'' if row.axis == 'all' else row.axis:<9} {row.name:<{width}}"
-            lines.append(f"  {kind} {row.count:>5} {row.median:>7.2%} {row.worst:>7.2%} {row.signed:>+7.2%}")
-        lines.append(f"  worst: {worst.label}: {worst.measured:,} measured, {worst.predicted:,} predicted bytes")
-    return "\n".join(lines + [f"not predicted: {line}" for line in validation.missing])
 
 
 def as_json(validation: Validation) -> dict[str, Any]:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ("meft1-exact", "meft3-exact", "meft1", "meft3")
 TWICE = "-twice"
-# As in the paper's code release (PAPER.md), but at a constant rate: 50 steps are shorter than its warm-up.
+# As in the paper's code release (docs/paper.md), but at a constant rate: 50 steps are shorter than its warm-up.
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
 CLIP = 1.0
 # Okabe and Ito; exact and float of one variant are not neighbours in hue.
@@ -77,7 +77,7 @@ class Case:
         return f"{self.model}:{self.learning_rate:g}"
 
 
-# 5e-4 is the paper's largest (PAPER.md). At 1e-3 training on 12 layers itself magnifies any difference.
+# 5e-4 is the paper's largest (docs/paper.md). At 1e-3 training on 12 layers itself magnifies any difference.
 CASES = [Case("minilm", 1e-3), Case(f"minilm{TWICE}", 5e-4), Case(f"minilm{TWICE}", 1e-3)]
 
 

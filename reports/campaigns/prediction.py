@@ -24,6 +24,7 @@ from meftbench.errors import DONE, OVER_BUDGET, UserError
 from meftbench.plan.suite import load_suite
 from meftbench.records.store import Run, load_run, made
 from meftbench.report.page import write_report
+from meftbench.report.validation import validation_text
 from meftbench.runner import Ended, Event, run_suite
 from meftbench.verdicts import validation
 
@@ -101,7 +102,7 @@ def summary(run: Run, found: validation.Validation, exceeded: list[str]) -> str:
     said = ", ".join(f"{count} {status}" for status, count in ended.items())
     held = "\n".join(f"- {line}" for line in exceeded) or "- all limits are held"
     head = f"# Predictions against measurements, by the rules of {found.profile}\n\nMeasured: {said} of {run.name}."
-    return f"{head}\n\n{held}\n\n```\n{validation.text(found)}\n```\n"
+    return f"{head}\n\n{held}\n\n```\n{validation_text(found)}\n```\n"
 
 
 if __name__ == "__main__":

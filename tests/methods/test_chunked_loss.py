@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from meftbench.errors import CellFailure, UserError
 from meftbench.methods import prepare
-from meftbench.methods.chunked_loss import CHUNKS, FEWEST, LARGEST, ChunkedLoss, chunk_rows
+from meftbench.methods.levers.chunked_loss import CHUNKS, FEWEST, LARGEST, ChunkedLoss, chunk_rows
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.counted_metrics import count_memory

@@ -11,7 +11,8 @@ import torch
 import meftbench
 from meftbench.errors import UserError
 from meftbench.measurement import measure_cell
-from meftbench.methods import compiled, prepare
+from meftbench.methods import prepare
+from meftbench.methods.levers import compiled
 from meftbench.plan.protocol import Protocol
 from tests.models import a_batch_for, a_cell, a_model, gradients, worst_relative_error
 

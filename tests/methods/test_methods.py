@@ -132,8 +132,8 @@ def test_meft_gradients_with_every_setting(method, settings):
 def test_levers_change_no_gradient(method, levers):
     """Every lever equals the plain method's equations to 1e-12, dropout and padding on; tiles do not fit the tokens."""
     applied = prepare(a_model(), f"{method}+{levers}", seed=1)
-    if applied.tiling:
-        applied.tiling.tiles = 5
+    if "tiled_mlp" in applied.levers:
+        applied.levers["tiled_mlp"].tiling.tiles = 5
     # Reversed, not cached, unless checkpointed.
     tolerance = 1e-8 if method in MEFTS and "checkpoint" not in levers else 1e-12
 

@@ -1,4 +1,4 @@
-"""The suites that rerun the paper: every setting that is known of it (PAPER.md), as a number here."""
+"""The suites that rerun the paper: every setting that is known of it (docs/paper.md), as a number here."""
 
 from __future__ import annotations
 

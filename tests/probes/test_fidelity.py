@@ -25,10 +25,10 @@ from meftbench.reversible import Coupling, Float, ReversibleStack
 from meftbench.step import build_step
 from tests.models import TINY, a_cell, a_step
 
-# The sentences of DESIGN 3.2's table, written for this project.
+# The sentences of the table below, written for this project.
 SENTENCES = Path(__file__).resolve().parents[1] / "data" / "sentences.txt"
 
-# DESIGN 3.2: MEFT1 on MiniLM, 20 sentences, float64: (λ, coupling, output) -> shift.
+# MEFT1 on MiniLM, 20 sentences, float64: (λ, coupling, output) -> shift.
 TABLE = {
     (1 / 8, "paper", "mean"): 0.61,
     (1 / 8, "paper", "last"): 0.32,
@@ -61,7 +61,7 @@ def pre_trained(sentences):
 
 @pytest.mark.parametrize(("setting", "expected"), TABLE.items(), ids=str)
 def test_starting_point_shift_on_minilm(setting, expected, sentences, pre_trained):
-    """Within 20 % of the table of DESIGN 3.2."""
+    """Within 20 % of this table."""
     factor, coupling, output = setting
     model = minilm()
     applied = prepare(model, "meft1", {"lambda": factor, "coupling": coupling, "output": output})

@@ -175,7 +175,7 @@ def test_tiles_that_did_not_run_are_named():
     step = build_step(cell, CPU)
     step.run()
     step.model.get_submodule("base_model.model.model.layers.1").__dict__.pop("forward")
-    step.applied.tiling.tiles = 1
+    step.applied.levers["tiled_mlp"].tiling.tiles = 1
 
     with pytest.raises(CellFailure, match="tiled_mlp: 2 tiles ran again in backward, for 3 layers"):
         check_levers(step, cell)

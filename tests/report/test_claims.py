@@ -276,7 +276,7 @@ def test_every_claim_speaks_of_facts_that_there_are(tmp_path):
 
 
 def test_claims_are_those_of_the_paper():
-    """By their numbers: PAPER.md, "Claims to re-measure"."""
+    """By their numbers: docs/paper.md, "Claims"."""
     stated = {claim.name: claim.stated for claim in paper_claims()}
     quoted = {
         "activation-84": 0.84,

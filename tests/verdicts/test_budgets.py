@@ -23,7 +23,7 @@ def one_row(tmp_path, row: str):
 
 
 def test_the_example_of_the_specification_is_read(tmp_path):
-    """Bounds in bytes, counts, shares and the row's settings, as MEASURING 3.1 writes them."""
+    """Bounds in bytes, counts, shares and the row's settings, as docs/measuring.md 1 writes them."""
     budgets = budgets_at(
         tmp_path,
         """schema: 1

@@ -8,6 +8,7 @@ compiled function on the same shapes, so that reversal stays exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from meftbench.backbones import layouts_of
 from meftbench.methods.applied import Applied
+from meftbench.methods.levers.base import Lever, LeverNumber, WatchedStep
 from meftbench.reversible import Block, Half, Relay, ReversibleStack
 
 
@@ -38,20 +40,39 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return compiled
 
 
-def compile_layers(applied: Applied) -> None:
-    """Compile the halves of reversible blocks, and other layers whole, at their first call."""
-    for stack in applied.stacks:
-        for block in stack.blocks:
-            assert isinstance(block, Block)
-            f, g = block.halves
-            block.halves = (_with_compiled_work(f), _with_compiled_work(g))
-    model: Any = applied.model
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # peft has its own wrapper around
-    for layout in applied.layouts or layouts_of(model):
-        for layer in layout.list_of(model)[2]:
-            if not isinstance(layer, ReversibleStack | Relay):
-                layer.compile(dynamic=False)
+class Compile(Lever):
+    """The halves of reversible blocks, and other layers whole, are compiled at their first call."""
+
+    def apply(self, applied: Applied) -> None:
+        for stack in applied.stacks:
+            for block in stack.blocks:
+                assert isinstance(block, Block)
+                f, g = block.halves
+                block.halves = (_with_compiled_work(f), _with_compiled_work(g))
+        model: Any = applied.model
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # peft has its own wrapper around
+        for layout in applied.layouts or layouts_of(model):
+            for layer in layout.list_of(model)[2]:
+                if not isinstance(layer, ReversibleStack | Relay):
+                    layer.compile(dynamic=False)
+
+    def without(self) -> AbstractContextManager[object]:
+        return nullcontext()  # the same kernels: compiled code rounds otherwise, which is no fault of the method
+
+    def missing(self, seen: WatchedStep) -> str | None:
+        return None if _counters()["stats"]["unique_graphs"] else "nothing was compiled"
+
+    def numbers(self) -> dict[str, LeverNumber]:
+        counters = _counters()
+        return {
+            "compiled_graphs": LeverNumber(counters["stats"]["unique_graphs"], "measured"),
+            "graph_breaks": LeverNumber(sum(counters["graph_break"].values()), "measured"),
+        }
+
+
+def _counters() -> Any:
+    return torch._dynamo.utils.counters
 
 
 def _with_compiled_work(half: Half) -> Half:

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from meftbench.backbones.own import transformers_part
 from meftbench.backbones.patched import FORWARD, foreign_forward, name_of_forward
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, predicts_tokens
+from meftbench.methods.levers.base import Lever, WatchedStep
 from meftbench.plan.catalogue import BACKBONES
 
 # As many as +tiled_mlp has tiles. A chunk is held several times over (logits, their logarithm, gradient), so where the
@@ -32,45 +34,87 @@ LARGEST = 64 * 2**20
 FEWEST = 256
 
 
-def chunked_loss(applied: Applied) -> None:
-    """Compute the loss of a model with a head over its vocabulary in chunks of tokens, without the whole logits.
+class ChunkedLossLever(Lever):
+    """The loss of a model with a head over its vocabulary in chunks of tokens, without the whole logits.
 
     Where labels are given and gradients recorded, the model's output has no logits; otherwise nothing changes.
-    Raises UserError: the model has no such head, or one that is computed in an unknown way.
     """
-    model: Any = applied.model
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # peft has its own wrapper around
-    name = type(model).__name__
-    place = name_of_forward(model)
-    if place == FORWARD and FORWARD in vars(model):
-        what = "its forward was replaced on the instance, and would be left out"
-        raise UserError(name, what, "apply the method first, then replace it (or prepare it by accelerate)")
-    if not isinstance(model, PreTrainedModel) or not predicts_tokens(model):
-        cure = "leave the lever out, or take a model for language modelling (head: causal_lm or seq2seq_lm)"
-        raise UserError(name, "chunked_loss needs a head over a vocabulary, and the model has none", cure)
-    try:
-        inspect.signature(model.forward).bind(input_ids=None, return_dict=True)
-    except TypeError:
-        what = "its forward cannot be called without labels, or takes no return_dict"
-        raise UserError(name, what, "leave chunked_loss out") from None
-    chunked = ChunkedLoss(model)
-    if not hasattr(model.get_output_embeddings(), "weight"):
-        raise UserError(name, "its head is no single projection", "leave chunked_loss out")
-    if not (_is_known(model) or chunked.agrees()):
-        raise UserError(name, "its loss is not the cross-entropy of its head's output", "leave chunked_loss out")
-    # On the instance: parameters keep their names, and it is copied and pickled with the model.
-    setattr(model, place, chunked)
+
+    # The whole logits might not fit the device there either.
+    on_reference_model = True
+
+    def __init__(self) -> None:
+        self._forward: ChunkedLoss | None = None
+        self._most_rows = 0  # of logits that the head gave in one call
+
+    def apply(self, applied: Applied) -> None:
+        model: Any = applied.model
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # peft has its own wrapper around
+        name = type(model).__name__
+        place = name_of_forward(model)
+        if place == FORWARD and FORWARD in vars(model):
+            what = "its forward was replaced on the instance, and would be left out"
+            raise UserError(name, what, "apply the method first, then replace it (or prepare it by accelerate)")
+        if not isinstance(model, PreTrainedModel) or not predicts_tokens(model):
+            cure = "leave the lever out, or take a model for language modelling (head: causal_lm or seq2seq_lm)"
+            raise UserError(name, "chunked_loss needs a head over a vocabulary, and the model has none", cure)
+        try:
+            inspect.signature(model.forward).bind(input_ids=None, return_dict=True)
+        except TypeError:
+            what = "its forward cannot be called without labels, or takes no return_dict"
+            raise UserError(name, what, "leave chunked_loss out") from None
+        chunked = self._forward = ChunkedLoss(model)
+        if not hasattr(model.get_output_embeddings(), "weight"):
+            raise UserError(name, "its head is no single projection", "leave chunked_loss out")
+        if not (_is_known(model) or chunked.agrees()):
+            raise UserError(name, "its loss is not the cross-entropy of its head's output", "leave chunked_loss out")
+        # On the instance: parameters keep their names, and it is copied and pickled with the model.
+        setattr(model, place, chunked)
 
     @contextmanager
-    def without() -> Iterator[None]:
-        chunked.enabled = False
+    def without(self) -> Iterator[None]:
+        assert self._forward is not None
+        self._forward.enabled = False
         try:
             yield
         finally:
-            chunked.enabled = True
+            self._forward.enabled = True
 
-    applied.ordinary_switches.append(without)
+    @contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        assert self._forward is not None
+        self._forward.always = True
+        try:
+            yield
+        finally:
+            self._forward.always = False
+
+    def called_in_pieces(self, applied: Applied) -> list[Any]:
+        return [_head_of(applied)]
+
+    @contextmanager
+    def watched(self, applied: Applied) -> Iterator[None]:
+        self._most_rows = 0
+
+        def note(head: nn.Module, args: Any, logits: Tensor) -> None:
+            self._most_rows = max(self._most_rows, logits.shape[:-1].numel())
+
+        hook = _head_of(applied).register_forward_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def missing(self, seen: WatchedStep) -> str | None:
+        if self._most_rows >= seen.labels > 1:
+            return f"the head gave {self._most_rows} rows of logits at once"
+        return None
+
+
+def _head_of(applied: Applied) -> Any:
+    model: Any = transformers_part(applied.model)
+    return model.get_output_embeddings()
 
 
 def _is_known(model: Any) -> bool:
@@ -137,15 +181,6 @@ class ChunkedLoss:
         output = type(output)(loss=loss, **fields)
         wanted = model.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
-
-    @contextmanager
-    def also_without_gradients(self) -> Iterator[None]:
-        """Entered to evaluate a loss whose whole logits might not fit the device."""
-        self.always = True
-        try:
-            yield
-        finally:
-            self.always = False
 
     def _loss(self, h_BLD: Tensor, labels: Tensor, given: dict[str, Any]) -> Tensor:
         """Mean over the tokens that have a label, or their sum over `num_items_in_batch`, as transformers has it."""

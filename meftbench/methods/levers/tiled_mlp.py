@@ -1,0 +1,81 @@
+"""`+tiled_mlp`: feed-forwards in tiles of tokens, again in backward (reversible/tiled.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from meftbench.backbones import Layout, base_of, layouts_of
+from meftbench.backbones.split import check_in_tiles, check_split
+from meftbench.methods.applied import Applied, refuse_asked
+from meftbench.methods.levers.base import Lever, WatchedStep
+from meftbench.reversible import Relay, ReversibleStack
+from meftbench.reversible.tiled import LEVER_TILES, Tiling
+
+
+class TiledMlp(Lever):
+    """Every feed-forward runs in 16 tiles of tokens, again in backward; of reversible stacks, whose own passes do so
+    without running anything twice, it sets the tiles if no number of them was asked for.
+
+    tiling: how feed-forwards of ordinary layers are tiled.
+    """
+
+    def __init__(self) -> None:
+        self.tiling = Tiling()
+        self._recomputed_before = 0
+
+    def apply(self, applied: Applied) -> None:
+        model: Any = applied.model
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # peft has its own wrapper around
+        layouts = applied.layouts or layouts_of(model)
+        if not applied.layouts:
+            check_split(model, layouts)
+        for layout in () if applied.stacks else layouts:
+            check_in_tiles(model, layout, reversible=False)
+        base_of(model).register_forward_pre_hook(_without_router_logits, with_kwargs=True)
+        for stack in applied.stacks:
+            stack.tiles = LEVER_TILES if stack.tiles in (1, "auto") else stack.tiles
+        for layout in layouts:
+            for layer in layout.list_of(model)[2]:
+                if not isinstance(layer, ReversibleStack | Relay):
+                    # By a partial: it is copied and pickled with the layer, and parameters keep their names.
+                    layout.run_feed_forward_by(layer, partial(_in_tiles, self.tiling, layer, layout))
+                    applied.recomputes = True
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        self.tiling.recompute = False
+        try:
+            yield
+        finally:
+            self.tiling.recompute = True
+
+    @contextmanager
+    def watched(self, applied: Applied) -> Iterator[None]:
+        self._recomputed_before = self.tiling.recomputed
+        yield
+
+    def missing(self, seen: WatchedStep) -> str | None:
+        # Feed-forwards of ordinary layers run again in more than one tile each, and stacks take more than one.
+        stacks = seen.applied.stacks
+        layers = sum(layer.wanted for layer in seen.runs.ordinary)
+        tiles = self.tiling.recomputed - self._recomputed_before
+        if any(stack.tiles == 1 for stack in stacks) or not (layers or stacks) or tiles < layers:
+            return f"{tiles} tiles ran again in backward, for {layers} layers"
+        return None
+
+
+def _without_router_logits(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Taken from inside a feed-forward that runs in tiles, they would be those of one tile, without a gradient.
+    what = "the loss of a mixture's router needs its feed-forwards whole"
+    refuse_asked(base, kwargs, ("output_router_logits",), what, "leave tiled_mlp out, or do not ask for it")
+
+
+def _in_tiles(tiling: Tiling, layer: nn.Module, layout: Layout, h_BLD: Tensor) -> Tensor:
+    trained: list[Tensor] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return tiling.run(partial(layout.feed_forward, layer), h_BLD, trained)
