@@ -28,6 +28,13 @@ def lint(session: nox.Session) -> None:
     session.run("codespell")
 
 
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, in site/; a warning is an error."""
+    session.install(*CONSTRAINED, "-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict")
+
+
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict, on the package."""
