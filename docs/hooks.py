@@ -26,7 +26,7 @@ from meftbench.records.metrics import METRICS
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"<!-- generated: (\w+) -->")
 # A page of the site cannot link to what is not part of it.
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:reports|README|CONTRIBUTING|suites)[^)]*)\)")
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:reports|README|CONTRIBUTING|suites|examples)[^)]*)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
