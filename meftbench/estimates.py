@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.errors import UserError
+from meftbench.errors import UserError, unknown
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import FITTED_LENGTHS, FITTED_METHODS, PROFILE
 from meftbench.plan.factories import check_allowed, places_of
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 # Beyond these nothing is looked at; where a card has room for them, that is said.
 MOST_TOKENS = 2**24
 MOST_SAMPLES = 2**16
+MOST_ASKED = 2**40  # tokens of a step
+# What else a cell has, beside its model, method and shape.
+AXES = ("micro_batch_size", "precision", "attention", "head", "optimizer", "batch")
+FITTED_AXES = ("precision", "attention", "head", "optimizer", "batch")
 
 Tell = Callable[[str], None]
 
@@ -132,12 +137,12 @@ def estimate(
     *,
     batch_size: int,
     sequence_length: int,
-    profile: str = PROFILE,
+    profile: str | Path = PROFILE,
     config: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     allocator: str = "",
     allow_code: bool = False,
-    tell: Tell = _silent,
+    tell: Tell | None = None,
     **axes: Any,
 ) -> Estimate:
     """Predict the memory of fine-tuning a model by a method on a GPU. Nothing is computed, no GPU is needed.
@@ -150,17 +155,19 @@ def estimate(
 
     Raises UserError: an unknown name, a value out of its range, a model or method that cannot be predicted.
     """
+    _check_names("estimate", axes, AXES)
+    profile, allocator = _text("profile", profile), _text("allocator", allocator)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     cell = asked_cell("estimate", model, method, profile, config, settings, allow_code, **shape, **axes)
     request = {"verb": "estimate", "cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
-    return Estimate(**ask(request, tell, allow_code))
+    return Estimate(**ask(request, tell or _silent, allow_code))
 
 
 def fit(
     model: str,
     *,
     memory: Sequence[int | str] | int | str = (),
-    profile: str | None = None,
+    profile: str | Path | None = None,
     methods: Sequence[str] = FITTED_METHODS,
     sequence_lengths: Sequence[int] = (),
     batch_sizes: Sequence[int] = (1,),
@@ -168,7 +175,7 @@ def fit(
     allocator: str = "",
     jobs: int | None = None,
     allow_code: bool = False,
-    tell: Tell = _silent,
+    tell: Tell | None = None,
     ready: Callable[[], object] = _nothing,
     **axes: Any,
 ) -> Capacity:
@@ -184,16 +191,19 @@ def fit(
 
     Raises UserError: as `estimate`; a card that has no room for a process; every method is refused.
     """
-    chosen = profile or PROFILE
+    _check_names("fit", axes, FITTED_AXES)
+    chosen, allocator = _text("profile", profile or PROFILE), _text("allocator", allocator)
     device = find_profile(chosen, "fit: profile")
     if isinstance(methods, str) or not methods:
         raise UserError("methods", f"{methods!r} is not a list of methods", 'give names, ["lora", "meft1-exact"]')
-    asked = [memory] if isinstance(memory, int | str) else memory
+    if jobs is not None:
+        (jobs,) = _sizes("jobs", [jobs])
+    asked = list(memory) if isinstance(memory, Sequence) and not isinstance(memory, str) else [memory]
     cards = sorted({_bytes(size) for size in asked}) or [device.memory_bytes]
     if cards[0] <= device.context_bytes:
         what = f"{format_bytes(cards[0])} is no more than the context of a process takes"
         raise UserError("memory", f"{what} ({format_bytes(device.context_bytes)})", "write more, such as 24GiB")
-    longest, fixed = _positions(model, dict(config or {}))
+    longest, fixed = _positions(model, _mapping("config", config))
     lengths = _sizes("sequence_lengths", sequence_lengths) or _lengths(longest, fixed)
     cells = [
         asked_cell("fit", model, name, chosen, config, None, allow_code, batch_size=1, sequence_length=length, **axes)
@@ -212,7 +222,7 @@ def fit(
         "jobs": min(jobs or min(2, os.cpu_count() or 1), len(cells)),
     }
     ready()
-    answered = ask(request, tell, allow_code)
+    answered = ask(request, tell or _silent, allow_code)
     found = answered["methods"]
     if all(entry["refused"] for entry in found):
         raise UserError("", found[0]["refused"].rpartition("; ")[0], found[0]["refused"].rpartition("; ")[2])
@@ -238,20 +248,43 @@ def asked_cell(
     Raises UserError: a fault, or code of the user's own that is not allowed.
     """
     find_profile(profile, f"{verb}: profile")
-    named = {"model": {"name": model, "config": dict(config or {})}, "device": PREDICTED + profile}
-    named |= {"method": {"name": method, **(settings or {})}}
+    named = {"model": {"name": model, "config": _mapping("config", config)}, "device": PREDICTED + profile}
+    named |= {"method": {"name": method, **_mapping("settings", settings)}}
     cell = cell_of(verb, named | {key: value for key, value in values.items() if value is not None})
+    if cell.batch_size * cell.sequence_length > MOST_ASKED:
+        what = f"{cell.batch_size:,} × {cell.sequence_length:,} tokens are more than any device has held"
+        raise UserError(verb, what, "give fewer")
     check_allowed(places_of(cell, f"{verb}: model", f"{verb}: batch"), [cell], allow_code)
     return cell
 
 
-def _sizes(name: str, given: Sequence[int]) -> list[int]:
+def _check_names(verb: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise unknown(verb, "argument", name, known)
+
+
+def _text(name: str, given: Any) -> str:
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(name, f"{given!r} is not a text", "give one, or leave it out")
+    return os.fspath(given)
+
+
+def _mapping(name: str, given: Any) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise UserError(name, f"{given!r} is not a mapping", "give a dictionary, or leave it out")
+    return dict(given or {})
+
+
+def _sizes(name: str, given: Any) -> list[int]:
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        given = [given]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in given):
         raise UserError(name, f"{list(given)} is not a list of sizes", "give whole numbers from 1")
     return sorted(set(given))
 
 
-def _bytes(size: int | str) -> int:
+def _bytes(size: Any) -> int:
     try:
         return parse_bytes(size)
     except ValueError as error:

@@ -116,7 +116,7 @@ def calls_of(model: nn.Module, layers: list[nn.Module]) -> dict[int, Call]:
 def _own(layer: nn.Module, call: Call) -> Tensor:
     """What the layer itself gives, random numbers from a seed of 0."""
     h_BLD, args, kwargs = call
-    with undrawn(h_BLD.device), torch.no_grad():
+    with undrawn(h_BLD.device), torch.no_grad(), distinct_vectors(layer):
         torch.manual_seed(0)
         output = layer(h_BLD, *args, **kwargs)
     result_BLD: Tensor = output[0] if isinstance(output, tuple) else output
@@ -131,13 +131,34 @@ def holds(layout: Layout, layer: nn.Module, call: Call, expected: Tensor | None 
     h_BLD, args, kwargs = call
     try:
         expected = _own(layer, call) if expected is None else expected
-        with undrawn(h_BLD.device), torch.no_grad():
+        with undrawn(h_BLD.device), torch.no_grad(), distinct_vectors(layer):
             torch.manual_seed(0)
             found = layout.feed_forward(layer, layout.attention(layer, h_BLD, *args, **kwargs))
             alone = treats_tokens_alone(layer, layout.feed_forward, h_BLD)
     except _FAILS:
         return False  # a wrong layout fails in any of these ways
     return alone and alike(found, expected)
+
+
+@contextmanager
+def distinct_vectors(layer: nn.Module) -> Iterator[None]:
+    """Within it, the layer's norms and biases are moved, each in a way of its own, the same in every call.
+
+    Untrained ones are ones and zeros, so that a norm in the place of another, or none at all, would not be seen.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vectors = [parameter for parameter in layer.parameters() if parameter.dim() == 1 and not parameter.is_meta]
+    before = [vector.detach().clone() for vector in vectors]
+    with torch.no_grad():
+        for vector in vectors:
+            drawn = torch.rand(vector.shape, generator=generator).to(vector.device, vector.dtype)
+            vector.mul_(1 + drawn / 4).add_(drawn / 4)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for vector, held in zip(vectors, before, strict=True):
+                vector.copy_(held)
 
 
 @contextmanager

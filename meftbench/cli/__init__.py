@@ -107,7 +107,8 @@ def _exit_code(arguments: list[str] | None) -> int:
         print(f"meftbench: {error}", file=sys.stderr)
         return error.exit_code
     except _ClickException as error:
-        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        # typer has some of its messages from pydantic.
+        message = " ".join(error.format_message().replace("Value error, ", "").split())  # type: ignore[attr-defined]
         print(f"meftbench: {message.rstrip('.')}; see `meftbench --help`", file=sys.stderr)
         return INVALID
     except (KeyboardInterrupt, typer.Abort):
@@ -123,6 +124,9 @@ def _exit_code(arguments: list[str] | None) -> int:
         abandon_stdout()
         return 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"meftbench: {error.filename}: is too long for a path; give a shorter one", file=sys.stderr)
+            return INVALID
         if error.errno not in _CANNOT_WRITE or error.filename is not None:
             return _bug()
         abandon_stdout()

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from meftbench.plan.suite import Suite
     from meftbench.records.store import Run
 
-RETRYABLE = ("error", "timeout", "oom", "skipped")
-
 
 def run(
     context: typer.Context,
@@ -132,6 +130,8 @@ def on_device(suite: Suite, device: str) -> Suite:
 
 
 def _statuses(text: str) -> frozenset[str]:
+    from meftbench.runner.sweep import RETRYABLE
+
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in RETRYABLE:

@@ -28,7 +28,7 @@ class Applied:
     """A model with a method applied.
 
     model: what is called and trained (for LoRA peft's wrapper; otherwise the model that was given).
-    around_forward: entered around forward and loss of every step (the offload lever).
+    surroundings: entered around forward and loss of every step, in this order (levers such as offload).
     levers: those that are on, by name.
     layouts: those the method has split layers by; none where it leaves them whole.
     ordinary: entered to run the same equations under ordinary autograd: nothing recomputed or offloaded.
@@ -37,7 +37,7 @@ class Applied:
     """
 
     model: nn.Module
-    around_forward: Callable[[], AbstractContextManager[object]] = ExitStack
+    surroundings: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     ordinary_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     recomputes: bool = False
     levers: dict[str, Lever] = field(default_factory=dict)
@@ -71,6 +71,14 @@ class Applied:
                 stack.enter_context(switch())
             for lever in self.levers.values():
                 stack.enter_context(lever.without())
+            yield
+
+    @contextmanager
+    def around_forward(self) -> Iterator[None]:
+        """Entered around forward and loss of a step."""
+        with ExitStack() as stack:
+            for surrounding in self.surroundings:
+                stack.enter_context(surrounding())
             yield
 
     def zero_adapters(self) -> None:

@@ -11,6 +11,8 @@ from meftbench.plan.identity import digest
 from meftbench.plan.strict_yaml import FaultAtError
 from meftbench.units import parse_bytes, parse_duration
 
+USUAL = tuple(name for name, entry in PROBES.items() if entry.usual)
+
 
 def _known_passes(value: Any) -> Any:
     for index, name in enumerate(value if isinstance(value, (list, tuple)) else []):
@@ -53,7 +55,7 @@ class Protocol(BaseModel):
     timeout: Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)] = Field(
         default=600.0, gt=0
     )
-    passes: Annotated[tuple[str, ...], BeforeValidator(_known_passes)] = Field(default=tuple(PROBES), min_length=1)
+    passes: Annotated[tuple[str, ...], BeforeValidator(_known_passes)] = Field(default=USUAL, min_length=1)
     allocator: Annotated[Literal["default", "expandable"] | dict[str, int], BeforeValidator(_split_size)] = "default"
     on_oom: Literal["record", "bracket", "skip-larger"] = "bracket"
     exclusive: bool = True

@@ -58,9 +58,23 @@ class Run:
         return frame
 
 
+def folder_at(path: Path | str) -> Path:
+    """A folder by its path, there or not. Raises UserError: no path, or one that the system cannot have."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(repr(path), "is not a path", "give the path of a folder")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # said in its own way by who reads or writes there
+    except (OSError, ValueError) as error:  # too long, a circle of links, a null character
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(str(path), f"cannot be a folder ({why})", "give another path") from None
+    return Path(path)
+
+
 def load_run(path: Path | str) -> Run:
     """Read a run folder. Raises UserError (exit 2): no such folder, not a run, damaged inside, newer schema."""
-    folder = Path(path)
+    folder = folder_at(path)
     if not folder.is_dir():
         raise UserError(str(folder), "no such run folder", "name a folder that `meftbench run` wrote")
     if not (folder / SUITE).is_file() or not (folder / ENVIRONMENT).is_file():

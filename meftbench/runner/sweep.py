@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import meftbench
-from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
+from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError, unknown
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import CALLS, FOLDER, calls_of, check_allowed
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite, load_suite
 from meftbench.plan.training import BEST, CELL_FOLDER, NOT_CHOSEN, PRELOAD
 from meftbench.records.record import Record, Status
-from meftbench.records.store import Run, Writer, load_run, writing
+from meftbench.records.store import Run, Writer, folder_at, load_run, writing
 from meftbench.runner import folder, gpus, host
 from meftbench.runner.choice import better_rate
 from meftbench.runner.data_check import check_data
@@ -91,7 +91,8 @@ def run_suite(
     """
     if not isinstance(suite, Suite):
         suite = load_suite(str(suite))
-    out = Path(out)
+    out = folder_at(out)
+    _check_options(jobs=jobs, limit=limit, retry=retry, where=where)
     chosen = [cell for cell in suite.cells if where is None or where(cell)]
     if not chosen:
         cure = "`--dry-run` without it lists them"
@@ -120,6 +121,25 @@ def run_suite(
                 devices,
             )
     return load_run(out)
+
+
+RETRYABLE = ("error", "timeout", "oom", "skipped")
+
+
+def _check_options(*, jobs: Any, limit: Any, retry: Any, where: Any) -> None:
+    """Raises UserError where an option of `run_suite` is not what it is to be, before anything is written."""
+    for name, value, least in (("jobs", jobs, 1), ("limit", limit, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise UserError(name, f"{value!r} is not a whole number from {least}", "give one, or leave it out")
+    if jobs is None:
+        raise UserError("jobs", "is None", "give a whole number from 1, or leave it out")
+    if isinstance(retry, str) or not isinstance(retry, Iterable):
+        raise UserError("retry", f"{retry!r} is not a set of statuses", f"give some of {', '.join(RETRYABLE)}")
+    for status in retry:
+        if status not in RETRYABLE:
+            raise unknown("retry", "status", status, RETRYABLE)
+    if where is not None and not callable(where):
+        raise UserError("where", f"{where!r} is not a function of a cell", "give lambda cell: cell.batch_size == 8")
 
 
 def _unkept(suite: Suite, stand: Iterable[Record], out: Path) -> str:

@@ -58,9 +58,11 @@ def attach(model, sites, zero=False):
 @pytest.mark.parametrize("sites", [(), (Site.BESIDE_ATTENTION_OUTPUT, Site.BESIDE_FEED_FORWARD)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_halves_are_transformers_own_layer(family, sites):
-    """On what the model itself passes its layers, feed_forward(attention(h)) is the layer's output bit for bit, with
+    """On what the model itself passes its layers, feed_forward(attention(h)) is the layer's output bit for bit (BART: to rounding), with
     dropout, padding, and masks of the layer's own; with adapters it is what the layer with adapters gives."""
     model = a_model(2, backbone=family)
+    for vector in (parameter for parameter in model.parameters() if parameter.dim() == 1):
+        nn.init.uniform_(vector, 0.5, 1.5)  # norms that are all ones are one like the other
     attach(model, sites)
 
     for layout, calls in calls_of(model):
@@ -68,7 +70,9 @@ def test_the_halves_are_transformers_own_layer(family, sites):
         for layer, state, h, args, kwargs, expected in calls:
             torch.set_rng_state(state)
             found = layout.feed_forward(layer, layout.attention(layer, h, *args, **kwargs))
-            assert torch.equal(expected, found)
+            # With biases, the two attentions of BART's decoder layer add in another order.
+            same = torch.allclose(expected, found, rtol=0, atol=1e-13) if family == "bart" else expected.equal(found)
+            assert same
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import meftbench
 from meftbench.backbones import held, layouts_of
+from meftbench.backbones.residual import Names, layer_types_differ
 from meftbench.errors import UserError
-from meftbench.plan.catalogue import BACKBONES
+from meftbench.plan.catalogue import BACKBONES, Backbone
 from tests.models import TINY, a_model
 
 METHODS = ("parallel", "meft1-exact", "full+tiled_mlp")
@@ -127,3 +128,38 @@ def test_a_model_without_layers_is_one_line(method):
     model.model.layers = nn.ModuleList()
     with pytest.raises(UserError, match="the model has no layers; give one that has"):
         meftbench.apply_method(model, method)
+
+
+EXCHANGED = Names(
+    attention="self_attn",
+    attention_norm="post_attention_layernorm",
+    feed_forward="mlp",
+    feed_forward_norm="input_layernorm",
+    pre_norm=True,
+).layout("layers", layers_differ=layer_types_differ)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["starcoder2", "granite"])
+def test_norms_exchanged_are_seen_in_untrained_weights(kind, method, monkeypatch):
+    """Norms of a new model are all ones: the layout is held against layers whose norms differ. Weights stay as they
+    were, and a model of the same configuration that was taken before says nothing of one with other weights."""
+    monkeypatch.setattr(held, "_HELD", set())
+    monkeypatch.setitem(BACKBONES, kind, Backbone("tests.backbones.test_held:EXCHANGED", "norms exchanged"))
+    for _ in range(2):
+        model = a_decoder(kind, **({"residual_multiplier": 1.0} if kind == "granite" else {"residual_dropout": 0.0}))
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(UserError, match="are not the layer"):
+            meftbench.apply_method(model, method)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_looking_changes_no_weight(family, monkeypatch):
+    """Bit for bit, where the layout holds."""
+    monkeypatch.setattr(held, "_HELD", set())
+    model = a_model(2, torch.bfloat16, family)
+    before = copy.deepcopy(model.state_dict())
+    held.check_held(model, layouts_of(model))
+    assert len(held._HELD) == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

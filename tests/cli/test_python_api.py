@@ -64,6 +64,15 @@ def test_what_fits_is_a_table():
         ({"precision": "bf61"}, "bf16"),
         ({"temperature": 1}, "temperature"),
         ({"allocator": "nonsense:1"}, "nonsense"),
+        ({"allocator": None}, "allocator: None is not a text"),
+        ({"profile": 3}, "profile: 3 is not a text"),
+        ({"profile": None}, "profile: None is not a text"),
+        ({"config": ["a"]}, "config: .* is not a mapping"),
+        ({"config": "a=1"}, "config: .* is not a mapping"),
+        ({"settings": ["rank"]}, "settings: .* is not a mapping"),
+        ({"batch_size": 10**30}, "more than any device has held"),
+        ({"task": "mrpc"}, "unknown argument 'task'"),
+        ({"device": "cuda"}, "unknown argument 'device'"),
     ],
 )
 def test_a_wrong_argument_is_one_line(changes, said):
@@ -85,6 +94,15 @@ def test_a_wrong_argument_is_one_line(changes, said):
         ({"methods": ["lora+chekpoint"]}, "checkpoint"),
         ({"methods": []}, "not a list of methods"),
         ({"methods": "lora"}, "not a list of methods"),
+        ({"memory": None}, "not an amount of memory"),
+        ({"memory": 2.0**30}, "not an amount of memory"),
+        ({"memory": float("nan")}, "not an amount of memory"),
+        ({"sequence_lengths": None}, "sequence_lengths: .None. is not a list of sizes"),
+        ({"batch_sizes": "2"}, "batch_sizes: ..2.. is not a list of sizes"),
+        ({"jobs": 0}, "jobs"),
+        ({"jobs": "2"}, "jobs"),
+        ({"batch_size": 3}, "did you mean 'batch'"),
+        ({"settings": {}}, "unknown argument 'settings'"),
     ],
 )
 def test_a_wrong_question_of_what_fits_is_one_line(changes, said):
@@ -108,6 +126,48 @@ def test_a_run_is_a_table(tmp_path):
     assert (frame.activation_peak_bytes > 0).all()
     with pytest.raises(UserError, match="smoke"):
         meftbench.run_suite("smokee", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"out": None}, "None: is not a path"),
+        ({"out": 3}, "3: is not a path"),
+        ({"out": "a\0b"}, "cannot be a folder"),
+        ({"out": "a" * 300}, "cannot be a folder"),
+        ({"jobs": 0}, "jobs: 0 is not a whole number from 1"),
+        ({"jobs": -2}, "jobs: -2"),
+        ({"jobs": None}, "jobs: is None"),
+        ({"jobs": 1.5}, "jobs: 1.5"),
+        ({"limit": "1"}, "limit: '1'"),
+        ({"limit": -1}, "limit: -1"),
+        ({"retry": frozenset(["eror"])}, "did you mean 'error'"),
+        ({"retry": "error"}, "not a set of statuses"),
+        ({"where": "batch_size=8"}, "not a function of a cell"),
+        ({"suite": 3}, "3"),
+    ],
+)
+def test_a_wrong_option_of_a_run_is_one_line_and_writes_nothing(tmp_path, monkeypatch, changes, said):
+    """Whatever it is, nothing is left of the folder."""
+    monkeypatch.chdir(tmp_path)
+    asked = {"suite": "smoke", "out": tmp_path / "out", **changes}
+    with pytest.raises(UserError, match=said) as error:
+        meftbench.run_suite(**asked)
+    assert "\n" not in str(error.value)
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", [None, 3, b"run", "a" * 5000, "a\0b", ""])
+def test_a_run_that_is_none_is_one_line(path):
+    with pytest.raises(UserError):
+        meftbench.load_run(path)
+
+
+def test_a_path_that_is_too_long_is_one_line(cli):
+    """For every verb that takes one."""
+    for command in (("show",), ("report",), ("check",), ("run", "smoke", "--out")):
+        code, _, err = cli(*command, "a" * 5000)
+        assert (2, 1) == (code, len(err.strip().splitlines())), command
 
 
 def test_torch_is_not_imported():

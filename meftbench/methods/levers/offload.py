@@ -25,7 +25,8 @@ class Offload(Lever):
         self._host: HostMemory | None = None
 
     def apply(self, applied: Applied) -> None:
-        self._host = applied.around_forward = HostMemory(applied.model)
+        self._host = HostMemory(applied.model)
+        applied.surroundings.append(self._host)
 
     @contextmanager
     def without(self) -> Iterator[None]:
