@@ -58,8 +58,9 @@ def attach(model, sites, zero=False):
 @pytest.mark.parametrize("sites", [(), (Site.BESIDE_ATTENTION_OUTPUT, Site.BESIDE_FEED_FORWARD)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_halves_are_transformers_own_layer(family, sites):
-    """On what the model itself passes its layers, feed_forward(attention(h)) is the layer's output bit for bit (BART: to rounding), with
-    dropout, padding, and masks of the layer's own; with adapters it is what the layer with adapters gives."""
+    """On what the model itself passes its layers, feed_forward(attention(h)) is the layer's output bit for bit (BART:
+    to rounding), with dropout, padding, and masks of the layer's own; with adapters it is what the layer with adapters
+    gives."""
     model = a_model(2, backbone=family)
     for vector in (parameter for parameter in model.parameters() if parameter.dim() == 1):
         nn.init.uniform_(vector, 0.5, 1.5)  # norms that are all ones are one like the other
