@@ -87,7 +87,10 @@ def _measured(cell: Cell, protocol: Protocol, device: torch.device) -> Outcome:
                 if name == "reconstruction":
                     subject = replace(subject, step=_sane(step, rebuilt))
                 with step.applied.ordinary() if ordinary else nullcontext():
-                    outcome.metrics |= resolve(entry.home)(subject)
+                    given = resolve(entry.home)(subject)
+                if not entry.usual and (twice := sorted(given.keys() & outcome.metrics.keys())):
+                    raise UserError(f"pass {name}", f"gives {twice[0]}, which another has given", "name it otherwise")
+                outcome.metrics |= given
         step = _sane(step, rebuilt)
         if not step.steps_run and not any(not stack.arithmetic.exact for stack in step.applied.stacks):
             step.run()

@@ -75,7 +75,8 @@ def failure(error: BaseException) -> dict[str, Any]:
     lines = traceback.format_exception(error)
     detail: dict[str, Any] = {
         "type": type(error).__name__,
-        "message": str(error)[:MESSAGE_CHARACTERS] or type(error).__name__,
+        # A KeyError says its key, and nothing else.
+        "message": f"{'KeyError: ' * isinstance(error, KeyError)}{error}"[:MESSAGE_CHARACTERS] or type(error).__name__,
     }
     if isinstance(error, CellFailure):
         status, detail = error.status, detail | json.loads(json.dumps(error.detail, default=str))

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from meftbench.cli import listing
+from meftbench.errors import UserError
 from meftbench.measurement import measure_cell
 from meftbench.plan import catalogue
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite
 from meftbench.records import metrics
+from meftbench.records.record import Metric
 from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,6 +183,48 @@ def test_a_backbone_is_added(tmp_path, monkeypatch, method):
     found = measure_cell(cell, Protocol(warmup=1, steps=1)).metrics
 
     assert found["activation_peak_bytes"].value > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps_before": Metric(1, "counted"), "peak_allocated_bytes": Metric(1, "counted")}, "peak_allocated_bytes"),
+        ({"nobodys": Metric(1, "counted")}, "nobodys: is no metric"),
+    ],
+)
+def test_a_pass_that_gives_what_it_may_not_is_one_line(tmp_path, monkeypatch, given, said):
+    """A number that another pass has given, or one that nobody has entered."""
+    monkeypatch.setattr(toys, "count_steps", lambda subject: given)
+    monkeypatch.setitem(catalogue.PROBES, "steps", catalogue.Probe("tests.toys:count_steps", "a toy"))
+    monkeypatch.setitem(metrics.METRICS, "steps_before", metrics.Kind("count", "neither", "steps run before"))
+    suite = suite_of(tmp_path, "bert-tiny@random", "lora", passes="[memory, steps]")
+
+    def written():
+        return [metric.to_json(name) for name, metric in measure_cell(suite.cells[0], suite.protocol).metrics.items()]
+
+    with pytest.raises(UserError, match=said):
+        written()
+
+
+def test_a_source_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="a metric is measured, counted, predicted, not 'guessed'"):
+        Metric(1, "guessed")
+
+
+def test_a_setting_that_must_be_said_is_listed(monkeypatch):
+    """And the method without it is one line."""
+
+    class Needy(catalogue.Settings):
+        need: int
+        other: int = 2
+
+    monkeypatch.setitem(catalogue.METHODS, "needy", catalogue.Method(Needy, "tests.toys:apply_bitfit", "a toy"))
+    assert {"need": "required", "other": 2} == listing.methods()["needy"]["settings"]
+
+
+def test_a_pass_is_run_where_a_suite_names_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(catalogue.PROBES, "steps", catalogue.Probe("tests.toys:count_steps", "a toy"))
+    assert ("memory", "throughput", "reconstruction") == Protocol().passes
 
 
 def test_a_probe_is_added(tmp_path, monkeypatch):

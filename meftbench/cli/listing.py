@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from meftbench.plan.settings import Settings
 
 
 class Kind(StrEnum):
@@ -40,11 +43,17 @@ def methods() -> dict[str, Any]:
     from meftbench.plan.peft_names import NOT_APPLICABLE
 
     listed: dict[str, Any] = {
-        name: {"summary": method.summary, "settings": method.settings().model_dump(mode="json", by_alias=True)}
-        for name, method in METHODS.items()
+        name: {"summary": method.summary, "settings": _defaults(method.settings)} for name, method in METHODS.items()
     }
     listed |= {f"+{name}": {"summary": lever.summary} for name, lever in LEVERS.items()}
     return listed | {name: {"summary": f"does not apply: {row.reason}"} for name, row in NOT_APPLICABLE.items()}
+
+
+def _defaults(settings: type[Settings]) -> dict[str, Any]:
+    """What each setting is where it is not said; "required" where it must be."""
+    needed = {name: "required" for name, field in settings.model_fields.items() if field.is_required()}
+    known = settings.model_construct().model_dump(mode="json", by_alias=True, warnings=False)
+    return needed | known if needed else settings().model_dump(mode="json", by_alias=True)
 
 
 def models() -> dict[str, Any]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from meftbench.errors import UserError
 from meftbench.records.metrics import METRICS
 
 SCHEMA = 1
@@ -40,12 +41,16 @@ class Metric:
     def __post_init__(self) -> None:
         if (self.value is None) == (self.absent is None):
             raise ValueError("a metric has either a value or the reason why it is absent")
+        if self.source not in get_args(Source):
+            raise ValueError(f"a metric is {', '.join(get_args(Source))}, not {self.source!r}")
 
     def to_json(self, name: str) -> dict[str, Any]:
         """The metric with its unit; fields that say nothing are left out, `value` never is.
 
         Infinity and NaN, in lists too, are the strings "Infinity", "-Infinity" and "NaN": the line stays JSON.
         """
+        if name not in METRICS:
+            raise UserError(name, "is no metric", "enter it, with its unit, into METRICS of records/metrics.py")
         said = {key: _written(value) for key, value in asdict(self).items() if value is not None}
         return {"value": None, "unit": METRICS[name].unit, **said}
 
