@@ -403,7 +403,12 @@ def test_kill_9_at_10_random_moments_loses_no_finished_record_and_repeats_none(t
     chance = random.Random(seed)
     suite = a_suite(*(a_cell(batch_size=size, seed=BRIEF) for size in range(1, 61)))
     folder, number, moments, longest = tmp_path / "0", 0, [], 1.6
-    while len(moments) < 10:
+
+    def worth_trying():
+        return any(0 < count < len(suite.cells) for count in moments)
+
+    # On a busy machine the first ten may all come before the first cell has ended.
+    while len(moments) < 10 or not worth_trying():
         kept = read_records(folder / RECORDS)[0]
         if len(kept) == len(suite.cells):
             number += 1
@@ -424,8 +429,6 @@ def test_kill_9_at_10_random_moments_loses_no_finished_record_and_repeats_none(t
     run = sweep(suite, folder, resume=True)
     assert {cell.cell_id for cell in suite.cells} == {record.cell_id for record in run.records}
     assert len(suite.cells) == len(read_records(folder / RECORDS)[0])
-    # The moments were worth trying: not all before the first cell.
-    assert any(0 < count < len(suite.cells) for count in moments)
 
 
 @pytest.mark.parametrize(
