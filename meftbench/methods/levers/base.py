@@ -6,7 +6,8 @@ it puts itself in, can be switched off for the reference run, and says whether i
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +57,17 @@ class LeverNumber:
 
     value: int
     source: Literal["measured", "counted"]
+
+
+@contextmanager
+def held_at(owner: Any, attribute: str, value: object) -> Iterator[None]:
+    """Within it, an attribute of `owner` has another value."""
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, before)
 
 
 class Lever:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied
-from meftbench.methods.levers.base import Lever, WatchedStep
+from meftbench.methods.levers.base import Lever, WatchedStep, held_at
 
 
 class Checkpoint(Lever):
@@ -45,13 +45,10 @@ class Checkpoint(Lever):
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        for layer in self._layers:
-            layer.gradient_checkpointing = False
-        try:
-            yield
-        finally:
+        with ExitStack() as off:
             for layer in self._layers:
-                layer.gradient_checkpointing = True
+                off.enter_context(held_at(layer, "gradient_checkpointing", False))
+            yield
 
     def missing(self, seen: WatchedStep) -> str | None:
         # Tiles of a feed-forward that run again are no evidence: a layer must run again from its beginning.

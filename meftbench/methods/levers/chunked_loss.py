@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from meftbench.backbones.own import transformers_part
 from meftbench.backbones.patched import FORWARD, foreign_forward, name_of_forward
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, predicts_tokens
-from meftbench.methods.levers.base import Lever, WatchedStep
+from meftbench.methods.levers.base import Lever, WatchedStep, held_at
 from meftbench.plan.catalogue import BACKBONES
 
 # As many as +tiled_mlp has tiles. A chunk is held several times over (logits, their logarithm, gradient), so where the
@@ -72,23 +72,11 @@ class ChunkedLossLever(Lever):
         # On the instance: parameters keep their names, and it is copied and pickled with the model.
         setattr(model, place, chunked)
 
-    @contextmanager
-    def without(self) -> Iterator[None]:
-        assert self._forward is not None
-        self._forward.enabled = False
-        try:
-            yield
-        finally:
-            self._forward.enabled = True
+    def without(self) -> AbstractContextManager[object]:
+        return held_at(self._forward, "enabled", False)
 
-    @contextmanager
-    def in_evaluation(self) -> Iterator[None]:
-        assert self._forward is not None
-        self._forward.always = True
-        try:
-            yield
-        finally:
-            self._forward.always = False
+    def in_evaluation(self) -> AbstractContextManager[object]:
+        return held_at(self._forward, "always", True)
 
     def called_in_pieces(self, applied: Applied) -> list[Any]:
         return [_head_of(applied)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.methods.applied import Applied
-from meftbench.methods.levers.base import Lever, LeverNumber, WatchedStep
+from meftbench.methods.levers.base import Lever, LeverNumber, WatchedStep, held_at
 
 # True while a copy to the host is made: on a machine without an accelerator host and device are one memory, and
 # whoever counts device bytes must be able to tell them apart (probes.memory_counted).
@@ -28,14 +28,8 @@ class Offload(Lever):
         self._host = HostMemory(applied.model)
         applied.surroundings.append(self._host)
 
-    @contextmanager
-    def without(self) -> Iterator[None]:
-        assert self._host is not None
-        self._host.enabled = False
-        try:
-            yield
-        finally:
-            self._host.enabled = True
+    def without(self) -> AbstractContextManager[object]:
+        return held_at(self._host, "enabled", False)
 
     @contextmanager
     def watched(self, applied: Applied) -> Iterator[None]:

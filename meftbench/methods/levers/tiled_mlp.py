@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meftbench.backbones import Layout, base_of, layouts_of
 from meftbench.backbones.split import check_in_tiles, check_split
 from meftbench.methods.applied import Applied, refuse_asked
-from meftbench.methods.levers.base import Lever, WatchedStep
+from meftbench.methods.levers.base import Lever, WatchedStep, held_at
 from meftbench.reversible import Relay, ReversibleStack
 from meftbench.reversible.tiled import LEVER_TILES, Tiling
 
@@ -47,13 +47,8 @@ class TiledMlp(Lever):
                     layout.run_feed_forward_by(layer, partial(_in_tiles, self.tiling, layer, layout))
                     applied.recomputes = True
 
-    @contextmanager
-    def without(self) -> Iterator[None]:
-        self.tiling.recompute = False
-        try:
-            yield
-        finally:
-            self.tiling.recompute = True
+    def without(self) -> AbstractContextManager[object]:
+        return held_at(self.tiling, "recompute", False)
 
     @contextmanager
     def watched(self, applied: Applied) -> Iterator[None]:
