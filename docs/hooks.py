@@ -15,13 +15,18 @@ from typing import Any
 import click
 import typer.main
 
+from meftbench.catalogue.backbones import BACKBONES
+from meftbench.catalogue.choices import PRECISIONS
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.models import MODELS
+from meftbench.catalogue.peft_methods import NOT_APPLICABLE
+from meftbench.catalogue.probes import PROBES
+from meftbench.catalogue.profiles import PROFILES
+from meftbench.catalogue.tasks import TASKS
 from meftbench.cli import app
-from meftbench.plan.catalogue import BACKBONES, LEVERS, METHODS, MODELS, PRECISIONS, PROBES
-from meftbench.plan.peft_names import NOT_APPLICABLE
-from meftbench.plan.profiles import PROFILES
 from meftbench.plan.suite import SuiteFile
-from meftbench.plan.tasks import TASKS
-from meftbench.records.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"<!-- generated: (\w+) -->")

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.metrics import BREAKDOWN
+from meftbench.catalogue.profiles import PREDICTED, Profile, find_profile
 from meftbench.errors import UserError, unknown
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import FITTED_LENGTHS, FITTED_METHODS, PROFILE
 from meftbench.plan.factories import check_allowed, places_of
 from meftbench.plan.models import check_model, image_tokens, known_config, max_positions
 from meftbench.plan.point import cell_of
-from meftbench.plan.profiles import PREDICTED, find_profile
 from meftbench.report.fit import as_answer
 from meftbench.runner.predictions import ask
 from meftbench.units import format_bytes, parse_bytes
@@ -159,8 +160,35 @@ def estimate(
     profile, allocator = _text("profile", profile), _text("allocator", allocator)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     cell = asked_cell("estimate", model, method, profile, config, settings, allow_code, **shape, **axes)
-    request = {"verb": "estimate", "cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
-    return Estimate(**ask(request, tell or _silent, allow_code))
+    request = {"cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
+    return _estimate_of(cell, find_profile(profile), ask("estimate", request, tell or _silent, allow_code))
+
+
+def _estimate_of(cell: Cell, device: Profile, answer: dict[str, Any]) -> Estimate:
+    """The answer of meftbench.prediction.estimate, held against the device. Sizes come from metrics of a record."""
+    value = {name: metric["value"] for name, metric in answer["metrics"].items()}
+    return Estimate(
+        label=cell.label,
+        profile=device.name,
+        device=device.device,
+        verified=device.verified,
+        memory_bytes=device.memory_bytes,
+        context_bytes=value["context_bytes"],
+        peak_allocated_bytes=value["peak_allocated_bytes"],
+        peak_reserved_bytes=value["peak_reserved_bytes"],
+        process_device_bytes=value["process_device_bytes"],
+        headroom_bytes=device.memory_bytes - value["process_device_bytes"],
+        fits=answer["fits"],
+        retries=value["alloc_retries"],
+        peak_phase=value["peak_phase"],
+        breakdown={name.removesuffix("_bytes"): value[name] for name in BREAKDOWN},
+        activation_peak_bytes=answer["activation_peak_bytes"],
+        parameters_trainable=value["parameters_trainable"],
+        parameters_total=value["parameters_total"],
+        attention=answer["kernels"],
+        predict_s=value["passes_s"],
+        host_bytes=value["host_rss_peak_bytes"],
+    )
 
 
 def fit(
@@ -212,7 +240,6 @@ def fit(
     ][:: len(lengths)]
     samples = [] if fixed else _sizes("batch_sizes", batch_sizes)
     request = {
-        "verb": "fit",
         "cells": [cell.model_dump(mode="json") for cell in cells],
         "profile": chosen,
         "allocator": allocator,
@@ -222,7 +249,7 @@ def fit(
         "jobs": min(jobs or min(2, os.cpu_count() or 1), len(cells)),
     }
     ready()
-    answered = ask(request, tell or _silent, allow_code)
+    answered = ask("fit", request, tell or _silent, allow_code)
     found = answered["methods"]
     if all(entry["refused"] for entry in found):
         raise UserError("", found[0]["refused"].rpartition("; ")[0], found[0]["refused"].rpartition("; ")[2])

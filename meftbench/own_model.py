@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from meftbench.backbones.patched import check_trainable
-from meftbench.batch import sorted_out
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError, is_out_of_memory, one_line
-from meftbench.measurement import device_reading
+from meftbench.measuring.batch import sorted_out
+from meftbench.measuring.step import OwnStep, broken_loss
 from meftbench.methods import Applied, prepare
 from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.probes.counted_metrics import count_memory, parameter_counts
 from meftbench.probes.memory_cuda import TorchAllocator, measure_memory
+from meftbench.probes.nvml import reading_of
 from meftbench.probes.speed import time_steps
-from meftbench.records.metrics import METRICS
 from meftbench.records.record import Metric
 from meftbench.reversible.recompute import modes_as
-from meftbench.step import OwnStep, broken_loss
 
 
 class Measurement(dict[str, Metric]):
@@ -109,7 +109,7 @@ def _measured(
         # Evaluation mode holds less: dropout does nothing, and transformers does not checkpoint.
         entered.enter_context(modes_as(applied.model, [True for _ in applied.model.modules()]))
         if device.type == "cuda":
-            found |= measure_memory(step, warmup, steps, TorchAllocator(), device_reading(device))
+            found |= measure_memory(step, warmup, steps, TorchAllocator(), reading_of(device))
         else:
             found |= count_memory(step, warmup, steps)
         if time:

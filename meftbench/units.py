@@ -34,6 +34,15 @@ def parse_bytes(text: str | int) -> int:
     return round(float(match[1]) * _BYTES[match[2].lower()])
 
 
+_REQUESTED = re.compile(r"[Tt]ried to allocate ([0-9.]+ ?(?:bytes|B|KiB|MiB|GiB|TiB))")
+
+
+def requested_bytes(message: str) -> int | None:
+    """The bytes that could not be had, from what an allocator of torch says of it; None where it does not say."""
+    match = _REQUESTED.search(message)
+    return parse_bytes(match[1].replace("bytes", "B")) if match else None
+
+
 def parse_duration(text: str | int | float) -> float:
     """Seconds of "600s", "10m", "1.5h", "250ms", or a bare number of seconds. Raises ValueError."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):

@@ -1,14 +1,20 @@
-"""The door to the torch side: a cell goes in, what was measured comes out. It never raises.
+"""The door to the torch side: a job goes in, its result comes out as a file. A job never raises.
 
 `python -m meftbench.worker` is a fork server. It imports torch, transformers and peft once, without touching
 CUDA, and forks a fresh child for each job: a process a cell, without seconds of imports a cell. A child is its
-own process group, so that whoever kills a cell kills what the cell has started, too.
+own process group, so that whoever kills a cell kills what the cell has started, too. With `--once` it runs one job,
+the first line of stdin, in its own process.
 
-In, a line of JSON a job:  {"id", "cell", "protocol", "result", "log", "threads", "memory_bytes", "environment"}
-Out, a line of JSON an event:  {"event": "ready", "facts"} once, or {"event": "broken", "message"}; then for each job
-    {"event": "started", "id", "pid"} and {"event": "exited", "id", "pid", "code"} (as Popen.returncode: -9 for SIGKILL)
-The result file holds {"status", "status_detail", "metrics", "observed"}; it is there in full or not at all.
-At the end of stdin, however the runner died, every child is killed.
+In, a line of JSON a job:
+    {"id", "verb", "request", "result", "log", "threads", "memory_bytes", "environment", "ends_with_asker"}
+    `verb` and `request` are those of meftbench.measuring.requests. A job that ends with who asked for it is killed,
+    with all that it has started, at the end of stdin (`--once`; all jobs of the server are).
+Out, a line of JSON an event: {"event": "ready", "facts"} once, or {"event": "broken", "message"}; then for each job
+    {"event": "started", "id", "pid"} and {"event": "exited", "id", "pid", "code"} (as Popen.returncode: -9 for
+    SIGKILL).
+    With `--once`: {"event": "progress", "text"}.
+The result file holds {"status", "status_detail", "answer"}, of a UserError {"user_error"} as well; it is there in full
+or not at all. At the end of stdin, however the runner died, every child is killed.
 """
 
 from __future__ import annotations
@@ -23,41 +29,36 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from meftbench.errors import CellFailure, UserError, is_out_of_memory
-from meftbench.plan.cell import Cell
-from meftbench.plan.protocol import Protocol
 from meftbench.records.store import write_whole
-from meftbench.units import parse_bytes
+from meftbench.units import requested_bytes
 
-MEASUREMENT = "meftbench.measurement"
+REQUESTS = "meftbench.measuring.requests"
 TRACEBACK_CHARACTERS = 8_000
 MESSAGE_CHARACTERS = 2_000
 _PLACE = re.compile(r'File "/[^"\n]*?/((?:site-packages|meftbench|python3\.\d+)/(?!.*site-packages)[^"\n]*)"')
 
-_REQUESTED = re.compile(r"[Tt]ried to allocate ([0-9.]+ ?(?:bytes|B|KiB|MiB|GiB|TiB))")
+Tell = Callable[[str], None]
 
 
-# --- one cell ---
+# --- one job ---
 
 
-def run_cell(measurement: ModuleType, cell: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
-    """Measure one cell; whatever happens, the content of a result file.
+def run_job(requests: ModuleType, verb: str, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The content of a result file for what is asked, whatever happens.
 
-    measurement: has `measure_cell(Cell, Protocol)`, which gives `.metrics` and `.observed`.
+    requests: has `VERBS`: by name, functions of a request and of what is given lines of progress.
     """
     try:
-        # Through JSON, since strict models take an object for a nested model only from there.
-        outcome = measurement.measure_cell(
-            Cell.model_validate_json(json.dumps(cell)), Protocol.model_validate_json(json.dumps(protocol))
-        )
-        metrics = {name: metric.to_json(name) for name, metric in outcome.metrics.items()}
-        content = {"status": "ok", "status_detail": {}, "metrics": metrics, "observed": outcome.observed}
+        content = {"status": "ok", "status_detail": {}, "answer": requests.VERBS[verb](request, tell)}
         json.dumps(content, allow_nan=False)
         return content
     # The last net: an interpreter that ends here without a result would cost the record of the cell.
@@ -71,7 +72,7 @@ def _without_machine(lines: str) -> str:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """The content of a result file for a cell that ended by `error`: `oom`, or `error` with its traceback."""
+    """The content of a result file for a job that ended by `error`: `oom`, or `error` with its traceback."""
     lines = traceback.format_exception(error)
     detail: dict[str, Any] = {
         "type": type(error).__name__,
@@ -82,27 +83,34 @@ def failure(error: BaseException) -> dict[str, Any]:
         status, detail = error.status, detail | json.loads(json.dumps(error.detail, default=str))
     elif is_out_of_memory(error):
         status = "oom"
-        if match := _REQUESTED.search(str(error)):
-            detail["requested_bytes"] = parse_bytes(match[1].replace("bytes", "B"))
+        if (requested := requested_bytes(str(error))) is not None:
+            detail["requested_bytes"] = requested
     else:
         status = "error"
     if status == "error" and not isinstance(error, UserError):
         detail.setdefault("traceback", _without_machine("".join(lines))[-TRACEBACK_CHARACTERS:])
-    return {"status": status, "status_detail": detail, "metrics": {}, "observed": {}}
+    content = {"status": status, "status_detail": detail, "answer": {}}
+    if isinstance(error, UserError):
+        content["user_error"] = {name: getattr(error, name) for name in ("where", "what", "cure", "exit_code")}
+    return content
 
 
-def perform(measurement: ModuleType, job: dict[str, Any]) -> None:
+def _no_progress(line: str) -> None:
+    """Nobody is told how far a job of the server is: its end is what counts."""
+
+
+def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress) -> None:
     """Run a job in this process and write its result file."""
     os.environ.update(job["environment"])
     _use_threads(job["threads"])
     with _memory_limit(job["memory_bytes"]):
-        content = run_cell(measurement, job["cell"], job["protocol"])
+        content = run_job(requests, job["verb"], job["request"], tell)
     write_whole(Path(job["result"]), json.dumps(content, allow_nan=False))
 
 
 def _use_threads(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    # The measurement brings torch; a stand-in for it in a test does not, and needs no threads.
+    # The requests bring torch; a stand-in for them in a test does not, and needs no threads.
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
 
@@ -155,9 +163,9 @@ class Server:
     def serve(self) -> int:
         """Serve until the end of stdin; the exit code."""
         try:
-            self._measurement = importlib.import_module(self._name)
+            self._requests = importlib.import_module(self._name)
             if self._fork:
-                getattr(self._measurement, "preload", lambda: None)()
+                getattr(self._requests, "preload", lambda: None)()
         except Exception as error:
             traceback.print_exc()
             self._report(event="broken", message=f"{type(error).__name__}: {error}")
@@ -192,13 +200,13 @@ class Server:
     def _facts(self) -> dict[str, Any]:
         """What `describe` says, asked in a child: a look at the device here would poison every later fork."""
         if not self._fork:
-            return dict(self._measurement.describe())
+            return dict(self._requests.describe())
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             self._become_child(os.devnull)
             try:
-                text = json.dumps(self._measurement.describe(), default=str)
+                text = json.dumps(self._requests.describe(), default=str)
             except Exception as error:
                 text = json.dumps({"absent": f"{type(error).__name__}: {error}"})
             with os.fdopen(write, "w", encoding="utf-8") as pipe:
@@ -219,15 +227,15 @@ class Server:
         return bool(arrived)
 
     def _start(self, job: dict[str, Any]) -> None:
-        # The child waits for a byte until the runner can know of it. Killed before, this process would leave a child
-        # that nobody ends; so the child finds the end of the pipe, and ends by itself.
+        # The child waits for a byte, or for its job, until the runner can know of it. Killed before, this process would
+        # leave a child that nobody ends; so the child finds the end of the pipe, and ends by itself.
         permitted, permit = os.pipe()
-        pid = self._forked(job, permitted, permit) if self._fork else self._spawned(job, permitted)
+        pid = self._forked(job, permitted, permit) if self._fork else self._spawned(job["log"], permitted)
         os.close(permitted)
         self._running[pid] = job["id"]
         self._report(event="started", id=job["id"], pid=pid)
         with suppress(BrokenPipeError):  # it has died, which `_reap` tells
-            os.write(permit, b".")
+            os.write(permit, b"." if self._fork else json.dumps(job).encode() + b"\n")
         os.close(permit)
 
     def _forked(self, job: dict[str, Any], permitted: int, permit: int) -> int:
@@ -243,7 +251,7 @@ class Server:
                 self._become_child(job["log"])
                 if os.read(permitted, 1):
                     os.close(permitted)
-                    perform(self._measurement, job)
+                    perform(self._requests, job)
                     code = 0
             except BaseException:
                 traceback.print_exc()
@@ -258,10 +266,10 @@ class Server:
         os.close(read)
         return pid
 
-    def _spawned(self, job: dict[str, Any], permitted: int) -> int:
-        with open(job["log"], "wb") as log:
+    def _spawned(self, log_file: str, permitted: int) -> int:
+        with open(log_file, "wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "meftbench.worker", "--measurement", self._name, "--job", json.dumps(job)],
+                [sys.executable, "-m", "meftbench.worker", "--requests", self._name, "--once"],
                 stdin=permitted,
                 stdout=log,
                 stderr=log,
@@ -306,19 +314,47 @@ def _kill_group(pid: int) -> None:
         return
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Serve, or with --job run one job in this process. Returns the exit code."""
-    parser = argparse.ArgumentParser("python -m meftbench.worker", description="The fork server of `meftbench run`.")
-    parser.add_argument("--measurement", default=MEASUREMENT, help="module with measure_cell and describe")
-    parser.add_argument("--spawn", action="store_true", help="a new interpreter for each job, instead of a fork")
-    parser.add_argument("--job", help="run this job (JSON) once a byte comes from stdin, and exit")
-    options = parser.parse_args(arguments)
-    if options.job is not None:
-        if not os.read(0, 1):
+# --- one job, in a process that was started for it ---
+
+
+def run_once(name: str) -> int:
+    """Run the job that is the first line of stdin; progress goes to stdout. The exit code: 1 where no job came."""
+    line = b""
+    while not line.endswith(b"\n"):
+        arrived = os.read(0, 1 << 16)
+        if not arrived:
             return 1
-        perform(importlib.import_module(options.measurement), json.loads(options.job))
-        return 0
-    return Server(options.measurement, fork=hasattr(os, "fork") and not options.spawn).serve()
+        line += arrived
+    job = json.loads(line)
+    reports = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no event
+
+    def tell(text: str) -> None:
+        with suppress(BrokenPipeError):  # whoever asked has gone
+            os.write(reports, json.dumps({"event": "progress", "text": text}).encode() + b"\n")
+
+    if job["ends_with_asker"]:
+        threading.Thread(target=_end_with_asker, daemon=True).start()
+    perform(importlib.import_module(name), job, tell)
+    return 0
+
+
+def _end_with_asker() -> None:
+    """Ends this process, and those it has started, when the other end of stdin has gone, however it ended."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve, or with --once run one job in this process. Returns the exit code."""
+    parser = argparse.ArgumentParser("python -m meftbench.worker", description="The fork server of `meftbench run`.")
+    parser.add_argument("--requests", default=REQUESTS, help="module with VERBS and describe")
+    parser.add_argument("--spawn", action="store_true", help="a new interpreter for each job, instead of a fork")
+    parser.add_argument("--once", action="store_true", help="run one job, which is the first line of stdin, and exit")
+    options = parser.parse_args(arguments)
+    if options.once:
+        return run_once(options.requests)
+    return Server(options.requests, fork=hasattr(os, "fork") and not options.spawn).serve()
 
 
 if __name__ == "__main__":

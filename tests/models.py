@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones.build import build_model
-from meftbench.batch import resident_batch
+from meftbench.measuring.batch import resident_batch
+from meftbench.measuring.build import build_step
+from meftbench.measuring.step import Step
 from meftbench.plan.cell import Cell
-from meftbench.step import Step, build_step
 
 # Windows are collected at their edges; what is imported by now never becomes garbage.
 gc.freeze()

@@ -1,4 +1,4 @@
-"""Stands in for meftbench.measurement in tests of the harness: loads no torch, and does what the cell's seed says."""
+"""Stands in for meftbench.measuring.requests in tests: loads no torch, and does what the cell's seed says."""
 
 from __future__ import annotations
 
@@ -103,3 +103,13 @@ def tell(text: str) -> None:
     if told := os.environ.get("STAND_IN_TOLD"):
         with open(told, "a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+
+def measure(request, _tell) -> dict[str, Any]:
+    cell = Cell.model_validate_json(json.dumps(request["cell"]))
+    outcome = measure_cell(cell, Protocol.model_validate_json(json.dumps(request["protocol"])))
+    metrics = {name: metric.to_json(name) for name, metric in outcome.metrics.items()}
+    return {"metrics": metrics, "observed": outcome.observed}
+
+
+VERBS = {"measure": measure}

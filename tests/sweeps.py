@@ -15,7 +15,7 @@ from meftbench.plan.suite import Suite
 from meftbench.records.store import Run
 from meftbench.runner import run_suite
 
-WORKER = (sys.executable, "-m", "meftbench.worker", "--measurement", "stand_in")
+WORKER = (sys.executable, "-m", "meftbench.worker", "--requests", "stand_in")
 TESTS = Path(__file__).parent
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from meftbench.plan.task import Task
+from meftbench.catalogue.task import Task
 
 # Beside the repository unless the variable of `meftbench` says otherwise.
 DATA = Path(os.environ.get("MEFTBENCH_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")

@@ -12,15 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from meftbench.catalogue import metrics
+from meftbench.catalogue.backbones import BACKBONES, Backbone
+from meftbench.catalogue.methods import METHODS, Method
+from meftbench.catalogue.models import MODELS, Model
+from meftbench.catalogue.probes import PROBES, Probe
+from meftbench.catalogue.settings import Settings
 from meftbench.cli import listing
 from meftbench.errors import UserError
-from meftbench.measurement import measure_cell
-from meftbench.plan import catalogue
+from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.protocol import Protocol
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite
-from meftbench.records import metrics
 from meftbench.records.record import Metric
+from meftbench.strict_yaml import read
 from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,8 +164,8 @@ def suite_of(tmp_path, model, method, passes="[memory]"):
 
 def test_a_method_is_added(tmp_path, monkeypatch):
     """BitFit: its function and settings in one file, one entry, and a suite may name it with its settings."""
-    entry = catalogue.Method(toys.BitFit, "tests.toys:apply_bitfit", "biases only")
-    monkeypatch.setitem(catalogue.METHODS, "bitfit", entry)
+    entry = Method(toys.BitFit, "tests.toys:apply_bitfit", "biases only")
+    monkeypatch.setitem(METHODS, "bitfit", entry)
     (cell,) = suite_of(tmp_path, "bert-tiny@random", "{name: bitfit, head: false}").cells
 
     found = measure_cell(cell, Protocol(warmup=1, steps=1)).metrics
@@ -174,10 +178,10 @@ def test_a_method_is_added(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["full", "lora+checkpoint", "pfeiffer", "meft1", "meft3"])
 def test_a_backbone_is_added(tmp_path, monkeypatch, method):
     """ELECTRA: a layout in one file, one entry for the type, one for the size; every method works on it."""
-    monkeypatch.setitem(catalogue.BACKBONES, "electra", catalogue.Backbone("tests.toys:ELECTRA", "as BERT"))
+    monkeypatch.setitem(BACKBONES, "electra", Backbone("tests.toys:ELECTRA", "as BERT"))
     size = {"num_hidden_layers": 2, "hidden_size": 32, "embedding_size": 32, "num_attention_heads": 4, "vocab_size": 99}
-    model = catalogue.Model("electra", "google/electra-small-discriminator", size, "toy")
-    monkeypatch.setitem(catalogue.MODELS, "electra-toy", model)
+    model = Model("electra", "google/electra-small-discriminator", size, "toy")
+    monkeypatch.setitem(MODELS, "electra-toy", model)
     (cell,) = suite_of(tmp_path, "electra-toy@random", f'"{method}"').cells
 
     found = measure_cell(cell, Protocol(warmup=1, steps=1)).metrics
@@ -195,7 +199,7 @@ def test_a_backbone_is_added(tmp_path, monkeypatch, method):
 def test_a_pass_that_gives_what_it_may_not_is_one_line(tmp_path, monkeypatch, given, said):
     """A number that another pass has given, or one that nobody has entered."""
     monkeypatch.setattr(toys, "count_steps", lambda subject: given)
-    monkeypatch.setitem(catalogue.PROBES, "steps", catalogue.Probe("tests.toys:count_steps", "a toy"))
+    monkeypatch.setitem(PROBES, "steps", Probe("tests.toys:count_steps", "a toy"))
     monkeypatch.setitem(metrics.METRICS, "steps_before", metrics.Kind("count", "neither", "steps run before"))
     suite = suite_of(tmp_path, "bert-tiny@random", "lora", passes="[memory, steps]")
 
@@ -214,22 +218,22 @@ def test_a_source_that_is_none_is_refused():
 def test_a_setting_that_must_be_said_is_listed(monkeypatch):
     """And the method without it is one line."""
 
-    class Needy(catalogue.Settings):
+    class Needy(Settings):
         need: int
         other: int = 2
 
-    monkeypatch.setitem(catalogue.METHODS, "needy", catalogue.Method(Needy, "tests.toys:apply_bitfit", "a toy"))
+    monkeypatch.setitem(METHODS, "needy", Method(Needy, "tests.toys:apply_bitfit", "a toy"))
     assert {"need": "required", "other": 2} == listing.methods()["needy"]["settings"]
 
 
 def test_a_pass_is_run_where_a_suite_names_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(catalogue.PROBES, "steps", catalogue.Probe("tests.toys:count_steps", "a toy"))
+    monkeypatch.setitem(PROBES, "steps", Probe("tests.toys:count_steps", "a toy"))
     assert ("memory", "throughput", "reconstruction") == Protocol().passes
 
 
 def test_a_probe_is_added(tmp_path, monkeypatch):
     """A pass of one's own: its function in one file, one entry, one row for the number's unit and meaning."""
-    monkeypatch.setitem(catalogue.PROBES, "steps", catalogue.Probe("tests.toys:count_steps", "a toy"))
+    monkeypatch.setitem(PROBES, "steps", Probe("tests.toys:count_steps", "a toy"))
     monkeypatch.setitem(metrics.METRICS, "steps_before", metrics.Kind("count", "neither", "steps run before"))
     suite = suite_of(tmp_path, "bert-tiny@random", "lora", passes="[memory, steps]")
 

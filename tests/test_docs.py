@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from meftbench.catalogue.backbones import BACKBONES
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.models import MODELS
 from meftbench.cli import app
-from meftbench.plan.catalogue import BACKBONES, LEVERS, METHODS, MODELS
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite
-from meftbench.records.metrics import METRICS
+from meftbench.strict_yaml import read
 from meftbench.verdicts.budgets import load_budgets
 
 ROOT = Path(__file__).resolve().parents[1]

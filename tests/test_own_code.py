@@ -8,13 +8,13 @@ import yaml
 
 from builders import a_cell
 from meftbench import own_code
+from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.build import DTYPES, build_step
+from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.factories import BATCH_ARGUMENTS
-from meftbench.plan.profiles import find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.predict import predict
-from meftbench.step import DTYPES, build_step
 from own_models import SHAPE, line_of, the_line
 
 # --- found or not ---

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 from meftbench.cli import _VERBS, main
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite, shipped_suites
 from meftbench.records.store import load_run
 from meftbench.report.summary import print_summary
+from meftbench.strict_yaml import read
 from meftbench.verdicts.budgets import load_budgets
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meftbench.backbones.bert import BERT
+from meftbench.catalogue.settings import Settings
 from meftbench.methods.applied import Applied
-from meftbench.plan.catalogue import Settings
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from meftbench.backbones.gguf import dequantized
 from meftbench.backbones.own import build_own
+from meftbench.catalogue.models import MODELS
 from meftbench.errors import UserError, reading, reason_of
-from meftbench.plan.catalogue import MODELS
 from meftbench.plan.factories import is_factory
 from meftbench.plan.gguf_files import gguf_file_of
 from meftbench.plan.models import folder_of, head_of, split_name

@@ -8,8 +8,9 @@ from torch import nn
 
 from meftbench.backbones.guess import guessed_layout
 from meftbench.backbones.layout import Layout
+from meftbench.catalogue import resolve
+from meftbench.catalogue.backbones import BACKBONES
 from meftbench.errors import UserError
-from meftbench.plan.catalogue import BACKBONES, resolve
 
 
 def layouts_of(model: nn.Module) -> tuple[Layout, ...]:

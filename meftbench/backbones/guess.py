@@ -43,7 +43,7 @@ def _refusal(model: nn.Module) -> UserError:
     model_type = str(config.model_type)
     cure = (
         f"write a layout (backbones/residual.py: Names(...).layout(...)) and an entry {model_type!r} in BACKBONES of "
-        "plan/catalogue.py, as CONTRIBUTING.md says"
+        "catalogue/backbones.py, as CONTRIBUTING.md says"
     )
     return UserError(name, f"the layers of {model_type!r} do not split as those that are known", cure)
 

@@ -18,7 +18,7 @@ from meftbench.backbones.patched import (
     check_tokens_alone,
     hooked,
 )
-from meftbench.plan.catalogue import BACKBONES
+from meftbench.catalogue.backbones import BACKBONES
 
 
 def split_layouts(model: nn.Module) -> tuple[Layout, ...]:

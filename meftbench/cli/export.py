@@ -152,7 +152,7 @@ def _chosen(folder: Path, which: list[str]) -> Run:
 
 
 def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str] | None) -> None:
-    from meftbench.records.metrics import METRICS
+    from meftbench.catalogue.metrics import METRICS
     from meftbench.report import run_formats
 
     for name in metric or []:
@@ -188,7 +188,7 @@ def _write_text(file: Path, text: str) -> None:
 def _cells_again(run: Run, profile: str | None) -> tuple[str, list[Cell], str]:
     """The profile, the run's cells on it, and the run's allocator. The profile is that of `--profile`, of the run's
     predictions, of the device it was measured on, or the default. Raises UserError."""
-    from meftbench.plan.profiles import PREDICTED
+    from meftbench.catalogue.profiles import PREDICTED
     from meftbench.verdicts import validation
 
     devices = {str(record.cell.get("device")) for record in run.records}
@@ -219,16 +219,16 @@ def _write_predicted(
     if not 1 <= len(cells) <= most:
         what = f"{len(cells)} cells are named, and {format_} holds {'one' if most == 1 else f'1 to {most}'}"
         raise UserError("export", what, "name fewer: the start of a cell_id, or a glob on labels")
-    request: dict[str, Any] = {"verb": "export", "cells": [cell.model_dump(mode="json") for cell in cells]}
+    request: dict[str, Any] = {"cells": [cell.model_dump(mode="json") for cell in cells]}
     request |= {"profile": profile, "allocator": allocator, "snapshot": None}
     if format_ is Format.memory_viz:
         file = _ready(output or Path("snapshot.pickle"))
-        ask(request | {"snapshot": str(file.absolute())}, tell, allow_code)
+        ask("export", request | {"snapshot": str(file.absolute())}, tell, allow_code)
         print(f"{file}: drop it on https://pytorch.org/memory_viz")
         return
     file = _ready(output or Path("timeline"))
     name = file.stem if file.suffix in (".png", ".svg") else file.name
-    picture = timeline_picture(ask(request, tell, allow_code)["cells"], name)
+    picture = timeline_picture(ask("export", request, tell, allow_code)["cells"], name)
     try:
         picture.write(file.parent)
     except OSError as error:

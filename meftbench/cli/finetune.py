@@ -71,9 +71,9 @@ def finetune(
     A run like those of `meftbench run`: `report`, `show` and `compare` read it. Exits 3 if a training failed.
     """
     from meftbench.cli.run import finish, on_device, sweep_to
-    from meftbench.plan.strict_yaml import Document
     from meftbench.plan.suite import parse_suite
     from meftbench.runner.folder import default_folder
+    from meftbench.strict_yaml import Document
 
     said = {
         "data": data,

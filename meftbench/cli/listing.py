@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from meftbench.plan.settings import Settings
+    from meftbench.catalogue.settings import Settings
 
 
 class Kind(StrEnum):
@@ -39,8 +39,9 @@ def list_(
 
 def methods() -> dict[str, Any]:
     """Methods with their settings and defaults, the levers that compose with any of them by `+`, then what is none."""
-    from meftbench.plan.catalogue import LEVERS, METHODS
-    from meftbench.plan.peft_names import NOT_APPLICABLE
+    from meftbench.catalogue.levers import LEVERS
+    from meftbench.catalogue.methods import METHODS
+    from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 
     listed: dict[str, Any] = {
         name: {"summary": method.summary, "settings": _defaults(method.settings)} for name, method in METHODS.items()
@@ -61,7 +62,7 @@ def models() -> dict[str, Any]:
 
     `@random` after any of them needs no download.
     """
-    from meftbench.plan.catalogue import MODELS
+    from meftbench.catalogue.models import MODELS
     from meftbench.plan.equal_parameters import matching_rank
 
     ranks = {name: matching_rank({"model_type": model.model_type} | model.config) for name, model in MODELS.items()}
@@ -76,7 +77,7 @@ def models() -> dict[str, Any]:
 
 def tasks() -> dict[str, Any]:
     """Tasks for `finetune` and for `tasks:` of a suite; a folder with data and task.yaml is one as well."""
-    from meftbench.plan.tasks import TASKS
+    from meftbench.catalogue.tasks import TASKS
 
     return {
         name: {"summary": f"{task.summary} ({', '.join(task.scores)})", "settings": {"folder": task.folder}}
@@ -88,8 +89,8 @@ def suites() -> dict[str, Any]:
     """Suites of ./suites and of the package, with their descriptions."""
     from pathlib import Path
 
-    from meftbench.plan.strict_yaml import read
     from meftbench.plan.suite import shipped_suites
+    from meftbench.strict_yaml import read
 
     local = {file.stem: file for file in sorted(Path("suites").glob("*.yaml")) if ".budgets" not in file.name}
     return {
@@ -100,7 +101,7 @@ def suites() -> dict[str, Any]:
 
 def metrics() -> dict[str, Any]:
     """Every metric of a record: its unit, its better direction, its meaning."""
-    from meftbench.records.metrics import METRICS
+    from meftbench.catalogue.metrics import METRICS
 
     return {
         name: {"summary": f"[{kind.unit}, {kind.better}] {kind.meaning}", "unit": kind.unit, "better": kind.better}
@@ -110,7 +111,7 @@ def metrics() -> dict[str, Any]:
 
 def profiles() -> dict[str, Any]:
     """Devices that memory can be predicted for: `--device predicted:NAME`."""
-    from meftbench.plan.profiles import PROFILES
+    from meftbench.catalogue.profiles import PROFILES
     from meftbench.units import format_bytes
 
     return {

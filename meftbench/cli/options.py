@@ -54,7 +54,7 @@ def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
     """Keys and values of `key=value`, read as YAML reads them. Raises UserError."""
     import yaml
 
-    from meftbench.plan.strict_yaml import parse
+    from meftbench.strict_yaml import parse
 
     found = {}
     for text in given or []:

@@ -25,8 +25,8 @@ def validate(
     Predicts the same cells, one after the other, with RUN's allocator and memory limit, and prints the errors of peak
     memory by method, precision and attention. Exits 5 where nothing measured has a prediction.
     """
+    from meftbench.catalogue.profiles import find_profile
     from meftbench.errors import NOTHING_MATCHED, UserError
-    from meftbench.plan.profiles import find_profile
     from meftbench.records.store import load_run, warn_if_torn
     from meftbench.report.validation import validation_text
     from meftbench.verdicts import validation

@@ -10,14 +10,16 @@ from torch import nn
 from meftbench.backbones.patched import check_trainable
 from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
+from meftbench.catalogue import resolve
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
 from meftbench.methods.full import check_some_trained
 from meftbench.methods.whole_model import check_not_held_twice, warn_on_save
-from meftbench.plan.catalogue import LEVERS, METHODS, resolve
-from meftbench.plan.peft_names import NOT_APPLICABLE
-from meftbench.plan.strict_yaml import settings_of
+from meftbench.strict_yaml import settings_of
 
 __all__ = ["Applied", "apply_method", "prepare"]
 

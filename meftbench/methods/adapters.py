@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from meftbench.backbones import Site, split_layouts
+from meftbench.catalogue.methods import Bottleneck
 from meftbench.methods.applied import Applied, freeze_backbone, new_adapter
-from meftbench.plan.catalogue import Bottleneck
 
 
 def apply_houlsby(model: nn.Module, settings: Bottleneck) -> Applied:

@@ -13,10 +13,10 @@ from torch import nn
 
 from meftbench.backbones import Layout, base_of
 from meftbench.backbones.quantize import dtype_of
+from meftbench.catalogue.methods import Bottleneck as BottleneckSettings
+from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError
 from meftbench.methods.levers.base import Lever
-from meftbench.plan.catalogue import Bottleneck as BottleneckSettings
-from meftbench.plan.catalogue import Settings
 from meftbench.reversible import ReversibleStack
 from meftbench.reversible.calibration import CalibratedRange
 

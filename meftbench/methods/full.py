@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from meftbench.catalogue.methods import Full
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied
-from meftbench.plan.catalogue import Full
 
 
 def apply(model: nn.Module, settings: Full) -> Applied:

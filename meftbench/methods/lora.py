@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from meftbench.backbones import base_of, checked_layouts
+from meftbench.catalogue.methods import Lora
 from meftbench.errors import UserError, one_line
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.methods.peft_model import wrapped_by_peft
-from meftbench.plan.catalogue import Lora
 
 
 def apply(model: nn.Module, settings: Lora) -> Applied:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meftbench.backbones import Layout, Site, base_of, split_layouts
 from meftbench.backbones.quantize import is_quantized
 from meftbench.backbones.split import check_in_tiles
+from meftbench.catalogue.methods import Meft
 from meftbench.errors import UserError
 from meftbench.methods.applied import (
     LAYER_OUTPUTS,
@@ -27,7 +28,6 @@ from meftbench.methods.applied import (
     predicts_tokens,
     refuse_asked,
 )
-from meftbench.plan.catalogue import Meft
 from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
 
 

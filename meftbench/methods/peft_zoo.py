@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from meftbench.backbones import Layout, base_of, checked_layouts
+from meftbench.catalogue.backbones import BACKBONES
+from meftbench.catalogue.peft_methods import PEFT_METHODS, Peft, PeftMethod, Targeted, refusal
 from meftbench.errors import UserError, one_line, unknown
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.methods.lora import task_of
 from meftbench.methods.peft_model import wrapped_by_peft
-from meftbench.plan.catalogue import BACKBONES
-from meftbench.plan.peft_names import PEFT_METHODS, Peft, PeftMethod, Targeted, refusal
 
 # peft names them for text; here for ViT and DeiT, as for Llama.
 _IA3_OF_IMAGES: dict[str, Any] = {"target_modules": ["k_proj", "v_proj", "mlp.fc2"], "feedforward_modules": ["mlp.fc2"]}

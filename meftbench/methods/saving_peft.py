@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError
 from meftbench.methods.adapter_files import (
     CONFIG,
@@ -36,7 +37,6 @@ from meftbench.methods.unloading import (
     note_of,
     trained_beside,
 )
-from meftbench.plan.catalogue import Settings
 
 # In the file's metadata: rows of the embeddings of the model that it was saved from.
 VOCABULARY = "meftbench_vocabulary"

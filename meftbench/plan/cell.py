@@ -8,11 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializationInfo, field_validator, model_serializer
 
-from meftbench.plan.catalogue import LEVERS, METHODS, MODELS
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.models import MODELS
+from meftbench.catalogue.tasks import is_own
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
 from meftbench.plan.identity import digest, place
 from meftbench.plan.models import RANDOM, is_path, split_name
-from meftbench.plan.tasks import is_own
 from meftbench.plan.training import Training
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from meftbench.plan.strict_yaml import read, validated
+from meftbench.strict_yaml import read, validated
 
 FILE = Path(__file__).with_suffix(".yaml")
 

@@ -10,7 +10,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from meftbench.plan.strict_yaml import Document, KeyPath
+from meftbench.strict_yaml import Document, KeyPath
 
 # Sizes and counts; of these some may be 0 (type_vocab_size of BERT), or absent (a window).
 _COUNTS = re.compile(

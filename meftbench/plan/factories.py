@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.errors import UserError
-from meftbench.plan.strict_yaml import Document, KeyPath
+from meftbench.strict_yaml import Document, KeyPath
 
 if TYPE_CHECKING:
     from meftbench.plan.cell import Cell

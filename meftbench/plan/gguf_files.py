@@ -11,8 +11,8 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from meftbench.catalogue.models import MODELS
 from meftbench.errors import UserError
-from meftbench.plan.published import MODELS
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from meftbench.catalogue.backbones import BACKBONES
+from meftbench.catalogue.models import MODELS
+from meftbench.catalogue.peft_methods import refusal
 from meftbench.errors import UserError, unknown
-from meftbench.plan.catalogue import BACKBONES, MODELS
 from meftbench.plan.factories import OWN_ATTENTION, check_factory, is_factory
 from meftbench.plan.gguf_files import SUFFIX, cache_folder, check_gguf, gguf_file_of
-from meftbench.plan.peft_names import refusal
 
 RANDOM = "@random"
 _WEIGHTS = ("*.safetensors", "*.bin")

@@ -7,16 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from meftbench.catalogue.backbones import HEADS
+from meftbench.catalogue.choices import ATTENTIONS, OPTIMIZERS, PRECISIONS
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
+from meftbench.catalogue.profiles import PREDICTED, find_profile
 from meftbench.errors import unknown
-from meftbench.plan.catalogue import ATTENTIONS, HEADS, LEVERS, METHODS, OPTIMIZERS, PRECISIONS
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
 from meftbench.plan.factories import check_arguments, check_own, is_factory
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
-from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS, positions_taken
-from meftbench.plan.profiles import PREDICTED, find_profile
-from meftbench.plan.strict_yaml import Document, KeyPath, name_place, named, validated, validated_part
 from meftbench.plan.training import Positive
+from meftbench.strict_yaml import Document, KeyPath, name_place, named, validated, validated_part
 
 Named = Any  # "meft1", or {name: meft1, adapter_size: 8}
 Size = Annotated[int, Field(ge=1)]

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from meftbench.plan.catalogue import PROBES
+from meftbench.catalogue.probes import PROBES
 from meftbench.plan.identity import digest
-from meftbench.plan.strict_yaml import FaultAtError
+from meftbench.strict_yaml import FaultAtError
 from meftbench.units import parse_bytes, parse_duration
 
 USUAL = tuple(name for name, entry in PROBES.items() if entry.usual)

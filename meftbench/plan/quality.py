@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from meftbench.catalogue.backbones import BACKBONES
+from meftbench.catalogue.tasks import Task, find_task
 from meftbench.errors import UserError
-from meftbench.plan.catalogue import BACKBONES
 from meftbench.plan.factories import is_factory
 from meftbench.plan.models import head_of, image_tokens, known_config
-from meftbench.plan.strict_yaml import Document, KeyPath, name_place, named, validated_part
-from meftbench.plan.tasks import Task, find_task
 from meftbench.plan.training import Training, Trainings, rates_for
+from meftbench.strict_yaml import Document, KeyPath, name_place, named, validated_part
 
 # By the kind of a task, the heads that can answer it; the first that the model's backbone has is taken.
 HEADS_FOR = {

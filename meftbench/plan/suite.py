@@ -27,8 +27,8 @@ from meftbench.plan.point import (
 )
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.quality import with_training
-from meftbench.plan.strict_yaml import Document, KeyPath, named, read, validated
 from meftbench.plan.training import Positive, Trainings
+from meftbench.strict_yaml import Document, KeyPath, named, read, validated
 
 MAX_CELLS = 10_000
 _OF_TRAINING = ("task", "learning_rate")  # axes that are no fields of a cell

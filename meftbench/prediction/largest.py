@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Literal
 
+from meftbench.catalogue.profiles import Profile
+from meftbench.measuring.build import AUTOCAST
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
-from meftbench.plan.profiles import Profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.trace import uncomputed_model
-from meftbench.step import AUTOCAST
 
 Axis = Literal["batch_size", "sequence_length"]
 # The tokens themselves are held here: more are not asked about.

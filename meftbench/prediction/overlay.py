@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meftbench.plan.profiles import Profile
+from meftbench.catalogue.profiles import Profile
 from meftbench.reversible.kernels import Kernels, as_on
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meftbench.catalogue.profiles import Profile, find_profile
 from meftbench.errors import CellFailure, UserError
+from meftbench.measuring.build import AUTOCAST, attention_used, is_own
+from meftbench.measuring.step import Step
 from meftbench.methods import Applied
 from meftbench.own_code import digests_of
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of
 from meftbench.plan.models import image_tokens, known_config
-from meftbench.plan.profiles import Profile, find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, replay
 from meftbench.prediction.overlay import cuda_semantics, scratch_bytes
@@ -26,7 +28,6 @@ from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_s
 from meftbench.probes.counted_metrics import parameter_counts, step_metrics
 from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter
 from meftbench.records.record import Metric
-from meftbench.step import AUTOCAST, Step, attention_used, is_own
 from meftbench.units import format_bytes
 
 

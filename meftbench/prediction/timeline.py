@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
-from meftbench.plan.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, Event, snapshot
 from meftbench.prediction.predict import predict
 from meftbench.probes.memory_counted import BLOCK, CATEGORIES

@@ -19,13 +19,14 @@ from transformers import masking_utils
 
 from meftbench.backbones.own import transformers_part
 from meftbench.errors import UserError
+from meftbench.measuring.build import batch_of, built_model, is_own, step_on, with_method
+from meftbench.measuring.step import Mark, OwnStep, Step
 from meftbench.methods import Applied
 from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
 from meftbench.probes.memory_counted import CountedStep, Observed
-from meftbench.step import Mark, OwnStep, Step, batch_of, built_model, is_own, step_on, with_method
 
 
 def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:

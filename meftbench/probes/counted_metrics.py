@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from meftbench.measuring.step import Step
 from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, warmup_steps
 from meftbench.records.record import Metric, Source
-from meftbench.step import Step
 
 
 def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) -> dict[str, Metric]:

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from meftbench.backbones import base_of
 from meftbench.errors import CellFailure
+from meftbench.measuring.build import build_step
+from meftbench.measuring.step import Step
 from meftbench.methods.applied import predicts_tokens
 from meftbench.plan.cell import Cell, Levers
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 from meftbench.reversible import ReversibleStack, StreamError
-from meftbench.step import Step, build_step
 
 START_LOSSES = ("pretrained_loss", "starting_loss")
 

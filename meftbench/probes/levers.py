@@ -9,13 +9,15 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from meftbench.catalogue import resolve
+from meftbench.catalogue.levers import LEVERS
 from meftbench.errors import CellFailure
+from meftbench.measuring.build import is_own
+from meftbench.measuring.step import Step, broken_loss
 from meftbench.methods.levers.base import LeverNumber, WatchedStep
-from meftbench.plan.catalogue import LEVERS, resolve
 from meftbench.plan.cell import Cell
 from meftbench.probes.ran_again import watched
 from meftbench.records.record import Metric
-from meftbench.step import Step, broken_loss, is_own
 
 
 def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meftbench.errors import CellFailure
+from meftbench.measuring.step import Mark, Step
 from meftbench.methods.levers.offload import copying_to_host
 from meftbench.probes.gradients_alive import GradientsAlive
-from meftbench.step import Mark, Step
 from meftbench.units import format_bytes
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import torch
 
+from meftbench.measuring.step import PHASES, Step
 from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, warmup_steps
 from meftbench.probes.nvml import DeviceReading
 from meftbench.records.record import Metric
-from meftbench.step import PHASES, Step
 
 # Metric name -> the allocator's statistic. requested <= allocated <= active <= reserved.
 PEAKS = {

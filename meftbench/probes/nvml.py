@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from meftbench.records.record import Metric
 
 
@@ -84,6 +86,14 @@ def open_device(uuid: str) -> DeviceReading | None:
         return DeviceReading(pynvml, uuid)
     except pynvml.NVMLError:
         return None
+
+
+def reading_of(device: torch.device) -> DeviceReading | None:
+    """NVML's view of a CUDA device of torch; None as of `open_device`, and for a CPU."""
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return open_device(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
 
 
 def _number(value: Any) -> Metric:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from meftbench.measuring.step import Step
 from meftbench.methods.levers.base import LayerRuns, Runs
-from meftbench.step import Step
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from meftbench.measuring.step import PHASES, Step
 from meftbench.probes.cpu_wait import CpuWait
 from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
-from meftbench.step import PHASES, Step
 
 
 class Clock:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meftbench.measuring.step import Step
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.probes.nvml import DeviceReading
-from meftbench.step import Step
 
 
 @dataclass(frozen=True)

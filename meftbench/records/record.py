@@ -9,8 +9,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
-from meftbench.records.metrics import METRICS
 
 SCHEMA = 1
 Status = Literal["ok", "oom", "timeout", "error", "skipped"]

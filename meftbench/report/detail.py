@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from meftbench.catalogue.metrics import BREAKDOWN, METRICS, SHARED_CORES
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.factories import OWN_ATTENTION
-from meftbench.records.metrics import BREAKDOWN, METRICS, SHARED_CORES
 from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run

@@ -14,9 +14,9 @@ from colorsys import hls_to_rgb
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from meftbench.plan.catalogue import METHODS
-from meftbench.plan.peft_names import PEFT_METHODS
-from meftbench.records.metrics import BREAKDOWN
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.metrics import BREAKDOWN
+from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.report.tables import methods_in_order, parts_of, rows_of, wrong_gradient
 from meftbench.units import GiB, MiB
 

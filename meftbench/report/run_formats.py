@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.metrics import METRICS, Kind
+from meftbench.catalogue.profiles import PREDICTED
 from meftbench.errors import UserError
-from meftbench.plan.profiles import PREDICTED
-from meftbench.records.metrics import METRICS, Kind
 from meftbench.records.outcome import Figure, Outcome, as_number, outcomes
 from meftbench.records.store import Run
 from meftbench.report.formats import Case, junit

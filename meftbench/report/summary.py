@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.metrics import METRICS, SHARED_CORES
 from meftbench.plan.training import NOT_CHOSEN
-from meftbench.records.metrics import METRICS, SHARED_CORES
 from meftbench.records.outcome import as_number, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.plan.catalogue import METHODS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.metrics import METRICS
 from meftbench.plan.training import Training
-from meftbench.records.metrics import METRICS
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run, write_whole

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from meftbench.catalogue.tasks import is_own
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.identity import place
-from meftbench.plan.tasks import is_own
 from meftbench.plan.training import DATA_VARIABLE
 from meftbench.records.store import Run
 

@@ -1,4 +1,4 @@
-"""The parent's side of a prediction: meftbench.prediction.requests, which knows torch, in a process of its own."""
+"""One question to the torch side and its answer: a worker process that is started for it (meftbench.worker)."""
 
 from __future__ import annotations
 
@@ -10,62 +10,79 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from meftbench.errors import UserError
 from meftbench.plan.factories import FOLDER
+from meftbench.plan.protocol import Protocol
+from meftbench.runner.process import parsed_event, worker_environment
 
 # By name only: what is behind it imports torch.
-PREDICTOR = (sys.executable, "-m", "meftbench.prediction.requests")
+ONCE = (sys.executable, "-m", "meftbench.worker", "--once")
 _LOG_CHARACTERS = 4000
 
 
 def ask(
-    request: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None, allow_code: bool = False
+    verb: str,
+    request: Mapping[str, Any],
+    tell: Callable[[str], None] = lambda line: None,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
-    """The answer to `request` (see meftbench.prediction.requests). tell: is given each line of progress.
+    """The answer to `request`, as meftbench.measuring.requests has it for `verb`. tell: is given lines of progress.
 
     allow_code: whether functions of the user's own that make models and batches may be imported.
 
     Raises UserError as the prediction did; RuntimeError, with the end of its log, where it ended otherwise.
     """
-    inherited = {name: value for name, value in os.environ.items() if name != FOLDER}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = worker_environment(Protocol(), 1, os.environ)
     if allow_code:
         environment[FOLDER] = os.getcwd()
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryDirectory(prefix="meftbench-") as folder:
+        result, log = Path(folder) / "result.json", Path(folder) / "log.txt"
+        job = {"id": 1, "verb": verb, "request": request, "result": str(result), "log": str(log), "threads": 1}
+        job |= {"memory_bytes": None, "environment": {}, "ends_with_asker": True}
+        code = _run(job, log, environment, tell)
+        end = log.read_bytes()[-_LOG_CHARACTERS:].decode(errors="replace")
+        if not result.exists():
+            raise RuntimeError(f"the prediction ended with {code}:\n{end}")
+        content = json.loads(result.read_text(encoding="utf-8"))
+    if "user_error" in content:
+        raise UserError(**content["user_error"])
+    if content["status"] != "ok":
+        detail = content["status_detail"]
+        raise RuntimeError(f"the prediction ended with {detail['type']}:\n{detail.get('traceback', detail['message'])}")
+    return dict(content["answer"])
+
+
+def _run(job: dict[str, Any], log: Path, environment: dict[str, str], tell: Callable[[str], None]) -> int:
+    """Run the job to its end, and tell of its progress. The exit code of its process."""
+    with log.open("wb") as output:
         # A session of its own, so that the processes it starts can be ended with it.
         process = subprocess.Popen(
-            PREDICTOR,
+            ONCE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=output,
             env=environment,
             start_new_session=True,
         )
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with suppress(BrokenPipeError):  # it has died: the log says of what
-                # Left open: at its end, however this process ends, the other one ends as well.
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
-            for line in process.stdout:
-                event = json.loads(line)
-                if "progress" in event:
-                    tell(event["progress"])
-                elif "error" in event:
-                    raise UserError(**event["error"])
-                else:
-                    return dict(event["answer"])
-            process.wait()
-            log.seek(0)
-            end = log.read()[-_LOG_CHARACTERS:].decode(errors="replace")
-            raise RuntimeError(f"the prediction ended with {process.returncode}:\n{end}")
-        finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
-            with suppress(BrokenPipeError):
-                process.stdin.close()  # type: ignore[union-attr]
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        with suppress(BrokenPipeError):  # it has died: the log says of what
+            # Left open: at its end, however this process ends, the other one ends as well.
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            event = parsed_event(line)
+            if event is not None and event.get("event") == "progress":
+                tell(str(event["text"]))
+        return process.wait()
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()

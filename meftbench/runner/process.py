@@ -145,13 +145,14 @@ class Worker:
         self._jobs[self._number] = _Running(job, utc_now(), now, now + START_SECONDS)
         line = {
             "id": self._number,
-            "cell": job.cell.model_dump(mode="json"),
-            "protocol": job.protocol.model_dump(mode="json"),
+            "verb": "measure",
+            "request": {"cell": job.cell.model_dump(mode="json"), "protocol": job.protocol.model_dump(mode="json")},
             "result": str(job.result.resolve()),
             "log": str(job.log.resolve()),
             "threads": job.threads,
             "memory_bytes": job.memory_bytes,
             "environment": dict(job.environment),
+            "ends_with_asker": False,  # the server ends its jobs itself
         }
         try:
             stdin, _ = self._pipes()
@@ -241,7 +242,7 @@ class Worker:
             self._died()
             return []
         *lines, self._unread = (self._unread + arrived).split(b"\n")
-        return [event for line in lines if (event := _parsed(line)) is not None]
+        return [event for line in lines if (event := parsed_event(line)) is not None]
 
     def _died(self) -> None:
         """The worker is gone: its jobs end as `error`, and the next one starts another worker."""
@@ -332,10 +333,11 @@ def read_result(file: Path) -> dict[str, Any] | str:
     """The content of a result file, its metrics as `Metric`; or, where it is none, what is wrong with it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        metrics = {name: Metric.from_json(metric) for name, metric in content["metrics"].items()}
+        answer = content["answer"]
+        metrics = {name: Metric.from_json(metric) for name, metric in answer.get("metrics", {}).items()}
         if content["status"] not in ("ok", "oom", "error", "skipped"):
             raise ValueError(f"status {content['status']!r}")
-        detail, observed = dict(content["status_detail"]), dict(content["observed"])
+        detail, observed = dict(content["status_detail"]), dict(answer.get("observed", {}))
         return {"status": content["status"], "status_detail": detail, "metrics": metrics, "observed": observed}
     except FileNotFoundError:
         free = shutil.disk_usage(file.parent).free
@@ -351,7 +353,7 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     return process.stdin, process.stdout
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed_event(line: bytes) -> dict[str, Any] | None:
     """An event; None for anything else (a library that writes to the pipe must not end the sweep)."""
     try:
         event = json.loads(line)

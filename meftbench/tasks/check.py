@@ -10,8 +10,8 @@ import json
 import sys
 from typing import Any
 
+from meftbench.catalogue.tasks import find_task
 from meftbench.errors import UserError
-from meftbench.plan.tasks import find_task
 from meftbench.tasks.data import load_splits
 
 

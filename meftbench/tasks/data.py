@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from meftbench.catalogue.task import Task
 from meftbench.errors import UserError
-from meftbench.plan.task import Task
 from meftbench.tasks.labels import class_names, label_kind
 from meftbench.tasks.rows import Digest, rows_of
 from meftbench.tasks.sources import Source, empty, source_of

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from meftbench.catalogue.task import IMAGE_COLUMN, Task
 from meftbench.errors import UserError
-from meftbench.plan.task import IMAGE_COLUMN, Task
 from meftbench.tasks.answers import AnswerTokens
 from meftbench.tasks.collate import Row, TextCollate, collate_images
 from meftbench.tasks.data import Splits

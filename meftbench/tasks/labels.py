@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.task import Task
 from meftbench.errors import UserError
-from meftbench.plan.task import Task
 from meftbench.tasks.text_files import TextTable
 
 if TYPE_CHECKING:

@@ -19,17 +19,18 @@ from torch import nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.backbones.own import head_of_own
+from meftbench.catalogue.tasks import Task, find_task
 from meftbench.errors import UserError, reading, reason_of
+from meftbench.measuring.build import built_model, step_on, with_method
+from meftbench.measuring.step import Step
 from meftbench.methods import Applied
 from meftbench.methods.saving import save_adapter
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import is_factory
 from meftbench.plan.models import RANDOM, folder_of, head_of, split_name
 from meftbench.plan.quality import HEADS_FOR
-from meftbench.plan.tasks import Task, find_task
 from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Metric
-from meftbench.step import Step, built_model, step_on, with_method
 from meftbench.tasks.data import Splits, load_splits
 from meftbench.tasks.encode import Encoded, encode
 from meftbench.tasks.scores import constant_score

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.task import IMAGE_COLUMN, Task
 from meftbench.errors import UserError
-from meftbench.plan.task import IMAGE_COLUMN, Task
 from meftbench.tasks.labels import as_written, check_columns, class_of, name_of_id, names_of_ids, whole_number
 from meftbench.tasks.text_files import TextTable
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from meftbench.plan.task import Task
+from meftbench.catalogue.task import Task
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

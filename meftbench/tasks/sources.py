@@ -15,8 +15,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from meftbench.catalogue.task import ALIASES, Task
 from meftbench.errors import UserError
-from meftbench.plan.task import ALIASES, Task
 from meftbench.plan.training import DATA_VARIABLE
 from meftbench.tasks.text_files import TextTable, read_text_files
 

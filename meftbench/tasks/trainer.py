@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from meftbench.catalogue.tasks import Task
 from meftbench.errors import UserError
+from meftbench.measuring.build import OPTIMIZER_IMPLEMENTATIONS
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
-from meftbench.plan.tasks import Task
-from meftbench.step import OPTIMIZER_IMPLEMENTATIONS
 from meftbench.tasks.callbacks import EvaluateAt, StepClock
 from meftbench.tasks.collate import IGNORED, Row
 from meftbench.tasks.encode import Encoded

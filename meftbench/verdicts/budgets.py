@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import unknown
-from meftbench.plan.catalogue import LEVERS, METHODS
 from meftbench.plan.cell import Cell
-from meftbench.plan.strict_yaml import Document, FaultAtError, read, validated
-from meftbench.records.metrics import METRICS
 from meftbench.records.outcome import Outcome
+from meftbench.strict_yaml import Document, FaultAtError, read, validated
 from meftbench.units import parse_bytes
 
 SCHEMA = 1

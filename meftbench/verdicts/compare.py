@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from meftbench.catalogue.metrics import METRICS, SHARED_CORES
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
-from meftbench.records.metrics import METRICS, SHARED_CORES
 from meftbench.records.outcome import Figure, Outcome, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.verdicts.budgets import NOT_A_NUMBER

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import CELLS_FAILED, DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET
-from meftbench.records.metrics import METRICS
 from meftbench.records.outcome import Figure, Outcome, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.units import format_bytes

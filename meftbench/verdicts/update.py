@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from meftbench.plan.strict_yaml import KeyPath
-from meftbench.records.metrics import METRICS
+from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.store import Run, write_whole
+from meftbench.strict_yaml import KeyPath
 from meftbench.units import MiB
 from meftbench.verdicts.budgets import Budgets, Row
 from meftbench.verdicts.judge import winners

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from meftbench.catalogue.profiles import PREDICTED, PROFILES, Profile, find_profile
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
-from meftbench.plan.profiles import PREDICTED, PROFILES, Profile, find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.suite import Suite
 from meftbench.records.outcome import collect

@@ -21,10 +21,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meftbench.errors import NOT_COMPARABLE, UserError
+from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
 from meftbench.probes.fidelity import StreamErrors
 from meftbench.records.store import made
-from meftbench.step import build_step
 
 MODELS = ("opt-1.3b@random", "qwen2.5-1.5b@random")
 KERNELS = {

@@ -33,13 +33,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from meftbench.catalogue.models import MODELS as CATALOGUE
 from meftbench.errors import NOT_COMPARABLE, UserError
-from meftbench.measurement import describe
-from meftbench.plan.catalogue import MODELS as CATALOGUE
+from meftbench.measuring.build import build_step
+from meftbench.measuring.requests import describe
+from meftbench.measuring.step import Step
 from meftbench.plan.cell import Cell
 from meftbench.plan.equal_parameters import matching_rank
 from meftbench.records.store import made
-from meftbench.step import Step, build_step
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base": ("bert-base@random", {}),

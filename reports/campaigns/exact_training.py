@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from meftbench.backbones import layouts_of
 from meftbench.backbones.build import build_model, tokenizer_of
+from meftbench.catalogue.methods import SIDE_BITS
 from meftbench.errors import UserError
-from meftbench.measurement import describe
+from meftbench.measuring.requests import describe
 from meftbench.methods import Applied, prepare
-from meftbench.plan.catalogue import SIDE_BITS
 from meftbench.records.store import made
 from meftbench.report.figures import Picture
 from meftbench.runner import gpus, host

@@ -37,14 +37,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meftbench.errors import NOT_COMPARABLE, UserError
-from meftbench.measurement import describe
+from meftbench.measuring.build import build_step
+from meftbench.measuring.requests import describe
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.suite import Suite
 from meftbench.records.store import load_run, made
 from meftbench.reversible import fused
 from meftbench.runner import run_suite
-from meftbench.step import build_step
 from meftbench.verdicts import validation
 
 Piece = tuple[tuple[Any, ...], Callable[[], tuple[Any, ...]]]  # what it is of, and what gives the rest of its row

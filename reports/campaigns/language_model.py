@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from meftbench.backbones.build import build_model, tokenizer_of
-from meftbench.batch import PASSAGE
 from meftbench.errors import NOT_COMPARABLE, UserError
+from meftbench.measuring.batch import PASSAGE
 from meftbench.methods import Applied, prepare
 from meftbench.probes.fidelity import StreamErrors
 from meftbench.records.store import made

@@ -20,15 +20,15 @@ import pandas as pd
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from meftbench.catalogue.profiles import PREDICTED, find_profile
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.point import cell_of
-from meftbench.plan.profiles import PREDICTED, find_profile
-from meftbench.plan.strict_yaml import read
 from meftbench.prediction import predict as predict_module
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.trace import uncomputed_step
 from meftbench.records.store import made
+from meftbench.strict_yaml import read
 
 FIGURES = Path(__file__).resolve().parents[1] / "published" / "figures.yaml"
 COLUMNS = ["id", "setting", "quantity", "published_bytes", "predicted_bytes", "ratio", "profile", "source", "notes"]

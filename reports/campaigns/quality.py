@@ -24,7 +24,6 @@ from typing import Any
 
 from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
-from meftbench.plan.strict_yaml import Document
 from meftbench.plan.suite import Suite, load_suite, parse_suite
 from meftbench.plan.where import parse_where
 from meftbench.records.record import Record
@@ -32,6 +31,7 @@ from meftbench.records.store import Run, load_run, made
 from meftbench.report.formats import markdown_table
 from meftbench.report.page import write_report
 from meftbench.runner.sweep import Ended, run_suite
+from meftbench.strict_yaml import Document
 
 SECTIONS = {
     "minilm": "quality-minilm",

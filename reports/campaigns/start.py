@@ -21,8 +21,8 @@ from torch import Tensor
 
 from meftbench.backbones import base_of
 from meftbench.backbones.build import build_model, tokenizer_of
-from meftbench.batch import PASSAGE
 from meftbench.errors import UserError
+from meftbench.measuring.batch import PASSAGE
 from meftbench.methods import prepare
 from meftbench.probes.fidelity import starting_point_shift
 from meftbench.records.store import made

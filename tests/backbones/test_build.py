@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from meftbench.backbones.build import build_model, tokenizer_of
-from meftbench.batch import resident_batch
 from meftbench.errors import UserError
+from meftbench.measuring.batch import resident_batch
 from tests.models import a_model
 
 # Parameters of the published checkpoints without a task head; tied embeddings count once.

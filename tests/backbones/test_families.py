@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from meftbench.backbones import Site, layouts_of
+from meftbench.catalogue.backbones import BACKBONES
+from meftbench.catalogue.models import MODELS
 from meftbench.methods import prepare
 from meftbench.methods.bottleneck import Bottleneck
-from meftbench.plan.catalogue import BACKBONES, MODELS
 from meftbench.probes.fidelity import StreamErrors
 from tests.models import MEFTS, TINY, a_batch_for, a_model, gradients, worst_relative_error
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Conf
 
 from meftbench.backbones import gguf as loading
 from meftbench.backbones.build import build_model, tokenizer_of
-from meftbench.batch import PASSAGE
 from meftbench.errors import UserError
+from meftbench.measuring.batch import PASSAGE
 from meftbench.plan.gguf_files import cache_folder, gguf_file_of
 from meftbench.plan.models import check_model, known_config
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import meftbench
 from meftbench.backbones import held, layouts_of
 from meftbench.backbones.residual import Names, layer_types_differ
+from meftbench.catalogue.backbones import BACKBONES, Backbone
 from meftbench.errors import UserError
-from meftbench.plan.catalogue import BACKBONES, Backbone
 from tests.models import TINY, a_model
 
 METHODS = ("parallel", "meft1-exact", "full+tiled_mlp")

@@ -10,11 +10,11 @@ import torch
 import meftbench
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.measurers import measure_cell
 from meftbench.methods import prepare
 from meftbench.plan.protocol import Protocol
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite
+from meftbench.strict_yaml import read
 from tests.models import a_batch_for, a_cell, a_model, gradients
 
 installed = pytest.mark.skipif(

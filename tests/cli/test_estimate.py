@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from meftbench.cli.estimate import folded, lines
+from meftbench.estimates import Estimate
 from meftbench.runner import predictions
 
 SHAPE = ("--batch-size", "2", "--sequence-length", "16")
@@ -45,9 +46,9 @@ def an_answer(**fields):
 def answering(monkeypatch):
     """Answers in place of a prediction: the parent's part is tested without torch."""
 
-    def answer(**event):
-        code = f"import sys; sys.stdin.readline(); print({json.dumps(event)!r})"
-        monkeypatch.setattr(predictions, "PREDICTOR", (sys.executable, "-c", code))
+    def answer(**fields):
+        monkeypatch.setattr("meftbench.estimates._estimate_of", lambda *_: Estimate(**an_answer(**fields)))
+        monkeypatch.setattr("meftbench.estimates.ask", lambda *_: {})
 
     return answer
 
@@ -118,13 +119,13 @@ def test_a_folder_that_transformers_cannot_build_is_our_line_alone(cli, tmp_path
 
 @pytest.mark.parametrize(("fits", "asked", "code"), [(True, True, 0), (False, True, 1), (False, False, 0)])
 def test_too_big_is_an_answer_unless_it_is_to_fail(cli, answering, fits, asked, code):
-    answering(answer=an_answer(fits=fits))
+    answering(fits=fits)
 
     assert code == cli("estimate", "bert-tiny@random", "full", *SHAPE, *["--fail-if-too-big"][:asked])[0]
 
 
 def test_a_prediction_that_dies_is_a_bug_with_the_end_of_its_log(cli, monkeypatch):
-    monkeypatch.setattr(predictions, "PREDICTOR", (sys.executable, "-c", "raise SystemExit('no memory left')"))
+    monkeypatch.setattr(predictions, "ONCE", (sys.executable, "-c", "raise SystemExit('no memory left')"))
 
     code, _, err = cli("estimate", "bert-tiny@random", "full", *SHAPE)
 
@@ -160,7 +161,7 @@ def test_what_is_said_fits_80_columns(cli, answering):
     label = (
         "a-model@random(num_hidden_layers=48,attention_probs_dropout_prob=0.0)/meft1-exact(tiles=16)+chunked_loss/b8"
     )
-    answering(answer=an_answer(label=label, headroom_bytes=-3 * GiB, retries=2))
+    answering(label=label, headroom_bytes=-3 * GiB, retries=2)
 
     _, out, _ = cli("estimate", "bert-tiny@random", "full", *SHAPE)
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from builders import a_record, a_run, measured, step_time
+from meftbench.catalogue.profiles import find_profile
 from meftbench.plan.cell import Cell
-from meftbench.plan.profiles import find_profile
 from meftbench.report.timeline import timeline_picture
 
 TINY = {"model": "bert-tiny@random", "batch_size": 2, "sequence_length": 16}

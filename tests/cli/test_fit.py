@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from meftbench.report.fit import as_answer, markdown, notes, plot_fit, print_fit
-from meftbench.runner import predictions
 
 MiB, GiB = 2**20, 2**30
 ABOUT = {"model": "opt", "precision": "bf16", "profile": "a100-80gb", "device": "A100", "verified": False}
@@ -68,10 +66,7 @@ def test_what_is_wrong_is_one_line_before_anything_is_predicted(cli, given, said
 
 def test_a_method_that_does_not_apply_is_a_note_and_an_error_where_none_does(cli, monkeypatch):
     def answering(*entries):
-        code = (
-            f"import sys; sys.stdin.readline(); print({json.dumps({'answer': {'methods': entries, 'seconds': 3}})!r})"
-        )
-        monkeypatch.setattr(predictions, "PREDICTOR", (sys.executable, "-c", code))
+        monkeypatch.setattr("meftbench.estimates.ask", lambda *_: {"methods": entries, "seconds": 3})
         return cli("fit", "bert-tiny@random", "--methods", "full,lora+chunked_loss", "--memory", "8GiB")
 
     bad = an_entry("lora+chunked_loss", refused="bert: needs a head over a vocabulary; leave it out")

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.models import MODELS
+from meftbench.catalogue.peft_methods import NOT_APPLICABLE
+from meftbench.catalogue.profiles import PROFILES
 from meftbench.cli.doctor import findings, rendered
-from meftbench.plan.catalogue import LEVERS, METHODS, MODELS
-from meftbench.plan.peft_names import NOT_APPLICABLE
-from meftbench.plan.profiles import PROFILES
-from meftbench.records.metrics import METRICS
 from meftbench.runner import process
 
 
@@ -82,7 +84,7 @@ def test_doctor_in_json_has_versions_and_host(cli):
 
 def test_doctor_finds_a_torch_that_cannot_be_loaded(monkeypatch):
     """It says so, and does not fail itself."""
-    monkeypatch.setattr(process, "WORKER", (sys.executable, "-m", "meftbench.worker", "--measurement", "no_torch"))
+    monkeypatch.setattr(process, "WORKER", (sys.executable, "-m", "meftbench.worker", "--requests", "no_torch"))
 
     found = findings()
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from builders import a_record, a_run, measured
+from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
-from meftbench.plan.profiles import find_profile
 from meftbench.runner import process, run_suite
 from meftbench.verdicts.validation import METRICS, Validation, errors, predicted_cell, save, saved, spreads, unverified
 from sweeps import a_suite

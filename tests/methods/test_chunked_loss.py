@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from meftbench.errors import CellFailure, UserError
+from meftbench.measuring.build import build_step
 from meftbench.methods import prepare
 from meftbench.methods.levers.chunked_loss import CHUNKS, FEWEST, LARGEST, ChunkedLoss, chunk_rows
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.counted_metrics import count_memory
 from meftbench.probes.levers import check_levers
-from meftbench.step import build_step
 from tests.models import TINY, a_batch_for, a_model, gradients
 
 PREDICTING = ["opt", "opt-post", "llama", "qwen3", "gemma2", "gemma3", "bart"]

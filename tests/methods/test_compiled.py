@@ -10,7 +10,7 @@ import torch
 
 import meftbench
 from meftbench.errors import UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.measurers import measure_cell
 from meftbench.methods import prepare
 from meftbench.methods.levers import compiled
 from meftbench.plan.protocol import Protocol

@@ -9,16 +9,16 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from meftbench.backbones.build import build_model
-from meftbench.batch import resident_batch
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS
 from meftbench.errors import UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.batch import resident_batch
+from meftbench.measuring.measurers import measure_cell
 from meftbench.methods import prepare
-from meftbench.plan.catalogue import METHODS
 from meftbench.plan.cell import Cell
-from meftbench.plan.peft_names import NOT_APPLICABLE, PEFT_METHODS
 from meftbench.plan.protocol import Protocol
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite
+from meftbench.strict_yaml import read
 
 D, LAYERS, FFN, KV = 32, 2, 64, 16
 HEAD = 2 * D + 2
@@ -138,7 +138,7 @@ def test_every_type_of_the_installed_peft_is_a_method_or_has_a_reason():
     known = {row.peft_type for row in (*PEFT_METHODS.values(), *NOT_APPLICABLE.values())} | {"LORA"}
     new = TYPES - known
 
-    assert not new, f"write a row of PEFT_METHODS or NOT_APPLICABLE in meftbench/plan/peft_names.py for {sorted(new)}"
+    assert not new, f"write a row of PEFT_METHODS or NOT_APPLICABLE in catalogue/peft_methods.py for {sorted(new)}"
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from torch import nn
 
 import meftbench
 from meftbench.backbones.build import build_model
-from meftbench.batch import resident_batch
+from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.errors import UserError
+from meftbench.measuring.batch import resident_batch
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.methods.unloading import in_new_head, trained_beside
-from meftbench.plan.peft_names import PEFT_METHODS
 from meftbench.reversible import ReversibleStack
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

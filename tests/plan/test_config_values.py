@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meftbench.catalogue.models import MODELS
 from meftbench.errors import UserError
-from meftbench.plan.catalogue import MODELS
 from meftbench.plan.config_values import check_values
 from meftbench.plan.models import check_sequence_length
-from meftbench.plan.strict_yaml import Document, parse, read
+from meftbench.strict_yaml import Document, parse, read
 
 AT = Document(Path("toy"), {}, {})
 

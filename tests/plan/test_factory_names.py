@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from builders import a_cell
 from meftbench.plan.factories import check_factory, is_factory
 from meftbench.plan.models import check_model, folder_of
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import parse_suite
+from meftbench.strict_yaml import read
 from own_models import SHAPE, the_line, write_suite
 
 # --- names ---

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meftbench.errors import UserError
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import load_suite, shipped_suites
+from meftbench.strict_yaml import read
 from meftbench.verdicts.budgets import load_budgets
 
 HEAD = "# a comment\n\nschema: 1\nname: toy\n"

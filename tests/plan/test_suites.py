@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meftbench.errors import UserError
-from meftbench.plan.strict_yaml import Document, read
 from meftbench.plan.suite import load_suite, parse_suite, shipped_suites
+from meftbench.strict_yaml import Document, read
 
 GRID = {"model": "bert-tiny@random", "method": "full", "batch_size": 1, "sequence_length": 16}
 

@@ -4,10 +4,10 @@ import pytest
 
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
-from meftbench.plan.strict_yaml import read
 from meftbench.plan.suite import load_suite, parse_suite
 from meftbench.plan.training import Training
 from meftbench.plan.where import parse_where
+from meftbench.strict_yaml import read
 
 HEAD = """\
 schema: 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builders import a_cell
-from meftbench.plan.profiles import find_profile
+from meftbench.catalogue.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings
 from meftbench.prediction.largest import Shapes, largest
 from meftbench.prediction.predict import predict

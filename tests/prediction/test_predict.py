@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import CellFailure, UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.cell import Cell
-from meftbench.plan.profiles import find_profile
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.overlay import attention_kernel, cuda_semantics, scratch_bytes
 from meftbench.prediction.predict import predict

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from builders import a_cell
-from meftbench.plan.profiles import find_profile
+from meftbench.catalogue.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, Event, replay
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.predict import PredictedStep, predict

@@ -7,10 +7,10 @@ import resource
 import pytest
 import torch
 
+from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed, uncomputed_step
 from meftbench.probes.memory_counted import CountedStep
-from meftbench.step import build_step
 from tests.models import a_cell
 
 STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 4 bytes

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from builders import a_run
 from meftbench.errors import CellFailure
-from meftbench.measurement import measure_cell
+from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.probes.levers import check_levers

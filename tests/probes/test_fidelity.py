@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from meftbench.errors import CellFailure
-from meftbench.measurement import measure_cell
+from meftbench.measuring.build import build_step
+from meftbench.measuring.measurers import measure_cell
 from meftbench.methods import prepare
 from meftbench.plan.protocol import Protocol
 from meftbench.probes.fidelity import (
@@ -22,7 +23,6 @@ from meftbench.probes.fidelity import (
     untrained_loss,
 )
 from meftbench.reversible import Coupling, Float, ReversibleStack
-from meftbench.step import build_step
 from tests.models import TINY, a_cell, a_step
 
 # The sentences of the table below, written for this project.

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meftbench.errors import CellFailure
-from meftbench.measurement import measure_cell
+from meftbench.measuring.build import build_step
+from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.counted_metrics import count_memory
 from meftbench.probes.levers import check_levers
-from meftbench.step import build_step
 from tests.models import FOUR_LAYERS, METHODS, TINY, a_cell, a_cell_of, a_step
 
 LEVERS = ["", "+checkpoint", "+offload", "+checkpoint+offload"]

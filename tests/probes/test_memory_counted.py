@@ -8,12 +8,12 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from meftbench.backbones.build import build_model
-from meftbench.batch import resident_batch
 from meftbench.errors import CellFailure
+from meftbench.measuring.batch import resident_batch
+from meftbench.measuring.step import Step
 from meftbench.methods import prepare
 from meftbench.probes.counted_metrics import count_memory, parameter_counts
 from meftbench.probes.memory_counted import CATEGORIES, CountedStep, StorageCounter
-from meftbench.step import Step
 from tests.models import FOUR_LAYERS, METHODS, a_step
 
 CPU = torch.device("cpu")

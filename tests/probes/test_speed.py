@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from meftbench.measuring.build import build_step
 from meftbench.probes.speed import quartiles, time_steps
-from meftbench.step import build_step
 from tests.models import a_cell, a_step
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import a_record, counted
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
-from meftbench.records.metrics import METRICS
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import RECORDS, load_run, read_records, write_whole, writing
 

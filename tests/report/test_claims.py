@@ -7,9 +7,9 @@ from string import Formatter
 import pytest
 
 from builders import MiB, a_record, a_run, measured
+from meftbench.catalogue.metrics import METRICS
 from meftbench.plan.claims import among, paper_claims
 from meftbench.plan.training import Training
-from meftbench.records.metrics import METRICS
 from meftbench.records.record import Metric
 from meftbench.report.claims import claim_tables
 from meftbench.report.page import write_report

@@ -19,8 +19,8 @@ from builders import (
     measured,
     step_time,
 )
-from meftbench.plan.catalogue import METHODS
-from meftbench.records.metrics import BREAKDOWN
+from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.records.record import Metric
 from meftbench.report import plots, side_bits
 from meftbench.report.figures import pictures

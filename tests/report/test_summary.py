@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, measured
-from meftbench.records.metrics import METRICS, Kind
+from meftbench.catalogue.metrics import METRICS, Kind
 from meftbench.records.store import load_run
 from meftbench.report import summary
 from meftbench.report.summary import count, error, print_summary

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meftbench.errors import UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.measurers import measure_cell
 from meftbench.methods import prepare
 from meftbench.plan.protocol import Protocol
 from meftbench.reversible import StreamError

@@ -18,14 +18,14 @@ def start(*args, **kwargs):
     print(process.pid, flush=True)
     return process
 predictions.subprocess.Popen = start
-predictions.ask({request})
+predictions.ask("estimate", {request})
 """
 
 
 def test_it_ends_with_a_parent_that_is_killed():
     """kill -9 of the parent leaves no prediction behind, whatever that is doing."""
     cell = {"model": "opt-6.7b@random", "method": "full", "batch_size": 1, "micro_batch_size": 1, "sequence_length": 8}
-    request = {"verb": "estimate", "cell": cell, "profile": "h100", "allocator": ""}
+    request = {"cell": cell, "profile": "h100", "allocator": ""}
     parent = subprocess.Popen(
         [sys.executable, "-c", ASK.replace("{request}", json.dumps(request))], stdout=subprocess.PIPE, text=True
     )

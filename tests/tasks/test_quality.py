@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from meftbench.backbones.build import build_model
 from meftbench.errors import UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.measurers import measure_cell
 from meftbench.methods.saving import load_adapter
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import CELL_FOLDER

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meftbench.plan.tasks import TASKS
+from meftbench.catalogue.tasks import TASKS
 from meftbench.tasks.data import load_splits
 from task_data import DATA
 

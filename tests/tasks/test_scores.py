@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meftbench.plan.tasks import TASKS
+from meftbench.catalogue.tasks import TASKS
 from meftbench.tasks.scores import choose, constant_score, scores_of
 from task_data import a_task
 

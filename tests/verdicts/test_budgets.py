@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
-from meftbench.records.metrics import METRICS
 from meftbench.verdicts.budgets import Increase, glob, load_budgets
 
 

@@ -72,7 +72,7 @@ def held_at(owner: Any, attribute: str, value: object) -> Iterator[None]:
 
 class Lever:
     """One memory optimisation on one model. A new one is a subclass in a file of its own, and a row in LEVERS
-    (plan/catalogue.py)."""
+    (catalogue/levers.py)."""
 
     # Whether the pre-trained model, which a method's start is compared with, is run under the lever as well.
     on_reference_model = False

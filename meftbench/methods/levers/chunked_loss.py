@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from meftbench.backbones.own import transformers_part
 from meftbench.backbones.patched import FORWARD, foreign_forward, name_of_forward
+from meftbench.catalogue.backbones import BACKBONES
 from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.methods.levers.base import Lever, WatchedStep, held_at
-from meftbench.plan.catalogue import BACKBONES
 
 # As many as +tiled_mlp has tiles. A chunk is held several times over (logits, their logarithm, gradient), so where the
 # sixteenth of a long batch is large, its float32 logits are held to LARGEST bytes. But a chunk reads the whole weight

@@ -2,9 +2,9 @@
 
 import pytest
 
+from meftbench.catalogue.task import SCORES
+from meftbench.catalogue.tasks import TASKS, find_task
 from meftbench.errors import UserError
-from meftbench.plan.task import SCORES
-from meftbench.plan.tasks import TASKS, find_task
 
 
 def a_task_file(folder, text):

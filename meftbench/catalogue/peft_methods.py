@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from meftbench.plan.settings import Settings
+from meftbench.catalogue.settings import Settings
 
 
 class Peft(Settings):

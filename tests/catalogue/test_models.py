@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from meftbench.plan.strict_yaml import Document, read
 from meftbench.plan.suite import parse_suite
+from meftbench.strict_yaml import Document, read
 from meftbench.units import parse_bytes
 
-FILE = Path(__file__).resolve().parents[1] / "reports" / "published" / "figures.yaml"
+FILE = Path(__file__).resolve().parents[2] / "reports" / "published" / "figures.yaml"
 CONTENT = yaml.safe_load(FILE.read_text(encoding="utf-8"))
 FIGURES = {row["id"]: row for row in CONTENT["figures"]}
 KEYS = ["id", "source", "cell", "quantity", "value", "unit", "unit_bytes", "bytes", "setting", "notes"]

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from meftbench.errors import UserError
-from meftbench.plan.strict_yaml import read, validated
+from meftbench.strict_yaml import read, validated
 
 Kind = Literal["classification", "regression", "choices", "images"]
 Score = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]

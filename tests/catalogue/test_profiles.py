@@ -6,9 +6,9 @@ import sys
 import pytest
 import yaml
 
+from meftbench.catalogue.profiles import PROFILES, find_profile
 from meftbench.errors import UserError
 from meftbench.plan.point import parse_device
-from meftbench.plan.profiles import PROFILES, find_profile
 from meftbench.units import KiB, MiB
 
 MINE = {
@@ -114,7 +114,7 @@ def test_a_predicted_device_keeps_its_name(tmp_path):
 
 def test_profiles_are_read_when_they_are_asked_for_and_need_no_torch():
     program = (
-        "import sys; from meftbench.plan import profiles; profiles.find_profile('h100'); "
+        "import sys; from meftbench.catalogue import profiles; profiles.find_profile('h100'); "
         "print(profiles._read.cache_info().currsize, 'torch' in sys.modules)"
     )
 

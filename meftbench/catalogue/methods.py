@@ -1,20 +1,17 @@
-"""What a suite may name. Torch is not imported here: `--help`, `list` and validation must stay fast.
+"""Methods: the ways to fine-tune, each with its settings.
 
-To add a method, a backbone or a probe: write its file, and add one entry below whose `home` names it.
+To add one: a settings class and an entry here, and a file with the function that `home` names (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from meftbench.plan.peft_names import PEFT_METHODS
-from meftbench.plan.published import MODELS as MODELS
-from meftbench.plan.published import Model as Model
-from meftbench.plan.settings import Settings as Settings
+from meftbench.catalogue.peft_methods import PEFT_METHODS
+from meftbench.catalogue.settings import Settings
 
 
 class Full(Settings):
@@ -145,12 +142,6 @@ class MeftExact(Meft):
     head_groups: Pieces = "auto"
 
 
-def resolve(home: str) -> Any:
-    """The object that an entry's `home`, "module:NAME", stands for; its module is imported."""
-    module, _, name = home.partition(":")
-    return getattr(import_module(module), name)
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to fine-tune: its settings, where it is applied, and its line in `list methods`."""
@@ -191,137 +182,3 @@ METHODS: dict[str, Method] = {
     name: Method(entry.settings, "meftbench.methods.peft_zoo:apply", entry.line, (name,))
     for name, entry in PEFT_METHODS.items()
 }
-
-
-@dataclass(frozen=True)
-class Lever:
-    """What composes with any method by `+`.
-
-    uncounted: why memory under it cannot be counted on a CPU; None: it can.
-    """
-
-    home: str  # "module:Class", a subclass of methods.levers.base.Lever
-    summary: str
-    uncounted: str | None = None
-
-
-LEVERS: dict[str, Lever] = {
-    "checkpoint": Lever(
-        "meftbench.methods.levers.checkpoint:Checkpoint",
-        "keep only layer inputs and run each layer again in backward (non-reentrant); on MEFT: instead of reversal",
-    ),
-    "offload": Lever(
-        "meftbench.methods.levers.offload:Offload",
-        "hold what backward needs in host memory; with checkpoint: the checkpoints",
-    ),
-    "tiled_mlp": Lever(
-        "meftbench.methods.levers.tiled_mlp:TiledMlp",
-        "run feed-forwards in tiles of tokens, again in backward; on MEFT: in the tiles of its own passes",
-    ),
-    "chunked_loss": Lever(
-        "meftbench.methods.levers.chunked_loss:ChunkedLossLever",
-        "cross-entropy over chunks of tokens, never the whole logits; for models that predict tokens",
-    ),
-    "compile": Lever(
-        "meftbench.methods.levers.compiled:Compile",
-        "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
-        uncounted="compiled code allocates where the counter of a CPU does not see it",
-    ),
-}
-
-
-HEADS: dict[str, str] = {
-    "classification": "one label a sample, from the model's own pooling (BART: the last eos token)",
-    "multiple_choice": "the likeliest of several texts",
-    "causal_lm": "the next token at every position",
-    "seq2seq_lm": "a second sequence from the first",
-    "image_classification": "one label an image",
-}
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """An architecture family by its transformers `model_type`.
-
-    heads, attentions: names of HEADS and ATTENTIONS that it can have; the first is taken where none is asked for.
-    """
-
-    home: str  # "module:OBJECT", a backbones.layout.Layout, or several, one a list of layers
-    summary: str
-    heads: tuple[str, ...] = ("classification",)
-    attentions: tuple[str, ...] = ("sdpa", "eager")
-
-
-DECODER = ("causal_lm", "classification")
-ENCODER = ("classification", "multiple_choice")
-IMAGES = ("image_classification",)
-
-BACKBONES: dict[str, Backbone] = {
-    "bert": Backbone("meftbench.backbones.bert:BERT", "BERT: post-norm encoder", ENCODER),
-    "roberta": Backbone("meftbench.backbones.bert:ROBERTA", "RoBERTa: post-norm encoder, positions from 2", ENCODER),
-    "bart": Backbone(
-        "meftbench.backbones.bart:BART", "BART: post-norm encoder and decoder", ("classification", "seq2seq_lm")
-    ),
-    "opt": Backbone("meftbench.backbones.opt:OPT", "OPT: pre-norm decoder (350m: post-norm)", DECODER),
-    "vit": Backbone("meftbench.backbones.vit:VIT", "ViT: pre-norm encoder of images", IMAGES),
-    "deit": Backbone("meftbench.backbones.vit:VIT", "DeiT: ViT with a distillation token", IMAGES),
-    "llama": Backbone("meftbench.backbones.llama:LLAMA", "Llama: pre-norm decoder, rotary positions", DECODER),
-    "mistral": Backbone("meftbench.backbones.llama:LLAMA", "Mistral: as Llama, sliding window", DECODER),
-    "qwen2": Backbone(
-        "meftbench.backbones.llama:LLAMA", "Qwen2 and 2.5: as Llama, biases at queries, keys, values", DECODER
-    ),
-    "qwen3": Backbone("meftbench.backbones.llama:LLAMA", "Qwen3: as Llama, normed queries and keys", DECODER),
-    "gemma2": Backbone(
-        "meftbench.backbones.llama:GEMMA",
-        "Gemma 2: norms on both sides, sliding and full attention",
-        DECODER,
-        ("eager",),
-    ),
-    "gemma3_text": Backbone(
-        "meftbench.backbones.llama:GEMMA", "Gemma 3 (text): the same, normed queries and keys", DECODER
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A pass of its own over a cell's training steps.
-
-    usual: whether it is run where a suite names no passes.
-    """
-
-    home: str  # "module:function", from a probes.subject.Subject to metrics by name
-    summary: str
-    usual: bool = False
-
-
-# In this order they are run; each has its own window.
-PROBES: dict[str, Probe] = {
-    "memory": Probe(
-        "meftbench.probes.memory:probe",
-        "peaks by phase and the breakdown: counted on CPU, measured on CUDA",
-        usual=True,
-    ),
-    "throughput": Probe(
-        "meftbench.probes.speed:probe", "time of a step and its phases, tokens and samples a second", usual=True
-    ),
-    "reconstruction": Probe(
-        "meftbench.probes.fidelity:probe",
-        "reconstruction and gradient error, and the starting-point shift",
-        usual=True,
-    ),
-}
-
-PRECISIONS: dict[str, str] = {
-    "fp64": "float64 weights and arithmetic (for checks)",
-    "fp32": "float32 weights and arithmetic",
-    "bf16-autocast": "float32 weights, bfloat16 autocast",
-    "fp16-autocast": "float32 weights, float16 autocast, loss scaled (GradScaler)",
-    "bf16": "bfloat16 weights and arithmetic",
-    "nf4": "4-bit NormalFloat base weights (bitsandbytes), bfloat16 arithmetic",
-}
-ATTENTIONS: dict[str, str] = {
-    "sdpa": "torch's scaled_dot_product_attention",
-    "eager": "matrix products and softmax, scores held",
-}
-OPTIMIZERS: dict[str, str] = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD, no momentum"}

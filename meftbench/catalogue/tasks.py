@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from meftbench.catalogue.task import IMAGE_COLUMN, Score, own_task
+from meftbench.catalogue.task import Task as Task
 from meftbench.errors import unknown
-from meftbench.plan.task import IMAGE_COLUMN, Score, own_task
-from meftbench.plan.task import Task as Task
 
 ENTAILED = ("entailment", "not_entailment")
 PARAPHRASE = ("not_equivalent", "equivalent")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import meftbench
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import NOT_COMPARABLE, CellFailure, UserError
-from meftbench.measurement import measure_cell
+from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.protocol import Protocol
-from meftbench.records.metrics import METRICS
 from tests.models import FOUR_LAYERS, a_batch, a_cell, a_model
 
 QUICK = Protocol(warmup=1, steps=2)

@@ -1,0 +1,72 @@
+"""The three ways to take a cell's metrics: counted on a CPU, measured on a GPU, predicted for one that is not there."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.profiles import PREDICTED
+from meftbench.errors import NOT_COMPARABLE, UserError
+from meftbench.measuring.passes import Measured, run_passes
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol as MeasuringProtocol
+from meftbench.prediction.predict import predicted_cell
+from meftbench.probes.host_memory import host_peak
+from meftbench.probes.nvml import reading_of
+
+
+class Measurer(Protocol):
+    """Takes the metrics of cells on one kind of device."""
+
+    def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
+        """Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built, no such device)."""
+
+
+class Counted:
+    """On a CPU: memory is what tensors take, counted; time is that of this machine."""
+
+    def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
+        """Raises UserError, too, for a lever under which memory cannot be counted."""
+        if "memory" in protocol.passes:
+            for lever in cell.levers.names():
+                if LEVERS[lever].uncounted is not None:
+                    cure = "write passes: [throughput, reconstruction], or use --device cuda"
+                    raise UserError(cell.label, str(LEVERS[lever].uncounted), cure)
+        return run_passes(cell, protocol, torch.device("cpu"), None)
+
+
+class Cuda:
+    """On the first visible GPU: memory is what torch's allocator and the driver say."""
+
+    def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
+        """Raises UserError, too, where there is no GPU (exit code 3)."""
+        if not torch.cuda.is_available():
+            raise UserError(cell.label, "no CUDA device is available", "use --device counted", NOT_COMPARABLE)
+        device = torch.device("cuda", 0)
+        if protocol.memory_limit is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, protocol.memory_limit / total), device)
+        return run_passes(cell, protocol, device, reading_of(device))
+
+
+class Predicted:
+    """For the GPU of a device profile: memory follows from a trace of the step; nothing is computed."""
+
+    def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
+        """Of the protocol's passes the memory pass alone is predicted."""
+        return Measured(*predicted_cell(cell, protocol))
+
+
+MEASURERS: dict[str, Measurer] = {"counted": Counted(), "cuda": Cuda(), PREDICTED.rstrip(":"): Predicted()}
+
+
+def measure_cell(cell: Cell, protocol: MeasuringProtocol) -> Measured:
+    """The metrics of a cell, by the measurer of its device.
+
+    Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built, no such device).
+    """
+    measured = MEASURERS[cell.device.partition(":")[0]].measure(cell, protocol)
+    measured.metrics |= {"host_rss_peak_bytes": host_peak()}
+    return measured

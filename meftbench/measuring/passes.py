@@ -1,0 +1,122 @@
+"""The passes of a cell on a device, each in its own window: memory, throughput, reconstruction (docs/design.md 6)."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meftbench.backbones.build import revision_of, tokenizer_of
+from meftbench.catalogue import resolve
+from meftbench.catalogue.probes import PROBES
+from meftbench.errors import UserError
+from meftbench.measuring.build import attention_used, build_step, is_own
+from meftbench.measuring.out_of_memory import out_of_memory_as_result
+from meftbench.measuring.step import Step
+from meftbench.own_code import blamed, digests_of
+from meftbench.plan.cell import Cell
+from meftbench.plan.factories import calls_of
+from meftbench.plan.protocol import Protocol
+from meftbench.probes.counted_metrics import parameter_counts
+from meftbench.probes.levers import check_levers
+from meftbench.probes.memory_counted import CountedStep
+from meftbench.probes.nvml import DeviceReading
+from meftbench.probes.subject import Subject
+from meftbench.records.record import Metric
+
+if TYPE_CHECKING:
+    from meftbench.tasks.quality import QualityCell
+
+
+@dataclass
+class Measured:
+    """What measuring a cell gave. observed: fields of the record's `cell` that only a run can tell."""
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
+
+
+def run_passes(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceReading | None) -> Measured:
+    """Build the cell on `device` and run the protocol's passes; a cell with a training is then trained and scored.
+
+    reading: what the driver says of the device; None: nothing.
+    Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built).
+    """
+    if not is_own(cell):
+        return _run(cell, protocol, device, reading)
+    # What functions of the user's own raise is said of them, not of this program.
+    with blamed([name for name, _ in calls_of([cell])]):
+        return _run(cell, protocol, device, reading)
+
+
+def _run(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceReading | None) -> Measured:
+    torch.manual_seed(cell.seed)
+    begin = time.perf_counter()
+    with out_of_memory_as_result(lambda: "load"):
+        quality = None if cell.training is None else _quality(cell, device)
+        step = build_step(cell, device, protocol.padding) if quality is None else quality.step()
+    rebuilt = quality.step if quality else partial(build_step, cell, device, protocol.padding)
+    measured = Measured({"build_s": Metric(time.perf_counter() - begin, "measured")}, _observed(cell, step))
+    measured.metrics |= parameter_counts(step.model)
+    begin = time.perf_counter()
+    with out_of_memory_as_result(lambda: step.phase):
+        subject = Subject(cell, protocol, step, reading)
+        # Of a training by reference autograd nothing is recomputed, so there is nothing to reconstruct.
+        reference = cell.training is not None and cell.training.ordinary
+        for name, entry in PROBES.items():
+            if name in protocol.passes and not (reference and name == "reconstruction"):
+                if name == "reconstruction":
+                    subject = replace(subject, step=_sane(step, rebuilt))
+                with step.applied.ordinary() if reference else nullcontext():
+                    given = resolve(entry.home)(subject)
+                if not entry.usual and (twice := sorted(given.keys() & measured.metrics.keys())):
+                    raise UserError(f"pass {name}", f"gives {twice[0]}, which another has given", "name it otherwise")
+                measured.metrics |= given
+        step = _sane(step, rebuilt)
+        if not step.steps_run and not any(not stack.arithmetic.exact for stack in step.applied.stacks):
+            step.run()
+        with CountedStep(step) as counted:
+            measured.metrics |= check_levers(step, cell)
+        if (widenings := step.applied.range_widenings) is not None:
+            measured.metrics["range_widenings"] = Metric(widenings, "counted")
+        measured.observed["attention_used"] = attention_used(cell, counted.counter.attention_kernels)
+    measured.metrics["passes_s"] = Metric(time.perf_counter() - begin, "measured")
+    if quality is not None:
+        # What the passes have done to these weights must not reach the training.
+        del step, subject
+        gc.collect()
+        torch.manual_seed(cell.seed)
+        with out_of_memory_as_result(lambda: "training"):
+            scored, told = quality.train()
+        measured.metrics |= scored
+        measured.observed |= told | {"inputs": cell.training.task if cell.training else None}
+    return measured
+
+
+def _observed(cell: Cell, step: Step) -> dict[str, Any]:
+    inputs = "own" if cell.batch else "text" if tokenizer_of(cell.model) else "random tokens"
+    observed: dict[str, Any] = {"model_revision": revision_of(step.model), "inputs": inputs}
+    if is_own(cell):
+        observed["own_code"] = digests_of(name for name, _ in calls_of([cell]))
+    return observed
+
+
+def _sane(step: Step, rebuilt: Callable[[], Step]) -> Step:
+    """The step, or one built afresh where training steps have left weights that are not finite: the published
+    arithmetic of MEFT may do that, and what it does to sane weights is the question."""
+    if all(bool(torch.isfinite(parameter).all()) for parameter in step.applied.trained().values()):
+        return step
+    return rebuilt()
+
+
+def _quality(cell: Cell, device: torch.device) -> QualityCell:
+    """Imported here: datasets, scikit-learn and Trainer are for those who train."""
+    from meftbench.tasks.quality import QualityCell
+
+    return QualityCell(cell, device)

@@ -1,0 +1,49 @@
+"""The prediction of one cell, held against the memory of its card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from meftbench.catalogue.profiles import find_profile
+from meftbench.measuring.build import attention_used
+from meftbench.plan.cell import Cell
+from meftbench.plan.factories import OWN_ATTENTION
+from meftbench.prediction.allocator import AllocatorSettings, replay
+from meftbench.prediction.predict import predict
+from meftbench.probes.host_memory import host_peak
+from meftbench.records.record import Metric
+
+
+def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """The memory of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it.
+
+    The answer has the `metrics` and the `observed` of a predicted cell's record, of the step with the highest peak, the
+    first of all or a later one; `alloc_retries` is how often torch must give back on this card what it has cached.
+    Beside them: `fits`, whether the card has room; `activation_peak_bytes`, of a later step; `kernels` of attention.
+    """
+    cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
+    settings = AllocatorSettings.parse(request["allocator"])
+    tell(f"predicting {cell.label} on {profile.device}")
+    predicted = predict(cell, profile, settings=settings)
+    on_card = replay(predicted.events, replace(settings, capacity=profile.memory_bytes - profile.context_bytes))
+    # The first step of all is the largest where the optimizer has temporaries that later steps have not.
+    highest = max([*predicted.warm, *predicted.measured], key=lambda observed: observed.peak.total)
+    metrics = replace(predicted, warm=[], measured=[highest]).metrics()
+    metrics |= {"alloc_retries": Metric(on_card.retries, "predicted"), "host_rss_peak_bytes": host_peak()}
+    return {
+        "metrics": {name: metric.to_json(name) for name, metric in metrics.items()},
+        "observed": {"attention_used": attention_used(cell, predicted.attention)},
+        "fits": on_card.oom is None,
+        "activation_peak_bytes": predicted.measured[-1].activation_peak,
+        "kernels": _kernels(cell, predicted.attention),
+    }
+
+
+def _kernels(cell: Cell, operators: set[str]) -> list[str]:
+    """`flash`, `efficient`; `math` where no fused operator ran, and `eager` where none was to."""
+    if cell.attention_requested not in ("sdpa", OWN_ATTENTION):
+        return ["eager"]
+    names = (name.removeprefix("scaled_dot_product_").removesuffix("_attention") for name in operators)
+    return sorted(names) or ["math"]
