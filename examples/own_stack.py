@@ -38,7 +38,7 @@ def a_stack(layers: int, width: int) -> ReversibleStack:
 
 
 def main() -> None:
-    """One backward pass, reversed and by ordinary autograd."""
+    """One backward pass, reversed and by reference autograd."""
     torch.manual_seed(0)
     stack = a_stack(layers=24, width=32)
     h_BLD = torch.randn(2, 16, 32)

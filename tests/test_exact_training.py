@@ -1,4 +1,4 @@
-"""The campaign that holds reversed training against ordinary autograd, in miniature and on a real task."""
+"""The campaign that holds reversed training against reference autograd, in miniature and on a real task."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from meftbench.plan.cell import Cell
 from meftbench.plan.training import Training
-from meftbench.tasks.quality import QualityCell
+from meftbench.tasks.fine_tuning import FineTuning
 
 # Trainer collects at its end; what is imported by now never becomes garbage.
 gc.freeze()
@@ -91,9 +91,9 @@ def a_training(task: str, method: str = "lora", **fields: Any) -> Cell:
     return Cell.of(method, **(cell | {"model_config_overrides": config, "training": training} | fields))
 
 
-def prepared(cell: Cell) -> QualityCell:
+def prepared(cell: Cell) -> FineTuning:
     torch.manual_seed(cell.seed)
-    return QualityCell(cell, torch.device("cpu"))
+    return FineTuning(cell, torch.device("cpu"))
 
 
 def trained(cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:

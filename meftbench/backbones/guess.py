@@ -1,7 +1,7 @@
 """A layout for a transformers model that has none: guessed from the names of its modules, then checked.
 
-A guess's halves must give, for every layer of the model itself, what the layer gives: then MEFT with λ→0 starts at the
-pre-trained model, and reversal, which asks for no more than the same function twice, is exact. Where none does, the
+A guess's sublayers must give, for every layer of the model itself, what the layer gives: then MEFT with λ→0 starts at
+the pre-trained model, and reversal, which asks for no more than the same function twice, is exact. Where none does, the
 model is refused with what to write.
 """
 

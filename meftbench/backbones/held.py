@@ -1,4 +1,4 @@
-"""A layout held against the model's own layers: its halves must give, on a few tokens, what the layer gives.
+"""A layout held against the model's own layers: its sublayers must give, on a few tokens, what the layer gives.
 
 A family's name says little: a field of the configuration may scale a residual, or put a norm where there was none.
 """
@@ -26,8 +26,8 @@ _HELD: set[str] = set()  # configurations whose layouts were found to hold
 
 
 def check_held(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
-    """Raises UserError where the halves of a layer, run one after the other, are not the layer: once a configuration,
-    and one layer of each kind.
+    """Raises UserError where the sublayers of a layer, run one after the other, are not the layer: once a
+    configuration, and one layer of each kind.
 
     Nothing is told of weights without values (meta), not finite, or in four bits, which may not run before they are
     moved; nor of a model that cannot run where it is (attention kernels of another device).
@@ -42,14 +42,14 @@ def check_held(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
         try:
             calls = calls_of(model, layers)
             own = {place: _own(layers[place], call) for place, call in calls.items() if place in kinds}
-        except _FAILS:  # the model's own layers cannot run here: there is nothing to hold the halves against
+        except _FAILS:  # the model's own layers cannot run here: there is nothing to hold the sublayers against
             return
         if not all(bool(expected.isfinite().all()) for expected in own.values()):
             return  # of weights that are NaN or infinite everything differs, from itself as well
         for place, expected in own.items():
             if not holds(layout, layers[place], calls[place], expected):
                 kind = type(layers[place]).__name__
-                what = f"its halves, as the layout of {model.config.model_type!r} has them, are not the layer"  # type: ignore[union-attr]
+                what = f"its sublayers, as the layout of {model.config.model_type!r} has them, are not the layer"  # type: ignore[union-attr]
                 raise UserError(f"{kind} (layer {place})", what, "take lora, or write a layout for such layers")
     _HELD.add(asked)
 
@@ -124,7 +124,7 @@ def _own(layer: nn.Module, call: Call) -> Tensor:
 
 
 def holds(layout: Layout, layer: nn.Module, call: Call, expected: Tensor | None = None) -> bool:
-    """Whether the halves give what the layer gives, random numbers and all, and treat each token alone.
+    """Whether the sublayers give what the layer gives, random numbers and all, and treat each token alone.
 
     expected: what the layer gives, where it is known.
     """

@@ -1,4 +1,4 @@
-"""What a backbone tells about itself: where its layers are, how one splits into halves, where adapters attach.
+"""What a backbone tells about itself: where its layers are, how one splits into sublayers, where adapters attach.
 
 Layouts call and extend the modules of `transformers`; no modelling code is repeated. Adapters are submodules of a
 layer, so the keys of the pre-trained weights stay what they were.
@@ -40,17 +40,17 @@ class Layout:
     attention_before: None, or what attention reads instead of h: (layer, h (B, L, D)): a pre-norm.
     attention_core: (layer, that (B, L, D), part, parts, and what the model passes its layers beside h): attention up to
         and without its output projection, for the heads of group `part` of `parts`: (B, L, E / parts).
-    attention_tokens: (layer, o (B, L, E) of the core, h (B, L, D)): the rest of the attention half, residual and norm
-        included.  feed_forward: (layer, that): the other half. All but the core treat each token alone.
+    attention_tokens: (layer, o (B, L, E) of the core, h (B, L, D)): the rest of the attention sublayer, residual and
+        norm included.  feed_forward: (layer, that): the other sublayer. All but the core treat each token alone.
     hidden_size, activation, head_groups: read off the configuration; the groups of heads that a core can be cut into
         at most (a divisor of it will do).
-    run_feed_forward_by: (layer, function (h (B, L, D))): from now on the layer runs its feed-forward half by it.
+    run_feed_forward_by: (layer, function (h (B, L, D))): from now on the layer runs its feed-forward sublayer by it.
     input_readers: submodules of a layer that read what the core is given, with nothing before them.
     attention_targets: names of the projections LoRA adapts by default.
     refuses: None, or why a model of this configuration cannot be split.
     in_part: submodules of a layer that the core runs without their output projection.
-    shells: submodules of which only submodules are called: where the attention half runs by itself, and where the
-        feed-forward half does.
+    shells: submodules of which only submodules are called: where the attention sublayer runs by itself, and where the
+        feed-forward sublayer does.
     layers_differ: whether the model passes its layers different masks or positions.
     """
 
@@ -72,7 +72,7 @@ class Layout:
     layers_differ: Callable[[Any], bool] = _never
 
     def attention(self, layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The attention half (B, L, D): the layer is feed_forward(attention(h))."""
+        """The attention sublayer (B, L, D): the layer is feed_forward(attention(h))."""
         read_BLD = h_BLD if self.attention_before is None else self.attention_before(layer, h_BLD)
         return self.attention_tokens(layer, self.attention_core(layer, read_BLD, 0, 1, *args, **kwargs), h_BLD)
 

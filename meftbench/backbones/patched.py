@@ -40,9 +40,9 @@ def _rebound(function: Any, module: nn.Module, view: nn.Module) -> Any:
 
 
 def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
-    """Raises UserError where a layer cannot be run by its halves, because somebody has replaced its forward, or that of
-    a submodule that runs in part, by something that knows only the whole; or where hooks on such a submodule would see
-    the part.
+    """Raises UserError where a layer cannot be run by its sublayers, because somebody has replaced its forward, or
+    that of a submodule that runs in part, by something that knows only the whole; or where hooks on such a submodule
+    would see the part.
 
     in_part: names of the submodules that are run without their output projection.
     """

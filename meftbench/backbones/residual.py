@@ -55,7 +55,7 @@ class Names:
     def is_pre_norm(self, layer: Any) -> bool:
         return bool(getattr(layer, self.pre_norm)) if isinstance(self.pre_norm, str) else self.pre_norm
 
-    # --- the attention half ---
+    # --- the attention sublayer ---
 
     def attention_before(self, layer: nn.Module, h_BLD: Tensor) -> Tensor:
         """What attention reads: the normed h of a pre-norm layer."""
@@ -129,7 +129,7 @@ class Names:
         result_BLD = h_BLD + added_BLD
         return result_BLD if self.is_pre_norm(layer) else layer.get_submodule(self.attention_norm)(result_BLD)
 
-    # --- the feed-forward half ---
+    # --- the feed-forward sublayer ---
 
     def feed_forward_half(self, layer: nn.Module, h_BLD: Tensor) -> Tensor:
         """The feed-forward with norm, adapters and residual."""
@@ -168,15 +168,15 @@ class Names:
     # --- adapters and tiles in layers that are not reversible ---
 
     def attach(self, layer: nn.Module, site: Site, adapter: nn.Module) -> None:
-        """Put an adapter at a site; the layer runs by its halves from now on."""
+        """Put an adapter at a site; the layer runs by its sublayers from now on."""
         if ADAPTERS not in layer._modules:
             layer.add_module(ADAPTERS, nn.ModuleDict())
         layer.get_submodule(ADAPTERS).add_module(site.name.lower(), adapter)
-        if name_of_forward(layer) not in vars(layer) or not _is_by_halves(layer):
+        if name_of_forward(layer) not in vars(layer) or not _is_by_sublayers(layer):
             self.run_feed_forward_by(layer, partial(self.feed_forward_half, layer))
 
     def run_feed_forward_by(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        """The layer runs by its halves, the second by `function`."""
+        """The layer runs by its sublayers, the second by `function`."""
         # On the instance, by a partial: it is copied and pickled with the layer.
         setattr(layer, name_of_forward(layer), partial(self._forward, layer, function))
 
@@ -185,15 +185,15 @@ class Names:
     ) -> Tensor:
         """Stands for the `forward` of the layer's class, gradient checkpointing included."""
         if not _checkpoints_in_forward(layer):
-            return self._by_halves(layer, function, h_BLD, *args, **kwargs)
+            return self._by_sublayers(layer, function, h_BLD, *args, **kwargs)
         # Run again, the layer would fill its cache again: transformers takes it away as well.
         taken: dict[str, Any] = {"past_key_values": None, "layer_past": None, "use_cache": False}
         uncached = {name: taken.get(name, value) for name, value in kwargs.items()}
-        halves = partial(self._by_halves, layer, function, **uncached)
-        output_BLD: Tensor = layer._gradient_checkpointing_func(halves, h_BLD, *args)
+        sublayers = partial(self._by_sublayers, layer, function, **uncached)
+        output_BLD: Tensor = layer._gradient_checkpointing_func(sublayers, h_BLD, *args)
         return output_BLD
 
-    def _by_halves(
+    def _by_sublayers(
         self, layer: nn.Module, function: Callable[[Tensor], Tensor], h_BLD: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         core, tokens = (
@@ -234,7 +234,7 @@ def _checkpoints_in_forward(layer: nn.Module) -> bool:
     )
 
 
-def _is_by_halves(layer: nn.Module) -> bool:
+def _is_by_sublayers(layer: nn.Module) -> bool:
     function = vars(layer)[name_of_forward(layer)]
     return isinstance(function, partial) and getattr(function.func, "__func__", None) is Names._forward
 

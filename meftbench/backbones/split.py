@@ -1,4 +1,4 @@
-"""Whether the layers of a model can be run by their halves, and in tiles of tokens, as a method is about to do."""
+"""Whether the layers of a model can be run by their sublayers, and in tiles of tokens, as a method is about to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from meftbench.catalogue.backbones import BACKBONES
 
 
 def split_layouts(model: nn.Module) -> tuple[Layout, ...]:
-    """The same, for a method that runs layers by their halves or puts modules into them. Raises UserError also where
+    """The same, for a method that runs layers by their sublayers or puts modules into them. Raises UserError also where
     `check_split` does."""
     layouts = checked_layouts(model)
     check_split(model, layouts)
@@ -48,7 +48,7 @@ def check_split(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
 
 def check_in_tiles(model: nn.Module, layout: Layout, *, reversible: bool) -> None:
     """Raises UserError, or warns, where others have replaced or hooked what will not be called as they know it: in
-    feed-forwards that run in tiles, and, where `reversible`, in layers that run by their halves all through."""
+    feed-forwards that run in tiles, and, where `reversible`, in layers that run by their sublayers all through."""
     shells = layout.shells[0] + layout.shells[1] if reversible else layout.shells[1]
     layers = list(layout.list_of(model)[2])
     for layer in layers:

@@ -99,10 +99,10 @@ METRICS: dict[str, Kind] = {
     "reconstruction_abs_max": Kind("absolute", "lower", "largest |recomputed - true| over layers, streams, elements"),
     "mismatched_elements": Kind("count", "lower", "elements of streams that backward did not restore bit for bit"),
     "gradient_rel_max": Kind(
-        "ratio", "lower", "worst relative L2 error of a trained tensor's gradient against ordinary autograd"
+        "ratio", "lower", "worst relative L2 error of a trained tensor's gradient against reference autograd"
     ),
     "gradient_cosine_min": Kind("cosine", "higher", "worst cosine of a trained tensor's gradient with autograd's"),
-    "loss_abs_diff": Kind("absolute", "lower", "|loss - loss under ordinary autograd|"),
+    "loss_abs_diff": Kind("absolute", "lower", "|loss - loss under reference autograd|"),
     "zero_grad_tensors": Kind("count", "lower", "trained tensors whose true gradient is zero, such as biases of keys"),
     "overflow_events": Kind("count", "lower", "NaN or infinite values met in streams or gradients"),
     "range_widenings": Kind(

@@ -31,7 +31,7 @@ from meftbench.probes.subject import Subject
 from meftbench.records.record import Metric
 
 if TYPE_CHECKING:
-    from meftbench.tasks.quality import QualityCell
+    from meftbench.tasks.fine_tuning import FineTuning
 
 
 @dataclass
@@ -73,7 +73,7 @@ def _run(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceRe
             if name in protocol.passes and not (reference and name == "reconstruction"):
                 if name == "reconstruction":
                     subject = replace(subject, step=_sane(step, rebuilt))
-                with step.applied.ordinary() if reference else nullcontext():
+                with step.applied.reference_autograd() if reference else nullcontext():
                     given = resolve(entry.home)(subject)
                 if not entry.usual and (twice := sorted(given.keys() & measured.metrics.keys())):
                     raise UserError(f"pass {name}", f"gives {twice[0]}, which another has given", "name it otherwise")
@@ -115,8 +115,8 @@ def _sane(step: Step, rebuilt: Callable[[], Step]) -> Step:
     return rebuilt()
 
 
-def _quality(cell: Cell, device: torch.device) -> QualityCell:
+def _quality(cell: Cell, device: torch.device) -> FineTuning:
     """Imported here: datasets, scikit-learn and Trainer are for those who train."""
-    from meftbench.tasks.quality import QualityCell
+    from meftbench.tasks.fine_tuning import FineTuning
 
-    return QualityCell(cell, device)
+    return FineTuning(cell, device)

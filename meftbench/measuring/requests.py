@@ -59,7 +59,7 @@ def preload() -> None:
     for name in AUTO_CLASSES.values():
         getattr(transformers, name)  # resolved on first use
     if os.environ.get(PRELOAD) == "tasks":
-        importlib.import_module("meftbench.tasks.quality")
+        importlib.import_module("meftbench.tasks.fine_tuning")
     gc.collect()
     gc.freeze()
 

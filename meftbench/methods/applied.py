@@ -31,14 +31,14 @@ class Applied:
     surroundings: entered around forward and loss of every step, in this order (levers such as offload).
     levers: those that are on, by name.
     layouts: those the method has split layers by; none where it leaves them whole.
-    ordinary: entered to run the same equations under ordinary autograd: nothing recomputed or offloaded.
+    reference: entered to run the same equations under reference autograd: nothing recomputed or offloaded.
     refuses: levers that the method does not bear, with the fact that is against it.
     no_gradient: names of trained tensors whose true gradient is zero, whatever the batch.
     """
 
     model: nn.Module
     surroundings: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
-    ordinary_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
+    reference_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     recomputes: bool = False
     levers: dict[str, Lever] = field(default_factory=dict)
     layouts: tuple[Layout, ...] = ()
@@ -65,9 +65,9 @@ class Applied:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @contextmanager
-    def ordinary(self) -> Iterator[None]:
+    def reference_autograd(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for switch in self.ordinary_switches:
+            for switch in self.reference_switches:
                 stack.enter_context(switch())
             for lever in self.levers.values():
                 stack.enter_context(lever.without())

@@ -28,7 +28,7 @@ from meftbench.methods.applied import (
     predicts_tokens,
     refuse_asked,
 )
-from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Half, Relay, ReversibleStack, fork
+from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Relay, ReversibleStack, SubLayer, fork
 
 
 def _attention_core(block: Any, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -70,23 +70,23 @@ def _layout(block: Any) -> Layout:
 # Tiles; where they are fewer, a tile holds more than attention does, and groups of heads would save nothing.
 PARTED_FROM = 8
 
-_WHOLE_LAYER = Half(_attention_core, _layer_tokens)
-_ATTENTION = Half(_attention_core, _attention_tokens)
-_FEED_FORWARD = Half(None, _feed_forward_tokens)
-_ADAPTER = Half(None, _adapter_tokens)
+_WHOLE_LAYER = SubLayer(_attention_core, _layer_tokens)
+_ATTENTION = SubLayer(_attention_core, _attention_tokens)
+_FEED_FORWARD = SubLayer(None, _feed_forward_tokens)
+_ADAPTER = SubLayer(None, _adapter_tokens)
 # A language model's residual stream holds values of 20,000 in single channels: through an adapter that reads them as
 # they are, they would reach every channel.
-_NORMED_ADAPTER = Half(None, _normed_adapter_tokens)
+_NORMED_ADAPTER = SubLayer(None, _normed_adapter_tokens)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """factors: the paper's (λ, β).  small: which of the two halves has a factor near zero (centred if asked).
+    """factors: the paper's (λ, β).  small: which of the two sublayers has a factor near zero (centred if asked).
     sites: where the layer's own adapters are attached.  own_adapter: F or G is an adapter by itself.
     carrier: the stream, 0 or 1, that carries the last layer's output."""
 
-    f: Half
-    g: Half
+    f: SubLayer
+    g: SubLayer
     factors: tuple[float, float]
     small: tuple[bool, bool]
     sites: tuple[Site, ...]
@@ -140,7 +140,7 @@ def apply_meft2(model: nn.Module, settings: Meft) -> Applied:
 
 
 def apply_meft3(model: nn.Module, settings: Meft) -> Applied:
-    """F the attention half, G the feed-forward half, an adapter in each; λ=β→0; not swapped."""
+    """F the attention sublayer, G the feed-forward sublayer, an adapter in each; λ=β→0; not swapped."""
     return _apply(model, settings, VARIANTS["meft3"])
 
 
@@ -174,7 +174,7 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
             for stack, activations in zip(stacks, found, strict=True):
                 stack.activations = activations
 
-    return Applied(model, ordinary_switches=[cached], recomputes=True, layouts=layouts)
+    return Applied(model, reference_switches=[cached], recomputes=True, layouts=layouts)
 
 
 def _reversed(
@@ -193,9 +193,9 @@ def _reversed(
     for layer in adapted:
         for site in variant.sites:
             layout.attach(layer, site, new_adapter(model, layout, settings))
-    halves = _halves(layout, settings, variant)
+    sublayers = _sublayers(layout, settings, variant)
     stack = ReversibleStack(
-        (_block(model, layer, layout, settings, variant, halves) for layer in reversible),
+        (_block(model, layer, layout, settings, variant, sublayers) for layer in reversible),
         *_couplings(settings, variant),
         swap=variant.swap,
         carrier=variant.carrier,
@@ -209,7 +209,7 @@ def _reversed(
         keep_last=topmost and not above and not predicts_tokens(model),
     )
     if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
-        # The last block's second half writes the stream that is not returned: its adapter has nothing to learn.
+        # The last block's second sublayer writes the stream that is not returned: its adapter has nothing to learn.
         stack.blocks[-1].get_submodule("adapter").requires_grad_(False)
     owner, name, _ = layout.list_of(model)
     relays = [Relay(n, stack) for n in range(len(reversible) - 1)] if layout.layers_differ(model.config) else []
@@ -217,13 +217,13 @@ def _reversed(
     return stack
 
 
-def _halves(layout: Layout, settings: Meft, variant: Variant) -> tuple[Half, Half]:
+def _sublayers(layout: Layout, settings: Meft, variant: Variant) -> tuple[SubLayer, SubLayer]:
     """F and G, with a pre-norm before attention where the layout has one."""
     if layout.attention_before is None:
         return variant.f, variant.g
     by_itself = _NORMED_ADAPTER if settings.adapter_input == "normed" else _ADAPTER
-    halves = (by_itself if half is _ADAPTER else half for half in (variant.f, variant.g))
-    f, g = (replace(half, before=_attention_before) if half.core else half for half in halves)
+    sublayers = (by_itself if sublayer is _ADAPTER else sublayer for sublayer in (variant.f, variant.g))
+    f, g = (replace(sublayer, before=_attention_before) if sublayer.core else sublayer for sublayer in sublayers)
     return f, g
 
 
@@ -270,14 +270,14 @@ def _block(
     layout: Layout,
     settings: Meft,
     variant: Variant,
-    halves: tuple[Half, Half],
+    sublayers: tuple[SubLayer, SubLayer],
 ) -> Block:
     for name in layout.input_readers:
         layer.get_submodule(name).register_forward_pre_hook(fork)
     parts = {"layer": layer}
     if variant.own_adapter:
         parts["adapter"] = new_adapter(model, layout, settings)
-    block = Block(parts, *halves)
+    block = Block(parts, *sublayers)
     block.layout = layout  # type: ignore[assignment]
     return block
 

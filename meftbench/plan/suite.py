@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from meftbench.errors import unknown
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import Call, places_of
+from meftbench.plan.fine_tuning import with_training
 from meftbench.plan.identity import digest
 from meftbench.plan.point import (
     Named,
@@ -26,7 +27,6 @@ from meftbench.plan.point import (
     require,
 )
 from meftbench.plan.protocol import Protocol
-from meftbench.plan.quality import with_training
 from meftbench.plan.training import Positive, Trainings
 from meftbench.strict_yaml import Document, KeyPath, named, read, validated
 

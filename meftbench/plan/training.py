@@ -38,7 +38,7 @@ class _Settings(BaseModel):
     patience: evaluations without a better score after which training ends; None: it does not end early.
     batches: `longest` pads to the longest of a batch, as training does; `full` to the cell's sequence_length.
     length_normalised: of questions to a language model: likelihood of a choice divided by its tokens.
-    ordinary: the same equations under ordinary autograd, nothing recomputed: what reversal is held against.
+    ordinary: the same equations under reference autograd, nothing recomputed: what reversal is held against.
     grid: `every-seed` tries all learning rates with every seed; `first-seed` with the first, others take its best.
     keep: `nothing` of the weights, or the `best` adapter in the run folder.
     """

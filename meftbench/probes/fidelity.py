@@ -164,7 +164,7 @@ def _no_losses() -> dict[str, Metric]:
 
 
 def measure_fidelity(step: Step) -> dict[str, Metric]:
-    """Reconstruction error of the recomputed streams, and gradient error against ordinary autograd.
+    """Reconstruction error of the recomputed streams, and gradient error against reference autograd.
 
     Both passes draw the same random numbers; the second runs the same equations with everything cached.
     The optimizer is not stepped; gradients are left cleared.
@@ -188,7 +188,7 @@ def measure_fidelity(step: Step) -> dict[str, Metric]:
     finally:
         for stack, before in zip(stacks, strict, strict=True):
             stack.observer, stack.strict = None, before
-    with applied.ordinary():
+    with applied.reference_autograd():
         loss_true, gradients_true = _gradients(step)
     return {
         **_reconstruction(reversing, observers),

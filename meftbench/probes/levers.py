@@ -49,7 +49,7 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     for name, lever in levers.items():
         if fact := lever.missing(seen):
             raise _not_engaged(name, fact)
-    again = [layer.name for layer in runs.ordinary if layer.again]
+    again = [layer.name for layer in runs.layers if layer.again]
     if again and "checkpoint" not in levers:
         raise _not_engaged("checkpoint", f"{again[0]} ran again in backward although it is off")
     if applied.recomputes and calls["backward"] == 0 and not _kept_whole(step):
@@ -103,7 +103,7 @@ def _check_gradients(step: Step, own: bool = False) -> tuple[int, str | None]:
     unexplained = [name for name, size in sizes.items() if name not in explained and size <= DEAD * largest]
     unusable = [name for name, size in sizes.items() if not math.isfinite(size)]
     if own and (absent or unexplained):
-        true = _ordinary_sizes(step)
+        true = _reference_sizes(step)
         size_of_true = max(true.values(), default=0.0)
         unused = {n for n in (*absent, *unexplained) if size_of_true and true.get(n, 0.0) <= DEAD * size_of_true}
         absent, unexplained = ([n for n in names if n not in unused] for names in (absent, unexplained))
@@ -111,7 +111,7 @@ def _check_gradients(step: Step, own: bool = False) -> tuple[int, str | None]:
     if absent:
         raise _not_engaged("training", f"{absent[0]} is trained and got no gradient")
     if (unexplained or unusable) and _recomputed_in_floating_point(step):
-        true = _ordinary_sizes(step)
+        true = _reference_sizes(step)
         size_of_true = max(true.values(), default=0.0)
         dead = [name for name in unexplained if true.get(name, 0.0) <= DEAD * size_of_true]
         if not dead and all(map(math.isfinite, true.values())):
@@ -120,7 +120,7 @@ def _check_gradients(step: Step, own: bool = False) -> tuple[int, str | None]:
             lost += [f"zero in {len(zero)}"] if zero else []
             what = f"gradients are {' and '.join(lost)} of {len(sizes)} trained tensors" if lost else ""
             if largest > 10 * size_of_true:
-                wild = f"up to {largest / size_of_true:.0e} times those of ordinary autograd"
+                wild = f"up to {largest / size_of_true:.0e} times those of reference autograd"
                 what = f"{what}, {wild}" if what else f"gradients are {wild}"
             return 0, f"recomputing activations in floating point broke down: {what}"
     if unexplained:
@@ -134,10 +134,10 @@ def _recomputed_in_floating_point(step: Step) -> bool:
     return any(not stack.arithmetic.exact and stack.activations == "reverse" for stack in stacks)
 
 
-def _ordinary_sizes(step: Step) -> dict[str, float]:
-    """Root mean squares of the gradients under ordinary autograd through the same equations."""
+def _reference_sizes(step: Step) -> dict[str, float]:
+    """Root mean squares of the gradients under reference autograd through the same equations."""
     step.optimizer.zero_grad(set_to_none=True)
-    with step.applied.ordinary():
+    with step.applied.reference_autograd():
         step.forward_backward()
     return {
         name: float(parameter.grad.double().square().mean().sqrt())

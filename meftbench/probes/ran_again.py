@@ -26,7 +26,7 @@ def watched(step: Step) -> Iterator[Runs]:
     for module in step.model.modules():
         if isinstance(module, GradientCheckpointingLayer) and id(module) not in inner:
             runs = LayerRuns(names[id(module)])
-            found.ordinary.append(runs)
+            found.layers.append(runs)
             hooks += [*_on_leaves(step, module, runs), module.register_forward_hook(_noting_output(step, runs))]
     for stack in step.applied.stacks:
         for block in stack.blocks:

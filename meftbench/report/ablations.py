@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from meftbench.report.plots import legend_beside
-from meftbench.report.quality import Result, results
+from meftbench.report.scores import Result, results
 from meftbench.report.side_bits import SWEEP
 from meftbench.report.tables import parts_of
 from meftbench.units import MiB

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.claims import Claim, Reason, among, matches, paper_claims
-from meftbench.report.quality import Result, Spread, results
+from meftbench.report.scores import Result, Spread, results
 from meftbench.report.tables import SETTING, SHAPE, rows_of, shape_text
 from meftbench.units import MiB
 

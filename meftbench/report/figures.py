@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report import ablations, plots, quality_plots, side_bits
-from meftbench.report.quality import COMPARED, differing_settings, results, trained, untrained
+from meftbench.report import ablations, plots, score_plots, side_bits
+from meftbench.report.scores import COMPARED, differing_settings, results, trained, untrained
 from meftbench.report.tables import (
     SHAPE,
     WRONG_GRADIENT,
@@ -127,7 +127,7 @@ def _quality(frame: DataFrame) -> list[Kind]:
         panels.append(Panel(f"{first['task']}, {shape}{rest}", rows))
     # Of one evaluation there is a point, and no curve.
     curves = [panel for panel in panels if any(len(curve or ()) > 1 for curve in panel.frame["learning_curve"])]
-    memory, time = quality_plots.plot_score_by_memory, quality_plots.plot_score_by_time
+    memory, time = score_plots.plot_score_by_memory, score_plots.plot_score_by_time
     paler = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
     swept = {axis: [panel for panel in panels if ablations.sweeps(panel.frame, axis)] for axis in ablations.AXES}
     shifts = [panel for panel in panels if ablations.shifted(panel.frame)]
@@ -135,7 +135,7 @@ def _quality(frame: DataFrame) -> list[Kind]:
     return [
         Kind("score-by-memory", "Score and activation memory", [memory], panels, paler),
         Kind("score-by-time", "Score and training time", [time], panels, paler),
-        Kind("learning-curves", "Learning curves", [quality_plots.plot_learning_curves], curves,
+        Kind("learning-curves", "Learning curves", [score_plots.plot_learning_curves], curves,
              "Bands: lowest and highest of the seeds."),
         Kind("score-by-shift", "Score and starting-point shift", [ablations.plot_score_by_shift], shifts, bars),
         *(Kind(f"score-by-{axis.replace('_', '-')}", f"Score and {axis.replace('_', ' ')}", ablations.draws_for(axis),

@@ -14,9 +14,9 @@ from meftbench.report import claims
 from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
-from meftbench.report.quality import Table as QualityTable
-from meftbench.report.quality import results, untrained
-from meftbench.report.quality import tables as quality_tables
+from meftbench.report.scores import Table as QualityTable
+from meftbench.report.scores import results, untrained
+from meftbench.report.scores import tables as quality_tables
 from meftbench.report.summary import SHOWN, ending, error, failures, loss, number
 from meftbench.report.tables import (
     SETTING,

@@ -11,7 +11,7 @@ from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.outcome import as_number, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run
-from meftbench.report.quality import print_quality, untrained
+from meftbench.report.scores import print_quality, untrained
 from meftbench.report.tables import (
     NARROWEST,
     Group,

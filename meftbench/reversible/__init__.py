@@ -9,8 +9,8 @@ h_BLD = stack(h_BLD, attention_mask)
 from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, Float
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.fork import fork
-from meftbench.reversible.halves import Half
 from meftbench.reversible.stack import Block, Relay, ReversibleStack
+from meftbench.reversible.sublayers import SubLayer
 from meftbench.reversible.watch import StreamError
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "Coupling",
     "FixedPoint",
     "Float",
-    "Half",
     "Relay",
     "ReversibleStack",
     "StreamError",
+    "SubLayer",
     "fork",
 ]

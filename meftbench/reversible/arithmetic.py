@@ -6,7 +6,7 @@ in place on a tile (T, D) of a stream: T tokens, wherever they stand.
 
     Float          floating point, as published: dividing by a factor amplifies rounding errors
     FixedPoint     integers of 32 or 64 bits: reversal is exact (docs/design.md 3)
-    StraightThrough   FixedPoint's values in float64, differentiable: for ordinary autograd through the same equations
+    StraightThrough   FixedPoint's values in float64, differentiable: for reference autograd through the same equations
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from meftbench.reversible import bits, fused
 
 
-class Ordinary(Protocol):
-    """The operations under ordinary autograd: nothing in place, every one differentiable."""
+class ReferenceArithmetic(Protocol):
+    """The operations under reference autograd: nothing in place, every one differentiable."""
 
     def lifted(self, h_BLD: Tensor) -> Tensor:
         """A stream from a hidden state (floating point)."""
@@ -47,7 +47,7 @@ class Arithmetic(Protocol):
 
     exact: `grow_` undoes `shrink_`, and `subtract_` undoes `add_`, bit for bit.
     limit: streams hold integers |x| < limit; None: what floating point holds.
-    ordinary: the same numbers for ordinary autograd.
+    reference: the same numbers for reference autograd.
     """
 
     @property
@@ -57,7 +57,7 @@ class Arithmetic(Protocol):
     @property
     def limit(self) -> float | None: ...
     @property
-    def ordinary(self) -> Ordinary: ...
+    def reference(self) -> ReferenceArithmetic: ...
 
     def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
         """A contiguous stream of its own from a hidden state (floating point)."""
@@ -147,7 +147,7 @@ class Float(_StepByStep):
     limit = None
 
     @property
-    def ordinary(self) -> Ordinary:
+    def reference(self) -> ReferenceArithmetic:
         return self
 
     def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
@@ -166,7 +166,7 @@ class Float(_StepByStep):
         return x_BLD if factor == 1.0 else x_BLD * factor
 
     def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        # Autocast computes halves in lower precision than the streams are held in.
+        # Autocast computes sublayers in lower precision than the streams are held in.
         return x_BLD + value_BLD.to(x_BLD.dtype)
 
     def side_bytes(self, columns: int, factor: float) -> int:
@@ -237,7 +237,7 @@ class FixedPoint(_StepByStep):
         return 2.0**52 if self.wide else 2.0**31
 
     @property
-    def ordinary(self) -> Ordinary:
+    def reference(self) -> ReferenceArithmetic:
         return StraightThrough(self)
 
     @property
@@ -321,7 +321,7 @@ class FixedPoint(_StepByStep):
 @dataclass(frozen=True)
 class StraightThrough:
     """FixedPoint's numbers as multiples of the step in float64, which holds them all: the same values, reached by
-    other operations, for ordinary autograd. Rounding passes gradients on as they are."""
+    other operations, for reference autograd. Rounding passes gradients on as they are."""
 
     fixed: FixedPoint
 

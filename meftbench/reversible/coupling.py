@@ -14,7 +14,7 @@ from meftbench.reversible.arithmetic import Arithmetic
 
 @dataclass(frozen=True)
 class Coupling:
-    """One half of a reversible block: replaces one stream x, reads the other, o.
+    """One sublayer of a reversible block: replaces one stream x, reads the other, o.
 
         y = λ·(x − c) + f(o)           c = o if centred else 0
         x = (y − f(o)) / λ + c
@@ -47,9 +47,9 @@ class Coupling:
         centre_TD = o_TD if self.centred else None
         self.arithmetic.uncouple_(y_TD, centre_TD, value_TD, self.factor, side)
 
-    def ordinary(self, x_BLD: Tensor, o_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        """y as a new tensor, for ordinary autograd; streams as `arithmetic.ordinary` holds them."""
-        numbers = self.arithmetic.ordinary
+    def reference(self, x_BLD: Tensor, o_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+        """y as a new tensor, for reference autograd; streams as `arithmetic.reference` holds them."""
+        numbers = self.arithmetic.reference
         return numbers.added(numbers.shrunk(x_BLD - o_BLD if self.centred else x_BLD, self.factor), value_BLD)
 
     def gradient_(self, dy_BLD: Tensor, do_BLD: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Modules that read a half's input directly hand its gradient straight to the stream's gradient.
+"""Modules that read a sublayer's input directly hand its gradient straight to the stream's gradient.
 
 Autograd would hold the gradients from queries, keys and values side by side before it adds them up: two stream-sized
 buffers at the moment when memory is scarcest. A module with this hook passes its own on at once instead.
@@ -29,7 +29,8 @@ def gathered_in(sink: Sink) -> Iterator[None]:
 
 
 def fork(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook for a module whose first argument is the half's input (B, L, D) itself, not a function of it."""
+    """Forward pre-hook for a module whose first argument is the sublayer's input (B, L, D) itself, not a function
+    of it."""
     sink = _sink.get()
     if sink is None or not args[0].requires_grad:
         return None

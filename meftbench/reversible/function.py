@@ -1,4 +1,4 @@
-"""The autograd function of a ReversibleStack: forward keeps the last streams, backward walks back from them."""
+"""The autograd function of a ReversibleStack: forward keeps the last streams, backward recomputes from them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meftbench.reversible.notes import Context, Notes
-from meftbench.reversible.passes import Walk
+from meftbench.reversible.passes import BackwardPass
 from meftbench.reversible.placed import Kept
+from meftbench.reversible.saved_state import Context, SavedState
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 class Passage:
     """What goes from one node of the pair below to the other, past the autograd engine.
 
-    context: what the layers are called with.  notes: of the forward pass, once it has run.
-    kept: the graph that the walk back begins with, if forward kept one.
+    context: what the layers are called with.  saved: of the forward pass, once it has run.
+    kept: the graph that the backward pass begins with, if forward kept one.
     streams: in forward, from Reversal to Finish.  gradients: in backward, from Finish to Reversal.
     """
 
     stack: ReversibleStack
     context: Context
-    notes: Notes | None = None
+    saved: SavedState | None = None
     kept: Kept | None = None
     streams: list[Tensor] | None = None
     gradients: list[Tensor | None] | None = None
@@ -38,7 +38,7 @@ class Finish(torch.autograd.Function):
     """The hidden state (B, L, D) from the last two streams. `token` stands for them in the graph.
 
     A node of its own because the engine holds the gradient that a node is given until its backward returns: in
-    one node with the walk, a stream-sized buffer would live through the whole walk for nothing.
+    one node with the backward pass, a stream-sized buffer would live through all of it for nothing.
     """
 
     @staticmethod
@@ -46,9 +46,9 @@ class Finish(torch.autograd.Function):
         ctx.passage = passage
         ctx.save_for_backward(token)
         assert passage.streams is not None
-        assert passage.notes is not None
+        assert passage.saved is not None
         streams, passage.streams = passage.streams, None
-        return passage.stack.finish(streams, passage.notes.dtype, passage.notes.arithmetic)
+        return passage.stack.finish(streams, passage.saved.dtype, passage.saved.arithmetic)
 
     @staticmethod
     @once_differentiable
@@ -70,12 +70,12 @@ class Reversal(torch.autograd.Function):
     def forward(ctx: Any, passage: Passage, trained: int, h_BLD: Tensor, *tensors: Tensor) -> Tensor:
         ctx.passage, ctx.trained = passage, tensors[len(tensors) - trained :]
         passage.context.differentiable = []  # inputs of this node; a second reference would keep their graph
-        streams, passage.notes, passage.kept = passage.stack.run(h_BLD, passage.context, keep=True)
-        notes = passage.notes
-        if notes.range:
-            notes.range.begin_copy()
-        ctx.save_for_backward(*streams, *notes.sides)
-        notes.sides = []
+        streams, passage.saved, passage.kept = passage.stack.run(h_BLD, passage.context, keep=True)
+        saved = passage.saved
+        if saved.range:
+            saved.range.begin_copy()
+        ctx.save_for_backward(*streams, *saved.sides)
+        saved.sides = []
         passage.streams = streams
         return h_BLD.new_empty(0)
 
@@ -86,20 +86,20 @@ class Reversal(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()  # kept only if the graph is retained
         streams, sides = saved[:2], saved[2:]
         if _retained(ctx):
-            streams = [stream.clone() for stream in streams]  # the walk restores in place
+            streams = [stream.clone() for stream in streams]  # the backward pass restores in place
         del saved
         passage: Passage = ctx.passage
         assert passage.gradients is not None
-        assert passage.notes is not None
-        walk = Walk(passage.stack, passage.notes, streams, passage.gradients, passage.kept)
-        passage.gradients = passage.kept = None  # a second walk, if the graph is retained, recomputes all
+        assert passage.saved is not None
+        backward_pass = BackwardPass(passage.stack, passage.saved, streams, passage.gradients, passage.kept)
+        passage.gradients = passage.kept = None  # a second one, if the graph is retained, recomputes all
         del streams
-        walk.run(sides)
+        backward_pass.run(sides)
         dh0_BLD = None
         if ctx.needs_input_grad[2]:
-            first, second = walk.gradients
+            first, second = backward_pass.gradients
             dh0_BLD = second if first is None else first if second is None else first.add_(second)
-        return (None, None, dh0_BLD, *walk.of_context, *walk.of_trained.of(ctx.trained))
+        return (None, None, dh0_BLD, *backward_pass.of_context, *backward_pass.of_trained.of(ctx.trained))
 
 
 def _retained(ctx: Any) -> bool:

@@ -1,8 +1,8 @@
-"""The two passes over a stack: forward on two streams, and the walk back that restores them in place.
+"""The two passes over a stack: forward on two streams, and the backward pass that restores them in place.
 
-One pair of passes serves all variants: a half replaces one of two streams, reading the other. Each half runs once
-forward and once backward. In backward, a tile is recomputed, restored where it stands and back-propagated before the
-next is touched; nothing stream-sized is kept that can be read from a stream again.
+One pair of passes serves all variants: a sublayer replaces one of two streams, reading the other. Each sublayer runs
+once forward and once backward. In backward, a tile is recomputed, restored where it stands and back-propagated before
+the next is touched; nothing stream-sized is kept that can be read from a stream again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.autograd.graph import get_gradient_edge
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.fork import Sink, gathered_in
 from meftbench.reversible.gradients import Sums
-from meftbench.reversible.halves import Half
-from meftbench.reversible.notes import Notes
-from meftbench.reversible.placed import Handover, Kept, PlacedHalf, Tile
+from meftbench.reversible.placed import Handover, Kept, PlacedSubLayer, Tile
 from meftbench.reversible.recompute import drew, modes_as, replayed_rng, rng_state, unhooked
+from meftbench.reversible.saved_state import SavedState
+from meftbench.reversible.sublayers import SubLayer
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
@@ -31,60 +31,62 @@ if TYPE_CHECKING:
 CACHED = 196_608  # elements
 
 
-def run_forward(stack: ReversibleStack, h_BLD: Tensor, notes: Notes, *, keep: bool) -> tuple[list[Tensor], Kept | None]:
-    """The last two streams [y1, y2] (B, L, D), contiguous; and the half whose graph is kept for the walk back.
+def run_forward(
+    stack: ReversibleStack, h_BLD: Tensor, saved: SavedState, *, keep: bool
+) -> tuple[list[Tensor], Kept | None]:
+    """The last two streams [y1, y2] (B, L, D), contiguous; and the sublayer whose graph is kept for the backward pass.
 
-    keep: a walk back will follow. Halves then run with gradients enabled, though no graph is kept: that decides which
-    kernels torch takes, and recomputation must take the same.
+    keep: a backward pass will follow. Halves then run with gradients enabled, though no graph is kept: that decides
+    which kernels torch takes, and recomputation must take the same.
     """
-    arithmetic = notes.arithmetic
-    watch = notes.range.input() if notes.range else None
+    arithmetic = saved.arithmetic
+    watch = saved.range.input() if saved.range else None
     streams = [arithmetic.lift(h_BLD, watch), arithmetic.lift(h_BLD)]
     kept = None
     with ExitStack() as entered:
-        entered.enter_context(notes.autocast.entered())
+        entered.enter_context(saved.autocast.entered())
         entered.enter_context(torch.set_grad_enabled(keep))
         if keep:
             entered.enter_context(unhooked())
         for index, block in enumerate(stack.blocks):
             if stack.swap and index:
                 streams.reverse()
-            _observe(notes, "forward", index, streams)
-            args, kwargs, roots = notes.context.fresh(index)
-            for replaced, (coupling, half) in enumerate(zip(notes.couplings, block.halves, strict=True)):  # type: ignore[arg-type]
+            _observe(saved, "forward", index, streams)
+            args, kwargs, roots = saved.context.fresh(index)
+            for replaced, (coupling, sublayer) in enumerate(zip(saved.couplings, block.sublayers, strict=True)):  # type: ignore[arg-type]
                 if stack.unread(index, replaced):
-                    notes.rng.append(None)
-                    notes.sides.append(None)
+                    saved.rng.append(None)
+                    saved.sides.append(None)
                     continue
-                before = rng_state(notes.device)
-                wanted = keep and notes.reads_wanted(index, replaced)
-                keeps = keep and notes.keeps(index, replaced)
+                before = rng_state(saved.device)
+                wanted = keep and saved.reads_wanted(index, replaced)
+                keeps = keep and saved.keeps(index, replaced)
                 handover = Handover()
                 with gathered_in(handover) if keeps else nullcontext():
-                    part = PlacedHalf(half, block, streams[1 - replaced], notes, wanted, args, kwargs)
+                    part = PlacedSubLayer(sublayer, block, streams[1 - replaced], saved, wanted, args, kwargs)
                 part.keeps = keeps
                 side = _advance(coupling, part, streams[replaced], index, replaced, keep)
                 if keeps:
-                    del part.other_BLD  # the walk has it: where streams are offloaded, not this one
+                    del part.other_BLD  # the backward pass has it: where streams are offloaded, not this one
                     kept = Kept(part, roots, handover)
-                notes.rng.append(before if drew(before, notes.device) else None)
-                notes.sides.append(side)
+                saved.rng.append(before if drew(before, saved.device) else None)
+                saved.sides.append(side)
                 del part, side
     return streams, kept
 
 
 def _advance(
-    coupling: Coupling, part: PlacedHalf, stream_BLD: Tensor, index: int, replaced: int, keep: bool
+    coupling: Coupling, part: PlacedSubLayer, stream_BLD: Tensor, index: int, replaced: int, keep: bool
 ) -> Tensor | None:
-    """Replace a stream by its half's result, tile by tile; the packed side information of all its tokens."""
-    notes, arithmetic = part.notes, coupling.arithmetic
-    watch = notes.range.of(index, replaced) if notes.range else None
+    """Replace a stream by its sublayer's result, tile by tile; the packed side information of all its tokens."""
+    saved, arithmetic = part.saved, coupling.arithmetic
+    watch = saved.range.of(index, replaced) if saved.range else None
     x_TD, other_TD = stream_BLD.flatten(0, 1), part.other_BLD.flatten(0, 1)
     sides = None
     width = arithmetic.side_bytes(x_TD.shape[-1], coupling.factor)
     if keep and width:
         sides = torch.empty(x_TD.shape[0], width, dtype=torch.uint8, device=x_TD.device)
-    for rows in notes.tiles:
+    for rows in saved.tiles:
         value_TD = part.tile(rows).value[0].detach()
         for piece, place in _bites(value_TD, rows):
             side = coupling.forward_(x_TD[place], other_TD[place], value_TD[piece], keep=keep, watch=watch)
@@ -105,66 +107,66 @@ def _bites(value_TD: Tensor, rows: slice) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(rows.start + start, rows.start + stop)
 
 
-class Walk:
+class BackwardPass:
     """One backward pass: two streams that are restored in place, their gradients, and what has been accumulated.
 
-    streams, gradients: [y1, y2] and theirs (None: zero), owned by the walk.  After `run`: those of the input.
+    streams, gradients: [y1, y2] and theirs (None: zero), owned by the backward pass.  After `run`: those of the input.
     """
 
     def __init__(
         self,
         stack: ReversibleStack,
-        notes: Notes,
+        saved: SavedState,
         streams: list[Tensor],
         gradients: list[Tensor | None],
         kept: Kept | None = None,
     ) -> None:
-        self.stack, self.notes, self.streams, self.gradients, self.kept = stack, notes, streams, gradients, kept
-        self.of_context: list[Tensor | None] = [None] * notes.context.roots
+        self.stack, self.saved, self.streams, self.gradients, self.kept = stack, saved, streams, gradients, kept
+        self.of_context: list[Tensor | None] = [None] * saved.context.roots
         self.of_normed: Tensor | None = None  # gradient (B, L, D) of what a core read through a pre-norm
         self.of_trained = Sums()
 
     def run(self, sides: list[Tensor | None]) -> None:
-        """Walk from the last block to the first. sides: consumed from the end. Raises StreamError."""
-        stack, notes = self.stack, self.notes
-        if notes.range and stack.range is None:  # a calibrated range was seen to in the forward pass
-            notes.range.check(stack.first_layer)  # what left the range cannot be restored
-        with modes_as(stack, notes.modes), notes.numerics.entered():
+        """BackwardPass from the last block to the first. sides: consumed from the end. Raises StreamError."""
+        stack, saved = self.stack, self.saved
+        if saved.range and stack.range is None:  # a calibrated range was seen to in the forward pass
+            saved.range.check(stack.first_layer)  # what left the range cannot be restored
+        with modes_as(stack, saved.modes), saved.numerics.entered():
             for index in reversed(range(len(stack.blocks))):
                 trained = [parameter for parameter in stack.blocks[index].parameters() if parameter.requires_grad]
                 for replaced in (1, 0):
                     side = sides.pop()
                     if not stack.unread(index, replaced):
-                        self._reverse_half(index, replaced, side, trained)
+                        self._reverse_sublayer(index, replaced, side, trained)
                     del side
-                _observe(notes, "backward", index, self.streams)
+                _observe(saved, "backward", index, self.streams)
                 if stack.swap and index:
                     self.streams.reverse()
                     self.gradients.reverse()
-        if notes.fingerprints:
-            notes.fingerprints.check(stack.first_layer)
+        if saved.fingerprints:
+            saved.fingerprints.check(stack.first_layer)
 
-    def _reverse_half(self, index: int, replaced: int, sides: Tensor | None, trained: list[nn.Parameter]) -> None:
-        """Recompute a half once: restore the stream it replaced, and back-propagate."""
-        half, coupling = self._half(index, replaced), self.notes.couplings[replaced]
+    def _reverse_sublayer(self, index: int, replaced: int, sides: Tensor | None, trained: list[nn.Parameter]) -> None:
+        """Recompute a sublayer once: restore the stream it replaced, and back-propagate."""
+        sublayer, coupling = self._sublayer(index, replaced), self.saved.couplings[replaced]
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
         dy_BLD = self.gradients[replaced]
         with self._as_in_forward(index, replaced):
             self.of_normed = None
-            sink = partial(self._add_to_gradient, 1 - replaced) if half.before is None else self._add_to_normed
+            sink = partial(self._add_to_gradient, 1 - replaced) if sublayer.before is None else self._add_to_normed
             part, context_roots = self._begun(index, replaced, sink)
             of_outputs: list[Tensor] = []  # gradients of the core's parts (B·L, E / parts)
-            if half.tokens is None and dy_BLD is not None:
+            if sublayer.tokens is None and dy_BLD is not None:
                 of_outputs = [dy_BLD.flatten(0, 1).to(part.outputs[0].dtype)]
             x_TD, other_TD = stream_BLD.flatten(0, 1), other_BLD.flatten(0, 1)
-            for rows in self.notes.tiles:
+            for rows in self.saved.tiles:
                 tile = part.tile(rows)
                 value_TD = tile.value[0].detach()
                 for piece, place in _bites(value_TD, rows):
                     side = None if sides is None else sides[place]
                     coupling.inverse_(x_TD[place], other_TD[place], value_TD[piece], side)
                 del value_TD
-                if dy_BLD is not None and half.tokens is not None:
+                if dy_BLD is not None and sublayer.tokens is not None:
                     of_core = self._back_through(tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, trained)
                     if of_core is not None:
                         part.gather(of_core, rows, of_outputs)
@@ -174,35 +176,36 @@ class Walk:
             return
         part.outputs.clear()  # their graphs hold them as long as they need them
         self._back_through_core(part, of_outputs, sink, context_roots, trained)
-        if half.before is not None:
+        if sublayer.before is not None:
             with self._as_in_forward(index, replaced):
                 self._back_through_norm(part, 1 - replaced, trained)
         other_gradient = self._gradient_of(1 - replaced) if coupling.centred else dy_BLD
         coupling.gradient_(dy_BLD, other_gradient)
 
-    def _half(self, index: int, replaced: int) -> Half:
-        return cast(Half, self.stack.blocks[index].halves[replaced])  # type: ignore[index]
+    def _sublayer(self, index: int, replaced: int) -> SubLayer:
+        return cast(SubLayer, self.stack.blocks[index].sublayers[replaced])  # type: ignore[index]
 
-    def _begun(self, index: int, replaced: int, sink: Sink) -> tuple[PlacedHalf, dict[int, Tensor]]:
-        """A half whose core has run, recomputed or kept from the forward pass; the context's leaves in its graph."""
-        notes = self.notes
-        if self.kept is not None and notes.keeps(index, replaced):
+    def _begun(self, index: int, replaced: int, sink: Sink) -> tuple[PlacedSubLayer, dict[int, Tensor]]:
+        """A sublayer whose core has run, recomputed or kept from the forward pass; the context's leaves in its
+        graph."""
+        saved = self.saved
+        if self.kept is not None and saved.keeps(index, replaced):
             kept, self.kept = self.kept, None
-            kept.handover.sink, kept.half.other_BLD = sink, self.streams[1 - replaced]
-            return kept.half, kept.roots
-        args, kwargs, roots = notes.context.fresh(index)
-        wanted, other_BLD = notes.reads_wanted(index, replaced), self.streams[1 - replaced]
-        half, block = self._half(index, replaced), self.stack.blocks[index]
+            kept.handover.sink, kept.sublayer.other_BLD = sink, self.streams[1 - replaced]
+            return kept.sublayer, kept.roots
+        args, kwargs, roots = saved.context.fresh(index)
+        wanted, other_BLD = saved.reads_wanted(index, replaced), self.streams[1 - replaced]
+        sublayer, block = self._sublayer(index, replaced), self.stack.blocks[index]
         with gathered_in(sink):
-            return PlacedHalf(half, block, other_BLD, notes, wanted, args, kwargs), roots
+            return PlacedSubLayer(sublayer, block, other_BLD, saved, wanted, args, kwargs), roots
 
     @contextmanager
     def _as_in_forward(self, index: int, replaced: int) -> Iterator[None]:
-        rng = self.notes.rng[2 * index + replaced]
+        rng = self.saved.rng[2 * index + replaced]
         with (
             torch.enable_grad(),  # also where no gradient is wanted: as in the forward pass
-            self.notes.autocast.entered(),
-            replayed_rng(rng, self.notes.device),
+            self.saved.autocast.entered(),
+            replayed_rng(rng, self.saved.device),
         ):
             yield
 
@@ -234,7 +237,7 @@ class Walk:
 
     def _back_through_core(
         self,
-        part: PlacedHalf,
+        part: PlacedSubLayer,
         of_outputs: list[Tensor],
         sink: Sink,
         context_roots: dict[int, Tensor],
@@ -243,7 +246,7 @@ class Walk:
         roots: list[Any] = [*([part.entry] if part.entry is not None else []), *context_roots.values(), *trained]
         if not of_outputs or not roots:
             return
-        shape = (*self.notes.shape[:-1], -1)
+        shape = (*self.saved.shape[:-1], -1)
         while part.edges:
             edge, gradient = part.edges.pop(0), of_outputs.pop(0)
             if edge is None:
@@ -259,15 +262,15 @@ class Walk:
                 self.of_context[place] = _sum(self.of_context[place], found.pop(0))
             self.of_trained.add(trained, found)
 
-    def _back_through_norm(self, part: PlacedHalf, other: int, trained: list[nn.Parameter]) -> None:
+    def _back_through_norm(self, part: PlacedSubLayer, other: int, trained: list[nn.Parameter]) -> None:
         """From the gradient of what the core read to that of the stream, a tile at a time."""
         dx_BLD, self.of_normed = self.of_normed, None
         if dx_BLD is None:
             return
-        assert part.half.before is not None
-        for rows in self.notes.tiles:
+        assert part.sublayer.before is not None
+        for rows in self.saved.tiles:
             read_1TD = part.read_tile(rows).requires_grad_(part.wanted)
-            value_1TD = part.half.before(part.block, read_1TD)
+            value_1TD = part.sublayer.before(part.block, read_1TD)
             edge, gradient_1TD = get_gradient_edge(value_1TD), dx_BLD.flatten(0, 1)[rows][None].to(value_1TD.dtype)
             del value_1TD
             roots = [*([read_1TD] if part.wanted else []), *trained]
@@ -281,7 +284,7 @@ class Walk:
         gradient = self.gradients[stream]
         if gradient is None:
             gradient = self.gradients[stream] = torch.zeros(
-                self.notes.shape, dtype=self.notes.dtype, device=self.notes.device
+                self.saved.shape, dtype=self.saved.dtype, device=self.saved.device
             )
         return gradient
 
@@ -293,8 +296,8 @@ class Walk:
         self.of_normed = term_BLD.clone() if self.of_normed is None else self.of_normed.add_(term_BLD)
 
 
-def _observe(notes: Notes, direction: str, index: int, streams: list[Tensor]) -> None:
-    for observer in notes.observers:
+def _observe(saved: SavedState, direction: str, index: int, streams: list[Tensor]) -> None:
+    for observer in saved.observers:
         observer(direction, index, streams)
 
 

@@ -1,6 +1,6 @@
-"""A half of a block at its place: run for its value, with or without the graph that backward goes through.
+"""A sublayer of a block at its place: run for its value, with or without the graph that backward goes through.
 
-Shape suffixes as in halves.py.
+Shape suffixes as in sublayers.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meftbench.reversible.fork import Sink
-from meftbench.reversible.halves import Half, joined
-from meftbench.reversible.notes import Notes
+from meftbench.reversible.saved_state import SavedState
+from meftbench.reversible.sublayers import SubLayer, joined
 
 
 @dataclass
 class Tile:
-    """A half's value (1, T, D) for a tile, and the leaves its graph begins at."""
+    """A sublayer's value (1, T, D) for a tile, and the leaves its graph begins at."""
 
     value: Tensor
     core: Tensor | None
@@ -27,7 +27,8 @@ class Tile:
 
 
 class Handover:
-    """A sink for gradients of a graph that is built before it is known where they belong: in forward, for the walk."""
+    """A sink for gradients of a graph that is built before it is known where they belong: in forward, for the
+    backward pass."""
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
@@ -39,18 +40,18 @@ class Handover:
 
 @dataclass
 class Kept:
-    """The half that the walk back begins with, its graph as forward built it (`ReversibleStack.keep_last`).
+    """The sublayer that the backward pass begins with, its graph as forward built it (`ReversibleStack.keep_last`).
 
     roots: the context's leaves in the graph.  handover: where its forked modules hand their gradients.
     """
 
-    half: PlacedHalf
+    sublayer: PlacedSubLayer
     roots: dict[int, Tensor]
     handover: Handover
 
 
-class PlacedHalf:
-    """A half at one place: its core run at once, its token-wise work tile by tile.
+class PlacedSubLayer:
+    """A sublayer at one place: its core run at once, its token-wise work tile by tile.
 
     The cores' graphs end in `entry`, which stands for the stream read in floating point without holding it.
     keeps: the graph of the only tile is kept from the first asking to the second.
@@ -58,46 +59,49 @@ class PlacedHalf:
 
     def __init__(
         self,
-        half: Half,
+        sublayer: SubLayer,
         block: nn.Module,
         other_BLD: Tensor,
-        notes: Notes,
+        saved: SavedState,
         wanted: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        self.half, self.block, self.other_BLD, self.notes, self.wanted = half, block, other_BLD, notes, wanted
-        self.arithmetic = notes.arithmetic
+        self.sublayer, self.block, self.other_BLD, self.saved, self.wanted = sublayer, block, other_BLD, saved, wanted
+        self.arithmetic = saved.arithmetic
         self.keeps = False
         self._kept: Tile | None = None
         self.entry: GradientEdge | None = None
         self.outputs: list[Tensor] = []  # (B·L, E / parts)
         self.edges: list[GradientEdge | None] = []
-        parts = half.parts(notes.parts)
+        parts = sublayer.parts(saved.parts)
         if not parts:
             return
-        assert half.core is not None
+        assert sublayer.core is not None
         read_BLD = self._entered(self._read_by_core())
         for part in range(parts):
-            output_BLE = half.core(block, read_BLD, part, parts, *args, **kwargs)
+            output_BLE = sublayer.core(block, read_BLD, part, parts, *args, **kwargs)
             self.edges.append(get_gradient_edge(output_BLE) if output_BLE.requires_grad else None)
             self.outputs.append(output_BLE.detach().flatten(0, 1))
             del output_BLE
 
     def _read_by_core(self) -> Tensor:
-        if self.half.before is None:
-            return self.arithmetic.read(self.other_BLD, self.notes.dtype)
+        if self.sublayer.before is None:
+            return self.arithmetic.read(self.other_BLD, self.saved.dtype)
         with torch.no_grad():
-            tiles = [self.half.before(self.block, self.read_tile(rows)) for rows in self.notes.tiles]
+            tiles = [self.sublayer.before(self.block, self.read_tile(rows)) for rows in self.saved.tiles]
             return (tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)).view(self.other_BLD.shape)
 
     def _prepared_by_trained(self) -> bool:
         """Whether `before` uses a tensor that is trained: it needs a gradient though the stream needs none."""
-        return self.half.before is not None and self.half.before(self.block, self.read_tile(slice(0, 1))).requires_grad
+        return (
+            self.sublayer.before is not None
+            and self.sublayer.before(self.block, self.read_tile(slice(0, 1))).requires_grad
+        )
 
     def read_tile(self, rows: slice) -> Tensor:
-        """The stream that this half reads, in floating point: (1, T, D)."""
-        return self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.notes.dtype).detach()
+        """The stream that this sublayer reads, in floating point: (1, T, D)."""
+        return self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.saved.dtype).detach()
 
     def _entered(self, read_BLD: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and (self.wanted or self._prepared_by_trained())):
@@ -108,7 +112,7 @@ class PlacedHalf:
         return read_BLD
 
     def tile(self, rows: slice) -> Tile:
-        """The half's value for the tokens `rows`; tiles must be asked for in order, for the random numbers."""
+        """The sublayer's value for the tokens `rows`; tiles must be asked for in order, for the random numbers."""
         tile, self._kept = self._kept or self._computed(rows), None
         if self.keeps:
             self.keeps, self._kept = False, tile
@@ -116,19 +120,19 @@ class PlacedHalf:
 
     def _computed(self, rows: slice) -> Tile:
         core_1TE = joined(self.outputs, rows)
-        if self.half.tokens is None:
+        if self.sublayer.tokens is None:
             assert core_1TE is not None
             return Tile(core_1TE, None, None)
         grad = torch.is_grad_enabled()
         if core_1TE is not None:
             core_1TE = core_1TE.detach().requires_grad_(grad and any(edge is not None for edge in self.edges))
         read_1TD = self.read_tile(rows).requires_grad_(grad and self.wanted)
-        return Tile(self.half.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
+        return Tile(self.sublayer.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
 
     def gather(self, of_core_TE: Tensor, rows: slice, of_outputs: list[Tensor]) -> None:
         """Put the gradient of the core's output for one tile where those of whole parts are gathered."""
         pieces = of_core_TE.tensor_split(len(self.outputs), -1)
-        if len(self.notes.tiles) == 1:
+        if len(self.saved.tiles) == 1:
             of_outputs.extend(pieces)
             return
         if not of_outputs:
@@ -138,7 +142,7 @@ class PlacedHalf:
 
 
 class _Entry(torch.autograd.Function):
-    """Where the graph of a half's core begins. A leaf would be held by its graph; this node holds nothing."""
+    """Where the graph of a sublayer's core begins. A leaf would be held by its graph; this node holds nothing."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, read_BLD: Tensor) -> Tensor:

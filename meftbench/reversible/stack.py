@@ -19,11 +19,11 @@ from meftbench.reversible.arithmetic import Arithmetic, FixedPoint, Float
 from meftbench.reversible.calibration import CalibratedRange, Largest, computed
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.function import Finish, Passage, Reversal
-from meftbench.reversible.halves import Half, tiles_of
-from meftbench.reversible.notes import Context, Notes, Observer
 from meftbench.reversible.passes import run_forward
 from meftbench.reversible.placed import Kept
 from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
+from meftbench.reversible.saved_state import Context, Observer, SavedState
+from meftbench.reversible.sublayers import SubLayer, tiles_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside h
 
@@ -32,21 +32,21 @@ class Block(nn.Module):
     """One reversible block: the modules it owns, and its two functions F and G.
 
     parts: submodules by name; each is registered once, here.
-    f, g: a Half, or a plain function called as f(block, h_BLD, *args, **kwargs) with what the model passes its layers
-        beside h; they find their modules through `block`, so that a copied block uses its own.
+    f, g: a SubLayer, or a plain function called as f(block, h_BLD, *args, **kwargs) with what the model passes its
+        layers beside h; they find their modules through `block`, so that a copied block uses its own.
     """
 
     def __init__(
-        self, parts: Mapping[str, nn.Module], f: Callable[..., Tensor] | Half, g: Callable[..., Tensor] | Half
+        self, parts: Mapping[str, nn.Module], f: Callable[..., Tensor] | SubLayer, g: Callable[..., Tensor] | SubLayer
     ) -> None:
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
-        self.halves = (Half.of(f), Half.of(g))
+        self.sublayers = (SubLayer.of(f), SubLayer.of(g))
 
 
 class Relay(nn.Module):
-    """Stands where a layer stood whose stack stands where the last one did: hands h on and notes for the stack what
+    """Stands where a layer stood whose stack stands where the last one did: hands h on and saved for the stack what
     this layer was called with, for models that call their layers with different masks or positions."""
 
     def __init__(self, index: int, stack: ReversibleStack) -> None:
@@ -69,30 +69,30 @@ class ReversibleStack(nn.Module):
 
     where `first` and `second` are couplings (coupling.py): λ·x1 + F(x2) and β·x2 + G(y1) as published. The result is
     the mean of the last two streams, or the one that `carrier` names. Called as a layer is:
-    stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the halves' cores;
-    where layers are called with different ones, a `Relay` stands in the place of each block but the last.
+    stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the sublayers'
+    cores; where layers are called with different ones, a `Relay` stands in the place of each block but the last.
 
     How the streams are held between blocks is the couplings' arithmetic (arithmetic.py): `Float` in h's dtype, as
-    published, or `FixedPoint` as integers, whose reversal is exact in every precision that the halves compute in.
+    published, or `FixedPoint` as integers, whose reversal is exact in every precision that the sublayers compute in.
 
     calibrated: the fixed-point steps are taken from the model: one a channel, from what the first forward pass holds
         (calibration.py). A later pass that leaves the range is run again with a wider one, from the same random
         numbers; `range.widenings` counts those.
     carrier: 0 or 1: which stream carries the output of the last pre-trained layer; returned if output is "last".
     tiles: token-wise work runs on that many tiles of the B·L tokens, in forward and backward; "auto": see `tiles_of`.
-    parts: a half's core runs in that many parts, such as groups of heads; in one where there are fewer than
+    parts: a sublayer's core runs in that many parts, such as groups of heads; in one where there are fewer than
         `parts_from` tiles.
     activations: what backward uses.
         "reverse": each block's inputs are recomputed from its outputs; only the last two streams, what the
             arithmetic puts aside, and RNG states are kept.
-        "cache": ordinary autograd through the same equations.
+        "cache": reference autograd through the same equations.
         "checkpoint": the same, each block under non-reentrant checkpointing.
     strict: with "reverse", verify at the lowest, the middle and the top block that the inputs are restored bit for
         bit; raises StreamError at the end of backward otherwise. Costs sums over their streams.
     keep_last: what comes after the stack holds less than a block's graph (no vocabulary-sized logits, no layers), and
-        is done before the walk back begins: the graph of the half that the walk begins with, which forward builds
-        anyway, is then kept instead of being recomputed, where there is one tile. The peak is where the walk holds
-        that graph, so it costs none of it.
+        is done before the backward pass begins: the graph of the sublayer that the backward pass begins with, which
+        forward builds anyway, is then kept instead of being recomputed, where there is one tile. The peak is where the
+        backward pass holds that graph, so it costs none of it.
     first_layer: number of the first block in error messages.
     observer: called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its inputs
         are restored, as the arithmetic holds them; for probes. The streams are overwritten after the call.
@@ -157,7 +157,7 @@ class ReversibleStack(nn.Module):
     def arithmetic(self) -> Arithmetic:
         return self.couplings[0].arithmetic
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled in the forward pass, halves would be recomputed by other kernels
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled in the forward pass, sublayers would be recomputed by other kernels
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if getattr(self, "_is_replica", False):  # torch's mark on the copies of DataParallel, whose buffers are lost
             raise UserError("ReversibleStack", "is copied by DataParallel", "use DistributedDataParallel")
@@ -173,7 +173,7 @@ class ReversibleStack(nn.Module):
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             return self._unkept(h_BLD, context)
         if self.activations != "reverse":
-            return self._ordinary(h_BLD, calls)
+            return self._reference(h_BLD, calls)
         passage = Passage(self, context)
         token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
@@ -184,12 +184,12 @@ class ReversibleStack(nn.Module):
         return self.parts if tiles >= self.parts_from else 1
 
     def unread(self, index: int, replaced: int) -> bool:
-        """Whether what half `replaced` of block `index` would write is read by nobody: it is not run."""
+        """Whether what sublayer `replaced` of block `index` would write is read by nobody: it is not run."""
         return self.output == "last" and index == len(self.blocks) - 1 and replaced > self.carrier
 
     def keeps_graph(self, tiles: int) -> bool:
-        """Whether the walk back finds its first graph built (`keep_last`)."""
-        # Floating-point streams are read without a copy: the graph would hold what the walk overwrites.
+        """Whether the backward pass finds its first graph built (`keep_last`)."""
+        # Floating-point streams are read without a copy: the graph would hold what the backward pass overwrites.
         return self.keep_last and tiles == 1 and self.output == "last" and self.arithmetic.exact
 
     def finish(self, streams: list[Tensor], dtype: torch.dtype, arithmetic: Arithmetic) -> Tensor:
@@ -197,24 +197,24 @@ class ReversibleStack(nn.Module):
         read = arithmetic.read
         if self.output == "last":
             carried_BLD = read(streams[self.carrier], dtype)
-            # A stream of that dtype is read without a copy, and the walk back would overwrite the output.
+            # A stream of that dtype is read without a copy, and the backward pass would overwrite the output.
             return carried_BLD.clone() if streams[self.carrier].dtype == dtype else carried_BLD
         return (read(streams[0], dtype) + read(streams[1], dtype)).div_(2)
 
     def gradients_of_streams(self, dh_BLD: Tensor) -> list[Tensor | None]:
         """Gradients of [y1, y2] from that of `finish`, buffers of their own; None: zero."""
         if self.output == "mean":
-            half = (dh_BLD / 2).contiguous()
-            return [half, half.clone()]
+            sublayer = (dh_BLD / 2).contiguous()
+            return [sublayer, sublayer.clone()]
         gradients: list[Tensor | None] = [None, None]
         gradients[self.carrier] = dh_BLD.clone(memory_format=torch.contiguous_format)
         return gradients
 
-    def run(self, h_BLD: Tensor, context: Context, *, keep: bool) -> tuple[list[Tensor], Notes, Kept | None]:
+    def run(self, h_BLD: Tensor, context: Context, *, keep: bool) -> tuple[list[Tensor], SavedState, Kept | None]:
         """The last two streams, what the pass noted, and the graph it kept; again with a wider range as long as a
         stream leaves it.
 
-        keep: a walk back will follow.
+        keep: a backward pass will follow.
         """
         couplings = self.couplings
         if self.range is not None and self.range.steps is not None and context.filled:
@@ -222,11 +222,11 @@ class ReversibleStack(nn.Module):
             couplings = _with_arithmetic(couplings, replace(self._fixed, step_bits=self.range.steps, wide=True))
         before = rng_state(h_BLD.device)
         while True:
-            notes = Notes.of(self, h_BLD, context, couplings, self.observer, self.strict and keep)
-            streams, kept = run_forward(self, h_BLD, notes, keep=keep)
-            if self.range is None or context.filled or notes.range is None or not notes.range.left():
-                return streams, notes, kept
-            del streams, notes, kept
+            saved = SavedState.of(self, h_BLD, context, couplings, self.observer, self.strict and keep)
+            streams, kept = run_forward(self, h_BLD, saved, keep=keep)
+            if self.range is None or context.filled or saved.range is None or not saved.range.left():
+                return streams, saved, kept
+            del streams, saved, kept
             with replayed_rng(before, h_BLD.device):
                 largest_ND = self._largest(h_BLD, context)
             self.range.widen(largest_ND, self._limit(), self.first_layer)
@@ -254,19 +254,19 @@ class ReversibleStack(nn.Module):
         with torch.no_grad():
             largest = Largest()
             held_BLD = h_BLD.float() if h_BLD.dtype.itemsize < 4 else h_BLD
-            notes = Notes.of(self, h_BLD, context, _with_arithmetic(self._couplings, Float()), largest)
-            largest.add(run_forward(self, held_BLD, notes, keep=False)[0])
+            saved = SavedState.of(self, h_BLD, context, _with_arithmetic(self._couplings, Float()), largest)
+            largest.add(run_forward(self, held_BLD, saved, keep=False)[0])
             return largest.table()
 
     def _unkept(self, h_BLD: Tensor, context: Context) -> Tensor:
         with torch.no_grad():
-            streams, notes, _ = self.run(h_BLD, context, keep=False)
-            if notes.range:
-                notes.range.check(self.first_layer)
-            return self.finish(streams, h_BLD.dtype, notes.arithmetic)
+            streams, saved, _ = self.run(h_BLD, context, keep=False)
+            if saved.range:
+                saved.range.check(self.first_layer)
+            return self.finish(streams, h_BLD.dtype, saved.arithmetic)
 
-    def _ordinary(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:
-        numbers, dtype = self.arithmetic.ordinary, h_BLD.dtype
+    def _reference(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:
+        numbers, dtype = self.arithmetic.reference, h_BLD.dtype
         streams = [numbers.lifted(h_BLD)] * 2
         for index in range(len(self.blocks)):
             if self.swap and index:
@@ -292,17 +292,17 @@ class ReversibleStack(nn.Module):
         kwargs: dict[str, Any],
     ) -> list[Tensor]:
         block = self.blocks[index]
-        f, g = block.halves  # type: ignore[misc]
+        f, g = block.sublayers  # type: ignore[misc]
         first, second = self.couplings
-        read = self.arithmetic.ordinary.read
+        read = self.arithmetic.reference.read
         tiles = tiles_of(x1_BLD.shape[:-1].numel(), self.tiles, x1_BLD.shape[-1], x1_BLD.device)
         parts = self.parts_of(len(tiles))
-        f_BLD = f.ordinary(block, read(x2_BLD, dtype), tiles, parts, args, kwargs)
-        y1_BLD = first.ordinary(x1_BLD, x2_BLD, f_BLD)
+        f_BLD = f.reference(block, read(x2_BLD, dtype), tiles, parts, args, kwargs)
+        y1_BLD = first.reference(x1_BLD, x2_BLD, f_BLD)
         if self.unread(index, 1):
             return [y1_BLD, x2_BLD]
-        g_BLD = g.ordinary(block, read(y1_BLD, dtype), tiles, parts, args, kwargs)
-        y2_BLD = second.ordinary(x2_BLD, y1_BLD, g_BLD)
+        g_BLD = g.reference(block, read(y1_BLD, dtype), tiles, parts, args, kwargs)
+        y2_BLD = second.reference(x2_BLD, y1_BLD, g_BLD)
         return [y1_BLD, y2_BLD]
 
 

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from meftbench.reversible.gradients import Sums
-from meftbench.reversible.halves import tiles_of
 from meftbench.reversible.recompute import AutocastState, Numerics, drew, replayed_rng, rng_state
+from meftbench.reversible.sublayers import tiles_of
 
 Function = Callable[[Tensor], Tensor]  # (1, T, D) -> (1, T, D), each token alone
 

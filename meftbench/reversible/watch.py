@@ -20,10 +20,10 @@ class StreamError(UserError, ArithmeticError):
 
 
 class Range:
-    """The largest |x| that each half wrote, in steps.
+    """The largest |x| that each sublayer wrote, in steps.
 
     limit: in steps; a stream must stay below it.  unit: a step, the same for all channels or (D,).
-    One more place than halves is for the stack's input.
+    One more place than sublayers is for the stack's input.
     """
 
     def __init__(self, blocks: int, limit: float, unit: float | Tensor, device: torch.device) -> None:
@@ -36,9 +36,9 @@ class Range:
         """Where the stack's input is noted."""
         return self._levels[-1]
 
-    def of(self, index: int, half: int) -> Tensor:
-        """Where what a half writes is noted."""
-        return self._levels[2 * index + half]
+    def of(self, index: int, sublayer: int) -> Tensor:
+        """Where what a sublayer writes is noted."""
+        return self._levels[2 * index + sublayer]
 
     def begin_copy(self) -> None:
         """Send the findings to the host without waiting for them."""
@@ -55,7 +55,7 @@ class Range:
         return any(not level < self._limit for level in self._found())
 
     def check(self, first_layer: int) -> None:
-        """Raises StreamError at the first half that left the range. Waits for the forward pass, once."""
+        """Raises StreamError at the first sublayer that left the range. Waits for the forward pass, once."""
         levels = self._found()
         if not levels:
             return

@@ -104,7 +104,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     def train_or_resume(self) -> None:
         """Train to the end, from the last whole checkpoint where there is one. Raises UserError: the disk is full."""
         found = last_checkpoint(Path(self.args.output_dir))
-        with self.applied.ordinary() if self.cell.training.ordinary else nullcontext():  # type: ignore[union-attr]
+        with self.applied.reference_autograd() if self.cell.training.ordinary else nullcontext():  # type: ignore[union-attr]
             self.train(resume_from_checkpoint=None if found is None else str(found))
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

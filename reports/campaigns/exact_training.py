@@ -244,7 +244,7 @@ class Arm:
         inputs = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()
         }
-        with self.applied.ordinary() if activations == "ordinary" else nullcontext():
+        with self.applied.reference_autograd() if activations == "ordinary" else nullcontext():
             loss = self.applied.model(**inputs).loss
             loss.backward()
         return float(loss.detach())
@@ -278,7 +278,7 @@ def train(case: Case, method: str, task: Task, *, gradient_every: int, seed: int
     weights_distance: of the adapters after the update from those of the ordinary fp32 arm, relative to how far that
         arm has come from the start. Adam divides small gradients by their own size, so what is rounding in them need
         not be small here.
-    gradient_distance: reversed from ordinary autograd, relative, the worst adapter tensor, at the reversed arm's
+    gradient_distance: reversed from reference autograd, relative, the worst adapter tensor, at the reversed arm's
         weights, random numbers and batch; every `gradient_every` steps.
     same_weights_loss_difference: of the losses of these two.
     """
@@ -311,7 +311,7 @@ def train(case: Case, method: str, task: Task, *, gradient_every: int, seed: int
 
 
 def _held_against_ordinary(arm: Arm, batch: dict[str, Tensor], step: int) -> dict[str, float]:
-    """Loss and gradients of the reversed arm against ordinary autograd at the same weights; nothing is updated."""
+    """Loss and gradients of the reversed arm against reference autograd at the same weights; nothing is updated."""
     found = []
     for activations in ("reversed", "ordinary"):
         loss = arm.loss_and_gradients(batch, step, activations)
@@ -392,7 +392,7 @@ def summary(table: pd.DataFrame, task: Task, options: argparse.Namespace) -> str
         "- difference: |loss - loss of the ordinary fp32 run|, the largest over all steps; relative: to that loss.",
         "- adapters: how far the adapters are from those of the ordinary fp32 run after the last step, relative to how "
         "far that run has moved them.",
-        "- gradients: relative distance of reversed gradients from those of ordinary autograd at the same weights, "
+        "- gradients: relative distance of reversed gradients from those of reference autograd at the same weights, "
         "batch and random numbers; the worst adapter tensor, smallest to largest over "
         f"{found.loc[found['gradient_distance'].notna(), 'step'].nunique()} steps.",
         "",
@@ -498,7 +498,7 @@ def write_figure(table: pd.DataFrame, task: Task, folder: Path) -> None:
         ax.set_xlabel("step")
     handles = _legend(list(dict.fromkeys(table["method"])))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    title = f"MEFT trained reversed and under ordinary autograd: {task.name}, fp32, measured"
+    title = f"MEFT trained reversed and under reference autograd: {task.name}, fp32, measured"
     figure.suptitle(title)
     Picture("exact-training", title, title, figure).write(folder)
 
@@ -509,7 +509,7 @@ def _legend(methods: list[str]) -> list[Line2D]:
 
     return [
         *(Line2D([], [], color=COLOUR[name], marker=MARKER[name], linestyle="none", label=name) for name in methods),
-        Line2D([], [], color="#555555", linewidth=4, alpha=0.4, label="loss, ordinary autograd"),
+        Line2D([], [], color="#555555", linewidth=4, alpha=0.4, label="loss, reference autograd"),
         Line2D([], [], color="#555555", linestyle="--", linewidth=1.3, label="loss, reversed"),
         Line2D([], [], color="#555555", marker="o", markersize=4, linewidth=1.2, label="distance, reversed"),
         Line2D([], [], color="#555555", linestyle=":", linewidth=1.4, label="distance, ordinary in float64"),

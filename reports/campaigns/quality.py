@@ -101,7 +101,7 @@ def reversal(run: Run) -> str:
             lines.append(_compared(reversed_, ordinary))
     head = ("method", "task", "steps", "largest difference of a loss", "relative", "last losses", "scores")
     said = (
-        "Trainings with exact reversal and with the same equations under ordinary autograd, same seed. Measured. "
+        "Trainings with exact reversal and with the same equations under reference autograd, same seed. Measured. "
         "difference: |loss - loss without reversal| of a step; relative: to the loss without reversal, at that step."
     )
     return f"{said}\n\n{markdown_table(head, lines)}\n"

@@ -37,7 +37,7 @@ def a_batch():
 
 @pytest.mark.parametrize("model_type", ["olmo", "stablelm", "starcoder2", "granite", "biogpt"])
 def test_what_splits_as_known_layers_do_is_taken(model_type):
-    """λ→0 and no adapters give the model's own logits; exact reversal gives the gradients of ordinary autograd."""
+    """λ→0 and no adapters give the model's own logits; exact reversal gives the gradients of reference autograd."""
     model = a_stranger(model_type)
     batch = a_batch()
     model.eval()
@@ -45,7 +45,7 @@ def test_what_splits_as_known_layers_do_is_taken(model_type):
     model.train()
     applied = prepare(model, "meft1-exact", {"tiles": 3}, seed=1)
     loss, found = gradients(model, batch)
-    with applied.ordinary():
+    with applied.reference_autograd():
         expected_loss, expected_gradients = gradients(model, batch)
 
     assert torch.equal(loss, expected_loss)
@@ -66,7 +66,7 @@ def test_one_that_is_built_as_bert_is():
     batch = a_batch() | {"labels": torch.tensor([0, 1])}
     del batch["use_cache"]
     found = gradients(model, batch)[1]
-    with applied.ordinary():
+    with applied.reference_autograd():
         assert worst_relative_error(found, gradients(model, batch)[1]) <= 1e-12
 
 

@@ -144,7 +144,7 @@ def test_ordinary_switches_it_off():
     """What gradients are checked against is transformers' own loss, logits and all."""
     applied = prepare(a_predictor(), "lora+chunked_loss")
     batch = a_batch_for(applied.model)
-    with applied.ordinary():
+    with applied.reference_autograd():
         assert applied.model(**batch).logits is not None
     assert applied.model(**batch).logits is None
 

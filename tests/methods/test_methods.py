@@ -1,4 +1,4 @@
-"""Every method trains what it says, with the gradients of ordinary autograd."""
+"""Every method trains what it says, with the gradients of reference autograd."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ VARIANTS = [
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("method", MEFTS)
 def test_meft_gradients_are_those_of_ordinary_autograd(method, dropout, backbone):
-    """fp64, 4 layers, padding: 1e-8 relative against ordinary autograd through the same equations."""
+    """fp64, 4 layers, padding: 1e-8 relative against reference autograd through the same equations."""
     applied = prepare(a_model(LAYERS, backbone=backbone, dropout=dropout), method, seed=1)
 
     loss, found = gradients(applied.model, a_batch())
-    with applied.ordinary():
+    with applied.reference_autograd():
         assert "cache" == applied.stacks[0].activations
         expected_loss, expected = gradients(applied.model, a_batch())
 
@@ -119,7 +119,7 @@ def test_meft_gradients_with_every_setting(method, settings):
     applied = prepare(a_model(LAYERS), method, settings, seed=1)
 
     _, found = gradients(applied.model, a_batch())
-    with applied.ordinary():
+    with applied.reference_autograd():
         _, expected = gradients(applied.model, a_batch())
 
     assert worst_relative_error(found, expected) <= 1e-8
@@ -139,7 +139,7 @@ def test_levers_change_no_gradient(method, levers):
 
     with applied.around_forward():
         loss, found = gradients(applied.model, a_batch())
-    with applied.ordinary():
+    with applied.reference_autograd():
         expected_loss, expected = gradients(applied.model, a_batch())
 
     assert torch.equal(expected_loss, loss)
@@ -176,11 +176,12 @@ def test_a_small_factor_and_the_last_stream_give_the_pre_trained_model(method):
 
 
 def test_bf16_autocast_trains_every_adapter():
-    """Under bf16 autocast gradients agree with ordinary autograd's to bf16's own rounding (β=λ=1: no amplification)."""
+    """Under bf16 autocast gradients agree with reference autograd's to bf16's own rounding (β=λ=1: no
+    amplification)."""
     applied = prepare(a_model(dtype=torch.float32), "meft1", {"lambda": 1.0}, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, found = gradients(applied.model, a_batch())
-    with applied.ordinary(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with applied.reference_autograd(), torch.autocast("cpu", dtype=torch.bfloat16):
         _, expected = gradients(applied.model, a_batch())
 
     assert worst_relative_error(found, expected) <= 0.05

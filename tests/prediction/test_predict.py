@@ -127,7 +127,7 @@ def test_what_flash_backward_works_in():
 
 def test_auto_tiles_are_those_of_the_device():
     """65,536 tokens of width 768 on 108 multiprocessors: tiles of max(4096, 4·108·128²/(4·768) = 2304) tokens."""
-    from meftbench.reversible.halves import tiles_of
+    from meftbench.reversible.sublayers import tiles_of
 
     with cuda_semantics(A100):
         assert 16 == len(tiles_of(65536, "auto", 768, torch.device("cpu")))

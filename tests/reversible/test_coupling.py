@@ -63,11 +63,11 @@ def test_the_ordinary_form_has_the_very_same_values(m, step_bits, centred, dtype
     generator = torch.Generator().manual_seed(seed)
     h1, h2, value = (torch.randn(1, 3, 5, generator=generator).to(dtype) * 3 for _ in range(3))
     coupling = Coupling(FixedPoint(step_bits), 2.0**-m, centred)
-    numbers, arithmetic = coupling.arithmetic.ordinary, coupling.arithmetic
+    numbers, arithmetic = coupling.arithmetic.reference, coupling.arithmetic
     x, other = arithmetic.lift(h1), arithmetic.lift(h2)
 
     coupling.forward_(x[0], other[0], value[0])
-    expected = coupling.ordinary(numbers.lifted(h1), numbers.lifted(h2), value)
+    expected = coupling.reference(numbers.lifted(h1), numbers.lifted(h2), value)
 
     assert torch.equal(expected, x.double() * arithmetic.unit(x.device))
     assert torch.equal(numbers.read(expected, dtype), arithmetic.read(x, dtype))
@@ -77,9 +77,9 @@ def test_the_ordinary_form_has_the_very_same_values(m, step_bits, centred, dtype
 def test_the_derivatives_are_those_of_the_equation(factor, centred, exact):
     """gradient_ equals what autograd finds for y = factor * (x - c) + value; rounding passes it straight through."""
     coupling = Coupling(FixedPoint() if exact else Float(), factor, centred)
-    numbers = coupling.arithmetic.ordinary
+    numbers = coupling.arithmetic.reference
     h, other = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    y = coupling.ordinary(numbers.lifted(h), numbers.lifted(other), torch.zeros(2, 3, 5, dtype=torch.float64))
+    y = coupling.reference(numbers.lifted(h), numbers.lifted(other), torch.zeros(2, 3, 5, dtype=torch.float64))
     dy = torch.randn_like(y)
     expected_x, expected_other = torch.autograd.grad(y, [h, other], dy, allow_unused=True)
 

@@ -16,7 +16,7 @@ from meftbench.errors import UserError
 from meftbench.methods import prepare
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.probes.counted_metrics import count_memory
-from meftbench.reversible import Block, Coupling, FixedPoint, Half, ReversibleStack, StreamError
+from meftbench.reversible import Block, Coupling, FixedPoint, ReversibleStack, StreamError, SubLayer
 from tests.models import EXACTS as EXACT
 from tests.models import a_batch, a_batch_for, a_model, a_step, gradients, worst_relative_error
 
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_straight_through_autograd(method, settings):
     applied = prepare(a_model(12, torch.float32), method, settings, seed=1)
 
     loss, found = gradients(applied.model, a_batch())
-    with applied.ordinary():
+    with applied.reference_autograd():
         expected_loss, expected = gradients(applied.model, a_batch())
 
     assert torch.equal(expected_loss, loss)
@@ -103,7 +103,7 @@ def test_published_arithmetic_fails_where_exact_does_not():
     for method in ("meft3", "meft3-exact"):
         applied = prepare(a_model(24, torch.float32), method, seed=1)
         _, found = gradients(applied.model, a_batch())
-        with applied.ordinary():
+        with applied.reference_autograd():
             _, expected = gradients(applied.model, a_batch())
         errors[method] = worst_relative_error(found, expected)
 
@@ -191,7 +191,7 @@ def test_the_output_is_not_overwritten_by_the_walk_back():
 
 
 def a_stack(scale=1.0, layers=4, drift=False, strict=True, **kwargs):
-    """Linear halves; `drift`: the second block computes something else when it runs again."""
+    """Linear sublayers; `drift`: the second block computes something else when it runs again."""
     calls = []
 
     def f(block, h):
@@ -242,7 +242,7 @@ def test_the_cure_cures():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_reported_not_reversed(value):
-    """NaN and infinity in the input, or out of a half."""
+    """NaN and infinity in the input, or out of a sublayer."""
     word = "NaN" if value != value else "infinity"
     h = torch.ones(1, 2, 8)
     h[0, 1, 3] = value
@@ -316,7 +316,7 @@ def test_a_half_is_taken_in_parts_and_tiles():
 def test_a_half_needs_something_to_compute():
     """Neither core nor tokens is a mistake of the caller."""
     with pytest.raises(ValueError, match="a core, tokens, or both"):
-        Half(None, None)
+        SubLayer(None, None)
 
 
 def without_kept_graph(applied):

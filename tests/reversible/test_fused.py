@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from meftbench.reversible import Block, Coupling, FixedPoint, Half, ReversibleStack, bits, fused
+from meftbench.reversible import Block, Coupling, FixedPoint, ReversibleStack, SubLayer, bits, fused
 from meftbench.reversible.arithmetic import ChannelSteps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,8 +203,8 @@ def a_stack(dtype, tiles):
     parts = [
         Block(
             {"first": nn.Linear(width, width), "second": nn.Linear(width, width)},
-            Half(_core, _tokens),
-            Half(None, _tokens),
+            SubLayer(_core, _tokens),
+            SubLayer(None, _tokens),
         )
         for _ in range(2)
     ]

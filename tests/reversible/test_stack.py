@@ -39,7 +39,7 @@ def a_hidden_state(requires_grad=True, seed=1):
     return torch.randn(2, 4, D, dtype=torch.float64, generator=generator).requires_grad_(requires_grad)
 
 
-def ordinary(stack):
+def reference(stack):
     other = copy.deepcopy(stack)
     other.activations = "cache"
     return other
@@ -51,7 +51,7 @@ def ordinary(stack):
 def test_gradients_are_those_of_ordinary_autograd(swap, centred, output):
     """Input, context and parameters get the gradients of the same equations under plain autograd."""
     stack = a_stack(swap=swap, centred=centred, output=output)
-    plain = ordinary(stack)
+    plain = reference(stack)
     results = []
     for each in (stack, plain):
         h, shift = a_hidden_state(), torch.ones(D, dtype=torch.float64, requires_grad=True)
@@ -97,7 +97,7 @@ def test_gradients_that_autograd_hands_on_unchanged_are_not_overwritten():
 
 def test_dropout_is_repeated_and_the_global_stream_is_left_alone():
     """Recomputation sees the forward's masks, and what is drawn after the step is what would have been drawn."""
-    stack, plain = a_stack(dropout=0.5), ordinary(a_stack(dropout=0.5))
+    stack, plain = a_stack(dropout=0.5), reference(a_stack(dropout=0.5))
     drawn, gradients = [], []
     for each in (stack, plain):
         torch.manual_seed(5)
@@ -127,7 +127,7 @@ def test_the_mode_of_the_forward_pass_is_repeated():
 
 def test_the_input_need_not_require_grad():
     """Frozen embeddings below the stack: parameters get their gradients all the same."""
-    stack, plain = a_stack(), ordinary(a_stack())
+    stack, plain = a_stack(), reference(a_stack())
     for each in (stack, plain):
         each(a_hidden_state(requires_grad=False)).sum().backward()
 
@@ -136,7 +136,7 @@ def test_the_input_need_not_require_grad():
 
 
 def test_each_half_runs_once_forward_and_once_backward():
-    """Backward costs one more forward of each half, not two."""
+    """Backward costs one more forward of each sublayer, not two."""
     stack, calls = a_stack(blocks=3), []
     for module in stack.modules():
         if isinstance(module, nn.Linear):
@@ -157,7 +157,7 @@ def test_hooks_see_one_gradient_a_parameter():
         block.first = shared
     seen = []
     shared.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    plain = ordinary(stack)
+    plain = reference(stack)
     stack(a_hidden_state()).sum().backward()
     plain(a_hidden_state()).sum().backward()
 

@@ -1,4 +1,4 @@
-"""Feed-forwards in tiles: the gradients of ordinary autograd; what is kept is the input."""
+"""Feed-forwards in tiles: the gradients of reference autograd; what is kept is the input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from meftbench.methods import prepare
-from meftbench.reversible.halves import tiles_of
+from meftbench.reversible.sublayers import tiles_of
 from meftbench.reversible.tiled import Tiling
 from tests.models import a_batch, a_model, gradients, worst_relative_error
 
@@ -85,7 +85,7 @@ def test_autocast_is_repeated_in_backward():
     applied = prepare(a_model(2, torch.float32), "full+tiled_mlp", seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, found = gradients(applied.model, a_batch())
-    with applied.ordinary(), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+    with applied.reference_autograd(), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         _, expected = gradients(applied.model, a_batch())
 
     # The true gradient of a key's bias is zero: what is found there is rounding.

@@ -97,7 +97,7 @@ def test_a_training_that_had_ended_is_only_scored(tmp_path, monkeypatch, cell_fo
     cell = a_training(a_classification(tmp_path / "mood"))
     whole, _ = trained(cell)
     with monkeypatch.context() as patch:
-        patch.setattr("meftbench.tasks.quality.QualityCell._metrics", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("meftbench.tasks.fine_tuning.FineTuning._metrics", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             trained(cell)
     with monkeypatch.context() as patch:

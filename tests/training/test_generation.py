@@ -45,12 +45,12 @@ def generated(model, use_cache=True, **said):
 
 
 def by_hand(applied, backbone):
-    """The same from the equations under ordinary autograd, each token from the whole sequence before it."""
+    """The same from the equations under reference autograd, each token from the whole sequence before it."""
     model = applied.model
     ids, mask = a_prompt()
     written = torch.full((2, 1), model.config.decoder_start_token_id or 0) if backbone == "bart" else ids
     logits = []
-    with applied.ordinary():
+    with applied.reference_autograd():
         for _ in range(NEW):
             if backbone == "bart":
                 given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": written}

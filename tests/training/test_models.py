@@ -39,7 +39,7 @@ def a_text_batch():
 @pytest.mark.parametrize("labels", [1, 5])
 @pytest.mark.parametrize("backbone", [*DECODERS, "bart"])
 def test_any_number_of_labels(backbone, labels):
-    """Regression and five classes: gradients of ordinary autograd, the head's too."""
+    """Regression and five classes: gradients of reference autograd, the head's too."""
     name, overrides, rates = TINY[backbone]
     overrides = overrides | dict.fromkeys(rates, 0.0)
     overrides |= {"encoder_layers": 2, "decoder_layers": 2} if backbone == "bart" else {"num_hidden_layers": 2}
@@ -49,7 +49,7 @@ def test_any_number_of_labels(backbone, labels):
     if backbone == "bart":
         batch["input_ids"][:, 6] = model.config.eos_token_id  # its head reads there
     loss, found = gradients(model, batch)
-    with applied.ordinary():
+    with applied.reference_autograd():
         expected_loss, expected = gradients(model, batch)
 
     assert (3, labels) == model(**batch).logits.shape
@@ -83,7 +83,7 @@ def test_tuples_and_embeddings(backbone):
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     found = model(inputs_embeds=embedded, **given)
     (reversed_,) = torch.autograd.grad(found.loss, [embedded])
-    with applied.ordinary():
+    with applied.reference_autograd():
         (plain,) = torch.autograd.grad(model(inputs_embeds=embedded, **given).loss, [embedded])
 
     assert torch.equal(expected.loss, loss)

@@ -120,7 +120,7 @@ def test_gradients_accumulate_as_in_ordinary_autograd(backbone, tmp_path):
     """Two micro-batches of 4, through the same equations without reversal."""
     found = accumulated(backbone, tmp_path, a_prepared_model(backbone), 4, 2)
     plain = a_prepared_model(backbone)
-    with plain.ordinary():
+    with plain.reference_autograd():
         expected = accumulated(backbone, tmp_path, plain, 4, 2)
 
     assert_close(found, expected)

@@ -33,9 +33,9 @@ class LayerRuns:
 
 @dataclass
 class Runs:
-    """ordinary: layers that transformers can checkpoint.  blocks: those of reversible stacks."""
+    """layers: those that transformers can checkpoint.  blocks: those of reversible stacks."""
 
-    ordinary: list[LayerRuns] = field(default_factory=list)
+    layers: list[LayerRuns] = field(default_factory=list)
     blocks: list[LayerRuns] = field(default_factory=list)
 
 

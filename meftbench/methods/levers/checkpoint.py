@@ -52,7 +52,7 @@ class Checkpoint(Lever):
 
     def missing(self, seen: WatchedStep) -> str | None:
         # Tiles of a feed-forward that run again are no evidence: a layer must run again from its beginning.
-        layers = [layer for layer in [*seen.runs.ordinary, *seen.runs.blocks] if layer.wanted]
+        layers = [layer for layer in [*seen.runs.layers, *seen.runs.blocks] if layer.wanted]
         left_out = [layer.name for layer in layers if not layer.again]
         if len(left_out) == len(layers):
             return "no layer ran again in backward"

@@ -212,7 +212,7 @@ class ChunkedLoss:
 
     def _fused(self, h_ND: Tensor, labels_N: Tensor, ignored: int, rows: int) -> Tensor:
         head, bias = self.model.get_output_embeddings(), self._bias()
-        # allow_retain_graph: ordinary autograd allows it.
+        # allow_retain_graph: reference autograd allows it.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None, allow_retain_graph=True)  # type: ignore[attr-defined,unused-ignore]
         return F.linear_cross_entropy(  # type: ignore[attr-defined,no-any-return,unused-ignore]
             h_ND,

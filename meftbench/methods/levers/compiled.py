@@ -19,7 +19,7 @@ from torch import Tensor
 from meftbench.backbones import layouts_of
 from meftbench.methods.applied import Applied
 from meftbench.methods.levers.base import Lever, LeverNumber, WatchedStep
-from meftbench.reversible import Block, Half, Relay, ReversibleStack
+from meftbench.reversible import Block, Relay, ReversibleStack, SubLayer
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Compile(Lever):
-    """The halves of reversible blocks, and other layers whole, are compiled at their first call."""
+    """The sublayers of reversible blocks, and other layers whole, are compiled at their first call."""
 
     def apply(self, applied: Applied) -> None:
         for stack in applied.stacks:
             for block in stack.blocks:
                 assert isinstance(block, Block)
-                f, g = block.halves
-                block.halves = (_with_compiled_work(f), _with_compiled_work(g))
+                f, g = block.sublayers
+                block.sublayers = (_with_compiled_work(f), _with_compiled_work(g))
         model: Any = applied.model
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()  # peft has its own wrapper around
@@ -75,9 +75,9 @@ def _counters() -> Any:
     return torch._dynamo.utils.counters
 
 
-def _with_compiled_work(half: Half) -> Half:
+def _with_compiled_work(sublayer: SubLayer) -> SubLayer:
     return replace(
-        half,
-        tokens=None if half.tokens is None else Compiled(half.tokens),
-        before=None if half.before is None else Compiled(half.before),
+        sublayer,
+        tokens=None if sublayer.tokens is None else Compiled(sublayer.tokens),
+        before=None if sublayer.before is None else Compiled(sublayer.before),
     )

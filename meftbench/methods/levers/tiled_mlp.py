@@ -58,7 +58,7 @@ class TiledMlp(Lever):
     def missing(self, seen: WatchedStep) -> str | None:
         # Feed-forwards of ordinary layers run again in more than one tile each, and stacks take more than one.
         stacks = seen.applied.stacks
-        layers = sum(layer.wanted for layer in seen.runs.ordinary)
+        layers = sum(layer.wanted for layer in seen.runs.layers)
         tiles = self.tiling.recomputed - self._recomputed_before
         if any(stack.tiles == 1 for stack in stacks) or not (layers or stacks) or tiles < layers:
             return f"{tiles} tiles ran again in backward, for {layers} layers"

@@ -1,6 +1,6 @@
-"""What a half of a block computes, and in which pieces: F and G of the couplings.
+"""What a sublayer of a block computes, and in which pieces: F and G of the couplings.
 
-Everything in a transformer layer but attention acts on each token alone. So a half is a core, which needs whole
+Everything in a transformer layer but attention acts on each token alone. So a sublayer is a core, which needs whole
 samples (attention: q, k, v and their mixture), followed by token-wise work (output projection, norms, feed-forward,
 adapters), which may walk tiles of tokens (docs/design.md 4). Forward and backward take the same pieces in the same
 order.
@@ -31,7 +31,7 @@ CPU_TILE = 4096  # tokens; fewer make matrix products slower
 
 
 @dataclass(frozen=True)
-class Half:
+class SubLayer:
     """F or G: tokens(block, core(block, before(block, h)), h).
 
     before: None (the core reads h itself), or a pre-norm's: called for each tile as before(block, h_1TD). It must treat
@@ -50,23 +50,23 @@ class Half:
 
     def __post_init__(self) -> None:
         if self.core is None and self.tokens is None:
-            raise ValueError("a half needs a core, tokens, or both")
+            raise ValueError("a sublayer needs a core, tokens, or both")
         if self.core is None and self.before is not None:
-            raise ValueError("before prepares what a core reads; this half has none")
+            raise ValueError("before prepares what a core reads; this sublayer has none")
 
     @staticmethod
-    def of(function: Callable[..., Tensor] | Half) -> Half:
-        """A half from a plain function f(block, h_BLD, *args, **kwargs) -> (B, L, D), which is never tiled."""
-        return function if isinstance(function, Half) else Half(_Whole(function), None)
+    def of(function: Callable[..., Tensor] | SubLayer) -> SubLayer:
+        """A sublayer from a plain function f(block, h_BLD, *args, **kwargs) -> (B, L, D), which is never tiled."""
+        return function if isinstance(function, SubLayer) else SubLayer(_Whole(function), None)
 
     def parts(self, asked: int) -> int:
         """Parts the core is taken in."""
         return 0 if self.core is None else asked if self.tokens is not None else 1
 
-    def ordinary(
+    def reference(
         self, block: nn.Module, h_BLD: Tensor, tiles: list[slice], parts: int, args: tuple[Any, ...], kwargs: Any
     ) -> Tensor:
-        """The value (B, L, D) for ordinary autograd, of the same pieces in the same order."""
+        """The value (B, L, D) for reference autograd, of the same pieces in the same order."""
         read_BLD = h_BLD if self.before is None else self.before(block, h_BLD)
         outputs = [self.core(block, read_BLD, p, self.parts(parts), *args, **kwargs) for p in range(self.parts(parts))]  # type: ignore[misc]
         if self.tokens is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from meftbench.report.plots import colour, legend_beside, markers
-from meftbench.report.quality import Result, results
+from meftbench.report.scores import Result, results
 from meftbench.report.tables import methods_in_order
 from meftbench.units import MiB
 

@@ -27,8 +27,8 @@ from meftbench.methods import Applied
 from meftbench.methods.saving import save_adapter
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import is_factory
+from meftbench.plan.fine_tuning import HEADS_FOR
 from meftbench.plan.models import RANDOM, folder_of, head_of, split_name
-from meftbench.plan.quality import HEADS_FOR
 from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Metric
 from meftbench.tasks.data import Splits, load_splits
@@ -42,7 +42,7 @@ HEAD_NAMES = {"classifier", "classification_head", "score"}  # in models of tran
 METRIC_OF = {"test": "score_test", "validation_mismatched": "score_mismatched"}
 
 
-class QualityCell:
+class FineTuning:
     """A cell whose data are read and encoded, from which steps and trainings are built.
 
     Raises UserError: no data, columns or labels that do not fit, no tokenizer, a model that cannot be loaded.

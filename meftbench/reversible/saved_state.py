@@ -1,4 +1,4 @@
-"""What a forward pass is given, and what it notes for the walk back, beside the streams themselves."""
+"""What a forward pass is given, and what it saved for the backward pass, beside the streams themselves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from meftbench.reversible.arithmetic import Arithmetic
 from meftbench.reversible.coupling import Coupling
-from meftbench.reversible.halves import tiles_of
 from meftbench.reversible.recompute import AutocastState, Numerics
+from meftbench.reversible.sublayers import tiles_of
 from meftbench.reversible.watch import Fingerprints, Range, sampled
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ class _Call:
 
 
 @dataclass
-class Notes:
-    """What a forward pass notes for the walk back.
+class SavedState:
+    """What a forward pass saved for the backward pass.
 
-    couplings: of this pass; those of the stack may hold another range by the time of the walk back.
+    couplings: of this pass; those of the stack may hold another range by the time of the backward pass.
     dtype, shape, device: of the hidden state.  input_wanted: whether the stack's input needs a gradient.
-    observers: called before each block in forward, and in the walk back once its inputs are restored.
-    kept_at: block and half whose graph is kept from forward to the walk back (None: all are recomputed).
-    rng: a state for each half that drew random numbers.  sides: what each half's coupling put aside (T, bytes).
+    observers: called before each block in forward, and in the backward pass once its inputs are restored.
+    kept_at: block and sublayer whose graph is kept from forward to the backward pass (None: all are recomputed).
+    rng: a state for each sublayer that drew random numbers.  sides: what each sublayer's coupling put aside (T, bytes).
     """
 
     context: Context
@@ -110,12 +110,12 @@ class Notes:
         couplings: tuple[Coupling, Coupling],
         observer: Observer | None = None,
         strict: bool = False,
-    ) -> Notes:
+    ) -> SavedState:
         device, blocks = h_BLD.device, len(stack.blocks)
         limits = [coupling.limit for coupling in couplings if coupling.limit is not None]
         fingerprints = Fingerprints(sampled(blocks)) if strict and blocks else None
         tiles = tiles_of(h_BLD.shape[:-1].numel(), stack.tiles, h_BLD.shape[-1], device)
-        return Notes(
+        return SavedState(
             context=context,
             couplings=couplings,
             dtype=h_BLD.dtype,
@@ -140,9 +140,10 @@ class Notes:
         return self.couplings[0].arithmetic
 
     def keeps(self, index: int, replaced: int) -> bool:
-        """Whether the graph of half `replaced` of block `index` is kept instead of being recomputed."""
+        """Whether the graph of sublayer `replaced` of block `index` is kept instead of being recomputed."""
         return (index, replaced) == self.kept_at
 
     def reads_wanted(self, index: int, replaced: int) -> bool:
-        """Whether what half `replaced` of block `index` reads needs a gradient; the lowest reads the stack's input."""
+        """Whether what sublayer `replaced` of block `index` reads needs a gradient; the lowest reads the stack's
+        input."""
         return index > 0 or replaced == 1 or self.input_wanted

@@ -17,7 +17,7 @@ from meftbench.measuring.measurers import measure_cell
 from meftbench.methods.saving import load_adapter
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import CELL_FOLDER
-from meftbench.tasks import quality as qualities
+from meftbench.tasks import fine_tuning
 from trainings import (
     NO_DROPOUT,
     TINY,
@@ -238,7 +238,7 @@ def test_no_row_to_spare(tmp_path):
 
 def test_what_is_not_installed_is_said_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        qualities,
+        fine_tuning,
         "find_spec",
         lambda name: None if name in ("sklearn", "scipy") else importlib.util.find_spec(name),
     )

@@ -8,7 +8,7 @@ from rich.console import Console
 from builders import a_measured_cell, a_run, counted
 from meftbench.report.detail import sections
 from meftbench.report.page import write_report
-from meftbench.report.quality import results, tables
+from meftbench.report.scores import results, tables
 from meftbench.report.summary import failures, print_summary
 from meftbench.report.tables import frame_of
 from scored_runs import METHODS, a_score, scored_run
