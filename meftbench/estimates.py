@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.catalogue.profiles import PREDICTED, Profile, find_profile
 from meftbench.errors import UserError, unknown
+from meftbench.plan.axes import FITTED_OPTIONS, PREDICTED_OPTIONS
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import FITTED_LENGTHS, FITTED_METHODS, PROFILE
 from meftbench.plan.factories import check_allowed, places_of
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**24
 MOST_SAMPLES = 2**16
 MOST_ASKED = 2**40  # tokens of a step
-# What else a cell has, beside its model, method and shape.
-AXES = ("micro_batch_size", "precision", "attention", "head", "optimizer", "batch")
-FITTED_AXES = ("precision", "attention", "head", "optimizer", "batch")
 
 Tell = Callable[[str], None]
 
@@ -156,7 +154,7 @@ def estimate(
 
     Raises UserError: an unknown name, a value out of its range, a model or method that cannot be predicted.
     """
-    _check_names("estimate", axes, AXES)
+    _check_names("estimate", axes, PREDICTED_OPTIONS)
     profile, allocator = _text("profile", profile), _text("allocator", allocator)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     cell = asked_cell("estimate", model, method, profile, config, settings, allow_code, **shape, **axes)
@@ -219,7 +217,7 @@ def fit(
 
     Raises UserError: as `estimate`; a card that has no room for a process; every method is refused.
     """
-    _check_names("fit", axes, FITTED_AXES)
+    _check_names("fit", axes, FITTED_OPTIONS)
     chosen, allocator = _text("profile", profile or PROFILE), _text("allocator", allocator)
     device = find_profile(chosen, "fit: profile")
     if isinstance(methods, str) or not methods:

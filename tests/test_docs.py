@@ -60,8 +60,8 @@ def test_links_lead_to_files(page):
 
 
 def test_every_lever_is_explained():
-    """README says of each when to take it."""
-    text = (ROOT / "README.md").read_text()
+    """docs/howto/suite.md says of each what it does."""
+    text = (ROOT / "docs" / "howto" / "suite.md").read_text()
     assert all(f"`+{lever}`" in text for lever in LEVERS)
 
 

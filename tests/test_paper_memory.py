@@ -1,4 +1,4 @@
-"""The paper's memory, predicted for its card: what is committed, and what the README says of it."""
+"""The paper's memory, predicted for its card: what is committed, and what docs/paper.md says of it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_the_committed_table_says_what_the_claims_come_to(tables):
         assert all(line in text for row in table.rows for line in row.texts)
 
 
-def test_the_readme_says_the_same(tables):
+def test_the_page_says_the_same(tables):
     """At 16 x 512: MEFT, and full fine-tuning with checkpointing, by attention."""
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    page = " ".join((ROOT / "docs" / "paper.md").read_text(encoding="utf-8").split())
     eager, fused = (row.ours for row in tables[0].rows[:2])
     beside = [next(line.split()[1] for line in ours if line.startswith("full+checkpoint")) for ours in (eager, fused)]
     percent = [said.split("%")[0] + " %" for said in (eager[0], fused[0], *beside)]
 
-    assert f"is {percent[0]} on BERT-base with eager attention and {percent[1]} with a fused kernel" in readme
-    assert f"checkpointing full fine-tuning saves {percent[2]} and {percent[3]}" in readme
+    assert f"is {percent[0]} on BERT-base with eager attention and {percent[1]} with a fused kernel" in page
+    assert f"checkpointing full fine-tuning saves {percent[2]} and {percent[3]}" in page

@@ -1,4 +1,4 @@
-"""What the README says is what the program does."""
+"""What the README and the pages of docs/ say is what the program does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,11 @@ from meftbench.verdicts.budgets import load_budgets
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+PREDICTION = (DOCS / "howto" / "prediction.md").read_text(encoding="utf-8")
+EXACT = (DOCS / "exact.md").read_text(encoding="utf-8")
+SCORES = (DOCS / "scores.md").read_text(encoding="utf-8")
+ALL = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))])
 
 
 @pytest.mark.parametrize(
@@ -32,7 +38,7 @@ def test_a_table_is_what_the_program_prints(block, run):
     console = Console(width=100, record=True, file=io.StringIO())
     print_summary(load_run(ROOT / "reports" / run), console)
     printed = {line.rstrip() for line in console.export_text().splitlines()}
-    table = re.search(rf"<!-- {block}:.*?-->\n```\n(.*?)\n```\n<!-- end", README, re.DOTALL)[1].splitlines()
+    table = re.search(rf"<!-- {block}:.*?-->\n```\n(.*?)\n```\n<!-- end", ALL, re.DOTALL)[1].splitlines()
 
     assert 11 <= len(table)
     assert [] == [line for line in table if line not in printed]
@@ -42,7 +48,7 @@ def test_the_memory_table_is_what_the_campaign_counted():
     """Streams by layers, to the digit shown; the bold row is meft1-exact at 16 tiles."""
     depth = pd.read_csv(ROOT / "reports" / "exact-memory" / "depth.csv")
     counted = depth[depth.precision == "fp32"].pivot_table(index="method", columns="layers", values="streams")
-    block = re.search(r"<!-- memory.*?-->\n(.*?)\n<!-- end of memory", README, re.DOTALL)[1]
+    block = re.search(r"<!-- memory.*?-->\n(.*?)\n<!-- end of memory", EXACT, re.DOTALL)[1]
     rows = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
 
     assert 4 <= len(rows)
@@ -60,7 +66,7 @@ def test_every_file_it_links_to_is_there():
 
 def test_every_command_it_shows_is_one():
     """Verbs exist, and the suites it runs by name are shipped."""
-    lines = [line for line in README.splitlines() if re.match(r"\s*meftbench \w", line)]
+    lines = [line for line in ALL.splitlines() if re.match(r"\s*meftbench \w", line)]
     commands = [shlex.split(line, comments=True) for line in lines]
 
     verbs = {
@@ -85,8 +91,10 @@ def test_every_command_it_shows_is_one():
 
 def test_the_estimate_is_what_the_program_prints(capsys):
     """To the digit, but for the last line: how long it took."""
-    block = re.search(r"<!-- estimate.*?-->\n```\n(.*?)\n```\n<!-- end of estimate", README, re.DOTALL)[1].splitlines()
-    command = re.search(r"^meftbench (estimate .*)$", README, re.MULTILINE)[1]
+    block = re.search(r"<!-- estimate.*?-->\n```\n(.*?)\n```\n<!-- end of estimate", PREDICTION, re.DOTALL)[
+        1
+    ].splitlines()
+    command = re.search(r"^meftbench (estimate .*)$", PREDICTION, re.MULTILINE)[1]
     with pytest.raises(SystemExit):
         main([*shlex.split(command), "--quiet"])
     printed = capsys.readouterr().out.splitlines()
@@ -95,23 +103,28 @@ def test_the_estimate_is_what_the_program_prints(capsys):
     assert block[:-1] == printed[:-1]
 
 
-@pytest.mark.parametrize(
-    "block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), ids=["suite", "trainings", "own", "budgets"]
-)
-def test_its_yaml_is_accepted(block, tmp_path):
-    """The suites parse into cells (the folder ./my-model aside) and the budgets load."""
-    lines = block.splitlines()
-    margin = len(lines[0]) - len(lines[0].lstrip())
-    text = "\n".join(line[margin:] for line in lines).replace(", ./my-model", "")
+@pytest.mark.parametrize(("page", "cells"), [("task", 2 * 3 * 2 * 3), ("own_code", 3), ("suite", 24 - 4)])
+def test_its_suites_are_accepted(page, cells, tmp_path):
+    """They parse, into as many cells as their axes say, but for those that are excluded."""
     file = tmp_path / "it.yaml"
-    file.write_text(text)
+    [block] = re.findall(r"```yaml\n(schema.*?)```", (DOCS / "howto" / f"{page}.md").read_text("utf-8"), re.DOTALL)
+    file.write_text(block)
 
-    if "grid:" in text:
-        tasks, methods, rates, seeds = 2, 3, 2, 3
-        cells = tasks * methods * rates * seeds if "tasks:" in text else 3 if "batch:" in text else 4 * 4
-        assert cells == len(parse_suite(read(file)).cells)
-    else:
-        assert 2 == len(load_budgets(file).rows)
+    assert cells == len(parse_suite(read(file)).cells)
+
+
+def test_its_budgets_are_accepted(tmp_path):
+    """Those in the list of steps, without its margin."""
+    [block] = re.findall(r"```yaml\n(.*?)```", (DOCS / "howto" / "ci.md").read_text("utf-8"), re.DOTALL)
+    file = tmp_path / "it.yaml"
+    file.write_text(textwrap.dedent(block))
+
+    assert 2 == len(load_budgets(file).rows)
+
+
+def test_it_is_short():
+    """What it is for, how to install it, a table, a picture, three commands, links: the rest is in docs/."""
+    assert len(README.splitlines()) <= 130
 
 
 def test_ci_runs_its_test_command():
@@ -120,8 +133,8 @@ def test_ci_runs_its_test_command():
 
 
 def test_the_start_is_that_of_the_committed_csv():
-    """The README's rows are the first three columns of reports/start/start.csv."""
-    block = README.split("<!-- start:")[1].split("<!-- end of start -->")[0]
+    """The rows of docs/exact.md are the first three columns of reports/start/start.csv."""
+    block = EXACT.split("<!-- start:")[1].split("<!-- end of start -->")[0]
     with (ROOT / "reports" / "start" / "start.csv").open(encoding="utf-8") as file:
         expected = [row[:3] for row in list(csv.reader(file))[1:]]
 
@@ -158,11 +171,11 @@ def rows_of(run: str) -> dict[str, dict[str, list[str]]]:
 
 def test_the_scores_it_names_are_those_of_the_records():
     """To the digit of table.md: the table of GLUE, and what is said of question answering."""
-    said = " ".join(README.split())
+    said = " ".join(SCORES.split())
     glue = rows_of("quality-glue-minilm")
     titles = {"MRPC": "mrpc", "STS-B": "stsb", "SST-2": "sst2", "CoLA": "cola", "RTE": "rte"}
     for title, task in titles.items():
-        [row] = [line for line in README.splitlines() if line.startswith(f"| {title} |")]
+        [row] = [line for line in SCORES.splitlines() if line.startswith(f"| {title} |")]
         parallel, exact = (glue[task][method] for method in ("parallel", "meft1-exact"))
         memory = ", ".join(cells[1].split()[0] for cells in (parallel, exact))
         assert [parallel[0], exact[0], memory] == [cell.strip() for cell in row.strip("|").split("|")][3:]
@@ -196,7 +209,7 @@ def test_the_step_times_it_names_are_those_of_the_records():
         assert len(found) == 4
         return f"{min(found):.2f} to {max(found):.2f}"
 
-    said = " ".join(README.split())
+    said = " ".join(EXACT.split())
     meft1, meft2, meft3 = (span(method, "ratio_at_equal_weights") for method in ("meft1", "meft2", "meft3"))
     equal = f"`meft1-exact` takes {meft1} times as long, `meft2-exact` {meft2}, `meft3-exact` {meft3};"
     assert f"at as many trained weights, adapters of 64, {equal}" in said

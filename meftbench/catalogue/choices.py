@@ -15,3 +15,9 @@ ATTENTIONS: dict[str, str] = {
     "eager": "matrix products and softmax, scores held",
 }
 OPTIMIZERS: dict[str, str] = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD, no momentum"}
+# How torch runs an optimizer's step: several tensors at a time, one kernel, or a loop over parameters.
+OPTIMIZER_IMPLEMENTATIONS: dict[str, str] = {
+    "foreach": "several tensors at a time; temporaries as large as the gradients",
+    "fused": "one kernel for all",
+    "loop": "one tensor after the other",
+}

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from meftbench.errors import UserError
+from meftbench.plan.axes import AXES
 from meftbench.plan.defaults import PROFILE
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `meftbench run` wrote.")]
@@ -22,9 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[
     str, typer.Argument(help="A name of `meftbench list models`, a hub id, a folder, or MODULE:FUNCTION of your own.")
 ]
-Batch = Annotated[
-    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes the batch, from batch_size and sequence_length.")
-]
+Batch = Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help=AXES["batch"].help)]
 AllowCode = Annotated[
     bool,
     typer.Option(
@@ -33,11 +32,11 @@ AllowCode = Annotated[
     ),
 ]
 Method = Annotated[str, typer.Argument(help="A name of `meftbench list methods`, with levers: lora+checkpoint.")]
-MicroBatchSize = Annotated[int | None, typer.Option(min=1, help="Samples a forward; divides the batch.")]
-Precision = Annotated[str | None, typer.Option(help="fp32 (the default), bf16, bf16-autocast ...")]
-Attention = Annotated[str | None, typer.Option(help="sdpa or eager.")]
-Head = Annotated[str | None, typer.Option(help="classification, causal_lm ...")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw (the default) or sgd.")]
+MicroBatchSize = Annotated[int | None, typer.Option(min=1, help=AXES["micro_batch_size"].help)]
+Precision = Annotated[str | None, typer.Option(help=AXES["precision"].help)]
+Attention = Annotated[str | None, typer.Option(help=AXES["attention"].help)]
+Head = Annotated[str | None, typer.Option(help=AXES["head"].help)]
+Optimizer = Annotated[str | None, typer.Option(help=AXES["optimizer"].help)]
 Override = Annotated[
     list[str] | None, typer.Option("--config", metavar="KEY=VALUE", help="Overrides the model's configuration.")
 ]

@@ -12,6 +12,7 @@ from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.models import MODELS
 from meftbench.catalogue.tasks import is_own
+from meftbench.plan.axes import FIELDS, IN_LABEL, OF_TRAINING
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
 from meftbench.plan.identity import digest, place
 from meftbench.plan.models import RANDOM, is_path, split_name
@@ -131,7 +132,7 @@ class Cell(BaseModel):
         fields = type(self).model_fields
         rest = [
             str(getattr(self, name))
-            for name in ("precision", "head", "attention_requested", "optimizer", "optimizer_impl")
+            for name in IN_LABEL
             if getattr(self, name) not in (fields[name].default, OWN_ATTENTION)
         ]
         if self.micro_batch_size != self.batch_size:
@@ -156,6 +157,11 @@ class Cell(BaseModel):
         # Readers of records look for this name; there is no such lever yet.
         full["levers"].setdefault("optimizer_in_backward", False)
         return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
+
+
+def value_on(cell: Cell, axis: str) -> Any:
+    """The value that a cell has on an axis, or of its field of that name; None of a training's, where it has none."""
+    return getattr(cell.training if axis in OF_TRAINING else cell, FIELDS.get(axis, axis), None)
 
 
 def _labelled(name: str, settings: dict[str, Any]) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from meftbench.catalogue.backbones import HEADS
-from meftbench.catalogue.choices import ATTENTIONS, OPTIMIZERS, PRECISIONS
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
 from meftbench.errors import unknown
+from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
 from meftbench.plan.factories import check_arguments, check_own, is_factory
@@ -22,31 +21,35 @@ from meftbench.plan.training import Positive
 from meftbench.strict_yaml import Document, KeyPath, name_place, named, validated, validated_part
 
 Named = Any  # "meft1", or {name: meft1, adapter_size: 8}
-Size = Annotated[int, Field(ge=1)]
+_TYPES: dict[str, Any] = {
+    "named": Named,
+    "size": Annotated[int, Field(ge=1)],
+    "natural": Annotated[int, Field(ge=0)],
+    "positive": Positive,
+    "text": str,
+}
 
 
-class Point(BaseModel):
-    """The axes of a cell; None: not said here."""
+def type_of(axis: Axis) -> Any:
+    """The type of one value of an axis, as pydantic checks it."""
+    return Literal[tuple(axis.known or ())] if axis.kind == "choice" else _TYPES[axis.kind]
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused, and values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    model: Named | None = None
-    method: Named | None = None
-    batch_size: Size | None = None
-    micro_batch_size: Size | None = None
-    sequence_length: Size | None = None
-    precision: str | None = None
-    head: str | None = None
-    attention: str | None = None
-    optimizer: str | None = None
-    optimizer_impl: Literal["foreach", "fused", "loop"] | None = None
-    device: str | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
-    task: Named | None = None
-    learning_rate: Positive | None = None
-    batch: str | None = None
+
+_ONE_OF_EACH: dict[str, Any] = {name: (type_of(axis) | None, None) for name, axis in AXES.items()}
 
 
+class Point(create_model("Axes", __base__=Strict, **_ONE_OF_EACH)):  # type: ignore[misc]
+    """The axes of a cell; None: not said here."""
+
+
+# Axes whose values are a cell's as they are written.
+_AS_THEY_ARE = AXES.keys() - {"model", "method", *OF_TRAINING}
 # Where the value of each axis stands; "": the point itself.
 Places = dict[str, KeyPath]
 
@@ -71,7 +74,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     if method == "full" and values.get("precision") == "nf4":
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
-    device = parse_device(document.where(place["device"]), values.get("device", "counted"))
+    device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
     check_model(of_model, model, overrides)
     check_own(document, place, model, values)
@@ -81,24 +84,16 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     check_method(of_method, model, overrides, values.get("head"), method)
     taken = positions_taken(method, params)
     check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"], taken)
+    attention = attention_of(document.where(place["attention"]), model, overrides, values.get("attention"))
     return Cell(
         model=model,
         model_config_overrides=overrides,
         method=method,
         method_params=params,
         levers=levers,
-        batch_size=batch,
-        micro_batch_size=micro,
-        sequence_length=values["sequence_length"],
-        precision=values.get("precision", "fp32"),
-        head=values.get("head"),
-        attention_requested=attention_of(document.where(place["attention"]), model, overrides, values.get("attention")),
-        optimizer=values.get("optimizer", "adamw"),
-        optimizer_impl=values.get("optimizer_impl"),
-        device=device,
-        seed=values.get("seed", 0),
         training=values.get("training"),
-        batch=values.get("batch"),
+        **{FIELDS[name]: value for name, value in values.items() if name in _AS_THEY_ARE}
+        | {"micro_batch_size": micro, "attention_requested": attention},
     )
 
 
@@ -131,14 +126,11 @@ def _config(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> 
     return dict(fields)
 
 
-_CLOSED = {"precision": PRECISIONS, "head": HEADS, "attention": ATTENTIONS, "optimizer": OPTIMIZERS}
-
-
 def refuse_unknown(document: Document, places: Places, values: dict[str, Any]) -> None:
     """Raises UserError for a precision, head, attention or optimizer that there is not."""
-    for key, known in _CLOSED.items():
-        if key in values and values[key] not in known:
-            raise unknown(document.where(places[key]), key, values[key], known)
+    for name, axis in AXES.items():
+        if axis.known is not None and name in values and values[name] not in axis.known:
+            raise unknown(document.where(places[name]), name, values[name], axis.known)
 
 
 def parse_device(where: str, device: str) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from meftbench.errors import unknown
-from meftbench.plan.cell import Cell
+from meftbench.plan.axes import AXES
+from meftbench.plan.cell import Cell, value_on
 from meftbench.plan.factories import Call, places_of
 from meftbench.plan.fine_tuning import with_training
 from meftbench.plan.identity import digest
@@ -19,19 +20,19 @@ from meftbench.plan.point import (
     Named,
     Places,
     Point,
-    Size,
+    Strict,
     cell_at,
     parse_device,
     parse_method,
     refuse_unknown,
     require,
+    type_of,
 )
 from meftbench.plan.protocol import Protocol
-from meftbench.plan.training import Positive, Trainings
+from meftbench.plan.training import Trainings
 from meftbench.strict_yaml import Document, KeyPath, named, read, validated
 
 MAX_CELLS = 10_000
-_OF_TRAINING = ("task", "learning_rate")  # axes that are no fields of a cell
 
 
 def _as_list(value: Any) -> Any:
@@ -39,7 +40,7 @@ def _as_list(value: Any) -> Any:
 
 
 T = TypeVar("T")
-Axis = Annotated[list[T], BeforeValidator(_as_list)]
+OneOrMore = Annotated[list[T], BeforeValidator(_as_list)]
 
 
 def _one_or_a_list(schema: dict[str, Any]) -> None:
@@ -48,25 +49,17 @@ def _one_or_a_list(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"anyOf": [axis["items"], axis]}
 
 
-class Grid(BaseModel):
+_LISTS: dict[str, Any] = {
+    name: (Annotated[list[type_of(axis)], BeforeValidator(_as_list)], [])  # type: ignore[misc]
+    for name, axis in AXES.items()
+    if axis.in_grid
+}
+
+
+class Grid(create_model("Lists", __base__=Strict, **_LISTS)):  # type: ignore[misc]
     """Each axis a value or a list; the grid is their product."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_one_or_a_list)
-
-    model: Axis[Named] = []
-    method: Axis[Named] = []
-    batch_size: Axis[Size] = []
-    micro_batch_size: Axis[Size] = []
-    sequence_length: Axis[Size] = []
-    precision: Axis[str] = []
-    head: Axis[str] = []
-    attention: Axis[str] = []
-    optimizer: Axis[str] = []
-    optimizer_impl: Axis[Literal["foreach", "fused", "loop"]] = []
-    device: Axis[str] = []
-    seed: Axis[Annotated[int, Field(ge=0)]] = []
-    learning_rate: Axis[Positive] = []
-    batch: Axis[str] = []
+    model_config = ConfigDict(json_schema_extra=_one_or_a_list)
 
 
 class SuiteFile(BaseModel):
@@ -85,7 +78,7 @@ class SuiteFile(BaseModel):
     protocol: Protocol = Protocol()
     defaults: Point = Point()
     grid: Grid = Grid()
-    tasks: Axis[Named] = []
+    tasks: OneOrMore[Named] = []
     training: Trainings = Trainings()
     include: list[Point] = []
     exclude: list[Point] = []
@@ -167,7 +160,7 @@ def parse_suite(document: Document) -> Suite:
                 where = (document.where(places.get(axis, ())) for axis in ("model", "batch"))
                 code = places_of(cell, *where) | code
     for number, axis in sorted(unmatched):
-        _refuse_absent(document, ("exclude", number, axis.removesuffix("_requested")), parsed.exclude[number])
+        _refuse_absent(document, ("exclude", number, axis), parsed.exclude[number])
     if not cells:
         cure = "name at least one model, method, batch_size and sequence_length"
         raise document.error(("grid",), "no cell is left", cure)
@@ -234,7 +227,7 @@ def _included(points: list[Point]) -> Iterator[tuple[Places, dict[str, Any]]]:
 
 
 def _said(defaults: Point, key: str, places: Places) -> dict[str, Any]:
-    values = defaults.model_dump(exclude_none=True)
+    values: dict[str, Any] = defaults.model_dump(exclude_none=True)
     for name in values:
         places.setdefault(name, (key, name))
     return values
@@ -258,7 +251,7 @@ def _cells(document: Document, places: Places, values: dict[str, Any], training:
 
 
 def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
-    wanted = point.model_dump(exclude_none=True)
+    wanted: dict[str, Any] = point.model_dump(exclude_none=True)
     refuse_unknown(document, {name: (*path, name) for name in wanted}, wanted)
     if "device" in wanted:
         parse_device(document.where((*path, "device")), wanted["device"])
@@ -268,8 +261,6 @@ def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
         wanted["method"] = parse_method(document, (*path, "method"), wanted["method"])
     if "task" in wanted:
         wanted["task"] = named(document, (*path, "task"), wanted["task"], "task")[0]
-    if "attention" in wanted:
-        wanted["attention_requested"] = wanted.pop("attention")
     if not wanted:
         raise document.error(path, "names nothing", "name the axes of the cells to leave out")
     return wanted
@@ -283,7 +274,7 @@ def _refuse_absent(document: Document, place: KeyPath, point: Point) -> None:
 
 
 def _matches(cell: Cell, wanted: dict[str, Any]) -> bool:
-    found = {name: getattr(cell.training if name in _OF_TRAINING else cell, name, None) for name in wanted}
+    found = {name: value_on(cell, name) for name in wanted}
     if "method" in wanted:
         found["method"] = (cell.method, cell.levers, cell.method_params)
     return found == wanted

@@ -8,16 +8,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from meftbench.errors import UserError, unknown
-from meftbench.plan.cell import Cell
+from meftbench.plan.axes import AXES
+from meftbench.plan.cell import Cell, value_on
 
 # Names that are not fields but say what people mean.
 _ALSO: dict[str, Callable[[Cell], Any]] = {
     "label": lambda cell: cell.label,
     "cell_id": lambda cell: cell.cell_id,
-    "attention": lambda cell: cell.attention_requested,
     "weights": lambda cell: cell.weights,
-    "task": lambda cell: cell.training and cell.training.task,
-    "learning_rate": lambda cell: cell.training and cell.training.learning_rate,
 }
 
 
@@ -43,7 +41,7 @@ def _part(text: str) -> tuple[str, str]:
     key, equals, glob = text.partition("=")
     if not equals:
         raise UserError("--where", f"{text!r} has no `=`", "write KEY=VALUE, such as method=meft*,batch_size=8")
-    known = {*Cell.model_fields, *_ALSO}
+    known = {*Cell.model_fields, *AXES, *_ALSO}
     if key not in known:
         raise unknown("--where", "key", key, known)
     return key, glob
@@ -55,7 +53,7 @@ def _matches(cell: Cell, key: str, glob: str) -> bool:
     elif key in ("method", "model"):
         values = [getattr(cell, key), getattr(cell, f"{key}_label")]
     else:
-        values = [_ALSO[key](cell) if key in _ALSO else getattr(cell, key)]
+        values = [_ALSO[key](cell) if key in _ALSO else value_on(cell, key)]
     if key == "learning_rate" and _number(glob) is not None:
         return values == [_number(glob)]  # 5e-4 and 0.0005 are the same
     # A name with brackets is meant as it stands before it is meant as a pattern.

@@ -55,7 +55,9 @@ def registered(monkeypatch):
 def test_layers_that_differ_are_refused(registered, kind, fields, method):
     model = a_decoder(kind, **fields)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match=rf"\(layer 0\): its sublayers, as the layout of '{kind}' has them, are not the"):
+    with pytest.raises(
+        UserError, match=rf"\(layer 0\): its sublayers, as the layout of '{kind}' has them, are not the"
+    ):
         meftbench.apply_method(model, method)
 
     assert before.keys() == model.state_dict().keys()

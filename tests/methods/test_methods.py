@@ -205,7 +205,7 @@ def test_a_whole_model_is_saved_and_loaded(method, tmp_path):
 
 
 def test_apply_method_in_a_training_script():
-    """The five lines of the README: apply, optimise the trained parameters, step."""
+    """The lines of the README: apply, optimise the trained parameters, step."""
     torch.manual_seed(0)
     model = meftbench.apply_method(a_model(dtype=torch.float32, dropout=0.0), "meft1", adapter_size=8, lambda_=0.125)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)

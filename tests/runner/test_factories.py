@@ -19,7 +19,7 @@ from own_models import the_line, write_suite
 from stand_in import BRIEF, FINE, WRONG
 from sweeps import WORKER, statuses
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "howto" / "own_code.md").read_text(encoding="utf-8")
 
 
 def run(capfd, *arguments):
@@ -163,12 +163,11 @@ def test_resume_says_when_the_code_has_changed(measured_by_the_stand_in, capfd):
 # --- with the real worker ---
 
 
-def test_the_readme_s_example_as_written(tmp_path):
+def test_the_documented_example_as_written(tmp_path):
     """Both files, both commands; the worker finds the code from the folder that the command was started in."""
-    section = README.split("## A model and a batch of your own")[1].split("\n## ")[0]
-    (tmp_path / "my_models.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
-    (tmp_path / "own.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
-    first, second = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    (tmp_path / "my_models.py").write_text(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1])
+    (tmp_path / "own.yaml").write_text(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    first, second = re.search(r"```bash\n(.*?)```", PAGE, re.DOTALL)[1].splitlines()
 
     def typed(line, *more):
         words = [sys.executable, "-m", *line.split(), *more]
