@@ -25,7 +25,7 @@ def an_adapter():
 @pytest.mark.parametrize(
     "sites", [(), (Site.BESIDE_FEED_FORWARD,), (Site.BESIDE_ATTENTION_OUTPUT, Site.BESIDE_FEED_FORWARD)]
 )
-def test_the_halves_of_a_layer_are_the_layer(backbone, sites):
+def test_the_sublayers_of_a_layer_are_the_layer(backbone, sites):
     """feed_forward(attention(h)) equals transformers' own layer bit for bit, dropout on, with and without adapters."""
     model = a_model(1, backbone=backbone)
     layout = layouts_of(model)[0]

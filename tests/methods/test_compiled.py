@@ -31,7 +31,7 @@ def eagerly(monkeypatch):
 
 @pytest.mark.parametrize("family", ["bert", "llama", "bart"])
 @pytest.mark.parametrize("method", ["meft1-exact", "meft3-exact"])
-def test_reversal_of_compiled_halves_is_exact(family, method):
+def test_reversal_of_compiled_sublayers_is_exact(family, method):
     """Two sizes of tiles, strict: backward would raise if an element were not restored; gradients are eager ones."""
     model = a_model(3, torch.float32, backbone=family, dropout=0.0)
     settings = {"tiles": 5, "strict": True}

@@ -99,7 +99,7 @@ VARIANTS = [
 @pytest.mark.parametrize("backbone", ["bert", "roberta"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("method", MEFTS)
-def test_meft_gradients_are_those_of_ordinary_autograd(method, dropout, backbone):
+def test_meft_gradients_are_those_of_reference_autograd(method, dropout, backbone):
     """fp64, 4 layers, padding: 1e-8 relative against reference autograd through the same equations."""
     applied = prepare(a_model(LAYERS, backbone=backbone, dropout=dropout), method, seed=1)
 

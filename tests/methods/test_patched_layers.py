@@ -106,7 +106,7 @@ def check(family, name, patch, method):
 METHODS = ["parallel", "houlsby", "full+tiled_mlp", "parallel+tiled_mlp", "meft1-exact", "meft3-exact"]
 
 
-# OPT's layer gives its feed-forward all samples in a row, its halves do not.
+# OPT's layer gives its feed-forward all samples in a row, its sublayers do not.
 IN_A_ROW = ("fc1", "fc2", "activation_fn", "final_layer_norm")
 
 

@@ -109,7 +109,7 @@ def test_the_adapter_and_a_new_head_are_trained_and_nothing_else(name, model):
 
 @pytest.fixture(scope="module")
 def _imports_are_not_collected():
-    """At the edges of every window; `measurement.preload` does so for a sweep."""
+    """At the edges of every window; `meftbench.measuring.requests.preload` does so for a sweep."""
     gc.collect()
     gc.freeze()
 

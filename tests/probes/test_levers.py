@@ -121,7 +121,7 @@ def peak_of(backbone, method):
 @pytest.mark.parametrize("method", ["lora", "parallel"])
 @pytest.mark.parametrize("backbone", TINY)
 def test_checkpointing_and_tiles_save_what_they_must_on_every_backbone(backbone, method):
-    """Alone and together, whoever runs the layers: transformers' classes, or their halves where an adapter is in."""
+    """Alone and together, whoever runs the layers: transformers' classes, or their sublayers where an adapter is in."""
     alone, tiled = peak_of(backbone, f"{method}+checkpoint"), peak_of(backbone, f"{method}+tiled_mlp")
     both = peak_of(backbone, f"{method}+checkpoint+tiled_mlp")
     without = peak_of(backbone, method)

@@ -133,7 +133,7 @@ def test_reversal_holds_the_same_at_any_depth():
         return count_memory(step, 1, 1)["saved_bytes"].value
 
     stream = 4 * 32 * 32 * 4  # samples × tokens × hidden × 4 bytes
-    rng = 2 * 5120  # states of the CPU's generator, two halves a layer
+    rng = 2 * 5120  # states of the CPU's generator, two sublayers a layer
     assert held("meft1", 12) - held("meft1", 4) <= 8 * rng
     assert 8 * stream <= held("lora+checkpoint", 12) - held("lora+checkpoint", 4)
 

@@ -48,7 +48,7 @@ def reference(stack):
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("output", ["mean", "last"])
-def test_gradients_are_those_of_ordinary_autograd(swap, centred, output):
+def test_gradients_are_those_of_reference_autograd(swap, centred, output):
     """Input, context and parameters get the gradients of the same equations under plain autograd."""
     stack = a_stack(swap=swap, centred=centred, output=output)
     plain = reference(stack)

@@ -34,7 +34,7 @@ def test_auto_never_makes_tiles_too_small_to_be_fast(tokens, expected):
 
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("input_wanted", [True, False])
-def test_gradients_are_those_of_ordinary_autograd(tiles, input_wanted):
+def test_gradients_are_those_of_reference_autograd(tiles, input_wanted):
     """Input and parameters, dropout repeated, the global random stream where it would have been."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Dropout(0.5), nn.Linear(24, 6)).double()

@@ -1,4 +1,4 @@
-"""A quality cell: what it says of its data and weights, and one line for each thing that is wrong with them."""
+"""A fine-tuning run: what it says of its data and weights, and one line for each thing that is wrong with them."""
 
 import importlib.util
 import json
@@ -72,7 +72,7 @@ def test_memory_time_and_score_in_one_outcome(tmp_path):
     assert f"{tmp_path.name}/mood" == observed["data"]  # without the folders of this machine
 
 
-def test_the_memory_of_ordinary_autograd_is_its_own(tmp_path):
+def test_the_memory_of_reference_autograd_is_its_own(tmp_path):
     """A training without reversal holds what its layers save, and has no error of reconstruction."""
     task, asked = a_classification(tmp_path / "mood"), Protocol(passes=["memory", "reconstruction"], warmup=1, steps=1)
     cells = [a_training(task, "meft1-exact", max_steps=1, ordinary=ordinary) for ordinary in (False, True)]

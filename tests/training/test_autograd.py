@@ -27,7 +27,7 @@ def found_by_backward(model):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_clipping_sees_the_gradients_of_ordinary_autograd(backbone):
+def test_clipping_sees_the_gradients_of_reference_autograd(backbone):
     """clip_grad_norm_ finds their norm and leaves gradients of norm 0.01."""
     applied = a_prepared_model(backbone)
     _, expected = gradients(applied.model, a_text_batch())
