@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line that says where, what, and what to do."""
+"""Errors that the user can correct: one line that says where, what is wrong, and what to do. Also the exit codes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BUG = 70
 INTERRUPTED = 130
 TERMINATED = 143
 
-# torch's CPU allocator raises a plain RuntimeError, and CUDA libraries report exhaustion as a failed call: these are
-# the only failures known by their text (seen in torch 2.13). cuDNN says NOT_SUPPORTED of a workspace that does not fit.
+# torch's CPU allocator raises a plain RuntimeError, and CUDA libraries report a lack of memory as a failed call. Only
+# these failures are recognised by their text (of torch 2.13). cuDNN says NOT_SUPPORTED if its workspace does not fit.
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory"
     r"|CUDNN_STATUS_NOT_SUPPORTED"
@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = re.compile(
 class UserError(Exception):
     """Wrong input. `main` prints it as one line on stderr and exits with `exit_code`; no traceback.
 
-    where: file and line, cell, layer: what the sentence is about.  what: the fact.  cure: what to do.
+    where: what the message is about: a file and line, a cell, a layer.  what: what is wrong.  cure: what to do.
     """
 
     def __init__(self, where: str, what: str, cure: str, exit_code: int = INVALID) -> None:
@@ -38,20 +38,20 @@ class UserError(Exception):
 
 
 def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a closed list: the nearest name, or all of them."""
+    """The error for a name that is not one of `known`: it suggests the nearest name, or lists all of them."""
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=1)
-    cure = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names)}"
+    nearest = get_close_matches(str(name), names, n=1)
+    cure = f"did you mean {nearest[0]!r}?" if nearest else f"one of: {', '.join(names)}"
     return UserError(where, f"unknown {kind} {name!r}", cure)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    """The message of an error as one line; the name of its type where it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that host or device memory did not suffice."""
+    """Whether `error` means that there was not enough host or device memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError | OSError) and bool(_OUT_OF_MEMORY.search(str(error)))
@@ -59,10 +59,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def reading(fault: Callable[[Exception], UserError]) -> Iterator[None]:
-    """Whatever is raised within, while files of the user's are read, is raised as what `fault` makes of it.
+    """Replace any exception raised in this context, in which user files are read, by the UserError of `fault`.
 
-    A damaged file or a value of the wrong kind makes transformers, safetensors and tokenizers raise anything, such as
-    KeyError for an activation that is unknown. UserError and a lack of memory pass as they are.
+    A damaged file or a value of the wrong kind makes transformers, safetensors and tokenizers raise errors of many
+    types, such as KeyError for an unknown activation. UserError and a lack of memory are raised unchanged.
     """
     try:
         yield
@@ -75,15 +75,15 @@ def reading(fault: Callable[[Exception], UserError]) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What a library says of a file that it cannot read, in one line."""
+    """Why a library could not read a file, as one line."""
     if isinstance(error, KeyError):
         return f"transformers knows no {error}"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first_line}"
 
 
 class CellFailure(Exception):  # noqa: N818 - no error: a full device is a result
-    """A cell that ended otherwise than `ok`, with what is known of it: a result, not a bug.
+    """Raised where a cell ends with a status other than `ok`, which is a result and not a bug.
 
     status: "oom", "error" or "skipped".  detail: fields of a record's `status_detail`
     (type, message, phase, requested_bytes, free_bytes, capacity_bytes ...).

@@ -1,7 +1,7 @@
-"""Functions of the user's own, `module:function`: imported, looked at and called, their faults in one line each.
+"""Imports, checks and calls the user's own functions, named `module:function`; an error in one is reported in one line.
 
-They are imported from the working folder, in which the command was started, or from an installed package, and only
-where the parent process says by the environment (plan/factories.py) that this is allowed.
+Functions are imported from the working folder, in which the command was started, or from an installed package, and only
+if an environment variable that the parent process sets (plan/factories.py) allows it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from meftbench.errors import CellFailure, UserError, one_line
 from meftbench.plan.factories import BATCH_ARGUMENTS, FOLDER
 
 Function = Callable[..., Any]
-_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s'\"/]+/)+(?=[^\s'\"/]+/[^\s'\"/]+)")
+# The folders of an absolute path but for its last two parts.
+_LEADING_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s'\"/]+/)+(?=[^\s'\"/]+/[^\s'\"/]+)")
 
 
 def load(name: str) -> Function:
     """The function called `name`.
 
-    Raises UserError: not allowed, no such module or function, a module that raises, something that cannot be called.
+    Raises UserError: importing code is not allowed, there is no such module or function, the import raises, or what is
+    named cannot be called.
     """
     folder = os.environ.get(FOLDER)
     if folder is None:
@@ -50,8 +52,8 @@ def load(name: str) -> Function:
         raise _not_found(name, str(error.name), Path(folder)) from None
     function = getattr(module, function_name, None)
     if function is None:
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = get_close_matches(function_name, own, n=1)
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = get_close_matches(function_name, callables, n=1)
         cure = f"did you mean '{module_name}:{near[0]}'?" if near else "define it there, or name another"
         raise UserError(name, f"module {module_name!r} has no {function_name!r}", cure)
     if not callable(function):
@@ -66,7 +68,7 @@ def _not_found(name: str, missing: str, folder: Path) -> UserError:
     places: Sequence[str] = [str(folder)]
     if parent:
         places = list(getattr(sys.modules.get(parent), "__path__", []))
-    near = get_close_matches(last, [found.name for found in pkgutil.iter_modules(places)], n=1)
+    near = get_close_matches(last, [entry.name for entry in pkgutil.iter_modules(places)], n=1)
     cure = "start meftbench in the folder that holds it, or install its package"
     if module.endswith(".py"):
         cure = f"write {module.removesuffix('.py')}:{function}, as Python imports it"
@@ -78,27 +80,28 @@ def _not_found(name: str, missing: str, folder: Path) -> UserError:
 
 
 def checked_function(name: str, arguments: Iterable[str]) -> Function:
-    """The function called `name`. Raises UserError as `load` does, and where it does not take `arguments`."""
+    """The function called `name`. Raises UserError as `load` does, and where the function cannot be called with exactly
+    the keyword arguments that are named in `arguments`."""
     function = load(name)
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of some that are not written in Python it is not known
+    except (TypeError, ValueError):  # some functions that are not written in Python have none
         return function
     try:
         signature.bind(**dict.fromkeys(arguments))
     except TypeError as error:
-        taken = ", ".join(signature.parameters) or "nothing"
+        accepted = ", ".join(signature.parameters) or "nothing"
         cure = "give them under `config`"
         if tuple(arguments) == BATCH_ARGUMENTS:
             cure = "write def batch(batch_size, sequence_length)"
-        raise UserError(name, f"{one_line(error)}: it takes {taken}", cure) from None
+        raise UserError(name, f"{one_line(error)}: it takes {accepted}", cure) from None
     return function
 
 
 def call(name: str, **arguments: Any) -> Any:
-    """What the function gives. Raises UserError as `checked_function` does, and where it raises.
+    """What the function returns. Raises UserError as `checked_function` does, and where the function raises.
 
-    Afterwards torch is set as it was before: what a cell is measured under is what its record says.
+    The settings of torch are restored afterwards, so that a cell is measured under those that its record states.
     """
     function = checked_function(name, arguments)
     with _settings_restored(), blamed([name], always=True):
@@ -107,15 +110,16 @@ def call(name: str, **arguments: Any) -> Any:
 
 @contextmanager
 def _settings_restored() -> Iterator[None]:
-    """torch's default dtype and device, gradients, autocast and threads, and our part of the environment."""
-    ours = {key: value for key, value in os.environ.items() if key.startswith("MEFTBENCH_")}
+    """Restore, at the end of the context, torch's default dtype and device, its modes of gradients and autocast, its
+    number of threads, and the environment variables of this package."""
+    environment = {key: value for key, value in os.environ.items() if key.startswith("MEFTBENCH_")}
     dtype, device, threads = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
     autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
     gradients = torch.is_grad_enabled()
     try:
         yield
     finally:
-        os.environ.update(ours)
+        os.environ.update(environment)
         torch.set_default_dtype(dtype)
         if torch.get_default_device() != device:
             torch.set_default_device(device)
@@ -128,41 +132,45 @@ def _settings_restored() -> Iterator[None]:
 
 @contextmanager
 def blamed(names: Sequence[str], fact: str = "raised", always: bool = False) -> Iterator[None]:
-    """What code of the user's own raises within becomes a UserError that says where in that code; its traceback is
-    printed. Out of memory stays as it is, and so do a module that is missing by the very name of the first, and, unless
-    `always`, what no line of that code led to.
+    """Turn what the user's code raises within the context into a UserError that names the line of that code, and print
+    the traceback.
 
-    names: of the functions by which that code was reached.
+    Some errors are raised unchanged: those of this package; running out of memory; that the module of the first name,
+    or a package that it is in, was not found; and, unless `always`, those whose traceback has no line of that code.
+
+    names: of the functions by which the user's code was reached.  fact: what happened, for the message.
     """
     try:
         yield
     except (UserError, CellFailure):
         raise
     except (Exception, SystemExit) as error:
-        place = _place(error, names)
+        location = _location(error, names)
         if isinstance(error, ModuleNotFoundError) and f"{names[0].partition(':')[0]}.".startswith(f"{error.name}."):
             raise
-        full = isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and "memory" in str(error))
-        if full or not (always or place):
+        out_of_memory = isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError | OSError) and "memory" in str(error)
+        )
+        if out_of_memory or not (always or location):
             raise
         traceback.print_exception(error)
-        said = f"{type(error).__name__}: {_without_folders(one_line(error))}".removesuffix(f": {type(error).__name__}")
-        raise UserError(names[0], f"{fact}{f' at {place}' if place else ''}: {said}", "mend it there") from error
+        text = f"{type(error).__name__}: {_without_folders(one_line(error))}".removesuffix(f": {type(error).__name__}")
+        raise UserError(names[0], f"{fact}{f' at {location}' if location else ''}: {text}", "mend it there") from error
 
 
-def _place(error: BaseException, names: Sequence[str]) -> str | None:
-    """File and line of the innermost frame of the user's own code; None: there is none."""
-    found = None
+def _location(error: BaseException, names: Sequence[str]) -> str | None:
+    """File and line of the innermost frame of the user's code, or of its syntax error; None: there is neither."""
+    location = None
     for frame in traceback.extract_tb(error.__traceback__):
-        if shown := _own_file(frame.filename, names):
-            found = f"{shown}:{frame.lineno}"
-    if isinstance(error, SyntaxError) and error.filename and (shown := _own_file(error.filename, names)):
-        found = f"{shown}:{error.lineno}"
-    return found
+        if file := _user_file(frame.filename, names):
+            location = f"{file}:{frame.lineno}"
+    if isinstance(error, SyntaxError) and error.filename and (file := _user_file(error.filename, names)):
+        location = f"{file}:{error.lineno}"
+    return location
 
 
-def _own_file(file: str, names: Sequence[str]) -> str | None:
-    """A file of the user's own code, as it is called below its root; None: it is not theirs."""
+def _user_file(file: str, names: Sequence[str]) -> str | None:
+    """A file of the user's code, as a path relative to the folder that it was imported from; None: it is not theirs."""
     path = Path(file)
     if not path.is_absolute() or path.is_relative_to(Path(meftbench.__file__).parent):
         return None
@@ -182,23 +190,26 @@ def _own_file(file: str, names: Sequence[str]) -> str | None:
 
 
 def _without_folders(text: str) -> str:
-    """The text without the working folder; of other absolute paths the last two parts. Records are read elsewhere."""
+    """The text with paths in the working folder made relative to it, and of other absolute paths only the last two
+    parts, since records are read on other machines."""
     folder = os.environ.get(FOLDER, "") + os.sep
-    return _FOLDERS.sub("", text.replace(folder, "") if len(folder) > 1 else text)
+    return _LEADING_FOLDERS.sub("", text.replace(folder, "") if len(folder) > 1 else text)
 
 
 def digest_of(name: str) -> str | None:
-    """16 hexadecimal digits of the source files that a loaded function is named in and defined in; None: it has none.
-    What these import is not in it."""
+    """A digest, 16 hexadecimal digits, of the source files of the module in the function's name and of the one that
+    defines it; None: there are no such files. What these files import is not in the digest.
+
+    Raises UserError as `load` does."""
     function = load(name)
     files = [getattr(sys.modules[name.partition(":")[0]], "__file__", None)]
-    with suppress(TypeError):  # of a function that is not written in Python
+    with suppress(TypeError):  # the function is not written in Python
         files.append(inspect.getsourcefile(inspect.unwrap(function)))
     summary = hashlib.blake2b(digest_size=8)
-    known = list(dict.fromkeys(str(Path(file).resolve()) for file in files if file and Path(file).is_file()))
-    for file in known:
+    sources = list(dict.fromkeys(str(Path(file).resolve()) for file in files if file and Path(file).is_file()))
+    for file in sources:
         summary.update(Path(file).read_bytes() + b"\0")
-    return summary.hexdigest() if known else None
+    return summary.hexdigest() if sources else None
 
 
 def digests_of(names: Iterable[str | None]) -> dict[str, str | None]:
@@ -206,7 +217,10 @@ def digests_of(names: Iterable[str | None]) -> dict[str, str | None]:
 
 
 def looked_at(calls: Iterable[tuple[str, Sequence[str]]]) -> dict[str, Any]:
-    """For the parent process, before the first cell: `digests` by name; or, of the first fault, `error` and `call`."""
+    """Checks functions for the parent process, before the first cell. Each is a name and the names of its arguments.
+
+    Returns `digests` by name; or, where a function has a fault, `error` and `call` of the first such function.
+    """
     digests = {}
     for name, arguments in calls:
         try:

@@ -1,4 +1,4 @@
-"""Memory and time of training steps of a model and a batch of one's own: `meftbench.measure`."""
+"""Memory and time of training steps of the user's own model and batch: `meftbench.measure`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Measurement(dict[str, Metric]):
     """Metrics by name, as in a record: `measurement["activation_peak_bytes"].value`."""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a metric that is a number: its value, unit, and how it was obtained."""
+        """One row for each metric that is a number: its value, its unit, and how it was obtained."""
         rows = [
             (name, metric.value, METRICS[name].unit if name in METRICS else "", metric.source)
             for name, metric in self.items()
@@ -52,21 +52,23 @@ def measure(
     time: bool = True,
     **settings: Any,
 ) -> Measurement:
-    """Memory and time of training steps of your own model, on the device it is on: memory counted on CPU, measured on
-    CUDA; time measured, in steps of its own.
+    """Memory and time of training steps of your own model, on the device it is on. Memory is counted on CPU and
+    measured on CUDA; time is measured, in separate steps.
 
-    model: run in training mode, with gradients; the mode of each of its modules is afterwards what it was.
-    batch: arguments of the model's forward by name, labels among them. Tensors of one first dimension are its samples,
-        moved to the model's device; lists of numbers become tensors; anything else is passed on as it is.
-        The model gives a loss: as `loss` of an object or a dict, first of a tuple, or by itself; one number.
-    method: applied to the model first, with `settings` and `module` as in `apply_method`; "offload" included.
-    optimizer: of the trained parameters; AdamW if None.
-    The parameters are trained for warmup + steps steps, and as many again where `time`: measure a copy, or before
-    training. A method stays applied, unless an error is raised: `meftbench.unload` takes it off.
-    Where the loss is no number (NaN, infinity) a warning says so, and so does the metric `collapse`.
+    model: is run in training mode with gradients; afterwards each of its modules is in the mode it was in before.
+    batch: arguments of the model's forward by name, labels among them. The first dimension of tensors is that of the
+        samples; they are moved to the model's device. Lists of numbers become tensors; anything else is passed as it
+        is. The model must return the loss, a single number: as `loss` of an object or a dict, as the first item of a
+        tuple, or alone.
+    method: is applied to the model first, with `settings` and `module` as in `apply_method`; "offload" included.
+    optimizer: of the trained parameters; None: AdamW.
+    The parameters are trained for warmup + steps steps, and for as many again if `time`: so measure a copy of the
+    model, or measure before training. A method stays applied, unless an error is raised; `meftbench.unload` removes it.
+    Where the loss is NaN or infinite, a warning says so, and so does the metric `collapse`.
 
-    Raises UserError: a model without parameters, trained ones or values (meta); a batch without samples, or that the
-    model does not take; no loss, or one that is no single number; no steps; whatever a step raises, as its cause.
+    Raises UserError: the model has no parameters, none that are trained, or weights without values (meta); the batch
+    has no samples, or the model does not take it; there is no loss, or it is not a single number; there are no steps.
+    An error that a step raises is the cause of a UserError; running out of memory is raised as it is.
 
     >>> measure(model, batch)["activation_peak_bytes"].value  # doctest: +SKIP
     """
@@ -91,7 +93,7 @@ def _measured(
     steps: int,
     time: bool,
 ) -> Measurement:
-    device, trained = _checked(applied)
+    device, trained = _device_and_trained(applied)
     samples, constants = sorted_out("measure", batch, device)
     step = OwnStep(
         applied=applied,
@@ -101,30 +103,31 @@ def _measured(
         device=device,
         constants=constants,
     )
-    found = Measurement(parameter_counts(applied.model))
-    with ExitStack() as entered:
-        entered.enter_context(_said_in_a_line(type(applied.model).__name__))
-        entered.enter_context(torch.inference_mode(False))
-        entered.enter_context(torch.enable_grad())
-        # Evaluation mode holds less: dropout does nothing, and transformers does not checkpoint.
-        entered.enter_context(modes_as(applied.model, [True for _ in applied.model.modules()]))
+    measurement = Measurement(parameter_counts(applied.model))
+    with ExitStack() as contexts:
+        contexts.enter_context(_errors_in_one_line(type(applied.model).__name__))
+        contexts.enter_context(torch.inference_mode(False))
+        contexts.enter_context(torch.enable_grad())
+        # Evaluation mode would take other memory: dropout does nothing, and transformers does not checkpoint.
+        contexts.enter_context(modes_as(applied.model, [True for _ in applied.model.modules()]))
         if device.type == "cuda":
-            found |= measure_memory(step, warmup, steps, TorchAllocator(), reading_of(device))
+            measurement |= measure_memory(step, warmup, steps, TorchAllocator(), reading_of(device))
         else:
-            found |= count_memory(step, warmup, steps)
+            measurement |= count_memory(step, warmup, steps)
         if time:
-            found |= time_steps(step, warmup, steps)
+            measurement |= time_steps(step, warmup, steps)
     if broken := broken_loss(step.last_loss):
-        found["collapse"] = Metric(broken, "measured")
+        measurement["collapse"] = Metric(broken, "measured")
         warnings.warn(broken, UserWarning, stacklevel=3)
     if "attention_mask" not in samples:
-        found.pop("tokens_per_s", None)  # how many there are is not known
-    return found
+        measurement.pop("tokens_per_s", None)  # without a mask the number of tokens is not known
+    return measurement
 
 
 @contextmanager
-def _said_in_a_line(where: str) -> Iterator[None]:
-    """What the user's model, or torch about their batch, raises: our line, and theirs as its cause."""
+def _errors_in_one_line(where: str) -> Iterator[None]:
+    """Turn an error in a step of the user's model into a UserError of one line, with the error as its cause. Running
+    out of memory, and a UserError, are raised unchanged."""
     try:
         yield
     except UserError:
@@ -142,8 +145,8 @@ def _check_counts(**counts: tuple[int | None, int]) -> None:
             raise UserError("measure", f"{name} is {count!r}", f"write a whole number from {least}")
 
 
-def _checked(applied: Applied) -> tuple[torch.device, list[nn.Parameter]]:
-    """The model's device and trained parameters."""
+def _device_and_trained(applied: Applied) -> tuple[torch.device, list[nn.Parameter]]:
+    """The model's device and its trained parameters. Raises UserError where it cannot be trained."""
     model, where = applied.model, type(applied.model).__name__
     parameters = list(model.parameters())
     if not parameters:

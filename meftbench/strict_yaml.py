@@ -1,4 +1,4 @@
-"""YAML read safely and strictly, with the line of every key: duplicate keys are refused, errors say where."""
+"""Reads YAML safely and strictly: duplicate keys are errors, and every error names the line of its key."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML 1.1 reads 1e-5, without a point, as text; everybody who writes it means the number."""
+    """A safe loader that reads 1e-5 as a number. In YAML 1.1 it is text, since it has no decimal point."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:  # of a date such as 2026-13-45: without its line
+        except ValueError as error:  # such as from the date 2026-13-45; it has no line number yet
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
@@ -32,7 +32,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """A value as our files have it. Raises yaml.YAMLError."""
+    """The value of a YAML text, read as in the files of this project. Raises yaml.YAMLError: it is not valid."""
     return yaml.load(text, _Loader)
 
 
@@ -41,7 +41,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class FaultAtError(ValueError):
-    """Of a validator that looks at several values: what is wrong, and the path below the validated value where."""
+    """Raised by a validator of several values: what is wrong, and at which path below the validated value."""
 
     def __init__(self, message: str, *path: str | int) -> None:
         super().__init__(message)
@@ -52,8 +52,8 @@ class FaultAtError(ValueError):
 class Document:
     """A parsed file: `content` as plain Python values, and the line (from 1) of each key path.
 
-    lines: of a key, or of an item of a list. What an alias or a merge key brings in has the line where it is written.
-    values: the line of a plain value that does not stand on the line of its key.
+    lines: of keys, and of items of lists; what an alias or a merge key brings in has the line where it is written.
+    values: the lines of those scalar values that are not on the line of their key.
     """
 
     file: Path
@@ -62,28 +62,29 @@ class Document:
     values: dict[KeyPath, int] = field(default_factory=dict)
 
     def where(self, path: KeyPath = (), key: bool = False) -> str:
-        """`file:line: grid.method[2]`; the nearest key that stands in the file gives the line.
+        """The place of `path` as `file:line: grid.method[2]`, with the line of the nearest key that is in the file.
 
-        key: the key itself is meant, not its value.
+        key: give the line of the key, not that of its value.
         """
         if not self.lines and path[1:] == ("name",):
-            path = path[:1]  # of a command line, on which a name is written without a key
-        known = path
-        while known and known not in self.lines:
-            known = known[:-1]
+            path = path[:1]  # the value is from a command line, where a name is written without a key
+        known_path = path
+        while known_path and known_path not in self.lines:
+            known_path = known_path[:-1]
         dotted = "".join(f"[{key}]" if type(key) is int else f".{key}" for key in path).lstrip(".")
-        line = self.lines.get(known, 1) if key else self.values.get(known, self.lines.get(known, 1))
+        line = self.lines.get(known_path, 1) if key else self.values.get(known_path, self.lines.get(known_path, 1))
         place = f"{self.file}:{line}" if self.lines else str(self.file)
         return f"{place}: {dotted}" if dotted else place
 
     def error(self, path: KeyPath, what: str, cure: str) -> UserError:
+        """A UserError about the value at `path`."""
         return UserError(self.where(path), what, cure)
 
 
 def read(file: Path, example: str = "schema: 1") -> Document:
-    """Parse `file`. example: a key and its value that such a file has.
+    """Parse `file`. example: a key and value to start such a file with, for the message.
 
-    Raises UserError: not found, not a file, not UTF-8, not YAML, a key given twice.
+    Raises UserError: the file is not found, cannot be read, or is not UTF-8 or not YAML; a key is given twice.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -102,8 +103,8 @@ def read(file: Path, example: str = "schema: 1") -> Document:
         raise UserError(str(file), "is nested too deeply", "write it flatter") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        begin = error.context_mark.line + 1 if error.context_mark else line
-        inside = f", in what begins on line {begin}" if begin != line else ""
+        context_line = error.context_mark.line + 1 if error.context_mark else line
+        inside = f", in what begins on line {context_line}" if context_line != line else ""
         raise UserError(f"{file}:{line}", f"not valid YAML ({error.problem}{inside})", "mend this line") from None
     except yaml.YAMLError as error:
         unprintable = yaml.reader.Reader.NON_PRINTABLE.search(text)
@@ -130,7 +131,7 @@ class _Places:
     def locate(self, node: yaml.Node, path: KeyPath) -> None:
         """Note the lines of everything in `node`, which stands at `path`. Raises UserError: a key given twice."""
         line = node.start_mark.line + 1
-        if len(path) > DEEPEST:  # of an alias within what it stands for there is no end
+        if len(path) > DEEPEST:  # an alias inside the value that it refers to never ends
             cure = f"write it without the alias, in at most {DEEPEST} levels"
             raise UserError(f"{self.file}:{line}", "is nested too deeply, or refers to itself", cure)
         self.lines.setdefault(path, line)
@@ -143,22 +144,22 @@ class _Places:
             self.values[path] = line
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
-        first: dict[Any, int] = {}
+        first_lines: dict[Any, int] = {}
         merged: list[yaml.Node] = []
         for key_node, value in node.value:
             key, line = self._key(key_node), key_node.start_mark.line + 1
-            if key in first:
-                cure = f"it stands on line {first[key]} already: remove one"
+            if key in first_lines:
+                cure = f"it stands on line {first_lines[key]} already: remove one"
                 raise UserError(f"{self.file}:{line}", f"duplicate key {key!r}", cure)
-            first[key] = line
+            first_lines[key] = line
             if key_node.tag == _MERGE:
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
-            elif (*path, key) not in self.lines:  # what is written stands before what is merged in
+            elif (*path, key) not in self.lines:  # a key of the mapping itself takes precedence over a merged one
                 self.lines[*path, key] = line
                 self.locate(value, (*path, key))
-        for other in merged:
-            if isinstance(other, yaml.MappingNode):
-                self._mapping(other, path)
+        for mapping in merged:
+            if isinstance(mapping, yaml.MappingNode):
+                self._mapping(mapping, path)
 
     def _key(self, node: yaml.Node) -> Any:
         if not isinstance(node, yaml.ScalarNode) or node.tag == _MERGE:
@@ -167,49 +168,49 @@ class _Places:
 
 
 def validated(document: Document, schema: type[M]) -> M:
-    """`document` as a `schema`; the first thing wrong is raised as a UserError with its line and cure."""
+    """`document` as a `schema`. Raises UserError, with the line: the first fault that was found."""
     return validated_part(document, (), document.content, schema)
 
 
 def validated_part(document: Document, path: KeyPath, content: Any, schema: type[M]) -> M:
-    """As `validated`, for the value `content` that stands at `path` of the document."""
+    """Like `validated`, for the value `content`, which is at `path` of the document."""
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        found = error.errors()
-        # Of the ways in which a value may be written, the one that it came furthest with is the one that was meant.
-        top = found[0]["loc"][:1]
-        first = max((fault for fault in found if fault["loc"][:1] == top), key=lambda fault: len(fault["loc"]))
+        faults = error.errors()
+        # Where a value may be written in several ways, the fault is reported for the way in which most of it was valid.
+        top = faults[0]["loc"][:1]
+        first = max((fault for fault in faults if fault["loc"][:1] == top), key=lambda fault: len(fault["loc"]))
     kind, value = first["type"], first.get("input")
-    said = first.get("ctx", {}).get("error")
-    below = said.path if isinstance(said, FaultAtError) else ()
+    cause = first.get("ctx", {}).get("error")
+    below = cause.path if isinstance(cause, FaultAtError) else ()
     absent = not below and first["loc"][-1:] != () and first["loc"][-1] in _keys_at(schema, first["loc"][:-1])
-    written = _written(content, (*first["loc"], *below), absent)
-    loc: KeyPath = (*path, *written)
+    path_below = _path_in(content, (*first["loc"], *below), absent)
+    loc: KeyPath = (*path, *path_below)
     if kind == "extra_forbidden":
         raise unknown(document.where(loc, key=True), "key", loc[-1], _keys_at(schema, first["loc"][:-1]))
     if kind == "missing":
         raise document.error(loc, "is missing", "add it")
-    if kind == "invalid_key":  # pydantic has its own spelling of a key that is no text
-        loc = (*path, *_written(content, first["loc"][:-1], False), value)
+    if kind == "invalid_key":  # pydantic names a key that is not a text in its own way
+        loc = (*path, *_path_in(content, first["loc"][:-1], False), value)
     if below:
-        value = _value_at(content, written)
+        value = _value_at(content, path_below)
     raise document.error(loc, _sentence(first["msg"]), _cure(kind, value))
 
 
-def _written(content: Any, loc: KeyPath, absent: bool) -> KeyPath:
-    """The part of pydantic's `loc` that stands in `content`; absent: its last key may be one that is left out there.
+def _path_in(content: Any, loc: KeyPath, absent: bool) -> KeyPath:
+    """The path in `content` for pydantic's `loc`. absent: its last key may be one that is missing there.
 
-    pydantic adds names of its own, such as the type that it tried of several (`list[float]`), and an index where one
-    value is taken for a list of one.
+    In `loc`, pydantic adds names of its own, such as that of the type it tried of several (`list[float]`), and an index
+    where a single value is taken for a list of one.
     """
     path: list[str | int] = []
     for number, key in enumerate(loc):
         if isinstance(content, dict):
-            found = next((name for name in content if str(name) == str(key)), None)
-            if found is None and not (absent and number == len(loc) - 1):
+            content_key = next((name for name in content if str(name) == str(key)), None)
+            if content_key is None and not (absent and number == len(loc) - 1):
                 continue
-            content = content.get(found)
+            content = content.get(content_key)
             path.append(key)
         elif isinstance(content, list | tuple) and isinstance(key, int) and key < len(content):
             content = content[key]
@@ -224,7 +225,7 @@ def _value_at(content: Any, path: KeyPath) -> Any:
 
 
 def settings_of(where: str, schema: type[M], settings: dict[str, Any]) -> M:
-    """`settings` given from Python as a `schema`. Raises UserError with the nearest key."""
+    """`settings` from Python code as a `schema`. Raises UserError, with the nearest key: they are not valid."""
     return validated_part(Document(Path(where), settings, {}), (), settings, schema)
 
 
@@ -242,7 +243,7 @@ def _cure(kind: str, value: Any) -> str:
 
 
 def _keys_at(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `loc` below `schema` accepts (aliases where it has them)."""
+    """The keys that the model at `loc` below `schema` accepts, by alias where they have one."""
     for key in loc:
         if isinstance(key, int):
             continue
@@ -255,16 +256,17 @@ def _keys_at(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model in a type annotation, such as in `list[Model] | None`; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for part in getattr(annotation, "__args__", ()):
-        if found := _model_in(part):
-            return found
+        if model := _model_in(part):
+            return model
     return None
 
 
 def named(document: Document, path: KeyPath, value: Any, kind: str) -> tuple[str, dict[str, Any]]:
-    """A name and what is set beside it, from "name" or {name: ..., key: value}. Raises UserError."""
+    """A name and its settings, from "name" or {name: ..., key: value}. Raises UserError: it has no name."""
     settings = dict(value) if isinstance(value, dict) else {"name": value}
     name = settings.pop("name", None)
     if not isinstance(name, str):
@@ -276,5 +278,5 @@ def named(document: Document, path: KeyPath, value: Any, kind: str) -> tuple[str
 
 
 def name_place(path: KeyPath, value: Any) -> KeyPath:
-    """Where the name stands of what `named` takes."""
+    """The path of the name in a value that `named` takes."""
     return (*path, "name") if isinstance(value, dict) and "name" in value else path

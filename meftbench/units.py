@@ -1,4 +1,4 @@
-"""Bytes and durations as people write them. Stored values are always bytes and seconds."""
+"""Bytes and durations as text that people read and write. Stored values are always in bytes and seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 def parse_bytes(text: str | int) -> int:
     """Bytes of "24GiB" (2³⁰), "24GB" (10⁹), "512 MiB", or a bare count of bytes.
 
-    Raises ValueError with the accepted units; a number without a unit is only taken as an int.
+    Raises ValueError, with the accepted units: it is not such a text. A number without a unit has to be an int.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         return text
@@ -38,13 +38,13 @@ _REQUESTED = re.compile(r"[Tt]ried to allocate ([0-9.]+ ?(?:bytes|B|KiB|MiB|GiB|
 
 
 def requested_bytes(message: str) -> int | None:
-    """The bytes that could not be had, from what an allocator of torch says of it; None where it does not say."""
+    """The bytes that were requested, from the out-of-memory message of a torch allocator; None where it has none."""
     match = _REQUESTED.search(message)
     return parse_bytes(match[1].replace("bytes", "B")) if match else None
 
 
 def parse_duration(text: str | int | float) -> float:
-    """Seconds of "600s", "10m", "1.5h", "250ms", or a bare number of seconds. Raises ValueError."""
+    """Seconds of "600s", "10m", "1.5h", "250ms", or a bare number of seconds. Raises ValueError: it is neither."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         return float(text)
     match = _QUANTITY.fullmatch(str(text))
@@ -54,7 +54,7 @@ def parse_duration(text: str | int | float) -> float:
 
 
 def format_bytes(count: float) -> str:
-    """A count of bytes for people, in the binary unit that keeps one to four digits before the point.
+    """A count of bytes as text, in the binary unit that leaves one to four digits before the point.
 
     >>> format_bytes(412 * 2**20)
     '412.0 MiB'
@@ -66,12 +66,12 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration for people: "850 ms", "12.3 s", "4m 05s", "2h 03m"."""
+    """A duration as text: "850 ms", "12.3 s", "4m 05s", "2h 03m"."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes}m {rest:02d}s"
+        return f"{minutes}m {seconds_left:02d}s"
     return f"{minutes // 60}h {minutes % 60:02d}m"

@@ -1,20 +1,20 @@
-"""The door to the torch side: a job goes in, its result comes out as a file. A job never raises.
+"""Runs jobs that need torch in processes of their own: each job writes its result to a file, errors included.
 
-`python -m meftbench.worker` is a fork server. It imports torch, transformers and peft once, without touching
-CUDA, and forks a fresh child for each job: a process a cell, without seconds of imports a cell. A child is its
-own process group, so that whoever kills a cell kills what the cell has started, too. With `--once` it runs one job,
-the first line of stdin, in its own process.
+`python -m meftbench.worker` is a fork server. It imports torch, transformers and peft once, without initialising
+CUDA, and forks a new child for each job: each cell has a process of its own, without seconds of imports. A child leads
+its own process group, so that killing the group of a cell also kills what the cell has started. With `--once` it runs
+one job, the first line of stdin, in its own process.
 
-In, a line of JSON a job:
+Input, one line of JSON for each job:
     {"id", "verb", "request", "result", "log", "threads", "memory_bytes", "environment", "ends_with_asker"}
-    `verb` and `request` are those of meftbench.measuring.requests. A job that ends with who asked for it is killed,
-    with all that it has started, at the end of stdin (`--once`; all jobs of the server are).
-Out, a line of JSON an event: {"event": "ready", "facts"} once, or {"event": "broken", "message"}; then for each job
-    {"event": "started", "id", "pid"} and {"event": "exited", "id", "pid", "code"} (as Popen.returncode: -9 for
-    SIGKILL).
+    `verb` and `request` are those of meftbench.measuring.requests. With `ends_with_asker` a job of `--once` is
+    killed, with all that it has started, at the end of stdin, as all jobs of the server are.
+Output, one line of JSON for each event:
+    {"event": "ready", "facts"} once, or {"event": "broken", "message"}; then for each job
+    {"event": "started", "id", "pid"} and {"event": "exited", "id", "pid", "code"} (Popen.returncode: -9 for SIGKILL).
     With `--once`: {"event": "progress", "text"}.
-The result file holds {"status", "status_detail", "answer"}, of a UserError {"user_error"} as well; it is there in full
-or not at all. At the end of stdin, however the runner died, every child is killed.
+The result file holds {"status", "status_detail", "answer"}, of a UserError {"user_error"} as well; it is written
+completely or not at all. At the end of stdin, however the runner ended, every child is killed.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ Tell = Callable[[str], None]
 
 
 def run_job(requests: ModuleType, verb: str, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """The content of a result file for what is asked, whatever happens.
+    """The content of the result file for a request, whatever is raised.
 
-    requests: has `VERBS`: by name, functions of a request and of what is given lines of progress.
+    requests: has `VERBS`: by name, functions of a request and of a function that takes lines of progress.
     """
     try:
         content = {"status": "ok", "status_detail": {}, "answer": requests.VERBS[verb](request, tell)}
         json.dumps(content, allow_nan=False)
         return content
-    # The last net: an interpreter that ends here without a result would cost the record of the cell.
+    # Every exception is caught: if the process ended here without a result, the cell would have no record.
     except BaseException as error:
         return failure(error)
 
@@ -76,7 +76,7 @@ def failure(error: BaseException) -> dict[str, Any]:
     lines = traceback.format_exception(error)
     detail: dict[str, Any] = {
         "type": type(error).__name__,
-        # A KeyError says its key, and nothing else.
+        # The text of a KeyError is the key alone.
         "message": f"{'KeyError: ' * isinstance(error, KeyError)}{error}"[:MESSAGE_CHARACTERS] or type(error).__name__,
     }
     if isinstance(error, CellFailure):
@@ -96,7 +96,7 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 def _no_progress(line: str) -> None:
-    """Nobody is told how far a job of the server is: its end is what counts."""
+    """Ignores progress: a job of the server reports only its end."""
 
 
 def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress) -> None:
@@ -110,25 +110,25 @@ def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress
 
 def _use_threads(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    # The requests bring torch; a stand-in for them in a test does not, and needs no threads.
+    # meftbench.measuring.requests imports torch; a substitute in a test may not.
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
 
 
 class _memory_limit:  # noqa: N801 - used as a function
-    """Within it the process may allocate `more` bytes than it holds; None: no limit.
+    """Within it the process may allocate `extra_bytes` beyond what it has allocated; None: no limit.
 
-    Beyond that malloc fails and torch raises, where otherwise the kernel would kill the largest process it finds.
-    Only the soft limit is lowered, so that the way out is open even when memory is gone.
+    Above that malloc fails and torch raises an error; without it the kernel would kill the largest process.
+    Only the soft limit is lowered, so that it can be raised again.
     """
 
-    def __init__(self, more: int | None) -> None:
-        self.more = more
+    def __init__(self, extra_bytes: int | None) -> None:
+        self.extra_bytes = extra_bytes
         self.before = resource.getrlimit(resource.RLIMIT_DATA)
 
     def __enter__(self) -> None:
-        if self.more is not None:
-            limit, hard = _data_bytes() + self.more, self.before[1]
+        if self.extra_bytes is not None:
+            limit, hard = _data_bytes() + self.extra_bytes, self.before[1]
             soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
@@ -150,10 +150,10 @@ def _data_bytes() -> int:
 
 
 class Server:
-    """Starts a process a job, and tells of its start and its end."""
+    """Starts a process for each job, and reports its start and its end."""
 
     def __init__(self, name: str, fork: bool) -> None:
-        # Only this process may write to the pipe: fd 1 of everything else leads to a log.
+        # Only this process may write to the original stdout; what else is printed to fd 1 goes to stderr or a log.
         self._reports = os.dup(1)
         os.dup2(2, 1)
         self._name, self._fork = name, fork
@@ -170,19 +170,19 @@ class Server:
             traceback.print_exc()
             self._report(event="broken", message=f"{type(error).__name__}: {error}")
             return 1
-        wake, waker = os.pipe()
-        os.set_blocking(wake, False)
-        os.set_blocking(waker, False)
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_read, False)
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._report(event="ready", facts=self._facts())
         with selectors.DefaultSelector() as selector:
             selector.register(0, selectors.EVENT_READ)
-            selector.register(wake, selectors.EVENT_READ)
+            selector.register(wake_read, selectors.EVENT_READ)
             while True:
                 ready = {key.fd for key, _ in selector.select()}
-                if wake in ready:
-                    os.read(wake, 4096)
+                if wake_read in ready:
+                    os.read(wake_read, 4096)
                 self._reap()
                 if 0 in ready and not self._take_jobs():
                     self._kill_all()
@@ -194,11 +194,11 @@ class Server:
             while line:
                 line = line[os.write(self._reports, line) :]
         except BrokenPipeError:
-            # The runner has gone; the end of stdin, which follows, says what to do.
+            # The runner has ended; so stdin will end, too, upon which the server kills its children and returns.
             return
 
     def _facts(self) -> dict[str, Any]:
-        """What `describe` says, asked in a child: a look at the device here would poison every later fork."""
+        """What `describe` returns, called in a child: CUDA, once initialised here, would not work in later children."""
         if not self._fork:
             return dict(self._requests.describe())
         read, write = os.pipe()
@@ -220,37 +220,37 @@ class Server:
 
     def _take_jobs(self) -> bool:
         """Start the jobs that have arrived; False at the end of stdin."""
-        arrived = os.read(0, 1 << 16)
-        *lines, self._unread = (self._unread + arrived).split(b"\n")
+        received = os.read(0, 1 << 16)
+        *lines, self._unread = (self._unread + received).split(b"\n")
         for line in lines:
             self._start(json.loads(line))
-        return bool(arrived)
+        return bool(received)
 
     def _start(self, job: dict[str, Any]) -> None:
-        # The child waits for a byte, or for its job, until the runner can know of it. Killed before, this process would
-        # leave a child that nobody ends; so the child finds the end of the pipe, and ends by itself.
-        permitted, permit = os.pipe()
-        pid = self._forked(job, permitted, permit) if self._fork else self._spawned(job["log"], permitted)
-        os.close(permitted)
+        # The child waits for a byte, or for its job, until its start is reported. If this process is killed before,
+        # nobody else knows of the child; but it then finds the end of the pipe, and ends by itself.
+        permit_read, permit_write = os.pipe()
+        pid = self._forked(job, permit_read, permit_write) if self._fork else self._spawned(job["log"], permit_read)
+        os.close(permit_read)
         self._running[pid] = job["id"]
         self._report(event="started", id=job["id"], pid=pid)
-        with suppress(BrokenPipeError):  # it has died, which `_reap` tells
-            os.write(permit, b"." if self._fork else json.dumps(job).encode() + b"\n")
-        os.close(permit)
+        with suppress(BrokenPipeError):  # the child has ended, which `_reap` reports
+            os.write(permit_write, b"." if self._fork else json.dumps(job).encode() + b"\n")
+        os.close(permit_write)
 
-    def _forked(self, job: dict[str, Any], permitted: int, permit: int) -> int:
-        read, write = os.pipe()
+    def _forked(self, job: dict[str, Any], permit_read: int, permit_write: int) -> int:
+        ready_read, ready_write = os.pipe()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 os.setsid()
-                os.close(write)
-                os.close(read)
-                os.close(permit)
+                os.close(ready_write)
+                os.close(ready_read)
+                os.close(permit_write)
                 self._become_child(job["log"])
-                if os.read(permitted, 1):
-                    os.close(permitted)
+                if os.read(permit_read, 1):
+                    os.close(permit_read)
                     perform(self._requests, job)
                     code = 0
             except BaseException:
@@ -260,22 +260,22 @@ class Server:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        os.close(write)
-        # Until the child leads its own group, a kill of that group would go astray.
-        os.read(read, 1)
-        os.close(read)
+        os.close(ready_write)
+        # Returns once the child leads its own group: before that, killing the group would not reach it.
+        os.read(ready_read, 1)
+        os.close(ready_read)
         return pid
 
-    def _spawned(self, log_file: str, permitted: int) -> int:
+    def _spawned(self, log_file: str, permit_read: int) -> int:
         with open(log_file, "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "meftbench.worker", "--requests", self._name, "--once"],
-                stdin=permitted,
+                stdin=permit_read,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        # Reaped here, with the others; Popen must not try to.
+        # `_reap` waits for it, as for the others; with a return code set, Popen does not.
         process.returncode = 0
         return process.pid
 
@@ -293,7 +293,7 @@ class Server:
         for pid, job in list(self._running.items()):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
                 continue
-            # While the child is unreaped its number cannot be reused, so what it has left behind can be killed safely.
+            # Until waitpid its id cannot be reused, so that what it has left in its group can be killed safely.
             _kill_group(pid)
             _, status = os.waitpid(pid, 0)
             del self._running[pid]
@@ -310,7 +310,7 @@ def _kill_group(pid: int) -> None:
     try:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        # Nobody is left in it. (macOS says EPERM for a group of zombies.)
+        # No process is left in the group. (macOS reports EPERM for a group of zombies.)
         return
 
 
@@ -321,16 +321,16 @@ def run_once(name: str) -> int:
     """Run the job that is the first line of stdin; progress goes to stdout. The exit code: 1 where no job came."""
     line = b""
     while not line.endswith(b"\n"):
-        arrived = os.read(0, 1 << 16)
-        if not arrived:
+        received = os.read(0, 1 << 16)
+        if not received:
             return 1
-        line += arrived
+        line += received
     job = json.loads(line)
     reports = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no event
+    os.dup2(2, 1)  # what libraries print must not mix with the events
 
     def tell(text: str) -> None:
-        with suppress(BrokenPipeError):  # whoever asked has gone
+        with suppress(BrokenPipeError):  # the process that asked has ended
             os.write(reports, json.dumps({"event": "progress", "text": text}).encode() + b"\n")
 
     if job["ends_with_asker"]:
@@ -340,7 +340,7 @@ def run_once(name: str) -> int:
 
 
 def _end_with_asker() -> None:
-    """Ends this process, and those it has started, when the other end of stdin has gone, however it ended."""
+    """Kills this process, and those it has started, when stdin ends because the process that asked has ended."""
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Where pre-trained models keep their layers, and how they are built."""
+"""Where pre-trained models keep their layers, how these split into sublayers, and how models are built by name."""
 
 from meftbench.backbones.find import checked_layouts, layouts_of
 from meftbench.backbones.layout import Layout, Site, base_of

@@ -1,6 +1,7 @@
 """BART: a post-norm encoder and a post-norm decoder with cross-attention, each a list of layers (docs/design.md 1).
 
-Cross-attention belongs to the attention half of a decoder's layer; its adapters read the first attention.
+Cross-attention is part of the attention sublayer of a decoder layer. Adapters at the sites of that sublayer read the
+output of the self-attention, which comes first.
 """
 
 from __future__ import annotations

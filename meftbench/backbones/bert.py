@@ -12,13 +12,14 @@ from meftbench.backbones.layout import Layout, Site
 
 
 def _attention_core(layer: Any, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
-    # args are (attention_mask, encoder_hidden_states): the second is None, decoders are refused.
+    # args are (attention_mask, encoder_hidden_states); the second is always None, since decoders are refused.
     attention = layer.attention.self
     context = {name: value for name, value in kwargs.items() if not name.startswith("encoder_")}
     if parts == 1:
         output_BLE: Tensor = attention(h_BLD, *args[:1], **context)[0]
         return output_BLE
-    # Queries, keys and values of a group of heads are rows of the projections; the module takes any number of heads.
+    # The queries, keys and values of a group of heads come from consecutive rows of the projections. The module works
+    # for any number of heads, so it can be called with the rows of one group.
     rows = {name: parameter.chunk(parts)[part] for name, parameter in attention.named_parameters()}
     output_BLE = functional_call(attention, rows, (h_BLD, *args[:1]), context)[0]
     return output_BLE
@@ -30,8 +31,8 @@ def _attention_tokens(layer: Any, o_BLE: Tensor, h_BLD: Tensor) -> Tensor:
 
 
 def _feed_forward(layer: Any, h_BLD: Tensor) -> Tensor:
-    """BertLayer.feed_forward_chunk from its submodules: there, the caller's frame would hold the intermediate
-    state, the widest tensor of the layer, until the last norm is done."""
+    """The computation of BertLayer.feed_forward_chunk, from its submodules. That method keeps the intermediate state,
+    the widest tensor of the layer, in a local variable until the last norm is done."""
     output = layer.output
     projected_BLD = output.dropout(output.dense(layer.intermediate(h_BLD)))
     result_BLD: Tensor = output.LayerNorm(projected_BLD + _residual(output, h_BLD))
@@ -39,13 +40,13 @@ def _feed_forward(layer: Any, h_BLD: Tensor) -> Tensor:
 
 
 def _residual(output: Any, x_BLD: Tensor) -> Tensor:
-    """What is added to the feed-forward's output: x, and the adapter beside the feed-forward where there is one."""
+    """What is added to the feed-forward's output: x, plus the output of the adapter beside the feed-forward, if any."""
     residual_BLD: Tensor = x_BLD + output.adapter(x_BLD) if "adapter" in output._modules else x_BLD
     return residual_BLD
 
 
-# Hooks are plain functions that find their adapter through the module they are called on: so they survive
-# deepcopy and pickling, where a closure would keep pointing at the original.
+# The hooks are plain functions that find their adapter through the module they are called on. So they still work after
+# deepcopy and pickling, where a closure would refer to the adapter of the original model.
 
 
 def _added_to_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def _added_to_residual(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 def _added_to_normed(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     (x_BLD,) = args
-    # `forward`, not a call: a call would run this hook again.
+    # `forward` is called directly, because calling the module would run this hook again.
     return (x_BLD + module.adapter(module.forward(x_BLD)),)
 
 
@@ -112,7 +113,8 @@ def _activation(config: Any) -> str:
     return str(config.hidden_act)
 
 
-# Functions with names throughout: a reversible model holds its layout, and torch.save pickles the whole model.
+# All fields are named functions rather than lambdas: a reversible model holds its layout, and torch.save pickles the
+# whole model.
 BERT = Layout(
     layers="encoder.layer",
     attach=_attach,

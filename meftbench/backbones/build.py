@@ -1,4 +1,5 @@
-"""A transformers model from a name: hub, local folder, or random weights in a published configuration."""
+"""Builds a model from its name: from the hub, a local folder, a GGUF file or a function of the user's own, or with
+random weights in a published configuration."""
 
 from __future__ import annotations
 
@@ -40,16 +41,17 @@ def build_model(
 ) -> nn.Module:
     """A model with a task head on the backbone called `name`, in training mode, on the CPU.
 
-    name: of `meftbench list models`, a hub id or a folder; `@random` gives random weights from `seed`
-        without any download.  overrides: fields of the configuration.
-        Or a function of the user's own, `module:function`, and its keyword arguments; it chooses head and labels.
-    head: a name of catalogue.HEADS; None: the first that the backbone's entry names.  num_labels: of a classifier; 1
-        is regression; None: what the configuration says (2 where nobody said). Where it is another number than the
-        weights were saved with, the head is new.
-    The global RNG state is left as it was found.
+    name: a name from `meftbench list models`, a hub id, a folder or a GGUF file; with `@random` the weights are drawn
+        at random from `seed`, and a name from that list needs no download. Or the name of a function of the user's own,
+        `module:function`, which chooses the head and its labels itself.
+    overrides: fields of the configuration and their values; for a function, its keyword arguments.
+    head: a name from catalogue.HEADS; None: the first one in the backbone's catalogue entry.
+    num_labels: of a classifier; 1 means regression; None: as the configuration says (transformers' default is 2). If
+        it differs from the number that the weights were saved with, the head is initialised anew.
+    The global RNG state is the same afterwards as before.
 
-    Raises UserError: the configuration is refused by transformers, a field is unknown, nothing can be loaded,
-    or not all that the configuration asks for.
+    Raises UserError: transformers refuses the configuration, a field is unknown, or the weights cannot be loaded or do
+    not fit the configuration.
     """
     import transformers
     from transformers import AutoConfig
@@ -76,27 +78,29 @@ def build_model(
         new_head = num_labels is not None and num_labels != config.num_labels
         config.num_labels = config.num_labels if num_labels is None else num_labels
         if hasattr(config, "vocab_size") and config.pad_token_id is None:
-            # A classifier on a decoder looks for the last token that is not padding.
+            # A classifier on a decoder reads the last token that is not padding, so it needs a padding id.
             config.pad_token_id = 0
-    # Of several classes transformers takes the one that made the weights: for DeiT one that cannot be trained.
+    # Where several classes fit, transformers takes the one in `architectures`, which the weights were saved from: for
+    # DeiT one that cannot be trained.
     config.architectures = []
-    auto = getattr(transformers, AUTO_CLASSES[head])
+    auto_class = getattr(transformers, AUTO_CLASSES[head])
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]), reading(partial(_not_loaded, name)):
         torch.manual_seed(seed)
         if random:
-            model = auto.from_config(config, dtype=dtype)
+            model = auto_class.from_config(config, dtype=dtype)
         else:
-            # Told of all weights of other sizes, we say which; of a new head they are meant to be.
-            told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, loading = auto.from_pretrained(folder or _hub(source), config=config, dtype=dtype, **told)
+            # With these options weights of other sizes are reported and not raised: `_check_loaded` raises for them,
+            # except for those of a new head, which are expected to differ.
+            options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, loading = auto_class.from_pretrained(folder or _hub(source), config=config, dtype=dtype, **options)
             _check_loaded(name, model, loading, head, overrides or {}, new_head)
     assert isinstance(model, nn.Module)
     return model.train()
 
 
 def _fit_layer_types(config: Any, overrides: dict[str, Any]) -> None:
-    """A changed number of layers changes the list of their kinds (sliding or full attention) with it."""
+    """Where `overrides` change the number of layers, fit the list of layer types (sliding or full attention) to it."""
     kinds = getattr(config, "layer_types", None)
     if not kinds or "num_hidden_layers" not in overrides or "layer_types" in overrides:
         return
@@ -107,8 +111,8 @@ def _fit_layer_types(config: Any, overrides: dict[str, Any]) -> None:
 
 
 def tokenizer_of(name: str) -> str | None:
-    """Folder or hub id the model's tokenizer is loaded from; None for random weights, folders without one and functions
-    of the user's own."""
+    """The folder or hub id that the model's tokenizer is loaded from; None for random weights, for folders without a
+    tokenizer and for functions of the user's own."""
     source, random = split_name(name)
     if random or is_factory(name):
         return None
@@ -120,13 +124,14 @@ def tokenizer_of(name: str) -> str | None:
 
 
 def revision_of(model: nn.Module) -> str | None:
-    """Commit on the hub the weights were loaded from; None for random weights, local folders and one's own modules."""
+    """The hub commit that the weights were loaded from; None for random weights, local folders and users' modules."""
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     return str(commit) if commit else None
 
 
 def _folder(source: str) -> Path | None:
-    """The model folder that `source` means, made where it is a GGUF file; None: a name on the hub."""
+    """The model folder that `source` names; for a GGUF file, the folder with its dequantized weights, which is made at
+    the first call; None: `source` is a name on the hub."""
     file = gguf_file_of(source)
     return folder_of(source) if file is None else dequantized(source, file)
 
@@ -149,43 +154,45 @@ def _not_loaded(name: str, error: Exception) -> UserError:
 def _check_loaded(
     name: str, model: nn.Module, loading: dict[str, Any], head: str, overrides: dict[str, Any], new_head: bool
 ) -> None:
-    """Raises UserError where weights were left out, or left random, that transformers says in its log alone: of other
-    sizes than the configuration's, missing, or of more layers than it has.
+    """Raises UserError where transformers left weights out or initialised them at random, of which it writes to its
+    log only: their sizes are not the configuration's, they are missing, or they are of layers that the model lacks.
 
-    A classifier's head is new where the weights have none, and so is a pooler; a language model's head is not.
-    loading: of `from_pretrained(..., output_loading_info=True)`.  new_head: that of the weights does not fit.
+    A classifier's head and a pooler may be missing, and are then new; a language model's head may not. More layers than
+    the model has are allowed where there are `overrides`.
+    loading: what `from_pretrained(..., output_loading_info=True)` gave.
+    new_head: the saved head does not fit, and a new one is intended.
     """
     backbone = f"{getattr(model, 'base_model_prefix', '')}."
-    wrong = sorted(entry for entry in loading["mismatched_keys"] if not new_head or entry[0].startswith(backbone))
-    if wrong:
-        key, saved, configured = wrong[0]
-        what = f"{key} is {_shape(saved)}, not {_shape(configured)}{_more(wrong)}"
-        raise _unfit(name, f"its weights do not fit its configuration ({what})")
+    mismatched = sorted(entry for entry in loading["mismatched_keys"] if not new_head or entry[0].startswith(backbone))
+    if mismatched:
+        key, saved, configured = mismatched[0]
+        what = f"{key} is {_shape(saved)}, not {_shape(configured)}{_more(mismatched)}"
+        raise _misfit_error(name, f"its weights do not fit its configuration ({what})")
     missing = sorted(
         key
         for key in loading["missing_keys"]
         if (key.startswith(backbone) and ".pooler." not in key) or head.endswith("_lm")
     )
     if missing:
-        raise _unfit(name, f"its weights lack what its configuration has ({missing[0]}{_more(missing)})")
-    known = {_PLACE.sub("N", key.removeprefix(backbone)) for key in model.state_dict()}
-    left = sorted(
+        raise _misfit_error(name, f"its weights lack what its configuration has ({missing[0]}{_more(missing)})")
+    known_keys = {_LAYER_INDEX.sub("N", key.removeprefix(backbone)) for key in model.state_dict()}
+    unused = sorted(
         key
         for key in loading["unexpected_keys"]
-        if _PLACE.search(key) and _PLACE.sub("N", key.removeprefix(backbone)) in known
+        if _LAYER_INDEX.search(key) and _LAYER_INDEX.sub("N", key.removeprefix(backbone)) in known_keys
     )
-    if left and not overrides:
-        raise _unfit(name, f"its weights have what its configuration lacks ({left[0]}{_more(left)})")
+    if unused and not overrides:
+        raise _misfit_error(name, f"its weights have what its configuration lacks ({unused[0]}{_more(unused)})")
 
 
-_PLACE = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # of a layer in a list: a part of a key that is a number
+_LAYER_INDEX = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # a part of a key that is a number: a layer's index in its list
 
 
-def _more(found: Sequence[object]) -> str:
-    return f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
+def _more(entries: Sequence[object]) -> str:
+    return f", and {len(entries) - 1} more tensors" if len(entries) > 1 else ""
 
 
-def _unfit(name: str, what: str) -> UserError:
+def _misfit_error(name: str, what: str) -> UserError:
     return UserError(name, what, "give both from one model, or add @random")
 
 

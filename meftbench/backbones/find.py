@@ -1,4 +1,4 @@
-"""The layouts of a model: those of its type in the catalogue, or guessed ones."""
+"""The layouts of a model: those that the catalogue has for its model type, or else a guessed one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from meftbench.errors import UserError
 
 
 def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
-    """The layouts of a transformers model, one a list of layers, in the order in which they run.
+    """The layouts of a transformers model, one for each of its lists of layers, in the order in which these run.
 
-    A type that is not in the catalogue is guessed at (backbones/guess.py).
-    Raises UserError where there is no layout and none can be guessed.
+    For a model type that is not in the catalogue the layout is guessed (backbones/guess.py).
+    Raises UserError: it is no transformers model, or no layout is known and none can be guessed.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
@@ -25,12 +25,13 @@ def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
         raise UserError(type(model).__name__, "has no layers of a transformers model", cure)
     if config.model_type not in BACKBONES:
         return (guessed_layout(model),)
-    found = resolve(BACKBONES[config.model_type].home)
-    return (found,) if isinstance(found, Layout) else tuple(found)
+    layouts = resolve(BACKBONES[config.model_type].home)
+    return (layouts,) if isinstance(layouts, Layout) else tuple(layouts)
 
 
 def checked_layouts(model: nn.Module) -> tuple[Layout, ...]:
-    """The same. Raises UserError where the model's configuration cannot be split."""
+    """What `layouts_of` gives. Raises UserError as it does, and where a model of this configuration cannot be run by
+    its sublayers."""
     layouts = layouts_of(model)
     for layout in layouts:
         reason = layout.refuses(model.config)

@@ -1,4 +1,4 @@
-"""Weights from a GGUF file: read and dequantized by transformers once, then kept as an ordinary model folder."""
+"""Weights from a GGUF file: transformers reads and dequantizes them once, and they are kept as a model folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from meftbench.backbones.gguf_header import check_config, check_weights, complet
 from meftbench.errors import UserError
 from meftbench.plan.gguf_files import cache_folder, check_gguf
 
-# Where the cache cannot be written: folders of this process, by file.
+# By GGUF file: temporary folders of this process, used where the cache cannot be written.
 _TEMPORARY: dict[Path, tempfile.TemporaryDirectory[str]] = {}
 
 
 def dequantized(name: str, file: Path) -> Path:
     """A model folder with the dequantized float32 weights of a GGUF file, its configuration and its tokenizer.
 
-    It is made at the first call and kept in the cache (plan/gguf_files.py); where that cannot be written, in a
-    temporary folder of this process, with a warning.  name: what the user calls the model, for errors.
+    It is made at the first call and kept in the cache (plan/gguf_files.py). If the cache cannot be written, it is a
+    temporary folder of this process, and a warning is given.  name: what the user calls the model, for errors.
 
-    Raises UserError: no GGUF file, a damaged one, an architecture that transformers cannot read from it, or a model of
-    which it would not read everything.
+    Raises UserError: it is no GGUF file, it is damaged, transformers cannot read its architecture from GGUF files, or
+    would leave out a part of the model.
     """
     check_gguf(name, file)
     if file in _TEMPORARY:
@@ -50,14 +50,15 @@ def dequantized(name: str, file: Path) -> Path:
 
 
 def _make(name: str, file: Path, folder: Path) -> None:
-    """The folder, whole or not at all; one without a configuration is what is left of a damaged one."""
+    """Write the folder completely or not at all: its files are written to a folder next to it, which is then renamed.
+    If `folder` already exists, it has no configuration: it is damaged, and is removed first."""
     shutil.rmtree(folder, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        _write(name, file, beside)
-        os.replace(beside, folder)
+        _write(name, file, unfinished)
+        os.replace(unfinished, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)  # it is not there any more where all went well
+        shutil.rmtree(unfinished, ignore_errors=True)  # after a successful rename it no longer exists
 
 
 def _write(name: str, file: Path, folder: Path) -> None:
@@ -66,7 +67,7 @@ def _write(name: str, file: Path, folder: Path) -> None:
     model, tokenizer = _read(name, file)
     config: Any = model.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # transformers refuses to save what it takes for quantized
+        del config.quantization_config  # with it, transformers refuses to save the model as quantized
     config.name_or_path = file.name
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -75,12 +76,12 @@ def _write(name: str, file: Path, folder: Path) -> None:
     try:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # what the disk says, in its own words
+    except SafetensorError as error:  # how safetensors reports that a file cannot be written
         raise OSError(str(error)) from None
 
 
 def _read(name: str, file: Path) -> tuple[Any, Any]:
-    """Model and tokenizer, held against what the file says. Raises UserError."""
+    """Model and tokenizer of the file, after a check against its header. Raises UserError as `dequantized` does."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -89,9 +90,9 @@ def _read(name: str, file: Path) -> tuple[Any, Any]:
         header = read_header(file)
         config = completed(AutoConfig.from_pretrained(**source), header)
         check_config(name, header, config)
-        whole: Any = getattr(transformers, "GgufConfig", None)  # newer versions may leave weights packed
-        if whole is not None:
-            source["quantization_config"] = whole(dequantize=True)
+        gguf_config: Any = getattr(transformers, "GgufConfig", None)  # newer versions may leave the weights quantized
+        if gguf_config is not None:
+            source["quantization_config"] = gguf_config(dequantize=True)
         model, loading = AutoModelForCausalLM.from_pretrained(
             **source, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -99,7 +100,7 @@ def _read(name: str, file: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except UserError:
         raise
-    except Exception as error:  # gguf and transformers raise what the damaged place happens to cause
+    except Exception as error:  # on a damaged file, gguf and transformers raise errors of many kinds
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
-"""What a GGUF file says of its model, held against what transformers made of it.
+"""Compares what the header of a GGUF file says of its model with what transformers made of it.
 
-transformers reads the header keys that it knows and leaves out others without a word, a scaled rotary embedding among
-them: the model then computes something else than the file's. What is not known here to be read is refused.
+transformers reads the header keys that it knows and silently ignores others, a scaled rotary embedding among them; the
+model then computes something else than the one in the file. A key is refused unless it is known here to be read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import nn
 
 from meftbench.errors import UserError
 
-# Header keys (below the architecture's name) and the fields of a configuration, one of which must hold their value.
+# By header key, without the architecture's name: fields of the configuration, one of which must have the key's value.
+# `own_head_size` and `own_rotary_size` are no fields: `_field` computes them.
 FIELDS: dict[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings", "n_positions"),
     "block_count": ("num_hidden_layers",),
@@ -36,7 +37,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
 }
-# Keys that change nothing, with the values at which they do not; None: at any.
+# Keys that change nothing in the computation, with the values for which that is so; None: for any value.
 HARMLESS: dict[str, tuple[Any, ...] | None] = {
     "rope.scaling.type": ("none",),
     "attention.causal": (True,),
@@ -49,7 +50,11 @@ CURE = "name the model's folder or its name on the hub instead"
 
 @dataclass(frozen=True)
 class Header:
-    """values: by header key without the architecture, of those that begin with it. sizes: elements by tensor name."""
+    """What is needed of a header.
+
+    values: those of the keys that begin with the architecture's name, by key without that name.
+    sizes: number of elements by tensor name.
+    """
 
     architecture: str
     values: dict[str, Any]
@@ -62,18 +67,19 @@ def read_header(file: Path) -> Header:
 
     reader = GGUFReader(str(file))
     architecture = str(reader.fields["general.architecture"].contents())
-    begin = f"{architecture}."
+    prefix = f"{architecture}."
     values = {
-        name.removeprefix(begin): field.contents() for name, field in reader.fields.items() if name.startswith(begin)
+        name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
     }
     return Header(architecture, values, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors})
 
 
 def completed(config: Any, header: Header) -> Any:
-    """`config`, with what the header says and transformers leaves at a default of its own; in place.
+    """`config`, changed in place where transformers leaves a field at its default although the value is known.
 
-    The size of a head (Qwen3), no sliding window (Mistral), and the scale of Gemma's scores, which no header has:
-    the head's size, but for the two models of 27 billion parameters hidden size over heads.
+    From the header: the size of a head (Qwen3), and that there is no sliding window (Mistral). The scale of Gemma's
+    attention scores is in no header: it is the size of a head, except that the two models of 27 billion parameters use
+    the hidden size divided by the number of heads.
     """
     values = header.values
     if "attention.key_length" in values and hasattr(config, "head_dim"):
@@ -82,14 +88,15 @@ def completed(config: Any, header: Header) -> Any:
     if "attention.sliding_window" not in values and not gemma and getattr(config, "sliding_window", None):
         config.sliding_window = None
     if hasattr(config, "query_pre_attn_scalar"):
-        largest = (config.model_type[:6], config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
-        own = config.hidden_size // config.num_attention_heads
-        config.query_pre_attn_scalar = own if largest else config.head_dim
+        is_27b = (config.model_type[:6], config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
+        hidden_size_per_head = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = hidden_size_per_head if is_27b else config.head_dim
     return config
 
 
 def check_config(name: str, header: Header, config: Any) -> None:
-    """Raises UserError: the header says something of the computation that is not in the configuration."""
+    """Raises UserError: the header scales the rotary embedding, has a key that is not known here, or has a value that
+    the configuration does not have."""
     for tensor in header.sizes:
         if tensor.startswith(ROPE_TENSORS):
             what = f"its rotary embedding is scaled ({tensor}), which transformers does not read from GGUF files"
@@ -100,29 +107,33 @@ def check_config(name: str, header: Header, config: Any) -> None:
             if allowed is None or value in allowed:
                 continue
         if key == "rope.scaling.original_context_length" and value == header.values.get("context_length"):
-            continue  # not scaled
+            continue  # the same length as that of the model: the positions are not scaled
         if key not in FIELDS:
             what = f"its header has {header.architecture}.{key} = {_short(value)}, which is not read from GGUF files"
             raise UserError(name, what, CURE)
-        held = [found for field in FIELDS[key] if (found := _field(config, field)) is not None]
-        if key == "context_length" and not held:
-            continue  # BLOOM and T5 have no table of positions, and no such limit
-        if not any(_same(value, found) for found in held):
-            read = f"read as {_short(held[0])}" if held else f"of which {config.model_type} models have no setting"
+        configured = [setting for field in FIELDS[key] if (setting := _field(config, field)) is not None]
+        if key == "context_length" and not configured:
+            continue  # BLOOM and T5 have no table of positions, and so no such limit
+        if not any(_same(value, setting) for setting in configured):
+            read = (
+                f"read as {_short(configured[0])}"
+                if configured
+                else f"of which {config.model_type} models have no setting"
+            )
             raise UserError(name, f"its header has {header.architecture}.{key} = {_short(value)}, {read}", CURE)
 
 
 def check_weights(name: str, header: Header, model: nn.Module, missing: set[str]) -> None:
-    """Raises UserError: a weight of the model is not in the file, or one of the file's not in the model.
+    """Raises UserError: a weight of the model is not in the file, or a weight of the file is not in the model.
 
-    missing: the names that transformers did not find.
+    missing: names of the model's weights that transformers did not find in the file.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if absent := sorted(missing - tied):
         what = f"{len(absent)} weights are not in the file, {absent[0]} among them"
         raise UserError(name, what, "convert the model again, or " + CURE)
     of_file = sum(header.sizes.values())
-    of_model = sum(parameter.numel() for parameter in model.parameters())  # a tied weight is one
+    of_model = sum(parameter.numel() for parameter in model.parameters())  # a tied weight counts once
     if of_file != of_model:
         what = (
             f"the file's {len(header.sizes)} tensors have {of_file:,} elements, the model made of them {of_model:,}: "
@@ -132,24 +143,25 @@ def check_weights(name: str, header: Header, model: nn.Module, missing: set[str]
 
 
 def _field(config: Any, name: str) -> Any:
-    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """The value of a field of the configuration, or of a value computed from it; None: it has none."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if name == "own_head_size":
-        return own
+        return head_size
     rope = getattr(config, "rope_parameters", None) or {}
     if name == "own_rotary_size":
         share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-        return int(own * share)
+        return int(head_size * share)
     if name == "n_inner" and hasattr(config, name):
-        return config.n_inner or 4 * config.hidden_size  # GPT-2's None
+        return config.n_inner or 4 * config.hidden_size  # None in GPT-2's configuration means this product
     if name == "rope_theta":
         return rope.get(name, getattr(config, name, None))
     return getattr(config, name, None)
 
 
-def _same(said: Any, held: Any) -> bool:
-    if isinstance(said, float) and isinstance(held, int | float):
-        return abs(said - held) <= 1e-6 * abs(said)  # the header holds float32
-    return bool(said == held)
+def _same(header_value: Any, setting: Any) -> bool:
+    if isinstance(header_value, float) and isinstance(setting, int | float):
+        return abs(header_value - setting) <= 1e-6 * abs(header_value)  # the header holds float32
+    return bool(header_value == setting)
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,9 @@
-"""A layout for a transformers model that has none: guessed from the names of its modules, then checked.
+"""A layout for a transformers model whose type has none in the catalogue: guessed from the names of its modules, then
+checked.
 
-A guess's sublayers must give, for every layer of the model itself, what the layer gives: then MEFT with λ→0 starts at
-the pre-trained model, and reversal, which asks for no more than the same function twice, is exact. Where none does, the
-model is refused with what to write.
+A guess is accepted only if for every layer of the model its sublayers, run one after the other, give what the layer
+gives. Then MEFT with λ→0 starts at the pre-trained model. Reversal needs only that a sublayer is the same function each
+time. Where no guess is accepted, the error says which layout the user has to write.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 
 
 def guessed_layout(model: nn.Module) -> Layout:
-    """The layout of a model's only list of layers. Raises UserError where no guess holds."""
+    """The layout of a model's only list of layers. Raises UserError: there is not one list, or no guess is right."""
     path = _path_of_layers(model)
     layers = list(cast(nn.ModuleList, base_of(model).get_submodule(path)))
     calls = calls_of(model, layers)
@@ -49,19 +50,21 @@ def _refusal(model: nn.Module) -> UserError:
 
 
 def _path_of_layers(model: nn.Module) -> str:
-    """Where the list of layers is in the base model: the only ModuleList of two or more layers with attention."""
-    found = [
+    """Dotted path of the list of layers in the base model: of the only ModuleList whose first module has attention.
+    Raises UserError where there is none, or several."""
+    paths = [
         name
         for name, module in base_of(model).named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and _attention_of(module[0])
     ]
-    if len(found) != 1:
+    if len(paths) != 1:
         raise _refusal(model)
-    return str(found[0])
+    return str(paths[0])
 
 
 def _attention_of(layer: nn.Module) -> tuple[str, tuple[str, str, str], str] | None:
-    """Name of the attention module among a layer's children, its projections, its output."""
+    """Names of a layer's attention module, of its query, key and value projections, and of its output projection; None:
+    no child of the layer is known as attention."""
     if _is_bert(layer):
         return "attention.self", _PROJECTIONS[1], "dense"
     for name, child in layer.named_children():
@@ -78,7 +81,7 @@ def _is_bert(layer: nn.Module) -> bool:
 
 
 def _guesses(path: str, layer: nn.Module) -> Iterator[Layout]:
-    """Every way in which the children of a layer may be norms around attention and a feed-forward."""
+    """A layout for every way in which the children of a layer may be attention, a feed-forward and their norms."""
     if _is_bert(layer):
         yield replace(BERT, layers=path)
         return
@@ -86,16 +89,16 @@ def _guesses(path: str, layer: nn.Module) -> Iterator[Layout]:
     assert attention is not None
     name, projections, output = attention
     norms = [n for n, child in layer.named_children() if "norm" in type(child).__name__.lower()]
-    linear = [n for n, child in layer.named_children() if isinstance(child, nn.Linear)]
-    wide: list[str | tuple[str, ...]] = [
+    linears = [n for n, child in layer.named_children() if isinstance(child, nn.Linear)]
+    feed_forwards: list[str | tuple[str, ...]] = [
         n
         for n, child in layer.named_children()
-        if n != name and n not in norms and n not in linear and len(list(child.parameters()))
+        if n != name and n not in norms and n not in linears and len(list(child.parameters()))
     ]
-    if len(linear) == 2:
+    if len(linears) == 2:
         activations = [n for n in ("activation_fn", "act", "activation", "act_fn") if hasattr(layer, n)]
-        wide += [(linear[0], activation, linear[1]) for activation in activations]
-    for feed_forward, (first, second) in itertools.product(wide, itertools.permutations(norms, 2)):
+        feed_forwards += [(linears[0], activation, linears[1]) for activation in activations]
+    for feed_forward, (first, second) in itertools.product(feed_forwards, itertools.permutations(norms, 2)):
         for pre_norm, dropout in itertools.product((True, False), ("dropout", "no_dropout")):
             names = Names(
                 attention=name,

@@ -1,6 +1,6 @@
-"""A layout held against the model's own layers: its sublayers must give, on a few tokens, what the layer gives.
+"""Checks a layout against the model's own layers: on a few tokens, the sublayers must give what the layer gives.
 
-A family's name says little: a field of the configuration may scale a residual, or put a norm where there was none.
+The model type alone does not guarantee that: a field of the configuration may scale a residual or add a norm.
 """
 
 from __future__ import annotations
@@ -19,52 +19,56 @@ from meftbench.backbones.patched import alike, treats_tokens_alone
 from meftbench.backbones.quantize import is_quantized
 from meftbench.errors import UserError
 
-# h (B, L, D), and what else a model passes a layer.
+# What a model calls a layer with: h (B, L, D), the other positional arguments, and the keyword arguments.
 Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
-_FAILS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, ImportError)
-_HELD: set[str] = set()  # configurations whose layouts were found to hold
+_EXPECTED_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, ImportError)
+_HELD: set[str] = set()  # models and configurations whose layouts have passed the check
 
 
 def check_held(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
-    """Raises UserError where the sublayers of a layer, run one after the other, are not the layer: once a
-    configuration, and one layer of each kind.
+    """Raises UserError where the sublayers of a layer, run one after the other, do not give what the layer gives.
 
-    Nothing is told of weights without values (meta), not finite, or in four bits, which may not run before they are
-    moved; nor of a model that cannot run where it is (attention kernels of another device).
+    One layer of each kind is checked, and each configuration only once. The check is skipped where weights have no
+    values (meta), are not finite, or are in four bits, since those may not run before they are moved to their device;
+    and where the model cannot run on its present device (attention kernels of another one).
     """
-    like = next(model.parameters())
-    asked = _configuration(model, like.dtype)
-    if like.is_meta or is_quantized(model) or asked in _HELD:
+    parameter = next(model.parameters())
+    key = _configuration(model, parameter.dtype)
+    if parameter.is_meta or is_quantized(model) or key in _HELD:
         return
     for layout in layouts:
         layers = list(layout.list_of(model)[2])
         kinds = _kinds(model, layers)
         try:
             calls = calls_of(model, layers)
-            own = {place: _own(layers[place], call) for place, call in calls.items() if place in kinds}
-        except _FAILS:  # the model's own layers cannot run here: there is nothing to hold the sublayers against
+            outputs = {index: _layer_output(layers[index], call) for index, call in calls.items() if index in kinds}
+        except _EXPECTED_ERRORS:  # the layers themselves cannot run here, so there is nothing to compare with
             return
-        if not all(bool(expected.isfinite().all()) for expected in own.values()):
-            return  # of weights that are NaN or infinite everything differs, from itself as well
-        for place, expected in own.items():
-            if not holds(layout, layers[place], calls[place], expected):
-                kind = type(layers[place]).__name__
-                what = f"its sublayers, as the layout of {model.config.model_type!r} has them, are not the layer"  # type: ignore[union-attr]
-                raise UserError(f"{kind} (layer {place})", what, "take lora, or write a layout for such layers")
-    _HELD.add(asked)
+        if not all(bool(expected.isfinite().all()) for expected in outputs.values()):
+            return  # NaN and infinite values cannot be compared
+        for index, expected in outputs.items():
+            if not holds(layout, layers[index], calls[index], expected):
+                kind = type(layers[index]).__name__
+                what = (
+                    f"its sublayers, as the layout of {model.config.model_type!r} "  # type: ignore[union-attr]
+                    "has them, are not the layer"
+                )
+                raise UserError(f"{kind} (layer {index})", what, "take lora, or write a layout for such layers")
+    _HELD.add(key)
 
 
 def _configuration(model: Any, dtype: torch.dtype) -> str:
+    """What the result of the check depends on, as a text: class, dtype, attention, configuration and forwards."""
     config = model.config
-    said = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    # A class that is patched later is another.
+    fields = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    # With the identity of each forward, so that a class that is patched later is checked again.
     forwards = sorted({(kind.__name__, id(getattr(kind, "forward", None))) for kind in map(type, model.modules())})
-    return f"{type(model).__name__} {dtype} {getattr(config, '_attn_implementation', None)} {said} {forwards}"
+    return f"{type(model).__name__} {dtype} {getattr(config, '_attn_implementation', None)} {fields} {forwards}"
 
 
 def check_layers(layers: list[nn.Module]) -> None:
-    """Raises UserError where one layer stands in several places, or layers are wrapped: an adapter would be attached
-    several times, and a wrapper left out."""
+    """Raises UserError where there are no layers; where one layer is in several places of the list, and would be given
+    several adapters; or where layers are wrapped, and the wrapper would be left out."""
     if not layers:
         raise UserError("apply_method", "the model has no layers", "give one that has, or take method full")
     name = type(layers[0]).__name__
@@ -78,43 +82,44 @@ def check_layers(layers: list[nn.Module]) -> None:
 
 
 def _kinds(model: nn.Module, layers: list[nn.Module]) -> set[int]:
-    """The first layer of each kind: by what the configuration says of it, and what it is made of."""
-    said = getattr(model.config, "layer_types", None) or [None] * len(layers)
+    """The index of the first layer of each kind. A kind is the layer's entry in the configuration's `layer_types`
+    together with the names and classes of its submodules."""
+    layer_types = getattr(model.config, "layer_types", None) or [None] * len(layers)
     first: dict[str, int] = {}
-    for place, layer in enumerate(layers):
-        made_of = sorted((name, type(module).__name__) for name, module in layer.named_modules())
-        first.setdefault(f"{said[place] if place < len(said) else None} {made_of}", place)
+    for index, layer in enumerate(layers):
+        submodules = sorted((name, type(module).__name__) for name, module in layer.named_modules())
+        first.setdefault(f"{layer_types[index] if index < len(layer_types) else None} {submodules}", index)
     return set(first.values())
 
 
 def calls_of(model: nn.Module, layers: list[nn.Module]) -> dict[int, Call]:
-    """By a layer's place: what the model calls it with, on a few tokens or one image."""
+    """By a layer's index: what the model calls it with, on six tokens or one image."""
     config: Any = model.config
-    seen: dict[int, Call] = {}
+    calls: dict[int, Call] = {}
 
-    def note(place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = kwargs | {"past_key_values": None}
         h_BLD = args[0] if args else kwargs.pop("hidden_states")
-        seen[place] = (h_BLD, args[1:], kwargs)
+        calls[index] = (h_BLD, args[1:], kwargs)
 
-    like = next(model.parameters())
+    parameter = next(model.parameters())
     if model.main_input_name == "pixel_values":
         shape = (1, config.num_channels, config.image_size, config.image_size)
-        inputs = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        inputs = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
     else:
-        inputs = torch.arange(6, device=like.device)[None] % config.vocab_size
+        inputs = torch.arange(6, device=parameter.device)[None] % config.vocab_size
     handles = [layer.register_forward_pre_hook(partial(note, i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        with undrawn(like.device), torch.no_grad():
+        with undrawn(parameter.device), torch.no_grad():
             base_of(model)(inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return calls
 
 
-def _own(layer: nn.Module, call: Call) -> Tensor:
-    """What the layer itself gives, random numbers from a seed of 0."""
+def _layer_output(layer: nn.Module, call: Call) -> Tensor:
+    """What the layer itself gives, with the random number generator at seed 0 and moved norms and biases."""
     h_BLD, args, kwargs = call
     with undrawn(h_BLD.device), torch.no_grad(), distinct_vectors(layer):
         torch.manual_seed(0)
@@ -124,31 +129,33 @@ def _own(layer: nn.Module, call: Call) -> Tensor:
 
 
 def holds(layout: Layout, layer: nn.Module, call: Call, expected: Tensor | None = None) -> bool:
-    """Whether the sublayers give what the layer gives, random numbers and all, and treat each token alone.
+    """Whether the sublayers give what the layer gives, with dropout drawn from the same seed, and the feed-forward
+    sublayer treats each token alone.
 
-    expected: what the layer gives, where it is known.
+    expected: what the layer gives; None: the layer is run to find out.
     """
     h_BLD, args, kwargs = call
     try:
-        expected = _own(layer, call) if expected is None else expected
+        expected = _layer_output(layer, call) if expected is None else expected
         with undrawn(h_BLD.device), torch.no_grad(), distinct_vectors(layer):
             torch.manual_seed(0)
-            found = layout.feed_forward(layer, layout.attention(layer, h_BLD, *args, **kwargs))
+            output = layout.feed_forward(layer, layout.attention(layer, h_BLD, *args, **kwargs))
             alone = treats_tokens_alone(layer, layout.feed_forward, h_BLD)
-    except _FAILS:
-        return False  # a wrong layout fails in any of these ways
-    return alone and alike(found, expected)
+    except _EXPECTED_ERRORS:
+        return False  # running a wrong layout may raise any of these
+    return alone and alike(output, expected)
 
 
 @contextmanager
 def distinct_vectors(layer: nn.Module) -> Iterator[None]:
-    """Within it, the layer's norms and biases are moved, each in a way of its own, the same in every call.
+    """Within the context the layer's parameters of one dimension (norms and biases) have other values, different for
+    each of them and the same in every call.
 
-    Untrained ones are ones and zeros, so that a norm in the place of another, or none at all, would not be seen.
+    Untrained norms and biases are ones and zeros, with which a norm that is exchanged or missing would not be noticed.
     """
     generator = torch.Generator().manual_seed(0)
     vectors = [parameter for parameter in layer.parameters() if parameter.dim() == 1 and not parameter.is_meta]
-    before = [vector.detach().clone() for vector in vectors]
+    originals = [vector.detach().clone() for vector in vectors]
     with torch.no_grad():
         for vector in vectors:
             drawn = torch.rand(vector.shape, generator=generator).to(vector.device, vector.dtype)
@@ -157,12 +164,12 @@ def distinct_vectors(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for vector, held in zip(vectors, before, strict=True):
-                vector.copy_(held)
+            for vector, original in zip(vectors, originals, strict=True):
+                vector.copy_(original)
 
 
 @contextmanager
 def undrawn(device: torch.device) -> Iterator[None]:
-    """Random numbers drawn inside, on the CPU and on `device`, are not drawn from what follows."""
+    """The generators of random numbers of the CPU and of `device` are restored at the end of the context."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -1,7 +1,7 @@
-"""What a backbone tells about itself: where its layers are, how one splits into sublayers, where adapters attach.
+"""What is known of a backbone: where its layers are, how a layer splits into sublayers, where adapters are attached.
 
 Layouts call and extend the modules of `transformers`; no modelling code is repeated. Adapters are submodules of a
-layer, so the keys of the pre-trained weights stay what they were.
+layer, so the keys of the pre-trained weights do not change.
 """
 
 from __future__ import annotations
@@ -33,25 +33,31 @@ def _never(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """One list of layers of a backbone family. B samples, L positions, D hidden size.
+    """One list of layers of a backbone family, and how each layer splits into an attention and a feed-forward sublayer.
+
+    Shapes: B samples, L positions, D hidden size, E width of what the output projection of attention reads.
 
     layers: dotted path from the base model to the list of layers.
-    attach: puts an adapter (a module from (B, L, D) to (B, L, D)) at a site of a layer.
-    attention_before: None, or what attention reads instead of h: (layer, h (B, L, D)): a pre-norm.
-    attention_core: (layer, that (B, L, D), part, parts, and what the model passes its layers beside h): attention up to
-        and without its output projection, for the heads of group `part` of `parts`: (B, L, E / parts).
-    attention_tokens: (layer, o (B, L, E) of the core, h (B, L, D)): the rest of the attention sublayer, residual and
-        norm included.  feed_forward: (layer, that): the other sublayer. All but the core treat each token alone.
-    hidden_size, activation, head_groups: read off the configuration; the groups of heads that a core can be cut into
-        at most (a divisor of it will do).
-    run_feed_forward_by: (layer, function (h (B, L, D))): from now on the layer runs its feed-forward sublayer by it.
-    input_readers: submodules of a layer that read what the core is given, with nothing before them.
-    attention_targets: names of the projections LoRA adapts by default.
-    refuses: None, or why a model of this configuration cannot be split.
+    attach: (layer, site, adapter): puts an adapter, a module from (B, L, D) to (B, L, D), at a site of a layer.
+    attention_before: (layer, h (B, L, D)) -> (B, L, D): what attention reads, such as the normed h of a pre-norm layer;
+        None: it reads h itself.
+    attention_core: (layer, what attention reads (B, L, D), part, parts, and whatever the model passes its layers beside
+        h) -> (B, L, E / parts): attention without its output projection, for the heads of group `part` of `parts`.
+    attention_tokens: (layer, o (B, L, E) of the core, h (B, L, D)) -> (B, L, D): the rest of the attention sublayer,
+        residual and norm included.
+    feed_forward: (layer, output of the attention sublayer (B, L, D)) -> (B, L, D): the feed-forward sublayer.
+        Only the core mixes tokens; the other functions treat each token alone.
+    hidden_size, activation: (configuration) -> D, the name of the activation function.
+    head_groups: (configuration) -> the largest number of groups of heads that the core can be run for; any divisor of
+        it is possible as well.
+    run_feed_forward_by: (layer, function of h (B, L, D)): makes the layer run `function` as its feed-forward sublayer.
+    input_readers: submodules of a layer that read the input of the core directly.
+    attention_targets: names of the projections that LoRA adapts by default.
+    refuses: (configuration) -> why its model cannot be run by sublayers, or None.
     in_part: submodules of a layer that the core runs without their output projection.
-    shells: submodules of which only submodules are called: where the attention sublayer runs by itself, and where the
-        feed-forward sublayer does.
-    layers_differ: whether the model passes its layers different masks or positions.
+    shells: submodules whose own forward is left out, since only their submodules are called: first those of the
+        attention sublayer where it runs by itself, then those of the feed-forward sublayer.
+    layers_differ: (configuration) -> whether the model passes its layers different masks or positions.
     """
 
     layers: str
@@ -73,8 +79,8 @@ class Layout:
 
     def attention(self, layer: nn.Module, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The attention sublayer (B, L, D): the layer is feed_forward(attention(h))."""
-        read_BLD = h_BLD if self.attention_before is None else self.attention_before(layer, h_BLD)
-        return self.attention_tokens(layer, self.attention_core(layer, read_BLD, 0, 1, *args, **kwargs), h_BLD)
+        input_BLD = h_BLD if self.attention_before is None else self.attention_before(layer, h_BLD)
+        return self.attention_tokens(layer, self.attention_core(layer, input_BLD, 0, 1, *args, **kwargs), h_BLD)
 
     def list_of(self, model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         """The module that owns the layers, the name it has for them, and the list."""
@@ -86,6 +92,6 @@ class Layout:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The pre-trained part of a transformers model: without task head, and the model itself where it has none."""
+    """The pre-trained part of a transformers model, without the task head; the model itself where it has no head."""
     base: nn.Module = getattr(model, str(model.base_model_prefix), model)
     return base

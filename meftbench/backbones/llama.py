@@ -1,5 +1,6 @@
 """Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3: pre-norm decoders with RMS norms, gated feed-forwards and rotary
-positions. Layers are passed a mask and positions; where some attend through a sliding window, each its own."""
+positions. The model passes each layer a mask and positions, which differ between layers where some of them attend
+within a sliding window."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ _NAMES = Names(
     feed_forward_norm="post_attention_layernorm",
     pre_norm=True,
 )
-# Gemma norms what a sub-layer adds as well.
+# In Gemma what a sublayer adds to the residual is normed as well.
 _GEMMA_NAMES = replace(
     _NAMES,
     attention_after="post_attention_layernorm",

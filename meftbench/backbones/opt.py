@@ -1,4 +1,4 @@
-"""OPT: a pre-norm decoder; opt-350m is post-norm, with narrower embeddings around its layers."""
+"""OPT: a pre-norm decoder; opt-350m is post-norm, and its embeddings are narrower than its layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that a function of the user's own gives, made ready for a cell."""
+"""The user's own model: what a function of theirs returns, checked and prepared for a cell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meftbench.errors import UserError
 from meftbench.own_code import call, load
 from meftbench.plan.factories import OWN_ATTENTION
 
-_GIVEN: WeakSet[nn.Module] = WeakSet()  # models that functions have returned
+_RETURNED: WeakSet[nn.Module] = WeakSet()  # the models that users' functions have returned so far
 
 _HEAD_CLASSES = {
     "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -29,38 +29,39 @@ _HEAD_CLASSES = {
 
 
 def build_own(name: str, config: dict[str, Any], *, attention: str, dtype: torch.dtype, seed: int) -> nn.Module:
-    """The model that the function `name` gives for the keyword arguments `config`, in training mode.
+    """The model that the function `name` returns for the keyword arguments `config`, in training mode.
 
-    It is called with torch's default dtype set to `dtype` and its generator to `seed`, both of which are afterwards
-    what they were; parameters of another floating-point dtype are converted.
-    attention: of all transformers models in it; `own`: as they are.
+    The function is called with torch's default dtype set to `dtype` and its random number generator to `seed`; both are
+    restored afterwards. Parameters of another floating-point dtype are converted to `dtype`.
+    attention: is set in all transformers models inside; `own`: they keep theirs.
 
-    Raises UserError: the function cannot be called, or gives no module with parameters, or one that it has
-    given before; no such attention.
+    Raises UserError: the function cannot be called; what it returns is no module with parameters, has parameters
+    without values or shapes, or was returned before; `attention` is to be set, and there is no transformers model
+    inside, or one that does not support it.
     """
     with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
         load(name)  # an import may draw random numbers
         torch.manual_seed(seed)
-        untouched = torch.get_default_device().type == "meta"  # for a prediction, weights have no values
+        on_meta = torch.get_default_device().type == "meta"  # for a prediction, which needs no values of weights
         model = call(name, **config)
     if not isinstance(model, nn.Module):
         raise UserError(name, f"returned {type(model).__name__}, no torch module", "return a torch.nn.Module")
     if next(model.parameters(), None) is None:
         raise UserError(name, f"returned {type(model).__name__}, which has no parameters", "return one to be trained")
-    if not untouched and any(parameter.is_meta for parameter in model.parameters()):
+    if not on_meta and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(name, f"returned {type(model).__name__}, whose weights have no values (meta)", "load them")
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         what = f"returned {type(model).__name__}, which has parameters without a shape yet (LazyLinear)"
         raise UserError(name, what, "run a batch through it first")
-    if model in _GIVEN:
+    if model in _RETURNED:
         raise UserError(name, "returned the model that it has returned before", "make a new one in each call")
-    _GIVEN.add(model)
+    _RETURNED.add(model)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    inner_models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if attention != OWN_ATTENTION:
-        _attend(name, inside, attention)
+        _set_attention(name, inner_models, attention)
     return model.train()
 
 
@@ -70,18 +71,19 @@ def transformers_part(model: nn.Module) -> PreTrainedModel | None:
 
 
 def head_of_own(model: nn.Module) -> str | None:
-    """The head of a transformers model, a name of catalogue.HEADS, by its class; None: it is not known."""
+    """The head of a transformers model, a name from catalogue.HEADS, known by its class; None: the class is in none of
+    transformers' lists, or it is no transformers model."""
     if not isinstance(model, PreTrainedModel):
         return None
     classes = {kind.__name__ for kind in type(model).__mro__}
     for head, mapping in _HEAD_CLASSES.items():
-        for found in getattr(modeling_auto, mapping).values():
-            if classes & ({found} if isinstance(found, str) else {*found}):
+        for names in getattr(modeling_auto, mapping).values():
+            if classes & ({names} if isinstance(names, str) else {*names}):
                 return head
     return None
 
 
-def _attend(name: str, models: list[PreTrainedModel], attention: str) -> None:
+def _set_attention(name: str, models: list[PreTrainedModel], attention: str) -> None:
     if not models:
         raise UserError(name, "gives a model whose attention is its own", "leave attention out")
     for model in models:

@@ -1,5 +1,5 @@
-"""Models that others have worked on before a method is applied: forwards replaced on instances (accelerate's hooks,
-kernels of other libraries), weights held elsewhere or quantised. What cannot be trained is refused."""
+"""Models that other libraries changed before a method is applied: forwards replaced on instances (accelerate's hooks,
+kernels of other libraries), weights offloaded or quantised. Models that cannot be trained or split are refused."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from torch.nn.parameter import UninitializedParameter
 
 from meftbench.errors import UserError
 
-# accelerate keeps what it replaces under the second name, and calls it between moving inputs and outputs.
+# accelerate's hook replaces `forward` on an instance. It keeps the one before as `_old_forward`, and calls it after
+# moving the inputs and before moving the outputs.
 FORWARD, BEHIND_HOOK = "forward", "_old_forward"
 _OF_TRANSFORMERS = "transformers.models."
 
 
 def name_of_forward(module: nn.Module) -> str:
-    """The attribute of an instance that says what the module computes: behind accelerate's hook where there is one."""
+    """The attribute with the module's own computation: `_old_forward` under accelerate's hook, else `forward`."""
     return BEHIND_HOOK if "_hf_hook" in vars(module) else FORWARD
 
 
 def take_forwards(view: nn.Module, module: nn.Module) -> None:
-    """Bind what was put on `module` in place of its forward to its shallow copy `view`, which has other submodules."""
+    """Where the forward of `module` was replaced on the instance, bind the replacement to `view`, a shallow copy of
+    `module` that has other submodules."""
     for name in (FORWARD, BEHIND_HOOK):
         if name in vars(module):
             vars(view)[name] = _rebound(vars(module)[name], module, view)
@@ -40,9 +42,9 @@ def _rebound(function: Any, module: nn.Module, view: nn.Module) -> Any:
 
 
 def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
-    """Raises UserError where a layer cannot be run by its sublayers, because somebody has replaced its forward, or
-    that of a submodule that runs in part, by something that knows only the whole; or where hooks on such a submodule
-    would see the part.
+    """Raises UserError where a layer cannot be run by its sublayers: its forward was replaced; that of a submodule
+    `in_part` was replaced by a function that cannot be bound to a copy of it; or such a submodule has hooks, which
+    would see its output without the projection.
 
     in_part: names of the submodules that are run without their output projection.
     """
@@ -51,28 +53,29 @@ def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
         module = layer.get_submodule(name)
         for function in (vars(module)[key] for key in (FORWARD, BEHIND_HOOK) if key in vars(module)):
             method = isinstance(function, MethodType) and function.__self__ is module
-            if not method and not (isinstance(function, partial) and any(it is module for it in function.args)):
+            if not method and not (isinstance(function, partial) and any(arg is module for arg in function.args)):
                 raise _patched(module)
         check_unhooked(module)
 
 
 def check_unhooked(module: nn.Module) -> None:
-    """Raises UserError where a submodule that runs without its output projection has hooks that see, or may change,
-    what it gives or its gradient."""
+    """Raises UserError where a submodule that runs without its output projection has hooks, which see and may change
+    its output or the gradient."""
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         what = "has hooks, which would see it without its output projection: layers are run here in parts"
         raise UserError(type(module).__name__, what, "take them off, or hook its projections")
 
 
 def check_not_replaced(layer: nn.Module, names: tuple[str, ...]) -> None:
-    """Raises UserError where somebody has put another forward on one of these submodules ("": the layer itself), which
-    run in parts only: it would be left out."""
+    """Raises UserError where the forward of one of these submodules ("": the layer itself), or another attribute of its
+    transformers class, was replaced on the instance, or the forward on the class. They run in parts only, so the
+    replacement would be left out."""
     for module in map(layer.get_submodule, names):
         if name_of_forward(module) == FORWARD and FORWARD in vars(module):
             raise _patched(module)
         kind = type(module)
-        own = {name for it in kind.__mro__ if it.__module__.startswith(_OF_TRANSFORMERS) for name in vars(it)}
-        if shadowed := sorted((own - {FORWARD}) & vars(module).keys()):
+        known = {name for base in kind.__mro__ if base.__module__.startswith(_OF_TRANSFORMERS) for name in vars(base)}
+        if shadowed := sorted((known - {FORWARD}) & vars(module).keys()):
             raise _patched(module, shadowed[0])
         if (where := foreign_forward(kind)) is not None:
             what = f"{kind.__name__}.forward was replaced ({where}), and layers are run here in parts"
@@ -80,39 +83,39 @@ def check_not_replaced(layer: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def foreign_forward(kind: type[nn.Module]) -> str | None:
-    """The module that a class's forward was replaced from; None: it is the class's own, or an ancestor's, perhaps under
-    decorators of transformers or torch."""
-    own = {ancestor.__module__ for ancestor in kind.__mro__}
+    """The Python module of the function that a class's forward was replaced by; None: the forward is the class's own or
+    an ancestor's, perhaps under decorators of transformers or torch."""
+    class_modules = {ancestor.__module__ for ancestor in kind.__mro__}
     function: Any = kind.forward
     while function is not None:
-        # Of a decorator that calls itself by the name of what is inside: the module it was written in.
+        # A decorator may take over the name of what it wraps, so the module is read from the function's globals.
         where = str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
-        if where not in own and not where.startswith(("transformers.", "torch.")):
+        if where not in class_modules and not where.startswith(("transformers.", "torch.")):
             return where
         function = getattr(function, "__wrapped__", None)
     return None
 
 
 def hooked(layer: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether others have hooks on one of these submodules ("": the layer itself)."""
+    """Whether one of these submodules ("": the layer itself) has hooks that are not from this package."""
     modules = list(map(layer.get_submodule, names))
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for it in modules for table in tables for hook in getattr(it, table).values()]
+    hooks = [hook for module in modules for table in tables for hook in getattr(module, table).values()]
     return any(not str(getattr(hook, "__module__", "")).startswith("meftbench.") for hook in hooks)
 
 
 def check_tokens_alone(layer: nn.Module, feed_forward: Callable[[nn.Module, Tensor], Tensor], width: int) -> None:
-    """Raises UserError where a submodule's forward was replaced by one that lets tokens see each other in the half of
-    the layer that is run tile by tile.
+    """Raises UserError where a submodule's forward was replaced by one with which tokens see each other in the
+    feed-forward sublayer, which is run for one tile of tokens at a time.
 
     feed_forward: (layer, h (B, L, D)) -> (B, L, D).  width: D.
     """
-    patched = [it for it in layer.modules() if name_of_forward(it) in vars(it) and it is not layer]
-    like = next(layer.parameters())
-    if not patched or like.is_meta:
+    patched = [module for module in layer.modules() if name_of_forward(module) in vars(module) and module is not layer]
+    parameter = next(layer.parameters())
+    if not patched or parameter.is_meta:
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        h_BLD = torch.randn(1, 6, width).to(like.device, like.dtype)
+        h_BLD = torch.randn(1, 6, width).to(parameter.device, parameter.dtype)
         alone = treats_tokens_alone(layer, feed_forward, h_BLD)
     if not alone:
         kind = type(patched[0]).__name__
@@ -121,7 +124,8 @@ def check_tokens_alone(layer: nn.Module, feed_forward: Callable[[nn.Module, Tens
 
 
 def treats_tokens_alone(layer: nn.Module, feed_forward: Callable[[nn.Module, Tensor], Tensor], h_BLD: Tensor) -> bool:
-    """Whether tiles of tokens give what all of them together give; without dropout, which draws for each tile."""
+    """Whether the feed-forward sublayer gives the same for tiles of tokens as for all of them at once. It runs in
+    evaluation mode, since dropout would draw other numbers for each tile."""
     modes = [(module, module.training) for module in layer.modules()]
     layer.eval()
     try:
@@ -130,14 +134,14 @@ def treats_tokens_alone(layer: nn.Module, feed_forward: Callable[[nn.Module, Ten
     finally:
         for module, training in modes:
             module.training = training
-    finite = bool(whole_BLD.isfinite().all())  # else everything differs, from itself as well
+    finite = bool(whole_BLD.isfinite().all())  # NaN and infinite values cannot be compared
     return not finite or alike(tiles_BLD, whole_BLD)
 
 
-def alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether the two are the same but for rounding."""
+def alike(actual: Tensor, expected: Tensor) -> bool:
+    """Whether the two are the same except for rounding errors."""
     tolerance = 1e-5 if expected.dtype.itemsize >= 4 else 2e-2
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+    return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
 def _patched(module: nn.Module, name: str = FORWARD) -> UserError:
@@ -146,10 +150,10 @@ def _patched(module: nn.Module, name: str = FORWARD) -> UserError:
 
 
 def check_classes(layers: list[nn.Module]) -> None:
-    """Raises UserError where a layer of a family in the catalogue is not transformers' own all through: what a subclass
-    does otherwise would be left out where the layer runs in parts."""
+    """Raises UserError where a layer, or a submodule of one, is of a subclass of a transformers class, since what the
+    subclass changes would be left out when the layer runs in parts; or where the layers are of several classes."""
     for kind in {type(module) for layer in layers for module in layer.modules()}:
-        ancestors = [it for it in kind.__mro__ if it.__module__.startswith(_OF_TRANSFORMERS)]
+        ancestors = [base for base in kind.__mro__ if base.__module__.startswith(_OF_TRANSFORMERS)]
         if ancestors and ancestors[0] is not kind:
             what = f"is a subclass of {ancestors[0].__name__}, and layers are run here in parts that know only that"
             raise UserError(kind.__name__, what, "take lora, or transformers' own class")
@@ -159,8 +163,9 @@ def check_classes(layers: list[nn.Module]) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises UserError where no method could train: accelerate holds weights elsewhere than on the device that computes
-    (device_map, cpu_offload), they are quantised by something that has no backward, or were made for inference."""
+    """Raises UserError where no method could train the model: parameters have no shape yet, accelerate has offloaded
+    weights (device_map, cpu_offload), they are quantised in a way that has no backward, or they were made under
+    torch.inference_mode."""
     name, modules = type(model).__name__, list(model.modules())
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         raise UserError(

@@ -13,11 +13,11 @@ from meftbench.errors import UserError
 
 
 def quantize(model: nn.Module) -> nn.Module:
-    """Hold the weights of the base model's linear layers as 4-bit NormalFloat, in place; they are frozen.
+    """Replace the base model's linear layers, in place, by frozen ones whose weights are 4-bit NormalFloat.
 
-    Biases, norms, embeddings and heads stay in the model's dtype, in which is computed. Quantised is when the model is
-    moved to its device (bitsandbytes' own rule). As `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True)` of transformers does, here for weights from anywhere, random ones too.
+    Biases, norms, embeddings and heads keep the model's dtype, in which computations are done. bitsandbytes quantises
+    the weights when the model is moved to its device. This does the same as `BitsAndBytesConfig(load_in_4bit=True,
+    bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)` of transformers, but for any weights, random ones too.
 
     Raises UserError where bitsandbytes is not installed.
     """
@@ -30,13 +30,13 @@ def quantize(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child is not head:
                 setattr(module, name, _quantized(child, bitsandbytes))
-    # peft asks this before it wraps such layers.
+    # peft reads this attribute before it wraps such layers.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
     return model
 
 
 def _quantized(linear: nn.Linear, bitsandbytes: Any) -> nn.Module:
-    found: nn.Module = bitsandbytes.nn.Linear4bit(
+    quantized: nn.Module = bitsandbytes.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
@@ -45,22 +45,22 @@ def _quantized(linear: nn.Linear, bitsandbytes: Any) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    found.weight = bitsandbytes.nn.Params4bit(
+    quantized.weight = bitsandbytes.nn.Params4bit(
         linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
     )
     if linear.bias is not None:
-        found.bias = nn.Parameter(linear.bias.data, requires_grad=False)
-    found.train(linear.training)
-    keep_layout(found)
-    return found
+        quantized.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    quantized.train(linear.training)
+    keep_layout(quantized)
+    return quantized
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Forbid bitsandbytes to rearrange the 4-bit weights of `model` for inference; does nothing to other layers.
+    """Keep bitsandbytes from rearranging the 4-bit weights of `model` for inference; other layers are not changed.
 
-    On a processor with AVX512-BF16 its first pass in evaluation mode rearranges them in place, for a kernel that has no
-    backward and does not work after it: the pass that calibrates a fixed-point range, or an evaluation between two
-    epochs, would end the training.
+    On a processor with AVX512-BF16 the first forward in evaluation mode rearranges the weights in place for a kernel
+    that has no backward, and training does not work afterwards. Such a forward may be
+    the calibration of a fixed-point range, or an evaluation between two epochs.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -68,7 +68,7 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether weights are quantised, by `quantize` or as transformers loaded them."""
+    """Whether the model's weights are quantised, by `quantize` or by transformers when it loaded them."""
     return bool(getattr(model, "is_loaded_in_4bit", False)) or getattr(model, "hf_quantizer", None) is not None
 
 

@@ -1,9 +1,9 @@
-"""Layers made of residual sub-layers, by the names of their modules: BART, OPT, ViT, Llama and their sisters.
+"""Layers that consist of residual sublayers, described by the names of their modules: BART, OPT, ViT, Llama and others.
 
     post-norm: h = norm(h + work(h))        pre-norm: h = h + work(norm(h))
 
-for attention, where there is one for cross-attention, and for the feed-forward. Shape suffixes as in layout.py;
-S positions of an encoder.
+where `work` is attention, then cross-attention if the layer has it, then the feed-forward. Shape suffixes as in
+layout.py; S: positions of an encoder.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ ADAPTERS = "meft_adapters"
 class Names:
     """What the parts of a layer are called.
 
-    pre_norm: whether norms come before the work; "do_layer_norm_before": the layer says so (OPT).
-    attention, projections, output: the attention module; its queries, keys, values; and its last projection.
-    attention_norm, feed_forward_norm: the norms of the two sub-layers.
-    attention_after, feed_forward_after: norms of what a sub-layer adds (Gemma); None: there is none.
-    feed_forward: one module, or its modules in order, with dropout `activation_dropout` after the second.
-    cross, cross_norm: the attention that reads an encoder's output, between the other two; None: there is none.
-    dropout: attribute of the layer, a rate or a module, before every residual; absent: none.
+    pre_norm: whether the layer is pre-norm; a text: the layer's attribute of this name says so (OPT).
+    attention, projections, output: the attention module; its query, key and value projections; its output projection.
+    attention_norm, feed_forward_norm: the norms of the two sublayers.
+    attention_after, feed_forward_after: norms of what a sublayer adds to the residual (Gemma); None: there are none.
+    feed_forward: one module, or several in their order, with the layer's `activation_dropout` after the second.
+    cross, cross_norm: cross-attention, which comes after attention, and its norm; None: there is none.
+    dropout: the layer's attribute with the dropout before every residual, a probability or a module; where the layer
+        has no such attribute, there is no dropout.
     """
 
     attention: str
@@ -58,7 +59,7 @@ class Names:
     # --- the attention sublayer ---
 
     def attention_before(self, layer: nn.Module, h_BLD: Tensor) -> Tensor:
-        """What attention reads: the normed h of a pre-norm layer."""
+        """What attention reads: the normed h in a pre-norm layer, else h."""
         if not self.is_pre_norm(layer):
             return h_BLD
         normed_BLD: Tensor = layer.get_submodule(self.attention_norm)(h_BLD)
@@ -67,25 +68,27 @@ class Names:
     def attention_core(
         self, layer: nn.Module, x_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Attention (B, L, E / parts) of what `attention_before` gave, without its output projection."""
-        return self._attended(layer, self.attention, x_BLD, part, parts, _for_attention(args, kwargs))
+        """Attention, without its output projection, of what `attention_before` gave: (B, L, E / parts)."""
+        return self._unprojected_attention(layer, self.attention, x_BLD, part, parts, _for_attention(args, kwargs))
 
     def cross_core(self, layer: nn.Module, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Both attentions of a decoder's layer: (B, L, E + D), the cross-attention without its output projection, and
-        what it was asked with, which is its residual as well. Post-norm only; in one part, since cross-attention
-        reads all heads of the first."""
+        """Both attentions of a decoder layer: (B, L, E + D), cross-attention without its output projection (E), and
+        beside it what its queries are computed from, which is also its residual (D). For post-norm layers only, and in
+        one part only, since cross-attention reads all heads of the self-attention.
+
+        Raises UserError: the layer is called without an encoder's output."""
         assert self.cross is not None
         names = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        mask, encoded_BSD = given.pop("encoder_attention_mask", None), given.pop("encoder_hidden_states", None)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        mask, encoded_BSD = arguments.pop("encoder_attention_mask", None), arguments.pop("encoder_hidden_states", None)
         if encoded_BSD is None:
             raise UserError(type(layer).__name__, "was called without an encoder's output", "call the whole model")
-        o_BLE = self._attended(layer, self.attention, h_BLD, 0, 1, _for_attention((), given))
-        u_BLD = self._first_tokens(layer, o_BLE, h_BLD)
-        asked = _for_attention((), given | {"key_value_states": encoded_BSD, "attention_mask": mask})
-        return torch.cat([self._attended(layer, self.cross, u_BLD, 0, 1, asked), u_BLD], -1)
+        o_BLE = self._unprojected_attention(layer, self.attention, h_BLD, 0, 1, _for_attention((), arguments))
+        u_BLD = self._after_attention(layer, o_BLE, h_BLD)
+        cross_arguments = _for_attention((), arguments | {"key_value_states": encoded_BSD, "attention_mask": mask})
+        return torch.cat([self._unprojected_attention(layer, self.cross, u_BLD, 0, 1, cross_arguments), u_BLD], -1)
 
-    def _attended(
+    def _unprojected_attention(
         self, layer: nn.Module, name: str, x_BLD: Tensor, part: int, parts: int, kwargs: dict[str, Any]
     ) -> Tensor:
         module = layer.get_submodule(name)
@@ -93,23 +96,25 @@ class Names:
         if parts == 1:
             output_BLE: Tensor = unprojected(x_BLD, **kwargs)[0]
             return output_BLE
-        # Queries, keys and values of a group of heads are rows of the projections; a module takes any number of heads.
+        # The queries, keys and values of a group of heads come from consecutive rows of the projections. The module
+        # works for any number of heads, so it can be called with the rows of one group.
         rows = {
             f"{projection}.{key}": value.chunk(parts)[part]
             for projection in self.projections
             for key, value in module.get_submodule(projection).named_parameters()
         }
-        if hasattr(unprojected, "num_heads"):
-            unprojected.num_heads = cast(int, unprojected.num_heads) // parts  # type: ignore[assignment]  # OPT counts on it
+        if hasattr(unprojected, "num_heads"):  # OPT splits its queries, keys and values into so many heads
+            unprojected.num_heads = cast(int, unprojected.num_heads) // parts  # type: ignore[assignment]
         output_BLE = functional_call(unprojected, rows, (x_BLD,), kwargs)[0]
         return output_BLE
 
     def attention_tokens(self, layer: nn.Module, o_BLE: Tensor, h_BLD: Tensor) -> Tensor:
-        """What follows attention: its output projection, residual and norm."""
-        return self._first_tokens(layer, o_BLE, h_BLD)
+        """The rest of the attention sublayer: output projection, dropout, adapters, residual and norm."""
+        return self._after_attention(layer, o_BLE, h_BLD)
 
     def cross_tokens(self, layer: nn.Module, ou_BLX: Tensor, h_BLD: Tensor) -> Tensor:
-        """What follows `cross_core`: the output projection of cross-attention, its residual and norm."""
+        """The rest of the attention sublayer after `cross_core`: the output projection of cross-attention, dropout,
+        residual and norm."""
         assert self.cross is not None
         assert self.cross_norm is not None
         o_BLE, u_BLD = ou_BLX.split([ou_BLX.shape[-1] - h_BLD.shape[-1], h_BLD.shape[-1]], -1)
@@ -117,7 +122,7 @@ class Names:
         result_BLD: Tensor = layer.get_submodule(self.cross_norm)(u_BLD + self._dropped(layer, a_BLD))
         return result_BLD
 
-    def _first_tokens(self, layer: nn.Module, o_BLE: Tensor, h_BLD: Tensor) -> Tensor:
+    def _after_attention(self, layer: nn.Module, o_BLE: Tensor, h_BLD: Tensor) -> Tensor:
         a_BLD = layer.get_submodule(f"{self.attention}.{self.output}")(o_BLE)
         if self.attention_after:
             a_BLD = layer.get_submodule(self.attention_after)(a_BLD)
@@ -132,7 +137,7 @@ class Names:
     # --- the feed-forward sublayer ---
 
     def feed_forward_half(self, layer: nn.Module, h_BLD: Tensor) -> Tensor:
-        """The feed-forward with norm, adapters and residual."""
+        """The feed-forward sublayer, with norm, adapters and residual."""
         pre_norm = self.is_pre_norm(layer)
         norm = layer.get_submodule(self.feed_forward_norm)
         x_BLD = norm(h_BLD) if pre_norm else h_BLD
@@ -168,27 +173,28 @@ class Names:
     # --- adapters and tiles in layers that are not reversible ---
 
     def attach(self, layer: nn.Module, site: Site, adapter: nn.Module) -> None:
-        """Put an adapter at a site; the layer runs by its sublayers from now on."""
+        """Put an adapter at a site of the layer, which runs by its sublayers from now on."""
         if ADAPTERS not in layer._modules:
             layer.add_module(ADAPTERS, nn.ModuleDict())
         layer.get_submodule(ADAPTERS).add_module(site.name.lower(), adapter)
-        if name_of_forward(layer) not in vars(layer) or not _is_by_sublayers(layer):
+        if name_of_forward(layer) not in vars(layer) or not _runs_by_sublayers(layer):
             self.run_feed_forward_by(layer, partial(self.feed_forward_half, layer))
 
     def run_feed_forward_by(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        """The layer runs by its sublayers, the second by `function`."""
-        # On the instance, by a partial: it is copied and pickled with the layer.
+        """Make the layer run by its sublayers, with `function` for the feed-forward sublayer."""
+        # A partial as attribute of the instance is copied and pickled together with the layer.
         setattr(layer, name_of_forward(layer), partial(self._forward, layer, function))
 
     def _forward(
         self, layer: Any, function: Callable[[Tensor], Tensor], h_BLD: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Stands for the `forward` of the layer's class, gradient checkpointing included."""
+        """Replaces the `forward` of the layer's class, and does its gradient checkpointing where that is turned on."""
         if not _checkpoints_in_forward(layer):
             return self._by_sublayers(layer, function, h_BLD, *args, **kwargs)
-        # Run again, the layer would fill its cache again: transformers takes it away as well.
-        taken: dict[str, Any] = {"past_key_values": None, "layer_past": None, "use_cache": False}
-        uncached = {name: taken.get(name, value) for name, value in kwargs.items()}
+        # The layer runs again in the backward pass, and would fill the cache a second time. So the cache is left out,
+        # as transformers does.
+        without_cache: dict[str, Any] = {"past_key_values": None, "layer_past": None, "use_cache": False}
+        uncached = {name: without_cache.get(name, value) for name, value in kwargs.items()}
         sublayers = partial(self._by_sublayers, layer, function, **uncached)
         output_BLD: Tensor = layer._gradient_checkpointing_func(sublayers, h_BLD, *args)
         return output_BLD
@@ -202,10 +208,13 @@ class Names:
         o_BLE = core(layer, self.attention_before(layer, h_BLD), 0, 1, *args, **kwargs)
         return function(tokens(layer, o_BLE, h_BLD))
 
-    def layout(self, layers: str, **said: Any) -> Layout:
-        """The layout of a list of such layers; `said`: fields of it that are not as usual."""
+    def layout(self, layers: str, **fields: Any) -> Layout:
+        """The layout of a list of such layers.
+
+        layers: dotted path from the base model to the list.  fields: those of Layout that differ from `defaults`.
+        """
         cross = self.cross is not None
-        usual: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "attach": self.attach,
             "attention_before": None if self.pre_norm is False else self.attention_before,
             "attention_core": self.cross_core if cross else self.attention_core,
@@ -220,27 +229,28 @@ class Names:
             "activation": activation,
             "refuses": nothing,
         }
-        return Layout(layers=layers, **(usual | said))
+        return Layout(layers=layers, **(defaults | fields))
 
 
 def _checkpoints_in_forward(layer: nn.Module) -> bool:
-    """Whether transformers is asked to checkpoint the layer, and does so in the `forward` of its class (from 5.2x on;
-    before, in `__call__`, which is still around whatever `forward` an instance has)."""
+    """Whether gradient checkpointing is turned on for the layer, and transformers does it in the `forward` of its class
+    (from 5.2x on). Before, it does it in `__call__`, which also runs around a `forward` that was replaced."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    asked = layer.training and getattr(layer, "gradient_checkpointing", False) is True
+    enabled = layer.training and getattr(layer, "gradient_checkpointing", False) is True
     return (
-        asked and isinstance(layer, GradientCheckpointingLayer) and "__call__" not in vars(GradientCheckpointingLayer)
+        enabled and isinstance(layer, GradientCheckpointingLayer) and "__call__" not in vars(GradientCheckpointingLayer)
     )
 
 
-def _is_by_sublayers(layer: nn.Module) -> bool:
+def _runs_by_sublayers(layer: nn.Module) -> bool:
     function = vars(layer)[name_of_forward(layer)]
     return isinstance(function, partial) and getattr(function.func, "__func__", None) is Names._forward
 
 
 def _without(module: nn.Module, name: str) -> nn.Module:
-    """The module with its submodule `name` doing nothing; parameters are shared, the module stays as it was."""
+    """A shallow copy of the module in which the submodule `name` does nothing. It shares the module's parameters; the
+    module itself is not changed."""
     view = copy.copy(module)
     view._modules = {**module._modules, name: nn.Identity()}
     take_forwards(view, module)
@@ -259,11 +269,11 @@ def _dropped_at(layer: nn.Module, dropout: float | nn.Module, x: Tensor) -> Tens
 
 
 def _for_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a layer passes its attention: a mask may come by place."""
+    """The keyword arguments for attention, from those of its layer, whose mask may be positional."""
     return dict(zip(("attention_mask",), args, strict=False)) | kwargs
 
 
-# Functions with names: a reversible model holds its layout, and torch.save pickles the whole model.
+# Named functions rather than lambdas: a reversible model holds its layout, and torch.save pickles the whole model.
 
 
 def hidden_size(config: Any) -> int:
@@ -275,7 +285,7 @@ def one_group(config: Any) -> int:
 
 
 def key_heads(config: Any) -> int:
-    """Heads of keys: with grouped queries, a group of heads needs at least one of them."""
+    """The number of key heads. With grouped-query attention, each group of heads needs at least one of them."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 

@@ -1,7 +1,7 @@
-"""What can be named in a suite or on the command line: a file for each kind, with one type of row.
+"""What can be named in a suite or on the command line: a file for each kind, with one type of entry.
 
-Torch is not imported here: `--help`, `list` and the check of a suite must stay fast. An entry names what implements it
-by its `home`, "module:NAME", which is imported when it is used.
+Torch is not imported here, so that `--help`, `list` and the check of a suite stay fast. The `home` of an entry,
+"module:NAME", names what implements it, which is imported when it is used.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ HEADS: dict[str, str] = {
 class Backbone:
     """An architecture family by its transformers `model_type`.
 
-    heads, attentions: names of HEADS and ATTENTIONS that it can have; the first is taken where none is asked for.
+    heads, attentions: names of HEADS and ATTENTIONS that it can have; the first is used where none is named.
     """
 
-    home: str  # "module:OBJECT", a backbones.layout.Layout, or several, one a list of layers
+    home: str  # "module:OBJECT": a backbones.layout.Layout, or several, one for each list of layers
     summary: str
     heads: tuple[str, ...] = ("classification",)
     attentions: tuple[str, ...] = ("sdpa", "eager")

@@ -1,4 +1,4 @@
-"""What else a suite may name that has neither settings nor an implementation of ours."""
+"""Precisions, kinds of attention, and optimizers: names whose entries are only a line of help."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Lever:
-    """What composes with any method by `+`.
+    """A memory optimisation (lever) that composes with any method by `+`.
 
-    uncounted: why memory under it cannot be counted on a CPU; None: it can.
+    uncounted: why memory cannot be counted on a CPU where it is used; None: it can.
     """
 
     home: str  # "module:Class", a subclass of methods.levers.base.Lever

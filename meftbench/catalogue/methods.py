@@ -1,6 +1,6 @@
 """Methods: the ways to fine-tune, each with its settings.
 
-To add one: a settings class and an entry here, and a file with the function that `home` names (CONTRIBUTING.md).
+A new one needs a settings class and an entry here, and a file with the function that `home` names (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ Pieces = Annotated[Literal["auto"] | int, BeforeValidator(_pieces)]
 StepBits = Annotated[Literal["auto"] | int, BeforeValidator(_step_bits)]
 
 
-# λ = 1/16: the smallest number of bits with which all three variants start where the pre-trained model stands, on an
-# encoder with post-norms as on a language model with pre-norms (reports/start).
+# λ = 2^-4 = 1/16: the smallest number of bits with which all three variants are close to the pre-trained model before
+# training, both for an encoder with post-norms and for a language model with pre-norms (reports/start).
 SIDE_BITS = 4
 
 
 class Meft(Bottleneck):
-    """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); all but adapter_size, lambda and beta are ours.
+    """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); only adapter_size, lambda and beta are settings of the paper.
 
     arithmetic: `float` as published; `exact`: fixed-point streams, whose reversal has no error. Its factors below 1
-        are 2^-side_bits, and that many bits an element are put aside in every block.
-    step_bits: the fixed-point step is 2^-step_bits; `auto`: one a channel, from what the model holds in the first
-        batch, and widened where a later one needs more.
-    stream_bits: of the integers that hold the streams. 32, as many as a float32; or 64, so that the fixed point adds no
-        error of its own to float32 even where a language model holds values of very different size: two streams, so
-        8 bytes more for each element of a hidden state, whatever the depth, and no fused kernels.
+        are 2^-side_bits, and that many bits of each element are saved in every block (side bits).
+    step_bits: the fixed-point step is 2^-step_bits; `auto`: one step for each channel, from the values in the first
+        batch, and widened where a later batch needs more.
+    stream_bits: the size of the integers that hold the streams: 32, as a float32 has; or 64, so that the fixed point
+        adds no error to float32 even where a language model has values of very different size. 64 takes 8 bytes more
+        for each element of a hidden state (4 in each of two streams), whatever the depth, and has no fused kernels.
     coupling, output: how the two streams are coupled, and which one is the result (docs/design.md 2).
-    adapter_input: what the adapter that is a half by itself reads (G of MEFT1, F of MEFT2): the stream, as published,
-        or the stream normed as the layer's attention reads it. In post-norm models the two are the same.
-    tiles, head_groups: the pieces in which token-wise work and attention are recomputed; `auto` lets the shape decide.
+    adapter_input: what the adapter reads that is a sublayer by itself (G of MEFT1, F of MEFT2): the stream, as
+        published, or the stream normed as the layer's attention reads it. In post-norm models the two are the same.
+    tiles, head_groups: the pieces in which token-wise work and attention are recomputed; `auto`: chosen by the shape.
     strict: verify in every step, at three blocks, that reversal was exact.
     """
 
@@ -116,9 +116,9 @@ class Meft(Bottleneck):
         return value
 
     def in_full(self) -> dict[str, Any]:
-        # A record or a saved adapter says how many bits there were: the default may change, as it did.
-        unsaid = self.side_bits is None and self.lambda_ is None and self.beta is None
-        return super().in_full() | ({"side_bits": SIDE_BITS} if unsaid and self.arithmetic == "exact" else {})
+        # A record or a saved adapter states the number of bits, because the default may change.
+        by_default = self.side_bits is None and self.lambda_ is None and self.beta is None
+        return super().in_full() | ({"side_bits": SIDE_BITS} if by_default and self.arithmetic == "exact" else {})
 
     def small_factor(self, published: float) -> float:
         """The factor near zero where none is named: the published one, or the power of two of `side_bits`."""
@@ -126,12 +126,14 @@ class Meft(Bottleneck):
 
 
 class MeftExact(Meft):
-    """MEFT with exact reversal, token-wise work in tiles: what one should use.
+    """MEFT with exact reversal and token-wise work in tiles; recommended over the arithmetic of the paper.
 
-    It starts where the pre-trained model stands, which the paper's coupling does not on deep pre-norm models.
+    Before training its output is close to that of the pre-trained model, which the paper's coupling does not achieve on
+    deep pre-norm models.
     """
 
-    # Of the defaults: another number makes another cell of the same label (1: the paper's coupling, mean, 3 side bits).
+    # Version of the defaults, a part of the cell's id: cells measured under other defaults are told apart, though their
+    # labels are the same (1: the paper's coupling, mean, 3 side bits).
     defaults: ClassVar[int] = 2
 
     arithmetic: Literal["exact"] = "exact"
@@ -149,7 +151,7 @@ class Method:
     settings: type[Settings]
     home: str  # "module:function", imported when the method is applied
     summary: str
-    given: tuple[str, ...] = ()  # what the function is given beside the model and the settings
+    given: tuple[str, ...] = ()  # further arguments of the function, after the model and the settings
 
 
 METHODS: dict[str, Method] = {

@@ -1,4 +1,4 @@
-"""Every metric that leaves the program: its unit, which direction is better, what it means (docs/measuring.md 2)."""
+"""Every metric that a record may hold: its unit, which direction is better, what it means (docs/measuring.md 2)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """unit: of the stored value.  better: "lower", "higher" or "neither".  meaning: column help and tooltip.
-    column: heading of a column of its own in the comparison table, shown where a run has the metric; None: it has
-        none, or the table shows it in a way of its own (report/summary.py).
+    """What a metric is.
+
+    unit: of the stored value.  better: "lower", "higher" or "neither".  meaning: shown as help for a column.
+    column: heading of the metric's column in the comparison table, shown where a run has the metric; None: it has no
+        column, or the table treats it specially (report/summary.py).
     """
 
     unit: str
@@ -38,11 +40,11 @@ BREAKDOWN = (
     "other_bytes",
 )
 
-# Above this `cpu_wait_share` a time says how busy the machine was, not what the step costs.
+# Above this `cpu_wait_share` a measured time tells how busy the machine was with other work, not what the step takes.
 SHARED_CORES = 0.1
 
 METRICS: dict[str, Kind] = {
-    # torch peaks; `phases` of the metric holds load, forward, backward, optimizer, step
+    # peaks in torch's allocator; `phases` of the metric holds load, forward, backward, optimizer, step
     "peak_allocated_bytes": _bytes("largest sum of live blocks during a step, in blocks of 512 bytes"),
     "peak_active_bytes": _bytes("as allocated, with blocks that wait for another stream"),
     "peak_reserved_bytes": _bytes("largest sum of segments the allocator held from the device"),
@@ -58,7 +60,7 @@ METRICS: dict[str, Kind] = {
     "first_step_peak_allocated_bytes": _bytes("peak of the first step, before optimizer state exists"),
     "drift_bytes_per_step": _bytes("growth of the level before a step, from one measured step to the next; 0: no leak"),
     "peak_phase": Kind("phase", "neither", "the phase in which the step's peak falls"),
-    # breakdown at the step's peak; sums to peak_allocated_bytes
+    # what is alive at the step's peak, by category; sums to peak_allocated_bytes
     "parameters_bytes": _bytes("model parameters at the peak"),
     "buffers_bytes": _bytes("model buffers at the peak"),
     "gradients_bytes": _bytes("gradients of trained parameters at the peak"),
@@ -125,7 +127,7 @@ METRICS: dict[str, Kind] = {
     # compatibility
     "paper_meft_activation_bytes": _bytes("the paper's own definition: max_allocated - allocated after training"),
     "paper_lst_memory": _bytes("LST's definition: max_allocated over the run"),
-    # levers, as observed
+    # memory optimisations (levers), as observed
     "compiled_graphs": Kind("count", "neither", "graphs that torch.compile has made, of all passes of the cell"),
     "graph_breaks": Kind("count", "lower", "places where torch.compile had to leave a graph and go on in Python"),
     "forward_calls_ratio": Kind("ratio", "neither", "layer forwards a step divided by those of a forward pass alone"),
@@ -139,7 +141,7 @@ METRICS: dict[str, Kind] = {
     "clocks_mhz": Kind("megahertz", "neither", "SM clock after the timed steps"),
     "temperature_c": Kind("celsius", "neither", "device temperature after the timed steps"),
     "power_w": Kind("watt", "neither", "power draw after the timed steps"),
-    # quality: the task's score beside the memory
+    # fine-tuning: the task's score, beside the memory
     "score": Kind("score", "higher", "the task's first score on validation, of the checkpoint that is best there"),
     "score_untrained": Kind("score", "higher", "the same before the first step, of a language model; lora: zero-shot"),
     "score_test": Kind("score", "higher", "the same score on test rows, of the checkpoint chosen on validation"),

@@ -1,6 +1,6 @@
-"""Sizes of models by short name: hub id, and the published configuration for `@random`.
+"""Models by short name: hub id, and the published configuration, from which `NAME@random` is built.
 
-Only what shapes weights and activations is kept here; a model from the hub brings its whole configuration.
+Configurations here hold only what shapes weights and activations; a model from the hub brings its whole configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Model:
-    """A named size: its hub id, and its published configuration for `@random`.
+    """A model of a named size: its hub id, and its published configuration, from which `NAME@random` is built.
 
     config: fields of the transformers configuration that differ from the class defaults.
     package: a Python package that carries the weights (`MODEL_DIR`), instead of the hub.
@@ -103,7 +103,7 @@ def _decoder(
     tied: bool,
     **more: Any,
 ) -> Model:
-    """heads: of queries, of keys and values, and the size of one."""
+    """heads: the number of query heads, of key and value heads, and the size of one head."""
     config = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -119,7 +119,7 @@ def _decoder(
         "pad_token_id": None,
     }
     if model_type == "qwen2":
-        del config["head_dim"]  # no field of its configuration: hidden size over heads
+        del config["head_dim"]  # its configuration has no such field: it is hidden size / heads
     return Model(model_type, hub, config | more, f"{layers} layers, hidden {hidden}, vocabulary {vocabulary:,}")
 
 

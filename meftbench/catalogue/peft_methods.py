@@ -1,7 +1,7 @@
-"""The methods of HF peft beside LoRA: which of its types a suite may name, on what they fit, and which do not apply.
+"""The methods of HF peft besides LoRA: which a suite may name, which models they fit, and which do not apply here.
 
 A row of PEFT_METHODS is applied by `methods/peft_zoo.py`, through peft's own classes. Every type of peft is a row here
-or in NOT_APPLICABLE; tests/methods/test_peft_zoo.py holds it against the installed peft.
+or in NOT_APPLICABLE; tests/methods/test_peft_zoo.py checks this with the installed peft.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from meftbench.catalogue.settings import Settings
 
 
 class Peft(Settings):
-    """config: any other fields of peft's configuration class for the method, which checks them.
+    """Settings that every method of peft has.
 
-    size: the name of the setting that says how large the adapter is; "": the method has none.
+    config: any other fields of peft's configuration class for the method; peft checks them.
+    size: the name of the setting that decides the adapter's size; "": the method has none.
     """
 
     size: ClassVar[str] = ""
@@ -26,13 +27,13 @@ class Peft(Settings):
 
 
 class Targeted(Peft):
-    """targets: names of the modules that are adapted; None: the method's own choice."""
+    """targets: names of the modules that are adapted; None: those of `PeftMethod.targets`."""
 
     targets: list[str] | None = None
 
 
 class Ranked(Targeted):
-    """Rank 8 as LoRA's here, so that methods compare; peft's own defaults differ."""
+    """The rank of an update: 8 as for `lora` here, so that methods are comparable; peft's own defaults differ."""
 
     size = "rank"
 
@@ -40,7 +41,7 @@ class Ranked(Targeted):
 
 
 class Projected(Ranked):
-    """The rank of random projections, which are shared and not trained: large."""
+    """The rank of random projections: large, because they are shared by layers and not trained."""
 
     rank: int = Field(default=256, ge=1)
 
@@ -52,7 +53,7 @@ class Subspaces(Ranked):
 
 
 class Blocks(Targeted):
-    """Blocks of a weight; the size divides its rows and columns."""
+    """The size of the blocks of a weight; it must divide the weight's rows and columns."""
 
     size = "block_size"
 
@@ -60,13 +61,13 @@ class Blocks(Targeted):
 
 
 class Butterflies(Blocks):
-    """Blocks of a butterfly factor."""
+    """The size of the blocks of a butterfly factor."""
 
     block_size: int = Field(default=4, ge=1)
 
 
 class Vectors(Targeted):
-    """Vectors of a shared bank; the length divides rows and columns of a weight."""
+    """The length of vectors in a shared bank; it must divide the rows and columns of a weight."""
 
     size = "vector_length"
 
@@ -74,7 +75,7 @@ class Vectors(Targeted):
 
 
 class Frequencies(Targeted):
-    """Coefficients a weight."""
+    """The number of trained coefficients of each weight."""
 
     size = "frequencies"
 
@@ -82,7 +83,7 @@ class Frequencies(Targeted):
 
 
 class Prompt(Peft):
-    """Trained positions before every sample."""
+    """The number of trained positions before every sample."""
 
     size = "virtual_tokens"
 
@@ -93,13 +94,13 @@ class Prompt(Peft):
 class PeftMethod:
     """A method of peft.
 
-    peft_type: its name in peft.PeftType.  size: peft's fields that the settings' size goes to.
-    fixed: peft's fields that make the method what its name says, or that a short run needs.
+    peft_type: its name in peft.PeftType.  size: the fields of peft's configuration that the settings' size is put into.
+    fixed: values of peft's fields that the method is defined by, or that a short run needs.
     targets: what is adapted where the settings do not say: the projections that LoRA adapts ("attention"), the last
         of them ("value"), every norm ("norms"), or what peft itself chooses ("peft").
-    only: the key in ONLY of what it fits; None: every backbone.
+    only: the key in ONLY of the models that it fits; None: every backbone.
     positions: whether the virtual tokens take positions of the backbone.
-    refuses: levers that the method does not bear, with the fact that is against it.
+    refuses: memory optimisations (levers) that do not work with the method, and why.
     """
 
     peft_type: str
@@ -114,6 +115,7 @@ class PeftMethod:
 
     @property
     def line(self) -> str:
+        """The summary in `list methods`."""
         return f"{self.summary} (HF peft{f'; only {ONLY[self.only]}' if self.only else ''})"
 
 
@@ -133,7 +135,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "rslora": PeftMethod("LORA", Ranked, "lora, scaled by 1/sqrt(rank)", R, {"use_rslora": True}),
     "pissa": PeftMethod("LORA", Ranked, "lora from the principal singular vectors", R, {"init_lora_weights": "pissa"}),
     "olora": PeftMethod("LORA", Ranked, "lora from a QR decomposition", R, {"init_lora_weights": "olora"}),
-    # A training script moves the budget between steps; here it stays the first phase, all of init_r trained.
+    # A script would reallocate the rank between steps; here it stays in the first phase: all of init_r is trained.
     "adalora": PeftMethod(
         "ADALORA", Ranked, "lora as P·Λ·Q, orthogonality in the loss", ("init_r", "target_r"), {"total_step": 1000}
     ),
@@ -236,7 +238,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
 
 @dataclass(frozen=True)
 class NotApplicable:
-    """A type of peft that is no method here, and why."""
+    """A type of peft that is not offered as a method here, and why."""
 
     peft_type: str
     reason: str
@@ -257,9 +259,9 @@ NOT_APPLICABLE: dict[str, NotApplicable] = {
 
 
 def refusal(method: str, model_type: str, head: str, heads: tuple[str, ...]) -> str | None:
-    """Why a method of peft does not fit, None where it does.
+    """Why the method does not fit the model, None where it fits or is not one of peft.
 
-    head: what is trained on the backbone.  heads: all that its type can have: they tell images, decoders and
+    head: the head that is trained.  heads: all that the model's type can have; they tell models of images, decoders and
         encoder-decoders apart.
     """
     row = PEFT_METHODS.get(method)
@@ -274,6 +276,6 @@ def refusal(method: str, model_type: str, head: str, heads: tuple[str, ...]) -> 
 
 
 def positions_taken(method: str, settings: dict[str, Any]) -> int:
-    """Positions of the backbone that the method's virtual tokens take, beside those of a sample."""
+    """How many positions of the backbone the method's virtual tokens take, besides those of a sample."""
     row = PEFT_METHODS.get(method)
     return Prompt.model_validate(settings).virtual_tokens if row is not None and row.positions else 0

@@ -1,4 +1,4 @@
-"""Probes: the passes over a cell's training steps in which its metrics are taken."""
+"""Probes: passes over a cell's training steps, each of which measures some of its metrics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Probe:
-    """A pass of its own over a cell's training steps.
+    """A pass over a cell's training steps.
 
-    usual: whether it is run where a suite names no passes.
+    usual: whether it is run if a suite names no passes.
     """
 
     home: str  # "module:function", from a probes.subject.Subject to metrics by name
@@ -17,7 +17,7 @@ class Probe:
     usual: bool = False
 
 
-# In this order they are run; each has its own window.
+# They are run in this order, each over steps of its own.
 PROBES: dict[str, Probe] = {
     "memory": Probe(
         "meftbench.probes.memory:probe",

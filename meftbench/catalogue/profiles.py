@@ -1,4 +1,4 @@
-"""GPUs by name, for predicting memory on one that is not there: what it has, and what it takes before any tensor."""
+"""GPUs by name, to predict memory on one that is not present: its memory, and what is used before any tensor."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ Room = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str),
 
 
 class Profile(BaseModel):
-    """A device as memory prediction sees it. In the file, bytes may be written as 81559MiB.
+    """What memory prediction needs to know of a device. In the file, bytes may be written as 81559MiB.
 
     device: the product's name, as the driver and torch give it.
-    memory_bytes: all of it, as the driver shows it.  usable_bytes: what torch says of it (`total_memory`; the driver
-    keeps the rest); None: not known.
-    compute_capability: "8.9"; decides which kernels run.  multiprocessors: how many; decides how finely passes are cut.
-    context_bytes: what a torch process takes before its first tensor. Always an estimate: it grows with the kernels
-    that were loaded, and from one driver to the next.
-    cublas_workspace_bytes: torch's default where CUBLAS_WORKSPACE_CONFIG is not set, out of torch's allocator, for each
-    thread that multiplies (backward has a thread of its own) on each stream.
+    memory_bytes: all of it, as the driver shows it.  usable_bytes: the part that torch reports (`total_memory`; the
+    driver keeps the rest); None: not known.
+    compute_capability: such as "8.9"; decides which kernels run.  multiprocessors: their number; decides into how many
+    pieces passes are divided.
+    context_bytes: what a torch process takes before its first tensor. Always an estimate, as it depends on the kernels
+    that are loaded and on the driver.
+    cublas_workspace_bytes: torch's default without CUBLAS_WORKSPACE_CONFIG, taken from torch's allocator, for each
+    thread that multiplies matrices (the backward pass has its own thread) on each stream.
     cublaslt_workspace_bytes: the same for cuBLASLt; 0 where it shares cuBLAS's, torch's default on CUDA.
-    verified: a run of this program on the device agreed.  sources: where each figure is from.
+    verified: whether a run of this program on the device agreed.  sources: where each number is from.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -63,7 +64,7 @@ class Profile(BaseModel):
 
 
 class _Shipped(Mapping[str, Profile]):
-    """The profiles of the package by name; a file is read when it is first asked for."""
+    """The profiles in the package by name; a file is read when it is first used."""
 
     def __getitem__(self, name: str) -> Profile:
         if name not in set(self):
@@ -81,9 +82,9 @@ PROFILES: Mapping[str, Profile] = _Shipped()
 
 
 def find_profile(name: str, where: str = "") -> Profile:
-    """A shipped profile, or the path of a YAML file with the same keys.
+    """The profile in the package that is called `name`, or that of the YAML file at the path `name`.
 
-    Raises UserError at `where` with the nearest name, or at the fault in the file.
+    Raises UserError: when there is no such profile (at `where`, with the nearest name), or the file has a fault.
     """
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") or "/" in name:

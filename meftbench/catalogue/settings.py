@@ -1,4 +1,4 @@
-"""What every method's settings have in common."""
+"""The base class of every method's settings."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
     def in_full(self) -> dict[str, Any]:
-        """All settings as plain values under the names of a suite, defaults filled in: what a record says."""
+        """All settings, defaults included, as plain values under their names in a suite; a record holds these."""
         return self.model_dump(mode="json", by_alias=True)

@@ -1,4 +1,4 @@
-"""What a task is, and how a folder of one's own says which it is. Plain: nothing here reads a row."""
+"""What a task is, and how a user's own folder of data describes one. Nothing here reads rows or loads torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["classification", "regression", "choices", "images"]
 Score = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
 TASK_FILE = "task.yaml"
-# What a split may be called in a folder, beside its own name.
+# Other names that a split may have in a folder.
 ALIASES = {"validation": ("valid", "val", "dev")}
 IMAGE_COLUMN = "image"
 SCORES: dict[Kind, tuple[Score, ...]] = {
@@ -30,18 +30,21 @@ SCORES: dict[Kind, tuple[Score, ...]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """Data with a question: where they lie, which columns count, and by which scores an answer is judged.
+    """A task: where its data are, which columns are used, and by which scores answers are judged.
 
-    hub: path and configuration of the hub's data set, `revision` where it is not the main branch; None: not there.
-    folder: below a data root; absolute for a folder of one's own.
-    evaluations: split of the hub by the name it has here; the first decides, those without labels are left out.
-    texts: the columns a question is made of, the image's where kind is images.  label: column of the answer.
-    choices: columns of the choices: one that holds a list (or the hub's {text, label}), or one a choice. Where `label`
-        is among them it is the correct choice.  template: the prompt of a decoder, with columns in braces.
+    hub: path and configuration of the data set on the hub; None: it is not there.  revision: where the data are not on
+        the hub's main branch.
+    folder: below a data root; absolute for a user's own folder.
+    evaluations: the hub's name of each split, by its name here. The first one chooses the checkpoint; splits without
+        labels are not listed.
+    texts: the columns of a question; for images the column of the image.  label: the column of the answer.
+    choices: the columns of the choices: one that holds a list (or the hub's {text, label}), or one for each choice.
+        Where `label` is among them, that column is the correct choice.
+    template: the prompt of a decoder, with columns in braces.
     labels: class names in the order of their ids; None: no classes, or those that the data have.
-    scores: the first is the score.  rows: of each split as published, by which cut data are known.
-    departures: what files that go about hold other than the split as published, by their SHA-256.
-    sequence_length: tokens; None for images.
+    scores: the first is the metric `score`.  rows: how many each split has as published, to report differences.
+    departures: how known files differ from the published split, by their SHA-256.
+    sequence_length: in tokens; None for images.
     """
 
     name: str
@@ -73,12 +76,12 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 
 
 class TaskFile(BaseModel):
-    """`task.yaml` in a folder of one's own, beside train.jsonl and validation.jsonl (or what else sources.py reads)."""
+    """`task.yaml` in a user's own folder, beside train.jsonl and validation.jsonl (or others that sources.py reads)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     kind: Kind
-    texts: Names = Field(min_length=1, max_length=2)  # of images: the column that has them
+    texts: Names = Field(min_length=1, max_length=2)  # for images: the column of the image
     label: str
     labels: Names | None = Field(default=None, validate_default=True)
     choices: Names = Field(default=(), validate_default=True)
@@ -108,8 +111,8 @@ class TaskFile(BaseModel):
     def _has_classes(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         if value is not None and (info.data.get("kind") not in ("classification", "images") or len(value) < 2):
             raise ValueError("must be two class names or more, where kind is classification or images")
-        if twice := [name for name in value or () if (value or ()).count(name) > 1]:
-            raise ValueError(f"names the class {twice[0]!r} twice")
+        if repeated := [name for name in value or () if (value or ()).count(name) > 1]:
+            raise ValueError(f"names the class {repeated[0]!r} twice")
         return value
 
     @field_validator("template")
@@ -123,17 +126,17 @@ class TaskFile(BaseModel):
     @field_validator("scores")
     @classmethod
     def _can_be_computed(cls, value: tuple[Score, ...] | None, info: ValidationInfo) -> tuple[Score, ...] | None:
-        numbers = {"pearson", "spearman"}
+        correlations = {"pearson", "spearman"}
         regression = info.data.get("kind") == "regression"
-        if value is not None and (not value or any((score in numbers) != regression for score in value)):
+        if value is not None and (not value or any((score in correlations) != regression for score in value)):
             raise ValueError("pearson and spearman are for regression, accuracy, f1 and matthews for the others")
         return value
 
 
 def own_task(where: str, folder: Path) -> Task:
-    """The task that `folder` is: what its task.yaml says, or images where it has split/CLASS folders.
+    """The task of a user's own folder: as its task.yaml describes it, or images where it has folders train/CLASS.
 
-    Raises UserError: no such folder, neither of the two, a fault in task.yaml (with its line).
+    Raises UserError: when the folder does not exist, has neither of the two, or task.yaml has a fault (with its line).
     """
     if not folder.is_dir():
         raise UserError(where, f"no task folder {str(folder)!r}", "check the path, or name a task")
@@ -159,29 +162,29 @@ def own_task(where: str, folder: Path) -> Task:
     raise UserError(where, f"task folder {str(folder)!r} has no {TASK_FILE} and no images", cure)
 
 
-def _of_file(folder: Path, said: TaskFile) -> Task:
-    prompt = said.template or "\n".join(f"{{{column}}}" for column in said.texts)
+def _of_file(folder: Path, content: TaskFile) -> Task:
+    prompt = content.template or "\n".join(f"{{{column}}}" for column in content.texts)
     return Task(
         name=folder.name,
         family="own",
-        kind=said.kind,
-        summary=f"{said.kind} in {folder}",
+        kind=content.kind,
+        summary=f"{content.kind} in {folder}",
         hub=None,
         folder=str(folder.resolve()),
-        texts=said.texts,
-        label=said.label,
-        scores=said.scores or SCORES[said.kind],
-        licence=said.licence,
+        texts=content.texts,
+        label=content.label,
+        scores=content.scores or SCORES[content.kind],
+        licence=content.licence,
         evaluations=_evaluations(folder),
-        labels=said.labels,
-        choices=said.choices,
-        template=prompt if said.kind == "choices" else "",
-        sequence_length=None if said.kind == "images" else said.sequence_length,
+        labels=content.labels,
+        choices=content.choices,
+        template=prompt if content.kind == "choices" else "",
+        sequence_length=None if content.kind == "images" else content.sequence_length,
     )
 
 
 def _evaluations(folder: Path) -> dict[str, str]:
-    """Validation and test, as far as they are there; validation where neither is, to be asked for."""
+    """Those of validation and test that exist; where neither does, validation, whose absence is reported later."""
     names = [
         name
         for name in ("validation", "test")

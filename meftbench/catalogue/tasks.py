@@ -1,4 +1,4 @@
-"""The tasks by name: GLUE, question answering, images. To add one: an entry here, its data below a data root or a hub.
+"""The tasks by name: GLUE, question answering, images. A new one needs an entry here, and data in a data root or a hub.
 
 Columns, label ids and split names are the hub's; row counts are as published there.
 """
@@ -19,7 +19,7 @@ ARC_TEMPLATE = "Question: {question}\nAnswer:"
 
 
 def _glue(name: str, summary: str, texts: tuple[str, ...], scores: tuple[Score, ...], **more: Any) -> Task:
-    """One of GLUE's, classification unless `more` says otherwise."""
+    """A task of GLUE, a classification unless `more` has another kind."""
     facts: dict[str, Any] = {"kind": "classification", "licence": "of its source; GLUE itself states none"} | more
     return Task(
         name=name,
@@ -35,7 +35,7 @@ def _glue(name: str, summary: str, texts: tuple[str, ...], scores: tuple[Score, 
 
 
 def _qa(name: str, summary: str, hub: tuple[str, str | None], texts: tuple[str, ...], **more: Any) -> Task:
-    """Choices, judged by accuracy; the template is that of the paper's OPT setting (docs/paper.md)."""
+    """A task of choices, judged by accuracy; the template is that of the paper's OPT experiments (docs/paper.md)."""
     return Task(
         name=name,
         family="qa",
@@ -166,7 +166,7 @@ _ALL = [
         rows={"train": 4957, "validation": 500, "test": 500},
         licence="Apache-2.0",
     ),
-    # The hub's main branch is a script, which datasets 4 and later do not run. Its test split has no labels.
+    # The hub's main branch has a script, which datasets 4 and later do not run. The test split has no labels.
     _qa(
         "piqa",
         "which of two ways reaches an everyday goal?",
@@ -239,14 +239,14 @@ TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def is_own(name: str) -> bool:
-    """Whether a task is named by its folder."""
+    """Whether `name` is the path of a user's own folder, not the name of a task."""
     return name not in TASKS and (name.startswith((".", "/", "~")) or Path(name).is_dir())
 
 
 def find_task(where: str, name: str) -> Task:
-    """The task called `name`, or the one that the folder `name` is.
+    """The task called `name`, or that of the user's own folder at the path `name`.
 
-    Raises UserError: neither; a folder that does not say what it is.
+    Raises UserError: when there is neither, or the folder does not describe a task.
     """
     if name in TASKS:
         return TASKS[name]

@@ -1,4 +1,4 @@
-"""The command line: one thin file a verb; here the verbs are put together and errors become exit codes."""
+"""The command line, with a file for each command (verb). This one joins them, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _VERBS: dict[str, Callable[..., None]] = {
 
 
 class _Interrupted(Exception):  # noqa: N818 - no error
-    """Ctrl-C, under a name that typer does not take: it would end without a word."""
+    """Stands in for KeyboardInterrupt, on which typer would end the program without a message."""
 
 
 def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
@@ -66,8 +66,8 @@ for _name, _verb in _VERBS.items():
     app.command(_name)(_interruptible(_verb))
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"meftbench {__version__}")
         raise typer.Exit
 
@@ -87,12 +87,12 @@ def _options(
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
-# typer < 0.20 raises click's exceptions, later ones those of a copy it carries.
+# typer < 0.20 raises click's exceptions; later versions contain a copy of click and raise the exceptions of that.
 _ClickException: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit. Users' errors are one line; tracebacks are for bugs (exit 70)."""
+    """Run the command line and exit. A UserError is printed as one line; a traceback means a bug (exit 70)."""
     sys.exit(_exit_code(arguments))
 
 
@@ -107,7 +107,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         print(f"meftbench: {error}", file=sys.stderr)
         return error.exit_code
     except _ClickException as error:
-        # typer has some of its messages from pydantic.
+        # Some of the messages come from pydantic, with this prefix.
         message = " ".join(error.format_message().replace("Value error, ", "").split())  # type: ignore[attr-defined]
         print(f"meftbench: {message.rstrip('.')}; see `meftbench --help`", file=sys.stderr)
         return INVALID
@@ -117,10 +117,10 @@ def _exit_code(arguments: list[str] | None) -> int:
         print("meftbench: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
-        # rich and typer leave with 1 where a pipe ends, which means over budget.
+        # Where a pipe is closed, rich and typer exit with 1, which here would mean "over budget".
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        # The reader of our output (`| head`) has gone: nobody is left to tell.
+        # The reader of the output (such as `| head`) has closed the pipe: that is not an error.
         abandon_stdout()
         return 0
     except OSError as error:
@@ -134,12 +134,12 @@ def _exit_code(arguments: list[str] | None) -> int:
             f"meftbench: output cannot be written ({error.strerror}); make room, or send it elsewhere", file=sys.stderr
         )
         return INVALID
-    except Exception:  # not silent: shown with its traceback
+    except Exception:  # not swallowed: shown with its traceback
         return _bug()
 
 
 def _bug() -> int:
-    """Whatever is left is our own mistake: shown with its traceback, and an exit code that no result has."""
+    """Print the traceback of any other exception, which is a bug, and return an exit code that no result has."""
     traceback.print_exc()
     print("meftbench: this is a bug; please report it with the lines above", file=sys.stderr)
     return BUG

@@ -63,8 +63,8 @@ def check(
         change.write()
         emit("\n".join([*filter(None, [change.diff().rstrip("\n")]), *change.kept]) or "nothing to update", output)
         return
-    before = load_run(baseline) if baseline else None
-    verdicts = judge(loaded, budgets, before, missing.value if missing else None)
+    baseline_run = load_run(baseline) if baseline else None
+    verdicts = judge(loaded, budgets, baseline_run, missing.value if missing else None)
     emit(render_verdicts(verdicts, Format.json if as_json else format_, loaded.name), output)
     if format_ is Format.github:
         append_step_summary(verdicts_markdown(verdicts), f"Memory budgets of {loaded.name}")
@@ -72,15 +72,16 @@ def check(
 
 
 def budgets_file(run: Run) -> Path:
-    """The file that the suite names where it still is, else the copy in the run folder. Raises UserError.
+    """The budgets file that the suite names, if it still exists, else the copy of it in the run folder.
 
-    The file itself comes first: annotations name it, and --update has to change it.
+    The file itself comes first, since annotations name it and --update has to change it.
+    Raises UserError: there is neither.
     """
     from meftbench.records.store import BUDGETS
 
-    named = run.suite.get("budgets")
-    if named and Path(str(named)).is_file():
-        return Path(os.path.relpath(str(named))) if Path(str(named)).is_relative_to(Path.cwd()) else Path(str(named))
+    path = run.suite.get("budgets")
+    if path and Path(str(path)).is_file():
+        return Path(os.path.relpath(str(path))) if Path(str(path)).is_relative_to(Path.cwd()) else Path(str(path))
     if (run.path / BUDGETS).is_file():
         return run.path / BUDGETS
     raise UserError(str(run.path), "its suite names no budgets", "name a file with --budget")

@@ -61,7 +61,7 @@ def compare(
 
 
 def _share(text: str | None) -> float | None:
-    """A share from "2%" or "0.02"; None stays None. Raises UserError."""
+    """A share from "2%" or "0.02"; None for None. Raises UserError: it is not a share."""
     if text is None:
         return None
     try:

@@ -12,14 +12,14 @@ NEEDED = ("torch", "transformers", "peft", "safetensors")
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Say what this machine can measure. A missing GPU is a fact, not a failure: exits 0."""
-    found = findings()
-    print(json.dumps(found, indent=2, ensure_ascii=False, default=str) if as_json else rendered(found))
+    result = findings()
+    print(json.dumps(result, indent=2, ensure_ascii=False, default=str) if as_json else rendered(result))
 
 
 def findings(nvml: Any = None) -> dict[str, Any]:
-    """Host, packages, GPUs, what torch says in a process of its own, and what can be measured with them.
+    """Host, packages, GPUs, what the worker process reports of torch, and what can be measured with them.
 
-    nvml: stands in for the module `pynvml`.
+    nvml: replaces the module `pynvml`.
     """
     from dataclasses import asdict
 
@@ -42,7 +42,7 @@ def findings(nvml: Any = None) -> dict[str, Any]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """What the worker says of torch; `absent` where torch cannot be loaded."""
+    """What the worker reports of torch; {"absent": reason} where the worker cannot start."""
     import os
     import tempfile
     from pathlib import Path
@@ -62,13 +62,13 @@ def torch_facts() -> dict[str, Any]:
         return worker.facts
 
 
-def rendered(found: dict[str, Any]) -> str:
-    """The findings as lines of text."""
+def rendered(result: dict[str, Any]) -> str:
+    """The result of `findings` as lines of text."""
     from meftbench.units import format_bytes
 
-    host, gpus = found["host"], found["gpus"]
+    host, gpus = result["host"], result["gpus"]
     limit = host["cgroup_memory_limit_bytes"]
-    lines = [f"{name:<14}{version or _missing(name)}" for name, version in found["packages"].items()]
+    lines = [f"{name:<14}{version or _missing(name)}" for name, version in result["packages"].items()]
     memory = f"{format_bytes(host['memory_bytes'])}, {format_bytes(host['available_bytes'])} free for a cell"
     lines += [
         f"{'python':<14}{host['python']}",
@@ -81,7 +81,7 @@ def rendered(found: dict[str, Any]) -> str:
         total = format_bytes(device["memory_bytes"]) if device["memory_bytes"] is not None else "memory unknown"
         refused = "".join(f"; {name}: {reason}" for name, reason in device.get("refused", {}).items())
         lines.append(f"{'GPU ' + str(device['index']):<14}{device['name']}, {total}{refused}")
-    for what, answer in found["measures"].items():
+    for what, answer in result["measures"].items():
         lines.append(f"{what:<14}{'can be measured' if answer == 'yes' else 'cannot be measured: ' + answer}")
     return "\n".join(lines)
 

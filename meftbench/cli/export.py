@@ -1,4 +1,4 @@
-"""`meftbench export`: a run for trackers and tables, a predicted step for others to look at."""
+"""`meftbench export`: a run in the formats of trackers and tables, a predicted step as a snapshot or a figure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Format(StrEnum):
 
 
 _PREDICTED = (Format.memory_viz, Format.timeline)
-_PANELS = 12  # more are not read
+_PANELS = 12  # in one figure; more would be too small to read
 _SHAPE = "--batch-size and --sequence-length"
 
 
@@ -108,13 +108,13 @@ def export(
             if value is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(option, f"{what} is a run, and its cells are as they are", f"leave {option} out")
-        loaded = _chosen(Path(what), which or [])
+        loaded = _selected_run(Path(what), which or [])
         if format_ not in _PREDICTED:
             _write_run(loaded, format_ or Format.csv, output, metric)
         else:
-            named, cells, conf = _cells_again(loaded, profile)
+            run_profile, cells, conf = _cells_on_profile(loaded, profile)
             check_allowed({}, cells, allow_code)
-            _write_predicted(cells, named, allocator or conf, format_, output, tell, allow_code)
+            _write_predicted(cells, run_profile, allocator or conf, format_, output, tell, allow_code)
         return
     if format_ not in (None, *_PREDICTED):
         cure = "name a folder that `meftbench run` wrote, with its records.jsonl"
@@ -133,11 +133,11 @@ def export(
     _write_predicted(cells, chosen, allocator, format_ or Format.memory_viz, output, tell, allow_code)
 
 
-# --- of a run ---
+# --- formats of a run ---
 
 
-def _chosen(folder: Path, which: list[str]) -> Run:
-    """The run with the cells that `which` names, all without. Raises UserError (exit 5): a name that matches none."""
+def _selected_run(folder: Path, which: list[str]) -> Run:
+    """The run with the cells that `which` names, all if it is empty. Raises UserError (exit 5): a name matches none."""
     from dataclasses import replace
 
     from meftbench.records.store import load_run, warn_if_torn
@@ -147,8 +147,8 @@ def _chosen(folder: Path, which: list[str]) -> Run:
     warn_if_torn(run)
     if not which:
         return run
-    wanted = {record.record_id for name in which for record in find_records(run, name)}
-    return replace(run, records=[record for record in run.records if record.record_id in wanted])
+    record_ids = {record.record_id for name in which for record in find_records(run, name)}
+    return replace(run, records=[record for record in run.records if record.record_id in record_ids])
 
 
 def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str] | None) -> None:
@@ -182,12 +182,15 @@ def _write_text(file: Path, text: str) -> None:
     _written(file, lambda: file.write_text(text + "\n", encoding="utf-8"))
 
 
-# --- predicted ---
+# --- formats of predicted cells ---
 
 
-def _cells_again(run: Run, profile: str | None) -> tuple[str, list[Cell], str]:
-    """The profile, the run's cells on it, and the run's allocator. The profile is that of `--profile`, of the run's
-    predictions, of the device it was measured on, or the default. Raises UserError."""
+def _cells_on_profile(run: Run, profile: str | None) -> tuple[str, list[Cell], str]:
+    """The name of a profile, the run's cells on that device, and the run's allocator settings.
+
+    The profile is that of `--profile`, of the run's predictions, of the device it was measured on, or the default.
+    Raises UserError: the device has no profile, or the run was taken with padding.
+    """
     from meftbench.catalogue.profiles import PREDICTED
     from meftbench.verdicts import validation
 
@@ -215,18 +218,18 @@ def _write_predicted(
     from meftbench.report.timeline import timeline_picture
     from meftbench.runner.predictions import ask
 
-    most = 1 if format_ is Format.memory_viz else _PANELS
-    if not 1 <= len(cells) <= most:
-        what = f"{len(cells)} cells are named, and {format_} holds {'one' if most == 1 else f'1 to {most}'}"
+    maximum = 1 if format_ is Format.memory_viz else _PANELS
+    if not 1 <= len(cells) <= maximum:
+        what = f"{len(cells)} cells are named, and {format_} holds {'one' if maximum == 1 else f'1 to {maximum}'}"
         raise UserError("export", what, "name fewer: the start of a cell_id, or a glob on labels")
     request: dict[str, Any] = {"cells": [cell.model_dump(mode="json") for cell in cells]}
     request |= {"profile": profile, "allocator": allocator, "snapshot": None}
     if format_ is Format.memory_viz:
-        file = _ready(output or Path("snapshot.pickle"))
+        file = _with_folder(output or Path("snapshot.pickle"))
         ask("export", request | {"snapshot": str(file.absolute())}, tell, allow_code)
         print(f"{file}: drop it on https://pytorch.org/memory_viz")
         return
-    file = _ready(output or Path("timeline"))
+    file = _with_folder(output or Path("timeline"))
     name = file.stem if file.suffix in (".png", ".svg") else file.name
     picture = timeline_picture(ask("export", request, tell, allow_code)["cells"], name)
     try:
@@ -240,7 +243,7 @@ def _write_predicted(
 
 
 def _written(file: Path, write: Callable[[], object]) -> None:
-    """Write `file`, and say so. Raises UserError."""
+    """Write `file`, and print that it was written. Raises UserError: it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write()
@@ -249,8 +252,8 @@ def _written(file: Path, write: Callable[[], object]) -> None:
     print(f"{file}: written")
 
 
-def _ready(file: Path) -> Path:
-    """`file`, its folder there before the work begins. Raises UserError."""
+def _with_folder(file: Path) -> Path:
+    """`file`, after its folder was made, so that this fails before the work begins. Raises UserError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -75,7 +75,7 @@ def finetune(
     from meftbench.runner.folder import default_folder
     from meftbench.strict_yaml import Document
 
-    said = {
+    training = {
         "data": data,
         "epochs": epochs,
         "max_steps": max_steps,
@@ -101,28 +101,29 @@ def finetune(
         "description": f"{model}, {method}, {task}",
         "allow_code": allow_code,
         "protocol": {"passes": ["memory"], "warmup": 1, "steps": 1, "repeats": 1, "timeout": timeout},
-        "training": {key: value for key, value in said.items() if value is not None},
+        "training": {key: value for key, value in training.items() if value is not None},
         "defaults": {key: value for key, value in point.items() if value is not None},
         "tasks": [task],
         "grid": {
-            "learning_rate": _listed("--learning-rate", learning_rate, float, "write 5e-4 or 1e-4,5e-4"),
-            "seed": _listed("--seed", seed, int, "write 0 or 0,1,2"),
+            "learning_rate": _numbers("--learning-rate", learning_rate, float, "write 5e-4 or 1e-4,5e-4"),
+            "seed": _numbers("--seed", seed, int, "write 0 or 0,1,2"),
         },
     }
     command = typed(context)
     suite = on_device(parse_suite(Document(Path("finetune"), content, {})), device)
     suite = replace(suite, source=None, command=command)
     folder = out or default_folder(suite.name)
-    again = frozenset({"error", "timeout"}) if resume else frozenset()
-    finished = sweep_to(folder, suite, command, quiet=quiet, resume=resume, retry=again, jobs=jobs)
+    retried = frozenset({"error", "timeout"}) if resume else frozenset()
+    finished = sweep_to(folder, suite, command, quiet=quiet, resume=resume, retry=retried, jobs=jobs)
     raise typer.Exit(finish(finished, as_json))
 
 
-def _listed(option: str, text: str, kind: type, cure: str) -> list[Any]:
+def _numbers(option: str, text: str, kind: type, cure: str) -> list[Any]:
+    """The numbers of a comma-separated list. Raises UserError: there is none, or one is negative."""
     try:
-        found = [kind(part) for part in text.split(",") if part.strip()]
+        numbers = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        found = []
-    if not found or any(number < 0 for number in found):
+        numbers = []
+    if not numbers or any(number < 0 for number in numbers):
         raise UserError(option, f"{text!r} is not a list of numbers", cure)
-    return found
+    return numbers

@@ -38,7 +38,8 @@ def list_(
 
 
 def methods() -> dict[str, Any]:
-    """Methods with their settings and defaults, the levers that compose with any of them by `+`, then what is none."""
+    """Methods with the defaults of their settings, memory optimisations (levers) added to a method by `+`, and methods
+    of peft that do not apply."""
     from meftbench.catalogue.levers import LEVERS
     from meftbench.catalogue.methods import METHODS
     from meftbench.catalogue.peft_methods import NOT_APPLICABLE
@@ -51,16 +52,16 @@ def methods() -> dict[str, Any]:
 
 
 def _defaults(settings: type[Settings]) -> dict[str, Any]:
-    """What each setting is where it is not said; "required" where it must be."""
-    needed = {name: "required" for name, field in settings.model_fields.items() if field.is_required()}
-    known = settings.model_construct().model_dump(mode="json", by_alias=True, warnings=False)
-    return needed | known if needed else settings().model_dump(mode="json", by_alias=True)
+    """The default of each setting; "required" where it has none."""
+    required = {name: "required" for name, field in settings.model_fields.items() if field.is_required()}
+    defaults = settings.model_construct().model_dump(mode="json", by_alias=True, warnings=False)
+    return required | defaults if required else settings().model_dump(mode="json", by_alias=True)
 
 
 def models() -> dict[str, Any]:
-    """Named models, and the rank at which LoRA trains as many parameters as MEFT does with its default adapters.
+    """Models by name, and the rank at which LoRA trains as many parameters as MEFT does with its default adapters.
 
-    `@random` after any of them needs no download.
+    With `@random` after its name, a model needs no download.
     """
     from meftbench.catalogue.models import MODELS
     from meftbench.plan.equal_parameters import matching_rank
@@ -86,7 +87,7 @@ def tasks() -> dict[str, Any]:
 
 
 def suites() -> dict[str, Any]:
-    """Suites of ./suites and of the package, with their descriptions."""
+    """Suites of the package and of ./suites, with their descriptions; where names are equal, that of ./suites."""
     from pathlib import Path
 
     from meftbench.plan.suite import shipped_suites
@@ -100,7 +101,7 @@ def suites() -> dict[str, Any]:
 
 
 def metrics() -> dict[str, Any]:
-    """Every metric of a record: its unit, its better direction, its meaning."""
+    """Every metric of a record: its unit, which direction is better, and what it means."""
     from meftbench.catalogue.metrics import METRICS
 
     return {

@@ -1,4 +1,4 @@
-"""What a sweep tells while it runs, on stderr: a bar with ETA on a terminal, a line a cell elsewhere."""
+"""Progress of a sweep on stderr: a bar with the remaining time on a terminal, one line for each cell elsewhere."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def line(event: Ended) -> str:
 
 
 def ending(record: Record) -> str:
-    """A record in a line: which cell, its activation memory or what went wrong, and how long it took."""
+    """A record as one line: its cell, its activation memory or what went wrong, and how long it took."""
     name = f"{record.label} #{record.repeat}" if record.repeat else record.label
     if record.status == "skipped":
         return f"{name}  {record.status_detail.get('message', '')}"
-    return f"{name}  {_found(record)}  {format_duration(record.wall_s)}"
+    return f"{name}  {_result(record)}  {format_duration(record.wall_s)}"
 
 
-def _found(record: Record) -> str:
+def _result(record: Record) -> str:
     detail = record.status_detail
     if record.status == "ok":
         metric = record.metrics.get("activation_peak_bytes")
@@ -43,7 +43,7 @@ def _found(record: Record) -> str:
 
 
 class Plain:
-    """A line a cell. verbose: tracebacks, too."""
+    """Prints a line for each cell that ends. verbose: also one for each start, and tracebacks."""
 
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
@@ -71,7 +71,7 @@ class Plain:
 
 
 class Bar:
-    """A bar with counts, ETA and the last result; failures stay above it. verbose: every cell does."""
+    """A bar with counts, remaining time and the last result. Failed cells are printed above it; verbose: all cells."""
 
     def __init__(self, verbose: bool) -> None:
         from rich.console import Console
@@ -123,7 +123,7 @@ class Bar:
 
 
 class Silent:
-    """Nothing at all."""
+    """Prints nothing (`--quiet`)."""
 
     def __enter__(self) -> Silent:
         return self
@@ -136,7 +136,7 @@ class Silent:
 
 
 def progress(quiet: bool, verbose: bool) -> Bar | Plain | Silent:
-    """The way to tell that fits stderr: a bar on a terminal, plain lines in a log or where `CI` is set."""
+    """The display that suits stderr: a bar on a terminal, plain lines in a log or where the variable `CI` is set."""
     if quiet:
         return Silent()
     return Bar(verbose) if sys.stderr.isatty() and not os.environ.get("CI") else Plain(verbose)

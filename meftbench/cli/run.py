@@ -63,12 +63,19 @@ def run(
 
     plan = _overridden(load_suite(suite), device, timeout, repeats)
     plan = replace(plan, allow_code=plan.allow_code or allow_code)
-    chosen, again = parse_where(where or []), _statuses(retry)
+    chosen, retried = parse_where(where or []), _statuses(retry)
     if dry_run:
         _print_cells(plan, [cell for cell in plan.cells if chosen(cell)][:limit], as_json)
         return
-    folder = out or _folder(plan, resume or bool(again))
-    options = {"resume": resume, "retry": again, "where": chosen, "limit": limit, "jobs": jobs, "fail_fast": fail_fast}
+    folder = out or _folder(plan, resume or bool(retried))
+    options = {
+        "resume": resume,
+        "retry": retried,
+        "where": chosen,
+        "limit": limit,
+        "jobs": jobs,
+        "fail_fast": fail_fast,
+    }
     finished = sweep_to(
         folder, plan, typed(context), quiet=quiet, verbose=verbose, **options, gpu_indices=_indices(gpus)
     )
@@ -78,7 +85,7 @@ def run(
 def sweep_to(
     folder: Path, suite: Suite, command: str, *, quiet: bool = False, verbose: bool = False, **options: Any
 ) -> Run:
-    """Run `suite` into `folder`, with progress. command: what to type to go on after an interruption."""
+    """Run `suite` into `folder`, with progress. command: what the user typed (`typed`), for the message on resuming."""
     from meftbench.cli.progress import progress
     from meftbench.runner import run_suite
 
@@ -87,7 +94,7 @@ def sweep_to(
 
 
 def finish(run: Run, as_json: bool) -> int:
-    """Print what was found; the exit code."""
+    """Print the results of `run`, and return the exit code."""
     code = CELLS_FAILED if any(r.status in ("error", "timeout") for r in run.records) else DONE
     if as_json:
         print(json.dumps(_summary(run, code), ensure_ascii=False))
@@ -97,7 +104,7 @@ def finish(run: Run, as_json: bool) -> int:
 
 
 def _overridden(suite: Suite, device: str | None, timeout: str | None, repeats: int | None) -> Suite:
-    """The suite with what the command line says instead."""
+    """The suite with the values of the command line in place of its own. Raises UserError: a value is not valid."""
     from dataclasses import replace
 
     from meftbench.units import parse_duration
@@ -154,12 +161,12 @@ def _folder(suite: Suite, resume: bool) -> Path:
 
 @contextmanager
 def _interruptions(command: str, folder: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the sweep with 130 and 143, and a line that says how to go on."""
+    """Ctrl-C and SIGTERM end the sweep with exit codes 130 and 143, and print how to resume it."""
 
     def terminate(*_: object) -> None:
         raise SystemExit(TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    previous_handler = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
@@ -167,7 +174,7 @@ def _interruptions(command: str, folder: Path) -> Iterator[None]:
         print(f"meftbench: interrupted: finished records are kept in {folder}; {cure}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED if isinstance(end, KeyboardInterrupt) else TERMINATED) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def _print_cells(suite: Suite, cells: list[Any], as_json: bool) -> None:

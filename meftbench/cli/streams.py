@@ -1,4 +1,4 @@
-"""Standard output and error: what they cannot encode is spelled out, and what becomes of a pipe that ends."""
+"""Standard output and error: characters that they cannot encode, and pipes that are closed by their reader."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 import os
 import sys
 
-# Signs of our tables, in letters that every encoding has.
+# Characters in the program's output, and how they are written in ASCII where the encoding lacks them.
 _SPELLED = {
     "×": "x", "±": "+-", "∞": "inf", "λ": "lambda", "Λ": "Lambda", "β": "beta", "→": "->", "…": "...", "—": "-",
     "–": "-", "·": "-", "²": "^2", "⁻": "^-", "≤": "<=", "≥": ">=", "−": "-", "‑": "-", "\u00a0": " ", "\u202f": " ",
@@ -14,7 +14,7 @@ _SPELLED = {
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """A handler of codecs: a spelling, or an escape as JSON has it, so that JSON stays JSON."""
+    """An error handler for codecs: ASCII from `_SPELLED`, or a JSON escape (\\uXXXX), so that JSON stays valid."""
     assert isinstance(error, UnicodeEncodeError)
     text = error.object[error.start : error.end]
     units = memoryview(text.encode("utf-16-be", "surrogatepass")).cast("B")
@@ -25,21 +25,21 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 def encode_anything() -> None:
-    """Whatever a terminal's encoding lacks is written otherwise, and never an error."""
+    """Make stdout and stderr replace characters that their encoding lacks (`_spelled`) in place of raising an error."""
     codecs.register_error("meftbench", _spelled)
     for stream in (sys.stdout, sys.stderr):
-        # A stand-in for a stream, as tests have, takes all.
+        # Objects that replace a stream, as in tests, take any character.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="meftbench")
 
 
 def flush() -> None:
-    """What was printed is written now, where an error is still told. Closed from the start, it goes nowhere."""
+    """Write out what was printed, while an error can still be reported. stdout is None if closed from the start."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def abandon_stdout() -> None:
-    """Nothing more is written there, at the end of the process either."""
+    """Discard all further output, also what is still buffered and written when the process ends."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

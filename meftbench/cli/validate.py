@@ -33,16 +33,16 @@ def validate(
 
     loaded = load_run(run)
     warn_if_torn(loaded)
-    validation.measured_records(loaded)  # without any, the profile does not matter
+    validation.measured_records(loaded)  # raises an error first where nothing was measured, whatever the profile
     if profile:
         find_profile(profile, "--profile")
     else:
         profile = validation.profile_of(loaded).name
     tell = progress(quiet)
-    found = validation.validate(loaded, profile, tell, allow_code=allow_code)
-    if not found.errors:
-        what = f"no cell has a prediction ({'; '.join(found.missing)})"
+    result = validation.validate(loaded, profile, tell, allow_code=allow_code)
+    if not result.errors:
+        what = f"no cell has a prediction ({'; '.join(result.missing)})"
         raise UserError(str(run), what, "measure others", NOTHING_MATCHED)
     if save:
-        tell(f"{validation.save(loaded, found)}: written; `meftbench report {run}` shows it")
-    print(json.dumps(validation.as_json(found), ensure_ascii=False) if as_json else validation_text(found))
+        tell(f"{validation.save(loaded, result)}: written; `meftbench report {run}` shows it")
+    print(json.dumps(validation.as_json(result), ensure_ascii=False) if as_json else validation_text(result))

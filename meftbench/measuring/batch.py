@@ -1,7 +1,7 @@
 """The resident batch of a cell: text where the weights are pre-trained, random tokens otherwise.
 
-Memory and speed do not depend on the values, reconstruction error and starting-point shift of real weights do: they
-are measured on language, not on noise.
+Memory and speed do not depend on the values; reconstruction error and starting-point shift of pre-trained weights do,
+so that they are measured on text.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def resident_batch(
     padding: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """What the model's forward takes, the same for the same seed: of a text model input_ids and attention_mask (B, L),
-    of an image model pixel_values (B, channels, size, size); and labels: random ones as its head takes them, or the
-    tokens themselves (B, L), -100 where they are padding, for a model that predicts tokens.
+    """Arguments of the model's forward, the same for the same seed: for a text model input_ids and attention_mask
+    (B, L), for an image model pixel_values (B, channels, size, size); and labels: for a model that predicts tokens the
+    tokens themselves (B, L), -100 where they are padding, for others random ones as the head takes them.
 
-    text_from: folder or hub id of a tokenizer: sample i is the passage from another place on, repeated to length L.
+    text_from: folder or hub id of a tokenizer. Each sample is the passage, from another token on, repeated to length L.
         None: random tokens from `seed`.  padding: share of each sequence, at its end, that is padding.
     """
     config: Any = model.config
@@ -63,7 +63,7 @@ def resident_batch(
     ids[:, real:] = config.pad_token_id or 0
     mask[:, real:] = 0
     if config.is_encoder_decoder:
-        ids[:, real - 1] = config.eos_token_id  # a classifier reads the last of them, one a sample
+        ids[:, real - 1] = config.eos_token_id  # BART's classifier reads the last such token of each sample
     if model.get_output_embeddings() is not None:
         labels = ids.masked_fill(mask == 0, -100)
     else:
@@ -72,8 +72,8 @@ def resident_batch(
 
 
 def _classes(config: Any, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Labels as the head takes them: classes (B); of a regression numbers (B), or (B, labels) where each is one of its
-    own."""
+    """Labels as the head takes them: classes (B); 0 or 1 for each label (B, labels) if a sample may have several;
+    numbers for a regression, (B) or (B, labels)."""
     kind, count = getattr(config, "problem_type", None), config.num_labels
     if kind == "multi_label_classification":
         return torch.randint(2, (batch_size, count), generator=generator).float()
@@ -83,7 +83,7 @@ def _classes(config: Any, batch_size: int, generator: torch.Generator) -> Tensor
 
 
 def _random_tokens(config: Any, batch_size: int, sequence_length: int, generator: torch.Generator) -> Tensor:
-    # The lowest ids are special tokens; RoBERTa would take its padding id for padding.
+    # The lowest ids are special tokens: RoBERTa, for one, would treat its padding id as padding.
     lowest = min(5, config.vocab_size - 1)
     return torch.randint(lowest, config.vocab_size, (batch_size, sequence_length), generator=generator)
 
@@ -101,7 +101,7 @@ def _text_tokens(text_from: str, batch_size: int, sequence_length: int) -> Tenso
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = []
     for sample in range(batch_size):
-        start = sample * 37 % len(tokens)  # no divisor of the passage's length: samples differ
+        start = sample * 37 % len(tokens)  # 37 does not divide the passage's length, so that samples differ
         stream = (tokens[start:] + tokens[:start]) * (sequence_length // len(tokens) + 1)
         row = [first, *stream[: sequence_length - 2], last] if first is not None and last is not None else stream
         rows.append(row[:sequence_length])
@@ -111,17 +111,17 @@ def _text_tokens(text_from: str, batch_size: int, sequence_length: int) -> Tenso
 def own_batch(
     name: str, batch_size: int, sequence_length: int, device: torch.device, *, dtype: torch.dtype | None, seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The batch that the function `name` of the user's own gives: its samples, and what is passed on as it is.
+    """The batch that the user's own function `name` returns: its samples, and what is passed on as it is.
 
-    dtype: that floating-point samples are converted to; None: they stay as they are.
-    The global RNG state is left as it was found.
+    dtype: to which floating-point samples are converted; None: they stay as they are.
+    The global RNG state on the CPU is the same afterwards.
     Raises UserError: the function cannot be called, or gives no batch of `batch_size` samples.
     """
     with torch.random.fork_rng(devices=[]):
         load(name)  # an import may draw random numbers
         torch.manual_seed(seed)
-        given = call(name, **dict(zip(BATCH_ARGUMENTS, (batch_size, sequence_length), strict=True)))
-    samples, constants = sorted_out(name, given, device)
+        batch = call(name, **dict(zip(BATCH_ARGUMENTS, (batch_size, sequence_length), strict=True)))
+    samples, constants = sorted_out(name, batch, device)
     for argument, tensor in samples.items():
         if len(tensor) != batch_size:
             what = f"was asked for {batch_size} samples, and gives {argument} of {len(tensor)}"
@@ -132,9 +132,10 @@ def own_batch(
 
 
 def sorted_out(where: str, batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The batch's samples, and what is passed on as it is.
+    """The samples of the user's own batch, tensors on `device`, and what else is passed to forward as it is.
 
-    Raises UserError: no mapping, no samples, or not of each argument as many.
+    where: named in errors.
+    Raises UserError: not a mapping, no samples, tensors without values, or arguments with different numbers of samples.
     """
     if not isinstance(batch, Mapping):
         cure = "give a dict of the arguments of the model's forward: {'input_ids': ..., 'labels': ...}"
@@ -142,19 +143,19 @@ def sorted_out(where: str, batch: Mapping[str, Any], device: torch.device) -> tu
     samples: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
     for name, value in batch.items():
-        held = _as_tensor(where, name, value)
-        if isinstance(held, Tensor) and held.is_meta and device.type != "meta":
+        converted = _as_tensor(where, name, value)
+        if isinstance(converted, Tensor) and converted.is_meta and device.type != "meta":
             raise UserError(where, f"{name} has no values (meta)", "give a batch that has them")
-        if isinstance(held, Tensor) and held.dim():
-            samples[name] = held.to(device)
+        if isinstance(converted, Tensor) and converted.dim():
+            samples[name] = converted.to(device)
         else:
-            constants[name] = held.to(device) if isinstance(held, Tensor) else held
+            constants[name] = converted.to(device) if isinstance(converted, Tensor) else converted
     if not samples:
         raise UserError(where, "the batch has no tensor of samples", "give input_ids, labels and the like")
     counts = {name: len(tensor) for name, tensor in samples.items()}
     if len(set(counts.values())) > 1:
-        said = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(where, f"the batch has different numbers of samples ({said})", "give each as many")
+        numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(where, f"the batch has different numbers of samples ({numbers})", "give each as many")
     if not min(counts.values()):
         raise UserError(where, "the batch has no samples", "give one or more")
     return samples, constants

@@ -1,7 +1,7 @@
-"""From a cell to its training step: the model, the method and levers on it, the batch, the optimizer.
+"""From a cell to its training step: the model, its method and memory optimisations (levers), the batch, the optimizer.
 
-Whoever runs a cell comes this way: the measurers, trainings on a task, and the traces of predictions. What differs
-between them (device, data) is handed in.
+All that run a cell use this: the measurers, fine-tuning runs on a task, and the traces of predictions. What differs
+between them (device, data) is an argument.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # 
 
 
 def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
-    """The step of a cell: everything from its seed, model and method built on the CPU, then moved to `device`.
+    """The step of a cell: model and method are built on the CPU from the cell's seed, then moved to `device`.
 
     padding: share of each sequence that is padding.
     Raises UserError: the model cannot be loaded, the method does not fit it.
@@ -37,12 +37,13 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     model = built_model(cell)
     applied = with_method(cell, model)
     applied.model.to(device)
-    batch, more = batch_of(cell, model, cell.batch_size, device, padding)
-    return step_on(cell, applied, batch, device, kind=OwnStep if is_own(cell) else Step, **more)
+    batch, extra = batch_of(cell, model, cell.batch_size, device, padding)
+    return step_on(cell, applied, batch, device, kind=OwnStep if is_own(cell) else Step, **extra)
 
 
 def built_model(cell: Cell, name: str | None = None, *, num_labels: int | None = None) -> nn.Module:
-    """The pre-trained model of a cell, in its precision, from its seed, on the CPU (or the default device).
+    """The pre-trained model of a cell, in its precision; new weights are drawn from its seed. It is on the CPU (or on
+    torch's default device).
 
     name: of the model to build in place of the cell's, such as the same one without its weights.
     Raises UserError as `build_model` does.
@@ -63,7 +64,7 @@ def built_model(cell: Cell, name: str | None = None, *, num_labels: int | None =
 
 
 def with_method(cell: Cell, model: nn.Module) -> Applied:
-    """`model`, of `built_model`, under the cell's method and levers; new weights are drawn from the cell's seed.
+    """`model`, of `built_model`, with the cell's method and levers; new weights are drawn from the cell's seed.
 
     Raises UserError: the method does not fit the model.
     """
@@ -85,12 +86,12 @@ def step_on(
     kind: type[Step] = Step,
     foreach: bool | None = None,
     scaled: bool = True,
-    **more: Any,
+    **extra: Any,
 ) -> Step:
     """The cell's step of a model that has the method applied, on a resident batch.
 
-    kind: the class of the step, `more`: what it takes besides.  foreach: as of `build_optimizer`.
-    scaled: whether a loss under fp16 autocast is scaled; a scaler looks at values.
+    kind: the class of the step.  extra: further arguments of that class.  foreach: as in `build_optimizer`.
+    scaled: whether a loss under fp16 autocast is scaled. A trace cannot do that: a scaler reads values.
     """
     autocast = AUTOCAST.get(cell.precision)
     return kind(
@@ -102,19 +103,19 @@ def step_on(
         sequence_length=cell.sequence_length,
         autocast=autocast,
         scaler=torch.amp.GradScaler(device.type) if scaled and autocast == torch.float16 else None,
-        **more,
+        **extra,
     )
 
 
 def is_own(cell: Cell) -> bool:
-    """Whether the cell's model or its batch is a function's of the user's own."""
+    """Whether the cell's model or its batch comes from the user's own function."""
     return cell.batch is not None or is_factory(cell.model)
 
 
 def attention_used(cell: Cell, operators: Iterable[str]) -> str:
-    """What a record says of a cell's attention. operators: the fused ones that ran; without any, plain products did.
+    """What a record says of a cell's attention. operators: the fused ones that ran; none: it ran as plain products.
 
-    sdpa takes the fused operator it can, and falls to plain products (math) without a word.
+    sdpa chooses a fused operator where one applies, and otherwise takes plain products (math) without a warning.
     """
     fused = ", ".join(sorted(operators))
     if cell.attention_requested == OWN_ATTENTION:
@@ -125,9 +126,10 @@ def attention_used(cell: Cell, operators: Iterable[str]) -> str:
 def batch_of(
     cell: Cell, model: nn.Module, batch_size: int, device: torch.device, padding: float = 0.0
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The resident batch of a cell's `model`, of `batch_size` samples; and of an OwnStep its `constants`.
+    """The resident batch for a cell's `model`, of `batch_size` samples; and further arguments of its step: `constants`
+    for an OwnStep, if the batch is the user's own.
 
-    Raises UserError: the cell's own batch is none, or its model is of one's own and nobody says what it takes.
+    Raises UserError: the user's own batch is invalid, or the user's own model needs one and the cell has none.
     """
     if cell.batch is not None:
         dtype = None if cell.precision in AUTOCAST else DTYPES[cell.precision]
@@ -151,9 +153,9 @@ def batch_of(
 
 
 def build_optimizer(cell: Cell, parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.Optimizer:
-    """The cell's optimizer; the learning rate is small enough that random labels do not drive weights away.
+    """The cell's optimizer; the learning rate is so small that random labels do not move weights far.
 
-    foreach: the implementation where the cell names none; None: torch chooses by the device.
+    foreach: torch's argument where the cell names no implementation; None: torch chooses by the device.
     """
     options = OPTIMIZER_IMPLEMENTATIONS[cell.optimizer_impl] if cell.optimizer_impl else {"foreach": foreach}
     if cell.optimizer == "sgd":

@@ -1,4 +1,4 @@
-"""The three ways to take a cell's metrics: counted on a CPU, measured on a GPU, predicted for one that is not there."""
+"""Three ways to get a cell's metrics: counted on a CPU, measured on a GPU, predicted for a GPU that is not present."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from meftbench.probes.nvml import reading_of
 
 
 class Measurer(Protocol):
-    """Takes the metrics of cells on one kind of device."""
+    """Gets the metrics of cells on one kind of device."""
 
     def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
         """Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built, no such device)."""
 
 
 class Counted:
-    """On a CPU: memory is what tensors take, counted; time is that of this machine."""
+    """On a CPU: memory is the bytes of live tensors, counted; time is that of this machine."""
 
     def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
-        """Raises UserError, too, for a lever under which memory cannot be counted."""
+        """Raises UserError, too, for a memory optimisation (lever) under which memory cannot be counted."""
         if "memory" in protocol.passes:
             for lever in cell.levers.names():
                 if LEVERS[lever].uncounted is not None:
@@ -38,7 +38,7 @@ class Counted:
 
 
 class Cuda:
-    """On the first visible GPU: memory is what torch's allocator and the driver say."""
+    """On the first visible GPU: memory is what torch's allocator and the driver report."""
 
     def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
         """Raises UserError, too, where there is no GPU (exit code 3)."""
@@ -55,7 +55,7 @@ class Predicted:
     """For the GPU of a device profile: memory follows from a trace of the step; nothing is computed."""
 
     def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
-        """Of the protocol's passes the memory pass alone is predicted."""
+        """Only the memory pass is predicted, whatever passes the protocol has."""
         return Measured(*predicted_cell(cell, protocol))
 
 

@@ -1,4 +1,4 @@
-"""An end of memory is a result of the cell, with what is known of it."""
+"""Turns an out-of-memory error into a result of the cell, with its details."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from meftbench.units import requested_bytes
 
 @contextmanager
 def out_of_memory_as_result(phase: Callable[[], str]) -> Iterator[None]:
-    """Within it, an end of the host's or the device's memory is a CellFailure with status `oom`.
+    """Within it, running out of the host's or the device's memory raises CellFailure with status `oom`.
 
-    phase: asked at the failure: what was running.
+    phase: called at the failure, for the phase that was running.
     """
     try:
         yield

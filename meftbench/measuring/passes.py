@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Measured:
-    """What measuring a cell gave. observed: fields of the record's `cell` that only a run can tell."""
+    """The result of measuring a cell. observed: fields of the record's `cell` that are known only once it has run."""
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
 
 
 def run_passes(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceReading | None) -> Measured:
-    """Build the cell on `device` and run the protocol's passes; a cell with a training is then trained and scored.
+    """Build the cell on `device` and run the protocol's passes; if it has a training, it is then trained and scored.
 
-    reading: what the driver says of the device; None: nothing.
+    reading: what the driver reports of the device; None: nothing.
     Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built).
     """
     if not is_own(cell):
         return _run(cell, protocol, device, reading)
-    # What functions of the user's own raise is said of them, not of this program.
+    # An exception from the user's own functions becomes an error that names them.
     with blamed([name for name, _ in calls_of([cell])]):
         return _run(cell, protocol, device, reading)
 
@@ -59,26 +59,26 @@ def _run(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceRe
     torch.manual_seed(cell.seed)
     begin = time.perf_counter()
     with out_of_memory_as_result(lambda: "load"):
-        quality = None if cell.training is None else _quality(cell, device)
-        step = build_step(cell, device, protocol.padding) if quality is None else quality.step()
-    rebuilt = quality.step if quality else partial(build_step, cell, device, protocol.padding)
+        fine_tuning = None if cell.training is None else _fine_tuning(cell, device)
+        step = build_step(cell, device, protocol.padding) if fine_tuning is None else fine_tuning.step()
+    rebuild = fine_tuning.step if fine_tuning else partial(build_step, cell, device, protocol.padding)
     measured = Measured({"build_s": Metric(time.perf_counter() - begin, "measured")}, _observed(cell, step))
     measured.metrics |= parameter_counts(step.model)
     begin = time.perf_counter()
     with out_of_memory_as_result(lambda: step.phase):
         subject = Subject(cell, protocol, step, reading)
-        # Of a training by reference autograd nothing is recomputed, so there is nothing to reconstruct.
+        # Training with reference autograd recomputes nothing, so there is no reconstruction to check.
         reference = cell.training is not None and cell.training.ordinary
         for name, entry in PROBES.items():
             if name in protocol.passes and not (reference and name == "reconstruction"):
                 if name == "reconstruction":
-                    subject = replace(subject, step=_sane(step, rebuilt))
+                    subject = replace(subject, step=_with_finite_weights(step, rebuild))
                 with step.applied.reference_autograd() if reference else nullcontext():
-                    given = resolve(entry.home)(subject)
-                if not entry.usual and (twice := sorted(given.keys() & measured.metrics.keys())):
-                    raise UserError(f"pass {name}", f"gives {twice[0]}, which another has given", "name it otherwise")
-                measured.metrics |= given
-        step = _sane(step, rebuilt)
+                    metrics = resolve(entry.home)(subject)
+                if not entry.usual and (taken := sorted(metrics.keys() & measured.metrics.keys())):
+                    raise UserError(f"pass {name}", f"gives {taken[0]}, which another has given", "name it otherwise")
+                measured.metrics |= metrics
+        step = _with_finite_weights(step, rebuild)
         if not step.steps_run and not any(not stack.arithmetic.exact for stack in step.applied.stacks):
             step.run()
         with CountedStep(step) as counted:
@@ -87,15 +87,15 @@ def _run(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceRe
             measured.metrics["range_widenings"] = Metric(widenings, "counted")
         measured.observed["attention_used"] = attention_used(cell, counted.counter.attention_kernels)
     measured.metrics["passes_s"] = Metric(time.perf_counter() - begin, "measured")
-    if quality is not None:
-        # What the passes have done to these weights must not reach the training.
+    if fine_tuning is not None:
+        # The passes have changed these weights; training begins with weights of its own.
         del step, subject
         gc.collect()
         torch.manual_seed(cell.seed)
         with out_of_memory_as_result(lambda: "training"):
-            scored, told = quality.train()
+            scored, observed = fine_tuning.train()
         measured.metrics |= scored
-        measured.observed |= told | {"inputs": cell.training.task if cell.training else None}
+        measured.observed |= observed | {"inputs": cell.training.task if cell.training else None}
     return measured
 
 
@@ -107,16 +107,16 @@ def _observed(cell: Cell, step: Step) -> dict[str, Any]:
     return observed
 
 
-def _sane(step: Step, rebuilt: Callable[[], Step]) -> Step:
-    """The step, or one built afresh where training steps have left weights that are not finite: the published
-    arithmetic of MEFT may do that, and what it does to sane weights is the question."""
+def _with_finite_weights(step: Step, rebuild: Callable[[], Step]) -> Step:
+    """The step, or a new one if its training steps have led to weights that are not finite: the published arithmetic
+    of MEFT may do that, and the checks are to show what it does to finite weights."""
     if all(bool(torch.isfinite(parameter).all()) for parameter in step.applied.trained().values()):
         return step
-    return rebuilt()
+    return rebuild()
 
 
-def _quality(cell: Cell, device: torch.device) -> FineTuning:
-    """Imported here: datasets, scikit-learn and Trainer are for those who train."""
+def _fine_tuning(cell: Cell, device: torch.device) -> FineTuning:
+    """Imported here, since only fine-tuning needs datasets, scikit-learn and Trainer."""
     from meftbench.tasks.fine_tuning import FineTuning
 
     return FineTuning(cell, device)

@@ -1,6 +1,6 @@
-"""What a process of the torch side can be asked, by verb: the other end of meftbench.worker.
+"""The requests that meftbench.worker carries out in a process with torch, by verb.
 
-Each verb takes a request, a dictionary that came as JSON, and a function that is given lines of progress; it gives an
+Each verb takes a request, a dictionary that came as JSON, and a function to call with lines of progress; it returns an
 answer that can be written as JSON, or raises CellFailure or UserError.
 """
 
@@ -35,7 +35,7 @@ def measure(request: dict[str, Any], _tell: Callable[[str], None]) -> dict[str, 
 
     The answer: `metrics`, each with unit and source, and `observed`, fields of the record's `cell`.
     """
-    # Through JSON, since strict models take an object for a nested model only from there.
+    # Through JSON text: only from that do strict pydantic models accept an object as a nested model.
     cell = Cell.model_validate_json(json.dumps(request["cell"]))
     measured = measure_cell(cell, Protocol.model_validate_json(json.dumps(request["protocol"])))
     metrics = {name: metric.to_json(name) for name, metric in measured.metrics.items()}
@@ -46,18 +46,18 @@ VERBS: dict[str, Verb] = {"measure": measure, "estimate": estimate, "fit": fit, 
 
 
 def preload() -> None:
-    """Import what a cell will need, once for all cells of a fork server, and keep gc from walking it in each of them.
+    """Import what cells need, once for all cells of a fork server, and exempt it from garbage collection.
 
-    What is imported here never becomes garbage; collecting at the edge of every window would cost more than a step.
+    What is imported here never becomes garbage; going through it at every window would take longer than a step.
     """
     import peft  # noqa: F401
     import transformers
 
     for name in BACKBONES:
-        folder = name.removesuffix("_text")  # where transformers keeps the text half of a model of both
+        folder = name.removesuffix("_text")  # the text part of a model for text and images has no folder of its own
         importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     for name in AUTO_CLASSES.values():
-        getattr(transformers, name)  # resolved on first use
+        getattr(transformers, name)  # transformers imports it on first use
     if os.environ.get(PRELOAD) == "tasks":
         importlib.import_module("meftbench.tasks.fine_tuning")
     gc.collect()
@@ -65,12 +65,12 @@ def preload() -> None:
 
 
 def describe() -> dict[str, Any]:
-    """What this torch is and how its backends are set, for environment.json; does not initialise CUDA.
+    """Version and settings of torch, for environment.json; does not initialise CUDA.
 
-    `code`: what was found of the functions that the parent process asked about (plan/factories.py).
+    `code`: facts about the user's own functions that the parent process asks about (plan/factories.py).
     """
-    asked = os.environ.get(CALLS)
-    return ({"code": looked_at(json.loads(asked))} if asked else {}) | {
+    calls = os.environ.get(CALLS)
+    return ({"code": looked_at(json.loads(calls))} if calls else {}) | {
         "torch": torch.__version__,
         "torch_git": torch.version.git_version,
         "torch_cuda": torch.version.cuda,

@@ -1,6 +1,6 @@
 """The one training step that every method runs: forward, loss, backward, optimizer step, zero_grad (docs/design.md 6).
 
-No method is named here. What differs between methods is in the model, and in what is entered around its forward.
+Methods are not distinguished here: they differ in the model, and in the contexts around its forward.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Mark = Callable[[str], None]
 
 
 def _unmarked(phase: str) -> None:
-    """The step is not observed."""
+    """The default of `mark`, for a step that is not observed."""
 
 
 @dataclass
 class Step:
-    """A model under a method, its optimizer and a resident batch.
+    """A model with a method, its optimizer and a resident batch.
 
     batch: arguments of the model's forward by name, each with B samples in its first dimension.
     sequence_length: positions of a sample, where the batch has no mask that says so.
-    micro_batch_size: samples a forward; losses are weighted so that gradients are those of the whole batch.
+    micro_batch_size: samples of one forward pass; losses are weighted so that gradients are those of the whole batch.
     autocast: dtype of the autocast region around forward and loss; None: no region.
-    scaler: scales the loss, as fp16 needs; None: it is not. `forward_backward` leaves gradients scaled.
+    scaler: scales the loss, as fp16 needs; None: no scaling. `forward_backward` leaves gradients scaled.
     constants: arguments of the forward that are the same for all samples.
-    phase: the phase that runs now, for whoever must say where something happened.
+    phase: the phase that runs now, to report where something happened.
     steps_run: steps finished.  last_loss: the loss of the last of them; None before the first.
     """
 
@@ -125,14 +125,14 @@ class Step:
 
 
 def broken_loss(loss: float | None) -> str | None:
-    """A sentence about a loss that is no number any more; None where it is one, or none was taken."""
+    """A sentence about a loss that is not finite; None where it is finite, or there is none."""
     if loss is None or math.isfinite(loss):
         return None
     return f"the loss is {loss}: weights, inputs or labels are not finite, or overflow in this precision"
 
 
 class OwnStep(Step):
-    """A step of a model that may give its loss in any form."""
+    """A step of the user's own model or batch: forward may return the loss in any of several forms."""
 
     def loss_of(self, samples: dict[str, Tensor]) -> Tensor:
         """Raises UserError: the model does not take the batch, gives no loss, or not one number."""
@@ -140,8 +140,8 @@ class OwnStep(Step):
         try:
             output = self.model(**samples, **self.constants)
         except TypeError as error:
-            given = ", ".join([*samples, *self.constants])
-            raise UserError(where, f"does not take the batch ({given}): {one_line(error)}", "mend the batch") from error
+            names = ", ".join([*samples, *self.constants])
+            raise UserError(where, f"does not take the batch ({names}): {one_line(error)}", "mend the batch") from error
         loss = _loss_in(output)
         if not isinstance(loss, Tensor):
             cure = "put `labels` into the batch, or give a model whose forward returns a loss"
@@ -155,6 +155,7 @@ class OwnStep(Step):
 
 
 def _loss_in(output: Any) -> Any:
+    """The loss in what forward returned: under "loss", the first item, the tensor itself, or the attribute `loss`."""
     if isinstance(output, Mapping):
         return output.get("loss")
     if isinstance(output, tuple | list):

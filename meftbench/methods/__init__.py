@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: methods and levers by name."""
+"""Apply a fine-tuning method, and memory optimisations (levers), to a model by their names."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def apply_method(
 ) -> nn.Module:
     """Apply a method to a transformers model, in place, and return the model to train.
 
-    model: a transformers model; or a module of your own around one, which is then changed: what is yours in it keeps
-        its `requires_grad`. What save_adapter and load_adapter take is the part inside.
-
-    method: a name of `meftbench list methods`, levers joined by `+` ("meft1", "lora+checkpoint").
+    model: a transformers model; or a module of your own with one inside. Then the transformers model inside is changed,
+        and the parameters that are your own keep their `requires_grad`. save_adapter and load_adapter take only the
+        transformers model inside.
+    method: a name of `meftbench list methods`, with levers joined to it by `+` ("meft1", "lora+checkpoint").
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
-    seed: for the new weights; None: drawn from torch's global generator.
-    module: dotted name of the transformers model in yours, where there are several.
-    `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu.
+    seed: for the new weights; None: they are drawn from torch's global generator.
+    module: dotted name of the transformers model in your module, needed where there are several.
+    `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu instead.
 
     Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
     model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
@@ -55,8 +55,10 @@ def prepare(
     seed: int | None = None,
     module: str | None = None,
 ) -> Applied:
-    """As `apply_method`, giving back what the step and the probes need beside the model. Where an error is raised the
-    model is as it was."""
+    """Like `apply_method`, but return an `Applied`: the model, and what training steps and probes need besides it.
+
+    Where an error is raised, the model is left as it was.
+    """
     name, *levers = method.split("+")
     if name in NOT_APPLICABLE:
         raise UserError(

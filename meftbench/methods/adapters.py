@@ -1,4 +1,4 @@
-"""The adapter baselines: which sites of every layer get a bottleneck."""
+"""The adapter baselines: each attaches bottleneck adapters at certain sites of every layer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from meftbench.methods.applied import Applied, freeze_backbone, new_adapter
 
 
 def apply_houlsby(model: nn.Module, settings: Bottleneck) -> Applied:
-    """Houlsby et al. 2019, figure 2: an adapter after each sub-layer, before its residual."""
+    """Houlsby et al. 2019, figure 2: an adapter after each sublayer, before its residual is added."""
     return _apply(model, settings, (Site.AFTER_ATTENTION, Site.AFTER_FEED_FORWARD))
 
 
 def apply_pfeiffer(model: nn.Module, settings: Bottleneck) -> Applied:
-    """Pfeiffer et al. 2021, figure 3: one adapter after the feed-forward's norm, and the norm again."""
+    """Pfeiffer et al. 2021, figure 3: one adapter after the feed-forward's norm, and that norm once more."""
     return _apply(model, settings, (Site.BETWEEN_NORMS,))
 
 
 def apply_parallel(model: nn.Module, settings: Bottleneck) -> Applied:
-    """He et al. 2022, table 1: one adapter that reads what the feed-forward reads."""
+    """He et al. 2022, table 1: one adapter beside the feed-forward, which reads the same input."""
     return _apply(model, settings, (Site.BESIDE_FEED_FORWARD,))
 
 

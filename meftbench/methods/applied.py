@@ -1,4 +1,4 @@
-"""What applying a method gives back: the model to train, and what the probes need to know of it."""
+"""The result of applying a method: the model to train, and what the probes need to know of it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Applied:
     """A model with a method applied.
 
     model: what is called and trained (for LoRA peft's wrapper; otherwise the model that was given).
-    surroundings: entered around forward and loss of every step, in this order (levers such as offload).
-    levers: those that are on, by name.
-    layouts: those the method has split layers by; none where it leaves them whole.
-    reference: entered to run the same equations under reference autograd: nothing recomputed or offloaded.
-    refuses: levers that the method does not bear, with the fact that is against it.
+    surroundings: entered, in this order, around forward and loss of every step; levers such as offload add to them.
+    reference_switches: entered so that the method's own layers run under reference autograd.
+    recomputes: whether layers or parts of them run again in the backward pass.
+    levers: the memory optimisations (levers) that are on, by name.
+    layouts: the layouts by which the method has split the layers; empty where it leaves them whole.
+    refuses: levers that the method does not work with, each with the reason.
     no_gradient: names of trained tensors whose true gradient is zero, whatever the batch.
     """
 
@@ -58,7 +59,7 @@ class Applied:
     @property
     def range_widenings(self) -> int | None:
         """Forward passes that left a calibrated range and were run again with a wider one; None: no such range."""
-        return sum(held.widenings for held in self.ranges.values()) if self.ranges else None
+        return sum(calibrated.widenings for calibrated in self.ranges.values()) if self.ranges else None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
@@ -66,6 +67,7 @@ class Applied:
 
     @contextmanager
     def reference_autograd(self) -> Iterator[None]:
+        """Entered to run the same equations under reference autograd: nothing is recomputed or offloaded."""
         with ExitStack() as stack:
             for switch in self.reference_switches:
                 stack.enter_context(switch())
@@ -89,26 +91,26 @@ class Applied:
 
 
 def ranges_of(model: nn.Module) -> dict[str, CalibratedRange]:
-    """As `Applied.ranges`, of a model that has a method applied."""
+    """Like `Applied.ranges`, for a model that has a method applied."""
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleStack)}
     return {f"{name}.range": stack.range for name, stack in stacks.items() if stack.range is not None}
 
 
 def check_untouched(model: nn.Module) -> None:
-    """Raises UserError where a method is on the model already: one of ours, or anything of peft in it or around it."""
-    found = next((vars(module)[NOTE]["method"] for module in model.modules() if NOTE in vars(module)), None)
-    if found is None and any(isinstance(module, Bottleneck | ReversibleStack) for module in model.modules()):
-        found = "a method"
-    if found is None and (kind := _of_peft(model)):
-        found = f"an adapter of peft ({kind})"
-    if found:
+    """Raises UserError where the model has a method applied already, by this package or by peft."""
+    applied_method = next((vars(module)[NOTE]["method"] for module in model.modules() if NOTE in vars(module)), None)
+    if applied_method is None and any(isinstance(module, Bottleneck | ReversibleStack) for module in model.modules()):
+        applied_method = "a method"
+    if applied_method is None and (kind := _peft_class_in(model)):
+        applied_method = f"an adapter of peft ({kind})"
+    if applied_method:
         cure = "take it off by meftbench.unload, or load the pre-trained model afresh"
-        raise UserError(type(model).__name__, f"has {found} applied already", cure)
+        raise UserError(type(model).__name__, f"has {applied_method} applied already", cure)
 
 
-def _of_peft(model: nn.Module) -> str | None:
-    """The class of peft's wrapper around the model, or of one of peft's modules in it."""
-    if "peft" not in sys.modules:  # nothing can be of it
+def _peft_class_in(model: nn.Module) -> str | None:
+    """The class name of the first of peft's modules: its wrapper around the model, or a module inside."""
+    if "peft" not in sys.modules:  # peft is not imported, so that no module can be one of its classes
         return None
     from peft import PeftMixedModel, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -118,13 +120,17 @@ def _of_peft(model: nn.Module) -> str | None:
     return next((type(module).__name__ for module in model.modules() if isinstance(module, kinds)), None)
 
 
-# Attribute of the model to train that says what was applied: plain values, so that it is copied and pickled with it.
+# Attribute of the model to train that says what was applied. It holds plain values only, so that it can be copied and
+# pickled with the model.
 NOTE = "meftbench_adapter"
 
 
 def note_before(model: nn.Module, method: str, settings: Settings) -> dict[str, Any]:
-    """The note as it is before a method is applied: the method, and what `unload` must know of the model as it was:
-    its frozen parameters, and which modules were checkpointed, and how."""
+    """The value of the attribute NOTE, made before a method is applied.
+
+    It holds the method, its settings, and what `unload` must know of the model as it was: the frozen parameters, the
+    modules that were checkpointed, and the arguments of torch's checkpoint.
+    """
     return {
         "method": method,
         "settings": json.loads(json.dumps(settings.in_full(), default=str)),
@@ -141,25 +147,25 @@ def _checkpointing_of(module: nn.Module) -> Any:
 
 
 def _options(function: Any) -> dict[str, Any]:
-    """Plain arguments that transformers has bound to torch's checkpoint, such as use_reentrant."""
-    plain = getattr(function, "keywords", {}).items()
-    return {name: value for name, value in plain if isinstance(value, bool | int | str)}
+    """The arguments of simple types that transformers has bound to torch's checkpoint, such as use_reentrant."""
+    bound = getattr(function, "keywords", {}).items()
+    return {name: value for name, value in bound if isinstance(value, bool | int | str)}
 
 
 def vocabulary_of(model: Any) -> int | None:
     """Rows of the model's input embeddings; None: it reads no tokens."""
     try:
         rows: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # transformers' answers where a model has none, and its bases'
+    except (AttributeError, NotImplementedError):  # raised by transformers or torch where the model has none
         return None
     return rows
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Freeze everything but a new task head: what the pre-trained model does not own.
+    """Freeze everything except a new task head, which is what lies outside the pre-trained base model.
 
-    BERT's pooler is part of the base model and stays frozen, the classifier is trained (docs/paper.md). The head of
-    a language model is pre-trained and stays frozen.
+    BERT's pooler is part of the base model and is frozen, the classifier is trained (docs/paper.md). The head of a
+    language model is pre-trained, and is frozen too.
     """
     for parameter in (model if predicts_tokens(model) else base_of(model)).parameters():
         parameter.requires_grad_(False)
@@ -171,8 +177,8 @@ LAYER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_log
 def refuse_asked(base: Any, kwargs: dict[str, Any], names: tuple[str, ...], what: str, cure: str) -> None:
     """Raises UserError where a call asks for one of `names`, by its arguments or by the model's configuration."""
     for name in names:
-        asked = kwargs.get(name)
-        if getattr(base.config, name, False) if asked is None else asked:
+        requested = kwargs.get(name)
+        if getattr(base.config, name, False) if requested is None else requested:
             raise UserError(name, what, cure)
 
 

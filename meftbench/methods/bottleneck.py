@@ -34,7 +34,7 @@ class Bottleneck(nn.Module):
         return output_BLD
 
     def zero(self) -> None:
-        """Make the adapter's output zero whatever it reads (as the starting-point shift asks, docs/design.md 2)."""
+        """Make the adapter's output zero whatever it reads (for the starting-point shift, docs/design.md 2)."""
         with torch.no_grad():
             self.up.weight.zero_()
             self.up.bias.zero_()

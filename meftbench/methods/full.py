@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained that is not frozen."""
+"""Full fine-tuning: every weight that is not frozen is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meftbench.methods.applied import Applied
 
 
 def apply(model: nn.Module, settings: Full) -> Applied:
-    """`model` as it is: what requires grad is trained, which is everything unless somebody has frozen a part."""
+    """Leave `model` as it is: what requires grad is trained, which is everything unless a part was frozen before."""
     return Applied(model)
 
 

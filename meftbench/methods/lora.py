@@ -17,7 +17,7 @@ from meftbench.methods.peft_model import wrapped_by_peft
 def apply(model: nn.Module, settings: Lora) -> Applied:
     """`model` in peft's wrapper: low-rank updates on the attention projections, and a new task head, are trained.
 
-    Raises UserError: peft refuses a setting, such as targets that the model has not.
+    Raises UserError: peft refuses a setting, such as targets that the model does not have.
     """
     from peft import LoraConfig
 
@@ -37,65 +37,66 @@ def apply(model: nn.Module, settings: Lora) -> Applied:
     return Applied(wrapped)
 
 
-def _targets(model: Any, asked: list[str] | None) -> list[str]:
-    """The projections asked for; or those of attention, by a layout, or else those that peft names for the type.
+def _targets(model: Any, requested: list[str] | None) -> list[str]:
+    """Names of the projections to adapt: the requested ones; else those of attention by the model's layouts; else those
+    that peft names for the model type.
 
-    Raises UserError where neither is known, and for what is no transformers model.
+    Raises UserError where none are known, or where the model is no transformers model.
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    if asked and hasattr(model, "config"):
-        return asked
+    if requested and hasattr(model, "config"):
+        return requested
     try:
         return sorted({name for layout in checked_layouts(model) for name in layout.attention_targets})
     except UserError as error:
         if not hasattr(model, "config"):
             raise
-        named = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", None))
-        if not isinstance(named, list):
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", None))
+        if not isinstance(known, list):
             raise UserError(error.where, error.what, f"name its projections, targets=[...], or {error.cure}") from None
-        return named
+        return known
 
 
 def task_of(model: Any) -> dict[str, Any]:
-    """What peft must know of the model's head: the kind of task, and which modules are new and trained whole.
+    """Fields of peft's configuration about the model's head: the task type, and the new modules, trained in full.
 
-    Without a kind of task peft hands a call on as it is: where none of peft's fits, or where the model's own forward
-    does not take what peft would add to the call.
+    The task type is None where none of peft's fits, or where the model's forward does not take the arguments that peft
+    would add to a call. peft then passes calls on unchanged.
     """
     base = base_of(model)
-    kind = _kind_of_task(model, base)
-    found: dict[str, Any] = {"task_type": kind if kind and _takes_what_peft_adds(model) else None}
+    task_type = _task_type(model, base)
+    fields: dict[str, Any] = {"task_type": task_type if task_type and _takes_what_peft_adds(model) else None}
     if not predicts_tokens(model) and base is not model:
-        found["modules_to_save"] = [
+        fields["modules_to_save"] = [
             name
             for name, child in model.named_children()
             if child is not base and next(child.parameters(), None) is not None
         ]
-    return found
+    return fields
 
 
-def _kind_of_task(model: Any, base: nn.Module) -> Any:
+def _task_type(model: Any, base: nn.Module) -> Any:
     from peft import TaskType
 
     if predicts_tokens(model):
-        if not hasattr(model, "prepare_inputs_for_generation"):  # a masked language model, which peft has no kind for
+        if not hasattr(model, "prepare_inputs_for_generation"):  # masked language model: peft has no task type
             return None
         return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     if model.main_input_name != "input_ids":  # images
         return None
     if base is model:
         return TaskType.FEATURE_EXTRACTION
-    kinds = {
-        "ForMultipleChoice": None,  # several texts a sample
+    types = {
+        "ForMultipleChoice": None,  # a sample consists of several texts
         "ForTokenClassification": TaskType.TOKEN_CLS,
         "ForQuestionAnswering": TaskType.QUESTION_ANS,
     }
     names = [ancestor.__name__ for ancestor in type(model).__mro__]
-    return next((kinds[end] for end in kinds if any(name.endswith(end) for name in names)), TaskType.SEQ_CLS)
+    return next((types[end] for end in types if any(name.endswith(end) for name in names)), TaskType.SEQ_CLS)
 
 
-# The arguments that a wrapper of peft's for a kind of task always gives.
+# The arguments that peft's wrapper for a task type always passes on to the model.
 _ADDED = ("attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
 
 

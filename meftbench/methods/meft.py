@@ -1,6 +1,6 @@
 """MEFT1, MEFT2, MEFT3 (Liao, Tan, Monz, NeurIPS 2023, section 3; docs/design.md 1, 2).
 
-A variant is a row of the table below: what F and G are, which of the two factors goes to zero, whether the streams
+A variant is an entry of VARIANTS below: what F and G are, which of the two factors is near zero, whether the streams
 are swapped, and which stream carries the last layer's output.
 """
 
@@ -67,23 +67,29 @@ def _layout(block: Any) -> Layout:
     return layout
 
 
-# Tiles; where they are fewer, a tile holds more than attention does, and groups of heads would save nothing.
+# Number of tiles from which attention runs in groups of heads, if `head_groups` is auto. With fewer tiles a single tile
+# takes more memory than attention, and groups of heads would save nothing.
 PARTED_FROM = 8
 
 _WHOLE_LAYER = SubLayer(_attention_core, _layer_tokens)
 _ATTENTION = SubLayer(_attention_core, _attention_tokens)
 _FEED_FORWARD = SubLayer(None, _feed_forward_tokens)
 _ADAPTER = SubLayer(None, _adapter_tokens)
-# A language model's residual stream holds values of 20,000 in single channels: through an adapter that reads them as
-# they are, they would reach every channel.
+# The residual stream of a language model has values of 20,000 in single channels. An adapter that read them without a
+# norm would spread them to every channel.
 _NORMED_ADAPTER = SubLayer(None, _normed_adapter_tokens)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """factors: the paper's (λ, β).  small: which of the two sublayers has a factor near zero (centred if asked).
-    sites: where the layer's own adapters are attached.  own_adapter: F or G is an adapter by itself.
-    carrier: the stream, 0 or 1, that carries the last layer's output."""
+    """What distinguishes one variant of MEFT from the others.
+
+    f, g: the two sublayers.  factors: the paper's (λ, β).
+    small: for λ and for β, whether it is near zero; the `centred` setting applies to the couplings of such factors.
+    sites: where adapters are attached inside the pre-trained layer.  own_adapter: F or G is an adapter by itself.
+    swap: whether the streams are swapped after each block.
+    carrier: the stream, 0 or 1, that carries the last layer's output.
+    """
 
     f: SubLayer
     g: SubLayer
@@ -130,17 +136,17 @@ VARIANTS: dict[str, Variant] = {
 
 
 def apply_meft1(model: nn.Module, settings: Meft) -> Applied:
-    """F the whole layer with a parallel adapter, G an adapter; λ→0, β=1; streams swapped."""
+    """F is the whole layer with a parallel adapter, G an adapter; λ→0, β=1; streams swapped."""
     return _apply(model, settings, VARIANTS["meft1"])
 
 
 def apply_meft2(model: nn.Module, settings: Meft) -> Applied:
-    """F an adapter, G the whole layer with a parallel adapter; λ=1, β→0; streams swapped."""
+    """F is an adapter, G the whole layer with a parallel adapter; λ=1, β→0; streams swapped."""
     return _apply(model, settings, VARIANTS["meft2"])
 
 
 def apply_meft3(model: nn.Module, settings: Meft) -> Applied:
-    """F the attention sublayer, G the feed-forward sublayer, an adapter in each; λ=β→0; not swapped."""
+    """F is the attention sublayer, G the feed-forward sublayer, with an adapter in each; λ=β→0; not swapped."""
     return _apply(model, settings, VARIANTS["meft3"])
 
 
@@ -155,29 +161,29 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
         warnings.warn(f"{what}: {cure}", UserWarning, stacklevel=2)
     freeze_backbone(model)
     stacks = [
-        _reversed(model, layout, settings, variant, *layers, topmost=layout is layouts[-1])
+        _replace_by_stack(model, layout, settings, variant, *layers, topmost=layout is layouts[-1])
         for layout, layers in zip(layouts, split, strict=True)
     ]
     owners = [layout.list_of(model)[0] for layout in layouts]
-    for module in dict.fromkeys([base_of(model), *owners]):  # generation calls an encoder by itself
+    for module in dict.fromkeys([base_of(model), *owners]):  # generation calls an encoder on its own
         module.register_forward_pre_hook(_without_layer_outputs, with_kwargs=True)
         module.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
     @contextmanager
     def cached() -> Iterator[None]:
-        found = [stack.activations for stack in stacks]
+        previous = [stack.activations for stack in stacks]
         for stack in stacks:
             stack.activations = "cache"
         try:
             yield
         finally:
-            for stack, activations in zip(stacks, found, strict=True):
+            for stack, activations in zip(stacks, previous, strict=True):
                 stack.activations = activations
 
     return Applied(model, reference_switches=[cached], recomputes=True, layouts=layouts)
 
 
-def _reversed(
+def _replace_by_stack(
     model: nn.Module,
     layout: Layout,
     settings: Meft,
@@ -188,7 +194,10 @@ def _reversed(
     *,
     topmost: bool,
 ) -> ReversibleStack:
-    """The stack that has taken the place of the reversible layers. topmost: no other stack reads what it gives."""
+    """Replace the reversible layers of the model by a ReversibleStack, and return the stack.
+
+    below, above: the ordinary layers that stay in the list.  topmost: no other stack reads this one's output.
+    """
     adapted = [*reversible, *(below + above if settings.remaining == "adapted" else [])]
     for layer in adapted:
         for site in variant.sites:
@@ -209,7 +218,7 @@ def _reversed(
         keep_last=topmost and not above and not predicts_tokens(model),
     )
     if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
-        # The last block's second sublayer writes the stream that is not returned: its adapter has nothing to learn.
+        # The last block's second sublayer writes the stream that is not returned: its adapter would get no gradient.
         stack.blocks[-1].get_submodule("adapter").requires_grad_(False)
     owner, name, _ = layout.list_of(model)
     relays = [Relay(n, stack) for n in range(len(reversible) - 1)] if layout.layers_differ(model.config) else []
@@ -221,15 +230,15 @@ def _sublayers(layout: Layout, settings: Meft, variant: Variant) -> tuple[SubLay
     """F and G, with a pre-norm before attention where the layout has one."""
     if layout.attention_before is None:
         return variant.f, variant.g
-    by_itself = _NORMED_ADAPTER if settings.adapter_input == "normed" else _ADAPTER
-    sublayers = (by_itself if sublayer is _ADAPTER else sublayer for sublayer in (variant.f, variant.g))
+    adapter_sublayer = _NORMED_ADAPTER if settings.adapter_input == "normed" else _ADAPTER
+    sublayers = (adapter_sublayer if sublayer is _ADAPTER else sublayer for sublayer in (variant.f, variant.g))
     f, g = (replace(sublayer, before=_attention_before) if sublayer.core else sublayer for sublayer in sublayers)
     return f, g
 
 
 def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # transformers would take them from hooks on layers, which a reversible stack does not call: it would give none, and
-    # the loss that keeps a mixture's experts equally used would have no gradient.
+    # transformers collects these outputs by hooks on the layers, which a reversible stack does not call. They would be
+    # missing, and the loss that balances the experts of a mixture would have no gradient.
     what, cure = (
         "a reversible model does not keep what its layers give",
         "take last_hidden_state, or ask the pre-trained model",
@@ -240,18 +249,21 @@ def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def _without_cache(
     base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    # Where gradients are kept, backward runs attention again, which would write to a cache a second time.
+    # With gradients, the backward pass runs attention again, which would write to a cache a second time.
     if not torch.is_grad_enabled():
         return None
     if kwargs.get("past_key_values") is not None:
         what = "a reversible model, whose layers run again in backward, can neither fill nor read a cache"
         raise UserError("past_key_values", what, "pass none in training, or call the model under torch.no_grad()")
-    # As transformers does under gradient checkpointing.
+    # Switch the cache off, as transformers does under gradient checkpointing.
     return (args, kwargs | {"use_cache": False}) if getattr(base.config, "use_cache", False) else None
 
 
 def _split(layers: list[nn.Module], settings: Meft) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
-    """The reversible layers, and the ordinary ones below and above them."""
+    """Return the reversible layers, the ordinary layers below them, and those above.
+
+    Raises UserError: the settings ask for more layers than there are, or for frozen layers above trained ones.
+    """
     count = len(layers) if settings.reversible_layers == "all" else settings.reversible_layers
     if not 1 <= count <= len(layers):
         cure = f"write all, or a number from 1 to {len(layers)}"
@@ -282,14 +294,17 @@ def _block(
     return block
 
 
-def _head_groups(heads: int, asked: int | Literal["auto"]) -> int:
-    """Groups of heads in which attention is run. More of them hold less and launch more kernels."""
-    if asked == "auto":
+def _head_groups(heads: int, requested: int | Literal["auto"]) -> int:
+    """Number of groups of heads in which attention is run. More groups hold less memory and launch more kernels.
+
+    heads: the largest possible number.  Raises UserError: `requested` does not divide it.
+    """
+    if requested == "auto":
         return next(groups for groups in (4, 3, 2, 1) if heads % groups == 0)
-    if heads % asked:
-        what = f"{asked} does not divide {heads} heads" if heads > 1 else "attention cannot be cut into groups here"
+    if heads % requested:
+        what = f"{requested} does not divide {heads} heads" if heads > 1 else "attention cannot be cut into groups here"
         raise UserError("head_groups", what, f"write a divisor of {heads}, or auto")
-    return asked
+    return requested
 
 
 def _couplings(settings: Meft, variant: Variant) -> tuple[Coupling, Coupling]:
@@ -298,7 +313,9 @@ def _couplings(settings: Meft, variant: Variant) -> tuple[Coupling, Coupling]:
         steps = {} if settings.step_bits == "auto" else {"step_bits": settings.step_bits}
         arithmetic = FixedPoint(**steps, wide=settings.stream_bits == 64)
     couplings = []
-    for published, small, said in zip(variant.factors, variant.small, (settings.lambda_, settings.beta), strict=True):
-        factor = (settings.small_factor(published) if small else published) if said is None else said
+    for published, small, setting in zip(
+        variant.factors, variant.small, (settings.lambda_, settings.beta), strict=True
+    ):
+        factor = (settings.small_factor(published) if small else published) if setting is None else setting
         couplings.append(Coupling(arithmetic, factor, settings.coupling == "centred" and small))
     return couplings[0], couplings[1]

@@ -11,7 +11,7 @@ from torch import nn
 def wrapped_by_peft(model: nn.Module, config: Any) -> nn.Module:
     """`peft.get_peft_model`, without a warning that is meant for peft's developers.
 
-    peft 0.21 reads a property of transformers 5 under its old name, and transformers warns of that name.
+    peft 0.21 reads a property of transformers 5 by its old name, which transformers warns about.
     """
     from peft import get_peft_model
 

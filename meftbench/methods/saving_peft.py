@@ -1,4 +1,4 @@
-"""Saving and loading what is in peft's wrapper: by peft, with the heads and prompt encoders that it leaves out."""
+"""Save and load a model in peft's wrapper: by peft, adding the heads and prompt encoders that peft leaves out."""
 
 from __future__ import annotations
 
@@ -38,12 +38,16 @@ from meftbench.methods.unloading import (
     trained_beside,
 )
 
-# In the file's metadata: rows of the embeddings of the model that it was saved from.
+# Key in the metadata of the tensors' file: rows of the embeddings of the model that it was saved from.
 VOCABULARY = "meftbench_vocabulary"
-_PEFT_FREE = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+_MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 
 
 def files_by_peft(model: Any) -> dict[str, bytes]:
+    """The contents of the two files of the active adapter, by name.
+
+    Raises UserError: the files cannot be written, or the vocabulary was resized and the embeddings are not trained.
+    """
     adapter = model.active_adapters[0]
     with tempfile.TemporaryDirectory() as temporary:
         try:
@@ -52,8 +56,8 @@ def files_by_peft(model: Any) -> dict[str, bytes]:
             raise unwritable(temporary, error) from None
         source = Path(temporary) / ("" if adapter == "default" else adapter)
         weights, config = (source / WEIGHTS).read_bytes(), json.loads((source / CONFIG).read_bytes())
-    beside = {name: p.detach().cpu().contiguous() for name, p in _beside(model).items() if p.requires_grad}
-    tensors = safetensors.torch.load(weights) | beside
+    left_out = {name: p.detach().cpu().contiguous() for name, p in _left_out_by_peft(model).items() if p.requires_grad}
+    tensors = safetensors.torch.load(weights) | left_out
     base = model.get_base_model()
     embeddings = base.get_input_embeddings().weight if vocabulary_of(base) else None
     check_saved_vocabulary(base, note_of(model).get("vocabulary"), embeddings is not None and embeddings.requires_grad)
@@ -64,19 +68,20 @@ def files_by_peft(model: Any) -> dict[str, bytes]:
     return {WEIGHTS: weights, CONFIG: as_json(config)}
 
 
-def _beside(model: Any) -> dict[str, nn.Parameter]:
-    """What peft does not write: the new task head of a method with no modules to save, such as prompts; what prompts
-    are computed from, of which peft keeps the result only; and whatever else of the model requires grad, such as
-    norms or embeddings. peft itself reads the file with them as well."""
-    found = _heads_beside(model)
-    found |= {name: p for name, p in trained_beside(model).items() if not name.startswith("prompt_encoder.")}
+def _left_out_by_peft(model: Any) -> dict[str, nn.Parameter]:
+    """What peft does not write, by name: the new task head of methods that have no `modules_to_save`, such as prompts;
+    the encoder that computes the prompts, of which peft writes the result only; and whatever else requires grad, such
+    as norms or embeddings. peft itself can also read the file that contains them."""
+    left_out = _heads_without_peft(model)
+    left_out |= {name: p for name, p in trained_beside(model).items() if not name.startswith("prompt_encoder.")}
     for adapter, encoder in getattr(model, "prompt_encoder", {}).items():
         parameters = dict(encoder.named_parameters(prefix=f"prompt_encoder.{adapter}"))
-        found |= parameters if len(parameters) > 1 else {}
-    return found
+        left_out |= parameters if len(parameters) > 1 else {}
+    return left_out
 
 
-def _heads_beside(model: Any) -> dict[str, nn.Parameter]:
+def _heads_without_peft(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a new task head that are not in one of peft's modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -94,6 +99,11 @@ def _heads_beside(model: Any) -> dict[str, nn.Parameter]:
 def load_by_peft(
     model: Any, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> nn.Module:
+    """Put an adapter that peft has written on `model`, and return peft's wrapper around the model.
+
+    Warns: the base model has another name or revision.
+    Raises UserError: the configuration cannot be read, another method or other settings applied, tensors do not fit.
+    """
     from peft import PeftConfig
 
     vocabulary = int(metadata.get(VOCABULARY) or 0) or None
@@ -103,9 +113,9 @@ def load_by_peft(
         raise UserError(str(folder / CONFIG), f"peft cannot read it ({error})", "save the adapter again") from None
     method = str(config["peft_type"]).lower()
     if is_peft(model):
-        found = model.peft_config[model.active_adapters[0]]
-        applied = str(found.peft_type.value).lower()
-        check_same(folder, method, applied, saved.to_dict(), found.to_dict(), _PEFT_FREE)
+        current = model.peft_config[model.active_adapters[0]]
+        applied = str(current.peft_type.value).lower()
+        check_same(folder, method, applied, saved.to_dict(), current.to_dict(), _MAY_DIFFER)
         warn_of_base(model.get_base_model(), config)
         _fill_by_peft(model, folder, tensors, vocabulary)
         return cast(nn.Module, model)
@@ -120,7 +130,7 @@ def load_by_peft(
             wrapped = _filled_by_peft(wrapped_by_peft(model, saved), note, folder, tensors, vocabulary)
     except UserError:
         raise
-    except Exception as error:  # peft raises whatever a configuration of the wrong kind leads to
+    except Exception as error:  # peft raises errors of any type for a configuration that does not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(str(folder), f"does not fit the model ({reason})", "load it into its own base model") from error
     return wrapped if model.training else wrapped.eval()
@@ -128,8 +138,10 @@ def load_by_peft(
 
 @contextmanager
 def _weights_restored(model: nn.Module, changed: bool) -> Iterator[None]:
-    """Where what is inside raises, the model's weights are as they were. changed: it changes them; a copy waits on the
-    host."""
+    """Restore the model's weights if the code inside raises.
+
+    changed: whether that code changes them; only then a copy is held in host memory.
+    """
     before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in model.parameters() if changed]
     try:
         yield
@@ -152,17 +164,19 @@ def _fill_by_peft(model: Any, folder: Path, tensors: dict[str, Tensor], vocabula
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     adapter = model.active_adapters[0]
-    embedded = any(part in EMBEDDING_LAYER_NAMES for name in tensors for part in name.split("."))
-    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embedded)
+    has_embeddings = any(part in EMBEDDING_LAYER_NAMES for name in tensors for part in name.split("."))
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=has_embeddings)
     check_vocabulary(folder, model.get_base_model(), vocabulary)
-    beside = {name: p for name, p in _beside(model).items() if name in tensors or p.requires_grad}
-    beside |= {name: p for name, p in model.named_parameters() if name in tensors}
-    # Tied weights are saved once: an output layer that is the embeddings, by another name.
-    there = {tensor.data_ptr() for name, tensor in (own | beside).items() if name in tensors}
-    own = {name: tensor for name, tensor in own.items() if name in tensors or tensor.data_ptr() not in there}
-    check_tensors(folder, own | beside, tensors)
+    left_out = {name: p for name, p in _left_out_by_peft(model).items() if name in tensors or p.requires_grad}
+    left_out |= {name: p for name, p in model.named_parameters() if name in tensors}
+    # Tied weights are saved once, under one name: for example an output layer that shares the embeddings.
+    saved_pointers = {tensor.data_ptr() for name, tensor in (state | left_out).items() if name in tensors}
+    state = {
+        name: tensor for name, tensor in state.items() if name in tensors or tensor.data_ptr() not in saved_pointers
+    }
+    check_tensors(folder, state | left_out, tensors)
     set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     with torch.no_grad():
-        for name, parameter in beside.items():
+        for name, parameter in left_out.items():
             parameter.copy_(tensors[name])
             parameter.requires_grad_(True)

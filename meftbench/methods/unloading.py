@@ -1,4 +1,4 @@
-"""The way back: a method taken off again, the pre-trained model as it was, bit for bit."""
+"""Remove a method from a model again: `unload` returns the pre-trained model, bit for bit as it was."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from meftbench.methods.applied import NOTE, predicts_tokens, vocabulary_of
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.reversible import Relay, ReversibleStack
 
+# Packages whose functions are removed from the model's modules.
 _PACKAGES = ("meftbench.backbones.", "meftbench.methods.", "meftbench.reversible.")
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take the method and its levers off again and return the pre-trained model, bit for bit as it was.
+    """Remove the method and its levers (memory optimisations) and return the pre-trained model, bit for bit as it was.
 
     It is the object that `apply_method` was given, with its layers in their places and `requires_grad` as before; hooks
-    of others stay. A new task head keeps what it was trained to, as does what is yours in a module around the
+    that others registered stay. A new task head keeps its trained weights, and so does your own module around the
     pre-trained model. Afterwards a method can be applied again.
 
     Raises UserError: no method applied, or weights of the pre-trained model were trained themselves.
@@ -49,7 +50,7 @@ def unload(model: nn.Module) -> nn.Module:
         _restore_modules(model)
         delattr(model, NOTE)
     for module in base.modules():
-        _forget(module, "compile" in note.get("levers", ()))
+        _remove_changes(module, "compile" in note.get("levers", ()))
     if "checkpoint" in note.get("levers", ()):
         _restore_checkpointing(base, set(note["checkpointed"]), note["checkpointing"])
     restore_gradients(base, note)
@@ -65,13 +66,17 @@ def _check_vocabulary(model: Any, note: dict[str, Any]) -> None:
 
 
 def applied_inside(model: nn.Module) -> str | None:
-    """Name of the transformers model in a module around it that has the method applied; None: there is no such."""
+    """Dotted name of the submodule of `model` that has a method applied; None: `model` has it itself, or none has."""
     if NOTE in vars(model) or is_peft(model):
         return None
     return next((name for name, module in model.named_modules() if NOTE in vars(module)), None)
 
 
 def note_of(model: nn.Module) -> dict[str, Any]:
+    """What was noted of the applied method (`note_before`); empty for a model that only peft itself has wrapped.
+
+    Raises UserError: no method is applied.
+    """
     note: dict[str, Any] | None = vars(model).get(NOTE)
     if note is None and not is_peft(model):
         cure = "apply one with meftbench.apply_method, and give the model that it returned, not a wrapper of it"
@@ -84,6 +89,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def in_new_head(model: nn.Module, name: str) -> bool:
+    """Whether the parameter called `name` belongs to a new task head, outside the pre-trained base model."""
     if predicts_tokens(model) or base_of(model) is model:
         return False
     return not name.startswith(f"{model.base_model_prefix}.")
@@ -94,6 +100,7 @@ def _in_head(model: Any, name: str) -> bool:
 
 
 def trained_backbone(model: nn.Module) -> list[str]:
+    """Names of the trained parameters that belong neither to an adapter nor to a new task head."""
     bottlenecks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Bottleneck))
     return [
         name
@@ -103,12 +110,13 @@ def trained_backbone(model: nn.Module) -> list[str]:
 
 
 def trained_beside(model: Any) -> dict[str, nn.Parameter]:
-    """Of peft's wrapper: what requires grad and is no part of the adapter, nor a copy of a module that peft saves."""
+    """Parameters in peft's wrapper, by name, that require grad and belong neither to the adapter nor to the copy of a
+    module that peft saves."""
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    of_adapter = set()
+    adapter_ids = set()
     for module in model.modules():
         names: tuple[str, ...] = ()
         if isinstance(module, BaseTunerLayer):
@@ -118,8 +126,8 @@ def trained_beside(model: Any) -> dict[str, nn.Parameter]:
         for name in names:
             part = getattr(module, name, None)
             if isinstance(part, nn.Module):
-                of_adapter |= {id(parameter) for parameter in part.parameters()}
-    written = {
+                adapter_ids |= {id(parameter) for parameter in part.parameters()}
+    written_pointers = {
         tensor.data_ptr()
         for adapter in model.active_adapters
         for tensor in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).values()
@@ -127,28 +135,30 @@ def trained_beside(model: Any) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in of_adapter and parameter.data_ptr() not in written
+        if parameter.requires_grad and id(parameter) not in adapter_ids and parameter.data_ptr() not in written_pointers
     }
 
 
 def and_more(names: list[str], what: str) -> str:
-    rest = len(names) - 1
-    return f", and {rest} more {what}{'s' if rest > 1 else ''}" if rest else ""
+    """The end of a message that has named the first of `names`: how many more there are; empty where it is alone."""
+    remaining = len(names) - 1
+    return f", and {remaining} more {what}{'s' if remaining > 1 else ''}" if remaining else ""
 
 
 def _restore_modules(model: nn.Module) -> None:
-    """The layers back in their lists, without adapters."""
+    """Put the layers of reversible stacks back into their lists, and remove adapters."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, nn.ModuleList) and any(isinstance(part, ReversibleStack) for part in child):
-                layers = nn.ModuleList(_layers(child))
+                layers = nn.ModuleList(_original_layers(child))
                 layers.training = child.training
                 setattr(module, name, layers)
             elif isinstance(child, Bottleneck) or name == ADAPTERS:
                 del module._modules[name]
 
 
-def _layers(parts: nn.ModuleList) -> list[nn.Module]:
+def _original_layers(parts: nn.ModuleList) -> list[nn.Module]:
+    """The layers of a list in which a stack, with its relays, has taken the place of some."""
     layers: list[nn.Module] = []
     for part in parts:
         if isinstance(part, ReversibleStack):
@@ -158,8 +168,11 @@ def _layers(parts: nn.ModuleList) -> list[nn.Module]:
     return layers
 
 
-def _forget(module: nn.Module, compiled: bool) -> None:
-    """Remove our hooks and what we have set on the instance; that of others stays."""
+def _remove_changes(module: nn.Module, compiled: bool) -> None:
+    """Remove from `module` the hooks and attributes that this package has set; those of others stay.
+
+    compiled: whether the module may have been compiled by `+compile`.
+    """
     tables: list[dict[int, Any]] = [
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -167,27 +180,33 @@ def _forget(module: nn.Module, compiled: bool) -> None:
         module._forward_hooks_always_called,
         module._forward_pre_hooks_with_kwargs,
     ]
-    for key in [key for table in tables[:2] for key, hook in table.items() if _is_ours(hook)]:
+    for key in [key for table in tables[:2] for key, hook in table.items() if _is_from_this_package(hook)]:
         for table in tables:
-            table.pop(key, None)  # a hook's key is the same in all of them, and no other's
-    for name in [name for name, value in vars(module).items() if _is_ours(value)]:
+            table.pop(key, None)  # a hook has the same key in all tables, and no other hook has it
+    for name in [name for name, value in vars(module).items() if _is_from_this_package(value)]:
         delattr(module, name)
-        if name == BEHIND_HOOK:  # which accelerate's hook calls
+        if name == BEHIND_HOOK:  # accelerate's hook calls this attribute
             setattr(module, name, MethodType(type(module).forward, module))
     if compiled:
         module._compiled_call_impl = None
 
 
-def _is_ours(function: object) -> bool:
-    """Whether it is a function, a method or a partial of one, that a layout, a method or a lever has put there. By
-    where it is defined: that holds for a copied and for a pickled model."""
+def _is_from_this_package(function: object) -> bool:
+    """Whether this is a function, a method, or a partial of one, that a layout, a method or a lever has put there.
+
+    It is recognised by the module that defines it, which is the same for a copied and for an unpickled model.
+    """
     while isinstance(function, partial):
         function = function.func
     return callable(function) and str(getattr(function, "__module__", "")).startswith(_PACKAGES)
 
 
 def _restore_checkpointing(base: nn.Module, checkpointed: set[str], options: dict[str, Any] | None) -> None:
-    """checkpointed: names of the modules that were.  options: of torch's checkpoint then; None: it was never on."""
+    """Switch transformers' gradient checkpointing to what it was before the lever.
+
+    checkpointed: names of the modules that were checkpointed.
+    options: the arguments of torch's checkpoint at that time; None: checkpointing had never been switched on.
+    """
     for name, module in base.named_modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = name in checkpointed
@@ -198,13 +217,14 @@ def _restore_checkpointing(base: nn.Module, checkpointed: set[str], options: dic
 
 
 def restore_gradients(base: nn.Module, note: dict[str, Any]) -> None:
+    """Set `requires_grad` of every parameter to what it was before the method was applied."""
     frozen = set(note.get("frozen", ()))
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name not in frozen)
 
 
 def changes_weights(config: Any) -> bool:
-    """Whether the adapter starts from a part of the weights that is taken out of them (PiSSA, OLoRA, KaSA and kin)."""
+    """Whether the adapter starts from a part of the weights that peft removes from them (PiSSA, OLoRA, KaSA ...)."""
     start = getattr(config, "init_lora_weights", True)
     by_start = isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
     return by_start or getattr(config, "kasa_config", None) is not None
@@ -224,9 +244,9 @@ def _unloaded_by_peft(model: Any) -> nn.Module:
         what = f"{trained[0]!r} of the pre-trained model requires grad" + and_more(trained, "tensor")
         raise UserError(name, what, cure)
     tuner = model.base_model
-    if model.active_peft_config.is_prompt_learning:  # only a wrapper, and a wrapped head
+    if model.active_peft_config.is_prompt_learning:  # peft has only wrapped the model, and its head
         base: nn.Module = tuner
-    elif model.active_peft_config.is_adaption_prompt:  # which peft can switch off and not unload
+    elif model.active_peft_config.is_adaption_prompt:  # peft can switch it off but not unload it
         tuner.disable_adapter_layers()
         base = model.get_base_model()
     else:

@@ -1,4 +1,4 @@
-"""`save_pretrained` of a model with a method in it: what it writes is not what `from_pretrained` reads."""
+"""Checks of a whole model with a method applied: a warning on `save_pretrained`, and layers held in two places."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from meftbench.reversible import ReversibleStack
 
 
 def warn_on_save(model: nn.Module) -> None:
-    """From now on, until `unload`, `model.save_pretrained` says what `from_pretrained` will make of its files."""
+    """Make `model.save_pretrained` warn, until `unload`, of what `from_pretrained` will not find in its files."""
     if isinstance(model, PreTrainedModel) and _lost(model):
-        # On the instance and by a partial: it is copied and pickled with the model.
+        # Set on the instance, as a partial, so that it is copied and pickled with the model.
         model.save_pretrained = partial(_save_pretrained, model)
 
 
 def check_not_held_twice(whole: nn.Module) -> None:
-    """Raises UserError where a layer that a reversible stack has taken is held by another list as well, which would run
-    it as it was."""
+    """Raises UserError where another list also holds a layer of a reversible stack, and would run it as an ordinary
+    layer."""
     stacks = [module for module in whole.modules() if isinstance(module, ReversibleStack)]
     taken = {id(block.get_submodule("layer")) for stack in stacks for block in stack.blocks}
     for name, module in whole.named_modules():
@@ -34,7 +34,7 @@ def check_not_held_twice(whole: nn.Module) -> None:
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    # Trainer's checkpoints are written so, and are read back into the same module: no error.
+    # A warning and no error: Trainer writes checkpoints by this method, and reads them back into the same module.
     warnings.warn(
         f"from_pretrained will not find {_lost(model)} in what save_pretrained writes: use meftbench.save_adapter and "
         "load_adapter, or meftbench.unload first",
@@ -45,6 +45,7 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _lost(model: nn.Module) -> str:
+    """What `from_pretrained` leaves out of the files that `save_pretrained` writes; empty: nothing."""
     if any(isinstance(module, ReversibleStack) for module in model.modules()):
         return "the reversible layers"
     return "the adapters" if any(isinstance(module, Bottleneck) for module in model.modules()) else ""

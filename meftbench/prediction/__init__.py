@@ -1,1 +1,1 @@
-"""Memory of steps that are not computed."""
+"""Predicts the memory of training steps: they are traced, not computed."""

@@ -1,6 +1,6 @@
-"""What torch would reserve on a GPU that is not there: an allocation trace replayed through its caching allocator.
+"""What torch would reserve on a GPU that is not present: an allocation trace replayed by its allocator's rules.
 
-The rules, with what is not modelled, are in `caching_allocator`; the settings in `allocator_settings`.
+The rules, and what is not modelled, are in `caching_allocator`; the settings are in `allocator_settings`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["AllocatorSettings", "Event", "Replayed", "replay", "snapshot"]
 
 
 class Event(NamedTuple):
-    """One entry of a trace, in the order of time.
+    """One entry of a trace, which lists its events in order of time.
 
-    kind: "alloc", "free" or "phase".
-    key: which storage (alloc, free). A key may come again after it was freed.
-    nbytes: requested bytes (alloc). A storage of no bytes is none to the allocator.
+    kind: "alloc", "free" or "phase" (a phase of the step begins).
+    key: identifies the storage (alloc, free). A key may be used again after it was freed.
+    nbytes: requested bytes (alloc). A storage of 0 bytes takes no block of the allocator.
     category: what the bytes are, e.g. "activations" (alloc); the name of the phase that begins (phase).
-    origin: the operator that asked for them (alloc).
+    origin: the operator that allocated them (alloc).
     """
 
     kind: str
@@ -34,19 +34,21 @@ class Event(NamedTuple):
 
 @dataclass
 class Replayed:
-    """What torch.cuda.memory_stats() would have said after the trace. Bytes, or counts.
+    """What torch.cuda.memory_stats() would report after the trace, in bytes or as counts.
 
-    allocated_peak: of blocks handed out (max_memory_allocated): requests rounded to 512 bytes, and what was left of a
-        block but was too little to be split off (up to 1 MiB in a large segment).
-    requested_peak: of requests as they were made.
-    active_peak: as allocated, with what waits for another stream: on the one stream here, equal to it.
-    reserved_peak, reserved: of segments (max_memory_reserved), and at the end.
-    fragmentation: 1 - allocated / reserved at the fullest moment at which as much was reserved as ever; 0 of nothing.
-    segments: at the end; of an expandable segment, its ranges without a gap (those torch's snapshot lists).
-    device_allocs: cudaMallocs, or cuMemMaps of expandable segments.
-    retries: how often everything unused was given back because the device was full (num_alloc_retries).
-    phase_reserved_peaks: by name, of all the times the phase came; what came before the first phase is in none.
-    oom: the event that did not fit even then; what comes after it was not replayed. None: all fits.
+    allocated_peak: of the blocks handed out (max_memory_allocated): requests rounded up to 512 bytes, and remainders
+        that were too small to be split off a block (up to 1 MiB in a large segment).
+    requested_peak: of the requests before rounding.
+    active_peak: allocated, and freed but still used by another stream. With the one stream here: allocated_peak.
+    reserved_peak, reserved: of the segments taken from the device (max_memory_reserved), and reserved at the end.
+    fragmentation: 1 - allocated / reserved, for the most that was allocated while reserved memory was at its peak;
+        0 if nothing was reserved.
+    segments: their number at the end; an expandable one counts once for each range without a gap, as in torch's
+        snapshot.
+    device_allocs: calls of cudaMalloc, or of cuMemMap for expandable segments.
+    retries: how often the device was full and everything unused was given back (num_alloc_retries).
+    phase_reserved_peaks: by name of a phase, over all its occurrences; events before the first phase are in none.
+    oom: the event that did not fit even after a retry; later events were not replayed. None: everything fits.
     """
 
     allocated_peak: int
@@ -68,8 +70,8 @@ _DEFAULT = AllocatorSettings()
 def replay(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) -> Replayed:
     """The statistics of torch's allocator after `events`, from an empty device.
 
-    Raises ValueError for a trace that is none: a storage that is born twice or dies unborn, a negative size, an
-    unknown kind.
+    Raises ValueError for an invalid trace: a storage that is allocated twice or freed without having been allocated,
+    a negative size, an unknown kind of event.
     """
     allocator = CachingAllocator(settings)
     live: dict[int, Block | None] = {}
@@ -104,7 +106,7 @@ def replay(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) -> R
 
 
 def _apply(event: Event, allocator: CachingAllocator, live: dict[int, Block | None]) -> bool:
-    """False: out of memory."""
+    """Carry out one allocation or free. Returns False where the allocation does not fit (out of memory)."""
     if event.kind == "alloc":
         if event.key in live:
             raise ValueError(f"storage {event.key} is allocated twice")
@@ -126,10 +128,10 @@ def _apply(event: Event, allocator: CachingAllocator, live: dict[int, Block | No
 
 
 def snapshot(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) -> dict[str, Any]:
-    """What torch.cuda.memory._snapshot() would give: pickled, it opens in https://pytorch.org/memory_viz.
+    """What torch.cuda.memory._snapshot() would return: pickled, it can be opened at https://pytorch.org/memory_viz.
 
-    Addresses are made up; `time_us` is the position in the trace; a stack has two frames, the operator (its file is
-    the category of its bytes) and the phase. An event that does not fit is the last, an "oom".
+    Addresses are made up; `time_us` is the position in the trace; each stack has two frames, the operator (its file
+    name is the category of its bytes) and the phase. If an event does not fit, an "oom" ends the trace.
 
     Raises ValueError as `replay` does.
     Source: torch 2.13 torch/csrc/cuda/memory_snapshot.cpp and torch/cuda/_memory_viz.py.
@@ -142,15 +144,17 @@ def snapshot(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) ->
 
     def record(action: str, address: int, size: int, block: Block | None) -> None:
         label = frames if block is None else block.label
-        where = "device_free" if action == "oom" else "addr"
-        trace.append({"action": action, where: address, "size": size, "stream": 0, "time_us": now, "frames": label})
+        address_key = "device_free" if action == "oom" else "addr"
+        trace.append(
+            {"action": action, address_key: address, "size": size, "stream": 0, "time_us": now, "frames": label}
+        )
         if action == "alloc":
             trace[-1]["category"] = event.category
 
     recorder: Record = record
     allocator = CachingAllocator(settings, recorder)
     live: dict[int, Block | None] = {}
-    for now, event in enumerate(events):  # `record` reads both
+    for now, event in enumerate(events):  # the function `record` above reads both variables
         if event.kind == "phase":
             if phase:
                 annotations.append({"name": phase, "stage": "END", "device": 0, "time_us": now})

@@ -1,4 +1,4 @@
-"""What PYTORCH_ALLOC_CONF says, as far as it decides how much memory torch reserves."""
+"""The settings in PYTORCH_ALLOC_CONF that decide how much memory torch reserves."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ class AllocatorSettings:
     """The settings of torch's CUDA caching allocator that decide what it reserves. All sizes in bytes.
 
     max_split_size: free blocks of at least this many bytes are never split; None: no limit.
-    garbage_collection_threshold: share of `capacity` above which unused segments go back before new ones are made;
-        0: off, and off without a capacity (torch collects only where set_per_process_memory_fraction was called).
-    capacity: what the device lets this process reserve; None: no limit.
-    large_segment_size: segment of a request between 1 and 10 MiB, and page of an expandable large pool. A setting
-        of torch 2.13 (`large_segment_size_mb`); in 2.6 a constant of 20 MiB, which is still the default.
-    max_non_split_rounding_size: how much larger than its request an unsplittable block may be; None: a large segment.
-    roundup_power2_divisions: into how many steps each of 16 octaves, [1 MiB, 2 MiB) and up, is divided, and requests
-        rounded up to; 0 or 1: steps of 512 bytes. What is below 1 MiB is as the first octave.
+    garbage_collection_threshold: share of `capacity` above which unused segments are given back before new ones are
+        allocated; 0: off. Without a capacity it is off, too (torch collects only where
+        set_per_process_memory_fraction was called).
+    capacity: bytes that the device lets this process reserve; None: no limit.
+    large_segment_size: of the segment for a request between 1 and 10 MiB, and of a page of an expandable large pool.
+        A setting of torch 2.13 (`large_segment_size_mb`); in 2.6 a constant of 20 MiB, which is still the default.
+    max_non_split_rounding_size: how much larger than its request an unsplittable block may be; None: as much as
+        large_segment_size.
+    roundup_power2_divisions: each of 16 octaves, from [1 MiB, 2 MiB) on, is divided into so many steps, to which
+        requests are rounded up; 0 or 1: steps of 512 bytes. Requests below 1 MiB take the number of the first octave.
 
     Source: torch 2.13 c10/core/AllocatorConfig.h and .cpp.
     """
@@ -46,70 +48,70 @@ class AllocatorSettings:
     def parse(text: str) -> AllocatorSettings:
         """The settings of "expandable_segments:True,max_split_size_mb:128"; "" is torch's default.
 
-        A key given twice has its last value, as in torch. Keys that change no reserved byte (pinned host memory,
-        `release_lock_on_cudamalloc`) and other backends are refused: nothing here would follow them.
+        A key given twice takes its last value, as in torch. Keys that do not affect reserved memory (pinned host
+        memory, `release_lock_on_cudamalloc`) and other backends are rejected, since the replay does not model them.
 
-        Raises UserError for whatever torch 2.13 refuses, and for the keys above.
+        Raises UserError for whatever torch 2.13 rejects, and for the keys above.
         """
-        given = dict(_pairs(re.sub(r"\s", "", text)))
-        for key in given:
+        texts = dict(_pairs(re.sub(r"\s", "", text)))
+        for key in texts:
             if key not in _READERS:
                 raise unknown(_WHERE, "allocator setting", key, _READERS)
-        values = {field: read(key, given[key]) for key, (field, read) in _READERS.items() if key in given}
+        values = {field: reader(key, texts[key]) for key, (field, reader) in _READERS.items() if key in texts}
         settings = AllocatorSettings(**values)  # type: ignore[arg-type]
         for key, size in (
             ("max_split_size_mb", settings.max_split_size),
             ("max_non_split_rounding_mb", settings.max_non_split_rounding_size),
         ):
             if size is not None and size < settings.large_segment_size:
-                raise _refused(key, given[key], f"at least {settings.large_segment_size // MiB}, a large segment")
+                raise _rejected(key, texts[key], f"at least {settings.large_segment_size // MiB}, a large segment")
         return settings
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    pairs, at = [], 0
-    while at < len(text):
-        match = _PAIR.match(text, at)
+    pairs, position = [], 0
+    while position < len(text):
+        match = _PAIR.match(text, position)
         if match is None:
-            raise UserError(_WHERE, f"{text[at:]!r} is not a setting", "write key:value,key:value")
+            raise UserError(_WHERE, f"{text[position:]!r} is not a setting", "write key:value,key:value")
         pairs.append((match[1], match[2]))
-        at = match.end()
+        position = match.end()
     return pairs
 
 
-def _refused(key: str, value: str, wanted: str) -> UserError:
-    return UserError(_WHERE, f"{key} is {value!r}", f"write {wanted}")
+def _rejected(key: str, value: str, expected: str) -> UserError:
+    return UserError(_WHERE, f"{key} is {value!r}", f"write {expected}")
 
 
-def _switch(key: str, value: str) -> bool:
+def _boolean(key: str, value: str) -> bool:
     if value not in ("True", "False"):
-        raise _refused(key, value, "True or False")
+        raise _rejected(key, value, "True or False")
     return value == "True"
 
 
 def _mebibytes(key: str, value: str) -> int:
     if not re.fullmatch("[0-9]+", value):
-        raise _refused(key, value, "a whole number of MiB")
+        raise _rejected(key, value, "a whole number of MiB")
     return int(value) * MiB
 
 
 def _large_segment(key: str, value: str) -> int:
     size = _mebibytes(key, value)
     if size <= MIN_LARGE_REQUEST:
-        raise _refused(key, value, f"more than {MIN_LARGE_REQUEST // MiB}")
+        raise _rejected(key, value, f"more than {MIN_LARGE_REQUEST // MiB}")
     return size
 
 
 def _threshold(key: str, value: str) -> float:
     if not re.fullmatch(r"[0-9]*\.?[0-9]+", value) or not 0 < float(value) < 1:
-        raise _refused(key, value, "a number between 0 and 1")
+        raise _rejected(key, value, "a number between 0 and 1")
     return float(value)
 
 
 def _power_of_2(key: str, value: str, zero: bool = False) -> int:
     number = int(value) if re.fullmatch("[0-9]+", value) else -1
     if number < (0 if zero else 1) or number & (number - 1):
-        raise _refused(key, value, "a power of 2, or [MiB:power of 2,...,>:power of 2]")
+        raise _rejected(key, value, "a power of 2, or [MiB:power of 2,...,>:power of 2]")
     return number
 
 
@@ -131,7 +133,7 @@ def _divisions(key: str, value: str) -> tuple[int, ...]:
 
 
 _READERS: dict[str, tuple[str, Callable[[str, str], object]]] = {
-    "expandable_segments": ("expandable_segments", _switch),
+    "expandable_segments": ("expandable_segments", _boolean),
     "max_split_size_mb": ("max_split_size", _mebibytes),
     "garbage_collection_threshold": ("garbage_collection_threshold", _threshold),
     "large_segment_size_mb": ("large_segment_size", _large_segment),

@@ -1,11 +1,12 @@
-"""torch's CUDA caching allocator without a device: the same rules over made-up addresses. One stream.
+"""torch's CUDA caching allocator without a device: the same rules applied to made-up addresses, for one stream.
 
-Each rule is named as in torch's c10/cuda/CUDACachingAllocator.cpp, so that the two can be read side by side. Read were
-two versions, one of 2024 and one of late 2025, and the headers of 2.13: with torch's default settings all decide alike.
-Older ones have no `large_segment_size_mb`, and fail where expandable segments meet max_split_size or the collection.
+Methods are named as in torch's c10/cuda/CUDACachingAllocator.cpp, so that the two can be read side by side. They follow
+two versions of it, one of 2024 and one of late 2025, and the headers of torch 2.13: with torch's default settings all
+decide alike. Older ones have no `large_segment_size_mb`, and fail where expandable segments are combined with
+max_split_size or garbage collection.
 
-Not modelled: where the driver puts a segment (here: behind all others), which decides only between free blocks of one
-size; other streams, for whose events a free block would wait; private pools of CUDA graphs and MemPool.
+Not modelled: at which address the driver places a segment (here: after all others), which only decides between free
+blocks of equal size; other streams, for whose events a freed block waits; private pools of CUDA graphs and MemPool.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ SMALL_REQUEST = 1 * MiB  # kSmallSize
 SMALL_SEGMENT = 2 * MiB  # kSmallBuffer
 ROUND_LARGE = 2 * MiB  # kRoundLarge
 UNLIMITED = 1 << 62
-FIRST_ADDRESS = 0x7F00_0000_0000  # looks like the driver's
-ADDRESS_SPACE = 1 << 44  # of an expandable segment where the capacity is not known
+FIRST_ADDRESS = 0x7F00_0000_0000  # resembles addresses that the driver returns
+ADDRESS_SPACE = 1 << 44  # bytes of addresses of an expandable segment where there is no capacity
 
 Record = Callable[[str, int, int, "Block | None"], None]
 
 
 class Block:
-    """A range of addresses in a segment: handed out, free, or (expandable) not mapped to memory."""
+    """A range of addresses in a segment: handed out, free, or (if expandable) not mapped to memory."""
 
     # fmt: off
     __slots__ = ("address", "allocated", "born", "following", "label", "mapped", "pool", "previous", "requested",
@@ -37,11 +38,11 @@ class Block:
 
     def __init__(self, address: int, size: int, pool: Pool, segment: int | None = None) -> None:
         self.address, self.size, self.pool = address, size, pool
-        self.segment = segment  # address of the expandable segment; None: of a cudaMalloc
+        self.segment = segment  # address of its expandable segment; None: its segment is from cudaMalloc
         self.requested = 0
         self.allocated = False
         self.mapped = True
-        self.born = 0  # get_free_block calls of the pool when it came to be free
+        self.born = 0  # value of its pool's `searches` when it became free
         self.previous: Block | None = None
         self.following: Block | None = None
         self.label: object = None
@@ -64,7 +65,10 @@ class Block:
 
 
 class Pool:
-    """Free blocks by (size, address), and the unmapped ranges of expandable segments by address."""
+    """Free blocks by (size, address), and the unmapped ranges of expandable segments by address.
+
+    page: bytes that an expandable segment maps at a time.  searches: calls of get_free_block, by which blocks age.
+    """
 
     def __init__(self, small: bool, page: int) -> None:
         self.small, self.page = small, page
@@ -96,9 +100,9 @@ class Pool:
 
 
 class CachingAllocator:
-    """Hands out and takes back blocks as torch would, and counts. All sizes in bytes.
+    """Hands out and takes back blocks as torch would, and keeps its statistics. All sizes in bytes.
 
-    record: called as record(action, address, size, block) at everything torch's own history records.
+    record: called as record(action, address, size, block) for each action of torch's memory history but "alloc".
     """
 
     def __init__(self, settings: AllocatorSettings, record: Record | None = None) -> None:
@@ -114,11 +118,11 @@ class CachingAllocator:
         self.next_address = FIRST_ADDRESS
         self.requested = self.allocated = self.reserved = 0
         self.requested_peak = self.allocated_peak = self.reserved_peak = self.window_peak = 0
-        self.allocated_at_reserved_peak = 0  # the most, while as much was reserved as ever
+        self.allocated_at_reserved_peak = 0  # the most while `reserved` was at its peak
         self.device_allocs = self.retries = 0
 
     def malloc(self, nbytes: int) -> Block | None:
-        """A block for a request of `nbytes` > 0; None: out of memory, after everything unused went back."""
+        """A block for a request of `nbytes` > 0; None: out of memory, even after everything unused was given back."""
         size = self.round_size(nbytes)
         pool = self.small if size <= SMALL_REQUEST else self.large
         block = self.get_free_block(pool, size)
@@ -136,11 +140,11 @@ class CachingAllocator:
                 self.record("oom", self.capacity - self.reserved, size, None)
                 return None
         if self.should_split(block, size):
-            rest, block = block, Block(block.address, size, pool, block.segment)
-            block.insert_before(rest)
-            rest.address += size
-            rest.size -= size
-            pool.insert(rest)
+            remainder, block = block, Block(block.address, size, pool, block.segment)
+            block.insert_before(remainder)
+            remainder.address += size
+            remainder.size -= size
+            pool.insert(remainder)
         block.allocated = True
         block.requested = nbytes
         self.live[block.address] = block
@@ -153,7 +157,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Takes a block back; it becomes one with free neighbours."""
+        """Takes a block back and merges it with its free neighbours."""
         self.record("free_requested", block.address, block.requested, block)
         self.record("free_completed", block.address, block.requested, block)
         del self.live[block.address]
@@ -166,15 +170,15 @@ class CachingAllocator:
         block.pool.insert(block)
 
     def segments(self) -> Iterator[list[Block]]:
-        """The blocks of each segment, by address; of an expandable one, of each range without a gap."""
+        """The blocks of each segment, by address; of an expandable segment, those of each range without a gap."""
         blocks = [*self.live.values(), *self.small.at.values(), *self.large.at.values()]
         for head in sorted(blocks, key=lambda block: block.address):
             if head.previous is None or not head.previous.mapped:
-                run, block = [], head
+                contiguous, block = [], head
                 while block is not None and block.mapped:
-                    run.append(block)
+                    contiguous.append(block)
                     block = block.following  # type: ignore[assignment]
-                yield run
+                yield contiguous
 
     # Sizes.
 
@@ -194,26 +198,26 @@ class CachingAllocator:
         return -(-size // ROUND_LARGE) * ROUND_LARGE
 
     def should_split(self, block: Block, size: int) -> bool:
-        rest = block.size - size
+        remainder = block.size - size
         if block.pool.small or self.settings.expandable_segments:
-            return rest >= MIN_BLOCK
-        return size < self.max_split and rest > SMALL_REQUEST
+            return remainder >= MIN_BLOCK
+        return size < self.max_split and remainder > SMALL_REQUEST
 
     # Finding a block, and making one.
 
     def get_free_block(self, pool: Pool, size: int) -> Block | None:
         pool.searches += 1
-        at = bisect_left(pool.order, (size, 0))
-        if at == len(pool.order):
+        index = bisect_left(pool.order, (size, 0))
+        if index == len(pool.order):
             return None
-        block = pool.at[pool.order[at][1]]
+        block = pool.at[pool.order[index][1]]
         if block.segment is not None:
-            # Best fit by what a block could grow to: the one at the growing end is the last to be broken.
-            while at + 1 < len(pool.order):
-                other = pool.at[pool.order[at + 1][1]]
-                if _expandable_size(other) >= _expandable_size(block):
+            # Best fit by the size a block could grow to, so that the one at the growing end is the last to be split.
+            while index + 1 < len(pool.order):
+                next_block = pool.at[pool.order[index + 1][1]]
+                if _expandable_size(next_block) >= _expandable_size(block):
                     break
-                block, at = other, at + 1
+                block, index = next_block, index + 1
         if size < self.max_split <= block.size:
             return None
         if size >= self.max_split and block.size >= size + self.max_rounding:
@@ -223,7 +227,7 @@ class CachingAllocator:
 
     def alloc_block(self, pool: Pool, size: int) -> Block | None:
         segment = self.get_allocation_size(size)
-        # set_per_process_memory_fraction is asked for a whole segment, even where fewer pages would do.
+        # torch holds a whole segment against set_per_process_memory_fraction, even if fewer pages are needed.
         if self.reserved + segment > self.capacity:
             return None
         if self.settings.expandable_segments:
@@ -242,60 +246,63 @@ class CachingAllocator:
             self.allocated_at_reserved_peak = self.allocated
         self.record(action, address, size, None)
 
-    def merge(self, block: Block, other: Block | None) -> None:
-        """try_merge_blocks: `block`, in no pool, takes in a neighbour that is free as it is."""
-        if other is None or other.allocated or other.mapped != block.mapped:
+    def merge(self, block: Block, neighbour: Block | None) -> None:
+        """try_merge_blocks: `block`, in no pool, takes in a free neighbour; both are mapped, or both are not."""
+        if neighbour is None or neighbour.allocated or neighbour.mapped != block.mapped:
             return
-        block.pool.erase(other)
-        if block.previous is other:
-            block.address = other.address
-            block.previous = other.previous
-            if other.previous is not None:
-                other.previous.following = block
+        block.pool.erase(neighbour)
+        if block.previous is neighbour:
+            block.address = neighbour.address
+            block.previous = neighbour.previous
+            if neighbour.previous is not None:
+                neighbour.previous.following = block
         else:
-            block.following = other.following
-            if other.following is not None:
-                other.following.previous = block
-        block.size += other.size
+            block.following = neighbour.following
+            if neighbour.following is not None:
+                neighbour.following.previous = block
+        block.size += neighbour.size
 
-    # Giving back.
+    # Giving memory back to the device.
 
     def garbage_collect_cached_blocks(self) -> None:
-        """Whole unused large segments, those at or above the average age first, until enough is below the threshold."""
+        """Give back unused large segments, of at least average age first, down to the threshold."""
         excess = self.reserved - int(self.settings.garbage_collection_threshold * self.capacity)
         if excess <= 0:
             return
-        whole = [block for block in self.large.blocks() if not block.is_split]
-        age = sum(self.large.searches - block.born for block in whole)
-        count, reclaimed, freed = len(whole), 0, True
+        unsplit = [block for block in self.large.blocks() if not block.is_split]
+        total_age = sum(self.large.searches - block.born for block in unsplit)
+        count, reclaimed, freed = len(unsplit), 0, True
         while reclaimed < excess and freed and count > 0:
-            average, freed = age / count, False
+            average, freed = total_age / count, False
             for block in self.large.blocks():
-                own = self.large.searches - block.born
-                if not block.is_split and block.segment is None and own >= average:
+                block_age = self.large.searches - block.born
+                if not block.is_split and block.segment is None and block_age >= average:
                     freed = True
                     reclaimed += block.size
-                    age -= own
+                    total_age -= block_age
                     count -= 1
                     self.release_block(block)
 
     def release_available_cached_blocks(self, pool: Pool, size: int) -> bool:
-        """Where blocks above max_split_size are not split: one that is large enough, or several, largest first."""
+        """Where max_split_size is set: give back one block that is large enough, or several, largest first.
+
+        Returns whether that suffices for `size`.
+        """
         if self.settings.max_split_size is None:
             return False
-        wanted = max(size, self.max_split)
-        at = bisect_left(pool.order, (wanted, 0))
-        if at < len(pool.order) and (block := pool.at[pool.order[at][1]]).segment is None:
+        needed = max(size, self.max_split)
+        index = bisect_left(pool.order, (needed, 0))
+        if index < len(pool.order) and (block := pool.at[pool.order[index][1]]).segment is None:
             self.release_block(block)
             return True
         released = 0
-        for block in reversed(pool.blocks()[:at]):
-            if released >= wanted or block.size < self.max_split:
+        for block in reversed(pool.blocks()[:index]):
+            if released >= needed or block.size < self.max_split:
                 break
             if block.segment is None:
                 released += block.size
                 self.release_block(block)
-        return released >= wanted
+        return released >= needed
 
     def release_cached_blocks(self) -> None:
         for pool in (self.large, self.small):
@@ -313,25 +320,26 @@ class CachingAllocator:
     # Expandable segments: one a pool, mapped page by page.
 
     def find_expandable_block(self, pool: Pool, size: int) -> Block:
-        """The lowest free or unmapped block from which on `size` bytes of addresses are not handed out."""
+        """The lowest free or unmapped block from which on `size` bytes of addresses are not handed out; if there is
+        none, that of a new segment."""
         for address in pool.unmapped:
             start = pool.unmapped_at[address]
             if start.previous is not None and not start.previous.allocated:
                 start = start.previous
-            found, block = 0, start
-            while found < size and block is not None and not block.allocated:
-                found += block.size
+            available, block = 0, start
+            while available < size and block is not None and not block.allocated:
+                available += block.size
                 block = block.following  # type: ignore[assignment]
-            if found >= size:
+            if available >= size:
                 return start
-        # Addresses for 1 1/8 of the device, so that pages can move to the end.
+        # Addresses for 1 1/8 of the device's memory, so that pages can be mapped anew at the end.
         space = ADDRESS_SPACE if self.settings.capacity is None else self.capacity + self.capacity // 8
         space = -(-max(space, size) // pool.page) * pool.page
-        fresh = Block(self.next_address, space, pool, self.next_address)
-        fresh.mapped = False
+        new_segment = Block(self.next_address, space, pool, self.next_address)
+        new_segment.mapped = False
         self.next_address += space
-        pool.insert(fresh)
-        return fresh
+        pool.insert(new_segment)
+        return new_segment
 
     def try_allocate_expandable_block(self, pool: Pool, size: int) -> Block | None:
         block = self.find_expandable_block(pool, size)
@@ -347,7 +355,7 @@ class CachingAllocator:
         return block
 
     def map_block(self, block: Block, size: int) -> bool:
-        """The first `size` bytes of an unmapped block, rounded up to pages, become free memory; False: no memory."""
+        """Map the first `size` bytes of an unmapped block, rounded up to pages; they are free. False: out of memory."""
         pool = block.pool
         mapped = -(-size // pool.page) * pool.page
         if self.reserved + mapped > self.capacity:
@@ -355,10 +363,10 @@ class CachingAllocator:
         pool.erase(block)
         block.mapped = True
         if mapped < block.size:
-            rest = Block(block.address + mapped, block.size - mapped, pool, block.segment)
-            rest.mapped = False
-            rest.insert_after(block)
-            pool.insert(rest)
+            remainder = Block(block.address + mapped, block.size - mapped, pool, block.segment)
+            remainder.mapped = False
+            remainder.insert_after(block)
+            pool.insert(remainder)
             block.size = mapped
         address = block.address
         self.merge(block, block.previous)
@@ -368,7 +376,7 @@ class CachingAllocator:
         return True
 
     def unmap_block(self, block: Block, segment: int) -> None:
-        """Gives back the pages that lie wholly in a free block of the segment at this address."""
+        """Give back the pages that lie wholly in a free block of the expandable segment at address `segment`."""
         pool, page = block.pool, block.pool.page
         start = segment - (segment - block.address) // page * page
         end = segment + (block.address + block.size - segment) // page * page
@@ -387,11 +395,12 @@ class CachingAllocator:
         self.merge(block, block.previous)
         self.merge(block, block.following)
         if block.is_split:
-            pool.insert(block)  # else nothing of the segment is left, and its addresses go too
+            pool.insert(block)  # otherwise nothing of the segment is left, and its addresses are given up, too
         self.reserved -= end - start
         self.record("segment_unmap", start, end - start, None)
 
 
 def _expandable_size(block: Block) -> int:
+    """Size of a free block together with the unmapped range behind it, into which it could grow."""
     following = block.following
     return block.size + (following.size if following is not None and not following.mapped else 0)

@@ -1,4 +1,4 @@
-"""The prediction of one cell, held against the memory of its card."""
+"""The prediction of one cell, compared with the memory of its card."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from meftbench.records.record import Metric
 def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """The memory of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it.
 
-    The answer has the `metrics` and the `observed` of a predicted cell's record, of the step with the highest peak, the
-    first of all or a later one; `alloc_retries` is how often torch must give back on this card what it has cached.
-    Beside them: `fits`, whether the card has room; `activation_peak_bytes`, of a later step; `kernels` of attention.
+    The answer has the `metrics` and the `observed` of a predicted cell's record, for the step with the highest peak,
+    which is the first or a later one; `alloc_retries` is how often torch must give back its cached memory on this card.
+    Beside them: `fits`, whether the card has enough memory; `activation_peak_bytes` of the last step; `kernels`, those
+    of attention.
     """
     cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
     settings = AllocatorSettings.parse(request["allocator"])
     tell(f"predicting {cell.label} on {profile.device}")
     predicted = predict(cell, profile, settings=settings)
     on_card = replay(predicted.events, replace(settings, capacity=profile.memory_bytes - profile.context_bytes))
-    # The first step of all is the largest where the optimizer has temporaries that later steps have not.
+    # The first step has the highest peak where the optimizer then allocates temporaries that later steps do not.
     highest = max([*predicted.warm, *predicted.measured], key=lambda observed: observed.peak.total)
     metrics = replace(predicted, warm=[], measured=[highest]).metrics()
     metrics |= {"alloc_retries": Metric(on_card.retries, "predicted"), "host_rss_peak_bytes": host_peak()}
@@ -42,7 +43,7 @@ def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, 
 
 
 def _kernels(cell: Cell, operators: set[str]) -> list[str]:
-    """`flash`, `efficient`; `math` where no fused operator ran, and `eager` where none was to."""
+    """Attention kernels, such as `flash`; `math` where no fused operator ran, `eager` where the cell asks for none."""
     if cell.attention_requested not in ("sdpa", OWN_ATTENTION):
         return ["eager"]
     names = (name.removeprefix("scaled_dot_product_").removesuffix("_attention") for name in operators)

@@ -1,10 +1,10 @@
-"""CUDA's semantics for a step that is traced with fake CPU tensors: what its kernels save, and work in, by rule.
+"""CUDA's behaviour for a step that is traced without values: rules for what its kernels save and use as scratch memory.
 
-Every rule names what it was read from; torch 2.6 to 2.13. A rule changes what is allocated, never a shape.
+Every rule names the source that it was read from; torch 2.6 to 2.13. A rule changes what is allocated, never a shape.
 
-Without a rule, since the measured step (step.py) has none of it: gradient clipping. GradScaler is left out: of
-fp16-autocast it keeps a scale and a count of steps, and per step a flag, some blocks of 512 bytes; gradients are
-unscaled in place, at `optimizer.step()`.
+Gradient clipping has no rule, since the measured step (step.py) does not clip. GradScaler is left out: under
+fp16-autocast it keeps a scale and a count of steps, and for each step a flag, some blocks of 512 bytes; gradients are
+unscaled in place, in `optimizer.step()`.
 Shape suffixes: B samples, H heads, Q and K positions of queries and keys, E size of a head.
 """
 
@@ -28,7 +28,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def cuda_semantics(profile: Profile) -> Iterator[None]:
-    """Within it, operators on fake CPU tensors allocate as on the device of `profile`."""
+    """Within it, operators on fake CPU tensors or meta tensors allocate as on the device of `profile`."""
     capability = tuple(map(int, profile.compute_capability.split(".")))
     patches: list[AbstractContextManager[Any]] = [
         mock.patch.object(F, "dropout", _dropout),
@@ -38,7 +38,7 @@ def cuda_semantics(profile: Profile) -> Iterator[None]:
         mock.patch.object(F, "log_softmax", _in_float32(F.log_softmax)),
         mock.patch.object(F, "cross_entropy", _in_float32(F.cross_entropy)),
         mock.patch.object(F, "mse_loss", _in_float32(F.mse_loss)),
-        # Triton compiles for 7.0 and later.
+        # Triton compiles for compute capability 7.0 and later.
         as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
     ]
     with ExitStack() as stack:
@@ -55,7 +55,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """ATen/autocast_mode.h: CUDA autocast runs these in float32; that of the CPU runs them in what they are given."""
+    """ATen/autocast_mode.h: autocast on CUDA runs these in float32, autocast on the CPU in the dtype of their input."""
 
     def cast(*args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):
@@ -74,7 +74,7 @@ def _wide(value: Any) -> Any:
 
 
 class _Attention:
-    """ATen/native/transformers/cuda/sdp_utils.cpp: which kernel scaled_dot_product_attention takes."""
+    """scaled_dot_product_attention by the kernel that CUDA takes: ATen/native/transformers/cuda/sdp_utils.cpp."""
 
     def __init__(self, capability: tuple[int, ...]) -> None:
         self.capability = capability
@@ -90,7 +90,7 @@ class _Attention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):  # attention is on CUDA's list of lower precision
+        if torch.is_autocast_enabled("cpu"):  # autocast on CUDA runs attention in the lower precision
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         grouped = query.shape[1] != key.shape[1]
@@ -101,13 +101,13 @@ class _Attention:
             bias = attn_mask
             if bias is not None and bias.dtype == torch.bool:
                 bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(bias, 0.0)
-            keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+            compute_log_sumexp = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
             return torch.ops.aten._scaled_dot_product_cudnn_attention(  # type: ignore[no-any-return]
-                query, key, value, bias, keep, dropout_p, is_causal, scale=scale
+                query, key, value, bias, compute_log_sumexp, dropout_p, is_causal, scale=scale
             )[0]
         if kernel == "flash":
             size = query.shape[-1]
-            if size % 8:  # it takes heads of multiples of 8, padded before
+            if size % 8:  # flash takes head sizes that are multiples of 8; others are padded before
                 query, key, value = (F.pad(t, (0, 8 - size % 8)) for t in (query, key, value))
             out = torch.ops.aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, scale=scale or 1 / math.sqrt(size)
@@ -119,9 +119,9 @@ class _Attention:
                 bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(bias, 0.0)
             if bias is not None:
                 bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-            keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+            compute_log_sumexp = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
             return torch.ops.aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-                query, key, value, bias, keep, dropout_p, is_causal, scale=scale
+                query, key, value, bias, compute_log_sumexp, dropout_p, is_causal, scale=scale
             )[0]
         return _attention_of_products(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
@@ -129,15 +129,17 @@ class _Attention:
 def attention_kernel(
     dtype: torch.dtype, head_size: int, masked: bool, grouped: bool, capability: tuple[int, ...], dropout_p: float = 0.0
 ) -> str:
-    """cudnn: half precision, heads of at most 128 in whole 16 bytes, dropout in sixteenths, on Hopper and on Blackwell
-    for data centres (compute capability 9 and 10), a mask or not. flash: half precision, no mask, heads of at most 256,
-    from Ampere on. efficient: a mask, float32 or older devices; keys as many as queries; rows of whole 16 bytes.
-    math: otherwise.
+    """The kernel that scaled_dot_product_attention takes on CUDA, the first of these that applies.
+
+    cudnn: half precision, head size at most 128 and a multiple of 8, dropout a multiple of 1/16, compute capability
+    9 or 10 (Hopper, and Blackwell for data centres), with or without a mask. flash: half precision, no mask, head size
+    at most 256, Ampere or later. efficient: half precision or float32, as many heads of keys as of queries, rows
+    of a multiple of 16 bytes. math: otherwise.
 
     cuDNN comes first in torch 2.13 with a cuDNN above 9.15, which its wheels for CUDA 13 bring and those for 12 do not;
-    torch 2.9.1, and TORCH_CUDNN_SDPA_DEPRIORITIZED, have flash first. Both save the same: the output, a float32
-    a query and head. Source: sdp_utils.cpp, check_prefer_cudnn_attention, can_use_cudnn_attention, check_cudnn_dropout;
-    github.com/pytorch/pytorch pull request 138522 made it opt-in in 2.5.1.
+    torch 2.9.1, and TORCH_CUDNN_SDPA_DEPRIORITIZED, put flash first. Both save the same: the output, and one float32
+    for each query and head. Source: sdp_utils.cpp, check_prefer_cudnn_attention, can_use_cudnn_attention,
+    check_cudnn_dropout; github.com/pytorch/pytorch pull request 138522 made it opt-in in 2.5.1.
     """
     if (
         dtype in _HALF
@@ -164,8 +166,8 @@ def _attention_of_products(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math: half precision goes to float32,
-    queries and keys are both scaled, scores are held; a causal mask is made."""
+    """ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math: half precision is converted to
+    float32, queries and keys are both scaled, all scores are in memory; a causal mask is made as a tensor."""
     dtype = query.dtype
     query, key, value = (_wide(t) for t in (query, key, value))
     groups = query.shape[1] // key.shape[1]
@@ -182,7 +184,7 @@ def _attention_of_products(
     return (weights_BHQK @ value).to(dtype)
 
 
-# --- what kernels work in ---
+# --- scratch memory of kernels ---
 
 
 def scratch_bytes(name: str, args: tuple[Any, ...]) -> list[int]:
@@ -194,26 +196,26 @@ def scratch_bytes(name: str, args: tuple[Any, ...]) -> list[int]:
     if name.startswith("_scaled_dot_product_efficient_attention_backward"):
         return _efficient_backward(args)
     if name.startswith("embedding_dense_backward"):
-        return [8 * args[1].numel()] * 3  # EmbeddingBackwardKernel.cu: indices sorted, their places, counts
+        return [8 * args[1].numel()] * 3  # EmbeddingBackwardKernel.cu: sorted indices, their positions, counts
     return []
 
 
 def _flash_backward(args: tuple[Any, ...]) -> list[int]:
-    """flash_attn/flash_api.cpp, mha_bwd: dq in float32 and the row sums of dout · out, both with queries rounded up to
-    128; where queries share keys, dk and dv for every head of queries."""
+    """flash_attn/flash_api.cpp, mha_bwd: dq in float32 and the row sums of dout · out, both with the number of
+    queries rounded up to 128; where heads of queries share keys, also dk and dv for every head of queries."""
     query, key = args[1], args[2]
     batch, heads, length, size = query.shape
     rows = -(-length // 128) * 128
     width = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
-    found = [batch * rows * heads * width * 4, batch * heads * rows * 4]
+    scratch = [batch * rows * heads * width * 4, batch * heads * rows * 4]
     if heads != key.shape[1]:
-        found += [batch * key.shape[2] * heads * size * query.dtype.itemsize] * 2
-    return found
+        scratch += [batch * key.shape[2] * heads * size * query.dtype.itemsize] * 2
+    return scratch
 
 
 def _cudnn_backward(args: tuple[Any, ...]) -> list[int]:
-    """cudnn/MHA.cpp, run_cudnn_SDP_bprop: what the library asks for, which no source tells. Taken for flash's, without
-    dk and dv a head of queries: dq in float32 and a float32 a query. Nobody has measured it."""
+    """cudnn/MHA.cpp, run_cudnn_SDP_bprop: the workspace that cuDNN requests is not documented. It is assumed to be that
+    of flash without dk and dv: dq in float32, and one float32 for each query and head. It has not been measured."""
     query = args[1]
     batch, heads, length, size = query.shape
     return [batch * heads * length * size * 4, batch * heads * length * 4]
@@ -224,7 +226,7 @@ def _efficient_backward(args: tuple[Any, ...]) -> list[int]:
     float32 (kNeedsAccumGradQ)."""
     query = args[1]
     batch, heads, length, size = query.shape
-    found = [batch * heads * length * 4]
+    scratch = [batch * heads * length * 4]
     if query.dtype in _HALF:
-        found.append(batch * heads * -(-length // 64) * 64 * size * 4)
-    return found
+        scratch.append(batch * heads * -(-length // 64) * 64 * size * 4)
+    return scratch

@@ -1,4 +1,4 @@
-"""Memory of a cell on a device that is not there: the step traced by its rules, the allocations replayed."""
+"""Memory of a cell on a GPU that is not present: its step is traced by CUDA's rules, and the allocations replayed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ from meftbench.units import format_bytes
 
 @dataclass
 class Predicted:
-    """What tracing a cell gave.
+    """The result of predicting a cell.
 
-    warm, measured: steps before and after the optimizer has its state; sizes in blocks of 512 bytes.
-    events: of all of them, for the allocator's replay; `replayed` is that.  workspace: bytes that cuBLAS keeps.
-    step_from: index of the first event of the last step.  seconds: that the trace took.
+    warm, measured: the warm-up steps and those after them; sizes are rounded up to blocks of 512 bytes.
+    events: of all these steps, for the allocator's replay.  replayed: the allocator's statistics after them.
+    sizes: numbers of parameters.  workspace: bytes that cuBLAS keeps.  step_from: index of the first event of the
+    last step.  seconds: that the prediction took.  attention: fused attention operators that ran.
     """
 
     profile: Profile
@@ -53,25 +54,25 @@ class Predicted:
 
     @property
     def peak(self) -> int:
-        """Peak allocated, bytes: what torch.cuda.max_memory_allocated would say."""
+        """Peak allocated, bytes: what torch.cuda.max_memory_allocated would report."""
         return max(observed.peak.total for observed in [*self.warm, *self.measured])
 
     @property
     def process(self) -> int:
-        """What the driver would show for the process, bytes: reserved and context."""
+        """What the driver would show for the process, bytes: reserved memory and the CUDA context."""
         return self.replayed.reserved_peak + self.profile.context_bytes
 
     def metrics(self) -> dict[str, Metric]:
         """The memory metrics of a record (docs/measuring.md 2), source predicted."""
-        found = step_metrics(self.warm, self.measured, "predicted")
-        other = found["other_bytes"].value
-        assert isinstance(other, int)
+        metrics = step_metrics(self.warm, self.measured, "predicted")
+        other_bytes = metrics["other_bytes"].value
+        assert isinstance(other_bytes, int)
         replayed = self.replayed
         return (
             self.sizes
-            | found
+            | metrics
             | {
-                "other_bytes": Metric(other - self.workspace, "predicted"),
+                "other_bytes": Metric(other_bytes - self.workspace, "predicted"),
                 "workspace_bytes": Metric(self.workspace, "predicted"),
                 "peak_requested_bytes": Metric(replayed.requested_peak, "predicted"),
                 "peak_active_bytes": Metric(replayed.active_peak, "predicted"),
@@ -87,11 +88,11 @@ class Predicted:
 
 
 class CudaCounter(StorageCounter):
-    """A storage counter that also counts what a CUDA kernel works in while it runs, and tells of every event."""
+    """A storage counter that also counts the scratch memory of CUDA kernels, and keeps a list of its events."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to keep the compiler out costs more than to count
+        return False  # nothing is compiled here, and skipping the compiler takes longer than counting
 
     def __init__(self, device_type: str, remembered: Remembered) -> None:
         super().__init__(device_type)
@@ -102,9 +103,9 @@ class CudaCounter(StorageCounter):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         sizes = scratch_bytes(func.__name__, args)
-        held = [torch.empty(nbytes, dtype=torch.uint8, device=self.device_type) for nbytes in sizes]
+        scratch = [torch.empty(nbytes, dtype=torch.uint8, device=self.device_type) for nbytes in sizes]
         self._op = func.__name__
-        for tensor in held:
+        for tensor in scratch:
             self._see(tensor, "temporaries")
         result = self._call(func, args, kwargs)
         self.returned(func.__name__, result)
@@ -112,7 +113,7 @@ class CudaCounter(StorageCounter):
 
     def _see(self, tensor: Tensor, category: str) -> None:
         if self.phase == "optimizer" and tensor.dim() == 0:
-            return  # optimizers keep the number of the step on the host
+            return  # optimizers keep their step count, a scalar, on the host
         super()._see(tensor, category)
 
 
@@ -134,11 +135,11 @@ def predict(
     remembered: Remembered | None = None,
     applied: Applied | None = None,
 ) -> Predicted:
-    """The memory of `cell` on the device of `profile`. One step is traced; those after it follow from it.
+    """The memory of `cell` on the device of `profile`. The first step is traced; later ones are derived from it.
 
-    settings: of the allocator; None: torch's defaults, within the device's memory.  remembered: what operators on meta
-    tensors gave in other traces.  applied: of `trace.uncomputed_model`, of another shape perhaps where the cell's
-    precision is no autocast. None: it is built.
+    settings: of the allocator; None: torch's defaults, within the device's memory.  remembered: results of operators on
+    meta tensors in other traces.  applied: of `trace.uncomputed_model`; unless the cell's precision is autocast, it may
+    have been traced in another shape before. None: it is built.
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
@@ -151,24 +152,24 @@ def predict(
             assert counted.counter.events is not None
             step_from = len(counted.counter.events)
             first = counted.run()
-            gc.collect()  # what is left of the step after this is left for good
+            gc.collect()  # what the step leaves alive after this stays alive
     events = [Event(*event) for event in counted.counter.events]
     counted.counter.events = None
-    again = step_after(events[step_from:])
-    later = counted.observe(lambda mark: tell(again, counted.counter, mark))
+    later_events = step_after(events[step_from:])
+    later = counted.observe(lambda mark: tell(later_events, counted.counter, mark))
     later.host_peak = first.host_peak
     observed = [first, *[later] * (warmup + steps - 1)]
-    told = [event for event in events if event.kind != "book"]
+    replayed_events = [event for event in events if event.kind != "book"]
     for _ in range(warmup + steps - 1):
-        step_from = len(told)
-        told += [event for event in again if event.kind != "book"]
+        step_from = len(replayed_events)
+        replayed_events += [event for event in later_events if event.kind != "book"]
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
     return Predicted(
         profile,
         observed[:warmup],
         observed[warmup:],
-        told,
-        replay(told, settings),
+        replayed_events,
+        replay(replayed_events, settings),
         parameter_counts(step.model),
         workspace.nbytes,
         step_from,
@@ -180,9 +181,9 @@ def predict(
 def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:
     """Metrics and observations of a cell whose device is `predicted:PROFILE`.
 
-    The protocol's allocator and memory limit are those of the replay.
+    The replay uses the protocol's allocator settings and memory limit.
     Raises CellFailure (oom) where the device's memory does not suffice, UserError as `predict` does, and where
-    sequences are to be padded: a trace has no mask, and with one other attention kernels run.
+    sequences are to be padded: a trace has no attention mask, and with a mask other attention kernels would run.
     """
     profile = find_profile(cell.device.partition(":")[2])
     if protocol.padding and not image_tokens(known_config(cell.model, cell.model_config_overrides) or {}):
@@ -192,18 +193,18 @@ def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], d
     if protocol.memory_limit is not None:
         capacity = min(capacity, protocol.memory_limit)
     settings = replace(AllocatorSettings.parse(protocol.alloc_conf), capacity=capacity)
-    found = predict(cell, profile, warmup=max(1, protocol.warmup), steps=max(1, protocol.steps), settings=settings)
-    if (failed := found.replayed.oom) is not None:
+    predicted = predict(cell, profile, warmup=max(1, protocol.warmup), steps=max(1, protocol.steps), settings=settings)
+    if (failed := predicted.replayed.oom) is not None:
         raise CellFailure(
             "oom",
             type="predicted",
             message=f"{format_bytes(failed.nbytes)} more than {profile.device} has left",
             requested_bytes=failed.nbytes,
             capacity_bytes=capacity,
-            peak_allocated_bytes=found.peak,
+            peak_allocated_bytes=predicted.peak,
         )
-    used = attention_used(cell, found.attention)
+    used = attention_used(cell, predicted.attention)
     observed: dict[str, Any] = {"attention_used": used, "inputs": "shapes", "model_revision": None}
     if is_own(cell):
         observed["own_code"] = digests_of(name for name, _ in calls_of([cell]))
-    return found.metrics(), observed
+    return predicted.metrics(), observed

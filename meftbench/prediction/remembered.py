@@ -1,7 +1,7 @@
-"""What an operator on meta tensors returned for arguments of these shapes, for the next time it is asked.
+"""Remembers what operators on meta tensors returned for arguments of the same shapes, to save the time of calling them.
 
-Layers are alike, and torch works out most shapes in Python: of a step's operators nine in ten were asked before, and
-that is most of the time of a trace.
+Layers are alike: of a step's operators nine in ten were called before with the same shapes. torch works out most shapes
+of results in Python, which is most of the time of a trace.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 
-class _Made(NamedTuple):
-    """A tensor that an operator makes."""
+class _TensorSpec(NamedTuple):
+    """What a new tensor that an operator returned looks like."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    def again(self) -> Tensor:
+    def new_tensor(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
-_ITSELF = object()  # the operator changes its first argument and returns it
+_FIRST_ARGUMENT = object()  # the operator changes its first argument and returns it
 _NOTHING = object()  # the operator changes its first argument and returns nothing
-_ASK = object()  # not to be remembered
+_NOT_REMEMBERED = object()  # the result cannot be remembered: the operator is called each time
 _TENSORS = ("Tensor", "Tensor?", "List[Tensor]")
 
 
 class Remembered:
-    """Calls operators, those on meta tensors once for each set of shapes. Views are always called.
+    """Calls operators, those on meta tensors once for each set of shapes. Those that return views are always called.
 
-    For a mode that counts, which sees what is remembered as it sees everything.  hits, asked: how often an operator
-    was known, and was called.
+    For a mode that counts storages: a remembered result is a new tensor, which it counts as any other.
+    hits, asked: how often the result of an operator was remembered, and how often the operator was called for it.
     """
 
     def __init__(self) -> None:
@@ -49,42 +49,46 @@ class Remembered:
         try:
             key = (func, _key(args, tensors), _key(tuple(kwargs.items()), tensors) if kwargs else ())
             known = self._known.get(key)
-        except TypeError:  # an argument that has no hash
+        except TypeError:  # an argument cannot be hashed
             return func(*args, **kwargs or {})
         if known is None or not tensors:
             self.asked += 1
             result = func(*args, **kwargs or {})
             if all(tensor.device.type == "meta" for tensor in tensors):
-                self._known[key] = _told(kind, result, args, tensors)
+                self._known[key] = _to_remember(kind, result, args, tensors)
             else:
-                self._known[key] = _ASK
+                self._known[key] = _NOT_REMEMBERED
             return result
-        if known is _ASK:
+        if known is _NOT_REMEMBERED:
             self.asked += 1
             return func(*args, **kwargs or {})
         self.hits += 1
-        if known is _ITSELF:
+        if known is _FIRST_ARGUMENT:
             return args[0]
         if known is _NOTHING:
             return None
-        return known.again() if isinstance(known, _Made) else type(known)(made and made.again() for made in known)
+        return (
+            known.new_tensor()
+            if isinstance(known, _TensorSpec)
+            else type(known)(spec and spec.new_tensor() for spec in known)
+        )
 
 
 @cache
 def _kind(func: Any) -> str | None:
-    """`new`: what it returns is new; `in place`: it writes to its first argument, and returns that or nothing (lists of
-    tensors); None: a view, or not known."""
-    schema = func._schema
-    returned = [value.alias_info for value in schema.returns]
-    given = [value.alias_info for value in schema.arguments]
-    if not any(returned) and not any(given):
-        return "new" if all(str(value.type) in _TENSORS for value in schema.returns) and returned else None
-    first = given[0] if given else None
-    if first is None or not first.is_write or any(given[1:]):
+    """`new`: an operator that returns new tensors; `in place`: it writes to its first argument, and returns that or
+    nothing (as those on lists of tensors do); None: it returns a view, or its schema does not tell."""
+    schema = func._schema  # alias_info: None where a value is neither a view nor written to
+    outputs = [value.alias_info for value in schema.returns]
+    inputs = [value.alias_info for value in schema.arguments]
+    if not any(outputs) and not any(inputs):
+        return "new" if all(str(value.type) in _TENSORS for value in schema.returns) and outputs else None
+    first = inputs[0] if inputs else None
+    if first is None or not first.is_write or any(inputs[1:]):
         return None
-    if not returned:
+    if not outputs:
         return "in place"
-    same = len(returned) == 1 and returned[0] is not None and returned[0].before_set == first.before_set
+    same = len(outputs) == 1 and outputs[0] is not None and outputs[0].before_set == first.before_set
     return "in place" if same else None
 
 
@@ -97,21 +101,21 @@ def _key(value: Any, tensors: list[Tensor]) -> Any:
     return (value.__class__, value)
 
 
-def _told(kind: str, result: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
-    """What to remember of a result."""
+def _to_remember(kind: str, result: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
+    """What to remember of a result: `_TensorSpec`s, or one of the constants above."""
     if kind == "in place":
-        return _ITSELF if result is args[0] else _NOTHING if result is None else _ASK
-    given = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return _FIRST_ARGUMENT if result is args[0] else _NOTHING if result is None else _NOT_REMEMBERED
+    input_storages = {tensor.untyped_storage()._cdata for tensor in tensors}
     if isinstance(result, Tensor):
-        return _made(result, given)
-    parts = [value if value is None else _made(value, given) for value in result]
-    return _ASK if any(part is _ASK for part in parts) else type(result)(parts)
+        return _spec_of(result, input_storages)
+    parts = [value if value is None else _spec_of(value, input_storages) for value in result]
+    return _NOT_REMEMBERED if any(part is _NOT_REMEMBERED for part in parts) else type(result)(parts)
 
 
-def _made(tensor: Any, given: set[int]) -> Any:
+def _spec_of(tensor: Any, input_storages: set[int]) -> Any:
     if not isinstance(tensor, Tensor) or tensor.device.type != "meta" or tensor.layout is not torch.strided:
-        return _ASK
-    made = _Made(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return _NOT_REMEMBERED
+    spec = _TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype)
     storage = tensor.untyped_storage()
-    alike = tensor.storage_offset() == 0 and made.again().untyped_storage().nbytes() == storage.nbytes()
-    return made if alike and storage._cdata not in given else _ASK
+    alike = tensor.storage_offset() == 0 and spec.new_tensor().untyped_storage().nbytes() == storage.nbytes()
+    return spec if alike and storage._cdata not in input_storages else _NOT_REMEMBERED

@@ -1,7 +1,7 @@
-"""The step after a traced one, from the trace of that one: the same, but for what the first has left alive.
+"""Derives the events of a later step from those of the first: the same, but for what the first step leaves alive.
 
-What a first step leaves is the optimizer's state, which every later one finds. (tests/prediction/test_repeated.py
-holds it against steps that were traced one after the other.)
+What it leaves alive is the optimizer's state, which later steps do not allocate again. (tests/prediction/
+test_repeated.py compares this with steps that were traced one after the other.)
 """
 
 from __future__ import annotations
@@ -13,46 +13,46 @@ from meftbench.probes.memory_counted import GRADIENT, StorageCounter
 
 
 def step_after(first: list[Event]) -> list[Event]:
-    """The events of the step that follows one of events `first`, and of every step after that."""
+    """The events of the second step and of every later one, given those of the `first`."""
     born: dict[int, int] = {}
     for index, event in enumerate(first):
         if event.kind == "alloc":
             born[event.key] = index
         elif event.kind == "free":
             born.pop(event.key, None)
-    left = set(born.values())
-    again: list[Event] = []
-    alive: set[int] = set()
+    left_alive = set(born.values())
+    later: list[Event] = []
+    later_alive: set[int] = set()
     for index, event in enumerate(first):
         kind, key, nbytes, category, origin = event
         if kind == "phase":
-            again.append(event)
-        elif kind == "alloc" and index not in left:
-            # A key of its own: that of a storage which died before the state was born may be the state's now.
-            again.append(Event(kind, ~key, nbytes, category, origin))
-            alive.add(key)
-        elif kind != "alloc" and key in alive:
-            again.append(Event(kind, ~key, nbytes, category, origin))
+            later.append(event)
+        elif kind == "alloc" and index not in left_alive:
+            # ~key is a new key: the old one, freed in the first step, may have passed to the optimizer's state.
+            later.append(Event(kind, ~key, nbytes, category, origin))
+            later_alive.add(key)
+        elif kind != "alloc" and key in later_alive:
+            later.append(Event(kind, ~key, nbytes, category, origin))
             if kind == "free":
-                alive.remove(key)
-    return again
+                later_alive.remove(key)
+    return later
 
 
 def tell(events: list[Event], counter: StorageCounter, mark: Callable[[str], None]) -> None:
-    """Counts a step of which there are only the events. mark: is called with its phases."""
-    held: dict[int, tuple[int, str]] = {}
+    """Counts a step that is given by its events alone. mark: called with the name of each phase that begins."""
+    storages: dict[int, tuple[int, str]] = {}
     for kind, key, nbytes, category, origin in events:
         if kind == "phase":
             mark(category)
         elif kind == "alloc":
-            held[key] = -(-nbytes // counter.block) * counter.block, category
-            counter.gain(*held[key])
+            storages[key] = -(-nbytes // counter.block) * counter.block, category
+            counter.gain(*storages[key])
             counter.gradients.born(key)
         else:
-            size, before = held.pop(key)
-            counter.lose(size, before)
+            size, old_category = storages.pop(key)
+            counter.lose(size, old_category)
             if kind == "book":
-                held[key] = size, category
+                storages[key] = size, category
                 counter.live[category] += size
                 counter.total += size
                 if origin == GRADIENT:

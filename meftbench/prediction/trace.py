@@ -1,8 +1,9 @@
-"""A step traced with tensors that have shapes and no values: the storage counter sees every allocation, nothing is run.
+"""A step traced with tensors that have shapes and no values: the storage counter sees every allocation, and nothing is
+computed.
 
-Without a profile it counts the CPU step, byte for byte (tests/prediction/test_trace.py), in seconds and without the
-memory: 48 layers, or 65,536 tokens. With one it allocates as that device does (overlay.py). The model is built on
-torch's meta device: weights take no memory either.
+Without a device profile the trace counts the step on a CPU, byte for byte (tests/prediction/test_trace.py), in seconds
+and without the memory that the step takes, even of 48 layers or 65,536 tokens. With a profile it allocates as that
+device does (overlay.py). The model is built on torch's meta device, so that its weights take no memory either.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from meftbench.probes.memory_counted import CountedStep, Observed
 
 
 def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
-    """A step of `cell` on the CPU after `warmup` others, traced; no sequence has padding.
+    """What a trace of a step of `cell` on the CPU counts, after `warmup` other steps; no sequence has padding.
 
-    Without warm-up there is no optimizer state yet, which activation memory does not contain.
+    Without warm-up there is no optimizer state yet, which is no part of activation memory.
 
-    Raises UserError where the cell cannot be built, as `build_step` does, or where its forward looks at values.
+    Raises UserError where the cell cannot be built, as `build_step` does, or where its forward reads tensors' values.
     """
     step, mode = uncomputed_step(cell)
     with blamed_step(cell), named_refusals(cell), mode, CountedStep(step) as counted:
@@ -45,11 +46,11 @@ def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
 
 @contextmanager
 def _without_packing() -> Iterator[None]:
-    """transformers asks position ids whether several texts are packed into a sequence; here none are, and a trace has
-    no values to be asked (fake tensors it takes for packed ones, and makes a mask)."""
+    """Within it, transformers does not read from position ids whether several texts are packed into a sequence: here
+    none are, and a trace has no values to read (it would take fake tensors for packed texts, and make a mask)."""
     with ExitStack() as stack:
         if hasattr(masking_utils, "find_packed_sequence_indices"):
-            # Not a Mock: it would keep what it was called with.
+            # Not a Mock, which would keep the tensors that it was called with.
             stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", _none_packed))
         yield
 
@@ -60,7 +61,7 @@ def _none_packed(position_ids: Tensor) -> None:
 
 @contextmanager
 def blamed_step(cell: Cell) -> Iterator[None]:
-    """To trace within: what a step of the user's own raises becomes a UserError."""
+    """Within it, an exception from a step of the user's own model or batch becomes a UserError."""
     if not is_own(cell):
         yield
         return
@@ -69,7 +70,7 @@ def blamed_step(cell: Cell) -> Iterator[None]:
 
 
 class named_refusals:  # noqa: N801 - used as a function
-    """To trace within: what a trace cannot follow becomes a UserError that names it."""
+    """Within it, an error about what a trace cannot follow becomes a UserError that says what it is."""
 
     def __init__(self, cell: Cell) -> None:
         self.cell, self.packing = cell, _without_packing()
@@ -85,7 +86,7 @@ class named_refusals:  # noqa: N801 - used as a function
             what = f"{operator} looks at values, which a trace has not"
             cure = "count it" if is_own(self.cell) else "choose another head (BART: seq2seq_lm), or count it"
             raise UserError(self.cell.label, what, cure) from None
-        # The meta device says it by a NotImplementedError that names its backend; any other is a bug, and stays one.
+        # An operator without a meta implementation raises one that names the backend; any other is a bug.
         missing = isinstance(error, NotImplementedError) and "'Meta' backend" in str(error)
         if missing or isinstance(error, UnsupportedFakeTensorException):
             what = f"an operator has no fake implementation ({' '.join(str(error).split())[:200]})"
@@ -95,27 +96,27 @@ class named_refusals:  # noqa: N801 - used as a function
 
 
 def uncomputed_model(cell: Cell) -> Applied:
-    """The model of `cell` under its method on torch's meta device; shapes of batches are no part of it.
+    """The model of `cell` with its method, on torch's meta device. It does not depend on the shape of the batch.
 
     Raises UserError as `uncomputed_step` does.
     """
     if cell.precision == "nf4":
         raise UserError(cell.label, "4-bit weights cannot be traced", "use another precision, or measure it")
-    own = is_factory(cell.model)
-    if own:
-        load(cell.model)  # the module itself may make tensors, which are to have values
-    name = cell.model if own else split_name(cell.model)[0] + RANDOM
+    from_function = is_factory(cell.model)
+    if from_function:
+        load(cell.model)  # not on the meta device: tensors that the module makes when imported must have values
+    name = cell.model if from_function else split_name(cell.model)[0] + RANDOM
     with torch.device("meta"):
         try:
             model = built_model(cell, name)
         except UserError as error:
-            if own and isinstance(error.__cause__, Exception):  # raised by the function itself
+            if from_function and isinstance(error.__cause__, Exception):  # raised by the user's function
                 what = f"{error.what} (its model was to be made without values, on torch's meta device)"
                 cure = "let it make the model from a configuration (from_config), or count or measure it"
                 raise UserError(error.where, what, cure) from None
             raise
-        if own:
-            model.to("meta")  # what it has made elsewhere
+        if from_function:
+            model.to("meta")  # what the function made on another device
         return with_method(cell, model)
 
 
@@ -125,10 +126,10 @@ def uncomputed_step(
     """The step of `cell` with fake tensors on the CPU, and the mode to enter around it.
 
     foreach: the optimizer's implementation where the cell names none; None: torch's choice for the CPU.
-    on_meta: with tensors on torch's meta device instead, which is ten times faster and knows no autocast, and whose
-        operators are nobody's in particular: for who replaces those that differ (overlay.py).
-    applied: of `uncomputed_model`, perhaps traced before in another shape on_meta; None: it is built.
-    Raises UserError: the model cannot be built, the method does not fit it, 4-bit weights.
+    on_meta: with tensors on torch's meta device instead, which is ten times faster, knows no autocast, and whose
+        operators are those of no device in particular: callers replace those that differ (overlay.py).
+    applied: of `uncomputed_model`; with on_meta it may have been traced in another shape before. None: it is built.
+    Raises UserError: the model cannot be built, the method does not fit it, 4-bit weights, padding in the user's batch.
     """
     applied = applied or uncomputed_model(cell)
     model = applied.model
@@ -136,8 +137,8 @@ def uncomputed_step(
     if not on_meta:
         mode = fake = FakeTensorMode()
         _fill(applied.model, fake)
-    # Of one sample with values; all of them might not fit this machine.
-    sample, more = batch_of(cell, model, 1, torch.device("cpu"))
+    # One sample with values; the whole batch might not fit this machine's memory.
+    sample, extra = batch_of(cell, model, 1, torch.device("cpu"))
     _check_unpadded(cell, model, sample)
     with mode:
         batch = {
@@ -146,11 +147,13 @@ def uncomputed_step(
             )
             for name, tensor in sample.items()
         }
-    if on_meta and "constants" in more:
-        on = {name: held.to("meta") if isinstance(held, Tensor) else held for name, held in more["constants"].items()}
-        more = {"constants": on}
-    device, kind = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
-    return step_on(cell, applied, batch, device, kind=kind, foreach=foreach, scaled=False, **more), mode
+    if on_meta and "constants" in extra:
+        constants = {
+            name: value.to("meta") if isinstance(value, Tensor) else value for name, value in extra["constants"].items()
+        }
+        extra = {"constants": constants}
+    device, step_class = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
+    return step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra), mode
 
 
 def _check_unpadded(cell: Cell, model: nn.Module, sample: dict[str, Tensor]) -> None:
@@ -161,18 +164,20 @@ def _check_unpadded(cell: Cell, model: nn.Module, sample: dict[str, Tensor]) -> 
 
 
 def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Fake CPU tensors in place of the model's; what is shared stays shared."""
-    made: dict[int, Tensor] = {}
+    """Replace the model's tensors by fake CPU tensors; those that modules share stay shared."""
+    replacements: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
+        if id(tensor) not in replacements:
             with mode:
-                found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            trained = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(found, requires_grad=tensor.requires_grad) if trained else found
-        return made[id(tensor)]
+                fake_tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            replacements[id(tensor)] = (
+                nn.Parameter(fake_tensor, requires_grad=tensor.requires_grad) if is_parameter else fake_tensor
+            )
+        return replacements[id(tensor)]
 
-    kept = []  # an id is not to be given again meanwhile
+    kept = []  # keeps the replaced tensors alive, so that no id is used twice
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -182,6 +187,8 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 class _Uncomputed(Step):
+    """A step whose tensors have no values."""
+
     def run(self, mark: Mark = lambda phase: None) -> float:
         loss = self.forward_backward(mark)
         self._enter("optimizer", mark)
@@ -189,15 +196,17 @@ class _Uncomputed(Step):
         self.optimizer.zero_grad(set_to_none=True)
         self._enter("end", mark)
         del loss
-        return 0.0  # it has no value
+        return 0.0  # the loss has no value
 
     def _samples(self, start: int, stop: int) -> dict[str, Tensor]:
-        # transformers drops a mask of ones after a look at its values, which are not there to be looked at.
+        # transformers drops a mask of ones, but reads its values to see that; a trace has none.
         return {name: t for name, t in super()._samples(start, stop).items() if name != "attention_mask"}
 
 
 class _UncomputedOwn(_Uncomputed, OwnStep):
+    """A step of the user's own model or batch whose tensors have no values."""
+
     def _samples(self, start: int, stop: int) -> dict[str, Tensor]:
-        # What a module of one's own does with its mask is not known; it may not do without.
+        # What the user's own module does with its mask is not known; it may need it.
         of_transformers = transformers_part(self.model) is getattr(self.model, "get_base_model", lambda: self.model)()
         return super()._samples(start, stop) if of_transformers else Step._samples(self, start, stop)

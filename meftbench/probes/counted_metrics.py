@@ -17,33 +17,33 @@ def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) 
     with CountedStep(step, limit=limit) as counted:
         warm = [counted.run() for _ in range(warmup_steps(step, warmup))]
         measured = [counted.run() for _ in range(steps)]
-        left = counted.counter.total
-    whole = max(observed.peak.total for observed in [*warm, *measured])
+        total_after = counted.counter.total
+    peak = max(observed.peak.total for observed in [*warm, *measured])
     return step_metrics(warm, measured, "counted") | {
         "peak_buffers": peak_buffers(measured),
         "host_pinned_peak_bytes": Metric(max(o.host_peak for o in measured), "counted"),
-        "paper_meft_activation_bytes": Metric(whole - left, "counted"),
-        "paper_lst_memory": Metric(whole, "counted"),
+        "paper_meft_activation_bytes": Metric(peak - total_after, "counted"),
+        "paper_lst_memory": Metric(peak, "counted"),
     }
 
 
 def peak_buffers(measured: list[Observed]) -> Metric:
-    """What the peak of forward and backward is made of, parameters and the like aside, largest first: those of at least
-    1 % of the activation peak, alike ones counted together."""
+    """What the peak of forward and backward consists of beside parameters, buffers, optimizer state and host memory,
+    largest first: storages of one kind are counted together, and listed from 1 % of the activation peak on."""
     worst = max(measured, key=lambda observed: (bool(observed.buffers), observed.activation_peak))
     if not worst.buffers:
         return Metric(None, "counted", absent="takes two steps: the first tells how high the peak is")
-    alike = Counter(entry for entry in worst.buffers if entry[1] not in ("parameters", "buffers", "optimizer", "host"))
+    counts = Counter(entry for entry in worst.buffers if entry[1] not in ("parameters", "buffers", "optimizer", "host"))
     rows = [
         {"bytes": size * count, "count": count, "category": category, **origin._asdict(), "shape": list(origin.shape)}
-        for (size, category, origin), count in alike.items()
+        for (size, category, origin), count in counts.items()
         if size * count >= worst.activation_peak / 100
     ]
     return Metric(sorted(rows, key=lambda row: -row["bytes"]), "counted")
 
 
 def step_metrics(warm: list[Observed], measured: list[Observed], source: Source) -> dict[str, Metric]:
-    """The step structure and the breakdown at the peak, from observed steps."""
+    """The memory of each phase and the breakdown at the peak, from observed steps; `warm` are the warm-up steps."""
 
     def over_steps(value: Callable[[Observed], int]) -> Metric:
         values = [value(observed) for observed in measured]
@@ -78,7 +78,7 @@ def step_metrics(warm: list[Observed], measured: list[Observed], source: Source)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, Metric]:
-    """Parameters in total and trained, each once however often it is used, and the bytes of the trained ones."""
+    """Numbers of all and of trained parameters, each counted once if used repeatedly, and the trained ones' bytes."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     return {

@@ -1,4 +1,4 @@
-"""How much of a time was spent waiting for a core that other processes held."""
+"""How much time was spent waiting for a core that other processes occupied."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ ABSENT = "the system does not say how long threads waited for a core"
 
 
 class CpuWait:
-    """From its making on: nanoseconds that the threads of this process ran, and waited for a core to run on.
+    """Time, since this object was made, that the threads of this process ran and waited for a core to run on.
 
-    Source: Linux, /proc/PID/task/TID/schedstat (Documentation/scheduler/sched-stats), so that it holds in a container
-    too, whatever else runs on the host.
+    Source: Linux, /proc/PID/task/TID/schedstat, in nanoseconds (Documentation/scheduler/sched-stats). It is valid in a
+    container, too, whatever else runs on the host.
     """
 
     def __init__(self, tasks: Path = TASKS) -> None:
@@ -22,21 +22,21 @@ class CpuWait:
         self._before = self._read()
 
     def share(self) -> Metric:
-        """cpu_wait_share: waiting as a share of running and waiting, of all threads."""
+        """cpu_wait_share: time waiting as a share of time running and waiting, over all threads."""
         ran = waited = 0
         for thread, (running, waiting) in self._read().items():
-            before = self._before.get(thread, (0, 0))  # of a thread that was started since
+            before = self._before.get(thread, (0, 0))  # zeros: the thread was started since
             ran, waited = ran + running - before[0], waited + waiting - before[1]
         if ran <= 0:
             return Metric(None, "measured", absent=ABSENT)
         return Metric(max(0, waited) / (ran + max(0, waited)), "measured")
 
     def _read(self) -> dict[str, tuple[int, int]]:
-        found = {}
+        times = {}
         for path in self._tasks.glob("*/schedstat"):
             try:
                 running, waiting, _ = map(int, path.read_text(encoding="ascii").split())
-            except (OSError, ValueError):  # a thread that has ended meanwhile; a kernel that writes something else
+            except (OSError, ValueError):  # the thread has ended meanwhile, or the kernel writes another format
                 continue
-            found[path.parent.name] = (running, waiting)
-        return found
+            times[path.parent.name] = (running, waiting)
+        return times

@@ -1,4 +1,4 @@
-"""Is what backward recomputes what forward computed, and are the gradients right? (docs/design.md 2, 3, 6)"""
+"""Whether the backward pass recomputes what forward computed, and gradients are right (docs/design.md 2, 3, 6)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def probe(subject: Subject) -> dict[str, Metric]:
 
 @dataclass
 class StreamErrors:
-    """Observer of a ReversibleStack: holds the true streams of the forward pass against the recomputed ones.
+    """Observer of a ReversibleStack: compares the true streams of the forward pass with the recomputed ones.
 
-    stack: whose streams are observed; its arithmetic says what 1 in a stream is worth.
+    stack: whose streams are observed; its arithmetic says what 1 in a stream of integers stands for.
     relative: per block, [first stream, second stream]: ‖recomputed − true‖ / ‖true‖, in float64.
     largest: the largest absolute difference.  mismatched: elements that are not restored bit for bit.
-    nonfinite: NaN and infinite elements met in recomputed streams.
+    nonfinite: NaN and infinite elements in recomputed streams.
     """
 
     stack: ReversibleStack
@@ -72,7 +72,7 @@ def starting_point_shift(h_BLD: Tensor, reference_BLD: Tensor) -> float:
     """How far an untrained method moves the model: ‖h − h₀‖ / ‖h₀‖, in float64. 0.0: not at all.
 
     h_BLD, reference_BLD: last hidden states (B, L, D).
-    Unlike a task score before training, this sees the representation itself.
+    Unlike a task score before training, this measures the representation itself.
 
     Raises ValueError if the shapes differ or the reference is all zero.
     Source: docs/design.md 2.
@@ -101,18 +101,18 @@ def last_hidden_state(step: Step) -> Tensor:
     """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
     base = base_of(_without_peft(step.model))
     inputs = {name: value for name, value in {**step.batch, **step.constants}.items() if name != "labels"}
-    if step.constants or type(step) is not Step:  # a batch of one's own may hold what only the head takes
-        taken = inspect.signature(base.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in taken}
+    if step.constants or type(step) is not Step:  # the user's own batch may hold what only the head takes
+        accepted = inspect.signature(base.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in accepted}
     with _evaluating(step):
         hidden: Tensor = base(**inputs).last_hidden_state
     return hidden
 
 
 def untrained_loss(step: Step) -> float:
-    """Loss of the step's batch in evaluation mode, without gradients, a micro-batch at a time as in training.
+    """Loss of the step's batch in evaluation mode, without gradients, one micro-batch at a time as in training.
 
-    Under `+chunked_loss` the whole logits, which may not fit the device, are not made here either.
+    Under `+chunked_loss` the complete logits, which may not fit the device, are never in memory here either.
     """
     with ExitStack() as entered:
         for lever in step.applied.levers.values():
@@ -122,16 +122,16 @@ def untrained_loss(step: Step) -> float:
 
 
 def _without_peft(model: Any) -> nn.Module:
-    """The model itself; peft has its own wrapper around."""
+    """The model itself, without the wrapper that peft puts around it."""
     inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
     return inner
 
 
 def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
-    """Where the cell's method starts, on the cell's batch: its hidden states with adapters at zero, and where the head
-    has a loss without training its loss with adapters as they are initialised, each against the pre-trained model.
+    """Where the cell's method starts, on the cell's batch, compared with the pre-trained model: its hidden states with
+    adapters at zero; and, for a pre-trained head that predicts tokens, the loss with adapters as they are initialised.
 
-    step: the cell's own, which other passes may have trained; both models are built afresh.
+    step: that of the cell, which other passes may have trained; both models are built afresh.
     """
     losses: dict[str, float] = {}
     if not isinstance(_without_peft(step.model), PreTrainedModel):
@@ -149,13 +149,13 @@ def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
     if cell.method != "full":
         reference = last_hidden_state(pretrained)
         del pretrained
-        begun = build_step(cell, step.device, padding)
+        untrained = build_step(cell, step.device, padding)
         if predicts:
-            losses["starting_loss"] = untrained_loss(begun)
-        begun.applied.zero_adapters()
-        shift = starting_point_shift(last_hidden_state(begun), reference)
-    found = {"starting_point_shift": shift} | losses
-    return {name: Metric(value, "measured") for name, value in found.items()} | ({} if predicts else _no_losses())
+            losses["starting_loss"] = untrained_loss(untrained)
+        untrained.applied.zero_adapters()
+        shift = starting_point_shift(last_hidden_state(untrained), reference)
+    values = {"starting_point_shift": shift} | losses
+    return {name: Metric(value, "measured") for name, value in values.items()} | ({} if predicts else _no_losses())
 
 
 def _no_losses() -> dict[str, Metric]:
@@ -166,8 +166,9 @@ def _no_losses() -> dict[str, Metric]:
 def measure_fidelity(step: Step) -> dict[str, Metric]:
     """Reconstruction error of the recomputed streams, and gradient error against reference autograd.
 
-    Both passes draw the same random numbers; the second runs the same equations with everything cached.
-    The optimizer is not stepped; gradients are left cleared.
+    Both passes draw the same random numbers; the second recomputes nothing.
+    The optimizer is not stepped; gradients are left cleared. Raises CellFailure (error: stream-error) where
+    streams leave the range of their arithmetic, or an exact reversal does not restore them.
     """
     applied, stacks = step.applied, step.applied.stacks
     if not applied.recomputes:
@@ -183,11 +184,11 @@ def measure_fidelity(step: Step) -> dict[str, Metric]:
     try:
         loss, gradients = _gradients(step)
     except StreamError as error:
-        # Asked for and not had: a lever that did not engage, whatever the numbers.
+        # The reversal that the method requires did not work: a failure of the cell, whatever the numbers.
         raise CellFailure("error", type="stream-error", message=str(error), phase=step.phase) from error
     finally:
-        for stack, before in zip(stacks, strict, strict=True):
-            stack.observer, stack.strict = None, before
+        for stack, strict_before in zip(stacks, strict, strict=True):
+            stack.observer, stack.strict = None, strict_before
     with applied.reference_autograd():
         loss_true, gradients_true = _gradients(step)
     return {
@@ -227,13 +228,13 @@ def _gradients(step: Step) -> tuple[float, dict[str, Tensor]]:
 def _gradient_errors(gradients: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, Metric]:
     relative, cosine = [], []
     for name, expected in true.items():
-        found, expected = gradients[name].double(), expected.double()
-        size, of_found = float(expected.norm()), float(found.norm())
-        if size == 0 and of_found == 0:
+        gradient, expected = gradients[name].double(), expected.double()
+        size, gradient_size = float(expected.norm()), float(gradient.norm())
+        if size == 0 and gradient_size == 0:
             continue
-        relative.append(_ratio(float((found - expected).norm()), size))
-        product = float((found * expected).sum())
-        cosine.append(product / (size * of_found) if size * of_found else 0.0)
+        relative.append(_ratio(float((gradient - expected).norm()), size))
+        product = float((gradient * expected).sum())
+        cosine.append(product / (size * gradient_size) if size * gradient_size else 0.0)
     if not relative:
         absent = Metric(None, "measured", absent="every gradient is zero")
         return {"gradient_rel_max": absent, "gradient_cosine_min": absent}

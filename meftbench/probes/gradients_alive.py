@@ -1,8 +1,8 @@
-"""How many bytes of gradients were alive at a moment of a step, known only once they have arrived (docs/design.md 6).
+"""How many bytes of gradients were alive at a moment of a step, which is known only afterwards (docs/design.md 6).
 
-Inside backward a gradient is a tensor like any other until autograd gives it to its parameter: a reversible stack
-gives all of its gradients back at its very end, long after the peak. So the birth of every storage is kept, and the
-question is answered afterwards.
+In the backward pass a gradient is a tensor like any other until autograd gives it to its parameter: a reversible stack
+returns all of its gradients at its very end, long after the peak. So the time at which every storage was allocated is
+kept, and the bytes are counted once the gradients have arrived.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Lifetime:
 
 
 class GradientsAlive:
-    """Lifetimes of the gradients of trained parameters, measured in allocations.
+    """Lifetimes of the gradients of trained parameters; the time is the number of allocations.
 
     clock: allocations so far. A storage that ends after allocation n was alive right after n, not after n + 1.
     """
@@ -50,9 +50,9 @@ class GradientsAlive:
             self._by_key.pop(key).end = self.clock
 
     def forget_ended(self) -> None:
-        """A window begins: nothing is asked any more about what came before it."""
+        """A window of observation begins: gradients that ended before it are no longer needed."""
         self._all = list(self._by_key.values())
 
     def bytes_at(self, moment: int) -> int:
-        """Bytes of gradients, and of what has since become one, right after allocation number `moment`."""
+        """Bytes of gradients, and of storages that have since become one, right after allocation number `moment`."""
         return sum(lifetime.size for lifetime in self._all if lifetime.holds(moment))

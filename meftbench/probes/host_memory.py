@@ -1,4 +1,4 @@
-"""Memory of the host that this process has taken."""
+"""Host memory that this process takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from meftbench.records.record import Metric
 
 
 def host_peak() -> Metric:
-    """The most that this process has held of the host's memory, bytes."""
+    """The most host memory that this process has had resident, in bytes."""
     if platform.system() == "Windows":
         return Metric(None, "measured", absent="not known on Windows")
     import resource

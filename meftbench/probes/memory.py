@@ -9,7 +9,7 @@ from meftbench.records.record import Metric
 
 
 def probe(subject: Subject) -> dict[str, Metric]:
-    """Memory metrics of the cell. Raises CellFailure (oom) where a counted limit is passed."""
+    """Memory metrics of the cell. Raises CellFailure (oom) where a counted step exceeds the memory limit."""
     step, protocol = subject.step, subject.protocol
     if step.device.type == "cuda":
         return measure_memory(step, protocol.warmup, protocol.steps, TorchAllocator(), subject.reading)

@@ -1,7 +1,7 @@
 """Bytes of live tensor storages, counted exactly: every storage is followed from birth to death (docs/design.md 6).
 
-The counter sees what operators return, below autograd and inside backward. What a kernel allocates and frees
-within itself is not seen; on CUDA it is what the allocator reports beyond the count.
+The counter sees what operators return, below autograd and in the backward pass. It does not see what a kernel allocates
+and frees while it runs; on CUDA that is part of what the allocator reports beyond the count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from meftbench.probes.gradients_alive import GradientsAlive
 from meftbench.units import format_bytes
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
-GRADIENT = "gradient"  # the origin in events of what `arrived` was told of
+GRADIENT = "gradient"  # in place of an operator in the events that `StorageCounter.arrived` writes
 BLOCK = 512  # bytes: the CUDA caching allocator hands out multiples of this
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -45,7 +45,7 @@ class Peak:
 
 
 class Origin(NamedTuple):
-    """Where a storage came from: the operator, the first tensor on it, and the function that called the operator."""
+    """Where a storage came from: the operator, its first tensor's shape and dtype, and the operator's caller."""
 
     op: str
     shape: tuple[int, ...]
@@ -59,13 +59,13 @@ class StorageCounter(TorchDispatchMode):
     device_type: storages of other devices are not counted.  block: sizes are rounded up to it (1: not at all).
     limit: bytes above which an allocation ends the cell as `oom`; None: no limit.
 
-    live: bytes now, by category.  phase: set by `mark`; says what new storages are.  peak: since `reset`.
+    live: bytes now, by category.  phase: set by `mark`; it decides the category of new storages.  peak: since `reset`.
     attention_kernels: fused attention operators seen.
-    busiest: largest total in forward and backward since `reset`.  explain_from: from this total on, a new busiest is
-        explained; explained: (bytes, category, origin) of what was alive then.
-    gradients: lifetimes of gradients.  busiest_at: the number of the allocation that made `busiest`.
-    events: None, or a list that is told of every allocation and end, and of every other category a storage comes to
-        have: ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator).
+    busiest: largest total in forward and backward since `reset`.  explain_from: if a new busiest is at least this
+        total, `explained` lists (bytes, category, origin) of what is alive then.
+    gradients: lifetimes of gradients.  busiest_at: the number of the allocation that led to `busiest`.
+    events: None, or a list to which every allocation, end and change of category of a storage is appended:
+        ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator).
     """
 
     def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
@@ -93,7 +93,7 @@ class StorageCounter(TorchDispatchMode):
         return result
 
     def returned(self, name: str, result: Any) -> None:
-        """The operator `name` gave `result`."""
+        """Count the new storages in `result`, which the operator `name` returned."""
         if "dot_product" in name and "backward" not in name:
             self.attention_kernels.add(name.partition(".")[0].strip("_"))
         category = _BORN_IN.get(self.phase, "other")
@@ -112,16 +112,16 @@ class StorageCounter(TorchDispatchMode):
             self._see(tensor, category)
         elif entry[2] not in (category, "host"):
             key = tensor.untyped_storage()._cdata
-            reference, size, before = entry
+            reference, size, old_category = entry
             self._storages[key] = (reference, size, category)
-            self.live[before] -= size
+            self.live[old_category] -= size
             self.live[category] += size
             if self.events is not None:
                 self.events.append(("book", key, 0, category, ""))
 
     def arrived(self, gradient: Tensor) -> None:
-        """The gradient of a trained parameter, or a part of its sum: its bytes do not grow with tokens. It stays in its
-        category, which is by where it was born until it is the parameter's own."""
+        """Note that `gradient` is one of a trained parameter, or a part of its sum, so that its bytes do not grow with
+        tokens. Its category does not change: it is that of the phase of its allocation until `book` is called."""
         key = gradient.untyped_storage()._cdata
         entry = self._storages.get(key)
         if entry is not None:
@@ -130,14 +130,14 @@ class StorageCounter(TorchDispatchMode):
                 self.events.append(("book", key, 0, entry[2], GRADIENT))
 
     def mark(self, phase: str) -> None:
-        """A phase begins: its peak starts at the present level."""
+        """A phase begins: its peak starts at the bytes that are live now."""
         if self.events is not None:
             self.events.append(("phase", 0, 0, phase, ""))
         self.phase = phase
         self.phase_peaks[phase] = max(self.phase_peaks.get(phase, 0), self.total)
 
     def reset(self) -> None:
-        """Begin a window: peaks start at the present level."""
+        """Begin a window: peaks start at the bytes that are live now."""
         self.phase_peaks = {}
         self.peak = Peak(self.total, self.phase, dict(self.live))
         self.host_peak = self.host
@@ -179,13 +179,14 @@ class StorageCounter(TorchDispatchMode):
         self.gradients.born(key)
 
     def gain(self, size: int, category: str) -> None:
-        """So many bytes more, rounded already. Raises CellFailure (oom) above the limit."""
+        """Count `size` more bytes, already rounded. Raises CellFailure (oom) above the limit."""
         self.live[category] += size
         self.total += size
         self.gradients.clock += 1
         self._raise_peaks(size)
 
     def lose(self, size: int, category: str) -> None:
+        """Count `size` bytes less, already rounded."""
         self.live[category] -= size
         self.total -= size
 
@@ -242,8 +243,12 @@ def _place() -> str:
 
 @dataclass
 class Observed:
-    """What the counter saw in one step, in bytes. buffers: what was alive at the peak of forward and backward, if the
-    step before told how high it is.  gradients: of trained parameters, at that peak."""
+    """What the counter saw in one step, in bytes.
+
+    saved: the largest growth from the start of the step to the start of a backward pass, without the loss.
+    buffers: what was alive at the peak of forward and backward, if a step before showed how high that is.
+    gradients: of trained parameters, at that peak.
+    """
 
     baseline: int
     saved: int
@@ -259,7 +264,7 @@ class Observed:
 
 
 class CountedStep:
-    """A step under a counter that knows what its tensors are. Use as a context manager."""
+    """A step under a counter that knows the categories of its tensors. Use as a context manager."""
 
     def __init__(self, step: Step, *, block: int = BLOCK, limit: int | None = None) -> None:
         self.step = step
@@ -277,8 +282,8 @@ class CountedStep:
             counter.book(tensor, "inputs")
         self._book_optimizer()
         for parameter in self.step.applied.trained().values():
-            # What arrives is added to a gradient that is there already (accumulation), or becomes it.
-            # torch.autograd.grad calls this hook, too: a reversible stack sums what its tiles give.
+            # A tensor that the first hook sees is added to the gradient (accumulation), or becomes it.
+            # torch.autograd.grad calls this hook, too: a reversible stack sums the gradients of its tiles.
             self._hooks.append(parameter.register_hook(self.counter.arrived))
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._book_gradient))
         counter.__enter__()  # type: ignore[no-untyped-call]
@@ -291,12 +296,12 @@ class CountedStep:
 
     def run(self) -> Observed:
         """One step, observed."""
-        # Function contexts form cycles which gc would otherwise free at a random moment (docs/measuring.md 4).
+        # Contexts of autograd functions form cycles, which gc would free at a random moment (docs/measuring.md 4).
         gc.collect()
         return self.observe(self.step.run)
 
     def observe(self, run: Callable[[Mark], object]) -> Observed:
-        """What the counter sees while `run` runs, which calls what it is given with the phases of a step."""
+        """What the counter sees while `run` runs, which calls its argument with the name of each phase of a step."""
         counter = self.counter
         baseline, saved = counter.total, 0
         counter.mark("forward")
@@ -305,7 +310,7 @@ class CountedStep:
         def mark(phase: str) -> None:
             nonlocal saved
             if phase == "backward":
-                # The loss is the only output that is held; it is not saved for backward.
+                # The loss is the only output that is alive; it is not saved for the backward pass.
                 saved = max(saved, counter.total - baseline - counter.block)
             if phase == "end":
                 self._book_optimizer()
@@ -330,7 +335,7 @@ class CountedStep:
                     self.counter.book(value, "optimizer")
 
 
-def warmup_steps(step: Step, asked: int) -> int:
+def warmup_steps(step: Step, requested: int) -> int:
     """Steps before the measured ones: at least one where the optimizer keeps state, which the first step creates."""
     keeps_state = not isinstance(step.optimizer, torch.optim.SGD)
-    return max(asked, int(keeps_state))
+    return max(requested, int(keeps_state))

@@ -24,7 +24,7 @@ ALLOCATED, RESERVED = "allocated_bytes.all.current", "reserved_bytes.all.current
 
 
 class Allocator(Protocol):
-    """What the probe asks of the device's allocator; tests give a double."""
+    """What the probe reads from the device's allocator; tests have a substitute."""
 
     def statistics(self) -> dict[str, int]:
         """As torch.cuda.memory_stats()."""
@@ -33,7 +33,7 @@ class Allocator(Protocol):
     def reset_peaks(self) -> None: ...
 
     def settle(self) -> None:
-        """Wait for the device and give cached segments back, so that reserved memory means this window's."""
+        """Wait for the device and give cached segments back, so that reserved memory is that of this window."""
         ...
 
 
@@ -41,14 +41,14 @@ class TorchAllocator:
     """The CUDA caching allocator of the current device."""
 
     def statistics(self) -> dict[str, int]:
-        found: dict[str, int] = torch.cuda.memory_stats()
-        return found
+        values: dict[str, int] = torch.cuda.memory_stats()
+        return values
 
     def reset_peaks(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 
     def settle(self) -> None:
-        # This order: stale cached segments do not count as allocated but do as reserved (docs/measuring.md 4).
+        # In this order: old cached segments count as reserved, though not as allocated (docs/measuring.md 4).
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -76,7 +76,7 @@ class Window:
 
 
 def observe(step: Step, allocator: Allocator) -> Window:
-    """One step under the allocator's statistics. Its counters are kept on the host: no synchronisation is needed."""
+    """One step under the allocator's statistics, which it keeps on the host: no synchronisation is needed."""
     gc.collect()
     allocator.reset_peaks()
     baseline, saved = allocator.statistics()[ALLOCATED], 0
@@ -135,11 +135,11 @@ def measure_memory(
 
 
 def breakdown(counted: Observed, baseline: int, peak_allocated: int) -> dict[str, Metric]:
-    """Categories at the peak, summing to `peak_allocated`; and the gradients at the peak of forward and backward, which
-    is where the counted storages peak: the allocator does not say whose its bytes are.
+    """Categories at the peak, which sum to `peak_allocated`; and the gradients at the peak of forward and backward.
 
-    What the allocator holds before the step beyond the counted storages is workspace (cuBLAS and others keep it);
-    what is left at the peak is memory that kernels take and give back within themselves.
+    Both peaks are those of the counted storages, since the allocator does not tell what its bytes are. What it has
+    allocated before the step beyond the counted storages is workspace (cuBLAS and others keep it); the remainder at the
+    peak, in `other_bytes`, is memory that kernels allocate and free while they run.
     """
     metrics = {f"{name}_bytes": _measured(counted.peak.breakdown.get(name, 0)) for name in CATEGORIES}
     workspace = baseline - counted.baseline

@@ -1,7 +1,7 @@
-"""What the driver says of a GPU, through NVML: memory of processes, clocks, temperature.
+"""What the driver reports of a GPU, through NVML: memory of processes, clocks, temperature.
 
-Never a crash and never a zero for "unknown": containers, MIG and WDDM hide some of it, and then the metric is absent
-with the reason (docs/measuring.md 4).
+Containers, MIG and WDDM hide some of it. Such a metric is absent, with the reason; it neither raises an error nor is
+reported as zero (docs/measuring.md 4).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from meftbench.records.record import Metric
 class DeviceReading:
     """NVML's view of one device.
 
-    nvml: the pynvml module (tests give a double), initialised.  uuid: "GPU-...", since NVML's indices are not
+    nvml: the pynvml module (tests have a substitute), initialised.  uuid: "GPU-...", since NVML's indices are not
     those of CUDA_VISIBLE_DEVICES.
     """
 
@@ -33,13 +33,13 @@ class DeviceReading:
         except nvml.NVMLError as error:
             absent = _absent(f"NVML: {error}")
             return {"process_device_bytes": absent, "device_shared": absent, "device_used_bytes": self._used()}
-        own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-        if not own:
-            # Inside a container NVML reports host process ids, and ours is not among them.
+        used = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+        if not used:
+            # In a container NVML reports process ids of the host, which os.getpid() does not return.
             process = _absent("NVML does not list this process (a container's process ids differ)")
             shared = _absent("NVML does not list this process, so others cannot be told apart")
         else:
-            process = _absent("NVML does not tell memory per process here") if own[0] is None else _number(own[0])
+            process = _absent("NVML does not tell memory per process here") if used[0] is None else _number(used[0])
             shared = _number(int(len(processes) > 1))
         return {"process_device_bytes": process, "device_used_bytes": self._used(), "device_shared": shared}
 
@@ -78,7 +78,7 @@ class DeviceReading:
 
 
 def open_device(uuid: str) -> DeviceReading | None:
-    """NVML's view of the device; None where NVML is not there or does not know it."""
+    """NVML's view of the device; None where NVML is not available or does not know the device."""
     import pynvml
 
     try:
@@ -89,7 +89,7 @@ def open_device(uuid: str) -> DeviceReading | None:
 
 
 def reading_of(device: torch.device) -> DeviceReading | None:
-    """NVML's view of a CUDA device of torch; None as of `open_device`, and for a CPU."""
+    """NVML's view of a CUDA device of torch; None as in `open_device`, and for a CPU."""
     if device.type != "cuda":
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)

@@ -1,6 +1,6 @@
-"""Which layers ran again in backward: by the first of its modules that a layer runs, whatever it is.
+"""Which layers ran again in the backward pass: those whose first module without submodules ran again.
 
-A layer of which only the end runs again, such as a feed-forward in tiles, is no layer that was checkpointed.
+A layer of which only the end runs again, such as a tiled feed-forward part, does not count as checkpointed.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from meftbench.methods.levers.base import LayerRuns, Runs
 
 @contextmanager
 def watched(step: Step) -> Iterator[Runs]:
-    """What runs inside is noted, by the step's phases; hooks are gone afterwards."""
-    found, hooks = Runs(), []
+    """Within it, hooks note which layers run in forward and again in backward; afterwards they are removed."""
+    all_runs, hooks = Runs(), []
     inner = {id(module) for stack in step.applied.stacks for module in stack.modules()}
     names = {id(module): name for name, module in step.model.named_modules()}
     for module in step.model.modules():
         if isinstance(module, GradientCheckpointingLayer) and id(module) not in inner:
             runs = LayerRuns(names[id(module)])
-            found.layers.append(runs)
+            all_runs.layers.append(runs)
             hooks += [*_on_leaves(step, module, runs), module.register_forward_hook(_noting_output(step, runs))]
     for stack in step.applied.stacks:
         for block in stack.blocks:
             trained = any(parameter.requires_grad for parameter in block.parameters())
             runs = LayerRuns(names[id(block)], wanted=trained)
-            found.blocks.append(runs)
+            all_runs.blocks.append(runs)
             hooks += _on_leaves(step, block, runs)
     try:
-        yield found
+        yield all_runs
     finally:
         for hook in hooks:
             hook.remove()

@@ -23,7 +23,7 @@ class Clock:
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
-        """A phase begins ("end": the last one ends)."""
+        """The phase `phase` begins; "end": the last one ends."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -55,11 +55,11 @@ def time_steps(step: Step, warmup: int, steps: int) -> dict[str, Metric]:
         step.run(clock.mark)
         clock.seconds()
     gc.collect()
-    timed, waited = [], CpuWait()
+    timed, cpu_wait = [], CpuWait()
     for _ in range(steps):
         step.run(clock.mark)
         timed.append(clock.seconds())
-    share = waited.share()
+    share = cpu_wait.share()
     step_s = quartiles([seconds["step"] for seconds in timed])
     assert isinstance(step_s.value, float)
     metrics = {"step_time_s": step_s, "cpu_wait_share": share}

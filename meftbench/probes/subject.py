@@ -1,4 +1,4 @@
-"""What a probe is given."""
+"""The argument that probes are called with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from meftbench.probes.nvml import DeviceReading
 
 @dataclass(frozen=True)
 class Subject:
-    """A built cell.
+    """A cell whose model and step are built.
 
     step: the one training step; earlier passes have run it, so optimizer state may or may not exist.
     reading: NVML's view of the device; None on the CPU and where NVML is not available.

@@ -1,4 +1,4 @@
-"""What a run says of one cell: its repeats taken together, the same way for budgets, comparison and report."""
+"""The outcome of a cell in a run: its repeats combined, in the same way for budgets, comparison and report."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from meftbench.records.record import Metric, Record, Status
 from meftbench.records.store import Run
 from meftbench.units import format_bytes
 
-# A cell is as good as its worst repeat.
+# The status of a cell is that of its worst repeat.
 _WORST_FIRST: tuple[Status, ...] = ("error", "timeout", "oom", "skipped", "ok")
 
 
 def as_number(value: object) -> int | float | None:
-    """A metric's value as a number, inf and nan among them; None where it is none."""
+    """A metric's value if it is a number (inf and nan included), else None."""
     return value if isinstance(value, (int, float)) else None
 
 
@@ -24,8 +24,8 @@ def as_number(value: object) -> int | float | None:
 class Figure:
     """A metric of a cell over its repeats, in the unit of its Kind.
 
-    value: median over the repeats where measured, the largest where counted or predicted (they should be equal).
-    low, high: the spread, over repeats and measured steps (quartiles where the metric has them); None: not known.
+    value: the median over repeats where measured; the largest where counted or predicted (repeats should be equal).
+    low, high: the spread over repeats and measured steps (quartiles where the metric has them); None: not known.
     """
 
     value: int | float
@@ -36,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One cell of a run. records: the last one of each repeat, since a cell may have been tried again."""
+    """One cell of a run. records: the last record of each repeat, since a cell may have been run again (`--retry`)."""
 
     cell_id: str
     records: tuple[Record, ...]
@@ -58,12 +58,15 @@ class Outcome:
         return self.records[-1].cell
 
     def metric(self, name: str) -> Metric | None:
-        """The metric as the last finished repeat has it, absent or not; None where no repeat took it."""
+        """The metric of the last repeat that ended ok and has it, absent or not; None where none has it.
+
+        Where no repeat ended ok, all of them count.
+        """
         finished = [record for record in self.records if record.status == "ok"] or list(self.records)
         return next((r.metrics[name] for r in reversed(finished) if name in r.metrics), None)
 
     def figure(self, name: str) -> Figure | None:
-        """The number over the repeats; None where the metric is absent, not a number, or the cell did not end ok."""
+        """The metric over all repeats; None where it is absent or not a number, or the cell's status is not ok."""
         if self.status != "ok":
             return None
         taken = [record.metrics[name] for record in self.records if name in record.metrics]
@@ -85,7 +88,7 @@ def outcomes(run: Run) -> list[Outcome]:
 
 
 def collect(records: Iterable[Record]) -> list[Outcome]:
-    """As `outcomes`, from records alone."""
+    """As `outcomes`, for records without a run folder."""
     cells: dict[str, dict[int, Record]] = {}
     for record in records:
         cells.setdefault(record.cell_id, {})[record.repeat] = record
@@ -93,7 +96,7 @@ def collect(records: Iterable[Record]) -> list[Outcome]:
 
 
 def said(value: float, unit: str, exact: bool = False) -> str:
-    """A number with its unit for people: "412.0 MiB", "12.3 ms", "8,320 tokens/s", "0.14".
+    """A number with its unit, as text for people: "412.0 MiB", "12.3 ms", "8,320 tokens/s", "0.14".
 
     exact: every digit (bytes in full), for two numbers that look alike when rounded.
     """
@@ -113,6 +116,6 @@ def said(value: float, unit: str, exact: bool = False) -> str:
 
 
 def said_apart(first: float, second: float, unit: str) -> tuple[str, str]:
-    """Two numbers for people; in full where rounding would make different ones look equal."""
+    """Two numbers as `said` writes them, with every digit where rounding would make different ones look equal."""
     exact = first != second and said(first, unit) == said(second, unit)
     return said(first, unit, exact), said(second, unit, exact)

@@ -1,6 +1,6 @@
-"""A record: everything known about one executed cell, one line of JSON.
+"""A record: everything known about one executed cell, stored as one line of JSON.
 
-History of the format: 1, the first.
+Versions of the format (`schema`): 1, the first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Status = Literal["ok", "oom", "timeout", "error", "skipped"]
 Source = Literal["measured", "counted", "predicted"]
 Value = int | float | str | list[Any] | None
 
-# JSON has no word for these, and a reconstruction error may well be infinite: they are written as strings.
+# JSON cannot write these numbers, and a reconstruction error may be infinite, so they are written as strings.
 _NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
@@ -25,8 +25,10 @@ _NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 class Metric:
     """One number that leaves the program, in the unit of its Kind (bytes, never MiB).
 
-    value: None where it could not be had; then `absent` says why. Never -1, 0 or nan for "unknown".
-    n, min, max, samples: over the measured steps.  phases: peak per phase of a step.
+    value: None where it could not be obtained; then `absent` says why. Never -1, 0 or nan for "unknown".
+    n, min, max, samples: over the measured steps.  phases: the peak of each phase of a step.
+
+    Raises ValueError: when it has both a value and a reason of absence, or neither; or an unknown source.
     """
 
     value: Value
@@ -45,28 +47,29 @@ class Metric:
             raise ValueError(f"a metric is {', '.join(get_args(Source))}, not {self.source!r}")
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """The metric with its unit; fields that say nothing are left out, `value` never is.
+        """The metric with its unit; fields that are None are left out, except `value`.
 
-        Infinity and NaN, in lists too, are the strings "Infinity", "-Infinity" and "NaN": the line stays JSON.
+        Infinity and NaN, also within lists, become the strings "Infinity", "-Infinity", "NaN": JSON has no such number.
+        Raises UserError: when `name` is not in METRICS.
         """
         if name not in METRICS:
-            raise UserError(name, "is no metric", "enter it, with its unit, into METRICS of records/metrics.py")
-        said = {key: _written(value) for key, value in asdict(self).items() if value is not None}
-        return {"value": None, "unit": METRICS[name].unit, **said}
+            raise UserError(name, "is no metric", "enter it, with its unit, into METRICS of catalogue/metrics.py")
+        fields = {key: _written(value) for key, value in asdict(self).items() if value is not None}
+        return {"value": None, "unit": METRICS[name].unit, **fields}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Metric:
-        """The metric that `to_json` wrote, its infinities floats again. Raises TypeError or ValueError."""
+        """The metric that `to_json` wrote. Raises TypeError or ValueError: when the content is not a metric."""
         known = {key: value for key, value in content.items() if key in Metric.__dataclass_fields__}
-        # What a reason says is text, whatever it says.
+        # A reason stays text, even if it is the word "NaN".
         return Metric(**{key: value if key in ("source", "absent") else _read(value) for key, value in known.items()})
 
 
 @dataclass(frozen=True)
 class Record:
-    """One executed cell and repeat. Field names are those of docs/measuring.md 2.
+    """One executed repeat of a cell. Field names are those of docs/measuring.md 2.
 
-    cell: `Cell.recorded()`, with what was observed (`attention_used`, `model_revision`).
+    cell: `Cell.recorded()`, and what was observed in the run (`attention_used`, `model_revision`).
     status_detail: type, message, phase, requested_bytes, free_bytes, capacity_bytes, dominated_by,
         exit_signal, traceback; only those that are known.
     wall_s: seconds from the start of the process to its end.
@@ -110,7 +113,7 @@ class Record:
         return f"{name}({','.join(f'{key}={value}' for key, value in sorted(overrides.items()))})"
 
     def value(self, name: str) -> Value:
-        """Value of a metric; None where it is absent or was not taken."""
+        """The value of a metric; None where it is absent or was not measured."""
         metric = self.metrics.get(name)
         return metric.value if metric else None
 
@@ -120,7 +123,7 @@ class Record:
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Record:
-        """Raises KeyError, TypeError or ValueError where the content is not a record."""
+        """The record that `to_json` wrote. Raises KeyError, TypeError or ValueError: when the content is no record."""
         metrics = {name: Metric.from_json(value) for name, value in content["metrics"].items()}
         known = {key: value for key, value in content.items() if key in Record.__dataclass_fields__}
         return Record(**(known | {"metrics": metrics}))

@@ -1,7 +1,7 @@
-"""The run folder: suite.yaml, environment.json, records.jsonl. One writer appends; anybody reads.
+"""The run folder: suite.yaml, environment.json, records.jsonl. One process writes at a time; any number may read.
 
-A record is one line, written, flushed and fsynced; every other file is written beside and moved into place.
-So whatever moment a run is killed at, finished records are kept, and at most the last line is torn.
+A record is one line, written and fsynced; every other file is written under a temporary name and moved into place.
+So whenever a run is killed, finished records are kept, and at most the last line is torn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SUITE, ENVIRONMENT, RECORDS, BUDGETS, LOCK = "suite.yaml", "environment.json", "
 class Run:
     """A run folder as read: the resolved suite, the environment, and the last record of each cell and repeat.
 
-    torn: a last line that was cut off was left out (the run was killed while writing it).
+    torn: whether the last line was incomplete and left out (the run was killed while writing it).
     """
 
     path: Path
@@ -52,20 +52,20 @@ class Run:
         return str(self.suite["run_id"])
 
     def to_frame(self) -> DataFrame:
-        """One row a cell, as tables and plots have them (report.tables.frame_of)."""
-        # By name: reports stand above records.
+        """One row for each cell, as tables and plots use them (report.tables.frame_of)."""
+        # Imported by name, because records may not import reports (the import layers in pyproject.toml).
         frame: DataFrame = import_module("meftbench.report.tables").frame_of(self)
         return frame
 
 
 def folder_at(path: Path | str) -> Path:
-    """A folder by its path, there or not. Raises UserError: no path, or one that the system cannot have."""
+    """`path` as a Path, whether a folder is there or not. Raises UserError: when no folder can have this path."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(repr(path), "is not a path", "give the path of a folder")
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # said in its own way by who reads or writes there
+        pass  # reported by the caller, when it reads or writes there
     except (OSError, ValueError) as error:  # too long, a circle of links, a null character
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(str(path), f"cannot be a folder ({why})", "give another path") from None
@@ -73,7 +73,7 @@ def folder_at(path: Path | str) -> Path:
 
 
 def load_run(path: Path | str) -> Run:
-    """Read a run folder. Raises UserError (exit 2): no such folder, not a run, damaged inside, newer schema."""
+    """Read a run folder. Raises UserError (exit 2): when it is absent, no run, damaged, or of a newer schema."""
     folder = folder_at(path)
     if not folder.is_dir():
         raise UserError(str(folder), "no such run folder", "name a folder that `meftbench run` wrote")
@@ -88,13 +88,16 @@ def load_run(path: Path | str) -> Run:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(str(folder), f"{SUITE} or {ENVIRONMENT} is damaged ({error})", "run the suite again") from None
     records, torn = read_records(folder / RECORDS)
-    # A cell tried again (`--retry`) has two lines: the later one says how it ended.
+    # A cell that was run again (`--retry`) has two lines, of which the later one counts.
     latest = {(record.cell_id, record.repeat): record for record in records}
     return Run(folder, suite, environment, list(latest.values()), torn)
 
 
 def read_records(file: Path) -> tuple[list[Record], bool]:
-    """The records of a JSONL file, and whether a torn last line was left out."""
+    """The records of a JSONL file, and whether a torn last line was left out.
+
+    Raises UserError: when a line is not a record, or is one of a newer schema.
+    """
     if not file.exists():
         return [], False
     lines = file.read_bytes().split(b"\n")
@@ -113,14 +116,14 @@ def read_records(file: Path) -> tuple[list[Record], bool]:
 
 
 def warn_if_torn(run: Run) -> None:
-    """One line on stderr where the last record was cut off."""
+    """Print a warning to stderr if the last record was cut off."""
     if run.torn:
         cure = "`meftbench run --resume` repeats that cell"
         print(f"{run.path / RECORDS}: the last line is cut off and was left out; {cure}", file=sys.stderr)
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write `file` so that it is there in full or not at all. Raises UserError where the folder is not writable."""
+    """Write `file` so that it is there in full or not at all. Raises UserError: when it cannot be written."""
     try:
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -134,7 +137,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def made(folder: Path) -> Path:
-    """`folder`, made with its parents if it was not there. Raises UserError where that cannot be."""
+    """`folder`, created with its parents if it did not exist. Raises UserError: when that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -146,7 +149,7 @@ def unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(str(folder), f"cannot be written ({error.strerror or error})", "choose another folder with --out")
 
 
-# A message of somebody's exception may hold them; no encoding has them.
+# Halves of surrogate pairs, which UTF-8 cannot encode; a message of an exception may contain them.
 _HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
 
 
@@ -159,7 +162,7 @@ class Writer:
         self._drop_torn_line()
 
     def append(self, record: Record) -> None:
-        """Add one record; it is on the disk when this returns."""
+        """Add one record; it is on the disk when this returns. Raises UserError: when it cannot be written."""
         text = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
         line = _HALF_CHARACTERS.sub("\ufffd", text).encode() + b"\n"
         try:
@@ -170,23 +173,26 @@ class Writer:
             raise unwritable(self.folder, error) from None
 
     def write(self, name: str, text: str) -> None:
-        """Write another file of the folder, whole or not at all."""
+        """Write another file of the folder, in full or not at all."""
         write_whole(self.folder / name, text)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
     def _drop_torn_line(self) -> None:
-        """A line without its end was never a finished record; the next one must not be glued to it."""
+        """Cut off a last line without its end, which is no complete record, so that the next record begins a line."""
         content = (self.folder / RECORDS).read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            os.ftruncate(self._descriptor, whole)
+        complete = content.rfind(b"\n") + 1
+        if complete != len(content):
+            os.ftruncate(self._descriptor, complete)
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Writer]:
-    """The writer of `folder`, made if needed. Raises UserError: not writable, or another run writes there."""
+    """The writer of `folder`, which is created if needed.
+
+    Raises UserError: when it is not writable, or another run writes there.
+    """
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Plots of what one setting does to the score of a trained method, all else being equal."""
+"""Plots of how one setting of a method changes its score after training, all else being equal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-# The settings that are looked at one by one, and what their axis is called.
+# The settings that are plotted one at a time, and the label of their axis.
 AXES = {
     "side_bits": "side bits m (the factor is 1/2^m)",
     "adapter_size": "adapter dimension r",
@@ -27,14 +27,14 @@ _COLOURS = ("#004D38", "#B34700", "#0072B2", "#CC79A7")
 
 
 def draws_for(axis: str) -> list[Draw]:
-    """What is drawn of an axis, one above the other: the score; of reversible layers the memory as well."""
+    """The plots of an axis, one above the other: the score and, for reversible layers, the activation memory."""
 
     def score(frame: DataFrame, ax: Axes) -> None:
-        """Score against the setting, a line for cells that are alike but for it; bars are deviations over seeds."""
-        _plot(frame, ax, axis, lambda r: r.score.mean, lambda r: r.score.deviation or 0.0, _scored(frame))
+        """Score against the setting, a line for cells that differ in it alone; bars: standard deviations over seeds."""
+        _plot(frame, ax, axis, lambda r: r.score.mean, lambda r: r.score.deviation or 0.0, _score_label(frame))
 
     def memory(frame: DataFrame, ax: Axes) -> None:
-        """Activation memory of a step, from zero, against the setting."""
+        """Activation memory of a step against the setting, on an axis from zero."""
         _plot(frame, ax, axis, lambda r: (r.activation_bytes or 0) / MiB, lambda r: 0.0, "activation memory (MiB)")
         ax.set_ylim(0)
 
@@ -42,25 +42,25 @@ def draws_for(axis: str) -> list[Draw]:
 
 
 def sweeps(frame: DataFrame, axis: str) -> list[list[Result]]:
-    """Results of one task and method that differ in `axis` alone, in its order; lines of two at least."""
-    found: dict[str, list[Result]] = {}
+    """Results of one task and method that differ in `axis` alone, ordered by it; only lines of two or more values."""
+    results_by_line: dict[str, list[Result]] = {}
     for result in results(frame):
         settings = json.loads(result.first["settings"])
         if settings.get(axis) is None and axis != "side_bits":
             continue
         if _place(result, axis) is None or result.own:
             continue
-        alike = {name: value for name, value in settings.items() if name not in (axis, "side_bits")}
+        fixed = {name: value for name, value in settings.items() if name not in (axis, "side_bits")}
         if axis != "side_bits":
-            alike["side_bits"] = result.first["side_bits"]
-        key = json.dumps([result.first["task"], result.first["method_name"], result.first["levers"], alike])
-        found.setdefault(key, []).append(result)
-    lines = [sorted(line, key=lambda r: float(_place(r, axis) or 0)) for line in found.values()]
+            fixed["side_bits"] = result.first["side_bits"]
+        key = json.dumps([result.first["task"], result.first["method_name"], result.first["levers"], fixed])
+        results_by_line.setdefault(key, []).append(result)
+    lines = [sorted(line, key=lambda r: float(_place(r, axis) or 0)) for line in results_by_line.values()]
     return [line for line in lines if len({_place(r, axis) for r in line}) > 1]
 
 
 def _place(result: Result, axis: str) -> float | None:
-    """Where a result stands on the axis; all layers are as many as the model has."""
+    """The position of a result on the axis; the setting "all" is the number of layers of the model."""
     value: Any = result.first["side_bits"] if axis == "side_bits" else json.loads(result.first["settings"]).get(axis)
     place = result.first["layers"] if value == "all" else value
     return None if place is None else float(place)
@@ -78,7 +78,7 @@ def _plot(
     for line, shade in zip(lines, _COLOURS * len(lines), strict=False):
         xs = [place for r in line if (place := _place(r, axis)) is not None]
         ax.errorbar(xs, [value(r) for r in line], yerr=[spread(r) for r in line], color=shade, marker="o", capsize=3,
-                    label=_named(line[0], axis))  # fmt: skip
+                    label=_label_without(line[0], axis))  # fmt: skip
     places = sorted({place for line in lines for r in line if (place := _place(r, axis)) is not None})
     if axis == "adapter_size":
         ax.set_xscale("log", base=2)
@@ -89,55 +89,60 @@ def _plot(
     legend_beside(ax)
 
 
-def _named(result: Result, axis: str) -> str:
-    """The method's label without the setting that is looked at."""
+def _label_without(result: Result, axis: str) -> str:
+    """The method's label without the setting that is plotted."""
     name, settings, levers = parts_of(str(result.first["method"]))
     rest = [setting for setting in settings if not setting.startswith(f"{axis}=")]
     return "+".join([f"{name}({','.join(rest)})" if rest else name, *levers])
 
 
-def _scored(frame: DataFrame) -> str:
+def _score_label(frame: DataFrame) -> str:
     first = next(iter(results(frame)), None)
     return f"{first.first['scored_by'] if first else 'score'} on validation"
 
 
-# What moves the starting point; the factors themselves may be named instead of the side bits.
-_MOVES = ("coupling", "output", "side_bits", "lambda", "beta")
+# The settings that move the starting point. The factors lambda and beta may be set instead of the side bits.
+_STARTING_POINT_SETTINGS = ("coupling", "output", "side_bits", "lambda", "beta")
 
 
 def shifted(frame: DataFrame) -> list[Result]:
-    """Results of reversible methods that differ, each from others of its method, in where they start alone.
+    """Results of reversible methods that differ from others of the same method in their starting point alone.
 
-    Of the settings that a method was run at otherwise, those with the most such results.
+    Of each method, those at the combination of other settings and levers that has the most such results.
     """
-    alike: dict[str, dict[str, list[Result]]] = {}
+    by_method: dict[str, dict[str, list[Result]]] = {}
     for result in results(frame):
         row = result.first
         if row["coupling"] and row["starting_point_shift"] is not None and not result.own:
-            rest = {name: value for name, value in json.loads(row["settings"]).items() if name not in _MOVES}
-            of = alike.setdefault(str(row["method_name"]), {})
-            of.setdefault(json.dumps([row["levers"], rest]), []).append(result)
-    lines = [max(of.values(), key=len) for of in alike.values()]
-    return [r for line in lines if len({r.first["starting_point_shift"] for r in line}) > 1 for r in line]
+            other_settings = {
+                name: value
+                for name, value in json.loads(row["settings"]).items()
+                if name not in _STARTING_POINT_SETTINGS
+            }
+            by_settings = by_method.setdefault(str(row["method_name"]), {})
+            by_settings.setdefault(json.dumps([row["levers"], other_settings]), []).append(result)
+    largest = [max(by_settings.values(), key=len) for by_settings in by_method.values()]
+    return [r for line in largest if len({r.first["starting_point_shift"] for r in line}) > 1 for r in line]
 
 
 def plot_score_by_shift(frame: DataFrame, ax: Axes) -> None:
-    """Score after training against the starting-point shift before it, a point a reversible method and setting.
+    """Score after training against the starting-point shift before it, a point per reversible method and setting.
 
-    Colour and marker are coupling and output; the number beside a point is its factor near zero.
+    Colour and marker stand for coupling and output; the number beside a point is its factor 1/2^m, where
+    side bits m are known.
     """
-    said: set[str] = set()
+    labelled: set[str] = set()
     for result in shifted(frame):
         row = result.first
         shade, marker, _ = SWEEP[row["coupling"], row["output"]]
         label = f"{row['method_name']}, {row['coupling']}, {row['output']}"
         ax.errorbar([row["starting_point_shift"]], [result.score.mean], yerr=[result.score.deviation or 0.0],
                     color=shade, marker=marker, markersize=7, capsize=3, linestyle="none",
-                    label=label if label not in said else "_again")  # fmt: skip
-        said.add(label)
+                    label=label if label not in labelled else "_again")  # fmt: skip
+        labelled.add(label)
         if row["side_bits"] is not None:
             ax.annotate(f"1/{2 ** row['side_bits']}", (row["starting_point_shift"], result.score.mean), fontsize=7,
                         xytext=(6, 4), textcoords="offset points")  # fmt: skip
-    ax.set(xlabel="starting-point shift, before training", ylabel=_scored(frame))
+    ax.set(xlabel="starting-point shift, before training", ylabel=_score_label(frame))
     ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     legend_beside(ax)

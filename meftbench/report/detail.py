@@ -1,4 +1,4 @@
-"""One record for people: which memory is which, what the peak consists of, phases, fidelity, how to run it again."""
+"""One record as text for people: its memory metrics, what the peak consists of, phases, errors, how to rerun it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 
 from meftbench.catalogue.metrics import BREAKDOWN, METRICS, SHARED_CORES
 from meftbench.errors import NOTHING_MATCHED, UserError
+from meftbench.plan.axes import IN_LABEL
 from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
+from meftbench.report.tables import with_used
 from meftbench.verdicts.budgets import glob
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Smallest first: each holds the one before. The sentence says what it is good for.
+# Smallest first: each includes the one before it. The text says what it is good for.
 LADDER = {
     "peak_requested_bytes": "what the tensors need; for comparing with theory",
     "peak_active_bytes": "with blocks that wait for another stream",
@@ -45,27 +47,27 @@ _TRAINING = (
     "training_tokens_per_s",
 )
 _START = ("starting_loss", "pretrained_loss", "starting_point_shift")
-NARROW = 80  # columns of a terminal below which a record is no table
+NARROW = 80  # below this many columns of the terminal a record is printed without tables
 _MOST_EVALUATIONS = 12
-# Above this the recomputed activations are another network's.
+# Above this relative error the recomputed activations are not those of the forward pass.
 NOISE = 1e-3
-# A starting loss above this multiple of the pre-trained model's is said to be far from it.
+# A starting loss above this multiple of the pre-trained model's gets a warning.
 FAR_START = 1.1
 
 
 @dataclass(frozen=True)
 class Section:
-    """rows: name, value with unit and source, meaning."""
+    """A titled part of a record. rows: name, value with unit and source, meaning."""
 
     title: str
     rows: list[tuple[str, str, str]]
 
 
 def sections(record: Record) -> list[Section]:
-    """The record as sections, those without rows left out."""
-    ladder = [(n, told(n, record.metrics[n]), why) for n, why in LADDER.items() if n in record.metrics]
+    """The record as sections; those without rows are left out."""
+    ladder = [(n, value_text(n, record.metrics[n]), why) for n, why in LADDER.items() if n in record.metrics]
     used = {*_STEP, *LADDER, *BREAKDOWN, *_TRAINING, *_START, "peak_buffers", "learning_curve"}
-    found = [
+    all_sections = [
         Section("The training", list(_rows(record, _TRAINING))),
         Section("Validation during the training", list(_curve(record))),
         Section("Peaks, each with what the one before leaves out", ladder),
@@ -77,11 +79,11 @@ def sections(record: Record) -> list[Section]:
         Section("Reconstruction error of each layer", list(_layers(record))),
         Section("Everything else", list(_rows(record, tuple(name for name in METRICS if name not in used)))),
     ]
-    return [section for section in found if section.rows]
+    return [section for section in all_sections if section.rows]
 
 
 def _buffers(record: Record) -> Iterator[tuple[str, str, str]]:
-    """The largest first: how it came about, its bytes, its shape and where in the code."""
+    """A row per buffer, the largest first: its operation, its bytes, and its category, shape and place in the code."""
     metric = record.metrics.get("peak_buffers")
     for row in metric.value if metric is not None and isinstance(metric.value, list) else []:
         times = f"{row['count']} of them, " if row["count"] > 1 else ""
@@ -90,8 +92,8 @@ def _buffers(record: Record) -> Iterator[tuple[str, str, str]]:
         yield row["op"], f"{said(row['bytes'], 'byte')} ({record.metrics['peak_buffers'].source})", meaning
 
 
-def told(name: str, metric: Metric) -> str:
-    """`412.0 MiB (counted)`, `absent: no driver`; lists as their length."""
+def value_text(name: str, metric: Metric) -> str:
+    """A value with unit and source, `412.0 MiB (counted)`, or `absent: no driver`; of a list, its length."""
     if metric.absent is not None:
         return f"absent: {metric.absent}"
     value = as_number(metric.value)
@@ -104,64 +106,69 @@ def told(name: str, metric: Metric) -> str:
     spread = ""
     if metric.min is not None and metric.max is not None and metric.min != metric.max:
         spread = f", {said(metric.min, unit)} to {said(metric.max, unit)}"
-    named = f" {unit}" if unit in ("ratio", "celsius", "watt", "megahertz", "cosine") else ""
-    return f"{said(value, unit)}{named} ({metric.source}{spread})"
+    unit_suffix = f" {unit}" if unit in ("ratio", "celsius", "watt", "megahertz", "cosine") else ""
+    return f"{said(value, unit)}{unit_suffix} ({metric.source}{spread})"
 
 
 def warnings(record: Record) -> list[str]:
-    """What a reader must know before trusting the numbers of a record, a sentence each."""
-    found: list[str] = []
+    """What a reader must know before trusting the numbers of a record, as sentences."""
+    sentences: list[str] = []
 
     def number(name: str) -> float | None:
         return as_number(record.value(name))
 
     if number("device_shared"):
-        found.append("another process used the device: memory outside torch and time are not this cell's alone")
+        sentences.append("another process used the device: memory outside torch and time are not this cell's alone")
     waited = number("cpu_wait_share")
     if waited is not None and waited > SHARED_CORES:
-        found.append(
+        sentences.append(
             f"its threads waited for a core {waited:.0%} of the time while others held them: the time is too long"
         )
     reasons = record.value("throttle_reasons")
     if reasons and reasons != "none":
-        found.append(f"the clocks were held down while timing ({_words(reasons)}): the time is too long")
+        sentences.append(f"the clocks were held down while timing ({_words(reasons)}): the time is too long")
     if number("alloc_retries"):
-        found.append("the allocator had to free its cache and try again: at the edge of memory, time is distorted")
+        sentences.append("the allocator had to free its cache and try again: at the edge of memory, time is distorted")
     if record.status_detail.get("type") == "lever-not-engaged":
-        found.append(f"lever not engaged: {record.status_detail.get('message', 'it was asked for, not observed')}")
-    used, asked = record.cell.get("attention_used"), record.cell.get("attention_requested")
-    if used and asked not in (None, OWN_ATTENTION) and used != asked and not str(used).startswith(f"{asked}"):
-        found.append(f"attention {asked} was asked for, {used} was used")
+        sentences.append(f"lever not engaged: {record.status_detail.get('message', 'it was asked for, not observed')}")
+    used, requested = record.cell.get("attention_used"), record.cell.get("attention_requested")
+    if (
+        used
+        and requested not in (None, OWN_ATTENTION)
+        and used != requested
+        and not str(used).startswith(f"{requested}")
+    ):
+        sentences.append(f"attention {requested} was asked for, {used} was used")
     error = number("reconstruction_rel_max")
     if error is not None and not error <= NOISE:
-        found.append(
+        sentences.append(
             f"reconstruction error {said(error, 'ratio')}: what is recomputed is not what was computed, "
             "and the gradients of the lower adapters are noise"
         )
     start, pretrained = number("starting_loss"), number("pretrained_loss")
     if start is not None and pretrained is not None and not start <= FAR_START * pretrained:
-        found.append(
+        sentences.append(
             f"start loss {start:.2f} ({pretrained:.2f}): before any training the model with the method is far from "
             "the pre-trained one in brackets, whose knowledge is lost at the start"
         )
     drift = number("drift_bytes_per_step")
     if drift:
-        found.append(f"memory grows by {said(drift, 'byte')} each step: something is not freed")
+        sentences.append(f"memory grows by {said(drift, 'byte')} each step: something is not freed")
     if number("overflow_events"):
-        found.append("NaN or infinite values occurred in streams or gradients")
-    return found
+        sentences.append("NaN or infinite values occurred in streams or gradients")
+    return sentences
 
 
 def command(run: Run, record: Record) -> str:
-    """The line that runs this cell again."""
+    """The command line that runs this cell again."""
     suite = run.suite.get("source") or run.name
     device = record.cell.get("device", "counted")
-    if typed := run.suite.get("command"):
-        rate = (record.cell.get("training") or {}).get("learning_rate")
-        return f"meftbench {typed} --learning-rate {rate} --seed {record.cell.get('seed', 0)}"
+    if command_line := run.suite.get("command"):
+        learning_rate = (record.cell.get("training") or {}).get("learning_rate")
+        return f"meftbench {command_line} --learning-rate {learning_rate} --seed {record.cell.get('seed', 0)}"
     allowed = " --allow-code" if record.cell.get("own_code") else ""
-    where = f"--where cell_id={record.cell_id} --device {shlex.quote(device)}"
-    return f"meftbench run {shlex.quote(str(suite))} {where}{allowed}"
+    selection = f"--where cell_id={record.cell_id} --device {shlex.quote(device)}"
+    return f"meftbench run {shlex.quote(str(suite))} {selection}{allowed}"
 
 
 def _words(value: object) -> str:
@@ -171,7 +178,7 @@ def _words(value: object) -> str:
 def _rows(record: Record, names: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
     for name in names:
         if name in record.metrics:
-            yield name, told(name, record.metrics[name]), METRICS[name].meaning
+            yield name, value_text(name, record.metrics[name]), METRICS[name].meaning
 
 
 def _breakdown(record: Record) -> Iterator[tuple[str, str, str]]:
@@ -180,7 +187,7 @@ def _breakdown(record: Record) -> Iterator[tuple[str, str, str]]:
         value = as_number(record.value(name))
         if value:
             share = f", {value / total:.1%} of the peak" if total else ""
-            yield name, f"{told(name, record.metrics[name])}{share}", METRICS[name].meaning
+            yield name, f"{value_text(name, record.metrics[name])}{share}", METRICS[name].meaning
 
 
 def _phases(record: Record) -> Iterator[tuple[str, str, str]]:
@@ -190,7 +197,7 @@ def _phases(record: Record) -> Iterator[tuple[str, str, str]]:
 
 
 def _curve(record: Record) -> Iterator[tuple[str, str, str]]:
-    """A row an evaluation; of many, as many as are read, the first and the last among them."""
+    """A row per evaluation; of a long curve about _MOST_EVALUATIONS, the first and the last among them."""
     metric = record.metrics.get("learning_curve")
     curve = metric.value if metric is not None and isinstance(metric.value, list) else []
     stride = max(1, -(-(len(curve) - 1) // _MOST_EVALUATIONS))
@@ -209,22 +216,26 @@ def _layers(record: Record) -> Iterator[tuple[str, str, str]]:
         yield f"layer {layer}", f"{errors} ({metric.source})", "first stream, second stream"
 
 
-def find_records(run: Run, wanted: str) -> list[Record]:
-    """The records of the cell(s) that `wanted` names: a cell_id or its start, or a glob on the label.
+def find_records(run: Run, selector: str) -> list[Record]:
+    """The records of the cells that `selector` names: a cell_id or its start, or a glob on the label.
 
     Raises UserError (exit 5) where there is none, with the nearest labels.
     """
-    pattern = glob(wanted)
-    found = [r for r in run.records if r.cell_id.startswith(wanted) or pattern.fullmatch(r.label)]
-    if not found:
-        near = get_close_matches(wanted, {record.label for record in run.records}, n=3, cutoff=0.4)
-        cure = f"did you mean {', '.join(map(repr, near))}?" if near else f"`meftbench show {run.path}` lists its cells"
-        raise UserError(str(run.path), f"no cell {wanted!r}", cure, NOTHING_MATCHED)
-    return found
+    pattern = glob(selector)
+    matching = [r for r in run.records if r.cell_id.startswith(selector) or pattern.fullmatch(r.label)]
+    if not matching:
+        nearest = get_close_matches(selector, {record.label for record in run.records}, n=3, cutoff=0.4)
+        advice = (
+            f"did you mean {', '.join(map(repr, nearest))}?"
+            if nearest
+            else f"`meftbench show {run.path}` lists its cells"
+        )
+        raise UserError(str(run.path), f"no cell {selector!r}", advice, NOTHING_MATCHED)
+    return matching
 
 
 def print_records(run: Run, records: list[Record], traceback: bool = False, console: Console | None = None) -> None:
-    """Print records for people; `traceback`: with that of a failed cell."""
+    """Print records for people. traceback: print the recorded traceback of each as well, or that there is none."""
     from rich.console import Console
     from rich.text import Text
 
@@ -243,7 +254,7 @@ def print_records(run: Run, records: list[Record], traceback: bool = False, cons
 
 
 def _print_section(section: Section, out: Console) -> None:
-    """A table; on a narrow terminal name, value and meaning of a row below each other, nothing cut."""
+    """Print a table; on a narrow terminal name, value and meaning of a row stand on lines of their own, uncut."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -264,22 +275,13 @@ def _print_section(section: Section, out: Console) -> None:
 
 
 def headline(record: Record) -> list[str]:
-    """How the cell ended, and under what settings it ran."""
+    """Lines that say how the cell ended and with what settings it ran."""
     detail = {k: v for k, v in record.status_detail.items() if k not in ("traceback", "message") and v is not None}
     facts = ", ".join(f"{key} {said(v, 'byte') if key.endswith('_bytes') else v}" for key, v in detail.items())
     message = " ".join(str(record.status_detail.get("message", "")).split())
     ended = ": ".join(part for part in (record.status, message) if part) + (f" ({facts})" if facts else "")
     cell = record.cell
-    names = (
-        "precision",
-        "head",
-        "attention_requested",
-        "attention_used",
-        "optimizer",
-        "optimizer_impl",
-        "device",
-        "weights",
-    )
+    names = (*with_used(IN_LABEL), "device", "weights")
     settings = ", ".join(f"{name} {cell[name]}" for name in names if cell.get(name) is not None)
     params = ", ".join(f"{k}={v}" for k, v in (cell.get("method_params") or {}).items() if v is not None)
     return [

@@ -1,4 +1,4 @@
-"""Figures: which plots a run has, their panels and captions, and the same bytes as PNG and SVG on every machine."""
+"""Figures: which plots a run has, their panels and captions, saved as the same PNG and SVG on every machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meftbench.plan.axes import SHAPE
 from meftbench.report import ablations, plots, score_plots, side_bits
 from meftbench.report.scores import COMPARED, differing_settings, results, trained, untrained
 from meftbench.report.tables import (
-    SHAPE,
     WRONG_GRADIENT,
     Group,
     groups,
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# More panels than this are not read; the table has all cells.
+# A figure draws at most this many panels, since more would not be read; the table has all cells.
 _MAX_PANELS = 8
 _PIXELS_AN_INCH = 96
 Draw = Callable[["DataFrame", "Axes"], None]
-# One above the other, over the same side bits; a metric that the run did not take has no row.
+# Plots that stand above each other over the same side bits; one whose metric the run did not take is left out.
 _BY_SIDE_BITS: dict[str, Draw] = {
     "starting_point_shift": side_bits.plot_shift_by_side_bits,
     "activation_peak_bytes": side_bits.plot_activation_by_side_bits,
@@ -53,9 +53,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure that a model may have. draws: one, or several that stand above each other in a column a panel.
+    """A figure that a model may have. draws: the plot of a panel, or several that stand above each other in it.
 
-    note: what it leaves out, said below the panels.
+    note: printed below the panels, such as what is left out.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure. name: of the files, without ending.  alt: what it shows, for who does not see it."""
+    """A drawn figure. name: of the files, without ending.  alt: what it shows, for readers who cannot see it."""
 
     name: str
     title: str
@@ -79,7 +79,7 @@ class Picture:
         return _saved(self.figure, "svg", self.name).decode()
 
     def inline(self) -> str:
-        """The `<svg>` element for a page: ids made its own, named for screen readers, sized by the page."""
+        """The `<svg>` element for a page: with unique ids, hidden from screen readers (which get `alt`), scalable."""
         text = self.svg()
         element = text[text.index("<svg") :]
         # Two figures in one page may not share an id.
@@ -97,64 +97,64 @@ class Picture:
 
 
 def pictures(frame: DataFrame) -> list[Picture]:
-    """The figures of a run or several, one of each kind for each model; kinds without data are left out."""
-    found: list[Picture] = []
+    """The figures of one run or several, one of each kind per model; kinds without data are left out."""
+    drawn: list[Picture] = []
     models = list(dict.fromkeys(frame["model"]))
     for model in models:
-        mine = frame[frame["model"] == model]
+        of_model = frame[frame["model"] == model]
         several = len(models) > 1
-        for kind in _kinds(mine):
+        for kind in _kinds(of_model):
             if kind.panels:
                 slug = f"{kind.name}-{_slug(model)}" if several else kind.name
                 heading = f"{kind.title}: {model}"
-                found.append(Picture(slug, heading, _alt(heading, kind), _figure(heading, kind)))
-    return found
+                drawn.append(Picture(slug, heading, _alt(heading, kind), _figure(heading, kind)))
+    return drawn
 
 
 def _kinds(whole: DataFrame) -> list[Kind]:
-    return [*_quality(trained(whole)), *_memory(untrained(whole))]
+    return [*_training_kinds(trained(whole)), *_memory_kinds(untrained(whole))]
 
 
-def _quality(frame: DataFrame) -> list[Kind]:
-    """The figures of trainings: a panel a task, in one setting."""
+def _training_kinds(frame: DataFrame) -> list[Kind]:
+    """The figures of training: a panel per task and setting."""
     panels = []
-    apart = [rows for _, rows in frame.groupby(list(COMPARED), sort=False, dropna=False) if results(rows)]
-    firsts = [next(rows_of(rows)) for rows in apart]
+    comparable = [rows for _, rows in frame.groupby(list(COMPARED), sort=False, dropna=False) if results(rows)]
+    firsts = [next(rows_of(rows)) for rows in comparable]
     differing = [*(["precision"] if len({row["precision"] for row in firsts}) > 1 else []), *differing_settings(firsts)]
-    for rows, first in zip(apart, firsts, strict=True):
+    for rows, first in zip(comparable, firsts, strict=True):
         shape = shape_text(*(first[name] for name in SHAPE))
-        rest = "".join(f", {setting_text(name, first[name])}" for name in differing)
-        panels.append(Panel(f"{first['task']}, {shape}{rest}", rows))
-    # Of one evaluation there is a point, and no curve.
+        settings = "".join(f", {setting_text(name, first[name])}" for name in differing)
+        panels.append(Panel(f"{first['task']}, {shape}{settings}", rows))
+    # A single evaluation is a point and not a curve.
     curves = [panel for panel in panels if any(len(curve or ()) > 1 for curve in panel.frame["learning_curve"])]
     memory, time = score_plots.plot_score_by_memory, score_plots.plot_score_by_time
-    paler = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
+    score_note = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
     swept = {axis: [panel for panel in panels if ablations.sweeps(panel.frame, axis)] for axis in ablations.AXES}
     shifts = [panel for panel in panels if ablations.shifted(panel.frame)]
     bars = "Bars: standard deviation over seeds."
     return [
-        Kind("score-by-memory", "Score and activation memory", [memory], panels, paler),
-        Kind("score-by-time", "Score and training time", [time], panels, paler),
+        Kind("score-by-memory", "Score and activation memory", [memory], panels, score_note),
+        Kind("score-by-time", "Score and training time", [time], panels, score_note),
         Kind("learning-curves", "Learning curves", [score_plots.plot_learning_curves], curves,
              "Bands: lowest and highest of the seeds."),
         Kind("score-by-shift", "Score and starting-point shift", [ablations.plot_score_by_shift], shifts, bars),
         *(Kind(f"score-by-{axis.replace('_', '-')}", f"Score and {axis.replace('_', ' ')}", ablations.draws_for(axis),
-               where, bars) for axis, where in swept.items()),
+               swept_panels, bars) for axis, swept_panels in swept.items()),
     ]  # fmt: skip
 
 
-def _memory(whole: DataFrame) -> list[Kind]:
+def _memory_kinds(whole: DataFrame) -> list[Kind]:
     if not len(whole):
         return []
-    sweeps = _sweeps(whole)
+    sweeps = _side_bits_panels(whole)
     swept = [metric for metric in _BY_SIDE_BITS if any(panel.frame[metric].notna().any() for panel in sweeps)]
     frame, note = _one_of_each_sweep(whole, sweeps)
-    shapes = _one_shape(frame, "peak_allocated_bytes")
-    errors = _one_shape(frame, "reconstruction_rel")
+    shapes = _panels_at_one_shape(frame, "peak_allocated_bytes")
+    errors = _panels_at_one_shape(frame, "reconstruction_rel")
     speeds = [panel for panel in shapes if panel.frame["tokens_per_s"].notna().any()]
-    by_length = _apart(frame, ["batch_size", "micro_batch_size"], "sequence_length", "batch {0}{1}")
-    # Along the batch axis the micro-batch follows the batch, or stands still: the two are different curves.
-    by_batch = _apart(frame, ["sequence_length", "_micro"], "batch_size", "{0} tokens{1}")
+    by_length = _panels_along(frame, ["batch_size", "micro_batch_size"], "sequence_length", "batch {0}{1}")
+    # Along the batch axis the micro-batch either grows with the batch or stays fixed: these are different curves.
+    by_batch = _panels_along(frame, ["sequence_length", "_micro"], "batch_size", "{0} tokens{1}")
     by_side_bits = [_BY_SIDE_BITS[metric] for metric in swept]
     length, batch = plots.plot_activation_by_length, plots.plot_activation_by_batch
     return [
@@ -168,57 +168,57 @@ def _memory(whole: DataFrame) -> list[Kind]:
             "Memory and speed",
             [plots.plot_memory_against_speed],
             speeds,
-            " ".join(filter(None, [note, _wrong(speeds)])),
+            " ".join(filter(None, [note, _wrong_gradient_note(speeds)])),
         ),
     ]
 
 
-def _wrong(panels: list[Panel]) -> str:
+def _wrong_gradient_note(panels: list[Panel]) -> str:
     if not any(wrong_gradient(row) for panel in panels for row in rows_of(panel.frame)):
         return ""
     return f"Hollow: the gradient is wrong by more than {WRONG_GRADIENT:.0%}; left out when methods are compared."
 
 
-def _sweeps(frame: DataFrame) -> list[Panel]:
-    """For each setting and exact method that has one setting at two or more side bits: those cells at one shape.
+def _side_bits_panels(frame: DataFrame) -> list[Panel]:
+    """A panel for each setting and exact method that was run at two or more side bits: those cells, at one shape.
 
-    With them what they are held against: the same method in floating point, as published, and `lora+checkpoint`.
+    With them the methods to compare with: the same method in floating point, as published, and `lora+checkpoint`.
     """
-    found: list[Panel] = []
+    panels: list[Panel] = []
     exact = frame[frame["side_bits"].notna() & (frame["status"] == "ok")]
     names = list(dict.fromkeys(exact["method_name"]))
-    several = groups(frame)
-    for group in several:
+    all_groups = groups(frame)
+    for group in all_groups:
         for name in names:
             best: tuple[tuple[int, int], DataFrame] | None = None
             for _, rows in group.frame.groupby(list(SHAPE), sort=True):
-                lines = rows[(rows["method_name"] == name) & rows["side_bits"].notna()]
-                lines = lines[lines["method"].map(without_side_bits).isin(_swept(lines))]
+                swept_rows = rows[(rows["method_name"] == name) & rows["side_bits"].notna()]
+                swept_rows = swept_rows[swept_rows["method"].map(without_side_bits).isin(_labels_with_line(swept_rows))]
                 size = int(rows["batch_size"].iloc[0]) * int(rows["sequence_length"].iloc[0])
-                if len(lines) and (best is None or (len(lines), size) >= best[0]):
-                    others = rows[rows["method"].isin(["lora+checkpoint", name.removesuffix("-exact")])]
-                    shown = rows[rows["cell_id"].isin([*lines["cell_id"], *others["cell_id"]])]
-                    best = ((len(lines), size), shown)
+                if len(swept_rows) and (best is None or (len(swept_rows), size) >= best[0]):
+                    references = rows[rows["method"].isin(["lora+checkpoint", name.removesuffix("-exact")])]
+                    shown = rows[rows["cell_id"].isin([*swept_rows["cell_id"], *references["cell_id"]])]
+                    best = ((len(swept_rows), size), shown)
             if best is not None:
                 first = best[1].iloc[0]
                 shape = shape_text(*(first[name] for name in SHAPE))
-                found.append(Panel(_titled(f"{name}, {shape}", group, several), best[1]))
-    return found
+                panels.append(Panel(_with_setting(f"{name}, {shape}", group, all_groups), best[1]))
+    return panels
 
 
-def _swept(lines: DataFrame) -> set[str]:
-    """The methods, side bits aside, that have numbers at two of them at least: fewer are no line."""
+def _labels_with_line(lines: DataFrame) -> set[str]:
+    """The method labels, without side bits, that ended ok at two side bits or more: fewer make no line."""
     bits: dict[str, set[int]] = {}
     for row in rows_of(lines[lines["status"] == "ok"]):
         bits.setdefault(without_side_bits(row["method"]), set()).add(row["side_bits"])
-    return {sweep for sweep, found in bits.items() if len(found) > 1}
+    return {sweep for sweep, values in bits.items() if len(values) > 1}
 
 
 def _one_of_each_sweep(frame: DataFrame, sweeps: list[Panel]) -> tuple[DataFrame, str]:
-    """The frame with one cell of each sweep over side bits, and the sentence that says so.
+    """The frame with one number of side bits of each sweep over them, and the sentence that says so.
 
-    A sweep has a figure of its own, and dozens of methods that differ in a bit would bury all others elsewhere. Kept
-    is what most shapes have; of those what is nearest to the default, 3.
+    A sweep has a figure of its own, and dozens of methods that differ in side bits alone would hide all others
+    elsewhere. Kept is the number with the most cells; of several, the one nearest to the default, 3.
     """
     drawn = {without_side_bits(row["method"]) for panel in sweeps for row in rows_of(panel.frame) if row["side_bits"]}
     if not drawn:
@@ -226,8 +226,8 @@ def _one_of_each_sweep(frame: DataFrame, sweeps: list[Panel]) -> tuple[DataFrame
     counts: dict[str, dict[int, int]] = {}
     for row in rows_of(frame):
         if row["side_bits"] is not None and row["status"] == "ok":
-            of = counts.setdefault(without_side_bits(row["method"]), {})
-            of[row["side_bits"]] = of.get(row["side_bits"], 0) + 1
+            rows_by_bits = counts.setdefault(without_side_bits(row["method"]), {})
+            rows_by_bits[row["side_bits"]] = rows_by_bits.get(row["side_bits"], 0) + 1
     kept = {sweep: min(counts[sweep], key=lambda m: (-counts[sweep][m], abs(m - 3), m)) for sweep in drawn}
     stays = [
         kept.get(without_side_bits(method), bits) == bits
@@ -237,30 +237,30 @@ def _one_of_each_sweep(frame: DataFrame, sweeps: list[Panel]) -> tuple[DataFrame
     return frame[stays], f"Methods that were run at several side bits are shown at {shown} alone."
 
 
-def _apart(frame: DataFrame, fixed: list[str], axis: str, title: str) -> list[Panel]:
-    """A panel for each setting and value of `fixed`, where the axis has something to show."""
+def _panels_along(frame: DataFrame, fixed: list[str], axis: str, title: str) -> list[Panel]:
+    """A panel for each setting and values of `fixed`, where activation memory is known along the axis."""
     micro = [
         "" if batch == small else f", micro-batch {small}"
         for batch, small in zip(frame["batch_size"], frame["micro_batch_size"], strict=True)
     ]
     marked = frame.assign(_micro=micro)
-    found: list[Panel] = []
-    several = groups(marked)
-    for group in several:
+    panels: list[Panel] = []
+    all_groups = groups(marked)
+    for group in all_groups:
         for _, rows in group.frame.groupby(fixed, sort=True):
             if rows["activation_peak_bytes"].notna().any():
-                said = title.format(rows[fixed[0]].iloc[0], rows["_micro"].iloc[0])
-                found.append(Panel(_titled(said, group, several), rows))
-    longest = max((panel.frame[axis].nunique() for panel in found), default=0)
-    # A panel with one place on the axis is no curve; it is kept where no other has more.
-    return [panel for panel in found if panel.frame[axis].nunique() > 1 or longest == 1]
+                panel_title = title.format(rows[fixed[0]].iloc[0], rows["_micro"].iloc[0])
+                panels.append(Panel(_with_setting(panel_title, group, all_groups), rows))
+    longest = max((panel.frame[axis].nunique() for panel in panels), default=0)
+    # A panel with one value on the axis shows no curve; it is kept only where no panel has more.
+    return [panel for panel in panels if panel.frame[axis].nunique() > 1 or longest == 1]
 
 
-def _one_shape(frame: DataFrame, metric: str) -> list[Panel]:
-    """For each setting the shape at which most methods have the metric; of those the largest."""
-    found: list[Panel] = []
-    several = groups(frame)
-    for group in several:
+def _panels_at_one_shape(frame: DataFrame, metric: str) -> list[Panel]:
+    """A panel for each setting: the shape at which most methods have the metric; of several, the largest."""
+    panels: list[Panel] = []
+    all_groups = groups(frame)
+    for group in all_groups:
         best: tuple[tuple[int, int], DataFrame] | None = None
         for _, rows in group.frame.groupby(list(SHAPE), sort=True):
             known = int(rows[metric].notna().sum())
@@ -270,38 +270,42 @@ def _one_shape(frame: DataFrame, metric: str) -> list[Panel]:
         if best is not None:
             first = best[1].iloc[0]
             shape = shape_text(*(first[name] for name in SHAPE))
-            found.append(Panel(_titled(shape, group, several), best[1]))
-    return found
+            panels.append(Panel(_with_setting(shape, group, all_groups), best[1]))
+    return panels
 
 
-def _titled(text: str, group: Group, among: list[Group]) -> str:
-    return text if len(among) == 1 else f"{text}, {group.title.partition(', ')[2]}"
+def _with_setting(text: str, group: Group, all_groups: list[Group]) -> str:
+    return text if len(all_groups) == 1 else f"{text}, {group.title.partition(', ')[2]}"
 
 
 def _figure(heading: str, kind: Kind) -> Figure:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels, deep = kind.panels, len(kind.draws)
-    # One above the other, three axes are as much as a screen holds.
-    shown = panels[: _MAX_PANELS if deep == 1 else 2]
+    panels, plots_per_panel = kind.panels, len(kind.draws)
+    # With several plots above each other in a panel, a screen has room for two panels.
+    shown = panels[: _MAX_PANELS if plots_per_panel == 1 else 2]
     with rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
         columns = 1 if len(shown) == 1 else 2
         lines = -(-len(shown) // columns)
         tallest = max(plots.height_of_labels(panel.frame) for panel in shown)
-        height = max(3.2, 1.4 + tallest) if deep == 1 else 2.2 * deep
+        height = max(3.2, 1.4 + tallest) if plots_per_panel == 1 else 2.2 * plots_per_panel
         figure = Figure(figsize=(6.8 * columns, height * lines + 0.4), layout="constrained")
         for index, panel in enumerate(shown):
             column: list[Axes] = []
-            for place, draw in enumerate(kind.draws):
-                # One panel a place in the grid, or one a column.
-                where = (lines, columns, index + 1) if deep == 1 else (deep, columns, place * columns + index + 1)
-                ax = figure.add_subplot(*where, sharex=column[0] if column else None)
+            for plot_row, draw in enumerate(kind.draws):
+                # A panel takes one place of the grid, or a column of it.
+                position = (
+                    (lines, columns, index + 1)
+                    if plots_per_panel == 1
+                    else (plots_per_panel, columns, plot_row * columns + index + 1)
+                )
+                ax = figure.add_subplot(*position, sharex=column[0] if column else None)
                 draw(panel.frame, ax)
                 column.append(ax)
             column[0].set_title(panel.title, loc="left")
-            if deep > 1:
-                _share(column)
+            if plots_per_panel > 1:
+                _share_axis_and_legend(column)
         rest = (
             f" (the first {len(shown)} of {len(panels)} settings; the table has all)"
             if len(panels) > len(shown)
@@ -313,38 +317,38 @@ def _figure(heading: str, kind: Kind) -> Figure:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         if kind.note:
             # About 18 small letters take an inch.
-            below = textwrap.fill(kind.note, round(18 * figure.get_figwidth()))
-            figure.supxlabel(below, x=0.01, ha="left", fontsize=8, color="#555555")
+            note = textwrap.fill(kind.note, round(18 * figure.get_figwidth()))
+            figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
         return figure
 
 
-def _share(column: list[Axes]) -> None:
-    """One axis and one legend for axes above each other: the axis below, the legend at the top, every label once."""
-    found: dict[str, Any] = {}
+def _share_axis_and_legend(column: list[Axes]) -> None:
+    """Leave axes above each other the lowest x axis and one legend, at the top, that has every label once."""
+    handles_by_label: dict[str, Any] = {}
     for ax in column:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            handles_by_label.setdefault(label, handle)
         title = legend.get_title().get_text() if (legend := ax.get_legend()) else None
         if ax is not column[-1]:
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
         if ax is not column[0] and legend:
             legend.remove()
-    plots.legend_beside(column[0], title, found)
+    plots.legend_beside(column[0], title, handles_by_label)
 
 
 def _alt(heading: str, kind: Kind) -> str:
     methods = dict.fromkeys(method for panel in kind.panels for method in methods_in_order(panel.frame))
     names = [parts_of(method)[0] for method in methods]
-    # Dozens of settings of one method are counted, not read out.
-    several = {name: names.count(name) for name in names if names.count(name) > 8}
-    said = dict.fromkeys(
-        f"{name} ({several[name]} settings)" if name in several else method
+    # Of a method with more than eight settings only their number is given.
+    many_settings = {name: names.count(name) for name in names if names.count(name) > 8}
+    descriptions = dict.fromkeys(
+        f"{name} ({many_settings[name]} settings)" if name in many_settings else method
         for name, method in zip(names, methods, strict=True)
     )
     titles = "; ".join(panel.title for panel in kind.panels)
     note = f" {kind.note}" if kind.note else ""
-    return f"{heading}, for {', '.join(said)}; panels: {titles}.{note} The table has the numbers."
+    return f"{heading}, for {', '.join(descriptions)}; panels: {titles}.{note} The table has the numbers."
 
 
 def _saved(figure: Figure, kind: str, salt: str) -> bytes:

@@ -20,9 +20,9 @@ _LINES = {"": "-", "checkpoint": "--", "chunked_loss": ":", "checkpoint+chunked_
 
 
 def as_answer(about: dict[str, Any], methods: list[dict[str, Any]]) -> dict[str, Any]:
-    """`about` what was asked, with `rows`, one a method, question and card. largest: None where nothing fits.
+    """`about` (what was asked for) with `rows`, one per method, question and card.
 
-    at_limit: there is room for more than was looked at, or than the model has positions for.
+    largest: None where nothing fits.  at_limit: it is the largest size tried, or that the model has positions for.
     """
     rows = [
         {
@@ -43,8 +43,8 @@ def as_answer(about: dict[str, Any], methods: list[dict[str, Any]]) -> dict[str,
     return about | {"source": "predicted", "rows": rows, "refused": refused, "cells": cells}
 
 
-def said(row: dict[str, Any]) -> str:
-    """The number of a row for people: "-" where nothing fits, "≥ 2,048 (all positions)" where the model ends."""
+def largest_text(row: dict[str, Any]) -> str:
+    """The number of a row: "-" where nothing fits, "≥ 2,048 (all positions)" where the model has no more positions."""
     if row["largest"] is None:
         return "-"
     number = f"{row['largest']:,}"
@@ -53,35 +53,35 @@ def said(row: dict[str, Any]) -> str:
     return f"≥ {number}" if row["at_limit"] else number
 
 
-def title(asked: str, at: int) -> str:
-    if asked == "batch_size":
+def title(axis: str, at: int) -> str:
+    if axis == "batch_size":
         return f"largest batch (samples) at {at:,} tokens"
     return f"longest sequence (tokens) at a batch of {at:,}"
 
 
 def notes(answer: dict[str, Any]) -> list[str]:
-    """What must be known to read the table."""
+    """Lines that a reader needs to understand the table."""
     default = ", the default" if answer["default_profile"] else ""
     context = format_bytes(answer["context_bytes"])
-    found = [
+    lines = [
         f"{answer['model']}, {answer['precision']}; predicted by the rules of {answer['device']} "
         f"(profile {answer['profile']}{default})",
         f"held against the card: what torch reserves, and a context of {context}",
         "every number was predicted to fit, and one more not to; -: nothing fits",
     ]
-    found += [] if answer["verified"] else ["not validated on this device"]
-    return found + [f"{method}: {reason}" for method, reason in answer["refused"].items()]
+    lines += [] if answer["verified"] else ["not validated on this device"]
+    return lines + [f"{method}: {reason}" for method, reason in answer["refused"].items()]
 
 
 def tables(answer: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of each question's table: a row a method, a column a card."""
-    for asked, at in dict.fromkeys((row["asked"], row["at"]) for row in answer["rows"]):
-        mine = [row for row in answer["rows"] if (row["asked"], row["at"]) == (asked, at)]
+    """Title, head and rows of each question's table: a row per method, a column per card."""
+    for axis, at in dict.fromkeys((row["asked"], row["at"]) for row in answer["rows"]):
+        of_question = [row for row in answer["rows"] if (row["asked"], row["at"]) == (axis, at)]
         body = [
-            [method, *(said(row) for row in mine if row["method"] == method)]
-            for method in dict.fromkeys(row["method"] for row in mine)
+            [method, *(largest_text(row) for row in of_question if row["method"] == method)]
+            for method in dict.fromkeys(row["method"] for row in of_question)
         ]
-        yield title(asked, at), ["method", *map(format_bytes, answer["cards"])], body
+        yield title(axis, at), ["method", *map(format_bytes, answer["cards"])], body
 
 
 def print_fit(answer: dict[str, Any], console: Console | None = None) -> None:
@@ -92,35 +92,39 @@ def print_fit(answer: dict[str, Any], console: Console | None = None) -> None:
     out = console or Console()
     for heading, head, body in tables(answer):
         out.print(Text(f"{heading}, predicted", style="bold"))
-        for methods, columns, widths in _beside(head, body, out.width):
+        for method_width, columns, widths in _column_groups(head, body, out.width):
             table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-            table.add_column(head[0], overflow="fold", width=methods)
+            table.add_column(head[0], overflow="fold", width=method_width)
             for index in columns:
                 table.add_column(head[index], justify="right", overflow="fold", width=widths[index])
             for row in body:
                 table.add_row(Text(row[0]), *(Text(row[index]) for index in columns))
-            print_table(table, out, methods + sum(2 + widths[index] for index in columns))
+            print_table(table, out, method_width + sum(2 + widths[index] for index in columns))
     for note in notes(answer):
         out.print(Text(note, overflow="fold"))
     out.print(Text(f"{answer['cells']:,} cells predicted in {format_duration(answer['predict_s'])}, measured"))
 
 
-def _beside(head: list[str], body: list[list[str]], room: int) -> Iterator[tuple[int, list[int], dict[int, int]]]:
-    """The columns of cards that stand beside each other in `room` characters, one at least: width of the methods'
-    column before them, their indices, and the width of each."""
+def _column_groups(
+    head: list[str], body: list[list[str]], room: int
+) -> Iterator[tuple[int, list[int], dict[int, int]]]:
+    """Groups of the cards' columns, at least one in each, that fit beside the methods' column in `room` characters.
+
+    Yields the width of the methods' column, the indices of the group, and the width of every column.
+    """
     cells = {index: [head[index], *(row[index] for row in body)] for index in range(1, len(head))}
     longest = max(len(row[0]) for row in [head, *body])
     widths = {index: max(map(len, texts)) for index, texts in cells.items()}
-    if longest + max(widths.values()) + 2 > room:  # then words stand below each other; none is cut
+    if longest + max(widths.values()) + 2 > room:  # then each word takes a line of its own; none is cut
         widths = {index: max(len(word) for text in texts for word in text.split()) for index, texts in cells.items()}
-    methods = max(NARROWEST, min(longest, room - max(widths.values()) - 2))
+    method_width = max(NARROWEST, min(longest, room - max(widths.values()) - 2))
     columns: list[int] = []
     for index in cells:
-        if columns and methods + sum(2 + widths[i] for i in [*columns, index]) > room:
-            yield methods, columns, widths
+        if columns and method_width + sum(2 + widths[i] for i in [*columns, index]) > room:
+            yield method_width, columns, widths
             columns = []
         columns.append(index)
-    yield methods, columns, widths
+    yield method_width, columns, widths
 
 
 def markdown(answer: dict[str, Any]) -> str:
@@ -132,7 +136,7 @@ def markdown(answer: dict[str, Any]) -> str:
 
 
 def write_fit(answer: dict[str, Any], folder: Path) -> None:
-    """fit.csv, fit.md, fit.png and fit.svg. Raises UserError where `folder` cannot be written."""
+    """Write fit.csv, fit.md, fit.png and fit.svg. Raises UserError where `folder` cannot be written."""
     import pandas as pd
 
     from meftbench.errors import UserError
@@ -149,7 +153,7 @@ def write_fit(answer: dict[str, Any], folder: Path) -> None:
 
 
 def picture(answer: dict[str, Any], kind: str) -> bytes:
-    """All questions, a panel each."""
+    """The figure as PNG or SVG, with a panel per question."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -160,10 +164,10 @@ def picture(answer: dict[str, Any], kind: str) -> bytes:
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "fit", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(6.8 * columns, 3.4 * lines + 0.4), layout="constrained")
-        for index, (asked, at) in enumerate(questions):
+        for index, (axis, at) in enumerate(questions):
             ax = figure.add_subplot(lines, columns, index + 1)
-            plot_fit([row for row in answer["rows"] if (row["asked"], row["at"]) == (asked, at)], ax)
-            ax.set_title(title(asked, at), loc="left")
+            plot_fit([row for row in answer["rows"] if (row["asked"], row["at"]) == (axis, at)], ax)
+            ax.set_title(title(axis, at), loc="left")
         heading = f"What fits, predicted: {answer['model']}, {answer['precision']}, by the rules of {answer['device']}"
         figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
         if any(row["at_limit"] for row in answer["rows"]):
@@ -174,22 +178,23 @@ def picture(answer: dict[str, Any], kind: str) -> bytes:
 
 
 def plot_fit(rows: list[dict[str, Any]], ax: Axes) -> None:
-    """The largest size against the card's memory (GiB), log-log, a line a method: colours are methods, strokes levers.
+    """The largest size against the card's memory (GiB), log-log, a line per method.
 
-    rows: of one question. A ring: the model has no more positions, or more was not looked at.
+    rows: of one question. Colours stand for methods, strokes for memory optimisations (levers). A ring: the model has
+    no more positions, or larger sizes were not tried.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     sizes = {method: [row["largest"] for row in rows if row["method"] == method] for method in methods}
     for index, method in enumerate(methods):
-        mine = [row for row in rows if row["method"] == method and row["largest"]]
-        # Those that are drawn later at the same places would hide this one: it is wider than they are.
+        fitting = [row for row in rows if row["method"] == method and row["largest"]]
+        # Lines drawn later at the same places would hide this one, so it is drawn wider.
         hidden = sum(sizes[later] == sizes[method] for later in methods[index + 1 :])
         levers = method.partition("+")[2]
-        xs, ys = [row["memory_bytes"] / 2**30 for row in mine], [row["largest"] for row in mine]
-        label = method if mine else f"{method}: nothing fits"
+        xs, ys = [row["memory_bytes"] / 2**30 for row in fitting], [row["largest"] for row in fitting]
+        label = method if fitting else f"{method}: nothing fits"
         ax.plot(xs, ys, _LINES.get(levers, "-"), color=colour(method), marker="o", label=label,
                 linewidth=1.5 + 1.8 * hidden, markersize=4 + 1.8 * hidden)  # fmt: skip
-        ends = [(x, y) for x, y, row in zip(xs, ys, mine, strict=True) if row["at_limit"]]
+        ends = [(x, y) for x, y, row in zip(xs, ys, fitting, strict=True) if row["at_limit"]]
         ax.plot([x for x, _ in ends], [y for _, y in ends], "o", color=colour(method), fillstyle="none",
                 markersize=9 + 1.8 * hidden, label="_limit")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="memory of the card (GiB)", ylabel=_UNIT[rows[0]["asked"]])

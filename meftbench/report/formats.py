@@ -26,9 +26,9 @@ _SUMMARY_BYTES = 1_000_000
 
 
 def verdicts_text(verdicts: Sequence[Verdict]) -> str:
-    """One line for each verdict that is not simply held, worst first, then a summary."""
+    """One line for each verdict that is neither held nor to be ignored, worst first, then a summary."""
     lines = [
-        verdict.text() if verdict.fails else f"{_word(verdict)}: {verdict.text()}"
+        verdict.text() if verdict.fails else f"{_prefix(verdict)}: {verdict.text()}"
         for verdict in verdicts
         if not verdict.silent
     ]
@@ -38,8 +38,8 @@ def verdicts_text(verdicts: Sequence[Verdict]) -> str:
 def verdicts_summary(verdicts: Sequence[Verdict]) -> str:
     """`12 verdicts: 1 over, 11 held; least headroom 3.2 MiB (0.8%, counted) ...`: how close the next failure is."""
     counts = {state: sum(verdict.state == state for verdict in verdicts) for state in STATES}
-    said_counts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    line = f"{len(verdicts)} verdict{'s' * (len(verdicts) != 1)}: {said_counts or 'nothing was judged'}"
+    counts_text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    line = f"{len(verdicts)} verdict{'s' * (len(verdicts) != 1)}: {counts_text or 'nothing was judged'}"
     held = [v for v in verdicts if v.state == "held" and v.headroom is not None and v.bound]
     if not held:
         return line
@@ -64,7 +64,7 @@ def _verdict_content(verdict: Verdict) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | str | None:
-    """JSON has no inf and nan: they are the words that records use."""
+    """The value for JSON, which has no infinity and NaN: they become the words that records use."""
     if value is None or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -96,7 +96,7 @@ _TITLES: dict[State, str] = {
 }
 
 
-def _word(verdict: Verdict) -> str:
+def _prefix(verdict: Verdict) -> str:
     return {"warned": "warning", "waived": "waived"}.get(verdict.state, "warning")
 
 
@@ -115,7 +115,7 @@ def verdicts_markdown(verdicts: Sequence[Verdict]) -> str:
         for v in verdicts
     ]
     head = ("verdict", "cell", "metric", "value", "bound", "headroom", "budget")
-    return f"{_markdown(verdicts_summary(verdicts))}\n\n{markdown_table(head, rows)}"
+    return f"{_escaped_markdown(verdicts_summary(verdicts))}\n\n{markdown_table(head, rows)}"
 
 
 def _signed(value: float, unit: str) -> str:
@@ -126,15 +126,15 @@ def verdicts_junit(verdicts: Sequence[Verdict], suite: str) -> str:
     """JUnit XML: a test case for each verdict; over is a failure, a failed cell an error, a missing number skipped."""
     cases = []
     for verdict in verdicts:
-        told = {name: str(value) for name in _TOLD if (value := getattr(verdict, name)) is not None}
+        properties = {name: str(value) for name in _PROPERTIES if (value := getattr(verdict, name)) is not None}
         name = f"{verdict.label}::{verdict.metric}"
         place = {"file": str(verdict.file), "line": str(verdict.line)}
         message = verdict.text()
-        cases.append(Case(name, verdict.wall_s, told, _junit_tag(verdict), message, verdict.state, place))
+        cases.append(Case(name, verdict.wall_s, properties, _junit_tag(verdict), message, verdict.state, place))
     return junit(suite, cases)
 
 
-_TOLD = ("value", "bound", "headroom", "source", "unit")
+_PROPERTIES = ("value", "bound", "headroom", "source", "unit")
 
 
 def _junit_tag(verdict: Verdict) -> str | None:
@@ -157,13 +157,17 @@ class Case:
 
 
 def junit(suite: str, cases: Sequence[Case]) -> str:
-    """The cases as JUnit XML, with their tally."""
+    """The cases as JUnit XML, with the numbers of failures, errors and skipped ones."""
     root = ElementTree.Element("testsuite", name=_xml_text(suite), tests=str(len(cases)))
     tally = {"failure": 0, "error": 0, "skipped": 0}
     for case in cases:
         where = {key: _xml_text(value) for key, value in case.place.items()}
-        given = {"classname": _xml_text(suite), "name": _xml_text(case.name), "time": f"{case.seconds:.3f}"} | where
-        element = ElementTree.SubElement(root, "testcase", given)
+        attributes = {
+            "classname": _xml_text(suite),
+            "name": _xml_text(case.name),
+            "time": f"{case.seconds:.3f}",
+        } | where
+        element = ElementTree.SubElement(root, "testcase", attributes)
         properties = ElementTree.SubElement(element, "properties")
         for name, value in case.properties.items():
             ElementTree.SubElement(properties, "property", name=name, value=_xml_text(value))
@@ -176,7 +180,7 @@ def junit(suite: str, cases: Sequence[Case]) -> str:
 
 
 def _xml_text(text: str) -> str:
-    """Without the control characters that XML 1.0 cannot hold at all."""
+    """The text without the control characters that XML 1.0 does not allow."""
     return "".join(char for char in text if char in "\t\n\r" or ord(char) >= 32)
 
 
@@ -197,7 +201,7 @@ def render_verdicts(verdicts: Sequence[Verdict], format_: str, suite: str) -> st
 
 
 def comparison_text(comparison: Comparison, only_changed: bool = False) -> str:
-    """Notes, one line a change, worst first, then cells of one run alone, and a summary."""
+    """Notes, one line per change with the worst first, the cells that only one run has, and a summary."""
     lines = [change.text() for change in comparison.shown(only_changed)]
     lines += [f"only in the first: {' '.join(label.split())}" for label in comparison.only_first]
     lines += [f"only in the second: {' '.join(label.split())}" for label in comparison.only_second]
@@ -205,7 +209,7 @@ def comparison_text(comparison: Comparison, only_changed: bool = False) -> str:
 
 
 def comparison_json(comparison: Comparison, only_changed: bool = False) -> str:
-    """The comparison as one object; changes worst first, values in the metric's unit."""
+    """The comparison as one JSON object; the worst changes first, values in the metric's unit."""
     changes = [_change_content(change) for change in comparison.shown(only_changed)]
     rest = {key: value for key, value in vars(comparison).items() if key != "changes"}
     content = rest | {"counts": comparison.counts(), "changes": changes}
@@ -230,8 +234,8 @@ def comparison_markdown(comparison: Comparison, only_changed: bool = False) -> s
     """A table of the worst 200 changes under the summary line."""
     rows = [(c.judgement, c.label, c.metric, c.numbers()) for c in comparison.shown(only_changed)]
     table = markdown_table(("", "cell", "metric", "before -> after"), rows)
-    notes = "".join(f"\n\n{_markdown(note)}" for note in comparison.notes)
-    return f"{_markdown(comparison.summary())}{notes}\n\n{table}"
+    notes = "".join(f"\n\n{_escaped_markdown(note)}" for note in comparison.notes)
+    return f"{_escaped_markdown(comparison.summary())}{notes}\n\n{table}"
 
 
 COMPARISON_FORMATS: dict[str, Callable[[Comparison, bool], str]] = {
@@ -246,15 +250,15 @@ COMPARISON_FORMATS: dict[str, Callable[[Comparison, bool], str]] = {
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of at most 200 rows; what a cell holds cannot end it or become markup."""
+    """A Markdown table of at most 200 rows; texts in `rows` are escaped, so that none ends its cell or is markup."""
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    lines += [f"| {' | '.join(_markdown(value) for value in row)} |" for row in rows[:_SUMMARY_ROWS]]
+    lines += [f"| {' | '.join(_escaped_markdown(value) for value in row)} |" for row in rows[:_SUMMARY_ROWS]]
     if len(rows) > _SUMMARY_ROWS:
         lines.append(f"\nand {len(rows) - _SUMMARY_ROWS} more")
     return "\n".join(lines)
 
 
-def _markdown(text: str) -> str:
+def _escaped_markdown(text: str) -> str:
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for char in "\\`*_|[]":
         escaped = escaped.replace(char, "\\" + char)
@@ -262,16 +266,16 @@ def _markdown(text: str) -> str:
 
 
 def _annotation(kind: str, file: Path | None, line: int | None, title: str, message: str) -> str:
-    where = "" if file is None else f"file={_property(str(file))},line={line},"
-    return f"::{kind} {where}title={_property(title)}::{_data(message)}"
+    where = "" if file is None else f"file={_escaped_property(str(file))},line={line},"
+    return f"::{kind} {where}title={_escaped_property(title)}::{_escaped_data(message)}"
 
 
-def _data(text: str) -> str:
+def _escaped_data(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
+def _escaped_property(text: str) -> str:
+    return _escaped_data(text).replace(":", "%3A").replace(",", "%2C")
 
 
 def append_step_summary(markdown: str, title: str) -> None:
@@ -281,7 +285,7 @@ def append_step_summary(markdown: str, title: str) -> None:
         return
     file = Path(name)
     room = _SUMMARY_BYTES - (file.stat().st_size if file.exists() else 0)
-    text = _cut(f"## {_markdown(title)}\n\n{markdown}\n\n".splitlines(keepends=True), room)
+    text = _cut(f"## {_escaped_markdown(title)}\n\n{markdown}\n\n".splitlines(keepends=True), room)
     if text:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(text)

@@ -14,9 +14,9 @@ from meftbench.report import claims
 from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
-from meftbench.report.scores import Table as QualityTable
+from meftbench.report.scores import Table as ScoreTable
 from meftbench.report.scores import results, untrained
-from meftbench.report.scores import tables as quality_tables
+from meftbench.report.scores import tables as score_tables
 from meftbench.report.summary import SHOWN, ending, error, failures, loss, number
 from meftbench.report.tables import (
     SETTING,
@@ -47,7 +47,7 @@ _SOURCES = {
     "predicted": "simulated for a named device",
 }
 _SETTING = tuple(name for name in SETTING if name not in ("run", "model"))
-# Explained under the table; the others are explained in each cell's detail.
+# Metrics that are explained under the table; the others are explained in each cell's detail.
 _EXPLAINED = (
     *SHOWN,
     "starting_point_shift",
@@ -58,13 +58,13 @@ _EXPLAINED = (
     "score",
     "training_time_s",
 )
-# Columns that stand in the table only where some cell has a value: classifiers have no loss before training, and runs
-# of older versions do not know what of their activation memory were gradients.
+# Columns that the table has only where some cell has a value: classifiers have no loss before training, and runs of
+# older versions do not record how much of their activation memory is gradients.
 _OPTIONAL = ("activation_gradients_bytes", "starting_loss", "pretrained_loss")
 
 
 def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> list[Path]:
-    """Write what `kinds` names ("html", "md", "csv") for `runs` into `folder`; the files written, the page first.
+    """Write the `kinds` ("html", "md", "csv") of report on `runs` into `folder`; return the files, the page first.
 
     Raises UserError where the folder cannot be written.
     """
@@ -92,7 +92,7 @@ def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> 
 
 
 def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str:
-    """The page as text. Whatever the records hold is escaped by the template."""
+    """The page as HTML text. The template escapes all that comes from records."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -103,13 +103,13 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
     return environment.get_template("page.html.j2").render(
         title=" and ".join(dict.fromkeys(names)),
         runs=[_headline(name, run) for name, run in zip(names, runs, strict=True)],
-        sources={source: said for source, said in _SOURCES.items() if source in _occurring(frame)},
+        sources={source: text for source, text in _SOURCES.items() if source in _occurring(frame)},
         metrics_by_source=_by_source(frame),
         groups=[group.title for group in groups(untrained(frame))] if len(frame) else [],
         shared=_shared(untrained(frame)),
         differing=_differing(untrained(frame)),
         pictures=[{"name": p.name, "title": p.title, "alt": p.alt, "svg": Markup(p.inline())} for p in drawn],
-        quality=quality_tables(results(frame)),
+        quality=score_tables(results(frame)),
         claims=claims.claim_tables(frame),
         claims_head=claims.HEAD,
         claims_said=claims.SAID,
@@ -132,7 +132,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
 
 
 def table_rows(frame: DataFrame) -> list[dict[str, Any]]:
-    """What the page's table shows: text for people, `key` for sorting, by column."""
+    """The rows of the page's table, by column; a cell that is a mapping has `text` to show and `key` for sorting."""
     shares = share_of_full(frame) if len(frame) else {}
     optional = _optional(frame)
     return [_table_row(row, shares, optional) for row in rows_of(frame)]
@@ -186,18 +186,18 @@ def _differing(frame: DataFrame) -> list[str]:
 
 
 def _shared(frame: DataFrame) -> str:
-    """What all cells have in common, said once instead of in every row."""
+    """The settings that all cells have in common, stated once instead of in every row."""
     if not len(frame):
         return ""
     first, differing = next(rows_of(frame)), _differing(frame)
     parts = [str(first["model"])] if frame["model"].nunique() == 1 else []
     parts += [
-        f"{_setting_said(name)} {first[name]}" for name in _SETTING if name not in differing and first[name] is not None
+        f"{_setting_name(name)} {first[name]}" for name in _SETTING if name not in differing and first[name] is not None
     ]
     return ", ".join(parts)
 
 
-def _setting_said(name: str) -> str:
+def _setting_name(name: str) -> str:
     return name.removesuffix("_requested").replace("_", " ")
 
 
@@ -207,24 +207,24 @@ def anchor(run: str, cell_id: str) -> str:
 
 
 def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
-    """The tables as Markdown, with where they come from above them."""
+    """The tables as Markdown, below a line per run with its machine, date and commit."""
     heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
-    said = "\n".join(
-        f"- {h['name']}: {h['machine']}, {h['date']}, {h['checkout']}; {h['cells']}"
-        + (f"; predicted for {h['unverified']}: not validated on this device" if h["unverified"] else "")
-        for h in heads
+    headlines = "\n".join(
+        f"- {head['name']}: {head['machine']}, {head['date']}, {head['checkout']}; {head['cells']}"
+        + (f"; predicted for {head['unverified']}: not validated on this device" if head["unverified"] else "")
+        for head in heads
     )
-    parts = [said, *(_quality_markdown(table) for table in quality_tables(results(frame)))]
+    parts = [headlines, *(_scores_markdown(table) for table in score_tables(results(frame)))]
     steps = untrained(frame)
     if len(steps) or len(parts) == 1:
         parts.append(_steps_markdown(steps, len(runs) > 1))
-    if held := claims.claim_tables(frame):
+    if claim_tables := claims.claim_tables(frame):
         parts.append(f"## The paper's claims\n\n{claims.SAID}")
-    parts += [_claim_markdown(table) for table in held]
+    parts += [_claim_markdown(table) for table in claim_tables]
     return "\n\n".join(parts) + "\n"
 
 
-def _quality_markdown(table: QualityTable) -> str:
+def _scores_markdown(table: ScoreTable) -> str:
     return f"## {table.title}\n\n{' '.join(table.notes)}\n\n{markdown_table(table.head, table.lines)}"
 
 
@@ -235,19 +235,22 @@ def _claim_markdown(table: claims.ClaimTable) -> str:
 
 def _steps_markdown(frame: DataFrame, several_runs: bool) -> str:
     differing = _differing(frame)
-    # What is the same in all rows is said above them.
-    leads = ["run"] * several_runs + ["model"] * (frame["model"].nunique() > 1)
+    # A run or model that all rows share has no column.
+    leading_columns = ["run"] * several_runs + ["model"] * (frame["model"].nunique() > 1)
     optional = _optional(frame)
     gradients = ["of it gradients MiB"] if "activation_gradients_bytes" in optional else []
-    losses = [said for name, said in _LOSS_HEADS.items() if name in optional]
-    head = (*leads, "method", "batch", "tokens", *map(_setting_said, differing), "status",
+    losses = [heading for name, heading in _LOSS_HEADS.items() if name in optional]
+    head = (*leading_columns, "method", "batch", "tokens", *map(_setting_name, differing), "status",
             "activation MiB", "% of full", *gradients, "peak MiB", "step ms", "tokens/s", "recon. error",
             "gradient error", "start shift", *losses, "trained")  # fmt: skip
     lines = []
     for row in table_rows(frame):
-        first = (*(row[name] for name in leads), row["method"], row["batch"]["text"], str(row["length"]))
+        first = (*(row[name] for name in leading_columns), row["method"], row["batch"]["text"], str(row["length"]))
         setting = (str(row["setting"][name]) for name in differing)
-        texts = [n["text"] + (f" ({n['source']})" if n["source"] else "") for n in row["numbers"]]
+        texts = [
+            number_cell["text"] + (f" ({number_cell['source']})" if number_cell["source"] else "")
+            for number_cell in row["numbers"]
+        ]
         lines.append((*first, *setting, row["status"], texts[0], row["share"]["text"], *texts[1:]))
     shared = f" All cells: {_shared(frame)}." if _shared(frame) else ""
     return f"Compared at equal batch, micro-batch and length.{shared}\n\n{markdown_table(head, lines)}"
@@ -265,14 +268,14 @@ def _headline(name: str, run: Run) -> dict[str, str]:
         "checkout": checkout(run.environment),
         "cells": ending(run) if run.records else "no cell has finished",
         "description": str(run.suite.get("description") or ""),
-        "path": run.path.name if run.path.is_absolute() else str(run.path),  # no folder of this machine
+        "path": run.path.name if run.path.is_absolute() else str(run.path),  # without folders of this machine
         "unverified": ", ".join(unverified(run)),
-        "protocol": ", ".join(_said(run.suite.get("protocol") or {})),
+        "protocol": ", ".join(_protocol_texts(run.suite.get("protocol") or {})),
     }
 
 
-def _said(protocol: dict[str, Any]) -> list[str]:
-    """Settings of a protocol as words; what is left to its default by `None` is not said."""
+def _protocol_texts(protocol: dict[str, Any]) -> list[str]:
+    """Settings of a protocol as words; those that are None, and so left to their default, are omitted."""
     return [
         f"{key} {' + '.join(map(str, value)) if isinstance(value, list) else value}"
         for key, value in protocol.items()
@@ -281,12 +284,12 @@ def _said(protocol: dict[str, Any]) -> list[str]:
 
 
 def _validations(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str]]:
-    """(name of the run, what `meftbench validate` printed), of those that have it."""
-    found = ((name, saved(run)) for name, run in zip(names, runs, strict=True))
+    """(name of the run and the rules, the text that `meftbench validate` prints) of runs with saved errors."""
+    saved_validations = ((name, saved(run)) for name, run in zip(names, runs, strict=True))
     return [
-        (f"{name}, by the rules of {kept.profile}", validation_text(kept))
-        for name, kept in found
-        if kept and kept.errors
+        (f"{name}, by the rules of {validation.profile}", validation_text(validation))
+        for name, validation in saved_validations
+        if validation and validation.errors
     ]
 
 
@@ -296,25 +299,25 @@ def _occurring(frame: DataFrame) -> set[str]:
 
 def _by_source(frame: DataFrame) -> list[tuple[str, str]]:
     """(source, the metrics it is the source of), of those that the table shows."""
-    found: dict[str, list[str]] = {}
+    names_by_source: dict[str, list[str]] = {}
     for name in _EXPLAINED:
         if name in frame:
             for source in sources(frame, name):
-                found.setdefault(source, []).append(name)
-    return [(source, ", ".join(found[source])) for source in _SOURCES if source in found]
+                names_by_source.setdefault(source, []).append(name)
+    return [(source, ", ".join(names_by_source[source])) for source in _SOURCES if source in names_by_source]
 
 
 def _warnings(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Each sentence once for a cell, with a link to it."""
+    """The warnings, each sentence once per cell, with the anchor of the cell's detail."""
     names = run_names(runs)
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    entries: dict[tuple[str, str], dict[str, str]] = {}
     for name, run in zip(names, runs, strict=True):
         for outcome in outcomes(run):
             for record in outcome.records:
                 for sentence in warnings(record):
-                    where = {"label": outcome.label, "anchor": anchor(name, outcome.cell_id), "sentence": sentence}
-                    found.setdefault((where["anchor"], sentence), where)
-    return list(found.values())
+                    entry = {"label": outcome.label, "anchor": anchor(name, outcome.cell_id), "sentence": sentence}
+                    entries.setdefault((entry["anchor"], sentence), entry)
+    return list(entries.values())
 
 
 def _detail(name: str, run: Run, record: Any) -> dict[str, Any]:

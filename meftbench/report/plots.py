@@ -1,8 +1,8 @@
-"""The plots: one function a plot, frame in, axes drawn; nothing is saved here. `figures.py` lays them out.
+"""The plots: each function draws a frame into axes; nothing is saved here. `figures.py` lays them out.
 
 A frame is what `tables.frame_of` makes, of one model and setting. Colours are those of Okabe and Ito, which
-colour-blind readers tell apart; a method keeps its colour in every figure, levers and settings change the marker.
-An exact method has the colour of the published one, darker.
+colour-blind readers tell apart; a method keeps its colour in every figure, and memory optimisations (levers) and
+settings change the marker. An exact method has a darker shade of the published method's colour.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ COLOUR = {
     "meft2-exact": "#1B5E8A",
     "meft3-exact": "#7A3500",
 }
-_ANY_OTHER = "#5B3A29"
+_FALLBACK = "#5B3A29"
 
 
-def _spread(n: int) -> str:
-    """The n-th of colours that are far from their neighbours: the hue turns by the golden ratio."""
+def _distinct_colour(n: int) -> str:
+    """The n-th of a series of colours that differ from their neighbours: the hue turns by the golden ratio."""
     red, green, blue = hls_to_rgb(n * 0.618034 % 1, (0.38, 0.52, 0.66)[n % 3], 0.55)
     return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
 
 
 _ADDED = [name for name in METHODS if name not in COLOUR and name not in PEFT_METHODS]
-COLOUR |= {name: _spread(n) for n, name in enumerate([*PEFT_METHODS, *_ADDED])}
+COLOUR |= {name: _distinct_colour(n) for n, name in enumerate([*PEFT_METHODS, *_ADDED])}
 LINE = {"measured": "-", "counted": "-.", "predicted": "--"}
 CATEGORY = dict(
     zip(
@@ -59,19 +59,19 @@ CATEGORY = dict(
 _LEVER_MARKERS = {"": "o", "checkpoint": "s", "offload": "^", "checkpoint+offload": "D"}
 SETTING_MARKERS = ("v", "P", "X", "*", "<", ">", "p", "h")
 _DOMINATED = "#B8B8B8"
-# Longer labels go over two lines.
+# Longer labels take several lines.
 LABEL_WIDTH = 38
-# What a floating-point zero is called on a log axis, where it has no place of its own.
+# The label of an error of exactly 0, which has no place of its own on a log axis.
 EXACT = "0 (bit-identical)"
-# In models of more layers one note names all that are not finite: words over each would run into each other.
+# In models of more layers one note names all layers that are not finite: a word over each would overlap.
 _WORD_A_LAYER = 12
 
 
 def plot_activation_by_length(frame: DataFrame, ax: Axes) -> None:
-    """Activation memory against sequence length (tokens), log-log, a line a method; the line style is the source.
+    """Activation memory against sequence length (tokens), log-log, a line per method; the line style is the source.
 
     frame: `method`, `sequence_length`, `status`, `activation_peak_bytes` and its source, at one batch size.
-    The slope in the legend is that of the fitted power: 1 is linear, 2 quadratic.
+    The slope in the legend is the exponent of the fitted power: 1 is linear, 2 quadratic.
     """
     _plot_activation(frame, ax, "sequence_length", "sequence length (tokens)")
 
@@ -83,28 +83,28 @@ def plot_activation_by_batch(frame: DataFrame, ax: Axes) -> None:
 
 def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
     rows = sorted(rows_of(frame), key=lambda row: row[axis])
-    looks = markers(frame)
+    marker_of = markers(frame)
     size, unit = unit_of(row["activation_peak_bytes"] for row in rows)
     failed: dict[Any, int] = {}
     for method in methods_in_order(frame):
-        mine = [row for row in rows if row["method"] == method]
-        known = [row for row in mine if finite(row["activation_peak_bytes"])]
-        bad = [row for row in mine if row["status"] != "ok"]
-        ended = "".join(f", × {status}" for status in dict.fromkeys(row["status"] for row in bad))
+        of_method = [row for row in rows if row["method"] == method]
+        known = [row for row in of_method if finite(row["activation_peak_bytes"])]
+        not_ok = [row for row in of_method if row["status"] != "ok"]
+        ended = "".join(f", × {status}" for status in dict.fromkeys(row["status"] for row in not_ok))
         for source in sorted({row["activation_peak_bytes_source"] for row in known}):
             points = [
                 (r[axis], r["activation_peak_bytes"]) for r in known if r["activation_peak_bytes_source"] == source
             ]
             xs, ys = [x for x, _ in points], [y / size for _, y in points]
             power = slope(points)
-            said = f", slope {power:.2f} ({source})" if power is not None else f" ({source})"
-            ax.plot(xs, ys, LINE[source], color=colour(method), marker=looks[method], markersize=5,
-                    label=named(method, said + ended))  # fmt: skip
-        for index, row in enumerate(bad):
-            # Several at one place would hide each other: one below the other, from the top, in the legend's order.
+            source_text = f", slope {power:.2f} ({source})" if power is not None else f" ({source})"
+            ax.plot(xs, ys, LINE[source], color=colour(method), marker=marker_of[method], markersize=5,
+                    label=named(method, source_text + ended))  # fmt: skip
+        for index, row in enumerate(not_ok):
+            # Several at one place would hide each other, so they go below each other from the top, as in the legend.
             place = 0.96 - 0.055 * failed.setdefault(row[axis], 0)
             failed[row[axis]] += 1
-            # A method with a curve says in its label how the others ended; one without is named by its first cross.
+            # The label of a curve says how the other cells ended; without a curve the first cross has the label.
             label = named(method, f": {row['status']}") if index == 0 and not known else "_cross"
             ax.plot([row[axis]], [place], color=colour(method), marker="x", markersize=7, markeredgewidth=2,
                     linestyle="none", transform=ax.get_xaxis_transform(), label=label, clip_on=False)  # fmt: skip
@@ -112,7 +112,7 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
     places = sorted({row[axis] for row in rows})
     ax.set_xticks(places, [str(place) for place in places])
     ax.minorticks_off()
-    # Room for the crosses, so that they are not read as values.
+    # Room above the curves for the crosses, so that they are not read as values.
     if failed:
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * (high / low) ** (0.12 + 0.06 * max(failed.values())))
@@ -124,7 +124,7 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
 
 
 def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
-    """What the peak consists of, a bar a method, the total at its end. frame: one cell a method, at one shape."""
+    """What the peak consists of: a bar per method, its total at the end. frame: one cell per method, at one shape."""
     rows = {row["method"]: row for row in rows_of(frame)}
     order = methods_in_order(frame)
     size, unit = unit_of(row["peak_allocated_bytes"] for row in rows.values())
@@ -149,19 +149,19 @@ def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
     ax.set_xlim(0, largest * 1.25 or 1)
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_yticks(range(len(order)), [named(method) for method in order], fontsize=8)
-    # One method alone would fill the panel with its bar.
+    # The bar of a single method would otherwise fill the panel.
     ax.set_ylim(max(len(order), 4) - 0.5, -0.5)
     legend_beside(ax)
 
 
 def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
-    """Relative reconstruction error per layer, log axis, a line a method and stream (second stream hollow).
+    """Relative reconstruction error per layer, log axis, a line per method and stream (second stream hollow).
 
-    frame: one cell a method, with `reconstruction_rel` = [[first stream, second stream] per layer].
-    Exactly 0 stands on a floor of its own, and methods that are 0 everywhere, which hide each other there, say so in
-    the legend. inf and nan are triangles at the top, named there, and counted in the legend.
+    frame: one cell per method, with `reconstruction_rel` = [[first stream, second stream] per layer].
+    Exactly 0 is drawn on a line of its own at the bottom; methods that are 0 everywhere hide each other there, so the
+    legend says it of them. inf and nan are triangles at the top, with a note, and are counted in the legend.
     """
-    looks = markers(frame)
+    marker_of = markers(frame)
     rows = {row["method"]: row for row in rows_of(frame) if row.get("reconstruction_rel")}
     values = [float(value) for row in rows.values() for layer in row["reconstruction_rel"] for value in layer]
     positive = [value for value in values if math.isfinite(value) and value > 0]
@@ -178,13 +178,13 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
             drawn = [
                 floor if error == 0 else min(error, ceiling) if math.isfinite(error) else ceiling for error in errors
             ]
-            lost = sum(not all(map(math.isfinite, layer)) for layer in layers)
+            not_finite = sum(not all(map(math.isfinite, layer)) for layer in layers)
             exact = f": {EXACT}" if not any(error for layer in layers for error in layer) else ""
-            exact += f", not finite in {lost} layer{'s' * (lost != 1)}" if lost else ""
-            said = named(method, f" ({rows[method]['reconstruction_rel_source']}){exact}")
-            label = said if stream == 0 else "_second stream"
+            exact += f", not finite in {not_finite} layer{'s' * (not_finite != 1)}" if not_finite else ""
+            legend_text = named(method, f" ({rows[method]['reconstruction_rel_source']}){exact}")
+            label = legend_text if stream == 0 else "_second stream"
             ax.plot(range(len(drawn)), drawn, "-" if stream == 0 else ":", color=colour(method), label=label,
-                    marker=looks[method], markersize=5,
+                    marker=marker_of[method], markersize=5,
                     markerfacecolor=colour(method) if stream == 0 else "white")  # fmt: skip
             for layer, error in enumerate(errors):
                 if not math.isfinite(error):
@@ -222,7 +222,7 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
 
 
 def _runs(words_by_layer: dict[int, set[str]]) -> list[tuple[int, int, str]]:
-    """Neighbouring layers with the same words, as (first layer, last layer, words)."""
+    """Groups of neighbouring layers with the same words, as (first layer, last layer, words)."""
     runs: list[tuple[int, int, str]] = []
     for layer in sorted(words_by_layer):
         words = ", ".join(sorted(words_by_layer[layer]))
@@ -234,19 +234,19 @@ def _runs(words_by_layer: dict[int, set[str]]) -> list[tuple[int, int, str]]:
 
 
 def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
-    """Peak memory against tokens/s, a point a method; grey: another method is smaller and faster; grey and hollow: it
-    does not compute the gradient, so that it is not compared with the others at all.
+    """Tokens/s against peak memory, a point per method.
 
-    frame: one cell a method, at one shape and setting.
+    Grey: another method is no larger and no slower, and better in one. Grey and hollow: its gradient is wrong, so it
+    is not compared with the others. frame: one cell per method, at one shape and setting.
     """
-    looks = markers(frame)
+    marker_of = markers(frame)
     rows = [row for row in rows_of(frame) if finite(row["peak_allocated_bytes"]) and finite(row["tokens_per_s"])]
     size, unit = unit_of(row["peak_allocated_bytes"] for row in rows)
     notes = frontier(rows)
     for row, note in zip(rows, notes, strict=True):
         shade = _DOMINATED if note else colour(row["method"])
         inside = "none" if wrong_gradient(row) else shade
-        ax.plot([row["peak_allocated_bytes"] / size], [row["tokens_per_s"]], marker=looks[row["method"]],
+        ax.plot([row["peak_allocated_bytes"] / size], [row["tokens_per_s"]], marker=marker_of[row["method"]],
                 linestyle="none", color=shade, markerfacecolor=inside, markersize=8)  # fmt: skip
     memory = " and ".join(sorted({row["peak_allocated_bytes_source"] for row in rows})) or "none"
     speed = " and ".join(sorted({row["tokens_per_s_source"] for row in rows})) or "none"
@@ -264,7 +264,7 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
 
 
 def slope(points: Iterable[tuple[float, float]]) -> float | None:
-    """Power p of the least-squares fit y = c·xᵖ; None below two different x or where y is not positive."""
+    """Power p of the least-squares fit y = c·xᵖ; None with fewer than two different x; only positive x and y count."""
     known = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
     if len({x for x, _ in known}) < 2:
         return None
@@ -274,14 +274,16 @@ def slope(points: Iterable[tuple[float, float]]) -> float | None:
 
 
 def frontier(rows: list[dict[str, Any]]) -> list[str]:
-    """For each row "" where it is on the frontier of memory and speed; else why not: it is dominated, or its gradient
-    is wrong, and then it dominates nobody."""
-    found = [wrong_gradient(row) or "" for row in rows]
-    right = [index for index, why in enumerate(found) if not why]
-    beaten = dominated([(rows[index]["peak_allocated_bytes"], rows[index]["tokens_per_s"]) for index in right])
-    for index, loses in zip(right, beaten, strict=True):
-        found[index] = "dominated" if loses else ""
-    return found
+    """For each row "" where it is on the frontier of memory and speed, else the reason why not.
+
+    It is dominated, or its gradient is wrong; in the latter case it dominates no other row.
+    """
+    reasons = [wrong_gradient(row) or "" for row in rows]
+    valid = [index for index, reason in enumerate(reasons) if not reason]
+    beaten = dominated([(rows[index]["peak_allocated_bytes"], rows[index]["tokens_per_s"]) for index in valid])
+    for index, is_dominated in zip(valid, beaten, strict=True):
+        reasons[index] = "dominated" if is_dominated else ""
+    return reasons
 
 
 def dominated(points: list[tuple[float, float]]) -> list[bool]:
@@ -292,7 +294,7 @@ def dominated(points: list[tuple[float, float]]) -> list[bool]:
 
 
 def named(method: str, besides: str = "") -> str:
-    """A method as a legend names it, with what is said of it; long settings go below, so that the axes stay wide."""
+    """The legend text of a method, with `besides` behind it; long settings go below, so that the axes stay wide."""
     name, settings, levers = parts_of(method)
     if len(method) + len(besides) <= LABEL_WIDTH or not settings:
         return method + besides
@@ -301,31 +303,31 @@ def named(method: str, besides: str = "") -> str:
 
 
 def height_of_labels(frame: DataFrame) -> float:
-    """Inches that a figure needs for its methods, a bar or a line of a legend each, and more where names are long."""
+    """Inches that a figure needs for its methods: a bar or legend line each, and more where labels are long."""
     return sum(0.24 + 0.13 * named(method, " (dominated)").count("\n") for method in methods_in_order(frame))
 
 
 def colour(method: str) -> str:
     """The colour of a method, whatever its levers and settings."""
     name = method.partition("+")[0].partition("(")[0]
-    return COLOUR.get(name, _ANY_OTHER)
+    return COLOUR.get(name, _FALLBACK)
 
 
 def markers(frame: DataFrame) -> dict[str, str]:
-    """A marker a method: by its levers; methods with settings of their own take the next free one in their colour."""
-    found: dict[str, str] = {}
+    """The marker of each method, by its levers; one with settings takes the next that its colour does not have yet."""
+    marker_of: dict[str, str] = {}
     taken: set[tuple[str, str]] = set()
     rows = {row["method"]: row for row in rows_of(frame)}
     for method in sorted(methods_in_order(frame), key=lambda name: "(" in name):
         usual = [_LEVER_MARKERS[rows[method]["levers"]]] if rows[method]["levers"] in _LEVER_MARKERS else []
         free = [mark for mark in (*usual, *SETTING_MARKERS) if (colour(method), mark) not in taken]
-        found[method] = free[0] if free else "."
-        taken.add((colour(method), found[method]))
-    return found
+        marker_of[method] = free[0] if free else "."
+        taken.add((colour(method), marker_of[method]))
+    return marker_of
 
 
 def finite(value: float | None) -> TypeGuard[float]:
-    """Whether a metric was taken and has a place on an axis: what is not finite stands in the tables."""
+    """Whether a metric was taken and is finite, and so has a place on an axis; the tables show the others."""
     return value is not None and math.isfinite(value)
 
 
@@ -340,7 +342,7 @@ def _category(name: str) -> str:
 
 
 def plain_numbers(ax: Axes) -> None:
-    """0.1, 10, 1,000 on a log axis rather than powers of ten, and a tick even where it spans less than a decade."""
+    """Label a log y axis 0.1, 10, 1,000 rather than by powers of ten, with ticks even within less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     low, high = ax.get_ylim()
@@ -350,7 +352,7 @@ def plain_numbers(ax: Axes) -> None:
 
 
 def legend_beside(ax: Axes, title: str | None = None, labels: dict[str, Any] | None = None) -> None:
-    """A legend right of the axes. labels: to their artists; None: those of the axes."""
+    """Draw a legend right of the axes. labels: label to its artist; None: the labelled artists of the axes."""
     handles, texts = ax.get_legend_handles_labels()
     if labels is not None:
         handles, texts = list(labels.values()), list(labels)
@@ -360,21 +362,21 @@ def legend_beside(ax: Axes, title: str | None = None, labels: dict[str, Any] | N
 
 
 def _label_beside(ax: Axes, points: list[tuple[float, float]], names: list[str], dim: list[bool]) -> None:
-    """Names in a column right of the axes, apart from each other, each with a line to its point; some of them dim.
+    """Write names in a column right of the axes, each with a line to its point; those in `dim` are grey.
 
     Labels at the points themselves collide as soon as two methods cost about the same.
     """
     order = sorted(range(len(points)), key=lambda index: (points[index][1], -points[index][0]))
     lines = [names[index].count("\n") + 1 for index in order]
-    # Of the height of the axes; of many labels each has less, and the figure is as much higher.
+    # As a share of the axes' height. With many labels the share is smaller, but then the figure is higher.
     line = min(0.058, 0.96 / max(1, sum(lines)))
     apart = [line * (below + above) / 2 for below, above in pairwise(lines)]
     low, high = ax.get_ylim()
     heights: list[float] = []
     for place, index in enumerate(order):
-        wanted = (points[index][1] - low) / (high - low) if high > low else 0.5
-        heights.append(max(wanted, heights[-1] + apart[place - 1]) if heights else wanted)
-    # What sticks out at the top pushes those below it down.
+        own_height = (points[index][1] - low) / (high - low) if high > low else 0.5
+        heights.append(max(own_height, heights[-1] + apart[place - 1]) if heights else own_height)
+    # Labels above the top are moved down, and push those below them down.
     for place in reversed(range(len(heights))):
         ceiling = heights[place + 1] - apart[place] if place + 1 < len(heights) else 0.98
         heights[place] = min(heights[place], ceiling)

@@ -1,4 +1,4 @@
-"""A run for machines: its records, its table, JUnit, and what trackers of benchmarks read (docs/measuring.md 3).
+"""A run for machines: its records, its table, JUnit, and formats of benchmark trackers (docs/measuring.md 3).
 
 A cell that did not end ok has no number in any of them: out of memory is never 0.
 """
@@ -25,7 +25,7 @@ from meftbench.verdicts.environment import machine
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# What a tracker draws a line of, where no metric is named.
+# The metrics that are exported for trackers where the user names none.
 TRACKED = ("activation_peak_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "step_time_s", "tokens_per_s")
 
 
@@ -44,7 +44,7 @@ class Tracked:
 
 
 def run_csv(run: Run) -> str:
-    """The table that `report` writes: a row a cell, a unit in each metric's heading, its source beside it."""
+    """The table that `report` writes: a row per cell, the unit in each metric's heading, its source beside it."""
     return as_csv(frame_of(run)).rstrip("\n")
 
 
@@ -78,10 +78,10 @@ def _typed(frame: DataFrame) -> DataFrame:
 
 
 def run_junit(run: Run) -> str:
-    """A test case a cell: out of memory is a failure, another bad end an error; its numbers are properties."""
-    named = dict(_named(run))
+    """A test case per cell: out of memory is a failure, another bad end an error; its numbers are properties."""
+    outcome_by_name = dict(_named_outcomes(run))
     cases = []
-    for name, outcome in named.items():
+    for name, outcome in outcome_by_name.items():
         tag = {"ok": None, "skipped": "skipped", "oom": "failure"}.get(outcome.status, "error")
         numbers = [(metric, figure) for metric in METRICS if (figure := outcome.figure(metric))]
         properties = {m: f"{figure.value} {METRICS[m].unit} ({figure.source})" for m, figure in numbers}
@@ -92,35 +92,37 @@ def run_junit(run: Run) -> str:
 
 
 def github_action_benchmark(run: Run, metrics: Sequence[str]) -> dict[str, str]:
-    """For the action's tools `customSmallerIsBetter` and `customBiggerIsBetter`, by the end of the file's name; one
-    without a number is left out.
+    """JSON for the action's tools `customSmallerIsBetter` ("smaller") and `customBiggerIsBetter` ("bigger").
 
+    A tool without any number is left out. The keys end the names of the files.
     Source: github.com/benchmark-action/github-action-benchmark, README: name, unit, value, range, extra.
     """
-    found: dict[str, list[dict[str, Any]]] = {"smaller": [], "bigger": []}
+    entries_by_side: dict[str, list[dict[str, Any]]] = {"smaller": [], "bigger": []}
     for number in _tracked(run, metrics):
         figure, unit = number.figure, number.kind.unit
         entry = {"name": f"{number.name}: {number.metric}", "unit": unit, "value": figure.value}
         if figure.low is not None and figure.high is not None and figure.low != figure.high:
             entry["range"] = f"{figure.low} to {figure.high}"
         entry["extra"] = f"{figure.source} on {_where(run, number.outcome)}"
-        found["bigger" if number.kind.better == "higher" else "smaller"].append(entry)
-    return {side: json.dumps(entries, indent=1, ensure_ascii=False) for side, entries in found.items() if entries}
+        entries_by_side["bigger" if number.kind.better == "higher" else "smaller"].append(entry)
+    return {
+        side: json.dumps(entries, indent=1, ensure_ascii=False) for side, entries in entries_by_side.items() if entries
+    }
 
 
 def bencher_metric_format(run: Run, metrics: Sequence[str]) -> str:
-    """Bencher's: benchmark, measure, value and its bounds. Source: bencher.dev/docs/reference/bencher-metric-format."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    """Bencher's JSON: benchmark, measure, value, bounds. Source: bencher.dev/docs/reference/bencher-metric-format."""
+    benchmarks: dict[str, dict[str, dict[str, float]]] = {}
     for number in _tracked(run, metrics):
         figure = number.figure
         bounds = {"lower_value": figure.low, "upper_value": figure.high}
         values = {"value": figure.value} | {name: value for name, value in bounds.items() if value is not None}
-        found.setdefault(number.name, {})[number.metric] = values
-    return json.dumps(found, indent=1, ensure_ascii=False)
+        benchmarks.setdefault(number.name, {})[number.metric] = values
+    return json.dumps(benchmarks, indent=1, ensure_ascii=False)
 
 
 def pytorch_v3(run: Run, metrics: Sequence[str]) -> str:
-    """Rows of PyTorch's `oss_ci_benchmark_v3`, one a metric and cell; a value a repeat.
+    """Rows of PyTorch's `oss_ci_benchmark_v3`, one per metric and cell, with a value per repeat.
 
     Source: the wiki page "PyTorch OSS benchmark infra" of pytorch/pytorch.
     """
@@ -152,27 +154,27 @@ def pytorch_v3(run: Run, metrics: Sequence[str]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
-# By the name that `export --format` knows: text of a run, and text of a run's chosen metrics.
+# Functions by the value of `export --format`: the text of a whole run, and of chosen metrics of a run.
 WHOLE: dict[str, Callable[[Run], str]] = {"csv": run_csv, "json": run_json, "junit": run_junit}
 OF_METRICS: dict[str, Callable[[Run, Sequence[str]], str]] = {"bmf": bencher_metric_format, "pytorch-v3": pytorch_v3}
 
 
 def _tracked(run: Run, metrics: Sequence[str]) -> Iterator[Tracked]:
-    """The numbers that a tracker can hold: infinite and NaN are none."""
-    for name, outcome in _named(run):
+    """The numbers that a tracker can store: infinity and NaN are left out."""
+    for name, outcome in _named_outcomes(run):
         for metric in metrics:
             figure = outcome.figure(metric)
             if figure is not None and math.isfinite(figure.value):
                 yield Tracked(name, outcome, metric, figure)
 
 
-def _named(run: Run) -> Iterator[tuple[str, Outcome]]:
-    """Cells by label; where two share one (they may differ in the device), with the cell_id."""
-    found = outcomes(run)
-    labels = [outcome.label for outcome in found]
-    for outcome in found:
-        alone = labels.count(outcome.label) == 1
-        yield outcome.label if alone else f"{outcome.label} [{outcome.cell_id}]", outcome
+def _named_outcomes(run: Run) -> Iterator[tuple[str, Outcome]]:
+    """Cells with their labels; where cells share one (they may differ in the device), the cell_id is added."""
+    run_outcomes = outcomes(run)
+    labels = [outcome.label for outcome in run_outcomes]
+    for outcome in run_outcomes:
+        unique = labels.count(outcome.label) == 1
+        yield outcome.label if unique else f"{outcome.label} [{outcome.cell_id}]", outcome
 
 
 def _where(run: Run, outcome: Outcome) -> str:

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_METHOD_WIDTH = 24  # columns of the methods at most; more would push the numbers off the screen
+_METHOD_WIDTH = 24  # characters of the method column at most; a wider one would push the numbers off the screen
 _MARK = {"measured": "m", "counted": "c", "predicted": "p"}
 
 
 def print_summary(run: Run, console: Console | None = None) -> None:
-    """Print the table of a run; then what went wrong in each cell that did not end ok, a line each."""
+    """Print the tables of a run, then a line for each cell in which something went wrong."""
     from rich.console import Console
     from rich.text import Text
 
@@ -52,13 +52,13 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     print_quality(whole, out)
     frame = untrained(whole)
     shares = share_of_full(frame)
-    found = groups(frame)
-    for group in found:
+    table_groups = groups(frame)
+    for group in table_groups:
         out.print(Text(group.title, style="bold"))
         out.print(Text(caption(group.frame)))
-        table, least = _table(group, shares, out.width)
-        print_table(table, out, least)
-    if len(found) > 1:
+        table, least_width = _table(group, shares, out.width)
+        print_table(table, out, least_width)
+    if len(table_groups) > 1:
         out.print(Text("Between tables more than the method differs: do not rank across them."))
     out.print(Text(ending(run)))
     for line in [*shared_cores(run), *collapses(run), *failures(run)]:
@@ -66,7 +66,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
 
 
 def caption(frame: DataFrame) -> str:
-    """Which columns are counted, measured, predicted, and what is compared with what."""
+    """Which columns are counted, measured or predicted, and at what equal settings methods are compared."""
     columns = {
         "memory": ("activation_peak_bytes", "peak_allocated_bytes"),
         "time": ("step_time_s", "tokens_per_s"),
@@ -87,9 +87,9 @@ def ending(run: Run) -> str:
     counts = ", ".join(
         f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses, key=_first_ok))
     )
-    beaten = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in outcomes(run))
-    why = f" ({beaten} at a learning rate that another beat)" if beaten else ""
-    return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}{why}"
+    not_chosen = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in outcomes(run))
+    note = f" ({not_chosen} at a learning rate that another beat)" if not_chosen else ""
+    return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}{note}"
 
 
 def _first_ok(status: str) -> int:
@@ -98,41 +98,45 @@ def _first_ok(status: str) -> int:
 
 def failures(run: Run) -> list[str]:
     """A line for each cell that did not end ok or has no score: its label, how it ended, why."""
-    bad = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
-    # Of learning rates that another beat, the table of scores says which were tried.
-    bad = [record for record in bad if record.status_detail.get("type") != NOT_CHOSEN]
-    ended = [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in bad]
+    not_ok = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
+    # A cell at a learning rate that another beat is no failure: the table of scores lists the rates tried.
+    not_ok = [record for record in not_ok if record.status_detail.get("type") != NOT_CHOSEN]
+    lines = [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in not_ok]
     done = [outcome for outcome in outcomes(run) if outcome.status == "ok" and outcome.cell.get("training")]
     absent = [(outcome.label, score.absent) for outcome in done if (score := outcome.metric("score"))]
-    return ended + [f"{' '.join(label.split())}: no score ({why})" for label, why in absent if why is not None]
+    return lines + [f"{' '.join(label.split())}: no score ({why})" for label, why in absent if why is not None]
 
 
 def shared_cores(run: Run) -> list[str]:
-    """A line where cells were timed while other processes held the cores."""
+    """A line that says how many cells were timed while other processes held the cores; none if there are none."""
     waited = [as_number(record.value("cpu_wait_share")) for record in run.records]
-    found = [share for share in waited if share is not None and share > SHARED_CORES]
-    if not found:
+    too_long = [share for share in waited if share is not None and share > SHARED_CORES]
+    if not too_long:
         return []
-    what = f"{len(found)} of {len(waited)} cells were timed while other processes held the cores (they waited up to"
-    return [f"{what} {max(found):.0%} of the time): rerun them on a quiet machine before comparing times"]
+    what = f"{len(too_long)} of {len(waited)} cells were timed while other processes held the cores (they waited up to"
+    return [f"{what} {max(too_long):.0%} of the time): rerun them on a quiet machine before comparing times"]
 
 
 def collapses(run: Run) -> list[str]:
     """A line for each cell whose loss or backward pass broke down, though it ended ok: its label and what happened."""
-    found = [(outcome.label, outcome.metric("collapse")) for outcome in outcomes(run) if outcome.status == "ok"]
-    return [f"{' '.join(label.split())}: {metric.value}" for label, metric in found if metric and metric.value]
+    collapse_metrics = [
+        (outcome.label, outcome.metric("collapse")) for outcome in outcomes(run) if outcome.status == "ok"
+    ]
+    return [
+        f"{' '.join(label.split())}: {metric.value}" for label, metric in collapse_metrics if metric and metric.value
+    ]
 
 
 def _why(record: Record) -> str:
-    asked = record.status_detail.get("requested_bytes")
-    parts = [f"asked for {format_bytes(asked)}"] if isinstance(asked, int) else []
+    requested = record.status_detail.get("requested_bytes")
+    parts = [f"asked for {format_bytes(requested)}"] if isinstance(requested, int) else []
     parts += [detail_of(record)] if detail_of(record) else []
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-# Columns that a narrow terminal does without, the first one first: at equal batch and length tokens/s is the step time
-# again, and a share the activation memory. A number is never cut: its column is there or it is not.
-_SPARED = {
+# Columns that a narrow terminal leaves out, in this order, with their index: at equal batch and length tokens/s repeats
+# the step time, and the share the activation memory. A number is never cut: its column is there or it is not.
+_OMITTABLE = {
     "tokens/s": 5,
     "% of full": 2,
     "peak": 3,
@@ -146,7 +150,7 @@ _SPARED = {
 
 
 def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, int]:
-    """The table, and the characters that it needs."""
+    """The table, and the width in characters that it needs."""
     from rich.table import Table
     from rich.text import Text
 
@@ -155,44 +159,44 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
     heads = [f"activation\n{unit}", "of it\ngrads", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
     heads += ["recon.\nerror", "gradient\nerror", "start loss\n(pre-tr.)", "trained"]
     of_metrics = metrics_with_columns()
-    spare = {METRICS[name].column or name: len(heads) + place for place, name in enumerate(of_metrics)} | _SPARED
+    omittable = {METRICS[name].column or name: len(heads) + place for place, name in enumerate(of_metrics)} | _OMITTABLE
     heads += [_heading(name, unit) for name in of_metrics]
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
     rows = list(rows_of(frame))
     texts = {id(row): _cells(row, shares, size, mixed) for row in rows}
-    # A column without a single value says nothing and takes the room of those that do.
+    # A column without any value is left out, since it would take the room of the others.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
-    methods = min(max(15, widest), _METHOD_WIDTH)
-    methods = max(NARROWEST, min(methods, width - 12))  # beside the activation memory, whatever the width
+    method_width = min(max(15, widest), _METHOD_WIDTH)
+    method_width = max(NARROWEST, min(method_width, width - 12))  # beside the activation memory, whatever the width
     lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
     widths = {i: max(map(len, lines[i])) for i in shown}
 
     def needed(gap: int) -> int:
-        return methods + sum(widths[i] + gap for i in shown)
+        return method_width + sum(widths[i] + gap for i in shown)
 
     gap = 2 if width >= 100 and needed(2) <= width else 1
-    spared = left_out({i: widths[i] + gap for i in shown}, spare, width - methods)
-    shown = [i for i in shown if i not in {spare[name] for name in spared}]
+    omitted = left_out({i: widths[i] + gap for i in shown}, omittable, width - method_width)
+    shown = [i for i in shown if i not in {omittable[name] for name in omitted}]
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=methods)
+    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=method_width)
     for index in shown:
         table.add_column(heads[index], justify="right", no_wrap=True)
     for shape in dict.fromkeys((r["batch_size"], r["micro_batch_size"], r["sequence_length"]) for r in rows):
-        here = [r for r in rows if (r["batch_size"], r["micro_batch_size"], r["sequence_length"]) == shape]
-        table.add_row(Text(_short(*shape), style="italic"))
-        for row in sorted(here, key=lambda r: order.index(r["method"])):
+        of_shape = [r for r in rows if (r["batch_size"], r["micro_batch_size"], r["sequence_length"]) == shape]
+        table.add_row(Text(_short_shape(*shape), style="italic"))
+        for row in sorted(of_shape, key=lambda r: order.index(r["method"])):
             table.add_row(
-                Text(_within(methods, _in_lines(row["method"]))), *(Text(texts[id(row)][index]) for index in shown)
+                Text(_within(method_width, _in_lines(row["method"]))), *(Text(texts[id(row)][index]) for index in shown)
             )
     notes = ["m measured, c counted, p predicted"] if mixed else []
-    notes += [f"no room at this width for {', '.join(spared)}"] if spared else []
+    notes += [f"no room at this width for {', '.join(omitted)}"] if omitted else []
     table.caption = "; ".join(notes) or None
     return table, needed(gap)
 
 
-def _short(batch: int, micro_batch: int, length: int) -> str:
+def _short_shape(batch: int, micro_batch: int, length: int) -> str:
     return f"{batch}{f' (mb{micro_batch})' if micro_batch != batch else ''} × {length}"
 
 
@@ -205,17 +209,17 @@ def _in_lines(method: str) -> str:
 
 
 def _within(width: int, lines: str) -> str:
-    """The lines of a label. What is too wide loses its indent, then breaks before its value: no number folds."""
-    found: list[str] = []
+    """The lines of a label within `width`. A line that is too wide loses its indent, or breaks before its value."""
+    fitted: list[str] = []
     for line in lines.splitlines():
         name, equals, value = line.strip().partition("=")
         if len(line) <= width or not equals:
-            found.append(line)
+            fitted.append(line)
         elif len(line.strip()) <= width:
-            found.append(line.strip())
+            fitted.append(line.strip())
         else:
-            found += [f"{name}=", f" {value}"]
-    return "\n".join(found)
+            fitted += [f"{name}=", f" {value}"]
+    return "\n".join(fitted)
 
 
 SHOWN = (
@@ -229,7 +233,7 @@ SHOWN = (
 
 
 def unit_of(frame: DataFrame) -> tuple[int, str]:
-    """GiB where the largest peak has ten of them, else MiB: one unit for a whole column, so that it can be compared."""
+    """GiB where the largest peak is 10 GiB or more, else MiB: one unit for a whole column, so that it compares."""
     largest = frame["peak_allocated_bytes"].astype(float).max()
     return (GiB, "GiB") if largest >= 10 * GiB else (MiB, "MiB")
 
@@ -238,19 +242,19 @@ def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[
     if row["status"] != "ok":
         return [row["status"], *[""] * (9 + len(metrics_with_columns()))]
 
-    def told(metric: str, text: str) -> str:
+    def marked(metric: str, text: str) -> str:
         return f"{text} {_MARK[row[f'{metric}_source']]}" if metric in mixed and row[metric] is not None else text
 
     share = shares.get(row["cell_id"])
     return [
-        told("activation_peak_bytes", number(row["activation_peak_bytes"], size)),
+        marked("activation_peak_bytes", number(row["activation_peak_bytes"], size)),
         number(row.get("activation_gradients_bytes"), size),
         f"{share:.1%}".rstrip("%") if share is not None else "-",
-        told("peak_allocated_bytes", number(row["peak_allocated_bytes"], size)),
-        told("step_time_s", number(row["step_time_s"], 1e-3)),
-        told("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
-        told("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
-        told("gradient_rel_max", error(row["gradient_rel_max"])),
+        marked("peak_allocated_bytes", number(row["peak_allocated_bytes"], size)),
+        marked("step_time_s", number(row["step_time_s"], 1e-3)),
+        marked("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
+        marked("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
+        marked("gradient_rel_max", error(row["gradient_rel_max"])),
         start_of(row),
         count(row["parameters_trainable"]),
         *(_value(row.get(name), METRICS[name].unit, size) for name in metrics_with_columns()),
@@ -258,15 +262,15 @@ def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[
 
 
 def metrics_with_columns() -> list[str]:
-    """Metrics whose entry asks for a column of its own (`Kind.column`)."""
+    """Metrics that have a column of their own, as their `Kind.column` says."""
     return [name for name, kind in METRICS.items() if kind.column]
 
 
 def _heading(metric: str, unit: str) -> str:
-    """On two lines, as the others: the words, and the unit of what is a size or a time."""
+    """A heading on two lines, like the others: the words, and the unit of a size or time."""
     column, units = METRICS[metric].column or metric, {"byte": unit, "second": "ms"}
-    shown = units.get(METRICS[metric].unit)
-    return f"{column}\n{shown}" if shown else column.replace(" ", "\n", 1)
+    unit_text = units.get(METRICS[metric].unit)
+    return f"{column}\n{unit_text}" if unit_text else column.replace(" ", "\n", 1)
 
 
 def _value(value: Any, unit: str, size: int) -> str:
@@ -288,19 +292,19 @@ def number(value: float | None, size: float) -> str:
 
 
 def loss(value: float | None) -> str:
-    """A loss to two decimals; "-" not taken."""
+    """A loss to two decimals; "-" where it was not taken."""
     return f"{value:.2f}" if value is not None and math.isfinite(value) else error(value)
 
 
 def start_of(row: dict[str, Any]) -> str:
-    """`15.26 (3.08)`: the loss before training, and in brackets that of the pre-trained model; "-" not taken."""
+    """`15.26 (3.08)`: the loss before training, and in brackets that of the pre-trained model; "-" where not taken."""
     if row.get("starting_loss") is None:
         return "-"
     return f"{loss(row['starting_loss'])} ({loss(row.get('pretrained_loss'))})"
 
 
 def error(value: float | None) -> str:
-    """A relative error: "0" means exactly zero, "-" not taken; what is not finite is a result: "∞" and "NaN"."""
+    """A relative error: "0" is exactly zero, "-" not taken; values that are not finite are shown as "∞" and "NaN"."""
     if value is None:
         return "-"
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Runs as one pandas frame, a row a cell; and the figures that tables and plots share."""
+"""Runs as one pandas frame with a row per cell, and functions that tables and plots share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
+from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE
 from meftbench.plan.training import Training
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record
@@ -23,24 +24,20 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# Two cells that differ in one of these are not comparable by method alone.
-SETTING = (
-    *("run", "model", "device", "precision", "head", "attention_requested", "optimizer", "optimizer_impl"),
-    *("task", "learning_rate", "training", "seed", "batch"),
-)
-SHAPE = ("batch_size", "micro_batch_size", "sequence_length")
+# Cells that differ in one of these differ in more than method and shape, and are not ranked with each other.
+SETTING = ("run", "model", "device", *(name for name in SETTINGS if name not in ("model", "device")), "training")
+_OF_TRAINING = tuple(FIELDS[name] for name in OF_TRAINING)
+
+
+def with_used(fields: Sequence[str]) -> list[str]:
+    """`fields` of a cell, the attention that was run after the one that was asked for."""
+    asked = FIELDS["attention"]
+    return [column for name in fields for column in ((name, "attention_used") if name == asked else (name,))]
+
+
 _CELL = (
-    "model_revision",
-    "weights",
-    "precision",
-    "head",
-    "attention_requested",
-    "attention_used",
-    "optimizer",
-    "optimizer_impl",
-    "device",
-    "seed",
-    "batch",
+    *("model_revision", "weights"),
+    *with_used([name for name in SETTINGS if name not in ("model", *_OF_TRAINING)]),
     *SHAPE,
 )
 
@@ -51,13 +48,13 @@ _BASE = (
     *("run", "cell_id", "label", "model", "method", "method_name"),
     *_CELL,
     *_REVERSIBLE,
-    *("task", "learning_rate", "training", "scored_by", "cuts", "settings", "layers"),
+    *(*_OF_TRAINING, "training", "scored_by", "cuts", "settings", "layers"),
     *("levers", "status", "detail", "repeats", "wall_s"),
 )
 
 
 def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
-    """One row a cell, in the order of the runs and of their writing.
+    """One row per cell, in the order of the runs and, within a run, of their writing.
 
     Columns: run (name, with the folder where two share it), cell_id, label, model, method (as labelled, with levers
     and settings), the fields of the cell, of a reversible method arithmetic, side_bits, coupling and output, status,
@@ -94,10 +91,13 @@ _HEADLINE = (
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """A name a run, and no name twice: the suite's, with the folder where suites share one."""
-    plain = [run.name for run in runs]
-    named = [name if plain.count(name) == 1 else f"{name} ({run.path})" for name, run in zip(plain, runs, strict=True)]
-    return [name if named.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(named, start=1)]
+    """A name for each run, none twice: that of its suite, with the folder where suites share a name."""
+    suite_names = [run.name for run in runs]
+    names = [
+        name if suite_names.count(name) == 1 else f"{name} ({run.path})"
+        for name, run in zip(suite_names, runs, strict=True)
+    ]
+    return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names, start=1)]
 
 
 def _row(run: str, outcome: Outcome) -> dict[str, Any]:
@@ -132,11 +132,11 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
 
 
 def _training(record: Record) -> dict[str, Any]:
-    """Of a training: task, rate, what else differs from the defaults, the score's name, and what the data lack."""
-    said = record.cell.get("training")
-    if not said:
+    """The columns of a cell that was trained on a task, among them the settings that differ from the defaults."""
+    fields = record.cell.get("training")
+    if not fields:
         return {}
-    training = Training.model_validate_json(json.dumps(said))
+    training = Training.model_validate_json(json.dumps(fields))
     return {
         "task": training.task,
         "learning_rate": training.learning_rate,
@@ -149,10 +149,10 @@ def _training(record: Record) -> dict[str, Any]:
 
 
 def side_bits(params: Mapping[str, Any]) -> int | None:
-    """Bits that an exact method puts aside, of its recorded settings; None: not exact, or its factors are named.
+    """Side bits of an exact method, from its recorded settings; None: it is not exact, or its factors are set.
 
-    Where a record leaves them out they are 3, the default at that time. A factor that is named (`lambda`, `beta`)
-    says what they are only together with the method.
+    Where a record leaves them out they are 3, the default at that time. From a factor that is set (`lambda`, `beta`)
+    they follow only together with the method.
     """
     if params.get("arithmetic") != "exact" or params.get("lambda") is not None or params.get("beta") is not None:
         return None
@@ -162,7 +162,7 @@ def side_bits(params: Mapping[str, Any]) -> int | None:
 def parts_of(method: str) -> tuple[str, list[str], list[str]]:
     """Name, settings and levers of a method's label: `meft1(lambda=0.5)+offload` is meft1, [lambda=0.5], [offload]."""
     parts = re.fullmatch(r"([^(]+)\((.*)\)([^)]*)", method, re.DOTALL)
-    # A setting may be a list, with commas of its own.
+    # Only a comma before a name ends a setting: its value may be a list with commas.
     settings = re.split(r",(?=\w+=)", parts[2]) if parts else []
     name, *levers = (f"{parts[1]}{parts[3]}" if parts else method).split("+")
     return name, settings, levers
@@ -178,8 +178,8 @@ def without_side_bits(method: str) -> str:
 def detail_of(record: Record) -> str:
     """Why a cell did not end ok, as one line; "" where it did."""
     detail = record.status_detail
-    said = detail.get("message") or detail.get("type") or ""
-    return " ".join(str(said).split())
+    text = detail.get("message") or detail.get("type") or ""
+    return " ".join(str(text).split())
 
 
 @dataclass(frozen=True)
@@ -191,20 +191,20 @@ class Group:
 
 
 def groups(frame: DataFrame) -> list[Group]:
-    """The cells apart by every setting that is not the method or the shape; the title says how they differ."""
-    found = []
+    """The cells grouped by every setting but method and shape; the titles say in what the groups differ."""
+    all_groups = []
     differing = [name for name in SETTING if frame[name].nunique(dropna=False) > 1]
     for values, rows in frame.groupby(list(SETTING), dropna=False, sort=False):
         shared = dict(zip(SETTING, values, strict=True))
         parts = [str(shared["model"]), *(setting_text(name, shared[name]) for name in differing if name != "model")]
-        found.append(Group(", ".join(parts), rows))
-    return found
+        all_groups.append(Group(", ".join(parts), rows))
+    return all_groups
 
 
 def setting_text(name: str, value: object) -> str:
-    """A setting as titles have it: `cuda`, `head multiple_choice`."""
-    said = "default" if value is None or value != value else str(value)
-    return said if name in ("run", "device", "precision") else f"{name.removesuffix('_requested')} {said}"
+    """A setting as titles show it: `cuda`, `head multiple_choice`."""
+    text = "default" if value is None or value != value else str(value)
+    return text if name in ("run", "device", "precision") else f"{name.removesuffix('_requested')} {text}"
 
 
 def shape_text(batch: int, micro_batch: int, length: int) -> str:
@@ -214,7 +214,7 @@ def shape_text(batch: int, micro_batch: int, length: int) -> str:
 
 
 def share_of_full(frame: DataFrame, metric: str = "activation_peak_bytes") -> dict[str, float]:
-    """cell_id to the metric as a share of that of plain `full` at the same shape and setting; where both are known."""
+    """cell_id to the metric's share of that of plain `full` at the same shape and setting, where both are known."""
     keys = [*SETTING, *SHAPE]
     shares: dict[str, float] = {}
     for _, rows in frame.groupby(keys, dropna=False, sort=False):
@@ -228,23 +228,24 @@ def share_of_full(frame: DataFrame, metric: str = "activation_peak_bytes") -> di
 
 
 def sources(frame: DataFrame, metric: str) -> list[str]:
-    """Where the values of a metric come from: measured, counted, predicted; those that occur."""
-    if metric not in frame:  # of records from before there was the metric
+    """The sources of a metric's values that occur in the frame, of measured, counted and predicted."""
+    if metric not in frame:  # the records are older than the metric
         return []
     pairs = zip(frame[metric], frame[f"{metric}_source"], strict=True)
     return sorted({source for value, source in pairs if value is not None})
 
 
-# Above this a gradient is not one. Rounding in bfloat16, with which models are trained, stays well below it.
+# Above this relative error a gradient counts as wrong. Rounding in bfloat16, in which models are trained, stays well
+# below it.
 WRONG_GRADIENT = 0.1
 _WRONG_RECONSTRUCTION = 0.01
 
 
 def wrong_gradient(row: Mapping[str, Any]) -> str | None:
-    """`gradient is wrong by 308 %`, or `by 8e23 times its size`: of a cell whose gradient is not that of its loss; None
-    where it is, or is not known.
+    """`gradient is wrong by 308 %`, or `by 8e23 times its size`, where a cell's gradient is not that of its loss.
 
-    Of a cell without a gradient error, what it recomputed must be off by 1 % at most.
+    None: it is right, or not known. A cell without a gradient error is judged by its reconstruction error, which may
+    be 1 % at most.
     """
     error, reconstruction = row.get("gradient_rel_max"), row.get("reconstruction_rel_max")
     if error is not None:
@@ -262,7 +263,7 @@ def wrong_gradient(row: Mapping[str, Any]) -> str | None:
 
 
 def taken(frame: DataFrame, metric: str) -> bool:
-    """Whether any cell has a value of the metric, NaN included: older runs may not know it, some cells have none."""
+    """Whether any cell has a value of the metric, NaN included. Older runs may lack the metric altogether."""
     return metric in frame and any(value is not None for value in frame[metric])
 
 
@@ -272,15 +273,15 @@ def write_csv(frame: DataFrame, file: Path) -> None:
 
 
 def as_csv(frame: DataFrame) -> str:
-    """The table as CSV: a unit in each metric's heading, its source beside it."""
+    """The table as CSV: the unit in each metric's heading, its source in a column beside it."""
     headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
-    # A nan that was measured is a finding; an empty field is a number that was not taken.
+    # A measured nan is written as a value: an empty field is a number that was not taken.
     table = frame.map(lambda value: "NaN" if value != value else value).rename(columns=headings)
     return str(table.to_csv(index=False))
 
 
 def methods_in_order(frame: DataFrame) -> list[str]:
-    """Methods in the order of the catalogue's families, as they were first run within one."""
+    """Method labels in the order of the catalogue's methods; those of one method in the order of the frame."""
     families = list(METHODS)
     first = dict(zip(frame["method"], frame["method_name"], strict=True))
 
@@ -291,7 +292,10 @@ def methods_in_order(frame: DataFrame) -> list[str]:
 
 
 class Row(dict[str, Any]):
-    """A row of a table, by column. A metric that no record has is None, as one that some records lack."""
+    """A row of a table, by column. A metric without a column, since no record has it, is None.
+
+    Raises KeyError: for any other missing column.
+    """
 
     def __missing__(self, column: str) -> None:
         if column.removesuffix("_source").removesuffix("_low").removesuffix("_high") not in METRICS:
@@ -314,25 +318,27 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-def left_out(widths: Mapping[int, int], spared: Mapping[str, int], room: int) -> list[str]:
-    """Names of columns without which a table fits into `room` characters: of `spared` (name: index), the first first.
+def left_out(widths: Mapping[int, int], omittable: Mapping[str, int], room: int) -> list[str]:
+    """Names of columns to leave out so that a table fits into `room` characters, in the order of `omittable`.
 
-    widths: characters that each column takes, the space beside it included.
+    widths: characters of each column by index, with the space beside it.  omittable: name of a column to its index.
     """
     remaining, names = dict(widths), []
-    for name, index in spared.items():
+    for name, index in omittable.items():
         if index in remaining and sum(remaining.values()) > room:
             del remaining[index]
             names.append(name)
     return names
 
 
-NARROWEST = 8  # characters of the column that says the method, whatever the width
+NARROWEST = 8  # characters that the method column has at least, whatever the width
 
 
 def print_table(table: Table, out: Console, least: int) -> None:
-    """Print a table that needs `least` characters; a narrower terminal breaks its lines, where rich would drop columns
-    or cut numbers."""
+    """Print a table that needs `least` characters.
+
+    A narrower terminal then wraps the lines; left to itself, rich would drop columns or cut numbers.
+    """
     before = out.width
     out.width = max(before, least)
     try:

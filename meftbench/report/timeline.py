@@ -1,4 +1,4 @@
-"""The figure of one step over time: what is alive, stacked by category, with the phases marked; a panel a cell."""
+"""The figure of a step over time: live bytes, stacked by category, with the phases marked; a panel per cell."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from meftbench.report.plots import CATEGORY, legend_beside, unit_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# From the bottom: what lives longest.
+# From the bottom of the stack: what lives longest comes first.
 _ORDER = ("parameters", "buffers", "inputs", "other", "optimizer", "gradients", "activations", "temporaries")
 
 
 def timeline_picture(answers: Sequence[dict[str, Any]], name: str = "timeline") -> Picture:
-    """answers: `cells` of what meftbench.prediction.timeline.export gave. The panels share the axis of bytes."""
+    """The figure of the cells; its panels share the axis of bytes.
+
+    answers: the `cells` of what meftbench.prediction.timeline.export returned.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -49,7 +52,7 @@ def timeline_picture(answers: Sequence[dict[str, Any]], name: str = "timeline") 
 
 
 def _titles(answers: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
-    """What the cells share, and what tells each panel from the others: the method, where that is all they differ in."""
+    """The text that the cells share, and a title for each panel: the method where they differ in it alone."""
     labels = [answer["label"] for answer in answers]
     if len(answers) == 1:
         return labels[0], [""]
@@ -60,18 +63,18 @@ def _titles(answers: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
 
 
 def plot_timeline(answer: dict[str, Any], ax: Axes, highest: int | None = None) -> None:
-    """Live bytes over allocations and frees, stacked; what lives longest is at the bottom.
+    """Draw live bytes over allocations and frees, stacked; what lives longest is at the bottom.
 
     highest: bytes that the axis has room for; None: the peak of this cell.
     """
-    told = answer["timeline"]
+    timeline = answer["timeline"]
     highest = highest or answer["peak_allocated_bytes"]
     size, unit = unit_of([highest])
     shades = {name.removesuffix("_bytes"): shade for name, shade in CATEGORY.items()}
-    shown = [kind for kind in _ORDER if any(told["levels"][kind])]
+    shown = [kind for kind in _ORDER if any(timeline["levels"][kind])]
     ax.stackplot(
-        told["at"],
-        [[level / size for level in told["levels"][kind]] for kind in shown],
+        timeline["at"],
+        [[level / size for level in timeline["levels"][kind]] for kind in shown],
         labels=["optimizer state" if kind == "optimizer" else kind for kind in shown],
         colors=[shades[kind] for kind in shown],
         step="post",
@@ -81,13 +84,13 @@ def plot_timeline(answer: dict[str, Any], ax: Axes, highest: int | None = None) 
     ax.axhline(peak, color="#999999", linewidth=0.8, linestyle="--")
     ax.annotate(f"peak {peak:,.1f}", (1.0, peak), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",
                 textcoords="offset points", fontsize=8)  # fmt: skip
-    length = max(told["at"], default=1)
-    for phase, place in told["phases"]:
+    length = max(timeline["at"], default=1)
+    for phase, place in timeline["phases"]:
         if phase != "end":
             ax.axvline(place, color="black", linewidth=0.6, linestyle=":")
-            # Right of a late line the word would run out of the panel.
-            away, side = (-2, "right") if place > 0.8 * length else (2, "left")
-            ax.annotate(phase, (place, 1.0), xycoords=("data", "axes fraction"), xytext=(away, 2), ha=side,
+            # Right of a line near the end the word would leave the panel.
+            offset, side = (-2, "right") if place > 0.8 * length else (2, "left")
+            ax.annotate(phase, (place, 1.0), xycoords=("data", "axes fraction"), xytext=(offset, 2), ha=side,
                         textcoords="offset points", fontsize=8, va="bottom")  # fmt: skip
     ax.set(xlabel="allocations and frees of the step", ylabel=f"allocated ({unit}, predicted)")
     ax.set_xlim(0, length)
@@ -97,10 +100,10 @@ def plot_timeline(answer: dict[str, Any], ax: Axes, highest: int | None = None) 
 
 
 def _legend(axes: list[Axes], columns: int) -> None:
-    """One legend for all panels, beside the last of the first line; its order is that of the stack, from the top."""
-    found: dict[str, Any] = {}
+    """Draw one legend for all panels, beside the last panel of the first line, in the stack's order from the top."""
+    handle_by_label: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            handle_by_label.setdefault(label, handle)
     names = [kind.replace("optimizer", "optimizer state") for kind in reversed(_ORDER)]
-    legend_beside(axes[columns - 1], None, {name: found[name] for name in names if name in found})
+    legend_beside(axes[columns - 1], None, {name: handle_by_label[name] for name in names if name in handle_by_label})

@@ -1,6 +1,6 @@
-"""Predictions held against what a GPU measured, drawn: a scatter with its identity line, and the errors of each method.
+"""Figures of predictions against GPU measurements: a scatter with its identity line, and the errors of each method.
 
-What is drawn are the errors of `verdicts.validation`; a run has them where `meftbench validate --save` left them.
+The errors are those of `verdicts.validation`; a run has them where `meftbench validate --save` wrote them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _NAMES = {
     "activation_peak_bytes": "activation peak",
     "peak_reserved_bytes": "peak reserved",
 }
-# By precision, so that a method's colour stays its own.
+# Markers stand for precisions, since colours stand for methods.
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def validation_text(validation: Validation) -> str:
     """A table of the spreads, the worst cell of each metric, and the cells without a prediction."""
-    found = validation.errors
-    rows = spreads(found)
+    errors = validation.errors
+    rows = spreads(errors)
     width = max(len(row.name) for row in rows)
     lines = []
     for metric in dict.fromkeys(row.metric for row in rows):
-        of_metric = [error for error in found if error.metric == metric]
+        of_metric = [error for error in errors if error.metric == metric]
         worst = max(of_metric, key=lambda error: abs(error.share))
         lines += [f"{metric}: predicted against measured", f"  {'':<{width + 10}} cells  median   worst  signed"]
         for row in (row for row in rows if row.metric == metric):
@@ -43,8 +43,8 @@ def validation_text(validation: Validation) -> str:
 
 
 def validation_pictures(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:
-    """A figure for each run that was validated. names: of the runs, said where there are several."""
-    found = [(name, validation) for name, run in zip(names, runs, strict=True) if (validation := saved(run))]
+    """A figure for each run that was validated. names: of the runs, in the titles where there are several."""
+    validated = [(name, validation) for name, run in zip(names, runs, strict=True) if (validation := saved(run))]
     several = len(runs) > 1
     return [
         validation_picture(
@@ -52,13 +52,13 @@ def validation_pictures(runs: Sequence[Run], names: Sequence[str]) -> list[Pictu
             f"predicted-against-measured-{index}" if several else "predicted-against-measured",
             f", {name}" if several else "",
         )
-        for index, (name, validation) in enumerate(found, start=1)
+        for index, (name, validation) in enumerate(validated, start=1)
         if validation.errors
     ]
 
 
 def validation_picture(validation: Validation, name: str = "predicted-against-measured", besides: str = "") -> Picture:
-    """Above, predicted against measured bytes; below, the error of each method's cells; a column a metric."""
+    """Above, predicted against measured bytes; below, the error of each method's cells; a column per metric."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -70,11 +70,11 @@ def validation_picture(validation: Validation, name: str = "predicted-against-me
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.add_gridspec(2, len(shown), height_ratios=[3.6, 0.8 + 0.2 * len(methods)])
         for column, metric in enumerate(shown):
-            mine = [error for error in validation.errors if error.metric == metric]
+            of_metric = [error for error in validation.errors if error.metric == metric]
             above, below = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
-            plot_predicted_against_measured(mine, above)
+            plot_predicted_against_measured(of_metric, above)
             above.set_title(_NAMES[metric], loc="left")
-            plot_errors_by_method(mine, below, methods)
+            plot_errors_by_method(of_metric, below, methods)
             if column:
                 above.set_ylabel("")
                 below.tick_params(labelleft=False)
@@ -88,7 +88,7 @@ def validation_picture(validation: Validation, name: str = "predicted-against-me
 
 
 def plot_predicted_against_measured(errors: Sequence[Error], ax: Axes) -> None:
-    """Predicted bytes against measured ones, log-log, a point a cell; on the line both are the same.
+    """Predicted bytes against measured ones, log-log, a point per cell; on the line both are the same.
 
     errors: of one metric. Colours are methods, markers precisions.
     """
@@ -98,9 +98,9 @@ def plot_predicted_against_measured(errors: Sequence[Error], ax: Axes) -> None:
     precisions = list(dict.fromkeys(error.precision for error in errors))
     for method in dict.fromkeys(error.method for error in errors):
         for precision in precisions:
-            mine = [error for error in errors if (error.method, error.precision) == (method, precision)]
-            if mine:
-                ax.plot([error.measured / size for error in mine], [error.predicted / size for error in mine],
+            selected = [error for error in errors if (error.method, error.precision) == (method, precision)]
+            if selected:
+                ax.plot([error.measured / size for error in selected], [error.predicted / size for error in selected],
                         linestyle="none", marker=_MARKERS[precisions.index(precision) % len(_MARKERS)], markersize=5,
                         markerfacecolor="none", color=colour(method), label=f"{method}, {precision}")  # fmt: skip
     numbers = [number / size for error in errors for number in (error.measured, error.predicted)]
@@ -116,9 +116,9 @@ def plot_predicted_against_measured(errors: Sequence[Error], ax: Axes) -> None:
 
 
 def plot_errors_by_method(errors: Sequence[Error], ax: Axes, methods: Sequence[str]) -> None:
-    """Predicted above measured, in percent, a line a method: a tick a cell, and a ring at the median.
+    """Predicted above measured, in percent, a line per method: a tick per cell, and a ring at the median.
 
-    methods: from the top, whether or not they have a cell here.
+    methods: from the top, whether or not they have a cell among `errors`.
     """
     from statistics import median
 

@@ -1,4 +1,5 @@
-"""The engine: layers whose inputs are recomputed from their outputs (docs/design.md 1 to 5). Usable without the rest.
+"""The reversible engine: stacks of blocks whose inputs are recomputed from their outputs in the backward pass
+(docs/design.md 1 to 5). It can be used without the other parts of meftbench:
 
 blocks = [Block({"layer": layer, "adapter": adapter}, f, g) for ...]
 exact = FixedPoint()

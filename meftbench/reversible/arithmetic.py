@@ -1,8 +1,8 @@
-"""How the streams are held between blocks.
+"""How the numbers of the streams are represented between blocks.
 
-A stream is (B, L, D): samples, positions, hidden size. The equations (coupling.py) are written in the operations
-below, so another way to hold numbers is another class here and nothing else. Operations whose name ends in `_` work
-in place on a tile (T, D) of a stream: T tokens, wherever they stand.
+A stream is (B, L, D): samples, positions, hidden size. The coupling equations (coupling.py) use only the operations
+below, so that each representation is one class here. Operations whose name ends in `_` work in place on a tile (T, D)
+of a stream: T tokens, whichever samples they belong to.
 
     Float          floating point, as published: dividing by a factor amplifies rounding errors
     FixedPoint     integers of 32 or 64 bits: reversal is exact (docs/design.md 3)
@@ -23,10 +23,11 @@ from meftbench.reversible import bits, fused
 
 
 class ReferenceArithmetic(Protocol):
-    """The operations under reference autograd: nothing in place, every one differentiable."""
+    """The operations for reference autograd (the same equations under torch's autograd, nothing recomputed): all are
+    differentiable, and none works in place."""
 
     def lifted(self, h_BLD: Tensor) -> Tensor:
-        """A stream from a hidden state (floating point)."""
+        """The stream that represents a hidden state (floating point)."""
         ...
 
     def read(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,16 +39,16 @@ class ReferenceArithmetic(Protocol):
         ...
 
     def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        """x + value: a stream and a floating-point value."""
+        """x + value: the sum of a stream and a floating-point value, as a stream."""
         ...
 
 
 class Arithmetic(Protocol):
-    """The operations of the reversible passes, each exact or not as the implementation says.
+    """The operations of a reversible stack's forward and backward pass.
 
-    exact: `grow_` undoes `shrink_`, and `subtract_` undoes `add_`, bit for bit.
-    limit: streams hold integers |x| < limit; None: what floating point holds.
-    reference: the same numbers for reference autograd.
+    exact: whether `grow_` undoes `shrink_`, and `subtract_` undoes `add_`, bit for bit.
+    limit: streams hold integers |x| < limit; None: only the range of floating point limits them.
+    reference: the same operations for reference autograd.
     """
 
     @property
@@ -60,7 +61,7 @@ class Arithmetic(Protocol):
     def reference(self) -> ReferenceArithmetic: ...
 
     def lift(self, h_BLD: Tensor, watch: Tensor | None = None) -> Tensor:
-        """A contiguous stream of its own from a hidden state (floating point)."""
+        """A new, contiguous stream from a hidden state (floating point). watch: as in `add_`, for the stream itself."""
         ...
 
     def read(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,15 +69,15 @@ class Arithmetic(Protocol):
         ...
 
     def unit(self, device: torch.device) -> float | Tensor:
-        """The value of 1 in a stream: one for all channels, or (D,), float32."""
+        """The value that 1 in a stream stands for: one for all channels, or (D,), float32."""
         ...
 
     def side_bytes(self, columns: int, factor: float) -> int:
-        """Bytes a row that `shrink_` by `factor` puts aside."""
+        """Bytes of side information per row that `shrink_` by `factor` returns."""
         ...
 
     def shrink_(self, x_TD: Tensor, factor: float, keep: bool = True) -> Tensor | None:
-        """x becomes factor · x; what `grow_` needs to undo it (None: nothing, or `keep` is off)."""
+        """x becomes factor · x. Returns what `grow_` needs to undo it; None if that is nothing, or `keep` is False."""
         ...
 
     def grow_(self, x_TD: Tensor, factor: float, side: Tensor | None) -> None:
@@ -84,7 +85,8 @@ class Arithmetic(Protocol):
         ...
 
     def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
-        """x becomes x + value; `watch` (no dimensions) is raised to the largest |x| that came about, in units."""
+        """x becomes x + value. With a `limit`, `watch` (no dimensions) is raised to the largest resulting |x|, in units
+        of the stream, if it is below that."""
         ...
 
     def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
@@ -94,8 +96,8 @@ class Arithmetic(Protocol):
     def couple_(
         self, x_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, keep: bool, watch: Tensor | None
     ) -> Tensor | None:
-        """x becomes factor · (x − centre) + value, by the operations above or by one kernel that equals them; what
-        `uncouple_` needs to undo it (None: nothing, or `keep` is off).  centre: None is zero."""
+        """x becomes factor · (x − centre) + value, by the operations above or by one kernel with the same result.
+        Returns what `uncouple_` needs to undo it; None if that is nothing, or `keep` is False.  centre: None: zero."""
         ...
 
     def uncouple_(
@@ -106,7 +108,7 @@ class Arithmetic(Protocol):
 
 
 class _StepByStep:
-    """`couple_` and `uncouple_` by the other operations of an arithmetic."""
+    """`couple_` and `uncouple_`, composed of the other operations of an arithmetic."""
 
     def couple_(
         self: Arithmetic,
@@ -139,7 +141,7 @@ class _StepByStep:
 
 @dataclass(frozen=True)
 class Float(_StepByStep):
-    """Streams are floating point, as the paper has them: nothing is kept, and dividing by a factor f
+    """Streams are floating point, as in the paper: no side information is kept, and dividing by a factor f
     multiplies rounding errors by 1/f in every block (docs/design.md 3)."""
 
     name = "float"
@@ -166,7 +168,7 @@ class Float(_StepByStep):
         return x_BLD if factor == 1.0 else x_BLD * factor
 
     def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        # Autocast computes sublayers in lower precision than the streams are held in.
+        # Under autocast, the value of a sublayer may have lower precision than the stream.
         return x_BLD + value_BLD.to(x_BLD.dtype)
 
     def side_bytes(self, columns: int, factor: float) -> int:
@@ -188,10 +190,10 @@ class Float(_StepByStep):
 
 
 class ChannelSteps:
-    """A fixed-point step 2⁻ᵏ for each channel: k (D,), whole numbers of any sign, on the CPU.
+    """A fixed-point step 2⁻ᵏ for each channel: k (D,), integers of any sign, on the CPU.
 
-    The vectors 2ᵏ and 2⁻ᵏ that streams are multiplied with are made once a device. Two are equal only if they are one
-    object: an arithmetic that holds other steps is another arithmetic.
+    The vectors 2ᵏ and 2⁻ᵏ that streams are multiplied by are made once per device. Two ChannelSteps are equal only if
+    they are the same object, so that kinds of arithmetic with different ChannelSteps are unequal too.
     """
 
     def __init__(self, bits_D: Tensor) -> None:
@@ -199,16 +201,16 @@ class ChannelSteps:
         self._powers: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
-    def bits_D(self) -> Tensor:  # noqa: N802  # the shape suffix of the tensors it stands for
+    def bits_D(self) -> Tensor:  # noqa: N802  # ends in the shape suffix of a tensor
         """k (D,), int16."""
         return torch.tensor(self._bits, dtype=torch.int16)
 
     def powers(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(2ᵏ, 2⁻ᵏ), each (D,), float32, on `device`."""
         if device not in self._powers:
-            # By numpy: constants of a model are no allocation of the step that happens to be the first.
-            both = (np.ldexp(np.float32(1), np.array(self._bits) * sign) for sign in (1, -1))
-            up, down = (torch.from_numpy(power.astype(np.float32)) for power in both)
+            # Made by numpy, so that constants of the model do not count as allocations of whichever step is the first.
+            arrays = (np.ldexp(np.float32(1), np.array(self._bits) * sign) for sign in (1, -1))
+            up, down = (torch.from_numpy(array.astype(np.float32)) for array in arrays)
             self._powers[device] = up.to(device), down.to(device)
         return self._powers[device]
 
@@ -217,14 +219,14 @@ class ChannelSteps:
 class FixedPoint(_StepByStep):
     """Streams are integers in steps of 2⁻ᵏ: int32 holds values from −2³¹⁻ᵏ up to 2³¹⁻ᵏ.
 
-    step_bits: k, one for all channels or one a channel: a channel of a language model may hold values thousands of
-        times those of another (docs/design.md 3). Integers, shifts and side bits do not see it.
-    wide: int64 instead of int32. They hold 2⁵², so many as float64 tells apart; steps may then be so fine that nothing
-        is lost of a float32.
-    lift, add: a floating-point value is rounded to the step; the gradient passes straight through.
-    shrink by 2⁻ᵐ, m = 0 .. 8: x >> m (the floor); its m low bits are put aside, packed (bits.py).
-    Every operation is one on integers that recomputation reproduces, so the inverse is exact at any depth.
-    A factor that is no power of two raises ValueError.
+    step_bits: k, one for all channels or one per channel, since one channel of a language model may hold values
+        thousands of times those of another (docs/design.md 3). Shifts and side bits do not depend on k.
+    wide: int64 instead of int32, of which values below 2⁵² are used: float64 still represents them exactly. Steps may
+        then be so fine that nothing is lost of a float32.
+    lift, add: a floating-point value is rounded to the step; the gradient passes straight through the rounding.
+    shrink by 2⁻ᵐ, m = 0 .. 8: x >> m, which rounds down; the m low bits of x are put aside, packed (bits.py).
+    All operations act on integers that recomputation reproduces, so the inverse is exact at any depth.
+    Raises ValueError: a factor is not 2⁻ᵐ, m = 0 .. 8.
     """
 
     step_bits: int | ChannelSteps = 16
@@ -271,7 +273,7 @@ class FixedPoint(_StepByStep):
         m = side_bits(factor)
         if m == 0:
             return None
-        # To uint8 an integer goes by its lowest eight bits, a negative one too.
+        # The conversion to uint8 keeps the lowest eight bits of an integer, of a negative one too.
         side = bits.pack(x_TD.to(torch.uint8).bitwise_and_((1 << m) - 1), m) if keep else None
         x_TD.bitwise_right_shift_(m)
         return side
@@ -287,7 +289,7 @@ class FixedPoint(_StepByStep):
         scaled_TD = self.scaled(value_TD).round_()
         steps_TD = scaled_TD.to(self.dtype)
         if watch is not None:
-            # The sum once more in floating point, which does not wrap round at the end of the range.
+            # The sum is taken once more in floating point, which does not wrap around at the end of the range.
             _raise_to(watch, scaled_TD.add_(x_TD))
         x_TD.add_(steps_TD)
 
@@ -320,8 +322,8 @@ class FixedPoint(_StepByStep):
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """FixedPoint's numbers as multiples of the step in float64, which holds them all: the same values, reached by
-    other operations, for reference autograd. Rounding passes gradients on as they are."""
+    """FixedPoint for reference autograd: multiples of the step in float64, which represents them all exactly. The
+    values are those of FixedPoint, computed by differentiable operations; rounding passes gradients on unchanged."""
 
     fixed: FixedPoint
 
@@ -352,7 +354,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _PassThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first."""
+    """Gives the second argument, and passes its gradient on to the first."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
@@ -365,7 +367,7 @@ class _PassThrough(torch.autograd.Function):
 
 
 def side_bits(factor: float) -> int:
-    """m of a factor 2⁻ᵐ, 0 to 8. Raises ValueError for any other factor."""
+    """m, 0 to 8, of a factor 2⁻ᵐ. Raises ValueError: the factor is no such power of two."""
     mantissa, exponent = math.frexp(factor)
     m = 1 - exponent
     if mantissa != 0.5 or not 0 <= m <= bits.MAX_BITS:
@@ -374,7 +376,7 @@ def side_bits(factor: float) -> int:
 
 
 def _raise_to(watch: Tensor | None, value: Tensor) -> None:
-    """watch = max(watch, |value|), on the device; NaN is the largest of all."""
+    """watch becomes the maximum of watch and all |value|, on the device; a NaN makes it NaN."""
     if watch is not None:
         low, high = torch.aminmax(value)
         torch.maximum(watch, torch.maximum(-low, high).to(watch.dtype), out=watch)

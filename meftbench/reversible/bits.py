@@ -1,6 +1,6 @@
-"""Side bits: the m low bits of each element, packed m bits an element.
+"""Packing of side bits: the m low bits of each element that a shift of a stream would lose, m bits per element.
 
-A row of D elements takes 8·⌈D/8⌉·m/8 bytes. m is cut into planes of 4, 2 and 1 bits (3 = 2 + 1); in a plane of p bits
+A row of D elements takes 8·⌈D/8⌉·m/8 bytes. m is cut into planes of 4, 2 and 1 bits (3 = 2 + 1). In a plane of p bits
 a byte holds 8/p elements that stand ⌈D/8⌉·p columns apart, so that packing is a few shifts over contiguous columns.
 The fused kernels (fused.py) write and read the same bytes.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 8
-# m -> widths of its planes, the lowest bits first.
+# m -> widths in bits of its planes, that of the lowest bits first.
 PLANES: dict[int, tuple[int, ...]] = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
 }  # fmt: skip
@@ -31,12 +31,12 @@ def pack(low_TD: Tensor, m: int) -> Tensor:
     packed = low_TD.new_empty(rows, eighth * m)
     bit = start = 0
     for width in PLANES[m]:
-        span = eighth * width  # columns of this plane's bytes, and distance of the elements in one byte
+        span = eighth * width  # number of this plane's bytes in a row, and distance of the elements in one byte
         target = packed[:, start : start + span]
         field = low_TD if width == m else (low_TD >> bit).bitwise_and_((1 << width) - 1)
-        last = 8 // width - 1
-        torch.bitwise_left_shift(field[:, last * span :][:, :span], last * width, out=target)
-        for place in range(last):
+        last_place = 8 // width - 1
+        torch.bitwise_left_shift(field[:, last_place * span :][:, :span], last_place * width, out=target)
+        for place in range(last_place):
             piece = field[:, place * span : (place + 1) * span]
             target.bitwise_or_(piece << (place * width) if place else piece)
         bit += width

@@ -1,10 +1,9 @@
-"""The range of fixed-point streams, taken from the model: `step_bits: auto` (docs/design.md 3).
+"""Calibration: the range of fixed-point streams is taken from the model, `step_bits: auto` (docs/design.md 3).
 
 Language models hold values of very different size in their residual stream: in SmolLM2-135M one channel of the first
-token passes 20,000 while most channels stay below 100. One step for all channels would spend eight bits of most of
-them to hold one. So each channel has a power of two of its own, chosen such that the largest value that a forward
-pass met has HEADROOM bits of room above it. A later pass that needs more gets it: the range is widened and that pass
-is run again.
+token exceeds 20,000 while most channels stay below 100. With one step for all channels, most of them would lose eight
+bits to that one. So the step of each channel is a power of two of its own, chosen such that there are HEADROOM bits
+above the largest value of the first forward pass. If a later pass leaves the range, it is run again with a wider one.
 
 Shape suffixes: B samples, L positions, D hidden size; N blocks + 1.
 """
@@ -21,24 +20,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 from meftbench.reversible.arithmetic import ChannelSteps
 from meftbench.reversible.watch import StreamError
 
-# Room above the largest value met, in bits. The fixed-point error at that value is then below float32's by 2⁻³.
+# Room above the largest value met, in bits. The rounding error at that value is then smaller than float32's, unless
+# the step would have to be finer than FINEST.
 HEADROOM = 2
-# 64-bit integers have bits to spare: values 64 times as large stay within the range, and what is a 2⁻²²th of the
-# largest value still keeps all the bits of a float32.
+# 64-bit integers have bits to spare: values 64 times as large stay within the range, and a value of about 2⁻²² of the
+# largest still keeps all the bits of a float32.
 HEADROOM_OF_64 = 6
-# The finest step in 32 bits is 2⁻³⁰, in 64 as many bits as there are; the coarsest still holds the largest float32 in
-# an int32.
+# Bounds of k, where the step is 2⁻ᵏ: the finest step in 32 bits; with the coarsest, an int32 still holds the largest
+# float32. In 64 bits the finest step has as many bits as the range.
 FINEST, COARSEST = 30, -100
-# A channel that is silent in one batch need not be in the next: it gets room for this share of the median channel.
+# A channel that holds nearly nothing in one batch may hold more in the next, so each channel gets room for at least
+# this share of the median channel's largest value.
 SILENT = 1 / 16
 
 
 class CalibratedRange(nn.Module):
-    """The fixed-point steps of a stack, one a channel; none before the first forward pass of the model.
+    """The fixed-point steps of a stack, one per channel; None before the first forward pass of the model.
 
-    A module without parameters, so that the steps are copied, pickled and saved with the model: they are its extra
-    state in `state_dict`, int16 (D,), empty before calibration.
-    widenings: how often a pass has left the range and was run again.
+    It is a module without parameters, so that the steps are copied, pickled and saved with the model: they are its
+    extra state in `state_dict`, int16 (D,), empty before calibration.
+    widenings: how often a pass left the range and was run again.
     """
 
     def __init__(self) -> None:
@@ -50,25 +51,25 @@ class CalibratedRange(nn.Module):
         """Take the steps from the largest |value| of each channel before each block and after the last.
 
         limit: what a stream may hold, in steps.
-        Raises StreamError where values are NaN or infinite, with the first layer that made them.
+        Raises StreamError: values are NaN or infinite; it names the first layer that made them.
         """
         self.steps = ChannelSteps(self._fitted(largest_ND, limit, first_layer))
 
     def widen(self, largest_ND: Tensor, limit: float, first_layer: int) -> None:
-        """Take coarser steps where a channel needs them; steps become finer nowhere, and coarser somewhere.
+        """Take coarser steps where channels need them; no step becomes finer, and at least one becomes coarser.
 
-        Raises StreamError as `calibrate` does.
+        Raises StreamError: as `calibrate` does.
         """
         assert self.steps is not None
-        before_D = self.steps.bits_D
-        bits_D = torch.minimum(before_D, self._fitted(largest_ND, limit, first_layer))
-        if torch.equal(bits_D, before_D):
-            # Held in floating point, the values just fitted: rounding to steps made the difference.
-            bits_D = before_D - 1
+        previous_D = self.steps.bits_D
+        bits_D = torch.minimum(previous_D, self._fitted(largest_ND, limit, first_layer))
+        if torch.equal(bits_D, previous_D):
+            # The values were computed in floating point and just fit: rounding to steps made them leave the range.
+            bits_D = previous_D - 1
         self.steps = ChannelSteps(bits_D)
         self.widenings += 1
         if self.widenings == 1:
-            channels = int((bits_D < before_D).sum())
+            channels = int((bits_D < previous_D).sum())
             warnings.warn(
                 f"a hidden state left the range of the fixed-point streams in {channels} of {len(bits_D)} channels; "
                 "the range was widened and the forward pass run again (said once; counted as range_widenings)",
@@ -85,10 +86,10 @@ class CalibratedRange(nn.Module):
             raise StreamError(where, what, "check the model's weights and inputs, or use bf16 or fp32 instead of fp16")
         largest_D = largest_ND.amax(0)
         largest_D = largest_D.clamp(min=float(largest_D.median()) * SILENT)
-        # frexp: value = mantissa · 2ᵉ with 1/2 <= mantissa < 1, so that every value is below 2ᵉ.
-        room = int(math.log2(limit))
-        finest, headroom = (FINEST, HEADROOM) if room < 32 else (room, HEADROOM_OF_64)
-        bits_D = room - headroom - torch.frexp(largest_D).exponent
+        # frexp: value = mantissa · 2ᵉ with 1/2 <= mantissa < 1, so every value is below 2ᵉ.
+        range_bits = int(math.log2(limit))
+        finest, headroom = (FINEST, HEADROOM) if range_bits < 32 else (range_bits, HEADROOM_OF_64)
+        bits_D = range_bits - headroom - torch.frexp(largest_D).exponent
         bits_D = torch.where(largest_D == 0, finest, bits_D)
         return bits_D.clamp(COARSEST, finest).to(torch.int16)
 
@@ -118,5 +119,5 @@ class Largest:
 
 
 def computed(tensor: Tensor) -> bool:
-    """Whether the tensor holds values; those of a step that is traced do not."""
+    """Whether the tensor holds values; fake and meta tensors, by which a step is traced, do not."""
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)

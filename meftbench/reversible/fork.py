@@ -1,7 +1,8 @@
-"""Modules that read a sublayer's input directly hand its gradient straight to the stream's gradient.
+"""Modules that read a sublayer's input directly add their gradient to the stream's gradient at once.
 
 Autograd would hold the gradients from queries, keys and values side by side before it adds them up: two stream-sized
-buffers at the moment when memory is scarcest. A module with this hook passes its own on at once instead.
+buffers at the moment when memory is scarcest. A module with the pre-hook `fork` passes its own on as soon as it is
+computed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _sink: ContextVar[Sink | None] = ContextVar("_sink", default=None)
 
 @contextmanager
 def gathered_in(sink: Sink) -> Iterator[None]:
-    """Graphs built inside give `sink` the gradients of what forked modules read, one after the other."""
+    """Graphs built inside pass the gradients of what modules with the hook `fork` read to `sink`, one by one."""
     token = _sink.set(sink)
     try:
         yield
@@ -38,6 +39,8 @@ def fork(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 class _Fork(torch.autograd.Function):
+    """h unchanged; its gradient goes to `sink` and not further along the graph."""
+
     @staticmethod
     def forward(ctx: Any, h_BLD: Tensor, sink: Sink) -> Tensor:
         ctx.sink = sink

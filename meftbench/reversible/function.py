@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Passage:
-    """What goes from one node of the pair below to the other, past the autograd engine.
+    """What the two autograd nodes below hand to each other outside of the autograd engine.
 
-    context: what the layers are called with.  saved: of the forward pass, once it has run.
-    kept: the graph that the backward pass begins with, if forward kept one.
+    context: what the layers are called with beside h.  saved: the saved state, once the forward pass has run.
+    kept: the graph that the backward pass begins with, if the forward pass kept one.
     streams: in forward, from Reversal to Finish.  gradients: in backward, from Finish to Reversal.
     """
 
@@ -37,8 +37,8 @@ class Passage:
 class Finish(torch.autograd.Function):
     """The hidden state (B, L, D) from the last two streams. `token` stands for them in the graph.
 
-    A node of its own because the engine holds the gradient that a node is given until its backward returns: in
-    one node with the backward pass, a stream-sized buffer would live through all of it for nothing.
+    It is a node of its own because the engine holds the gradient that a node receives until its backward returns: if
+    one node did both, a stream-sized buffer that is no longer needed would live through the whole backward pass.
     """
 
     @staticmethod
@@ -59,17 +59,17 @@ class Finish(torch.autograd.Function):
 
 
 class Reversal(torch.autograd.Function):
-    """h, and everything trained, to the last two streams. Inputs: passage, count of trained tensors, h, the
-    context's differentiable tensors, the trained tensors. Gradients are returned once, never accumulated by a
-    backward inside: hooks (DDP, GradScaler, user's) see one gradient a parameter (docs/design.md 5).
+    """From h and all trained tensors to the last two streams. Inputs: passage, number of trained tensors, h, the
+    context's differentiable tensors, the trained tensors. Each gradient is returned once, never accumulated by a
+    backward call inside, so that hooks (of DDP, GradScaler, users) see one gradient per parameter (docs/design.md 5).
 
-    The output is a token without content, to be given to `Finish`.
+    The output is an empty token, to be given to `Finish`; the streams go by `passage`.
     """
 
     @staticmethod
-    def forward(ctx: Any, passage: Passage, trained: int, h_BLD: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.passage, ctx.trained = passage, tensors[len(tensors) - trained :]
-        passage.context.differentiable = []  # inputs of this node; a second reference would keep their graph
+    def forward(ctx: Any, passage: Passage, trained_count: int, h_BLD: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.passage, ctx.trained = passage, tensors[len(tensors) - trained_count :]
+        passage.context.differentiable = []  # they are this node's inputs; a second reference would keep their graph
         streams, passage.saved, passage.kept = passage.stack.run(h_BLD, passage.context, keep=True)
         saved = passage.saved
         if saved.range:
@@ -86,24 +86,27 @@ class Reversal(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()  # kept only if the graph is retained
         streams, sides = saved[:2], saved[2:]
         if _retained(ctx):
-            streams = [stream.clone() for stream in streams]  # the backward pass restores in place
+            streams = [stream.clone() for stream in streams]  # the backward pass overwrites them
         del saved
         passage: Passage = ctx.passage
         assert passage.gradients is not None
         assert passage.saved is not None
         backward_pass = BackwardPass(passage.stack, passage.saved, streams, passage.gradients, passage.kept)
-        passage.gradients = passage.kept = None  # a second one, if the graph is retained, recomputes all
+        passage.gradients = passage.kept = None  # if the graph is retained, a second backward pass recomputes all
         del streams
         backward_pass.run(sides)
         dh0_BLD = None
         if ctx.needs_input_grad[2]:
-            first, second = backward_pass.gradients
-            dh0_BLD = second if first is None else first if second is None else first.add_(second)
+            first_BLD, second_BLD = backward_pass.gradients
+            dh0_BLD = (
+                second_BLD if first_BLD is None else first_BLD if second_BLD is None else first_BLD.add_(second_BLD)
+            )
         return (None, None, dh0_BLD, *backward_pass.of_context, *backward_pass.of_trained.of(ctx.trained))
 
 
 def _retained(ctx: Any) -> bool:
+    """Whether the graph is retained for another backward, so that the saved tensors were not freed."""
     try:
         return len(ctx.saved_tensors) > 0
-    except RuntimeError:  # "backward through the graph a second time": they have been freed
+    except RuntimeError:  # torch's "backward through the graph a second time": they were freed
         return False

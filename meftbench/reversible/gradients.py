@@ -1,4 +1,4 @@
-"""Gradients of trained parameters, gathered over tiles, parts and blocks."""
+"""Gradients of trained parameters, summed over tiles, parts and blocks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class Sums:
-    """The sum of what is added for each parameter; held in float32 where the parameter is of lower precision."""
+    """A sum of gradients for each parameter, in float32 where the parameter has lower precision."""
 
     def __init__(self) -> None:
         self._totals: dict[int, Tensor] = {}
 
-    def add(self, parameters: Iterable[Tensor], found: Iterable[Tensor | None]) -> None:
-        """Add a gradient, or nothing (None), to each parameter's sum."""
-        for parameter, gradient in zip(parameters, found, strict=True):
+    def add(self, parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
+        """Add to each parameter's sum its gradient; None adds nothing."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
             total = self._totals.get(id(parameter))
             if total is None:
-                wide = torch.float32 if parameter.dtype.itemsize < 4 else parameter.dtype
-                # A copy: autograd may give one tensor to two parameters, or the very gradient it was given.
-                self._totals[id(parameter)] = gradient.to(wide, copy=True)
+                sum_dtype = torch.float32 if parameter.dtype.itemsize < 4 else parameter.dtype
+                # A copy: autograd may return one tensor for two parameters, or the output gradient it was given.
+                self._totals[id(parameter)] = gradient.to(sum_dtype, copy=True)
             else:
                 total.add_(gradient)
 

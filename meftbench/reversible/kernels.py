@@ -1,6 +1,6 @@
-"""Which kernels and tiles the engine takes: those of the device that tensors are on, or of another that is named.
+"""Which kernels and tiles the engine takes: those for the device that tensors are on, or for another that is set here.
 
-A prediction runs a step with tensors on the CPU that are to allocate as on a GPU, so it names the GPU's.
+A prediction runs a step on the CPU whose allocations are to be those of a GPU, so it sets that GPU's kernels and tiles.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kernels:
-    """multiprocessors: of the GPU by which "auto" chooses tiles; None: by the device of the tensors.
-    fused_assumed: the fused kernels (fused.py) take every tile and are not run: they work in place and in registers, so
-        that they allocate nothing.
+    """multiprocessors: of the GPU for which "auto" chooses tiles; None: for the device of the tensors.
+    fused_assumed: the fused kernels (fused.py) count as usable for every tile but are not run: they work in place and
+        in registers, so they would allocate nothing.
     """
 
     multiprocessors: int | None = None
@@ -25,16 +25,16 @@ _taken = Kernels()
 
 
 def taken() -> Kernels:
-    """Those that hold now."""
+    """The kernels that are set at present."""
     return _taken
 
 
 @contextmanager
 def as_on(kernels: Kernels) -> Iterator[None]:
-    """Within it, the engine takes `kernels`, in whatever thread it runs: backward may have one of its own."""
+    """Inside, the engine takes `kernels`, in all threads: autograd may run backward in one of its own."""
     global _taken  # a context variable would not be seen by autograd's threads
-    before, _taken = _taken, kernels
+    previous, _taken = _taken, kernels
     try:
         yield
     finally:
-        _taken = before
+        _taken = previous

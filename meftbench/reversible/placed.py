@@ -1,4 +1,4 @@
-"""A sublayer of a block at its place: run for its value, with or without the graph that backward goes through.
+"""A sublayer at its place in a pass: run for its value, with or without the graph that backward goes through.
 
 Shape suffixes as in sublayers.py.
 """
@@ -19,7 +19,8 @@ from meftbench.reversible.sublayers import SubLayer, joined
 
 @dataclass
 class Tile:
-    """A sublayer's value (1, T, D) for a tile, and the leaves its graph begins at."""
+    """A sublayer's value (1, T, D) for a tile, and what its graph begins at: the core's output (1, T, E) and the stream
+    that it read (1, T, D), if any."""
 
     value: Tensor
     core: Tensor | None
@@ -27,8 +28,7 @@ class Tile:
 
 
 class Handover:
-    """A sink for gradients of a graph that is built before it is known where they belong: in forward, for the
-    backward pass."""
+    """A sink for a graph that is built in the forward pass; the backward pass sets where its gradients go."""
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
@@ -42,7 +42,7 @@ class Handover:
 class Kept:
     """The sublayer that the backward pass begins with, its graph as forward built it (`ReversibleStack.keep_last`).
 
-    roots: the context's leaves in the graph.  handover: where its forked modules hand their gradients.
+    roots: the context's leaves in the graph.  handover: the sink of the graph (fork.py).
     """
 
     sublayer: PlacedSubLayer
@@ -51,10 +51,12 @@ class Kept:
 
 
 class PlacedSubLayer:
-    """A sublayer at one place: its core run at once, its token-wise work tile by tile.
+    """A sublayer at one place: its core runs on construction, its token-wise work tile by tile.
 
-    The cores' graphs end in `entry`, which stands for the stream read in floating point without holding it.
-    keeps: the graph of the only tile is kept from the first asking to the second.
+    other_BLD: the stream that is read.  wanted: whether it needs a gradient.
+    entry: where the graphs of the core's parts begin; it stands for what the core read without holding it.
+    outputs, edges: of the core's parts; an edge is None where an output needs no gradient.
+    keeps: the only tile is kept, with its graph, from the first call of `tile` to the second.
     """
 
     def __init__(
@@ -63,11 +65,17 @@ class PlacedSubLayer:
         block: nn.Module,
         other_BLD: Tensor,
         saved: SavedState,
-        wanted: bool,
+        needs_grad: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        self.sublayer, self.block, self.other_BLD, self.saved, self.wanted = sublayer, block, other_BLD, saved, wanted
+        self.sublayer, self.block, self.other_BLD, self.saved, self.wanted = (
+            sublayer,
+            block,
+            other_BLD,
+            saved,
+            needs_grad,
+        )
         self.arithmetic = saved.arithmetic
         self.keeps = False
         self._kept: Tile | None = None
@@ -78,7 +86,7 @@ class PlacedSubLayer:
         if not parts:
             return
         assert sublayer.core is not None
-        read_BLD = self._entered(self._read_by_core())
+        read_BLD = self._as_graph_input(self._read_by_core())
         for part in range(parts):
             output_BLE = sublayer.core(block, read_BLD, part, parts, *args, **kwargs)
             self.edges.append(get_gradient_edge(output_BLE) if output_BLE.requires_grad else None)
@@ -86,6 +94,7 @@ class PlacedSubLayer:
             del output_BLE
 
     def _read_by_core(self) -> Tensor:
+        """The stream (B, L, D) in floating point, after the pre-norm if there is one."""
         if self.sublayer.before is None:
             return self.arithmetic.read(self.other_BLD, self.saved.dtype)
         with torch.no_grad():
@@ -93,7 +102,7 @@ class PlacedSubLayer:
             return (tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)).view(self.other_BLD.shape)
 
     def _prepared_by_trained(self) -> bool:
-        """Whether `before` uses a tensor that is trained: it needs a gradient though the stream needs none."""
+        """Whether the pre-norm has trained tensors: its output then needs a gradient even if the stream needs none."""
         return (
             self.sublayer.before is not None
             and self.sublayer.before(self.block, self.read_tile(slice(0, 1))).requires_grad
@@ -103,7 +112,8 @@ class PlacedSubLayer:
         """The stream that this sublayer reads, in floating point: (1, T, D)."""
         return self.arithmetic.read(self.other_BLD.flatten(0, 1)[rows][None], self.saved.dtype).detach()
 
-    def _entered(self, read_BLD: Tensor) -> Tensor:
+    def _as_graph_input(self, read_BLD: Tensor) -> Tensor:
+        """What the core reads; `entry` begins its graph if it needs a gradient."""
         if not (torch.is_grad_enabled() and (self.wanted or self._prepared_by_trained())):
             return read_BLD.detach()
         token = read_BLD.new_empty(0).requires_grad_()
@@ -112,37 +122,37 @@ class PlacedSubLayer:
         return read_BLD
 
     def tile(self, rows: slice) -> Tile:
-        """The sublayer's value for the tokens `rows`; tiles must be asked for in order, for the random numbers."""
-        tile, self._kept = self._kept or self._computed(rows), None
+        """The sublayer's value for the tokens `rows`. Tiles draw random numbers, so they must be taken in order."""
+        tile, self._kept = self._kept or self._run_tile(rows), None
         if self.keeps:
             self.keeps, self._kept = False, tile
         return tile
 
-    def _computed(self, rows: slice) -> Tile:
+    def _run_tile(self, rows: slice) -> Tile:
         core_1TE = joined(self.outputs, rows)
         if self.sublayer.tokens is None:
             assert core_1TE is not None
             return Tile(core_1TE, None, None)
-        grad = torch.is_grad_enabled()
+        grad_enabled = torch.is_grad_enabled()
         if core_1TE is not None:
-            core_1TE = core_1TE.detach().requires_grad_(grad and any(edge is not None for edge in self.edges))
-        read_1TD = self.read_tile(rows).requires_grad_(grad and self.wanted)
+            core_1TE = core_1TE.detach().requires_grad_(grad_enabled and any(edge is not None for edge in self.edges))
+        read_1TD = self.read_tile(rows).requires_grad_(grad_enabled and self.wanted)
         return Tile(self.sublayer.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
 
-    def gather(self, of_core_TE: Tensor, rows: slice, of_outputs: list[Tensor]) -> None:
-        """Put the gradient of the core's output for one tile where those of whole parts are gathered."""
-        pieces = of_core_TE.tensor_split(len(self.outputs), -1)
+    def gather(self, core_gradient_TE: Tensor, rows: slice, output_gradients: list[Tensor]) -> None:
+        """Write the gradient of the core's output for one tile into `output_gradients`, those of whole parts."""
+        pieces = core_gradient_TE.tensor_split(len(self.outputs), -1)
         if len(self.saved.tiles) == 1:
-            of_outputs.extend(pieces)
+            output_gradients.extend(pieces)
             return
-        if not of_outputs:
-            of_outputs.extend(torch.empty_like(output) for output in self.outputs)
-        for room, piece in zip(of_outputs, pieces, strict=True):
-            room[rows] = piece
+        if not output_gradients:
+            output_gradients.extend(torch.empty_like(output) for output in self.outputs)
+        for output_gradient, piece in zip(output_gradients, pieces, strict=True):
+            output_gradient[rows] = piece
 
 
 class _Entry(torch.autograd.Function):
-    """Where the graph of a sublayer's core begins. A leaf would be held by its graph; this node holds nothing."""
+    """Where the graph of a sublayer's core begins. The graph would hold a leaf tensor; this node holds none."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, read_BLD: Tensor) -> Tensor:

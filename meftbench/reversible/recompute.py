@@ -1,4 +1,4 @@
-"""Recomputation repeats the forward: the same random numbers, autocast state, kernels and precisions."""
+"""What makes recomputation repeat the forward pass: the same random numbers, autocast state, kernels and precisions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def rng_state(device: torch.device) -> Tensor:
-    """State of the generator that dropout on `device` draws from (a tensor on the host)."""
+    """State of the random number generator that dropout on `device` uses (a tensor on the host)."""
     if device.type in ("cpu", "meta"):
         return torch.get_rng_state()
     module: torch.cuda = getattr(torch, device.type)  # type: ignore[valid-type]
@@ -21,7 +21,7 @@ def rng_state(device: torch.device) -> Tensor:
 
 
 def set_rng_state(state: Tensor, device: torch.device) -> None:
-    """The inverse of `rng_state`."""
+    """Set the state that `rng_state` returns."""
     if device.type in ("cpu", "meta"):
         torch.set_rng_state(state)
     else:
@@ -34,27 +34,27 @@ def drew(before: Tensor, device: torch.device) -> bool:
 
 
 def _content(state: Tensor) -> bytes:
-    # Not as tensors: that would be an operation, to whoever watches or fakes operations.
+    # Not compared as tensors: that would be an operation to tools that count or fake torch's operations.
     return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 @contextmanager
 def replayed_rng(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Random numbers as from `state`; the global stream is afterwards where it was. None: no randomness is used."""
+    """Random numbers begin at `state` inside; the generator's state is restored afterwards. None: none are drawn."""
     if state is None:
         yield
         return
-    found = rng_state(device)
+    state_before = rng_state(device)
     set_rng_state(state, device)
     try:
         yield
     finally:
-        set_rng_state(found, device)
+        set_rng_state(state_before, device)
 
 
 @dataclass(frozen=True)
 class AutocastState:
-    """Autocast as it was in the forward pass; backward runs outside of it and must enter it again."""
+    """Autocast as it was in the forward pass; backward runs outside of its context and must enter it again."""
 
     device_type: str
     enabled: bool
@@ -63,37 +63,37 @@ class AutocastState:
     @staticmethod
     def now(device_type: str) -> AutocastState:
         if device_type == "meta":
-            return AutocastState("cpu", False, torch.bfloat16)  # it has none
+            return AutocastState("cpu", False, torch.bfloat16)  # meta tensors have no autocast
         enabled = torch.is_autocast_enabled(device_type)
         return AutocastState(device_type, enabled, torch.get_autocast_dtype(device_type))
 
     def entered(self) -> AbstractContextManager[object]:
-        """The state again, without the cache of cast weights: a cast cached under `no_grad` in the forward has
-        no history, and recomputation would silently find no gradient for the weight (torch 2.13)."""
+        """A context with this state, without autocast's cache of cast weights: a cast that was cached under `no_grad`
+        in the forward pass has no history, so the weight would silently get no gradient (torch 2.13)."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 @contextmanager
 def modes_as(module: nn.Module, modes: list[bool]) -> Iterator[None]:
-    """All submodules in the training or evaluation mode of `modes` (in the order of `modules()`), for a time."""
-    found = [part.training for part in module.modules()]
+    """All submodules in the training or evaluation mode of `modes` (in the order of `modules()`), inside only."""
+    modes_before = [submodule.training for submodule in module.modules()]
     _set_modes(module, modes)
     try:
         yield
     finally:
-        _set_modes(module, found)
+        _set_modes(module, modes_before)
 
 
 def _set_modes(module: nn.Module, modes: list[bool]) -> None:
-    for part, training in zip(module.modules(), modes, strict=True):
-        part.training = training
+    for submodule, training in zip(module.modules(), modes, strict=True):
+        submodule.training = training
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """Global switches of torch that choose between kernels or precisions: recomputation takes the forward's choice.
+    """Global switches of torch that choose between kernels or precisions; recomputation needs those of forward.
 
-    values: what each of `_SWITCHES` was. A user may set them around the forward alone (`sdpa_kernel`, TF32).
+    values: what each of `_SWITCHES` was. Users may set them around the forward pass only (`sdpa_kernel`, TF32).
     """
 
     values: tuple[Any, ...]
@@ -104,16 +104,16 @@ class Numerics:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The switches as they were, for a time; those that did not change are left alone."""
-        found = Numerics.now()
-        changed = [i for i, value in enumerate(self.values) if value != found.values[i]]
+        """Inside, the switches have these values; those that have them already are not set."""
+        current = Numerics.now()
+        changed = [i for i, value in enumerate(self.values) if value != current.values[i]]
         for i in changed:
             _SWITCHES[i][1](self.values[i])
         try:
             yield
         finally:
             for i in changed:
-                _SWITCHES[i][1](found.values[i])
+                _SWITCHES[i][1](current.values[i])
 
 
 def _flag(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
@@ -124,7 +124,7 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-# (read, write); TF32 is the precision of float32 products.
+# (read, write) of each switch. The precision of float32 matrix products covers TF32.
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
@@ -140,13 +140,13 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 @contextmanager
 def unhooked() -> Iterator[None]:
-    """Saved-tensor hooks of the surroundings (offload) do not see what is saved inside: it is not kept."""
+    """Inside, saved-tensor hooks of the caller (offloading) are not called: what is saved is mostly freed at once."""
     with torch.autograd.graph.saved_tensors_hooks(_without_history, _as_packed):
         yield
 
 
 def _without_history(tensor: Tensor) -> Tensor:
-    # A node that holds its own output, history and all, would be a cycle, freed only by gc.
+    # A node that holds its own output with its history would be a reference cycle, freed only by gc.
     return tensor.detach()
 
 

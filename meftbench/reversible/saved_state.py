@@ -1,4 +1,4 @@
-"""What a forward pass is given, and what it saved for the backward pass, beside the streams themselves."""
+"""What a forward pass is called with, and what it saves for the backward pass beside the streams themselves."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ Observer = Callable[[str, int, list[Tensor]], None]
 class Context:
     """What layers are called with beside the hidden state: masks, positions, another stack's output.
 
-    calls: one for all blocks, or one a block.
-    differentiable: the tensors among them that need a gradient; it is accumulated over the stack.
+    calls: one for all blocks, or one per block.
+    differentiable: the tensors in the calls that need a gradient, which is summed over the stack.
     """
 
     calls: list[_Call]
     differentiable: list[Tensor]
-    roots: int  # tensors that need a gradient
+    roots: int  # number of tensors that need a gradient
 
     @staticmethod
     def of(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Context:
-        noted: list[_Call] = []
+        detached_calls: list[_Call] = []
         differentiable: list[Tensor] = []
         for call in calls:
-            # Only containers are opened: a cache is an object to be filled, not a tree to be rebuilt.
-            leaves, spec = pytree.tree_flatten(call, is_leaf=lambda it: not isinstance(it, tuple | list | dict))
+            # Only plain containers are flattened: a key-value cache is filled in place and must stay the same object.
+            leaves, spec = pytree.tree_flatten(call, is_leaf=lambda node: not isinstance(node, tuple | list | dict))
             places = {}
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     places[i] = len(differentiable)
                     differentiable.append(leaf)
             detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            noted.append(_Call(detached, spec, places))
-        return Context(noted, differentiable if torch.is_grad_enabled() else [], len(differentiable))
+            detached_calls.append(_Call(detached, spec, places))
+        return Context(detached_calls, differentiable if torch.is_grad_enabled() else [], len(differentiable))
 
     @property
     def filled(self) -> bool:
-        """Whether layers are passed a cache: an object that a core puts what it computed into by `update`."""
+        """Whether layers are passed a key-value cache: an object with `update`, by which a core adds to it."""
         return any(hasattr(leaf, "update") for call in self.calls for leaf in call.leaves)
 
     def fresh(self, block: int) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Tensor]]:
-        """The arguments of a block, with new leaves in place of the differentiable tensors; and those leaves, by
-        their place in `differentiable`."""
+        """The arguments of a block (args, kwargs) with new leaves in place of the differentiable tensors; and these
+        leaves, by their index in `differentiable`."""
         call = self.calls[block if len(self.calls) > 1 else 0]
         leaves, roots = list(call.leaves), {}
         for i, place in call.places.items():
@@ -70,18 +70,20 @@ class Context:
 class _Call:
     leaves: list[Any]
     spec: Any
-    places: dict[int, int]  # of leaves that need a gradient: index among the leaves -> index in `differentiable`
+    places: dict[int, int]  # for leaves that need a gradient: index in `leaves` -> index in `differentiable`
 
 
 @dataclass
 class SavedState:
-    """What a forward pass saved for the backward pass.
+    """The saved state: what a forward pass saves for the backward pass, beside the streams.
 
-    couplings: of this pass; those of the stack may hold another range by the time of the backward pass.
+    couplings: of this pass; those of the stack may have another range by the time of the backward pass.
     dtype, shape, device: of the hidden state.  input_wanted: whether the stack's input needs a gradient.
+    tiles: rows of the B·L tokens.  parts: in which a core runs.  modes: training or evaluation, of each module.
     observers: called before each block in forward, and in the backward pass once its inputs are restored.
-    kept_at: block and sublayer whose graph is kept from forward to the backward pass (None: all are recomputed).
-    rng: a state for each sublayer that drew random numbers.  sides: what each sublayer's coupling put aside (T, bytes).
+    kept_at: block and sublayer whose graph the forward pass keeps (None: all are recomputed).
+    rng: for each sublayer, the state before it drew random numbers; None if it drew none.
+    sides: for each sublayer, the side information of its coupling (B·L, bytes), uint8; None if there is none.
     """
 
     context: Context
@@ -123,15 +125,15 @@ class SavedState:
             device=device,
             input_wanted=h_BLD.requires_grad,
             tiles=tiles,
-            # Each part of a core would fill a cache by itself.
+            # In several parts, a core would add to the cache once per part.
             parts=1 if context.filled else stack.parts_of(len(tiles)),
             autocast=AutocastState.now(device.type),
             numerics=Numerics.now(),
-            # Dropout may be switched between forward and backward; recomputation must see the forward's mode.
+            # The mode, and so dropout, may change between forward and backward; recomputation needs that of forward.
             modes=[module.training for module in stack.modules()],
             range=Range(blocks, min(limits), couplings[0].arithmetic.unit(device), device) if limits else None,
             fingerprints=fingerprints,
-            observers=[it for it in (observer, fingerprints) if it is not None],
+            observers=[each for each in (observer, fingerprints) if each is not None],
             kept_at=(blocks - 1, stack.carrier) if stack.keeps_graph(len(tiles)) else None,
         )
 
@@ -140,10 +142,10 @@ class SavedState:
         return self.couplings[0].arithmetic
 
     def keeps(self, index: int, replaced: int) -> bool:
-        """Whether the graph of sublayer `replaced` of block `index` is kept instead of being recomputed."""
+        """Whether the graph of sublayer `replaced` of block `index` is kept from forward instead of recomputed."""
         return (index, replaced) == self.kept_at
 
     def reads_wanted(self, index: int, replaced: int) -> bool:
-        """Whether what sublayer `replaced` of block `index` reads needs a gradient; the lowest reads the stack's
-        input."""
+        """Whether what sublayer `replaced` of block `index` reads needs a gradient. The lowest sublayer reads the
+        stack's input, which may need none; what the others read always counts as needing one."""
         return index > 0 or replaced == 1 or self.input_wanted

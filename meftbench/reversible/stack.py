@@ -1,4 +1,4 @@
-"""ReversibleStack: the nn.Module that stands in for a list of layers (docs/design.md 1, 5).
+"""ReversibleStack: the nn.Module that replaces a list of layers (docs/design.md 1, 5).
 
 Shape suffixes: B samples, L positions, D hidden size.
 """
@@ -25,13 +25,13 @@ from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, se
 from meftbench.reversible.saved_state import Context, Observer, SavedState
 from meftbench.reversible.sublayers import SubLayer, tiles_of
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside h
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments (args, kwargs) of a layer beside h
 
 
 class Block(nn.Module):
-    """One reversible block: the modules it owns, and its two functions F and G.
+    """One reversible block: its modules, and its two sublayers F and G.
 
-    parts: submodules by name; each is registered once, here.
+    parts: submodules by name, registered as attributes of the block.
     f, g: a SubLayer, or a plain function called as f(block, h_BLD, *args, **kwargs) with what the model passes its
         layers beside h; they find their modules through `block`, so that a copied block uses its own.
     """
@@ -46,18 +46,18 @@ class Block(nn.Module):
 
 
 class Relay(nn.Module):
-    """Stands where a layer stood whose stack stands where the last one did: hands h on and saved for the stack what
-    this layer was called with, for models that call their layers with different masks or positions."""
+    """Replaces one layer of a model whose last layer is replaced by the stack: it returns h unchanged and records for
+    the stack what this layer was called with, for models that call layers with different masks or positions."""
 
     def __init__(self, index: int, stack: ReversibleStack) -> None:
         super().__init__()
         self.index, self._stack = index, [stack]  # in a list: not a submodule
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it changes what the stack has noted
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it changes the stack's list of calls
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         (stack,) = self._stack
         if self.index == 0:
-            stack.noted = []  # of a forward that was broken off
+            stack.noted = []  # drops the calls of a forward pass that was broken off
         stack.noted.append((args, kwargs))
         return h_BLD
 
@@ -72,36 +72,38 @@ class ReversibleStack(nn.Module):
     stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the sublayers'
     cores; where layers are called with different ones, a `Relay` stands in the place of each block but the last.
 
-    How the streams are held between blocks is the couplings' arithmetic (arithmetic.py): `Float` in h's dtype, as
+    The couplings' arithmetic (arithmetic.py) says how streams are represented between blocks: `Float` in h's dtype, as
     published, or `FixedPoint` as integers, whose reversal is exact in every precision that the sublayers compute in.
 
-    calibrated: the fixed-point steps are taken from the model: one a channel, from what the first forward pass holds
-        (calibration.py). A later pass that leaves the range is run again with a wider one, from the same random
-        numbers; `range.widenings` counts those.
+    calibrated: the fixed-point steps are taken from the model: one per channel, from the values of the first forward
+        pass (calibration.py). A later pass that leaves the range is run again with a wider one, from the same random
+        numbers; `range.widenings` counts these.
     carrier: 0 or 1: which stream carries the output of the last pre-trained layer; returned if output is "last".
     tiles: token-wise work runs on that many tiles of the B·L tokens, in forward and backward; "auto": see `tiles_of`.
-    parts: a sublayer's core runs in that many parts, such as groups of heads; in one where there are fewer than
-        `parts_from` tiles.
+    parts: a sublayer's core runs in that many parts, such as groups of heads; in a single one where there are fewer
+        than `parts_from` tiles.
     activations: what backward uses.
-        "reverse": each block's inputs are recomputed from its outputs; only the last two streams, what the
-            arithmetic puts aside, and RNG states are kept.
-        "cache": reference autograd through the same equations.
-        "checkpoint": the same, each block under non-reentrant checkpointing.
+        "reverse": each block's inputs are recomputed from its outputs; the last two streams and the saved state
+            (side information, RNG states; saved_state.py) are kept.
+        "cache": reference autograd: the same equations under torch's autograd, nothing recomputed.
+        "checkpoint": as "cache", but each block under non-reentrant checkpointing.
     strict: with "reverse", verify at the lowest, the middle and the top block that the inputs are restored bit for
-        bit; raises StreamError at the end of backward otherwise. Costs sums over their streams.
-    keep_last: what comes after the stack holds less than a block's graph (no vocabulary-sized logits, no layers), and
-        is done before the backward pass begins: the graph of the sublayer that the backward pass begins with, which
-        forward builds anyway, is then kept instead of being recomputed, where there is one tile. The peak is where the
-        backward pass holds that graph, so it costs none of it.
+        bit; StreamError is raised at the end of backward otherwise. This costs sums over the streams of these blocks.
+    keep_last: keep the graph of the sublayer that the backward pass begins with, which forward builds anyway, instead
+        of recomputing it, where there is one tile. It is for models in which what comes after the stack holds less
+        than a block's graph (no vocabulary-sized logits, no layers) and is done before the backward pass begins: the
+        peak is then where the backward pass holds that graph, and keeping it earlier does not raise the peak.
     first_layer: number of the first block in error messages.
-    observer: called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its inputs
-        are restored, as the arithmetic holds them; for probes. The streams are overwritten after the call.
+    observer: for probes; called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its
+        inputs are restored, as the arithmetic represents them. The streams are overwritten after the call.
 
-    In evaluation and under `no_grad` the same equations run and nothing is kept. A second backward through one
-    forward raises torch's error unless the first was called with retain_graph.
+    Under `no_grad`, or where nothing needs a gradient, the same equations run and nothing is kept. A second backward
+    through one forward raises torch's error unless the first was called with retain_graph.
 
-    Raises StreamError: a value of a fixed-point stream is NaN or infinite; or, where the range is not calibrated, left
-    it (in backward, or under `no_grad` at the end).
+    Raises StreamError: a value of a fixed-point stream is NaN or infinite; or it left a range that is not calibrated
+    (in backward, or under `no_grad` at the end).
+    Raises ValueError: couplings, or options, that exclude each other; or a factor that the arithmetic cannot undo.
+    Raises UserError: the stack runs under DataParallel, or its parameters are sharded while it runs.
     """
 
     def __init__(
@@ -129,9 +131,9 @@ class ReversibleStack(nn.Module):
         if calibrated and not first.arithmetic.exact:
             raise ValueError(f"calibrated is for fixed-point streams, not for {first.arithmetic.name} ones")
         for coupling in (first, second):
-            coupling.arithmetic.side_bytes(8, coupling.factor)  # refuses a factor it cannot undo
+            coupling.arithmetic.side_bytes(8, coupling.factor)  # raises ValueError for a factor that it cannot undo
         self.blocks = nn.ModuleList(blocks)
-        self._couplings = (first, second)  # as asked for; `couplings` has the steps that hold now
+        self._couplings = (first, second)  # as given; `couplings` has the current steps
         self.range = CalibratedRange() if calibrated else None
         self.swap, self.carrier, self.output = swap, carrier, output
         self.tiles, self.parts, self.parts_from = tiles, parts, parts_from
@@ -142,7 +144,7 @@ class ReversibleStack(nn.Module):
 
     @property
     def couplings(self) -> tuple[Coupling, Coupling]:
-        """The couplings, their arithmetic with the steps that hold now."""
+        """The couplings, with the current fixed-point steps in their arithmetic."""
         if self.range is None or self.range.steps is None:
             return self._couplings
         return _with_arithmetic(self._couplings, replace(self._fixed, step_bits=self.range.steps))
@@ -171,7 +173,7 @@ class ReversibleStack(nn.Module):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         inputs = [h_BLD, *context.differentiable, *trained]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-            return self._unkept(h_BLD, context)
+            return self._without_backward(h_BLD, context)
         if self.activations != "reverse":
             return self._reference(h_BLD, calls)
         passage = Passage(self, context)
@@ -180,20 +182,20 @@ class ReversibleStack(nn.Module):
         return output_BLD
 
     def parts_of(self, tiles: int) -> int:
-        """Parts that a core runs in beside that many tiles."""
+        """The number of parts that a core runs in where there are that many tiles."""
         return self.parts if tiles >= self.parts_from else 1
 
     def unread(self, index: int, replaced: int) -> bool:
-        """Whether what sublayer `replaced` of block `index` would write is read by nobody: it is not run."""
+        """Whether nothing reads what sublayer `replaced` of block `index` would write, so that it is not run."""
         return self.output == "last" and index == len(self.blocks) - 1 and replaced > self.carrier
 
     def keeps_graph(self, tiles: int) -> bool:
-        """Whether the backward pass finds its first graph built (`keep_last`)."""
-        # Floating-point streams are read without a copy: the graph would hold what the backward pass overwrites.
+        """Whether the forward pass keeps the graph that the backward pass begins with (`keep_last`)."""
+        # Floating-point streams are read without a copy, so a graph would hold a stream that is overwritten.
         return self.keep_last and tiles == 1 and self.output == "last" and self.arithmetic.exact
 
     def finish(self, streams: list[Tensor], dtype: torch.dtype, arithmetic: Arithmetic) -> Tensor:
-        """The hidden state (B, L, D) from the last two streams [y1, y2], a tensor of its own."""
+        """The hidden state (B, L, D) from the last two streams [y1, y2], as a new tensor."""
         read = arithmetic.read
         if self.output == "last":
             carried_BLD = read(streams[self.carrier], dtype)
@@ -202,44 +204,45 @@ class ReversibleStack(nn.Module):
         return (read(streams[0], dtype) + read(streams[1], dtype)).div_(2)
 
     def gradients_of_streams(self, dh_BLD: Tensor) -> list[Tensor | None]:
-        """Gradients of [y1, y2] from that of `finish`, buffers of their own; None: zero."""
+        """Gradients of [y1, y2] from that of the result of `finish`, in new tensors; None: zero."""
         if self.output == "mean":
-            sublayer = (dh_BLD / 2).contiguous()
-            return [sublayer, sublayer.clone()]
+            half_BLD = (dh_BLD / 2).contiguous()
+            return [half_BLD, half_BLD.clone()]
         gradients: list[Tensor | None] = [None, None]
         gradients[self.carrier] = dh_BLD.clone(memory_format=torch.contiguous_format)
         return gradients
 
     def run(self, h_BLD: Tensor, context: Context, *, keep: bool) -> tuple[list[Tensor], SavedState, Kept | None]:
-        """The last two streams, what the pass noted, and the graph it kept; again with a wider range as long as a
-        stream leaves it.
+        """Run forward. Returns the last two streams, the saved state, and the graph that is kept for the backward pass.
 
+        A pass in which a stream leaves a calibrated range is run again with a wider one, until none does.
         keep: a backward pass will follow.
+        Raises StreamError: a calibrated range cannot be widened, as values are NaN or infinite.
         """
         couplings = self.couplings
         if self.range is not None and self.range.steps is not None and context.filled:
-            # Run again, layers would fill their cache again. Nothing is undone here, so streams may have 64 bits.
+            # A second run would add to the layers' cache again, so instead of one, streams have 64 bits.
             couplings = _with_arithmetic(couplings, replace(self._fixed, step_bits=self.range.steps, wide=True))
-        before = rng_state(h_BLD.device)
+        rng_before = rng_state(h_BLD.device)
         while True:
             saved = SavedState.of(self, h_BLD, context, couplings, self.observer, self.strict and keep)
             streams, kept = run_forward(self, h_BLD, saved, keep=keep)
             if self.range is None or context.filled or saved.range is None or not saved.range.left():
                 return streams, saved, kept
             del streams, saved, kept
-            with replayed_rng(before, h_BLD.device):
+            with replayed_rng(rng_before, h_BLD.device):
                 largest_ND = self._largest(h_BLD, context)
             self.range.widen(largest_ND, self._limit(), self.first_layer)
             couplings = self.couplings
-            set_rng_state(before, h_BLD.device)
+            set_rng_state(rng_before, h_BLD.device)
 
     def _calibrate(self, h_BLD: Tensor, calls: list[Call]) -> None:
         assert self.range is not None
         if not computed(h_BLD):
-            return  # a step that is traced has no values; one step for all channels allocates as much
+            return  # a traced step has no values, and a single step for all channels allocates as much
         context = Context.of(calls)
         if context.filled:
-            context = Context.of(copy.deepcopy(calls))  # a cache is filled by the pass that was asked for, only
+            context = Context.of(copy.deepcopy(calls))  # only the caller's pass may fill its cache
         # Without dropout the range depends on the batch alone, not on random numbers.
         with modes_as(self, [False for _ in self.modules()]):
             largest_ND = self._largest(h_BLD, context)
@@ -249,16 +252,17 @@ class ReversibleStack(nn.Module):
         return min(coupling.limit for coupling in self._couplings if coupling.limit is not None)
 
     def _largest(self, h_BLD: Tensor, context: Context) -> Tensor:
-        """Largest |value| of each channel before each block and after the last, (blocks + 1, D): the same equations
-        in floating point, which has no range to leave."""
+        """Largest |value| of each channel before each block and after the last, (blocks + 1, D), computed by the same
+        equations in floating point, which has no such range."""
         with torch.no_grad():
             largest = Largest()
-            held_BLD = h_BLD.float() if h_BLD.dtype.itemsize < 4 else h_BLD
+            wide_BLD = h_BLD.float() if h_BLD.dtype.itemsize < 4 else h_BLD
             saved = SavedState.of(self, h_BLD, context, _with_arithmetic(self._couplings, Float()), largest)
-            largest.add(run_forward(self, held_BLD, saved, keep=False)[0])
+            largest.add(run_forward(self, wide_BLD, saved, keep=False)[0])
             return largest.table()
 
-    def _unkept(self, h_BLD: Tensor, context: Context) -> Tensor:
+    def _without_backward(self, h_BLD: Tensor, context: Context) -> Tensor:
+        """The hidden state after the stack, of a pass that saves nothing."""
         with torch.no_grad():
             streams, saved, _ = self.run(h_BLD, context, keep=False)
             if saved.range:
@@ -266,21 +270,22 @@ class ReversibleStack(nn.Module):
             return self.finish(streams, h_BLD.dtype, saved.arithmetic)
 
     def _reference(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:
-        numbers, dtype = self.arithmetic.reference, h_BLD.dtype
-        streams = [numbers.lifted(h_BLD)] * 2
+        """The hidden state after the stack by reference autograd, for `activations` "cache" and "checkpoint"."""
+        operations, dtype = self.arithmetic.reference, h_BLD.dtype
+        streams = [operations.lifted(h_BLD)] * 2
         for index in range(len(self.blocks)):
             if self.swap and index:
                 streams.reverse()
             if self.observer:
                 self.observer("forward", index, streams)
-            given = (index, streams[0], streams[1], dtype, *calls[index if len(calls) > 1 else 0])
+            block_args = (index, streams[0], streams[1], dtype, *calls[index if len(calls) > 1 else 0])
             if self.activations == "checkpoint":
-                streams = checkpoint(self._block, *given, use_reentrant=False)
+                streams = checkpoint(self._block, *block_args, use_reentrant=False)
             else:
-                streams = self._block(*given)
+                streams = self._block(*block_args)
         if self.output == "last":
-            return numbers.read(streams[self.carrier], dtype)
-        return (numbers.read(streams[0], dtype) + numbers.read(streams[1], dtype)) / 2
+            return operations.read(streams[self.carrier], dtype)
+        return (operations.read(streams[0], dtype) + operations.read(streams[1], dtype)) / 2
 
     def _block(
         self,

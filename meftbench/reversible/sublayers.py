@@ -1,9 +1,9 @@
-"""What a sublayer of a block computes, and in which pieces: F and G of the couplings.
+"""What a sublayer (F or G of a reversible block) computes, and in which pieces.
 
 Everything in a transformer layer but attention acts on each token alone. So a sublayer is a core, which needs whole
 samples (attention: q, k, v and their mixture), followed by token-wise work (output projection, norms, feed-forward,
-adapters), which may walk tiles of tokens (docs/design.md 4). Forward and backward take the same pieces in the same
-order.
+adapters), which may run on one tile of tokens after the other (docs/design.md 4). Forward and backward take the same
+pieces in the same order.
 
 Shape suffixes: B samples, L positions, D hidden size, E width of the core's output; T tokens of a tile.
 """
@@ -26,22 +26,23 @@ Tokens = Callable[..., Tensor]
 # (block, h_1TD) -> (1, T, D)
 Before = Callable[..., Tensor]
 
-MOST_TILES = 32  # more would shrink what is an eighth of a stream already
-CPU_TILE = 4096  # tokens; fewer make matrix products slower
+MOST_TILES = 32  # a tile of a feed-forward's wide tensor (4·D) is then an eighth of a stream; more would save little
+CPU_TILE = 4096  # tokens; with fewer, matrix products are slower
 
 
 @dataclass(frozen=True)
 class SubLayer:
     """F or G: tokens(block, core(block, before(block, h)), h).
 
-    before: None (the core reads h itself), or a pre-norm's: called for each tile as before(block, h_1TD). It must treat
-        each token alone and draw no random numbers: in backward it is run again after the core, so that what it keeps
-        is kept for a tile only.
+    before: None (the core reads h itself), or a pre-norm, called for each tile as before(block, h_1TD). It must treat
+        each token alone and draw no random numbers: backward runs it again after the core, a tile at a time, so that
+        its activations exist for one tile only.
     core: None, or called for each part as core(block, h_BLD, part, parts, *args, **kwargs) with what the model passes
         its layers; the parts' outputs are joined along the last dimension.
     tokens: None (the core's output is the value, in one part), or called for each tile as
-        tokens(block, o_1TE, h_1TD), o being None without a core.  It must treat each token alone.
-    Both find their modules through `block`, so that a copied block uses its own.
+        tokens(block, o_1TE, h_1TD), where o is None without a core.  It must treat each token alone.
+    All find their modules through `block`, so that a copied block uses its own.
+    Raises ValueError: there is neither a core nor tokens, or there is a `before` without a core.
     """
 
     core: Core | None
@@ -59,14 +60,14 @@ class SubLayer:
         """A sublayer from a plain function f(block, h_BLD, *args, **kwargs) -> (B, L, D), which is never tiled."""
         return function if isinstance(function, SubLayer) else SubLayer(_Whole(function), None)
 
-    def parts(self, asked: int) -> int:
-        """Parts the core is taken in."""
-        return 0 if self.core is None else asked if self.tokens is not None else 1
+    def parts(self, requested: int) -> int:
+        """The number of parts that the core runs in; 0 without a core."""
+        return 0 if self.core is None else requested if self.tokens is not None else 1
 
     def reference(
         self, block: nn.Module, h_BLD: Tensor, tiles: list[slice], parts: int, args: tuple[Any, ...], kwargs: Any
     ) -> Tensor:
-        """The value (B, L, D) for reference autograd, of the same pieces in the same order."""
+        """The value (B, L, D) for reference autograd, computed in the same pieces in the same order."""
         read_BLD = h_BLD if self.before is None else self.before(block, h_BLD)
         outputs = [self.core(block, read_BLD, p, self.parts(parts), *args, **kwargs) for p in range(self.parts(parts))]  # type: ignore[misc]
         if self.tokens is None:
@@ -79,6 +80,8 @@ class SubLayer:
 
 @dataclass(frozen=True)
 class _Whole:
+    """A core that runs in one part, from a plain function."""
+
     function: Callable[..., Tensor]
 
     def __call__(self, block: nn.Module, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,17 +95,17 @@ def joined(outputs: list[Tensor], rows: slice) -> Tensor | None:
     return outputs[0][rows][None] if len(outputs) == 1 else torch.cat([o[rows] for o in outputs], -1)[None]
 
 
-def tiles_of(tokens: int, asked: int | Literal["auto"], width: int, device: torch.device) -> list[slice]:
-    """`tokens` (of all samples) cut into `asked` tiles whose sizes differ by one at most.
+def tiles_of(tokens: int, requested: int | Literal["auto"], width: int, device: torch.device) -> list[slice]:
+    """The B·L `tokens` cut into `requested` tiles whose sizes differ by one at most: the rows of each.
 
-    "auto": as many as leave each tile large enough to fill the device, at most 32: 4,096 tokens on a CPU; on CUDA four
-    waves of 128 × 128 blocks in the product that widens `width` fourfold.
+    "auto": as many tiles, at most 32, as leave each large enough to keep the device busy: 4,096 tokens; on CUDA also
+    four waves of 128 × 128 blocks in the matrix product that widens `width` fourfold.
     """
-    count = min(_auto(tokens, width, device) if asked == "auto" else asked, tokens)
-    return list(_cuts(tokens, max(count, 1)))
+    count = min(_auto_count(tokens, width, device) if requested == "auto" else requested, tokens)
+    return list(_even_slices(tokens, max(count, 1)))
 
 
-def _auto(tokens: int, width: int, device: torch.device) -> int:
+def _auto_count(tokens: int, width: int, device: torch.device) -> int:
     processors = taken().multiprocessors
     if processors is None and device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -112,12 +115,12 @@ def _auto(tokens: int, width: int, device: torch.device) -> int:
 
 
 def tiles_that_fill(tokens: int, width: int, processors: int) -> int:
-    """Tiles of `tokens` on a GPU with that many multiprocessors, as "auto" takes them."""
+    """The number of tiles that "auto" takes for `tokens` on a GPU with that many multiprocessors."""
     per_tile = max(CPU_TILE, 4 * processors * 128 * 128 // (4 * width))
     return min(tokens // per_tile, MOST_TILES)
 
 
-def _cuts(tokens: int, count: int) -> Iterator[slice]:
+def _even_slices(tokens: int, count: int) -> Iterator[slice]:
     size, larger = divmod(tokens, count)
     start = 0
     for tile in range(count):

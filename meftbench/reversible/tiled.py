@@ -1,7 +1,7 @@
-"""Token-wise work of an ordinary layer in tiles, recomputed in backward: what `+tiled_mlp` does to any method.
+"""Token-wise work of an ordinary layer in tiles, recomputed in backward: the memory optimisation (lever) `+tiled_mlp`.
 
 Only the input is kept; in backward one tile at a time is run again and back-propagated, so that the wide tensors of a
-feed-forward exist for a tile and no longer. Under checkpointing the work is so run once more than without.
+feed-forward exist for one tile at a time. Under checkpointing the work therefore runs once more than without it.
 Source: ALST (Bekman et al. 2025), TiledMLP; here with random numbers and autocast repeated.
 """
 
@@ -22,22 +22,22 @@ from meftbench.reversible.sublayers import tiles_of
 
 Function = Callable[[Tensor], Tensor]  # (1, T, D) -> (1, T, D), each token alone
 
-# Of a lever that is there to hold less; as many as exact reversal is compared with (reports/exact-memory). "auto" means
-# as few as keep the device busy.
+# The lever's default is to save memory: as many tiles as exact reversal is compared with (reports/exact-memory). "auto"
+# takes only as many as leave each tile large enough to keep the device busy.
 LEVER_TILES = 16
 
 
 @dataclass
 class Tiling:
-    """tiles: as `tiles_of` takes it.  recompute: False keeps what autograd keeps, on the same tiles.
-    recomputed: tiles that were run again in backward."""
+    """tiles: as in `tiles_of`.  recompute: False: autograd keeps activations as usual, of the same tiles.
+    recomputed: the number of tiles that were run again in backward."""
 
     tiles: int | Literal["auto"] = LEVER_TILES
     recompute: bool = True
     recomputed: int = 0
 
     def run(self, function: Function, h_BLD: Tensor, trained: list[Tensor]) -> Tensor:
-        """function on tiles of the tokens of h (B, L, D). trained: the tensors it uses that need a gradient."""
+        """`function` applied to tiles of the tokens of h (B, L, D). trained: tensors in it that need a gradient."""
         tiles = tiles_of(h_BLD.shape[:-1].numel(), self.tiles, h_BLD.shape[-1], h_BLD.device)
         if not self.recompute:
             return _on_tiles(function, h_BLD, tiles)
@@ -58,19 +58,19 @@ class _Tiled(torch.autograd.Function):
         ctx.tiling, ctx.function, ctx.tiles, ctx.trained = tiling, function, tiles, trained
         ctx.save_for_backward(h_BLD)
         ctx.autocast, ctx.numerics = AutocastState.now(h_BLD.device.type), Numerics.now()
-        before = rng_state(h_BLD.device)
+        rng_before = rng_state(h_BLD.device)
         with ctx.autocast.entered():
             result_BLD = _on_tiles(function, h_BLD, tiles)
-        ctx.rng = before if drew(before, h_BLD.device) else None
+        ctx.rng = rng_before if drew(rng_before, h_BLD.device) else None
         return result_BLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor | None, ...]:
         (h_BLD,) = ctx.saved_tensors
-        wanted, sums = ctx.needs_input_grad[3], Sums()
+        needs_grad, sums = ctx.needs_input_grad[3], Sums()
         h_TD, dy_TD = h_BLD.flatten(0, 1), dy_BLD.flatten(0, 1)
-        dh_BLD = torch.empty_like(h_BLD, memory_format=torch.contiguous_format) if wanted else None
+        dh_BLD = torch.empty_like(h_BLD, memory_format=torch.contiguous_format) if needs_grad else None
         with (
             torch.enable_grad(),
             ctx.numerics.entered(),
@@ -78,14 +78,14 @@ class _Tiled(torch.autograd.Function):
             replayed_rng(ctx.rng, h_BLD.device),
         ):
             for rows in ctx.tiles:
-                leaf = h_TD[rows][None].detach().requires_grad_(wanted)
+                leaf = h_TD[rows][None].detach().requires_grad_(needs_grad)
                 value = ctx.function(leaf)
                 edge, gradient = get_gradient_edge(value), dy_TD[rows][None].to(value.dtype)
                 del value
-                roots = [*([leaf] if wanted else []), *ctx.trained]
-                found = list(torch.autograd.grad(edge, roots, gradient, allow_unused=True))
+                roots = [*([leaf] if needs_grad else []), *ctx.trained]
+                gradients = list(torch.autograd.grad(edge, roots, gradient, allow_unused=True))
                 if dh_BLD is not None:
-                    dh_BLD.flatten(0, 1)[rows] = found.pop(0)[0]
-                sums.add(ctx.trained, found)
+                    dh_BLD.flatten(0, 1)[rows] = gradients.pop(0)[0]
+                sums.add(ctx.trained, gradients)
                 ctx.tiling.recomputed += 1
         return (None, None, None, dh_BLD, *sums.of(ctx.trained))

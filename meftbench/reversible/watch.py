@@ -1,6 +1,6 @@
-"""What is watched while streams run: their range in the forward pass, and in strict mode that backward restores them.
+"""Checks of the streams: their range in the forward pass, and in strict mode that backward restores them.
 
-Nothing here waits for the device in the middle of a pass: findings are gathered on the device and read once.
+Nothing here waits for the device in the middle of a pass: results are gathered on the device and read once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from meftbench.errors import UserError
 
 
 class StreamError(UserError, ArithmeticError):
-    """A stream cannot be held or was not restored. `where` names the layer."""
+    """A stream left the range of its numbers, or was not restored. `where` names the layer."""
 
 
 class Range:
-    """The largest |x| that each sublayer wrote, in steps.
+    """The largest |x|, in steps, that each sublayer wrote to a stream, and that of the stack's input.
 
-    limit: in steps; a stream must stay below it.  unit: a step, the same for all channels or (D,).
-    One more place than sublayers is for the stack's input.
+    limit: in steps; a stream must stay below it.  unit: the value of a step, one for all channels or (D,).
     """
 
     def __init__(self, blocks: int, limit: float, unit: float | Tensor, device: torch.device) -> None:
@@ -33,15 +32,15 @@ class Range:
         self._copied: torch.cuda.Event | None = None
 
     def input(self) -> Tensor:
-        """Where the stack's input is noted."""
+        """The element for the largest |x| of the stack's input, to be written to."""
         return self._levels[-1]
 
     def of(self, index: int, sublayer: int) -> Tensor:
-        """Where what a sublayer writes is noted."""
+        """The element for the largest |x| that a sublayer writes, to be written to."""
         return self._levels[2 * index + sublayer]
 
     def begin_copy(self) -> None:
-        """Send the findings to the host without waiting for them."""
+        """Copy the values to the host without waiting for them."""
         if self._levels.device.type != "cuda":
             self._host = self._levels
             return
@@ -51,12 +50,15 @@ class Range:
         self._copied.record()
 
     def left(self) -> bool:
-        """Whether a stream left the range, NaN and infinity included. Waits for the forward pass, once."""
-        return any(not level < self._limit for level in self._found())
+        """Whether a stream left the range, or holds NaN or infinity. The first call waits for the forward pass."""
+        return any(not level < self._limit for level in self._read_levels())
 
     def check(self, first_layer: int) -> None:
-        """Raises StreamError at the first sublayer that left the range. Waits for the forward pass, once."""
-        levels = self._found()
+        """The first call waits for the forward pass.
+
+        Raises StreamError: a sublayer, or the input, left the range; it names the first layer where this happened.
+        """
+        levels = self._read_levels()
         if not levels:
             return
         places = [("the stack's input", levels[-1])]
@@ -75,8 +77,8 @@ class Range:
                 cure = f"set `step_bits` to auto, or to {bits} or lower" if bits > 0 else "set `step_bits` to auto"
             raise StreamError(where, what, cure)
 
-    def _found(self) -> list[float]:
-        """The levels; none where nothing was computed."""
+    def _read_levels(self) -> list[float]:
+        """The largest |x| of each sublayer, in order, and of the input; empty where a step is only traced."""
         if self._host is None:
             self.begin_copy()
         if _uncomputed(self._host):
@@ -89,32 +91,34 @@ class Range:
 
 
 class Fingerprints:
-    """Sums of the streams at some blocks, over each row and column: any element that differs changes two of them.
+    """Sums of the streams at some blocks, over each row and each column: an element that differs changes two of them.
 
-    To be called as an observer of a stack. A difference is counted on the device; `check` reads the counts, once.
+    It is called as an observer of a stack. Differences are counted on the device; `check` reads the counts, once.
     """
 
     def __init__(self, blocks: Iterable[int]) -> None:
         self.blocks = frozenset(blocks)
-        self._true: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._wrong: dict[int, Tensor] = {}
+        self._forward_sums: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._differing_tokens: dict[int, Tensor] = {}
 
     def __call__(self, direction: str, block: int, streams: list[Tensor]) -> None:
         if block not in self.blocks:
             return
         sums = [_sums(stream) for stream in streams]
         if direction == "forward":
-            self._true[block] = sums
+            self._forward_sums[block] = sums
             return
-        pairs = zip(sums, self._true[block], strict=True)
-        self._wrong[block] = torch.stack([_differing(found, true) for found, true in pairs]).sum()
+        pairs = zip(sums, self._forward_sums[block], strict=True)
+        self._differing_tokens[block] = torch.stack(
+            [_differing(restored, original) for restored, original in pairs]
+        ).sum()
 
     def check(self, first_layer: int) -> None:
-        """Raises StreamError for the highest block whose inputs were not restored bit for bit."""
-        for block in sorted(self._wrong, reverse=True):
-            if _uncomputed(self._wrong[block]):
+        """Raises StreamError: inputs were not restored bit for bit; it names the highest such block."""
+        for block in sorted(self._differing_tokens, reverse=True):
+            if _uncomputed(self._differing_tokens[block]):
                 return
-            tokens = int(self._wrong[block])
+            tokens = int(self._differing_tokens[block])
             if tokens:
                 cure = "this layer or one above computes otherwise in backward than in forward: look for state it has"
                 where = f"layer {first_layer + block}"
@@ -122,17 +126,17 @@ class Fingerprints:
 
 
 def _uncomputed(tensor: Tensor | None) -> bool:
-    """Whether it is a shape without values: a step that is traced."""
+    """Whether the tensor has a shape but no values, as in a step that is traced."""
     return isinstance(tensor, FakeTensor) or (tensor is not None and tensor.is_meta)
 
 
-def _differing(found: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor]) -> Tensor:
-    """Tokens whose sums differ; at least 1 where only a column's does."""
-    return torch.maximum((found[0] != true[0]).sum(), (found[1] != true[1]).any().to(torch.int64))
+def _differing(restored: tuple[Tensor, Tensor], original: tuple[Tensor, Tensor]) -> Tensor:
+    """The number of tokens whose sums differ; at least 1 where only sums of columns do."""
+    return torch.maximum((restored[0] != original[0]).sum(), (restored[1] != original[1]).any().to(torch.int64))
 
 
 def sampled(blocks: int) -> list[int]:
-    """The blocks that strict mode looks at: the lowest, which sees the errors of all above it, middle and top."""
+    """The blocks that strict mode checks: the lowest (errors of all above reach it), the middle and the top."""
     return sorted({0, blocks // 2, blocks - 1})
 
 

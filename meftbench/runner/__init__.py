@@ -1,4 +1,4 @@
-"""Runs a suite: each cell in a process of its own, each end a record on the disk before the next cell begins."""
+"""Runs a suite: each cell in its own process, and the record of each is on the disk before the next cell begins."""
 
 from meftbench.runner.sweep import Ended, Event, Noted, Started, run_suite
 

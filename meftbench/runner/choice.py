@@ -1,4 +1,4 @@
-"""Which learning rates are still worth a training: a pure function of the plan and of the scores so far."""
+"""Decides which learning rates still need a training: a pure function of the plan and of the scores so far."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from meftbench.plan.cell import Cell
 
 
 def better_rate(cell: Cell, cells: Sequence[Cell], scores: Mapping[str, float]) -> Cell | None:
-    """The cell of the first seed whose learning rate did better than `cell`'s, where the others are to take its best.
+    """The first seed's cell with the best learning rate, where `cell` has another and need not be trained; else None.
 
-    scores: by cell_id, of validation.  None: `cell` is to be trained: its grid is tried with every seed, it is of the
-    first seed, its rate is the best there, or a rate has no score there.
+    Unless the grid is "every-seed", all learning rates are tried with the lowest seed, and the other seeds are trained
+    with the best of them only.  scores: of validation, by cell_id.  None: `cell` is to be trained, because it has the
+    lowest seed or the best learning rate, or because a learning rate has no score with the lowest seed.
     """
     if cell.training is None or cell.training.grid == "every-seed":
         return None
-    alike = [other for other in cells if _but_rate_and_seed(other) == _but_rate_and_seed(cell)]
-    first = min(other.seed for other in alike)
-    tried = [other for other in alike if other.seed == first]
-    if cell.seed == first or any(other.cell_id not in scores for other in tried):
+    variants = [candidate for candidate in cells if _without_rate_and_seed(candidate) == _without_rate_and_seed(cell)]
+    first_seed = min(candidate.seed for candidate in variants)
+    first_seed_cells = [candidate for candidate in variants if candidate.seed == first_seed]
+    if cell.seed == first_seed or any(candidate.cell_id not in scores for candidate in first_seed_cells):
         return None
-    best = max(tried, key=lambda other: scores[other.cell_id])
+    best = max(first_seed_cells, key=lambda candidate: scores[candidate.cell_id])
     return None if _rate(best) == _rate(cell) else best
 
 
-def _but_rate_and_seed(cell: Cell) -> tuple[object, object]:
+def _without_rate_and_seed(cell: Cell) -> tuple[object, object]:
     training = cell.training
-    rest = training and training.model_dump(exclude={"learning_rate"})
-    return cell.model_dump(exclude={"seed", "training"}), rest
+    training_settings = training and training.model_dump(exclude={"learning_rate"})
+    return cell.model_dump(exclude={"seed", "training"}), training_settings
 
 
 def _rate(cell: Cell) -> float | None:

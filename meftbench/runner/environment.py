@@ -1,4 +1,4 @@
-"""environment.json: what a run was made with (docs/measuring.md 2). Torch is not imported for it."""
+"""environment.json: the machine and software of a run (docs/measuring.md 2). Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ _PACKAGE = Path(meftbench.__file__).parent
 def environment(
     gpus: Gpus, torch_facts: Mapping[str, Any], variables: Mapping[str, str] = os.environ
 ) -> dict[str, Any]:
-    """Everything known of the machine and the software; `environment_id` names what makes numbers comparable.
+    """Everything known of the machine and the software.
 
-    torch_facts: what the worker says of torch.  variables: of the shell; tokens and home paths are left out.
+    `environment_id` is the digest of `comparable`: the facts that must agree for measured numbers to be comparable.
+    torch_facts: what the worker reports of torch.  variables: of the shell; secrets and home paths are redacted.
     """
     machine, packages = host.facts(), versions()
     comparable = {
@@ -69,18 +70,18 @@ def environment(
 
 def versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     """Installed version of each package; None where it is not installed."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def packages_digest() -> str:
     """Hash of every installed distribution and its version, as `pip freeze` would list them."""
-    return digest(sorted({f"{found.name}=={found.version}" for found in metadata.distributions()}))
+    return digest(sorted({f"{distribution.name}=={distribution.version}" for distribution in metadata.distributions()}))
 
 
 def redacted(variables: Mapping[str, str]) -> dict[str, str]:
@@ -107,7 +108,7 @@ def git_facts(package: Path = _PACKAGE) -> dict[str, Any]:
     diff_digest: hash of the difference to the commit; None where there is none.
     """
     try:
-        # An installed copy may well lie inside somebody else's repository (a virtual environment in a project).
+        # Fails for an installed copy that lies inside another project's repository, such as in a virtual environment.
         _git(package, "ls-files", "--error-unmatch", "__init__.py")
         difference = _git(package, "diff", "HEAD", "--", ".")
         return {

@@ -1,4 +1,4 @@
-"""The run folder's beginning: a new one, or an earlier run taken up again."""
+"""Begins a run in its folder, or resumes the earlier run that is there."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ RUNS = Path("runs")
 
 
 def default_folder(name: str, runs: Path = RUNS) -> Path:
-    """runs/NAME-TIME, in UTC; a number is added where that is taken."""
+    """runs/NAME-TIME, in UTC; a number is added where that folder exists."""
     stem = f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    taken = {path.name for path in runs.glob(f"{stem}*")}
-    return runs / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+    existing = {path.name for path in runs.glob(f"{stem}*")}
+    return runs / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(existing) + 3))) if n not in existing)
 
 
 def latest_folder(suite: Suite, runs: Path = RUNS) -> Path:
-    """The newest run of `suite` under `runs`. Raises UserError where there is none."""
-    found = [file.parent for file in runs.glob(f"{suite.name}-*/{SUITE}")]
-    for folder in sorted(found, key=lambda folder: (folder / SUITE).stat().st_mtime, reverse=True):
+    """The newest run of `suite` under `runs` whose cells `suite` still has. Raises UserError where there is none."""
+    folders = [file.parent for file in runs.glob(f"{suite.name}-*/{SUITE}")]
+    for folder in sorted(folders, key=lambda folder: (folder / SUITE).stat().st_mtime, reverse=True):
         run = load_run(folder)
-        if run.suite.get("cells") and not _gone(run, suite):
+        if run.suite.get("cells") and not _missing_cells(run, suite):
             return folder
     raise UserError("--resume", f"no run of suite {suite.name!r} under {runs}/", "name its folder with --out")
 
 
 def earlier_run(suite: Suite, out: Path, resume: bool) -> Run | None:
-    """The run in `out` that is to be taken up; None where a new one begins there.
+    """The run in `out` that is to be resumed; None where a new one begins there.
 
-    A suite to which cells were added since is the same suite; the run gets what was added.
+    A suite to which cells were added since can be resumed, and the run gets the new cells.
 
     Raises UserError: the folder holds something and `resume` is not set, it is not a run, or the run is of
     another protocol, or of a suite with a cell that this one lacks (exit 4).
@@ -64,33 +64,33 @@ def earlier_run(suite: Suite, out: Path, resume: bool) -> Run | None:
     if run.suite.get("protocol_id") != suite.protocol.protocol_id:
         difference = _difference(run.suite.get("protocol"), suite.protocol.model_dump(mode="json"))
         raise UserError(str(out), f"holds a run of another protocol ({difference})", cure, NOT_COMPARABLE)
-    if gone := _gone(run, suite):
-        more = f" and {len(gone) - 1} more are" if len(gone) > 1 else " is"
-        what = f"holds a run of another suite ({gone[0]}{more} not in this one)"
+    if missing := _missing_cells(run, suite):
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        what = f"holds a run of another suite ({missing[0]}{more} not in this one)"
         raise UserError(str(out), what, cure, NOT_COMPARABLE)
     return run
 
 
-def _gone(run: Run, suite: Suite) -> list[str]:
+def _missing_cells(run: Run, suite: Suite) -> list[str]:
     """The labels of the cells of `run` that `suite` lacks."""
-    now = {cell.cell_id for cell in suite.cells}
-    return [str(cell["label"]) for cell in run.suite["cells"] if cell["cell_id"] not in now]
+    cell_ids = {cell.cell_id for cell in suite.cells}
+    return [str(cell["label"]) for cell in run.suite["cells"] if cell["cell_id"] not in cell_ids]
 
 
 @contextmanager
 def gone_unless_begun(out: Path) -> Iterator[None]:
-    """A folder that is made within goes away again where a UserError ends the run before it begins."""
-    there = out.exists()
+    """Remove the folder `out` again if it was made in this context and a UserError ended the run before it began."""
+    existed = out.exists()
     try:
         yield
     except UserError:
-        if not there and out.is_dir() and not (out / SUITE).exists() and _never_began(out):
+        if not existed and out.is_dir() and not (out / SUITE).exists() and _never_began(out):
             shutil.rmtree(out)
         raise
 
 
 def _never_began(folder: Path) -> bool:
-    """Whether all it holds is what a run killed before its first cell leaves behind."""
+    """Whether the folder holds only what a run that was killed before its first cell leaves behind."""
     ours = {LOCK, LOGS, RECORDS, ENVIRONMENT, BUDGETS}
     names = {path.name for path in folder.iterdir()}
     records = folder / RECORDS
@@ -99,7 +99,7 @@ def _never_began(folder: Path) -> bool:
 
 
 def _difference(then: Any, now: Any) -> str:
-    """The first thing in which two plans differ."""
+    """The first key in which two mappings differ, with both values; settings that do not matter are skipped."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({*then, *now}):
             if then.get(key) != now.get(key) and key not in ("timeout", "repeats", "on_oom"):
@@ -107,13 +107,14 @@ def _difference(then: Any, now: Any) -> str:
     return "it does not say which"
 
 
+# Of functions of the user's own code, by name.
 Digests = Mapping[str, str | None]
 
 
 def begin(writer: Writer, suite: Suite, environment: dict[str, Any], code: Digests) -> str:
-    """Write environment.json, the budgets and, last, suite.yaml, with which the run exists; its run_id.
+    """Write environment.json, the budgets and, last, suite.yaml, from which on the folder is a run. Returns its run_id.
 
-    code: digests of the functions of the user's own that the suite names.
+    code: digests of the user's own functions that the suite names.
     """
     run_id = uuid7()
     writer.write(ENVIRONMENT, json.dumps(environment, indent=2, default=str) + "\n")
@@ -129,7 +130,7 @@ def _write_suite(writer: Writer, suite: Suite, run_id: str, code: Digests) -> No
 
 
 def described(suite: Suite) -> dict[str, Any]:
-    """The resolved suite: the protocol in full, and every cell spelled out."""
+    """The resolved suite, as suite.yaml has it: the protocol in full, and every cell with all its fields."""
     return {
         "suite_id": suite.suite_id,
         "protocol_id": suite.protocol.protocol_id,
@@ -147,7 +148,7 @@ def described(suite: Suite) -> dict[str, Any]:
 
 
 def _source(file: Path | None) -> str | None:
-    """What `meftbench run` takes to run the suite again: the name of a shipped one, which is the same everywhere."""
+    """What `meftbench run` takes to run the suite again: its name if it is a shipped one, else its absolute path."""
     if file is None:
         return None
     shipped = shipped_suites().get(file.stem)
@@ -155,10 +156,9 @@ def _source(file: Path | None) -> str | None:
 
 
 def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, Any], code: Digests) -> list[str]:
-    """Take up `run`; sentences: cells were added to its suite, the machine, the software or the user's own code is
-    another.
+    """Resume `run`. Returns sentences on what has changed: added cells, the environment, the user's own code.
 
-    The first environment stays in environment.json; another is kept beside it, under the id its records carry.
+    The first environment stays in environment.json; another is written beside it, under the id that its records have.
     """
     notes = []
     before = dict(run.suite.get("own_code") or {})
@@ -180,7 +180,7 @@ def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, A
 
 
 def finished_records(run: Run | None, retry: frozenset[str]) -> dict[tuple[str, int], Record]:
-    """The records that stand: those whose status is not to be tried again."""
+    """The records that are kept, by (cell_id, repeat): those whose status is not in `retry`."""
     if run is None:
         return {}
     return {(r.cell_id, r.repeat): r for r in run.records if r.status not in retry}

@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of the devices, without CUDA: never a crash, never a zero for "unknown"."""
+"""What the NVIDIA driver reports of the GPUs, without CUDA. A fact that it refuses is None: no error, and no zero."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from meftbench.errors import NOT_COMPARABLE, UserError
 class Gpus:
     """The devices in the driver's order; where there are none, `absent` says why.
 
-    devices: index, uuid, name, memory_bytes, ... ; a fact that the driver refuses is None, its reason in `refused`.
+    devices: index, uuid, name, memory_bytes, ... of each; a fact that the driver refuses is None, with the reason in
+        `refused`.
     """
 
     devices: list[dict[str, Any]] = field(default_factory=list)
@@ -59,7 +60,7 @@ def _device(nvml: Any, index: int) -> dict[str, Any]:
         try:
             device[name] = ask()
         except nvml.NVMLError as error:
-            # A driver in a container, on a MIG slice or under Windows refuses single questions (docs/measuring.md 4).
+            # A driver in a container, on a MIG slice or under Windows refuses some of the facts (docs/measuring.md 4).
             device[name], refused[name] = None, str(error)
     return device | ({"refused": refused} if refused else {})
 
@@ -68,11 +69,11 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def slots(gpus: Gpus, asked: tuple[int, ...], jobs: int, environment: Mapping[str, str]) -> list[str]:
+def slots(gpus: Gpus, indices: tuple[int, ...], jobs: int, environment: Mapping[str, str]) -> list[str]:
     """One value of CUDA_VISIBLE_DEVICES for each cell that may run at a time.
 
-    asked: indices as `nvidia-smi` shows them; empty: the first `jobs` devices that this process may see.
-    UUIDs, since CUDA may count devices in another order than the driver.
+    The values are UUIDs where they are known, since CUDA may count the devices in another order than the driver.
+    indices: as `nvidia-smi` shows them; empty: the first `jobs` devices that this process may see.
 
     Raises UserError (exit 4) where there is no device, or none of that index.
     """
@@ -81,12 +82,12 @@ def slots(gpus: Gpus, asked: tuple[int, ...], jobs: int, environment: Mapping[st
             "device cuda", gpus.absent, "use `--device counted`, which needs no GPU", exit_code=NOT_COMPARABLE
         )
     names = {device["index"]: str(device["uuid"] or device["index"]) for device in gpus.devices}
-    for index in asked:
+    for index in indices:
         if index not in names:
-            known = ", ".join(map(str, sorted(names)))
-            raise UserError("--gpus", f"there is no GPU {index}", f"this machine has: {known}", NOT_COMPARABLE)
-    if asked:
-        return [names[index] for index in asked]
+            available = ", ".join(map(str, sorted(names)))
+            raise UserError("--gpus", f"there is no GPU {index}", f"this machine has: {available}", NOT_COMPARABLE)
+    if indices:
+        return [names[index] for index in indices]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(names.values())[:jobs]

@@ -1,4 +1,4 @@
-"""What the host is and what it can give: cores, memory, the limits of the container."""
+"""Facts about the host: its cores and memory, and how much of them its container allows."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
-# Versions 2 and 1 of the same two facts: the most that may be used, and what is used.
+# Files of cgroup versions 2 and 1 with the bytes that may be used, and those that are used.
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-# Microseconds of a period that may be used, and the period; "max" and -1: no limit.
+# Files with the CPU time that may be used in each period, and the period, in microseconds; "max" and -1: no limit.
 _QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
-# As Linux calls them: on x86 the two extensions, on ARM the one.
+# Names in /proc/cpuinfo of extensions that multiply in bf16: two on x86, the last on ARM.
 _BF16_PRODUCTS = {"avx512_bf16", "amx_bf16", "bf16"}
-# Version 1 writes "no limit" as a number near 2⁶³.
+# cgroup version 1 writes "no limit" as a number near 2⁶³.
 _UNLIMITED = 2**60
-# Kept for the rest of the machine when memory is given to a cell.
+# The share of the free memory that cells may take; the rest is kept for other processes.
 RESERVE = 0.95
 
 
 def cores(root: Path = CGROUP) -> int:
     """CPU cores this process may use: those it may run on, or the container's share of them if that is less."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cgroup_cores(root)
-    return there if share is None else max(1, min(there, int(share)))
+    return usable if share is None else max(1, min(usable, int(share)))
 
 
 def cgroup_cores(root: Path = CGROUP) -> float | None:
-    """Cores' worth of time that the container may use; None where no limit is set."""
+    """CPU time that the container may use, in cores (may be fractional); None where no limit is set."""
     for names in _QUOTAS:
         try:
             quota, period = " ".join((root / name).read_text(encoding="ascii").strip() for name in names).split()
@@ -43,7 +43,7 @@ def cgroup_cores(root: Path = CGROUP) -> float | None:
 
 
 def bf16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Whether the processor multiplies in bf16; None where the system does not list what it can do (Linux does)."""
+    """Whether the processor multiplies in bf16; None where the system has no list of its extensions (Linux has)."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -53,14 +53,14 @@ def bf16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
 
 
 def cgroup_memory(root: Path = CGROUP) -> tuple[int, int] | None:
-    """Bytes the container may use and uses; None where no limit is set."""
+    """Bytes that the container may use, and bytes that it uses; None where no limit is set."""
     for limit, usage in _LIMITS:
         try:
-            most, used = (root / limit).read_text(encoding="ascii"), (root / usage).read_text(encoding="ascii")
+            maximum, used = (root / limit).read_text(encoding="ascii"), (root / usage).read_text(encoding="ascii")
         except OSError:
             continue
-        if most.strip().isdigit() and int(most) < _UNLIMITED:
-            return int(most), int(used)
+        if maximum.strip().isdigit() and int(maximum) < _UNLIMITED:
+            return int(maximum), int(used)
     return None
 
 
@@ -68,8 +68,8 @@ def available_bytes(root: Path = CGROUP) -> int:
     """Bytes a process may still take: what the machine has left, or its container if that is less."""
     machine = int(psutil.virtual_memory().available)
     container = cgroup_memory(root)
-    left = machine if container is None else min(machine, max(0, container[0] - container[1]))
-    return int(left * RESERVE)
+    available = machine if container is None else min(machine, max(0, container[0] - container[1]))
+    return int(available * RESERVE)
 
 
 def facts() -> dict[str, Any]:
@@ -95,8 +95,8 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())
 
 
 def _container() -> bool:

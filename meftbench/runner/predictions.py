@@ -1,4 +1,4 @@
-"""One question to the torch side and its answer: a worker process that is started for it (meftbench.worker)."""
+"""Sends one request to a worker process (meftbench.worker) that is started for it, and returns the answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from meftbench.plan.factories import FOLDER
 from meftbench.plan.protocol import Protocol
 from meftbench.runner.process import parsed_event, worker_environment
 
-# By name only: what is behind it imports torch.
+# Named and not imported here, since it imports torch.
 ONCE = (sys.executable, "-m", "meftbench.worker", "--once")
 _LOG_CHARACTERS = 4000
 
@@ -29,11 +29,12 @@ def ask(
     tell: Callable[[str], None] = lambda line: None,
     allow_code: bool = False,
 ) -> dict[str, Any]:
-    """The answer to `request`, as meftbench.measuring.requests has it for `verb`. tell: is given lines of progress.
+    """The answer to `request`, as meftbench.measuring.requests defines it for `verb`.
 
-    allow_code: whether functions of the user's own that make models and batches may be imported.
+    tell: called with lines of progress.  allow_code: whether the user's own code (models, batches) may be imported.
 
-    Raises UserError as the prediction did; RuntimeError, with the end of its log, where it ended otherwise.
+    Raises UserError: the one that the worker raised; RuntimeError, with its traceback or the end of its log: it failed
+    in another way.
     """
     environment = worker_environment(Protocol(), 1, os.environ)
     if allow_code:
@@ -56,7 +57,7 @@ def ask(
 
 
 def _run(job: dict[str, Any], log: Path, environment: dict[str, str], tell: Callable[[str], None]) -> int:
-    """Run the job to its end, and tell of its progress. The exit code of its process."""
+    """Run the job to its end and pass on its progress. Returns the exit code of its process."""
     with log.open("wb") as output:
         # A session of its own, so that the processes it starts can be ended with it.
         process = subprocess.Popen(
@@ -70,8 +71,8 @@ def _run(job: dict[str, Any], log: Path, environment: dict[str, str], tell: Call
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        with suppress(BrokenPipeError):  # it has died: the log says of what
-            # Left open: at its end, however this process ends, the other one ends as well.
+        with suppress(BrokenPipeError):  # the process has died; its log says why
+            # The pipe is left open: when it closes, however this process ends, the worker ends as well.
             process.stdin.write(json.dumps(job).encode() + b"\n")
             process.stdin.flush()
         for line in process.stdout:

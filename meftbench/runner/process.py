@@ -1,6 +1,6 @@
-"""The parent's side of the worker (meftbench.worker): start it, give it jobs, end those that overrun, read results.
+"""Controls the worker process (meftbench.worker): starts it, gives it jobs, ends overdue jobs, reads results.
 
-Torch is never imported here. One thread: `poll` waits for whatever comes next.
+Torch is never imported here. There is a single thread, in which `poll` waits for the worker's next event.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from meftbench.plan.protocol import Protocol
 from meftbench.records.record import Metric, Status
 from meftbench.units import format_bytes
 
-# By name only: what is behind it imports torch.
+# Named and not imported here, since it imports torch.
 WORKER = (sys.executable, "-m", "meftbench.worker")
 IMPORT_SECONDS = 600.0
 START_SECONDS = 60.0
@@ -42,7 +42,7 @@ class Job:
     """A cell to be measured in a process of its own.
 
     result, log: files; the log takes what the process prints.  timeout: seconds.  threads: CPU threads.
-    memory_bytes: of the host, that the process may take; None: no limit.
+    memory_bytes: how much host memory the process may take; None: no limit.
     environment: variables set in the process before anything looks at a device.
     """
 
@@ -59,7 +59,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. wall_s: from giving it to the worker until its process was gone."""
+    """How a job ended. detail: `status_detail` of the record.  observed: fields of the cell known only after it ran.
+
+    wall_s: seconds from giving the job to the worker until its process had ended.
+    """
 
     job: Job
     status: Status
@@ -86,10 +89,10 @@ class _Running:
 
 
 def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables the worker is started with.
+    """The environment variables that the worker is started with.
 
-    The allocator is the protocol's, whatever the shell had: it changes the answer by a third (docs/measuring.md 4).
-    Code of the user's own is allowed by suite and command line, not by the shell.
+    The allocator settings are the protocol's, not the shell's: they change reserved memory by up to a third
+    (docs/measuring.md 4). The variables that allow the user's own code are not taken from the shell either.
     """
     environment = {
         name: value
@@ -98,8 +101,8 @@ def worker_environment(protocol: Protocol, threads: int, inherited: Mapping[str,
     }
     if protocol.alloc_conf:
         environment["PYTORCH_ALLOC_CONF"] = protocol.alloc_conf
-    # Threads that wait for each other by spinning keep the cores from those they wait for where cores are shared: a
-    # step then takes ten times as long. What the user has set holds.
+    # Where cores are shared, threads that spin while they wait take the cores from the threads they wait for, and a
+    # step takes ten times as long. A value that the user has set is kept.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment | {
         "OMP_NUM_THREADS": str(threads),
@@ -115,7 +118,7 @@ class Worker:
     """A worker process and the jobs it is running.
 
     log: file for what the worker itself prints.  command: stands in for `WORKER`.
-    facts: what its `describe` says of torch, once started.
+    facts: what the worker reports of torch once it has started.
 
     Raises UserError where the worker cannot start (torch is missing, or broken).
     """
@@ -131,11 +134,11 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Jobs that were given and have not ended."""
+        """The number of jobs that were given and have not ended."""
         return len(self._jobs)
 
     def give(self, job: Job) -> None:
-        """Hand a job to the worker, which starts it at once. A worker that has died is replaced first."""
+        """Give a job to the worker, which starts it at once. A worker that has died is replaced first."""
         if self._process is None:
             self._begin()
         self._number += 1
@@ -162,11 +165,11 @@ class Worker:
             self._died()
 
     def poll(self) -> Outcome | None:
-        """Wait until a job ends, and give its outcome; None where none is running. Overdue jobs are ended here."""
+        """Wait until a job ends and return its outcome; None where none is running. Overdue jobs are ended here."""
         while not self._ended and self._jobs:
             due = min(running.deadline for running in self._jobs.values())
             for event in self._events(max(0.0, due - time.monotonic())):
-                self._take(event)
+                self._handle(event)
             now = time.monotonic()
             for number, running in list(self._jobs.items()):
                 if now >= running.deadline and number in self._jobs:
@@ -185,7 +188,7 @@ class Worker:
     def _begin(self) -> None:
         self._unread = b""
         with self._log.open("ab") as log:
-            # A session of its own: Ctrl-C on the terminal is for the runner, which decides what to do.
+            # In its own session the worker does not get the Ctrl-C of the terminal: the runner decides what it means.
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -216,7 +219,7 @@ class Worker:
         if process is None:
             return
         stdin, stdout = _pipes(process)
-        # Unsent bytes for a worker that is gone are of no use to anybody.
+        # A worker that has ended reads nothing any more: bytes not yet sent to it are dropped.
         with suppress(BrokenPipeError):
             stdin.close()
         try:
@@ -231,7 +234,7 @@ class Worker:
         return _pipes(self._process)
 
     def _events(self, seconds: float) -> list[dict[str, Any]]:
-        """The worker's next events, after `seconds` at the latest."""
+        """The worker's next events, none if it sends nothing for `seconds`."""
         _, stdout = self._pipes()
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
@@ -245,7 +248,7 @@ class Worker:
         return [event for line in lines if (event := parsed_event(line)) is not None]
 
     def _died(self) -> None:
-        """The worker is gone: its jobs end as `error`, and the next one starts another worker."""
+        """The worker has died: its jobs end as `error`, and the next job starts another worker."""
         assert self._process is not None
         process = self._process
         self._end(grace=TERM_SECONDS)
@@ -258,7 +261,7 @@ class Worker:
 
     # --- its jobs ---
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _handle(self, event: dict[str, Any]) -> None:
         running = self._jobs.get(event.get("id", 0))
         if running is None:
             return
@@ -295,7 +298,7 @@ class Worker:
             _kill(running.pid, signal.SIGKILL)
             running.stage, running.deadline = "killed", now + KILL_SECONDS
         else:
-            # Not even SIGKILL ended it (a driver call that hangs): go on without it.
+            # Not even SIGKILL ended it (a driver call that hangs), so the job is given up.
             self._finish(number, "timeout", _timeout(running))
 
     def _finish(
@@ -326,11 +329,11 @@ class Worker:
         )
 
 
-ROOM = 64 * 2**10  # bytes; a result takes less
+ROOM = 64 * 2**10  # bytes; a result file takes less
 
 
 def read_result(file: Path) -> dict[str, Any] | str:
-    """The content of a result file, its metrics as `Metric`; or, where it is none, what is wrong with it."""
+    """The content of a result file, with its metrics as `Metric`; or, where it cannot be read, the reason as text."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         answer = content["answer"]
@@ -341,8 +344,8 @@ def read_result(file: Path) -> dict[str, Any] | str:
         return {"status": content["status"], "status_detail": detail, "metrics": metrics, "observed": observed}
     except FileNotFoundError:
         free = shutil.disk_usage(file.parent).free
-        full = f": the disk that the run is written to is full ({format_bytes(free)} free)" if free < ROOM else ""
-        return f"the process left no result{full}"
+        disk_full = f": the disk that the run is written to is full ({format_bytes(free)} free)" if free < ROOM else ""
+        return f"the process left no result{disk_full}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"the process left an unreadable result, {type(error).__name__}: {error}"
 
@@ -354,7 +357,7 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def parsed_event(line: bytes) -> dict[str, Any] | None:
-    """An event; None for anything else (a library that writes to the pipe must not end the sweep)."""
+    """The event in a line; None for any other text (a library that writes to the pipe must not end the sweep)."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -386,7 +389,7 @@ def _ending(code: int) -> str:
 
 
 def _tail(log: Path) -> str:
-    """The end of what was printed, in one line."""
+    """The end of what the process printed, in one line."""
     try:
         text = log.read_bytes().decode(errors="replace")
     except OSError:
@@ -395,5 +398,5 @@ def _tail(log: Path) -> str:
 
 
 def utc_now() -> str:
-    """Now, as RFC 3339 in UTC."""
+    """The time now, in UTC and the format of RFC 3339."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,4 +1,4 @@
-"""The sweep: start what the schedule says, wait, write each end down at once."""
+"""The sweep: starts the cells in the order of the schedule, waits for them, and writes each record at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
 
 @dataclass(frozen=True)
 class Started:
-    """A cell was given to the worker. done, total: attempts of this execution."""
+    """A cell was given to the worker. done, total: numbers of attempts in this execution."""
 
     cell: Cell
     repeat: int
@@ -49,13 +49,13 @@ class Ended:
 
 @dataclass(frozen=True)
 class Noted:
-    """Something the user should know, in a sentence."""
+    """A sentence that the user should read."""
 
     text: str
 
 
 Event = Started | Ended | Noted
-CELLS = "cells"  # of a run with trainings: their checkpoints until they end, and the weights that are kept
+CELLS = "cells"  # folder in a run with trainings: their checkpoints until they end, and the weights that are kept
 
 
 def run_suite(
@@ -73,15 +73,16 @@ def run_suite(
     command: Sequence[str] | None = None,
     nvml: Any = None,
 ) -> Run:
-    """Run the cells of `suite` and give back the run folder `out`, read again.
+    """Run the cells of `suite` and return the run as it then is in the folder `out`.
 
     suite: a name of `meftbench list suites`, the path of a YAML file, or what `load_suite` has read.
-    resume: take up the run in `out`; what has ended is not repeated, but for the statuses in `retry`. The suite may
-        have got more cells since.
-    jobs: cells at a time on the CPU; on CUDA one cell a device.  gpu_indices: devices as `nvidia-smi` counts them.
-    limit: at most so many cells are started.  where: only cells for which it is true.
+    resume: resume the run in `out`: cells that have ended are not repeated, except for the statuses in `retry`. Cells
+        may have been added to the suite since.
+    jobs: how many cells run at a time on the CPU; on CUDA one cell a device.
+    gpu_indices: the devices to use, as `nvidia-smi` counts them.
+    limit: start at most so many cells.  where: run only cells for which it is true.
     fail_fast: start nothing more after the first `error` or `timeout`.
-    on_event: told of each start and each end.  command, nvml: stand-ins for the worker and for `pynvml`.
+    on_event: called with each `Started`, `Ended` and `Noted`.  command, nvml: replace the worker and `pynvml`.
     KeyboardInterrupt, SystemExit: the running cells are killed, finished records are kept.
 
     Raises UserError: the folder is not empty, not writable, in use, or of a protocol or cells that
@@ -100,23 +101,23 @@ def run_suite(
     check_allowed(suite.code, chosen, suite.allow_code)
     devices = gpus.read(nvml)
     slots = _slots(suite, chosen, devices, gpu_indices, jobs)
-    # Before anything is written, and once more when nobody else can write.
-    begun = folder.earlier_run(suite, out, resume or bool(retry))
-    if command is None:  # a stand-in reads no data
-        check_data(chosen, begun)
+    # Checked before anything is written, and again below, when the folder is locked.
+    existing_run = folder.earlier_run(suite, out, resume or bool(retry))
+    if command is None:  # a replaced worker reads no data
+        check_data(chosen, existing_run)
     with folder.gone_unless_begun(out), writing(out) as writer:
         earlier = folder.earlier_run(suite, out, resume or bool(retry))
-        stand = folder.finished_records(earlier, retry)
-        finished = {key: record.status for key, record in stand.items()}
+        kept_records = folder.finished_records(earlier, retry)
+        finished = {key: record.status for key, record in kept_records.items()}
         plan = _plan(suite, chosen, limit, finished)
-        if unkept := _unkept(suite, stand.values(), out):
-            on_event(Noted(unkept))
+        if note := _without_weights(suite, kept_records.values(), out):
+            on_event(Noted(note))
         if earlier is None or pending(plan, finished):
             _execute(
                 suite,
                 writer,
                 earlier,
-                _Sweep(plan, finished, slots, fail_fast, on_event, scores_of(stand.values())),
+                _Sweep(plan, finished, slots, fail_fast, on_event, scores_of(kept_records.values())),
                 command,
                 devices,
             )
@@ -127,7 +128,7 @@ RETRYABLE = ("error", "timeout", "oom", "skipped")
 
 
 def _check_options(*, jobs: Any, limit: Any, retry: Any, where: Any) -> None:
-    """Raises UserError where an option of `run_suite` is not what it is to be, before anything is written."""
+    """Raises UserError where an option of `run_suite` is not valid, before anything is written."""
     for name, value, least in (("jobs", jobs, 1), ("limit", limit, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise UserError(name, f"{value!r} is not a whole number from {least}", "give one, or leave it out")
@@ -142,21 +143,21 @@ def _check_options(*, jobs: Any, limit: Any, retry: Any, where: Any) -> None:
         raise UserError("where", f"{where!r} is not a function of a cell", "give lambda cell: cell.batch_size == 8")
 
 
-def _unkept(suite: Suite, stand: Iterable[Record], out: Path) -> str:
-    """A sentence where best weights are asked for that trainings which ended before did not keep."""
-    asked = {cell.cell_id for cell in suite.cells if cell.training and cell.training.keep == "best"}
-    done = [record for record in stand if record.status == "ok" and record.cell_id in asked]
-    gone = [r for r in done if not (out / CELLS / f"{r.cell_id}-{r.repeat}" / BEST).is_dir()]
-    if not gone:
+def _without_weights(suite: Suite, kept_records: Iterable[Record], out: Path) -> str:
+    """A sentence for the user where earlier trainings did not keep the weights that the suite now keeps; else ""."""
+    keeping = {cell.cell_id for cell in suite.cells if cell.training and cell.training.keep == "best"}
+    done = [record for record in kept_records if record.status == "ok" and record.cell_id in keeping]
+    lacking = [r for r in done if not (out / CELLS / f"{r.cell_id}-{r.repeat}" / BEST).is_dir()]
+    if not lacking:
         return ""
-    what = f"{len(gone)} of {len(done)} finished trainings kept no weights, and are not trained again"
+    what = f"{len(lacking)} of {len(done)} finished trainings kept no weights, and are not trained again"
     return f"{what}: to keep theirs, run them into another --out with --keep (training: keep: best)"
 
 
 def _slots(
     suite: Suite, chosen: list[Cell], devices: gpus.Gpus, indices: tuple[int, ...], jobs: int
 ) -> dict[str, list[str]]:
-    """For each kind of device, a name for each cell that may run there at a time."""
+    """For each kind of device, one slot (a name) for each cell that may run there at a time."""
     slots = {}
     kinds = {cell.device for cell in chosen}
     if "cuda" in kinds:
@@ -171,6 +172,7 @@ def _slots(
 
 
 def _plan(suite: Suite, chosen: list[Cell], limit: int | None, finished: dict[Key, Status]) -> Plan:
+    """The plan for `chosen`; with `limit`, for the first so many of them that are not finished."""
     repeats = {cell.cell_id: suite.protocol.repeats_on(cell.device) for cell in chosen}
     plan = Plan(suite.cells, repeats, suite.protocol.on_oom)
     if limit is None:
@@ -186,7 +188,7 @@ SLOW_IN_BF16 = (
 
 
 def _slow_in_bf16(suite: Suite) -> bool:
-    """Whether steps are timed, or many of them made, in a precision that the processor imitates."""
+    """Whether cells are timed or trained on the CPU in bf16, which the processor has no instructions for."""
     timed = "throughput" in suite.protocol.passes
     slow = [
         cell
@@ -207,21 +209,21 @@ def _execute(
     logs = writer.folder / folder.LOGS
     logs.mkdir(exist_ok=True)
     parallel = sum(map(len, sweep.free.values()))
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    cores = int(said) if said.isdecimal() and int(said) else host.cores()
+    omp_threads = os.environ.get("OMP_NUM_THREADS", "")
+    cores = int(omp_threads) if omp_threads.isdecimal() and int(omp_threads) else host.cores()
     threads = suite.protocol.threads or max(1, cores // parallel)
-    told = worker_environment(suite.protocol, threads, os.environ)
+    variables = worker_environment(suite.protocol, threads, os.environ)
     if any(cell.training for cell in suite.cells):
-        told |= {PRELOAD: "tasks"}
+        variables |= {PRELOAD: "tasks"}
     calls = calls_of(cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id))
     if calls:
-        told |= {FOLDER: os.getcwd(), CALLS: json.dumps(calls)}
-    worker = Worker(told, logs / "worker.log", command)
+        variables |= {FOLDER: os.getcwd(), CALLS: json.dumps(calls)}
+    worker = Worker(variables, logs / "worker.log", command)
     try:
         if "cuda" in sweep.free and worker.facts.get("torch_cuda", "unknown") is None:
             cure = "install a CUDA build of torch, or use `--device counted`"
             raise UserError("device cuda", "this torch is built without CUDA", cure, NOT_COMPARABLE)
-        code = _looked_at(suite, worker.facts.pop("code", {})) if calls else {}
+        code = _code_digests(suite, worker.facts.pop("code", {})) if calls else {}
         facts = environment(devices, worker.facts)
         if earlier is None:
             run_id = folder.begin(writer, suite, facts, code)
@@ -246,18 +248,18 @@ def _execute(
         _tidy(logs)
 
 
-def _looked_at(suite: Suite, found: dict[str, Any]) -> dict[str, str | None]:
-    """Digests of the functions of the user's own, by name. Raises UserError as the worker found them."""
-    if "error" not in found:
-        return dict(found.get("digests", {}))
-    where, what, cure = found["error"]
-    name, arguments = found["call"]
+def _code_digests(suite: Suite, report: dict[str, Any]) -> dict[str, str | None]:
+    """Digests of the user's own functions, by name. Raises UserError: the worker could not import or call one."""
+    if "error" not in report:
+        return dict(report.get("digests", {}))
+    where, what, cure = report["error"]
+    name, arguments = report["call"]
     place = suite.code.get((name, tuple(arguments)))
     raise UserError(f"{place}: {where}" if place else where, what, cure)
 
 
 def _tidy(logs: Path) -> None:
-    """Leave only the logs that say something."""
+    """Delete empty log files, and their folder if it is then empty."""
     for log in logs.glob("*.log"):
         if log.stat().st_size == 0:
             log.unlink()
@@ -267,8 +269,10 @@ def _tidy(logs: Path) -> None:
 
 @dataclass
 class _Sweep:
-    """What is left to do in one execution. free: idle slots by kind of device.  scores: of trainings, by cell_id.
-    code: digests of the functions of the user's own, by name.
+    """The state of one execution: what is left to do, and where.
+
+    free: idle slots by kind of device.  scores: of trainings, by cell_id.  code: digests of the user's own functions.
+    running: the attempts that run now, each with its slot.  done: how many attempts have ended in this execution.
     """
 
     plan: Plan
@@ -285,7 +289,7 @@ class _Sweep:
     def go(
         self, worker: Worker, writer: Writer, suite: Suite, identity: dict[str, Any], threads: int, memory: int
     ) -> None:
-        """Until nothing is left: fill the free slots, wait for an end, write it down."""
+        """Fill the free slots, wait until a cell ends and write its record, until nothing is left."""
         total = len(pending(self.plan, self.finished))
         while True:
             for attempt, slot in self._next():
@@ -304,11 +308,11 @@ class _Sweep:
             self.stopped |= self.fail_fast and outcome.status in ("error", "timeout")
 
     def _next(self) -> Iterator[tuple[Attempt, str]]:
-        """Attempts to start or to skip, one after the other, as long as there is room."""
+        """Yield attempts to start, with their slots, or to skip, as long as there are free slots."""
         for kind, slots in self.free.items():
-            among = partial(_is_of, kind)
+            is_of_kind = partial(_has_kind, kind)
             while slots and not self.stopped:
-                attempt = next_attempt(self.plan, self.finished, self.running, among)
+                attempt = next_attempt(self.plan, self.finished, self.running, is_of_kind)
                 if attempt is None:
                     break
                 if not attempt.is_skipped and (better := better_rate(attempt.cell, self.plan.cells, self.scores)):
@@ -327,7 +331,7 @@ def _kind(cell: Cell) -> str:
     return "cuda" if cell.device == "cuda" else "counted"
 
 
-def _is_of(kind: str, cell: Cell) -> bool:
+def _has_kind(kind: str, cell: Cell) -> bool:
     return _kind(cell) == kind
 
 
@@ -342,7 +346,7 @@ def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, me
         log=logs / f"{name}.log",
         timeout=suite.protocol.timeout,
         threads=threads,
-        # CUDA maps far more than it uses: there the device's own allocator says when memory is out.
+        # No limit with CUDA, which maps far more memory than it uses; the device's allocator reports when it is out.
         memory_bytes=None if on_gpu else memory,
         environment={"CUDA_VISIBLE_DEVICES": slot if on_gpu else ""}
         | ({CELL_FOLDER: str(logs.parent.absolute() / CELLS / name)} if attempt.cell.training else {}),
@@ -350,7 +354,7 @@ def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, me
 
 
 def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code: Mapping[str, str | None]) -> Record:
-    own = {name: code[name] for name, _ in calls_of([attempt.cell]) if name in code}
+    own_code = {name: code[name] for name, _ in calls_of([attempt.cell]) if name in code}
     return Record(
         record_id=uuid7(),
         cell_id=attempt.cell.cell_id,
@@ -359,7 +363,7 @@ def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code: 
         finished_at=outcome.finished_at,
         worker_pid=outcome.pid,
         cell=attempt.cell.recorded()
-        | ({"own_code": own} if own else {})
+        | ({"own_code": own_code} if own_code else {})
         | outcome.observed
         | {"threads": outcome.job.threads},
         status=outcome.status,
@@ -372,17 +376,18 @@ def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code: 
 
 def scores_of(records: Iterable[Record]) -> dict[str, float]:
     """The validation score of each training, by cell_id."""
-    found = ((record.cell_id, record.value("score")) for record in records)
-    return {cell_id: score for cell_id, score in found if isinstance(score, int | float)}
+    scores = ((record.cell_id, record.value("score")) for record in records)
+    return {cell_id: score for cell_id, score in scores if isinstance(score, int | float)}
 
 
 def _skipped(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
-    other = next(cell for cell in plan.cells if cell.cell_id in (attempt.dominated_by, attempt.beaten_by))
+    """The record of an attempt that is skipped, with the cell because of which it is."""
+    cause = next(cell for cell in plan.cells if cell.cell_id in (attempt.dominated_by, attempt.beaten_by))
     why: dict[str, Any]
     if attempt.beaten_by is not None:
-        why = {"type": NOT_CHOSEN, "message": f"{other.label} did better", "beaten_by": attempt.beaten_by}
+        why = {"type": NOT_CHOSEN, "message": f"{cause.label} did better", "beaten_by": attempt.beaten_by}
     else:
-        message = f"needs at least what {other.label} needs, which was out of memory"
+        message = f"needs at least what {cause.label} needs, which was out of memory"
         why = {"type": "Dominated", "message": message, "dominated_by": attempt.dominated_by}
     now = utc_now()
     return Record(

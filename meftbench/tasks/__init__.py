@@ -1,1 +1,1 @@
-"""The data side of quality runs: rows of a task, examples a model takes, and the score of its answers."""
+"""Fine-tuning on a task: reading its rows, encoding them for a model, training, and scoring the answers."""

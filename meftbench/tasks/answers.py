@@ -1,4 +1,4 @@
-"""A prompt and what a decoder is to answer, as tokens: the answer is learnt, the prompt is read."""
+"""Tokens of a prompt with its answer, for a decoder that is trained on the answer's tokens only."""
 
 from __future__ import annotations
 
@@ -12,50 +12,51 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class AnswerTokens:
-    """Tokens of prompt + " " + answer, at most `limit`, begun as the tokenizer begins a text (OPT: </s>).
+    """Tokenizes prompt + " " + answer to at most `limit` tokens, after those that begin every text (OPT: </s>).
 
-    The prompt's tokens are those that it has by itself, so that all answers follow the same ones. What comes after
-    them in the whole text is the answer. Where a token of the whole runs over the boundary, the answer is tokenized by
+    The prompt is tokenized by itself, so that all answers to it follow the same tokens. The answer is what comes after
+    these tokens in the whole text. Where a token of the whole text spans the boundary, the answer is tokenized by
     itself.
     """
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
         self.tokenizer, self.limit = tokenizer, limit
-        plain, dressed = self._ids("a"), tokenizer("a", verbose=False)["input_ids"]
-        begins = [i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain]
-        self.begin: list[int] = dressed[: begins[0]] if begins else []
+        plain, with_special = self._tokenize_one("a"), tokenizer("a", verbose=False)["input_ids"]
+        starts = [i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain]
+        self.begin: list[int] = with_special[: starts[0]] if starts else []
 
     def examples(self, prompts: list[str], answers: list[str]) -> list[tuple[Ids, Ids, bool]]:
-        """input_ids (L), labels (L) with -100 but at the answer's tokens, and whether tokens were left out, of each.
+        """Of each prompt and answer: input_ids (L), labels (L), and whether tokens were cut off.
 
-        Where it is too long the prompt loses its beginning; the answer its end, only if there is no prompt left.
+        labels are -100 except at the answer's tokens. A text that is too long loses the beginning of its prompt; an
+        answer loses its end only where it has more than `limit` - 1 tokens by itself.
         """
-        alone = dict(zip(dict.fromkeys(prompts), self._all(list(dict.fromkeys(prompts))), strict=True))
-        whole = self._all([f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)])
+        prompt_ids = dict(zip(dict.fromkeys(prompts), self._tokenize(list(dict.fromkeys(prompts))), strict=True))
+        whole_ids = self._tokenize([f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)])
         return [
-            self._fitted(alone[prompt], self._after(alone[prompt], ids, answer))
-            for prompt, answer, ids in zip(prompts, answers, whole, strict=True)
+            self._fit_to_limit(prompt_ids[prompt], self._answer_ids(prompt_ids[prompt], ids, answer))
+            for prompt, answer, ids in zip(prompts, answers, whole_ids, strict=True)
         ]
 
-    def _after(self, prompt: list[int], whole: list[int], answer: str) -> list[int]:
-        clean = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-        return whole[len(prompt) :] if clean else self._ids(f" {answer}")
+    def _answer_ids(self, prompt: list[int], whole: list[int], answer: str) -> list[int]:
+        begins_with_prompt = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+        return whole[len(prompt) :] if begins_with_prompt else self._tokenize_one(f" {answer}")
 
-    def _fitted(self, prompt: list[int], answer: list[int]) -> tuple[Ids, Ids, bool]:
-        before, uncut = self.begin + prompt, len(self.begin) + len(prompt) + len(answer)
-        # One token stays before the answer: nothing predicts the first of a sequence.
+    def _fit_to_limit(self, prompt: list[int], answer: list[int]) -> tuple[Ids, Ids, bool]:
+        context, full_length = self.begin + prompt, len(self.begin) + len(prompt) + len(answer)
+        # One token must stay before the answer, because nothing predicts the first token of a sequence.
         answer = answer[: self.limit - 1]
         room = self.limit - len(answer)
-        if len(before) > room:
+        if len(context) > room:
             begin = self.begin if len(self.begin) < room else []
-            before = begin + before[len(before) - (room - len(begin)) :]
-        ids = np.asarray(before + answer, dtype=np.int32)
+            context = begin + context[len(context) - (room - len(begin)) :]
+        ids = np.asarray(context + answer, dtype=np.int32)
         labels = ids.copy()
-        labels[: len(before)] = IGNORED
-        return ids, labels, len(ids) < uncut
+        labels[: len(context)] = IGNORED
+        return ids, labels, len(ids) < full_length
 
-    def _ids(self, text: str) -> list[int]:
-        return self._all([text])[0]
+    def _tokenize_one(self, text: str) -> list[int]:
+        return self._tokenize([text])[0]
 
-    def _all(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]

@@ -1,4 +1,4 @@
-"""What transformers.Trainer calls at the steps of a training: a clock, and when to evaluate."""
+"""Callbacks of transformers.Trainer: a clock of the training steps, and the steps after which to evaluate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 
 class StepClock(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Seconds and tokens of the training steps, evaluation and checkpoints left out; kept in checkpoints."""
+    """Sums seconds and tokens of the training steps, without evaluation; checkpoints store and restore the sums."""
 
     def __init__(self, seconds: float = 0.0, tokens: int = 0) -> None:
         self.seconds, self.tokens = seconds, tokens
@@ -28,13 +28,14 @@ class StepClock(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 def _now() -> float:
+    """Seconds of a clock that is read after all queued work of the GPU is done."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class EvaluateAt(TrainerCallback):  # type: ignore[misc]
-    """Validation is scored, and a checkpoint written, after these steps."""
+    """Scores validation and writes a checkpoint after each of these optimizer steps."""
 
     def __init__(self, steps: frozenset[int]) -> None:
         self.steps = steps

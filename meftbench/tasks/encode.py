@@ -1,4 +1,4 @@
-"""Rows of a task as the examples that a model with a head takes."""
+"""Encodes the rows of a task as the examples that a model with a given head takes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class Collate(Protocol):
-    """Examples to a batch; pad_to: pad all to so many tokens, not to the longest of the batch."""
+    """Makes a batch of examples. pad_to: the tokens that all are padded to, instead of to the longest of the batch."""
 
     def __call__(self, rows: Sequence[Row], *, pad_to: int | None = None) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples of a training split and its evaluations, and how they become batches (collate.py has the fields).
+    """The examples of a training split and its evaluations, and what makes batches of them (fields: collate.py).
 
-    truncated: examples of all splits that lost tokens to the sequence length.  tokens: of the training examples,
-    padding left out, all choices of a question counted; 0 of images.
+    truncated: how many examples of all splits lost tokens to the sequence length.  tokens: how many the training
+    examples have, without padding, all choices of a question counted; 0 for images.
     """
 
     train: Sequence[Row]
@@ -52,17 +52,20 @@ def encode(
     vocab_size: int | None = None,
     pad_id: int | None = None,
 ) -> Encoded:
-    """`splits` for a model with `head`: classification (of one text or two, or a regression), multiple_choice,
-    causal_lm (learns the answer's tokens, is judged by the likelihood of every choice) or image_classification.
+    """Encode `splits` for a model with `head`: classification (of one text or two, or a regression), multiple_choice,
+    causal_lm (trained on the answer's tokens, judged by the likelihood of every choice) or image_classification.
 
-    image_processor: of transformers; None: an image is scaled to `image` (side in pixels, channels), values to -1..1.
-    sequence_length: tokens, at most. Of a pair the longer text is cut, of a question with choices the question.
-    vocab_size: of the model.  pad_id: the token that the model takes for padding; None: the tokenizer's.
+    image: (side in pixels, channels) that images are scaled to, their values to -1..1; None: `image_processor`, one
+        of transformers, prepares them.
+    sequence_length: the most tokens of an example. Of a pair the longer text is cut, of a question with choices the
+        question.
+    vocab_size: the model's.  pad_id: the model's padding token; None: the tokenizer's.
 
-    Raises UserError: the head cannot learn such a task; no tokenizer, or one with more tokens than the model knows.
+    Raises UserError: when the head cannot learn such a task, there is no tokenizer, or it has more tokens than the
+    model.
     """
     if head == "image_classification" and task.kind == "images":
-        return _images(splits, image_processor, image)
+        return _encode_images(splits, image_processor, image)
     encoders: dict[tuple[str, str], Callable[[Task, Any, int], _Encoder]] = {
         ("classification", "classification"): _Texts,
         ("classification", "regression"): _Texts,
@@ -84,15 +87,17 @@ def encode(
     return Encoded(train, evaluations, TextCollate(_pad_id(tokenizer, pad_id)), encoder.truncated, tokens)
 
 
-def _pad_id(tokenizer: Any, asked: int | None) -> int:
-    # Where there is no padding token, any will do: attention_mask hides it.
-    for token in (asked, tokenizer.pad_token_id, tokenizer.eos_token_id):
+def _pad_id(tokenizer: Any, preferred: int | None) -> int:
+    # Without a padding token any token will do, because attention_mask hides it.
+    for token in (preferred, tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     return 0
 
 
 class _Encoder(Protocol):
+    """Encodes rows for training and for evaluation.  truncated: how many rows lost tokens so far."""
+
     truncated: int
 
     def training(self, rows: Dataset) -> list[Row]: ...
@@ -101,14 +106,14 @@ class _Encoder(Protocol):
 
 
 class _Texts:
-    """A text, or two, and a label."""
+    """Encodes one text, or two, and a label."""
 
     def __init__(self, task: Task, tokenizer: Any, sequence_length: int) -> None:
         self.task, self.tokenizer, self.limit, self.truncated = task, tokenizer, sequence_length, 0
 
     def training(self, rows: Dataset) -> list[Row]:
         first, *second = ([str(text) for text in rows[column]] for column in self.task.texts)
-        examples, cut = _tokens(self.tokenizer, first, second[0] if second else None, self.limit, "longest_first")
+        examples, cut = _tokenized(self.tokenizer, first, second[0] if second else None, self.limit, "longest_first")
         self.truncated += sum(cut)
         return [example | {"labels": label} for example, label in zip(examples, rows["label"], strict=True)]
 
@@ -116,7 +121,7 @@ class _Texts:
 
 
 class _Choices:
-    """A question with each of its choices as a pair of texts, and which is correct."""
+    """Encodes a question as a pair of texts with each of its choices, and the index of the correct one."""
 
     def __init__(self, task: Task, tokenizer: Any, sequence_length: int) -> None:
         self.task, self.tokenizer, self.limit, self.truncated = task, tokenizer, sequence_length, 0
@@ -124,25 +129,25 @@ class _Choices:
     def training(self, rows: Dataset) -> list[Row]:
         questions: list[str] = []
         choices: list[str] = []
-        places = []
+        spans = []
         for row in rows:
             question = " ".join(text for column in self.task.texts if (text := row[column].strip()))
-            places.append(range(len(choices), len(choices) + len(row["choices"])))
+            spans.append(range(len(choices), len(choices) + len(row["choices"])))
             choices += row["choices"]
             questions += [question] * len(row["choices"])
-        examples, cut = _tokens(self.tokenizer, questions, choices, self.limit, "only_first")
-        self.truncated += sum(any(cut[i] for i in place) for place in places)
+        examples, cut = _tokenized(self.tokenizer, questions, choices, self.limit, "only_first")
+        self.truncated += sum(any(cut[i] for i in span) for span in spans)
         names = list(examples[0])
         return [
-            {name: [examples[i][name] for i in place] for name in names} | {"labels": label}
-            for place, label in zip(places, rows["label"], strict=True)
+            {name: [examples[i][name] for i in span] for name in names} | {"labels": label}
+            for span, label in zip(spans, rows["label"], strict=True)
         ]
 
     evaluation = training
 
 
 class _Answers:
-    """A prompt that a decoder goes on from: in training with the answer, in evaluation with every choice."""
+    """Encodes a prompt that a decoder continues: by the correct answer in training, by every choice in evaluation."""
 
     def __init__(self, task: Task, tokenizer: Any, sequence_length: int) -> None:
         self.task, self.truncated = task, 0
@@ -160,40 +165,46 @@ class _Answers:
         ]
 
     def _examples(self, rows: Dataset, answers: list[list[str]]) -> list[list[Row]]:
-        """Of each row an example for each of its `answers`."""
+        """For each row, an example with each of its `answers`."""
         prompts = [
             self.task.template.format(**{column: row[column] for column in self.task.texts})
-            for row, of_row in zip(rows, answers, strict=True)
-            for _ in of_row
+            for row, row_answers in zip(rows, answers, strict=True)
+            for _ in row_answers
         ]
-        made = iter(self.tokens.examples(prompts, [answer for of_row in answers for answer in of_row]))
-        grouped = [[next(made) for _ in of_row] for of_row in answers]
-        self.truncated += sum(any(cut for _, _, cut in group) for group in grouped)
-        return [[{"input_ids": ids, "labels": labels} for ids, labels, _ in group] for group in grouped]
+        tokenized = iter(self.tokens.examples(prompts, [answer for row_answers in answers for answer in row_answers]))
+        groups = [[next(tokenized) for _ in row_answers] for row_answers in answers]
+        self.truncated += sum(any(cut for _, _, cut in group) for group in groups)
+        return [[{"input_ids": ids, "labels": labels} for ids, labels, _ in group] for group in groups]
 
 
-def _tokens(
+def _tokenized(
     tokenizer: Any, first: list[str], second: list[str] | None, limit: int, strategy: str
 ) -> tuple[list[Row], list[bool]]:
-    """Token ids, and what else the model's forward takes, of each text or pair; and which of them were cut."""
+    """Token ids, and what else the model's forward takes, of each text or pair; and which of them were cut.
+
+    limit: in tokens.  strategy: how transformers truncates an example above it.
+    Raises UserError: when special tokens alone exceed the limit.
+    """
 
     def tokenize(*texts: Any, **options: Any) -> Any:
         return tokenizer(*texts, padding=False, verbose=False, **options)
 
-    read = tokenize(first) if second is None else tokenize(first, second)
-    names = [name for name in read if name != "attention_mask"]  # padding is the collator's
-    columns = {name: list(read[name]) for name in names}
-    excess = [len(ids) - limit for ids in read["input_ids"]]
+    encoding = tokenize(first) if second is None else tokenize(first, second)
+    names = [name for name in encoding if name != "attention_mask"]  # the collator pads, and makes it
+    columns = {name: list(encoding[name]) for name in names}
+    excess = [len(ids) - limit for ids in encoding["input_ids"]]
     long = [index for index, over in enumerate(excess) if over > 0]
-    own = tokenize([first[index] for index in long], add_special_tokens=False)["input_ids"] if long else []
-    # A second text that fills the length by itself loses its end, too.
-    asked = [strategy if len(ids) > excess[index] else "longest_first" for index, ids in zip(long, own, strict=True)]
-    for strategy in dict.fromkeys(asked):
-        picked = [index for index, one in zip(long, asked, strict=True) if one == strategy]
-        texts = [[text[index] for index in picked] for text in (first, second) if text is not None]
+    first_alone = tokenize([first[index] for index in long], add_special_tokens=False)["input_ids"] if long else []
+    # Where the first text has no more tokens than must go, cutting it alone is not enough: both texts are cut.
+    strategies = [
+        strategy if len(ids) > excess[index] else "longest_first" for index, ids in zip(long, first_alone, strict=True)
+    ]
+    for strategy in dict.fromkeys(strategies):
+        indices = [index for index, chosen in zip(long, strategies, strict=True) if chosen == strategy]
+        texts = [[text[index] for index in indices] for text in (first, second) if text is not None]
         shorter = tokenize(*texts, truncation=strategy, max_length=limit)
         for name in names:
-            for index, value in zip(picked, shorter[name], strict=True):
+            for index, value in zip(indices, shorter[name], strict=True):
                 columns[name][index] = value
     if (longest := max(map(len, columns["input_ids"]), default=0)) > limit:
         what = f"an example has {longest} tokens at the least, as its special tokens alone may not be cut"
@@ -208,15 +219,15 @@ def _tokens(
 # --- images ---
 
 
-def _images(splits: Splits, processor: Any, image: tuple[int, int] | None) -> Encoded:
+def _encode_images(splits: Splits, processor: Any, image: tuple[int, int] | None) -> Encoded:
     assert processor is not None or image is not None, "neither a processor nor a size of images"
-    pixels = _processed(processor) if image is None else _scaled(*image)
+    pixels = _process_by(processor) if image is None else _scale_to(*image)
     evaluations = {name: ImageRows(rows, pixels) for name, rows in splits.evaluations.items()}
     return Encoded(ImageRows(splits.train, pixels), evaluations, collate_images, 0, 0)
 
 
 class ImageRows(Sequence[Row]):
-    """Images, decoded when they are asked for."""
+    """Rows with images, each decoded when it is indexed."""
 
     def __init__(self, rows: Dataset, pixels: Callable[[Any], Any]) -> None:
         self.rows, self.pixels = rows, pixels
@@ -229,7 +240,8 @@ class ImageRows(Sequence[Row]):
         return {"pixel_values": self.pixels(row[IMAGE_COLUMN]), "labels": row["label"]}
 
 
-def _scaled(size: int, channels: int) -> Callable[[Any], Any]:
+def _scale_to(size: int, channels: int) -> Callable[[Any], Any]:
+    """What turns an image into float32 values (channels, size, size) in -1..1."""
     from PIL import Image
 
     def pixels(image: Any) -> Any:
@@ -242,9 +254,11 @@ def _scaled(size: int, channels: int) -> Callable[[Any], Any]:
     return pixels
 
 
-def _processed(processor: Any) -> Callable[[Any], Any]:
+def _process_by(processor: Any) -> Callable[[Any], Any]:
+    """What turns an image into the float32 pixel_values of transformers' `processor`."""
+
     def pixels(image: Any) -> Any:
-        read = processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"][0]
-        return np.asarray(read, dtype=np.float32)
+        values = processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"][0]
+        return np.asarray(values, dtype=np.float32)
 
     return pixels

@@ -1,4 +1,7 @@
-"""A quality cell: data, head, training and score, with the memory of its steps, in one record (docs/design.md 6)."""
+"""Fine-tuning one cell on a task: data, head, training and score, in one record with the memory of its steps.
+
+docs/design.md 6 describes it.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +39,17 @@ from meftbench.tasks.encode import Encoded, encode
 from meftbench.tasks.scores import constant_score
 from meftbench.tasks.trainer import Scored, TaskTrainer, last_checkpoint
 
-HELD_OUT = 0.1  # of the training rows, where a task has no split to choose a checkpoint by
-HEAD_NAMES = {"classifier", "classification_head", "score"}  # in models of transformers
-# By what an evaluation is called beside the first.
+HELD_OUT = 0.1  # of the training rows: what becomes validation where a task has no such split
+HEAD_NAMES = {"classifier", "classification_head", "score"}  # what models of transformers call their heads
+# The metric that holds the score of each evaluation but the first, by the evaluation's name.
 METRIC_OF = {"test": "score_test", "validation_mismatched": "score_mismatched"}
 
 
 class FineTuning:
-    """A cell whose data are read and encoded, from which steps and trainings are built.
+    """A cell whose data have been read and encoded, so that it can be measured in a step and trained.
 
-    Raises UserError: no data, columns or labels that do not fit, no tokenizer, a model that cannot be loaded.
+    Raises UserError: when there are no data, columns or labels do not fit, there is no tokenizer, or the model cannot
+    be loaded.
     """
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
@@ -61,25 +65,25 @@ class FineTuning:
             evaluation_examples=training.evaluation_examples,
         )
         self.splits = _with_validation(splits, training.evaluation_examples)
-        # Scores are of the classes that training has, whichever of them occur in an evaluation.
+        # Scores count all classes that the training rows have, even those that do not occur in an evaluation.
         self.task = replace(self.task, labels=self.splits.labels)
         self.num_labels = len(self.splits.labels) if self.splits.labels else 1
         self.head, config = self._head_and_config()
         self.encoded = self._encoded(config)
 
     def _head_and_config(self) -> tuple[str, Any]:
-        """Of the model that is trained. Raises UserError: one of the user's own does not answer the task."""
+        """Head and configuration of the model. Raises UserError: when the user's own model does not fit the task."""
         cell = self.cell
         if not is_factory(cell.model):
             with torch.device("meta"):
-                random = split_name(cell.model)[0] + RANDOM
-                config: Any = build_model(random, cell.model_config_overrides, head=cell.head).config
+                random_model = split_name(cell.model)[0] + RANDOM
+                config: Any = build_model(random_model, cell.model_config_overrides, head=cell.head).config
             return head_of(config.model_type, cell.head), config
-        given: dict[str, Any] = {"attention": cell.attention_requested, "seed": cell.seed}
-        model: Any = build_model(cell.model, cell.model_config_overrides, **given)
-        head, wanted = head_of_own(model), (cell.head,) if cell.head else HEADS_FOR[self.task.kind]
-        if head is None or head not in wanted:
-            needed = f"{self.task.name!r} needs a transformers model for {' or '.join(wanted)}"
+        options: dict[str, Any] = {"attention": cell.attention_requested, "seed": cell.seed}
+        model: Any = build_model(cell.model, cell.model_config_overrides, **options)
+        head, accepted = head_of_own(model), (cell.head,) if cell.head else HEADS_FOR[self.task.kind]
+        if head is None or head not in accepted:
+            needed = f"{self.task.name!r} needs a transformers model for {' or '.join(accepted)}"
             what = f"gives {type(model).__name__}, and {needed}"
             raise UserError(cell.model, what, "return such a model, or measure steps without a task")
         if head.endswith("classification") and model.config.num_labels != self.num_labels:
@@ -91,15 +95,15 @@ class FineTuning:
 
     def _encoded(self, config: Any) -> Encoded:
         cell = self.cell
-        given: dict[str, Any] = {"head": self.head, "sequence_length": cell.sequence_length}
+        options: dict[str, Any] = {"head": self.head, "sequence_length": cell.sequence_length}
         if self.task.kind == "images":
-            return encode(self.splits, self.task, image=(config.image_size, config.num_channels), **given)
+            return encode(self.splits, self.task, image=(config.image_size, config.num_channels), **options)
         tokenizer = _tokenizer(cell)
         return encode(self.splits, self.task, tokenizer=tokenizer, vocab_size=config.vocab_size,
-                      pad_id=config.pad_token_id, **given)  # fmt: skip
+                      pad_id=config.pad_token_id, **options)  # fmt: skip
 
     def applied(self) -> Applied:
-        """The model under the method, from the cell's seed, on the device."""
+        """The model with the method applied, initialised by the cell's seed, on the device."""
         cell = self.cell
         model = built_model(cell, num_labels=self.num_labels)
         if self.task.kind == "regression":
@@ -107,31 +111,31 @@ class FineTuning:
         applied = with_method(cell, model)
         applied.model.to(self.device)
         if self.head == "multiple_choice":
-            # Adding a number to every choice's logit changes no softmax: the gradient of the bias is zero but for
-            # rounding, and of two choices exactly.
+            # Adding one number to the logits of all choices does not change their softmax, so the gradient of this
+            # bias is zero up to rounding, and exactly zero with two choices.
             biases = {name for name in applied.trained() if "classifier" in name and name.endswith("bias")}
             applied.no_gradient |= biases
         return applied
 
     def step(self) -> Step:
-        """The step whose memory is measured: the first rows of the data, padded to the cell's length."""
+        """The step whose memory is measured: on the first training rows, padded to the cell's sequence length."""
         cell, rows = self.cell, self.encoded.train
         picked = [rows[index % len(rows)] for index in range(cell.batch_size)]
         batch = self.encoded.collate(picked, pad_to=cell.sequence_length)
-        batch.pop("choice_mask", None)  # the loss of a step is the model's own, dummies and all
+        batch.pop("choice_mask", None)  # the model's own loss includes choices that only fill up
         on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
         return step_on(cell, self.applied(), on_device, self.device)
 
     def train(self) -> tuple[dict[str, Metric], dict[str, Any]]:
-        """Train to the end and score the best checkpoint: metrics, and what only a run can tell of the cell."""
+        """Train to the end and score the best checkpoint: its metrics, and facts of the cell that only a run tells."""
         training = self.cell.training
         assert training is not None
         with _cell_folder() as folder:
             resumed = last_checkpoint(folder / "checkpoints") is not None
             applied = self.applied()
             biases = _head_biases(applied) if self.task.kind == "regression" else []
-            # A head that starts at 0 spends the first steps on the labels' mean, and what adapters learn for it leads
-            # to a plateau.
+            # A regression head whose outputs start at 0 would spend the first steps on reaching the labels' mean, and
+            # what adapters learn meanwhile leads to a plateau. So it learns the difference to the mean.
             offset = float(np.mean(self.splits.train["label"])) if biases else 0.0
             trainer = TaskTrainer(
                 self.cell,
@@ -151,10 +155,10 @@ class FineTuning:
                 for bias in biases:
                     bias.add_(offset)
             if training.keep == "best":
-                _keep(trainer.applied, self.cell, folder / BEST)
+                _save_best(trainer.applied, self.cell, folder / BEST)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         observed = {
-            "data": _without_machine(self.splits.origin),
+            "data": _without_local_folders(self.splits.origin),
             "data_digest": self.splits.digest,
             "cuts": list(self.splits.cuts),
             "licence": self.task.licence,
@@ -170,12 +174,13 @@ class FineTuning:
     def _metrics(self, trainer: TaskTrainer) -> dict[str, Metric]:
         history = trainer.state.log_history
         losses = [float(entry["loss"]) for entry in history if "loss" in entry]
-        scored = [entry for entry in history if "eval_loss" in entry]
+        evaluations = [entry for entry in history if "eval_loss" in entry]
         clock = trainer.clock
         metrics = {
             "training_loss": Metric(losses[-1], "measured", n=len(losses), samples=losses),
             "learning_curve": Metric(
-                [[entry["step"], float(entry["eval_loss"]), entry.get("eval_score")] for entry in scored], "measured"
+                [[entry["step"], float(entry["eval_loss"]), entry.get("eval_score")] for entry in evaluations],
+                "measured",
             ),
             "best_step": Metric(int(trainer.state.best_global_step or trainer.state.global_step), "measured"),
             "training_steps": Metric(int(trainer.state.global_step), "counted"),
@@ -186,39 +191,41 @@ class FineTuning:
         if (widenings := trainer.applied.range_widenings) is not None:
             metrics["range_widenings"] = Metric(widenings, "counted")
         for name in self.encoded.evaluations:
-            found = trainer.scored_best() if name == trainer.first else trainer.scored(name)
+            evaluation = trainer.scored_best() if name == trainer.first else trainer.scored(name)
             if name == trainer.first:
-                metrics["validation_loss"] = Metric(found.loss, "measured")
-                metrics |= {score: _metric(value, found) for score, value in found.scores.items()}
-            metrics["score" if name == trainer.first else METRIC_OF[name]] = _metric(found.score, found)
+                metrics["validation_loss"] = Metric(evaluation.loss, "measured")
+                metrics |= {score: _metric(value, evaluation) for score, value in evaluation.scores.items()}
+            metrics["score" if name == trainer.first else METRIC_OF[name]] = _metric(evaluation.score, evaluation)
         constant = constant_score(self.task, np.asarray(self.splits.evaluations[trainer.first]["label"]))
         absent = "a regression has no commonest answer" if constant is None else None
         metrics["score_constant"] = Metric(constant, "counted", absent=absent)
         return metrics
 
 
-def _without_machine(origin: str) -> str:
-    """Where data came from, without the folders of this machine: of a path its last two parts, such as `qa/sciq`."""
+def _without_local_folders(origin: str) -> str:
+    """Where data came from; of an absolute path its end, such as `qa/sciq`, to leave out this machine's folders."""
     path = Path(origin)
     return str(Path(*path.parts[-2:])) if path.is_absolute() else origin
 
 
 def _check_installed(task: str) -> None:
-    """Before a training that could not be scored begins."""
+    """Raises UserError: when a package is missing that training or scoring needs. Called before training begins."""
     missing = [name for name in ("datasets", "sklearn", "scipy", "accelerate", "PIL") if find_spec(name) is None]
     if missing:
         what = f"needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
         raise UserError(f"task {task}", what, "pip install 'meftbench[tasks]'")
 
 
-def _metric(value: float | None, of: Scored) -> Metric:
-    return Metric(value, "measured", absent=of.absent if value is None else None)
+def _metric(value: float | None, evaluation: Scored) -> Metric:
+    """A score as a metric; where it is undefined, with the reason that the evaluation gives."""
+    return Metric(value, "measured", absent=evaluation.absent if value is None else None)
 
 
-def _with_validation(splits: Splits, at_most: int | None) -> Splits:
+def _with_validation(splits: Splits, limit: int | None) -> Splits:
     """The splits with `validation` first; where there is none, a tenth of the training rows becomes it.
 
-    at_most: so many rows of them are scored.  Raises UserError: a single training row.
+    limit: the most rows that validation gets by this; None: all of the tenth.
+    Raises UserError: when there are fewer than two training rows.
     """
     if "validation" in splits.evaluations:
         return splits
@@ -226,18 +233,18 @@ def _with_validation(splits: Splits, at_most: int | None) -> Splits:
         what = "there is no validation split, and no training row to spare for one"
         raise UserError(splits.origin, what, "add validation rows, or train on more")
     parts = splits.train.train_test_split(test_size=HELD_OUT, seed=0)
-    rows = parts["test"].select(range(min(len(parts["test"]), at_most or len(parts["test"]))))
-    held = f"validation: {len(rows):,} rows held out of the training rows, as the task has no such split"
+    rows = parts["test"].select(range(min(len(parts["test"]), limit or len(parts["test"]))))
+    cut_line = f"validation: {len(rows):,} rows held out of the training rows, as the task has no such split"
     return replace(
         splits,
         train=parts["train"],
         evaluations={"validation": rows} | splits.evaluations,
-        cuts=[*splits.cuts, held],
+        cuts=[*splits.cuts, cut_line],
     )
 
 
 def _tokenizer(cell: Cell) -> Any:
-    """The tokenizer of `training.tokenizer`, or the model's own, random weights or not. Raises UserError."""
+    """The tokenizer that `training.tokenizer` names, else the model's own. Raises UserError: when loading fails."""
     from transformers import AutoTokenizer
 
     training = cell.training
@@ -254,16 +261,18 @@ def _tokenizer(cell: Cell) -> Any:
 
 
 def _head_biases(applied: Applied) -> list[nn.Parameter]:
-    """Of the head of a regression; decoders' heads have none."""
-    named = applied.trained().items()
-    return [p for name, p in named if p.shape == (1,) and name.endswith("bias") and HEAD_NAMES & {*name.split(".")}]
+    """The trained biases of a regression's head; empty for decoders, whose heads have none."""
+    parameters = applied.trained().items()
+    return [
+        p for name, p in parameters if p.shape == (1,) and name.endswith("bias") and HEAD_NAMES & {*name.split(".")}
+    ]
 
 
 @contextmanager
 def _cell_folder() -> Iterator[Path]:
-    """The cell's folder in its run; without a run, one that goes away."""
-    if named := os.environ.get(CELL_FOLDER):
-        folder = Path(named)
+    """The cell's folder in its run, removed if it stays empty; outside a run, a temporary folder."""
+    if path := os.environ.get(CELL_FOLDER):
+        folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         if not any(folder.iterdir()):
@@ -273,8 +282,11 @@ def _cell_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _keep(applied: Applied, cell: Cell, folder: Path) -> None:
-    """The trained weights as `load_adapter` or, after full fine-tuning, `from_pretrained` reads them."""
+def _save_best(applied: Applied, cell: Cell, folder: Path) -> None:
+    """Save the trained weights as `load_adapter` or, after full fine-tuning, `from_pretrained` reads them.
+
+    Raises UserError: when they cannot be written.
+    """
     try:
         if cell.method == "full":
             applied.model.save_pretrained(folder)  # type: ignore[operator]

@@ -1,8 +1,8 @@
-"""How likely a decoder finds each choice after its question.
+"""The likelihood that a decoder gives to each choice after its question.
 
-The choices of a question follow one prompt, which is most of the tokens. Where the model can be told by a mask what
-each token sees, the prompt is read once and its choices lie behind it side by side: each sees the prompt and itself,
-at the positions that it would have alone.
+The choices of a question follow one prompt, which is most of the tokens. Where the model takes a mask of what each
+token attends to, the prompt is read once with all choices behind it side by side: each attends to the prompt and to
+itself, at the positions that it would have alone.
 
 Shape suffixes: B questions, C choices, L tokens of a prompt with one choice, S tokens of a sequence as the model reads
 it, R sequences, N tokens of all answers, V vocabulary.
@@ -20,17 +20,17 @@ from torch.nn import functional as F
 
 from meftbench.tasks.collate import IGNORED
 
-# Their forward takes positions and a mask of one's own; tests/tasks/test_likelihood.py holds each of them to it.
+# Model types whose forward takes the caller's positions and mask; tests/tasks/test_likelihood.py checks each of them.
 SHARE_A_PROMPT = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "opt", "qwen2", "qwen3"})
 MASKED_ATTENTION = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """What the model reads, and where in it the answers' tokens are predicted.
+    """Inputs of the model, and where in them the answers' tokens are predicted.
 
-    inputs: of the model.  rows, places, targets, owners (N): the sequence and the position whose logits predict an
-    answer's token, that token, and the choice it belongs to, counted through all questions (b · C + c).
+    rows, places (N): the sequence and the position whose logits predict a token of an answer.  targets (N): that token.
+    owners (N): the choice that it belongs to, counted through all questions (b · C + c).
     """
 
     inputs: dict[str, Tensor]
@@ -41,28 +41,29 @@ class Sequences:
 
 
 def likelihoods(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The log likelihood (B, C), float32, of every choice's tokens after their prompt, summed over them.
+    """The log likelihood (B, C), float32, of each choice after its prompt, summed over the choice's tokens.
 
-    batch: of `TextCollate`: input_ids, attention_mask and labels (B, C, L), labels -100 but at the answers' tokens.
+    batch: of `TextCollate`: input_ids, attention_mask and labels (B, C, L), labels -100 except at the answers' tokens.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    together = _shares_prompt(batch, base.config)
+    shared = _shares_prompt(batch, base.config)
     B, C, _ = batch["labels"].shape
-    found = torch.zeros(B, C, device=together.device)
-    for questions, arranged in ((together, _side_by_side), (~together, _one_by_one)):
+    log_likelihoods = torch.zeros(B, C, device=shared.device)
+    for questions, arrange in ((shared, _side_by_side), (~shared, _one_by_one)):
         if questions.any():
-            of_these = {name: tensor[questions] for name, tensor in batch.items()}
-            read = arranged(of_these, base)
-            likelihood = -F.cross_entropy(_logits(model, base, read).float(), read.targets, reduction="none")
-            sums = found.new_zeros(int(questions.sum()) * C).index_add(0, read.owners, likelihood)
-            found[questions] = sums.view(-1, C)
-    return found
+            selected = {name: tensor[questions] for name, tensor in batch.items()}
+            sequences = arrange(selected, base)
+            likelihood = -F.cross_entropy(_logits(model, base, sequences).float(), sequences.targets, reduction="none")
+            sums = log_likelihoods.new_zeros(int(questions.sum()) * C).index_add(0, sequences.owners, likelihood)
+            log_likelihoods[questions] = sums.view(-1, C)
+    return log_likelihoods
 
 
 def _shares_prompt(batch: Mapping[str, Tensor], config: Any) -> Tensor:
-    """Of each question (B) whether its choices can be read behind one prompt: none where the model cannot, or attends
-    through a window that cuts the longest; else those whose prompts are alike. One that was cut for the sake of a long
-    choice is not.
+    """Whether the choices of each question (B) can be read behind one prompt.
+
+    False where the model takes no mask, or attends through a window shorter than the longest example; else whether the
+    prompts of the question are equal. They differ where one was cut to make room for a long choice.
     """
     ids_BCL = batch["input_ids"]
     B, _, L = ids_BCL.shape
@@ -75,6 +76,7 @@ def _shares_prompt(batch: Mapping[str, Tensor], config: Any) -> Tensor:
 
 
 def _takes_masks(config: Any) -> bool:
+    """Whether the model attends by a mask that its caller gives."""
     return config.model_type in SHARE_A_PROMPT and config._attn_implementation in MASKED_ATTENTION
 
 
@@ -102,46 +104,46 @@ def _side_by_side(batch: Mapping[str, Tensor], model: Any) -> Sequences:
     S = int((prompts_B + answers_BC.sum(-1)).max())
     ids = ids_BCL.new_zeros(B, S)
     positions = torch.zeros_like(ids)
-    # Whose token it is: 0 the prompt's, c + 1 that of choice c, -1 padding.
-    whose = torch.full_like(ids, -1)
+    # What a token belongs to: 0 the prompt, c + 1 choice c, -1 padding.
+    segments = torch.full_like(ids, -1)
     b, place = (torch.arange(L, device=ids.device) < prompts_B[:, None]).nonzero(as_tuple=True)
-    ids[b, place], positions[b, place], whose[b, place] = ids_BCL[b, 0, place], place, 0
+    ids[b, place], positions[b, place], segments[b, place] = ids_BCL[b, 0, place], place, 0
     b, c, place = (labels_BCL != IGNORED).nonzero(as_tuple=True)
     nth = place - prompts_B[b]  # of the answer's tokens
-    lies = starts_BC[b, c] + nth
-    ids[b, lies], positions[b, lies], whose[b, lies] = ids_BCL[b, c, place], place, c + 1
-    predicts = torch.where(nth == 0, prompts_B[b] - 1, lies - 1)
+    slot = starts_BC[b, c] + nth
+    ids[b, slot], positions[b, slot], segments[b, slot] = ids_BCL[b, c, place], place, c + 1
+    predicting = torch.where(nth == 0, prompts_B[b] - 1, slot - 1)
     inputs = {
         "input_ids": ids,
         "position_ids": positions,
-        "attention_mask": _mask(whose, model.config._attn_implementation, model.dtype),
+        "attention_mask": _mask(segments, model.config._attn_implementation, model.dtype),
     }
-    return Sequences(inputs, b, predicts, labels_BCL[b, c, place], b * C + c)
+    return Sequences(inputs, b, predicting, labels_BCL[b, c, place], b * C + c)
 
 
-def _mask(whose_RS: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
-    """What each token sees (R, 1, S, S): of the tokens before it the prompt's and its own choice's; padding itself.
+def _mask(segments_RS: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """What each token attends to (R, 1, S, S): of itself and the tokens before it, the prompt's and its own segment's.
 
-    As the kind of attention takes it: true where it sees, or what is added to its scores.
+    For sdpa the mask is True where a token attends; for eager it is what is added to attention scores.
     """
-    seen, sees = whose_RS[:, None, :], whose_RS[:, :, None]
-    S = whose_RS.shape[1]
-    before = torch.ones(S, S, dtype=torch.bool, device=whose_RS.device).tril()
-    visible = (before & ((seen == 0) | (seen == sees)))[:, None]
+    keys, queries = segments_RS[:, None, :], segments_RS[:, :, None]
+    S = segments_RS.shape[1]
+    before = torch.ones(S, S, dtype=torch.bool, device=segments_RS.device).tril()
+    visible = (before & ((keys == 0) | (keys == queries)))[:, None]
     if attention == "sdpa":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def _logits(model: Any, base: Any, read: Sequences) -> Tensor:
-    """Logits (N, V) where an answer's token is predicted: of the hidden states no other goes through the head."""
+def _logits(model: Any, base: Any, sequences: Sequences) -> Tensor:
+    """Logits (N, V) that predict the answers' tokens; a hook keeps all other hidden states from the head."""
 
-    def pick(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-        return (given[0][read.rows, read.places][None],)
+    def pick(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        return (arguments[0][sequences.rows, sequences.places][None],)
 
     hook = base.get_output_embeddings().register_forward_pre_hook(pick)
     try:
-        logits: Tensor = model(**read.inputs).logits
+        logits: Tensor = model(**sequences.inputs).logits
     finally:
         hook.remove()
     return logits[0]

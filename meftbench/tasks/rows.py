@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Digest:
-    """blake2b over the rows that are used, in their order."""
+    """A blake2b hash over the rows that are used, in their order."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, row: dict[str, Any], content: bytes = b"") -> None:
-        """A row as JSON, and the file of its image."""
+        """Add a row, as JSON, and the content of its image file."""
         line = json.dumps(row, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
         self._hash.update(len(line).to_bytes(8) + line + len(content).to_bytes(8) + content)
 
@@ -38,9 +38,10 @@ class Digest:
 def rows_of(
     where: str, task: Task, raw: Dataset | TextTable, indices: list[int], labels: Sequence[str] | None, digest: Digest
 ) -> Dataset:
-    """The rows `indices` of `raw` in the form of data.Splits, added to `digest`.
+    """The rows `indices` of `raw`, checked and in the form of data.Splits; they are added to `digest`.
 
-    where: for errors, which count rows from 1 as they lie in the file.
+    where: begins the place in errors, which count rows from 1 as they are in the file.
+    Raises UserError: when a column is missing, or a text, choice, label or image cannot be used.
     """
     from datasets import Dataset, Features, Image, List, Value
 
@@ -48,7 +49,7 @@ def rows_of(
     features: dict[str, Any]
     if task.kind == "images":
         features = {IMAGE_COLUMN: Image()}
-        raw = _undecoded(where, raw, task.texts[0])
+        raw = _undecoded_images(where, raw, task.texts[0])
     else:
         features = {column: Value("string") for column in task.texts}
     if task.kind == "choices":
@@ -56,25 +57,27 @@ def rows_of(
     features["label"] = Value("float64" if task.kind == "regression" else "int64")
     columns: dict[str, list[Any]] = {column: [] for column in features}
     names = names_of_ids(raw, task.label)
-    for index, row in zip(indices, _picked(raw, indices), strict=True):
+    for index, row in zip(indices, _selected(raw, indices), strict=True):
         if names is not None:
             row = row | {task.label: name_of_id(row[task.label], names)}
-        made, content = _row(f"{where}, row {index + 1}", task, row, labels)
-        digest.add({name: value for name, value in made.items() if name != IMAGE_COLUMN or not content}, content)
-        for column, value in made.items():
+        checked, content = _checked_row(f"{where}, row {index + 1}", task, row, labels)
+        digest.add({name: value for name, value in checked.items() if name != IMAGE_COLUMN or not content}, content)
+        for column, value in checked.items():
             columns[column].append(value)
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _picked(raw: Dataset | TextTable, indices: list[int]) -> Iterable[dict[str, Any]]:
+def _selected(raw: Dataset | TextTable, indices: list[int]) -> Iterable[dict[str, Any]]:
     if isinstance(raw, TextTable):
         return (raw.rows[index] for index in indices)
-    picked: Iterable[dict[str, Any]] = raw
-    return picked if indices == list(range(len(raw))) else raw.select(indices, keep_in_memory=True)
+    rows: Iterable[dict[str, Any]] = raw
+    return rows if indices == list(range(len(raw))) else raw.select(indices, keep_in_memory=True)
 
 
-def _row(where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | None) -> tuple[dict[str, Any], bytes]:
-    """The row as it is used, and the file of its image."""
+def _checked_row(
+    where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | None
+) -> tuple[dict[str, Any], bytes]:
+    """The row as it is used, and the content of its image file (b"" without an image)."""
     if task.kind == "images":
         image = row[task.texts[0]]
         content = _image_file(where, image)
@@ -91,10 +94,11 @@ def _row(where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | No
 def _text(where: str, column: str, value: Any) -> str:
     if value is None or isinstance(value, list | dict | bytes):
         raise UserError(where, f"column {column!r} is {value!r}, not a text", "mend or remove the row")
-    return _sound(where, column, as_written(value))
+    return _encodable(where, column, as_written(value))
 
 
-def _sound(where: str, column: str, text: str) -> str:
+def _encodable(where: str, column: str, text: str) -> str:
+    """`text`. Raises UserError: when UTF-8 cannot encode it, as half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -104,7 +108,7 @@ def _sound(where: str, column: str, text: str) -> str:
 
 def _number(where: str, value: Any) -> float:
     try:
-        # Python's own spelling of numbers, 1_000, is not that of data; True is no number.
+        # float() would accept 1_000 and True, which are no numbers in data.
         number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError):
         number = math.nan
@@ -114,20 +118,20 @@ def _number(where: str, value: Any) -> float:
 
 
 def _choices(where: str, task: Task, row: dict[str, Any]) -> tuple[list[str], int]:
-    """The choices in order, and which is correct, counted from 0."""
+    """The choices in order, and the index of the correct one."""
     keys: list[str] = []
     if len(task.choices) > 1:
         texts = [row[column] for column in task.choices]
     else:
-        held = row[task.choices[0]]
-        texts = list(held["text"]) if isinstance(held, dict) else list(held or [])
-        keys = [as_written(key) for key in held["label"]] if isinstance(held, dict) else []
+        stored = row[task.choices[0]]
+        texts = list(stored["text"]) if isinstance(stored, dict) else list(stored or [])
+        keys = [as_written(key) for key in stored["label"]] if isinstance(stored, dict) else []
     choices = [_choice(where, task.choices[0], text) for text in texts]
     if len(choices) < 2 or not all(choices):
         raise UserError(where, f"its choices are {texts!r}", "give two or more, none of them empty")
     if task.label in task.choices:
-        # As they are stored the correct one is always in the same place. The row decides, not its number: cut data
-        # and another seed keep the order.
+        # The correct choice is always in the same column, so choices are shuffled. The seed is the row's content:
+        # fewer rows, or rows drawn by another seed, keep the order.
         order = list(range(len(choices)))
         random.Random("\n".join([*(as_written(row[column]) for column in task.texts), *choices])).shuffle(order)
         return [choices[i] for i in order], order.index(task.choices.index(task.label))
@@ -142,13 +146,14 @@ def _choices(where: str, task: Task, row: dict[str, Any]) -> tuple[list[str], in
 
 
 def _choice(where: str, column: str, value: Any) -> str:
-    """A choice without the blanks around it; empty where it is no text."""
+    """A choice without the blanks around it; "" where it is neither a text nor a number."""
     if value is None or isinstance(value, list | dict | bytes | bool):
         return ""
-    return _sound(where, column, as_written(value)).strip()
+    return _encodable(where, column, as_written(value)).strip()
 
 
-def _undecoded(where: str, raw: Dataset | TextTable, column: str) -> Dataset:
+def _undecoded_images(where: str, raw: Dataset | TextTable, column: str) -> Dataset:
+    """`raw` with images as files that are not decoded. Raises UserError: when the column has no images."""
     from datasets import Image
 
     if isinstance(raw, TextTable):
@@ -160,7 +165,7 @@ def _undecoded(where: str, raw: Dataset | TextTable, column: str) -> Dataset:
 
 
 def _image_file(where: str, image: dict[str, Any] | None) -> bytes:
-    """The file's bytes, after a look that they can be decoded."""
+    """The bytes of an image file. Raises UserError: when they cannot be decoded."""
     from PIL import Image, UnidentifiedImageError
 
     image = image or {}
@@ -171,7 +176,7 @@ def _image_file(where: str, image: dict[str, Any] | None) -> bytes:
             opened.load()
     # Broken files raise all of these from Pillow 13's decoders.
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
-        # Pillow names the object in memory that it was given.
+        # Pillow's own message names an object in memory, which tells a user nothing.
         why = "not of a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(str(place), f"is not an image that can be decoded ({why})", "replace or remove it") from None
     return content

@@ -1,4 +1,4 @@
-"""Where the rows of a split come from: files below a data root, a folder of one's own, or the Hugging Face hub."""
+"""Where the rows of a split come from: files below a data root, a user's own folder, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHECKSUMS = "SHA256SUMS"
 CLASSES = "classes.json"
-# By ending: the builder of `datasets` that reads it; None: text_files.py does. The first that is there is taken.
+# The builder of `datasets` that reads files of an ending; None: text_files.py reads them.
 FORMATS: dict[str, str | None] = {
     "jsonl": None,
     "json": None,
@@ -41,56 +41,63 @@ class Source(Protocol):
 
     @property
     def origin(self) -> str:
-        """Where it is, for the record."""
+        """Where it is, as a record names it."""
 
     @property
     def digests(self) -> list[str]:
-        """SHA-256 of the files that were read and of which a digest is known."""
+        """SHA-256 of those files read that have a known checksum."""
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | TextTable | None:
-        """The rows of a split by its name here and on the hub; None: there is no such split."""
+        """The rows of a split, called `name` here and `hub_name` on the hub; None: there is no such split."""
 
 
 def source_of(task: Task, data: str | None) -> Source:
-    """What `data` means, or the variable MEFTBENCH_DATA, or the hub. Raises UserError: there is no such folder."""
+    """The source that `data` names, else that of the variable MEFTBENCH_DATA, else the hub.
+
+    Raises UserError: when the folder does not exist or has none of the task's data; or there is no folder, and the task
+    is not on the hub.
+    """
     if Path(task.folder).is_absolute():
         return Files(Path(task.folder), Path(task.folder))
-    said = "data root"
+    root_name = "data root"
     if data is None:
-        data, said = os.environ.get(DATA_VARIABLE) or None, DATA_VARIABLE
+        data, root_name = os.environ.get(DATA_VARIABLE) or None, DATA_VARIABLE
     if data is None:
         return Hub(task)
     root = Path(data).expanduser()
     if not root.is_dir():
         cure = "check the path, or leave it out to use the hub"
-        raise UserError(f"task {task.name}", f"{said} is {data!r}, where no folder is", cure)
+        raise UserError(f"task {task.name}", f"{root_name} is {data!r}, where no folder is", cure)
     if (root / task.folder).is_dir():
         return Files(root / task.folder, root)
-    names = (*_names("train", task.train), *(n for e in task.evaluations.items() for n in _names(*e)))
-    if any(_lies_here(root, name) for name in names):
+    names = (
+        *_split_names("train", task.train),
+        *(split_name for evaluation in task.evaluations.items() for split_name in _split_names(*evaluation)),
+    )
+    if any(_has_split(root, name) for name in names):
         return Files(root, root)
     cure = f"put {task.folder}/train.jsonl there, or leave the data root out to use the hub"
-    raise UserError(f"task {task.name}", f"{said} {data!r} has no folder {task.folder}", cure)
+    raise UserError(f"task {task.name}", f"{root_name} {data!r} has no folder {task.folder}", cure)
 
 
-def _names(name: str, hub_name: str) -> tuple[str, ...]:
+def _split_names(name: str, hub_name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((hub_name, name, *ALIASES.get(name, ()))))
 
 
-def _lies_here(folder: Path, name: str) -> bool:
+def _has_split(folder: Path, name: str) -> bool:
     return (folder / name).is_dir() or any(_files(folder, name, ending) for ending in (*FORMATS, "npz"))
 
 
 def _files(folder: Path, name: str, ending: str) -> list[Path]:
     """The file of a split, or its pieces as the hub names them: train-00000-of-00002.parquet.
 
-    Raises UserError: a piece is missing, or there is a whole file as well.
+    Raises UserError: when a piece is missing, or there is a whole file as well.
     """
     whole = folder / f"{name}.{ending}"
     pieces = sorted(folder.glob(f"{name}-*-of-*.{ending}"))
     if whole.is_file():
         if pieces:
-            raise _two(whole, pieces[0])
+            raise _ambiguous(whole, pieces[0])
         return [whole]
     if pieces:
         _check_pieces(name, pieces)
@@ -98,26 +105,29 @@ def _files(folder: Path, name: str, ending: str) -> list[Path]:
 
 
 def _check_pieces(name: str, pieces: list[Path]) -> None:
-    numbers = [re.fullmatch(rf"{re.escape(name)}-([0-9]+)-of-([0-9]+)", piece.stem) for piece in pieces]
-    counts = {int(found[2]) for found in numbers if found}
+    """Raises UserError: when `pieces` are of several sets, or one is missing."""
+    matches = [re.fullmatch(rf"{re.escape(name)}-([0-9]+)-of-([0-9]+)", piece.stem) for piece in pieces]
+    counts = {int(match[2]) for match in matches if match}
     if len(counts) > 1:
         what = f"lies beside pieces of {len(counts)} sets, of which each has another number"
         raise UserError(str(pieces[0]), what, "leave one set there")
-    there = {int(found[1]) for found in numbers if found}
-    missing = sorted(set(range(*counts)) - there) if counts else []
+    present = {int(match[1]) for match in matches if match}
+    missing = sorted(set(range(*counts)) - present) if counts else []
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         what = f"piece {missing[0]:05d} of {max(counts):05d} is missing{more}"
         raise UserError(str(pieces[0].parent / name), what, "put all pieces there")
 
 
-def _two(one: Path, other: Path) -> UserError:
-    return UserError(str(one), f"{other.name} is there as well, and only one of them would be read", "remove the other")
+def _ambiguous(first: Path, second: Path) -> UserError:
+    return UserError(
+        str(first), f"{second.name} is there as well, and only one of them would be read", "remove the other"
+    )
 
 
 @dataclass(frozen=True)
 class Files:
-    """A task's folder below a data root; where SHA256SUMS lies in the root, files are held against it before use."""
+    """A task's folder below a data root; where the root has a file SHA256SUMS, files are checked by it before use."""
 
     folder: Path
     root: Path
@@ -128,22 +138,26 @@ class Files:
         return str(self.folder)
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | TextTable | None:
-        called = [it for it in (name, *ALIASES.get(name, ())) if _lies_here(self.folder, it)]
-        if len(called) > 1:
-            raise _two(self.folder / called[0], self.folder / called[1])
-        for split in _names(name, hub_name):
-            found = {ending: files for ending in (*FORMATS, "npz") if (files := _files(self.folder, split, ending))}
+        present = [split_name for split_name in (name, *ALIASES.get(name, ())) if _has_split(self.folder, split_name)]
+        if len(present) > 1:
+            raise _ambiguous(self.folder / present[0], self.folder / present[1])
+        for split in _split_names(name, hub_name):
+            files_by_ending = {
+                ending: files for ending in (*FORMATS, "npz") if (files := _files(self.folder, split, ending))
+            }
             folder = self.folder / split
-            tables = [files[0] for ending, files in found.items() if ending != "npz"]
-            # Beside arrays a folder of images may show some of them.
-            others = [found["npz"][0]] if "npz" in found else [folder] if folder.is_dir() else []
-            if tables and len(tables + others) > 1:
-                raise _two(*(tables + others)[:2])
-            if "npz" in found:
-                self._verify(found["npz"])
-                return self._arrays(found["npz"][0], task)
-            if found:
-                return self._table(*next(iter(found.items())))
+            tables = [files[0] for ending, files in files_by_ending.items() if ending != "npz"]
+            # Where there are arrays, a folder of images may be there as well: it may show some of them.
+            image_data = (
+                [files_by_ending["npz"][0]] if "npz" in files_by_ending else [folder] if folder.is_dir() else []
+            )
+            if tables and len(tables + image_data) > 1:
+                raise _ambiguous(*(tables + image_data)[:2])
+            if "npz" in files_by_ending:
+                self._verify(files_by_ending["npz"])
+                return self._arrays(files_by_ending["npz"][0], task)
+            if files_by_ending:
+                return self._table(*next(iter(files_by_ending.items())))
             if folder.is_dir():
                 return self._folder(folder, task)
         return None
@@ -154,34 +168,36 @@ class Files:
             raise empty(str(files[0]))
         builder = FORMATS[ending]
         if builder is not None:
-            return _built(str(files[0]), builder, [glob.escape(str(file)) for file in files])
+            return _load_by_builder(str(files[0]), builder, [glob.escape(str(file)) for file in files])
         table = read_text_files(files, ending)
         if not len(table):
             raise empty(str(files[0]))
         return table
 
     def _folder(self, folder: Path, task: Task) -> Dataset:
+        """A split that `save_to_disk` of `datasets` wrote, or images in folders by class."""
         from datasets import load_from_disk
 
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         self._verify(files)
         if (folder / "state.json").is_file():
-            with _faults(str(folder)):
+            with _reporting_faults(str(folder)):
                 return load_from_disk(str(folder), keep_in_memory=True)
         if not files:
             raise empty(str(folder))
-        read = _built(str(folder), "imagefolder", [glob.escape(str(folder)) + "/**"], drop_labels=False)
-        # Ids count the classes of this split alone; the name is what another split has in common with it.
-        names = read.features["label"].names
-        labels = [names[label] for label in read["label"]]
-        read = read.remove_columns("label").add_column(task.label, labels)
-        return read if task.texts[0] == "image" else read.rename_column("image", task.texts[0])
+        rows = _load_by_builder(str(folder), "imagefolder", [glob.escape(str(folder)) + "/**"], drop_labels=False)
+        # imagefolder numbers the classes of each split by itself; names of classes are the same in all splits.
+        names = rows.features["label"].names
+        labels = [names[label] for label in rows["label"]]
+        rows = rows.remove_columns("label").add_column(task.label, labels)
+        return rows if task.texts[0] == "image" else rows.rename_column("image", task.texts[0])
 
     def _arrays(self, file: Path, task: Task) -> Dataset:
+        """Images and labels of an npz file; labels are the names in classes.json where there is one."""
         import numpy as np
         from datasets import Dataset, Features, Image, Value
 
-        with _faults(str(file)), np.load(file) as arrays:
+        with _reporting_faults(str(file)), np.load(file) as arrays:
             pixels, ids = arrays["images"], arrays["labels"]
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or len(pixels) != len(ids):
             what = f"images are {pixels.dtype} {pixels.shape}, labels {ids.shape}"
@@ -203,20 +219,22 @@ class Files:
             raise UserError(str(file), "is not a JSON list of class names", "mend it") from None
 
     def _verify(self, files: list[Path]) -> None:
-        sums = _checksums(self.root / CHECKSUMS)
+        """Raises UserError: when a file differs from its checksum; a file without one passes."""
+        checksums = _checksums(self.root / CHECKSUMS)
         for file in files:
-            said = sums.get(file.resolve())
-            if said is None:
+            expected = checksums.get(file.resolve())
+            if expected is None:
                 continue
             with file.open("rb") as stream:
-                if file_digest(stream, "sha256").hexdigest() != said:
+                if file_digest(stream, "sha256").hexdigest() != expected:
                     raise UserError(
                         str(file), f"differs from {self.root / CHECKSUMS}", "fetch it again, or mend the sum"
                     )
-            self.digests.append(said)
+            self.digests.append(expected)
 
 
 def _checksums(file: Path) -> dict[Path, str]:
+    """The digests in `file`, which is written as sha256sum writes it, by path; none where there is no such file."""
     if not file.is_file():
         return {}
     lines = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -224,12 +242,12 @@ def _checksums(file: Path) -> dict[Path, str]:
 
 
 def _bitmap(pixels: Any) -> bytes:
-    """An uncompressed image file: the same bytes whatever the version of a codec, and quick to decode."""
+    """An uncompressed image file, whose bytes depend on no version of a codec and which is quick to decode."""
     from PIL import Image
 
-    held = io.BytesIO()
-    Image.fromarray(pixels).save(held, "BMP")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    return buffer.getvalue()
 
 
 class Hub:
@@ -241,7 +259,7 @@ class Hub:
             raise UserError(f"task {task.name}", "is not on the hub, and no data root is named", cure)
         self.path, self.config = task.hub
         self.origin = "hub " + "/".join(filter(None, task.hub))
-        self.digests: list[str] = []  # `datasets` holds the files against the hub's own
+        self.digests: list[str] = []  # stays empty: `datasets` checks files by the hub's checksums
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | None:
         from datasets import load_dataset
@@ -256,25 +274,26 @@ class Hub:
             raise UserError(f"task {task.name}", what, cure) from None
 
 
-def _built(where: str, builder: str, files: list[str], **options: Any) -> Dataset:
-    """What a builder of `datasets` reads, in memory: its cache is a folder that is gone afterwards."""
+def _load_by_builder(where: str, builder: str, files: list[str], **options: Any) -> Dataset:
+    """The rows that a builder of `datasets` reads, in memory: its cache is a temporary folder."""
     from datasets import load_dataset
 
-    with _faults(where), _quiet(), tempfile.TemporaryDirectory(prefix="meftbench-") as cache:
+    with _reporting_faults(where), _quiet(), tempfile.TemporaryDirectory(prefix="meftbench-") as cache:
         return load_dataset(
             builder, data_files={"train": files}, split="train", cache_dir=cache, keep_in_memory=True, **options
         )
 
 
 @contextmanager
-def _faults(where: str) -> Iterator[None]:
+def _reporting_faults(where: str) -> Iterator[None]:
+    """Turns errors of `datasets` and numpy into a UserError at `where`."""
     from datasets.exceptions import DatasetsError
 
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError) as error:
         reason = _reason(error)
-        if "corresponds to no data" in reason:  # datasets 5.2 of a file that has columns and no rows
+        if "corresponds to no data" in reason:  # what datasets 5.2 says of a file with columns and no rows
             raise empty(where) from None
         raise UserError(where, f"cannot be read ({reason})", "mend the file, or write it again") from None
 
@@ -285,7 +304,7 @@ def empty(where: str) -> UserError:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what began it: `datasets` says only that an error occurred."""
+    """The first line of the error at the root of `error`: `datasets` itself says only that an error occurred."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -294,7 +313,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars: a program that shows its own calls this."""
+    """Switches off progress bars of `datasets`, because the program that calls this shows its own."""
     import datasets
 
     shown = datasets.are_progress_bars_disabled() is False

@@ -1,6 +1,6 @@
-"""Rows of text files (jsonl, json, csv, tsv) as they are written: nothing guesses at types, so nothing is rewritten.
+"""Rows of text files (jsonl, json, csv, tsv) as they are written: no types are guessed, so no value is changed.
 
-Readers of tables that guess turn 007 into 7, TRUE into True, a date into a point in time, and a column of labels into
+Readers that guess types turn 007 into 7, TRUE into True, a date into a point in time, and a column of labels into
 texts because one of them is blank.
 """
 
@@ -22,20 +22,20 @@ Row = dict[str, Any]
 
 
 class WrittenInt(int):
-    """A whole number of a JSON file; `written`: as it stands there."""
+    """A whole number of a JSON file; `written`: its spelling there."""
 
     written: str
 
 
 class WrittenFloat(float):
-    """A number of a JSON file with a point or an exponent; `written`: as it stands there."""
+    """A number of a JSON file with a point or an exponent; `written`: its spelling there."""
 
     written: str
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """Rows by column. typed: the file tells texts from numbers; else every value is a string."""
+    """Rows, each by column. typed: whether the file tells texts from numbers; if not, every value is a string."""
 
     column_names: list[str]
     rows: list[Row]
@@ -48,17 +48,19 @@ class TextTable:
 def read_text_files(files: Sequence[Path], ending: str) -> TextTable:
     """The rows of a split's files, one after the other; `ending`: jsonl, json, csv or tsv.
 
-    Raises UserError, with file and row: not UTF-8, not of the form its ending says, a row with other fields than the
-    header, a name that stands twice, a header that is repeated.
+    Raises UserError, with file and row: when a file is not UTF-8 or not of the form that its ending says, a row has
+    other fields than the header, a name occurs twice, or the header is repeated.
     """
     names: list[str] = []
     rows: list[Row] = []
     for file in files:
-        found, read = _READERS[ending](str(file), _text_of(file))
-        if rows and ending in ("csv", "tsv") and found != names:
-            raise UserError(str(file), f"its columns are {', '.join(found)}, before they were {', '.join(names)}", MEND)
-        names = list(dict.fromkeys([*names, *found]))
-        rows += read
+        file_names, file_rows = _READERS[ending](str(file), _text_of(file))
+        if rows and ending in ("csv", "tsv") and file_names != names:
+            raise UserError(
+                str(file), f"its columns are {', '.join(file_names)}, before they were {', '.join(names)}", MEND
+            )
+        names = list(dict.fromkeys([*names, *file_names]))
+        rows += file_rows
     if ending in ("jsonl", "json"):
         rows = [dict.fromkeys(names) | row for row in rows]
     return TextTable(names, rows, typed=ending in ("jsonl", "json"))
@@ -80,10 +82,12 @@ def _text_of(file: Path) -> str:
 # --- separated values ---
 
 
-def _separated(delimiter: str, quoting: Any) -> Callable[[str, str], tuple[list[str], list[Row]]]:
+def _separated_reader(delimiter: str, quoting: Any) -> Callable[[str, str], tuple[list[str], list[Row]]]:
+    """A reader of csv or tsv: from a place for errors and a text to column names and rows."""
+
     def read(where: str, text: str) -> tuple[list[str], list[Row]]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-        lines = list(_lines(where, reader))
+        lines = list(_filled_records(where, reader))
         if not lines:
             return [], []
         header, *records = lines
@@ -103,8 +107,8 @@ def _separated(delimiter: str, quoting: Any) -> Callable[[str, str], tuple[list[
     return read
 
 
-def _lines(where: str, reader: Any) -> Iterator[list[str]]:
-    """Records that are not blank lines."""
+def _filled_records(where: str, reader: Any) -> Iterator[list[str]]:
+    """The records, without blank lines, and with no limit on the size of a field."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield from (fields for fields in reader if fields)
@@ -118,7 +122,7 @@ def _lines(where: str, reader: Any) -> Iterator[list[str]]:
 
 
 def _json_lines(where: str, text: str) -> tuple[list[str], list[Row]]:
-    # Not `splitlines`: a line separator of Unicode may stand in a text.
+    # Not `splitlines`, because a text may contain a line separator of Unicode.
     lines = [line for line in text.split("\n") if line.strip()]
     return _objects(where, (_parsed(f"{where}, row {number}", line) for number, line in enumerate(lines, 1)))
 
@@ -128,25 +132,27 @@ def _json(where: str, text: str) -> tuple[list[str], list[Row]]:
     if not text.strip():
         return [], []
     try:
-        read = _parsed(where, text)
+        content = _parsed(where, text)
     except UserError:
-        first = text.strip().split("\n", 1)[0].strip()
-        if first.startswith("{") and first.endswith("}"):
+        first_line = text.strip().split("\n", 1)[0].strip()
+        if first_line.startswith("{") and first_line.endswith("}"):
             return _json_lines(where, text)
         raise
-    if isinstance(read, list):
-        return _objects(where, read)
-    if isinstance(read, dict) and read and all(isinstance(column, list) for column in read.values()):
-        if len({len(column) for column in read.values()}) > 1:
+    if isinstance(content, list):
+        return _objects(where, content)
+    if isinstance(content, dict) and content and all(isinstance(column, list) for column in content.values()):
+        if len({len(column) for column in content.values()}) > 1:
             raise UserError(where, "its columns are not of one length", MEND)
-        return list(read), [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
-    return _objects(where, [read])
+        return list(content), [
+            dict(zip(content, values, strict=True)) for values in zip(*content.values(), strict=True)
+        ]
+    return _objects(where, [content])
 
 
-def _objects(where: str, read: Iterable[Any]) -> tuple[list[str], list[Row]]:
+def _objects(where: str, objects: Iterable[Any]) -> tuple[list[str], list[Row]]:
     names: dict[str, None] = {}
     rows: list[Row] = []
-    for number, row in enumerate(read, 1):
+    for number, row in enumerate(objects, 1):
         if not isinstance(row, dict):
             raise UserError(f"{where}, row {number}", f"is no JSON object but {type(row).__name__}", MEND)
         names |= dict.fromkeys(row)
@@ -155,29 +161,29 @@ def _objects(where: str, read: Iterable[Any]) -> tuple[list[str], list[Row]]:
 
 
 def _parsed(where: str, text: str) -> Any:
-    def distinct(pairs: list[tuple[str, Any]]) -> Row:
+    def checked_object(pairs: list[tuple[str, Any]]) -> Row:
         doubled = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         if doubled:
             raise UserError(where, f"names {doubled[0]!r} twice", "rename or remove one")
         return dict(pairs)
 
-    def no_json(written: str) -> Any:
+    def refuse_constant(written: str) -> Any:
         raise ValueError(f"{written} is no JSON")
 
     try:
         return json.loads(
             text,
-            parse_constant=no_json,
-            object_pairs_hook=distinct,
-            parse_int=lambda written: _written(WrittenInt, written),
-            parse_float=lambda written: _written(WrittenFloat, written),
+            parse_constant=refuse_constant,
+            object_pairs_hook=checked_object,
+            parse_int=lambda written: _with_spelling(WrittenInt, written),
+            parse_float=lambda written: _with_spelling(WrittenFloat, written),
         )
     except (ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0] or type(error).__name__
         raise UserError(where, f"cannot be read ({reason})", MEND) from None
 
 
-def _written(kind: Any, written: str) -> Any:
+def _with_spelling(kind: Any, written: str) -> Any:
     number = kind(written)
     number.written = written
     return number
@@ -186,6 +192,6 @@ def _written(kind: Any, written: str) -> Any:
 _READERS: dict[str, Callable[[str, str], tuple[list[str], list[Row]]]] = {
     "jsonl": _json_lines,
     "json": _json,
-    "csv": _separated(",", csv.QUOTE_MINIMAL),
-    "tsv": _separated("\t", csv.QUOTE_NONE),
+    "csv": _separated_reader(",", csv.QUOTE_MINIMAL),
+    "tsv": _separated_reader("\t", csv.QUOTE_NONE),
 }

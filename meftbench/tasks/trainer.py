@@ -1,4 +1,4 @@
-"""transformers.Trainer for a task: its loss, its score, and checkpoints of what is trained alone."""
+"""transformers.Trainer for a task: its loss, its score, and checkpoints of the trained tensors only."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from meftbench.tasks.scores import choose, scores_of
 
 WEIGHTS = "trained.safetensors"
 STATE = "trainer_state.json"
-EVALUATION_BATCH = 4  # times as many samples as in a training step: no gradients are held
+EVALUATION_BATCH = 4  # micro-batches in a batch of an evaluation, which holds no gradients
 
 
 @dataclass(frozen=True)
 class Scored:
-    """An evaluation. scores: by name, the task's first foremost; None: undefined, and `absent` says why."""
+    """The result of an evaluation. scores: by name, the task's first one first; None: undefined, `absent` says why."""
 
     loss: float
     scores: dict[str, float | None]
@@ -51,9 +51,8 @@ class Scored:
 class TaskTrainer(Trainer):  # type: ignore[misc]
     """Trains `applied` on a task; validation chooses the checkpoint whose weights are left in the model.
 
-    folder: of checkpoints. An unfinished training that lies there is taken up by `train_or_resume`.
-    offset: of a regression, what is added to the model's outputs in float32, whatever it computes in: its head learns
-        the difference to it.
+    folder: for checkpoints. `train_or_resume` goes on with an unfinished training there.
+    offset: for a regression, a number that is subtracted from the labels, so that the head learns the difference to it.
     """
 
     control: Any  # TrainerControl, which Trainer does not annotate
@@ -73,11 +72,11 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         assert training is not None
         self.cell, self.applied, self.task, self.encoded, self.offset = cell, applied, task, encoded, offset
         self.first, *_ = encoded.evaluations
-        self._found: dict[int, Scored] = {}  # of validation, by the step after which it was scored
+        self._validations: dict[int, Scored] = {}  # results on validation by optimizer step
         steps = total_steps(cell, len(encoded.train))
-        count = min(training.evaluations, steps)
-        when = frozenset(round(steps * number / count) for number in range(1, count + 1))
-        callbacks: list[TrainerCallback] = [StepClock(), EvaluateAt(when)]
+        evaluations = min(training.evaluations, steps)
+        evaluation_steps = frozenset(round(steps * number / evaluations) for number in range(1, evaluations + 1))
+        callbacks: list[TrainerCallback] = [StepClock(), EvaluateAt(evaluation_steps)]
         if training.patience is not None:
             callbacks.append(EarlyStoppingCallback(training.patience))
         super().__init__(
@@ -88,24 +87,24 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             data_collator=self._collate,
             callbacks=callbacks,
         )
-        # A classifier's loss is a mean over samples: only of tokens must Trainer know how many a batch has.
-        self.model_accepts_loss_kwargs = self._answers
+        # Only for a loss over tokens must Trainer know their number in a batch; a classifier's is a mean over samples.
+        self.model_accepts_loss_kwargs = self._predicts_answers
 
     @property
-    def _answers(self) -> bool:
-        """Whether the head predicts the tokens of an answer."""
+    def _predicts_answers(self) -> bool:
+        """Whether the model is trained on the tokens of an answer, not on one logit for each choice."""
         return self.task.kind == "choices" and "choice_mask" not in self._collate([self.encoded.train[0]])
 
     @property
     def clock(self) -> StepClock:
-        """Another after a resume: Trainer makes it anew from the checkpoint."""
-        return next(found for found in self.callback_handler.callbacks if isinstance(found, StepClock))
+        """The clock of the training; looked up each time, because Trainer makes a new one when it resumes."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, StepClock))
 
     def train_or_resume(self) -> None:
-        """Train to the end, from the last whole checkpoint where there is one. Raises UserError: the disk is full."""
-        found = last_checkpoint(Path(self.args.output_dir))
+        """Train to the end, from the last complete checkpoint if any. Raises UserError: when the disk is full."""
+        checkpoint = last_checkpoint(Path(self.args.output_dir))
         with self.applied.reference_autograd() if self.cell.training.ordinary else nullcontext():  # type: ignore[union-attr]
-            self.train(resume_from_checkpoint=None if found is None else str(found))
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         full = self.cell.training.batches == "full"  # type: ignore[union-attr]
@@ -114,14 +113,14 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.cell.training.group_by_length:  # type: ignore[union-attr]
             return super()._get_train_sampler(train_dataset)
-        # Trainer takes len(input_ids), which of a question with choices is how many it has, and images have none.
+        # Trainer would group by len(input_ids), which is the number of choices of a question; images have no input_ids.
         return LengthGroupedSampler(self.cell.batch_size, lengths=self._lengths(self.encoded.train))
 
     def _lengths(self, rows: Sequence[Row]) -> list[int]:
         return [1] * len(rows) if self.task.kind == "images" else [_length(row) for row in rows]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Of transformers, by the implementation that the cell names."""
+        """The optimizer of transformers, in the implementation that the cell names."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.cell.optimizer_impl is not None:
             for group in optimizer.param_groups:
@@ -131,7 +130,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     # --- loss ---
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **given: Any
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, Any]:
         if model.training:
             self.clock.tokens += tokens_of(inputs)
@@ -139,7 +138,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             inputs = {**inputs, "labels": inputs["labels"] - self.offset}
         with self.applied.around_forward():
             if "choice_mask" not in inputs:
-                return super().compute_loss(model, inputs, return_outputs, **given)  # type: ignore[no-any-return]
+                return super().compute_loss(model, inputs, return_outputs, **options)  # type: ignore[no-any-return]
             outputs = model(**{name: t for name, t in inputs.items() if name not in ("choice_mask", "labels")})
             loss = F.cross_entropy(_masked(outputs.logits, inputs["choice_mask"]), inputs["labels"])
             return (loss, outputs) if return_outputs else loss
@@ -147,29 +146,29 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     # --- score ---
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss and scores of validation, as Trainer names them; a score that is undefined is not in the log."""
-        found = self._found[self.state.global_step] = self.scored(self.first)
-        named = {"loss": found.loss, "score": found.score, **found.scores}
-        metrics = {f"eval_{name}": value for name, value in named.items() if value is not None}
+        """Loss and scores on validation, under Trainer's names; a score that is undefined is not in the log."""
+        result = self._validations[self.state.global_step] = self.scored(self.first)
+        values = {"loss": result.loss, "score": result.score, **result.scores}
+        metrics = {f"eval_{name}": value for name, value in values.items() if value is not None}
         self.log(dict(metrics))
-        metrics.setdefault("eval_score", -1.0)  # for the choice of the checkpoint: the worst there is
+        metrics.setdefault("eval_score", -1.0)  # undefined: the worst score in the choice of the checkpoint
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def scored_best(self) -> Scored:
-        """Validation by the weights that training left in the model: those of the best checkpoint, scored there.
+        """The result on validation of the best checkpoint, whose weights training has left in the model.
 
-        A training that was resumed after its best checkpoint scores it again.
+        It is known from training, but is computed again where training was resumed after that checkpoint.
         """
-        found = self._found.get(int(self.state.best_global_step or self.state.global_step))
-        return self.scored(self.first) if found is None else found
+        result = self._validations.get(int(self.state.best_global_step or self.state.global_step))
+        return self.scored(self.first) if result is None else result
 
     def scored(self, name: str) -> Scored:
-        """The loss and the task's scores of an evaluation, by the weights as they are."""
+        """The loss and the task's scores of the evaluation `name`, with the model's current weights."""
         rows = self.encoded.evaluations[name]
         self.model.eval()
         size = self.cell.micro_batch_size * EVALUATION_BATCH
-        order = np.argsort(self._lengths(rows), kind="stable").tolist()  # batches of one length: little padding
+        order = np.argsort(self._lengths(rows), kind="stable").tolist()  # similar lengths in a batch: little padding
         predictions, labels, losses, weights = [], [], [], []
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(self.encoded.collate([rows[index] for index in order[start : start + size]]))
@@ -182,32 +181,35 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         predicted, answers = np.concatenate(predictions), np.concatenate(labels)
         if np.isnan(predicted).any():
             return Scored(loss, dict.fromkeys(self.task.scores), "undefined: predictions are not numbers")
-        found = scores_of(self.task, predicted, answers)
-        return Scored(loss, found, _why_undefined(predicted, answers) if None in found.values() else None)
+        scores = scores_of(self.task, predicted, answers)
+        return Scored(loss, scores, _why_undefined(predicted, answers) if None in scores.values() else None)
 
     def _predicted(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
-        """Predictions and labels of a batch (one a sample), its mean loss, and over how many that is one."""
+        """Predictions and labels of a batch (one a sample), its mean loss, and over how many that is the mean."""
         if "answer_index" in batch:
-            return self._likeliest(batch)
+            return self._predicted_choices(batch)
         inputs = {name: tensor for name, tensor in batch.items() if name != "choice_mask"}
         with torch.no_grad(), self.autocast_smart_context_manager():
             outputs = self.model(**inputs)
         logits, labels = outputs.logits.float(), batch["labels"]
-        nothing = logits.isnan().any(-1).cpu().numpy()  # a training that diverged predicts no class
+        diverged = logits.isnan().any(-1).cpu().numpy()  # after divergence: no class is predicted
         if "choice_mask" in batch:
             logits = _masked(logits, batch["choice_mask"])
         if self.task.kind == "regression":
             predicted = logits.squeeze(-1)
-            loss = F.mse_loss(predicted, labels.float() - self.offset)  # as in training: nothing is lost to the offset
+            loss = F.mse_loss(predicted, labels.float() - self.offset)  # on differences, as in training
         else:
             loss, predicted = F.cross_entropy(logits, labels), logits.argmax(-1)
         answers = predicted.cpu().numpy()
-        if nothing.any():
-            answers = np.where(nothing, np.nan, answers)
+        if diverged.any():
+            answers = np.where(diverged, np.nan, answers)
         return answers, labels.cpu().numpy(), float(loss), len(labels)
 
-    def _likeliest(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
-        """Of every question the choice whose tokens are the likeliest after it; (B, C, L) tokens and labels."""
+    def _predicted_choices(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float, int]:
+        """As `_predicted`, for a decoder: the likeliest choice of each question; the loss is a mean over tokens.
+
+        batch: input_ids, attention_mask and labels (B, C, L), choice_mask (B, C), answer_index (B).
+        """
         mask, answer = batch["choice_mask"], batch["answer_index"]
         with torch.no_grad(), self.autocast_smart_context_manager():
             likelihood = likelihoods(self.model, batch)
@@ -217,19 +219,19 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         predicted = choose(*(t.cpu().numpy() for t in (likelihood, tokens, mask)), normalised=normalised)
         if bool(likelihood.isnan().all(-1).any()):
             predicted = np.full(len(predicted), np.nan)
-        right = answer[:, None]
-        weight = int(tokens.gather(1, right).sum())
-        loss = -float(likelihood.gather(1, right).sum()) / weight
+        correct = answer[:, None]
+        weight = int(tokens.gather(1, correct).sum())
+        loss = -float(likelihood.gather(1, correct).sum()) / weight
         return predicted, answer.cpu().numpy(), loss, weight
 
-    # --- checkpoints: what is trained, and no more ---
+    # --- checkpoints, of the trained tensors only ---
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().contiguous().clone() for name, p in self.applied.trained().items()}
-        # What the trained weights compute depends on the steps of fixed-point streams, which training may have widened.
-        tensors |= {name: held.get_extra_state() for name, held in self.applied.ranges.items()}
+        # Trained weights fit the step sizes of fixed-point streams, which training may have widened: both are saved.
+        tensors |= {name: calibrated.get_extra_state() for name, calibrated in self.applied.ranges.items()}
         save_file(tensors, folder / WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -237,29 +239,29 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
-            # torch.save says it by a RuntimeError, safetensors by one of its own.
-            if not isinstance(error, OSError) and not _said_by_the_disk(error):
+            # On a full disk torch.save raises RuntimeError, and safetensors an error of its own.
+            if not isinstance(error, OSError) and not _is_disk_error(error):
                 raise
-            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is none
+            shutil.rmtree(folder, ignore_errors=True)  # incomplete
             cure = "make room; `finetune --resume`, or `run --resume --retry error`, goes on from the one before"
             raise UserError(str(folder), f"the checkpoint cannot be written ({_first_line(error)})", cure) from None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        kept = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        for name, held in self.applied.ranges.items():
-            held.set_extra_state(kept[name])
+        tensors = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        for name, calibrated in self.applied.ranges.items():
+            calibrated.set_extra_state(tensors[name])
         with torch.no_grad():
             for name, parameter in self.applied.trained().items():
-                parameter.copy_(kept[name])
+                parameter.copy_(tensors[name])
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        # By its name alone: a run folder may have been moved since.
+        # Only the folder's name is used, because the run folder may have been moved since.
         self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
 
 def total_steps(cell: Cell, rows: int) -> int:
-    """Optimizer steps of a training on so many rows; a last batch that is not full is a step."""
+    """Optimizer steps of a training on `rows` rows; a last batch that is not full counts as a step."""
     training = cell.training
     assert training is not None
     return training.max_steps or max(1, round(training.epochs * -(-rows // cell.batch_size)))
@@ -268,7 +270,7 @@ def total_steps(cell: Cell, rows: int) -> int:
 def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArguments:
     training = cell.training
     assert training is not None
-    never = 10**9  # EvaluateAt says when; Trainer wants a period
+    never = 10**9  # Trainer needs a period, but EvaluateAt decides when
     return TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -292,7 +294,7 @@ def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArgu
         eval_steps=never,
         save_strategy="steps",
         save_steps=never,
-        save_total_limit=2,  # of one, Trainer removes the last at its end, where another is the best
+        save_total_limit=2,  # with 1, Trainer's end removes the last one if another is the best
         load_best_model_at_end=True,
         metric_for_best_model="score",
         greater_is_better=True,
@@ -307,27 +309,27 @@ def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArgu
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that was written to its end; those that were not are removed."""
-    whole = []
-    named = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    for found in sorted(named, key=lambda path: int(path.name.rpartition("-")[2])):
-        # Trainer writes its state last.
+    """The newest complete checkpoint in `folder`; incomplete ones are removed."""
+    complete = []
+    candidates = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    for checkpoint in sorted(candidates, key=lambda path: int(path.name.rpartition("-")[2])):
+        # Trainer writes its state last, so a checkpoint that has it is complete.
         try:
-            json.loads((found / STATE).read_text(encoding="utf-8"))
+            json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            shutil.rmtree(found)
+            shutil.rmtree(checkpoint)
         else:
-            whole.append(found)
-    return whole[-1] if whole else None
+            complete.append(checkpoint)
+    return complete[-1] if complete else None
 
 
 def tokens_of(inputs: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch that are not padding; of images: samples (their tokens are the backbone's business)."""
+    """Tokens of a batch that are not padding; for images the samples, because only the backbone knows their tokens."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return len(inputs["labels"])
     if "choice_mask" in inputs:
-        mask = mask * inputs["choice_mask"][..., None]  # a choice that stands in for none is padding
+        mask = mask * inputs["choice_mask"][..., None]  # a choice that only fills up counts as padding
     return int(mask.sum())
 
 
@@ -336,7 +338,7 @@ def _masked(logits: Tensor, choice_mask: Tensor) -> Tensor:
 
 
 def _length(row: Mapping[str, Any]) -> int:
-    """Tokens of an example; of one with choices, of its longest, to which they are padded."""
+    """Tokens of an example; with choices those of the longest choice, to which the others are padded."""
     ids = row["input_ids"]
     return max(map(len, ids)) if isinstance(ids, list) else len(ids)
 
@@ -353,6 +355,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _said_by_the_disk(error: Exception) -> bool:
-    signs = ("PytorchStreamWriter", "inline_container", "No space left")
-    return isinstance(error, SafetensorError) or any(sign in str(error) for sign in signs)
+def _is_disk_error(error: Exception) -> bool:
+    disk_messages = ("PytorchStreamWriter", "inline_container", "No space left")
+    return isinstance(error, SafetensorError) or any(text in str(error) for text in disk_messages)

@@ -1,1 +1,1 @@
-"""Budgets held against a run, and two runs held against each other."""
+"""Judging a run against its budgets, comparing two runs, and comparing predictions with measurements."""

@@ -1,4 +1,4 @@
-"""The budgets file: bounds on metrics of the cells that a glob names (docs/measuring.md 1)."""
+"""The budgets file (docs/measuring.md 1): each row bounds one metric of the cells whose labels match a glob."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from meftbench.units import parse_bytes
 
 SCHEMA = 1
 Missing = Literal["error", "warn", "ignore"]
-# Values that are no single number: there is nothing to hold a bound against.
+# Metrics whose value is not a single number, so that no bound applies to it.
 NOT_A_NUMBER = frozenset({"learning_curve", "peak_phase", "reconstruction_rel", "throttle_reasons"})
 
 
 @dataclass(frozen=True)
 class Increase:
-    """How much a value may grow: a share of the baseline, or an amount in the metric's unit."""
+    """How much a value may grow: by a share of the baseline, or by an amount in the metric's unit."""
 
     share: float = 0.0
     amount: float = 0.0
 
     def above(self, baseline: float) -> float:
-        """The largest value that is held."""
+        """The largest value within the bound, in the unit of `baseline`."""
         grown = baseline * (1 + self.share) if self.share else baseline
         return grown + self.amount
 
 
 def _amount(value: Any) -> Any:
-    """A number as it stands, or the bytes of "412MiB"."""
+    """The bytes of a text such as "412MiB"; any other value unchanged."""
     return parse_bytes(value) if isinstance(value, str) else value
 
 
@@ -89,9 +89,10 @@ class _Strict(BaseModel):
 
 
 class Default(_Strict):
-    """What rows take that do not say otherwise.
+    """Values for the rows that do not set these keys themselves.
 
-    tolerance: of counted and predicted values, which repeat exactly.  measured_tolerance: of measured ones.
+    tolerance: for counted and predicted values, which repeat exactly.  measured_tolerance: for measured values.
+    missing: whether a row that cannot be judged fails the check, is reported, or is ignored.
     """
 
     tolerance: Share = 0.0
@@ -100,14 +101,16 @@ class Default(_Strict):
 
 
 class Row(_Strict):
-    """One bound.
+    """One row of the budgets file: bounds on one metric of the cells that it matches.
 
-    match: glob on the label MODEL/METHOD/bBATCH/sLENGTH...; `*` and `?`, anything else stands for itself
-        (labels hold brackets).  when: values of the cell's fields, levers or method settings.
-    max, min, warn: in the metric's unit; bytes as 412MiB too.  warn is worth a word, not a failure.
-    baseline: the value to grow from, one for all cells or one a label; true: that of the baseline run.
-    environment: glob on the names of the environment (`environment_names`); elsewhere the row is not judged.
-    expires, reason: until then the row is waived, and the verdict says why.
+    match: glob on the label MODEL/METHOD/bBATCH/sLENGTH...; only `*` and `?` are special, since labels contain
+        brackets.  when: values that the cell's fields, memory optimisations (levers) or method settings must have.
+    max, min, warn: in the metric's unit; bytes also as text such as 412MiB.  A value above `warn` is reported and
+        does not fail the check.
+    baseline: the value that `max_increase` is added to: one for all cells, one for each label, or (true) the value
+        of the baseline run.
+    environment: glob on the names of the environment (`environment_names`); in any other the row is not judged.
+    expires, reason: up to this date a violation is waived, and the verdict gives the reason.
     """
 
     match: str = Field(min_length=1)
@@ -126,15 +129,15 @@ class Row(_Strict):
     reason: str | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Row:
+    def _check_combinations(self) -> Row:
         if self.max is None and self.min is None and self.max_increase is None and self.warn is None:
             raise ValueError("the row has no bound: give max, min, max_increase or warn")
         if (self.max_increase is None) != (self.baseline is None):
-            given = "max_increase" if self.baseline is None else "baseline"
-            raise FaultAtError("max_increase and baseline go together", given)
+            key = "max_increase" if self.baseline is None else "baseline"
+            raise FaultAtError("max_increase and baseline go together", key)
         if (self.expires is None) != (self.reason is None):
-            given = "expires" if self.reason is None else "reason"
-            raise FaultAtError("expires and reason go together: a waived row says until when and why", given)
+            key = "expires" if self.reason is None else "reason"
+            raise FaultAtError("expires and reason go together: a waived row says until when and why", key)
         if self.max is not None and self.warn is not None and self.warn > self.max:
             raise FaultAtError("warn is above max and would never be seen", "warn")
         return self
@@ -144,10 +147,10 @@ class Row(_Strict):
         return glob(self.match)
 
     def matches(self, outcome: Outcome) -> bool:
-        """Whether the row is about this cell, whatever became of it."""
+        """Whether the row applies to this cell, however the cell ended."""
         if not self._pattern.fullmatch(outcome.label) or not _fits_device(self.source, outcome.cell):
             return False
-        return all(_field(outcome.cell, name) == wanted for name, wanted in self.when.items())
+        return all(_field(outcome.cell, name) == expected for name, expected in self.when.items())
 
 
 class BudgetsFile(_Strict):
@@ -160,7 +163,7 @@ class BudgetsFile(_Strict):
 
 @dataclass(frozen=True)
 class Budgets:
-    """A checked budgets file: its rows in order, and where each stands."""
+    """A budgets file that was read and checked: its rows in order, and the line of each."""
 
     document: Document
     default: Default
@@ -171,18 +174,18 @@ class Budgets:
         return self.document.file
 
     def line(self, index: int) -> int:
-        """Line of the row, from 1."""
+        """The row's line in the file, counted from 1."""
         return self.document.lines.get(("budgets", index), 1)
 
     def tolerance(self, row: Row, source: str) -> float:
-        """Share by which a value may pass the row's bound."""
+        """The share of the bound by which a value from `source` may be beyond it."""
         if row.tolerance is not None:
             return row.tolerance
         return self.default.measured_tolerance if source == "measured" else self.default.tolerance
 
 
 def load_budgets(file: Path | str) -> Budgets:
-    """Read and check a budgets file. Raises UserError with file, line, key path and cure."""
+    """Read and check a budgets file. Raises UserError, with file, line and key path: the file is not valid."""
     document = read(Path(file))
     schema = document.content.get("schema")
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
@@ -221,13 +224,16 @@ _UNSET = object()
 
 
 def _field(cell: dict[str, Any], name: str) -> Any:
-    for place in (cell, cell.get("levers") or {}, cell.get("method_params") or {}):
-        if name in place:
-            return place[name]
+    for fields in (cell, cell.get("levers") or {}, cell.get("method_params") or {}):
+        if name in fields:
+            return fields[name]
     return _UNSET
 
 
 def _fits_device(source: str | None, cell: dict[str, Any]) -> bool:
-    """A counted row is not about a cell that ran on CUDA; measured is also what a clock says on CPU."""
+    """Whether a row on values from `source` applies to the cell's device; "counted" does not apply to CUDA.
+
+    "measured" applies to every device, since times are measured on the CPU too.
+    """
     device = str(cell.get("device", "counted"))
     return source in (None, "measured") or device.partition(":")[0] == source

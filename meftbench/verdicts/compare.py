@@ -1,4 +1,4 @@
-"""Two runs held against each other, cell by cell: what changed, and whether that is more than noise."""
+"""Compares two runs cell by cell: what changed, and whether the change is more than noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meftbench.verdicts.environment import differences
 
 Judgement = Literal["worse", "better", "changed", "noise", "same"]
 _ORDER: tuple[Judgement, ...] = ("worse", "better", "changed", "noise", "same")
-# They say under which conditions a cell ran, or how busy the host was; not what the method costs.
+# These metrics describe the conditions of a measurement or the load of the host, not what the method costs.
 _NOT_JUDGED = frozenset(
     {
         "device_shared",
@@ -30,13 +30,14 @@ _NOT_JUDGED = frozenset(
         "host_rss_peak_bytes",
     }
 )
-_CLOCKED = ("second", "token/second", "sample/second")
+# Units of metrics that are times or are computed from times.
+_TIME_UNITS = ("second", "token/second", "sample/second")
 _MEASURED_THRESHOLD = 0.01
 
 
 @dataclass(frozen=True)
 class Change:
-    """A metric of one cell in both runs; or its status, where that differs (metric "status", no numbers)."""
+    """One metric of one cell in both runs; or the cell's status where it differs (metric "status", no numbers)."""
 
     label: str
     cell_id: str
@@ -54,7 +55,7 @@ class Change:
 
     @property
     def share(self) -> float:
-        """The change as a share of before; inf where before is 0."""
+        """The change as a share of `before`; 0 where there is none, inf where `before` is 0."""
         if self.delta is None or not self.delta:
             return 0.0
         return self.delta / abs(self.before) if self.before else float("inf")
@@ -77,16 +78,17 @@ class Change:
             same = self.before == self.after or (math.isnan(self.before) and math.isnan(self.after))
             return f"{after} {self.source}, unchanged" if same else f"{before} -> {after} {self.source}"
         sign = "-" if self.delta < 0 else "+"
-        # Of a change by more than a hundred times the difference says enough.
+        # A percentage is left out where the change is a hundred times the earlier value or more.
         share = f", {self.share:+.2%}" if abs(self.share) < 100 else ""
         return f"{before} -> {after} {self.source} ({sign}{said(abs(self.delta), unit)}{share})"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: worst first.  only_first, only_second: labels of cells that one run alone has.
+    """What changed between two runs.
 
-    notes: what was left out, and why.
+    changes: worst first.  only_first, only_second: labels of the cells that only one run has.
+    cells: how many cells are in both runs.  notes: what was left out, or compared although conditions differ, and why.
     """
 
     changes: list[Change]
@@ -100,14 +102,14 @@ class Comparison:
         return any(change.judgement == "worse" for change in self.changes)
 
     def shown(self, only_changed: bool) -> list[Change]:
-        """All changes, or those that are neither noise nor nothing."""
+        """All changes; with `only_changed`, those that are judged neither "noise" nor "same"."""
         return [c for c in self.changes if not only_changed or c.judgement not in ("same", "noise")]
 
     def counts(self) -> dict[Judgement, int]:
         return {kind: sum(c.judgement == kind for c in self.changes) for kind in _ORDER}
 
     def summary(self) -> str:
-        """One line: how many numbers are worse, better, unchanged; which cells one run alone has."""
+        """One line: how many numbers got each judgement, and how many cells only one run has."""
         counted = ", ".join(f"{count} {kind}" for kind, count in self.counts().items() if count)
         alone = [
             f"{len(labels)} only in {which}"
@@ -129,17 +131,18 @@ def compare(
 ) -> Comparison:
     """What changed from `first` to `second`.
 
-    metrics: only these; empty: all that are numbers and in both.
-    threshold: share below which a change is `same`; default 0 for counted and predicted values, 1 % for measured.
-    Measured times count as changed only where the quartiles of the two do not overlap.
-    across: compare what was measured in different environments, and times on different numbers of CPU threads, as well;
-        notes say what differs. Without it those numbers are left out.
+    metrics: compare only these; empty: all that are single numbers and present in both runs.
+    threshold: changes up to this share of the first value are "same" (of measured values: "noise"); default 0 for
+        counted and predicted values, 1 % for measured ones.
+    Measured times count as changed only where the quartiles of the two runs do not overlap.
+    across: also compare values measured in different environments, and times taken with different numbers of CPU
+        threads or on shared cores; notes say what differs. Without it those numbers are left out.
 
     Raises UserError: exit 2 for an unknown metric; exit 4 where protocol, schema or (for measured values)
-    environment or CPU threads differ; exit 5 where no cell is in both.
+    conditions of measuring (`_obstacles`) differ; exit 5 where no cell, or no value of `metrics`, is in both.
     """
-    wanted = list(metrics)
-    for name in wanted:
+    chosen = list(metrics)
+    for name in chosen:
         if name not in METRICS or name in NOT_A_NUMBER:
             raise unknown("--metric", "metric", name, METRICS.keys() - NOT_A_NUMBER)
     left = {outcome.cell_id: outcome for outcome in outcomes(first)}
@@ -149,29 +152,29 @@ def compare(
     if not common:
         cure = "compare runs of suites that share cells; `meftbench show RUN` lists them"
         raise UserError(runs, "no cell is in both runs", cure, NOTHING_MATCHED)
-    _refuse_other_ways(first, second, [(left[cell_id], right[cell_id]) for cell_id in common])
+    _check_comparable(first, second, [(left[cell_id], right[cell_id]) for cell_id in common])
     changes: list[Change] = []
     left_out: Counter[str] = Counter()  # measured numbers, by what differs
-    unlike: dict[str, None] = {}
+    obstacles: dict[str, None] = {}
     for cell_id in common:
-        found, skipped = _changes(left[cell_id], right[cell_id], wanted, threshold, across)
-        changes += found
+        cell_changes, skipped = _changes(left[cell_id], right[cell_id], chosen, threshold, across)
+        changes += cell_changes
         left_out.update(skipped)
-        unlike |= dict.fromkeys(_unlike(left[cell_id], right[cell_id]))
+        obstacles |= dict.fromkeys(_obstacles(left[cell_id], right[cell_id]))
     notes = []
-    for what in unlike:
+    for what in obstacles:
         why = "; ".join(differences(first.environment, second.environment)[:5]) or "environment_id differs"
-        said_why = f"the environments differ ({why})" if what == ENVIRONMENT else what
+        reason = f"the environments differ ({why})" if what == ENVIRONMENT else what
         if across:
-            notes.append(f"compared although {said_why}")
-        elif left_out[what] and (wanted or not changes):
+            notes.append(f"compared although {reason}")
+        elif left_out[what] and (chosen or not changes):
             cure = "rerun one of them as the other was, compare counted metrics, or tell it to: --across"
             what = f"measured in different environments ({why})" if what == ENVIRONMENT else f"not comparable: {what}"
             raise UserError(runs, what, cure, NOT_COMPARABLE)
         elif left_out[what]:
-            notes.append(f"{left_out[what]} measured numbers are left out: {said_why}")
-    if wanted and not changes:
-        raise UserError(runs, f"no cell has {', '.join(wanted)} in both runs", "name other metrics", NOTHING_MATCHED)
+            notes.append(f"{left_out[what]} measured numbers are left out: {reason}")
+    if chosen and not changes:
+        raise UserError(runs, f"no cell has {', '.join(chosen)} in both runs", "name other metrics", NOTHING_MATCHED)
     return Comparison(
         changes=sorted(changes, key=lambda c: (_ORDER.index(c.judgement), not c.statuses, -abs(c.share))),
         only_first=[outcome.label for cell_id, outcome in left.items() if cell_id not in right],
@@ -182,12 +185,12 @@ def compare(
 
 
 def exit_code(comparison: Comparison, fail_on_regression: bool) -> int:
-    """1 where something is worse and that was asked to fail, else 0."""
+    """1 where something is worse and `fail_on_regression` is set, else 0."""
     return OVER_BUDGET if fail_on_regression and comparison.regressed else DONE
 
 
-def _refuse_other_ways(first: Run, second: Run, pairs: list[tuple[Outcome, Outcome]]) -> None:
-    """Raises UserError (exit 4) where the two were not measured in the same way."""
+def _check_comparable(first: Run, second: Run, pairs: list[tuple[Outcome, Outcome]]) -> None:
+    """Raises UserError (exit 4) where the records of a cell differ in schema or protocol."""
     runs = f"{first.path}, {second.path}"
     for left, right in pairs:
         schemas = left.records[-1].schema, right.records[-1].schema
@@ -204,50 +207,54 @@ def _refuse_other_ways(first: Run, second: Run, pairs: list[tuple[Outcome, Outco
 ENVIRONMENT = "environment"
 
 
-def _unlike(left: Outcome, right: Outcome) -> list[str]:
-    """Under which conditions the two were measured otherwise: the environment, the number of CPU threads, or cores that
-    other processes held."""
-    places = {record.environment_id for record in (*left.records, *right.records)}
-    found = [ENVIRONMENT] if len(places) > 1 else []
+def _obstacles(left: Outcome, right: Outcome) -> list[str]:
+    """What keeps measured values of the two from being compared: different environments, different numbers of CPU
+    threads, or cores that other processes used while times were measured."""
+    environments = {record.environment_id for record in (*left.records, *right.records)}
+    obstacles = [ENVIRONMENT] if len(environments) > 1 else []
     threads = [_threads(outcome) for outcome in (left, right)]
     if threads[0] != threads[1] and all(threads):
-        found.append(f"CPU threads differ ({threads[0]} | {threads[1]})")
+        obstacles.append(f"CPU threads differ ({threads[0]} | {threads[1]})")
     waited = [outcome.figure("cpu_wait_share") for outcome in (left, right)]
     if any(share is not None and share.value > SHARED_CORES for share in waited):
-        # One sentence for all cells: they are counted by it.
-        found.append(f"cores were shared while timing (threads waited more than {SHARED_CORES:.0%} of the time)")
-    return found
+        # The text is the same for every cell, since what is left out is counted by it.
+        obstacles.append(f"cores were shared while timing (threads waited more than {SHARED_CORES:.0%} of the time)")
+    return obstacles
 
 
 def _threads(outcome: Outcome) -> str:
-    """As the records say it; empty where an older record does not."""
+    """The numbers of CPU threads in a cell's records, as text; empty where older records lack them."""
     return ", ".join(sorted({str(record.cell["threads"]) for record in outcome.records if record.cell.get("threads")}))
 
 
 def _changes(
-    left: Outcome, right: Outcome, wanted: list[str], threshold: float | None, across: bool
+    left: Outcome, right: Outcome, chosen: list[str], threshold: float | None, across: bool
 ) -> tuple[list[Change], Counter[str]]:
-    """The changes of one cell, and how many measured numbers were left out for what."""
-    found: list[Change] = []
+    """The changes of one cell, and how many measured values each obstacle left out."""
+    changes: list[Change] = []
     if left.status != right.status:
-        worse: Judgement = "worse" if left.status == "ok" else ("better" if right.status == "ok" else "changed")
+        status_judgement: Judgement = (
+            "worse" if left.status == "ok" else ("better" if right.status == "ok" else "changed")
+        )
         statuses = (str(left.status), str(right.status))
-        found.append(Change(left.label, left.cell_id, "status", worse, statuses=statuses))
-    names = wanted or [name for name in METRICS if name not in NOT_A_NUMBER and name not in _NOT_JUDGED]
+        changes.append(Change(left.label, left.cell_id, "status", status_judgement, statuses=statuses))
+    names = chosen or [name for name in METRICS if name not in NOT_A_NUMBER and name not in _NOT_JUDGED]
     left_out: Counter[str] = Counter()
-    unlike = [] if across else _unlike(left, right)
+    obstacles = [] if across else _obstacles(left, right)
     for name in names:
         before, after = left.figure(name), right.figure(name)
         if before is None or after is None or before.source != after.source:
             continue
-        # A number of threads decides times; of other measured numbers only the environment does.
-        against = [what for what in unlike if what == ENVIRONMENT or METRICS[name].unit in _CLOCKED]
-        if after.source == "measured" and against:
-            left_out[against[0]] += 1
+        # Threads and shared cores affect times only; the environment affects every measured value.
+        applicable = [
+            obstacle for obstacle in obstacles if obstacle == ENVIRONMENT or METRICS[name].unit in _TIME_UNITS
+        ]
+        if after.source == "measured" and applicable:
+            left_out[applicable[0]] += 1
             continue
         judgement = _judge(name, left, right, before, after, threshold)
-        found.append(Change(left.label, left.cell_id, name, judgement, after.source, before.value, after.value))
-    return found, left_out
+        changes.append(Change(left.label, left.cell_id, name, judgement, after.source, before.value, after.value))
+    return changes, left_out
 
 
 def _judge(
@@ -256,10 +263,10 @@ def _judge(
     if before.value == after.value or (before.value != before.value and after.value != after.value):
         return "same"
     measured = after.source == "measured"
-    bar = threshold if threshold is not None else (_MEASURED_THRESHOLD if measured else 0.0)
-    if abs(after.value - before.value) <= bar * abs(before.value):
+    tolerance = threshold if threshold is not None else (_MEASURED_THRESHOLD if measured else 0.0)
+    if abs(after.value - before.value) <= tolerance * abs(before.value):
         return "noise" if measured else "same"
-    if measured and METRICS[name].unit in _CLOCKED and _overlap(name, left, right):
+    if measured and METRICS[name].unit in _TIME_UNITS and _within_noise(name, left, right):
         return "noise"
     better = METRICS[name].better
     if better == "neither":
@@ -270,15 +277,19 @@ def _judge(
     return "better" if (after.value > before.value) == (better == "higher") else "worse"
 
 
-def _overlap(name: str, left: Outcome, right: Outcome) -> bool:
-    """Whether the quartiles overlap. A speed without its own (tokens/s) is as sure as the step time it comes from."""
-    spans = [_span(left.figure(which), right.figure(which)) for which in (name, "step_time_s")]
-    known = next((span for span in spans if span is not None), None)
-    # Without quartiles on both sides nobody knows the noise: not a regression.
-    return known is None or known
+def _within_noise(name: str, left: Outcome, right: Outcome) -> bool:
+    """Whether the quartiles of the two runs overlap, or are unknown.
+
+    A speed (tokens/s) without quartiles of its own takes those of the step time that it is computed from.
+    """
+    overlaps = [_quartiles_overlap(left.figure(which), right.figure(which)) for which in (name, "step_time_s")]
+    first_known = next((overlap for overlap in overlaps if overlap is not None), None)
+    # Without quartiles on both sides the noise is unknown, so that a change is not reported as a regression.
+    return first_known is None or first_known
 
 
-def _span(before: Figure | None, after: Figure | None) -> bool | None:
+def _quartiles_overlap(before: Figure | None, after: Figure | None) -> bool | None:
+    """Whether the quartiles overlap; None where one side has none."""
     if before is None or after is None:
         return None
     if before.low is None or before.high is None or after.low is None or after.high is None:

@@ -1,4 +1,4 @@
-"""Where a run was made, from its environment.json, and in what two of them differ."""
+"""Where a run was made, according to its environment.json, and how two environments differ."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from meftbench.records.store import Run
 
 
 def environment_names(run: Run) -> list[str]:
-    """What a row's `environment` may match: the ids of the records, then GPU and GPU-cuVERSION (`h200`, `h200-cu130`).
+    """The names of the run's environment, one of which the `environment` of a budgets row has to match.
 
-    Without a GPU: `cpu`.
+    First the environment ids of the records, then those of the GPU, such as `h200` and `h200-cu130`; `cpu` without one.
     """
     names = sorted({record.environment_id for record in run.records})
     gpu = gpu_name(run.environment)
@@ -34,7 +34,7 @@ def gpu_name(environment: dict[str, Any]) -> str | None:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """The machine in words: its GPU if it has one, processor, cores."""
+    """The machine as text: its GPU if it has one, processor and cores."""
     host = _mapping(environment, "host")
     cores = f"{host['cores']} cores" if host.get("cores") else ""
     parts = [gpu_name(environment), host.get("cpu") or host.get("machine"), cores]
@@ -42,20 +42,20 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def machines(run: Run) -> str:
-    """The machine that a run began on; where it was taken up on others, how many of its records are from each."""
-    began = machine(run.environment)
-    others: Counter[str] = Counter()
+    """The machine that a run began on; where it was resumed on others, also how many of its records are from each."""
+    first_machine = machine(run.environment)
+    counts: Counter[str] = Counter()
     for environment_id, count in Counter(record.environment_id for record in run.records).items():
-        file = run.path / f"environment-{environment_id}.json"  # written where a run is taken up (runner/folder.py)
+        file = run.path / f"environment-{environment_id}.json"  # written where a run is resumed (runner/folder.py)
         if file.is_file():
-            others[machine(json.loads(file.read_text(encoding="utf-8")))] += count
-    del others[began]  # the same machine with other software
-    parts = [f"{count} of {len(run.records)} records: {name}" for name, count in others.items()]
-    return f"{began} ({'; '.join(parts)})" if parts else began
+            counts[machine(json.loads(file.read_text(encoding="utf-8")))] += count
+    del counts[first_machine]  # leaves out the same machine with other software
+    parts = [f"{count} of {len(run.records)} records: {name}" for name, count in counts.items()]
+    return f"{first_machine} ({'; '.join(parts)})" if parts else first_machine
 
 
 def checkout(environment: dict[str, Any]) -> str:
-    """The commit that ran, and whether it was changed: "0123abcd (dirty)"; why it is not known where it is not."""
+    """The commit that ran, marked as dirty if the checkout had changes; or why the commit is not known."""
     git = _mapping(_mapping(environment, "meftbench"), "git")
     if not git.get("sha"):
         return str(git.get("absent") or "unknown commit")
@@ -63,15 +63,15 @@ def checkout(environment: dict[str, Any]) -> str:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """`packages.torch: 2.12 | 2.13` for each fact in which two mappings differ.
+    """A text such as `packages.torch: 2.12 | 2.13` for each key in which two mappings differ.
 
-    Of environments only what makes numbers comparable (`comparable`) is looked at.
+    Of two environments only `comparable` is looked at: the facts that make their numbers comparable.
     """
     if "comparable" in first and "comparable" in second:
         first, second = first["comparable"], second["comparable"]
     left, right = dict(_flat(first)), dict(_flat(second))
-    named = [key for key in {**left, **right} if left.get(key) != right.get(key)]
-    return [f"{key}: {left.get(key, 'absent')} | {right.get(key, 'absent')}" for key in named]
+    keys = [key for key in {**left, **right} if left.get(key) != right.get(key)]
+    return [f"{key}: {left.get(key, 'absent')} | {right.get(key, 'absent')}" for key in keys]
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -83,6 +83,6 @@ def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
-    # A run of another version may lack it; a report without a fact is better than none.
-    found = content.get(key)
-    return found if isinstance(found, dict) else {}
+    # A run of another version may lack the key; its report is then written without this fact.
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}

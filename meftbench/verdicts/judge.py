@@ -1,4 +1,4 @@
-"""Budgets held against a run. Nothing is held in silence: a row without a cell or a number is a verdict too."""
+"""Judges a run against its budgets. A row that matches no cell, or finds no value, gets a verdict too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meftbench.verdicts.budgets import Budgets, Missing, Row, glob
 from meftbench.verdicts.environment import environment_names
 
 State = Literal["over", "oom", "failed", "elsewhere", "unmatched", "missing", "warned", "waived", "held"]
-# Worst first: what a reader has to see on top, and what decides the exit code.
+# States with the exit codes that they lead to, worst first: the order in which verdicts are shown.
 STATES: dict[State, int] = {
     "over": OVER_BUDGET,
     "oom": OVER_BUDGET,
@@ -29,17 +29,19 @@ STATES: dict[State, int] = {
     "waived": DONE,
     "held": DONE,
 }
-_POLICED = ("elsewhere", "unmatched", "missing")
+# States that fail the check or not as the `missing` policy (error, warn, ignore) says.
+_BY_POLICY = ("elsewhere", "unmatched", "missing")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row of the budgets held against one cell (or against none: `unmatched`).
+    """The judgement of one row of the budgets on one cell (or, where it is `unmatched`, on none).
 
-    value, bound: in the metric's unit; None where there is none.
+    value, bound: in the metric's unit; None where there is no value or no bound.
     limit: which bound: "max", "min", "warn" or "max_increase".
     message: what is wrong, without place and label; "" where held.
-    missing: the policy on what is absent, for the states elsewhere, unmatched and missing.
+    missing: the policy for the states elsewhere, unmatched and missing.
+    wall_s: seconds that the cell took, all repeats together.
     """
 
     file: Path
@@ -62,14 +64,14 @@ class Verdict:
 
     @property
     def headroom(self) -> float | None:
-        """What is left to the bound, in the metric's unit; negative: over by that much."""
+        """The distance from the value to the bound, in the metric's unit; negative where the bound is violated."""
         if self.value is None or self.bound is None:
             return None
         return self.value - self.bound if self.limit == "min" else self.bound - self.value
 
     @property
     def excess(self) -> float:
-        """How far over, as a share of the bound: what "worst" means among violations."""
+        """The size of a violation as a share of the bound, by which verdicts are ordered; inf where it is unknown."""
         if self.headroom is None or self.headroom != self.headroom:
             return float("inf")
         return -self.headroom / abs(self.bound) if self.bound else (float("inf") if self.headroom < 0 else 0.0)
@@ -77,11 +79,12 @@ class Verdict:
     @property
     def fails(self) -> bool:
         """Whether the verdict makes the check fail."""
-        return STATES[self.state] != DONE and (self.state not in _POLICED or self.missing == "error")
+        return STATES[self.state] != DONE and (self.state not in _BY_POLICY or self.missing == "error")
 
     @property
     def silent(self) -> bool:
-        return self.state == "held" or (self.state in _POLICED and self.missing == "ignore")
+        """Whether a report may leave the verdict out."""
+        return self.state == "held" or (self.state in _BY_POLICY and self.missing == "ignore")
 
     def text(self) -> str:
         """`file:line: label: metric value (source) is over max ...`; one line, whatever the label holds."""
@@ -96,10 +99,12 @@ def judge(
     missing: Missing | None = None,
     today: datetime.date | None = None,
 ) -> list[Verdict]:
-    """Every row against every cell it is about, worst first. Of rows on the same metric and source, the last wins.
+    """Judge each row on each cell that it matches, and return the verdicts, worst first.
 
-    baseline: the run that rows with `baseline: true` grow from.  missing: overrides the file's policy.
-    today: for waived rows; default the current UTC date.
+    Where several rows match a cell with the same metric and source, only the last one is judged.
+
+    baseline: the run whose values rows with `baseline: true` start from.  missing: overrides the file's policy.
+    today: decides whether waivers have expired; default: the current date in UTC.
     """
     day = today or datetime.datetime.now(datetime.UTC).date()
     cells = outcomes(run)
@@ -114,13 +119,13 @@ def judge(
 
 
 def winners(cells: Iterable[Outcome], budgets: Budgets) -> list[tuple[Outcome, int]]:
-    """Each cell with the rows that judge it: of those on the same metric and source, the last."""
+    """Pairs of a cell and the index of a row that judges it: of rows on the same metric and source, the last."""
     chosen: dict[tuple[str, str, str | None], tuple[Outcome, int]] = {}
     for outcome in cells:
         for index, row in enumerate(budgets.rows):
             if row.matches(outcome):
                 figure = outcome.figure(row.metric)
-                # A row that names no source is about the one the cell has.
+                # A row that names no source takes the source of the cell's value.
                 source = row.source or (figure.source if figure else None)
                 chosen[outcome.cell_id, row.metric, source] = (outcome, index)
     return list(chosen.values())
@@ -129,18 +134,18 @@ def winners(cells: Iterable[Outcome], budgets: Budgets) -> list[tuple[Outcome, i
 def exit_code(verdicts: list[Verdict]) -> int:
     """0 held · 1 over budget · 3 a bounded cell failed · 4 another environment · 5 a row or number is missing.
 
-    The lowest of those that apply: what is certain before what is unknown. Nothing judged at all is 5.
+    The lowest of those that apply, so that what is certain comes before what is unknown; 5 where nothing was judged.
     """
     codes = [STATES[verdict.state] for verdict in verdicts if verdict.fails]
     if codes:
         return min(codes)
-    judged = any(verdict.state not in _POLICED for verdict in verdicts)
+    judged = any(verdict.state not in _BY_POLICY for verdict in verdicts)
     return DONE if judged else NOTHING_MATCHED
 
 
 @dataclass(frozen=True)
 class _Case:
-    """What is needed to hold one row against one cell."""
+    """What is needed to judge row number `index` on a cell. before: cells of the baseline run, by cell_id."""
 
     run: Run
     budgets: Budgets
@@ -154,6 +159,7 @@ class _Case:
         return self.budgets.rows[self.index]
 
     def of(self, outcome: Outcome) -> Verdict:
+        """The verdict of the row on this cell."""
         row, worst = self.row, outcome.worst
         if outcome.status in ("error", "timeout"):
             return self._verdict(outcome, "failed", message=f"not measured: the cell ended in {_ended(outcome)}")
@@ -171,11 +177,11 @@ class _Case:
             here = ", ".join(environment_names(self.run)) or "unknown"
             message = f"not comparable: the row is for environment {row.environment}, the run is from {here}"
             return self._verdict(outcome, "elsewhere", figure, message=message)
-        return self._held_against(outcome, figure)
+        return self._against_bounds(outcome, figure)
 
-    def _held_against(self, outcome: Outcome, figure: Figure) -> Verdict:
+    def _against_bounds(self, outcome: Outcome, figure: Figure) -> Verdict:
         row, tolerance = self.row, self.budgets.tolerance(self.row, figure.source)
-        bounds: list[tuple[str, float, float]] = []  # which, as written, as held
+        bounds: list[tuple[str, float, float]] = []  # name, as written, with tolerance
         if row.max is not None:
             bounds.append(("max", row.max, _beyond(row.max, tolerance)))
         if row.min is not None:
@@ -187,11 +193,11 @@ class _Case:
                 return self._verdict(outcome, "missing", figure, message=f"not judged: no baseline for it; {cure}")
             limit = row.max_increase.above(start)
             bounds.append(("max_increase", limit, limit))
-        for which, written, limit in bounds:
-            if not _within(figure.value, which, limit):
-                direction = "under" if which == "min" else "over"
-                message = _sentence(direction, figure, which, written, METRICS[row.metric].unit)
-                return self._waived(self._verdict(outcome, "over", figure, written, which, message))
+        for name, written, limit in bounds:
+            if not _within(figure.value, name, limit):
+                direction = "under" if name == "min" else "over"
+                message = _sentence(direction, figure, name, written, METRICS[row.metric].unit)
+                return self._waived(self._verdict(outcome, "over", figure, written, name, message))
         if row.warn is not None and not _within(figure.value, "max", row.warn):
             message = _sentence("over", figure, "warn", row.warn, METRICS[row.metric].unit)
             return self._verdict(outcome, "warned", figure, row.warn, "warn", message)
@@ -201,14 +207,16 @@ class _Case:
         return self._verdict(outcome, "held", figure, tightest[1], tightest[0])
 
     def _baseline(self, outcome: Outcome) -> float | None:
-        given = self.row.baseline
-        if given is True:
+        """The value that `max_increase` is added to; None where there is none for this cell."""
+        baseline = self.row.baseline
+        if baseline is True:
             before = self.before.get(outcome.cell_id)
             figure = before.figure(self.row.metric) if before else None
             return figure.value if figure else None
-        return given.get(outcome.label) if isinstance(given, dict) else given
+        return baseline.get(outcome.label) if isinstance(baseline, dict) else baseline
 
     def _waived(self, verdict: Verdict) -> Verdict:
+        """The verdict with the state "waived", if the row has a waiver that has not expired."""
         expires = self.row.expires
         if expires is None:
             return verdict
@@ -259,18 +267,18 @@ def _within(value: float, which: str, limit: float) -> bool:
 
 def _sentence(direction: str, figure: Figure, which: str, bound: float, unit: str) -> str:
     value, limit = said_apart(figure.value, bound, unit)
-    off = abs(figure.value - bound)
-    # Many times the bound is no longer told in percent.
-    share = f" ({off / abs(bound):.2%})" if bound and off < 10 * abs(bound) else ""
-    amount = "" if off != off or off == float("inf") else f"; {direction} by {said(off, unit)}{share}"
+    gap = abs(figure.value - bound)
+    # The percentage is left out from ten times the bound on.
+    share = f" ({gap / abs(bound):.2%})" if bound and gap < 10 * abs(bound) else ""
+    amount = "" if gap != gap or gap == float("inf") else f"; {direction} by {said(gap, unit)}{share}"
     return f"{value} ({figure.source}) is {direction} {which} {limit}{amount}"
 
 
 def _ended(outcome: Outcome) -> str:
     detail = outcome.worst.status_detail
-    asked = detail.get("requested_bytes")
-    if outcome.status == "oom" and isinstance(asked, int):
-        return f"oom (asked for {format_bytes(asked)})"
+    requested = detail.get("requested_bytes")
+    if outcome.status == "oom" and isinstance(requested, int):
+        return f"oom (asked for {format_bytes(requested)})"
     why = detail.get("message") or detail.get("type")
     return f"{outcome.status} ({str(why).splitlines()[0]})" if why else outcome.status
 
@@ -283,7 +291,7 @@ def _why_absent(outcome: Outcome, row: Row, figure: Figure | None) -> str:
 
 
 def _unmatched(budgets: Budgets, index: int, row: Row, missing: Missing | None) -> Verdict:
-    asked = "".join(f", {name}={value}" for name, value in row.when.items()) + (f", {row.source}" if row.source else "")
+    terms = "".join(f", {name}={value}" for name, value in row.when.items()) + (f", {row.source}" if row.source else "")
     return Verdict(
         file=budgets.file,
         line=budgets.line(index),
@@ -291,6 +299,6 @@ def _unmatched(budgets: Budgets, index: int, row: Row, missing: Missing | None) 
         state="unmatched",
         label=row.match,
         source=row.source,
-        message=f"matches no cell of the run (match {row.match!r}{asked})",
+        message=f"matches no cell of the run (match {row.match!r}{terms})",
         missing=missing or row.missing or budgets.default.missing,
     )

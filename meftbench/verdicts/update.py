@@ -1,4 +1,4 @@
-"""`check --update`: the bounds of a budgets file set to a run's numbers, the rest of the file left as it is."""
+"""`check --update`: sets each `max` of a budgets file to a run's values and leaves the rest of the file as it is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from meftbench.verdicts.judge import winners
 class Update:
     """A budgets file with new bounds, not yet written.
 
-    kept: rows with a `max` that stay as they are, and why: `file:line: reason`.
+    kept: for each row whose `max` could not be updated, the text `file:line: kept: reason`.
     """
 
     file: Path
@@ -36,18 +36,18 @@ class Update:
         return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
     def write(self) -> None:
-        """Replace the file, whole or not at all. Raises UserError where it cannot be written."""
+        """Replace the file, in full or not at all. Raises UserError where it cannot be written."""
         if self.after != self.before:
             # Behind a symbolic link the file is replaced, not the link.
             write_whole(self.file.resolve(), self.after)
 
 
 def updated(run: Run, budgets: Budgets) -> Update:
-    """Set each `max` to the largest value of the cells that its row judges; comments and everything else stay.
+    """Set each `max` to the largest value of the cells that its row judges. Comments and all else stay as they are.
 
     A row stays as it is where a cell it judges did not end ok, lacks the metric, or where the row is waived.
     """
-    # newline="": line ends are kept as they are, and offsets count them.
+    # newline="" keeps the line ends as they are, so that they are counted in offsets.
     with budgets.file.open(encoding="utf-8", newline="") as stream:
         before = stream.read()
     spans = _spans(before)
@@ -67,7 +67,7 @@ def updated(run: Run, budgets: Budgets) -> Update:
         if value is None or span is None:
             kept.append(f"{budgets.file}:{budgets.line(index)}: kept: {why}")
         elif value != row.max:
-            edits.append((*span, _written(value, METRICS[row.metric].unit)))
+            edits.append((*span, _yaml_number(value, METRICS[row.metric].unit)))
     after = before
     for start, end, text in sorted(edits, reverse=True):
         after = after[:start] + text + after[end:]
@@ -75,6 +75,7 @@ def updated(run: Run, budgets: Budgets) -> Update:
 
 
 def _largest(row: Row, cells: list[Outcome]) -> tuple[int | float | None, str]:
+    """The largest value of `cells`, the new `max`; or None, and why the row has to stay as it is."""
     if row.expires is not None:
         return None, f"it is waived until {row.expires} ({row.reason})"
     if not cells:
@@ -93,17 +94,17 @@ def _largest(row: Row, cells: list[Outcome]) -> tuple[int | float | None, str]:
     return largest, ""
 
 
-def _written(value: int | float, unit: str) -> str:
-    """A number as YAML 1.1 reads it back exactly: whole MiB by name, bytes in full, floats with a point."""
+def _yaml_number(value: int | float, unit: str) -> str:
+    """A number as text that YAML reads back exactly: whole MiB with their unit, floats with a point."""
     if isinstance(value, int):
         return f"{value // MiB}MiB" if unit == "byte" and value and value % MiB == 0 else str(value)
     digits, e, exponent = repr(value).partition("e")
-    # PyYAML reads 1e-05 as text; 1.0e-05 is a number.
+    # PyYAML reads 1e-05 as text, and 1.0e-05 as a number.
     return f"{digits if '.' in digits else digits + '.0'}{e}{exponent}"
 
 
 def _spans(text: str) -> dict[KeyPath, tuple[int, int]]:
-    """Where the value of each key stands in the text, as offsets of characters."""
+    """The start and end of each scalar value in the text, in characters, by the path of its key."""
     spans: dict[KeyPath, tuple[int, int]] = {}
 
     def walk(node: yaml.Node, path: KeyPath) -> None:
@@ -116,7 +117,7 @@ def _spans(text: str) -> dict[KeyPath, tuple[int, int]]:
             for index, value in enumerate(node.value):
                 walk(value, (*path, index))
 
-    # The loader in Python: its marks carry offsets.
+    # The loader written in Python, since its marks have offsets in characters.
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None:
         walk(root, ())

@@ -1,4 +1,4 @@
-"""Predictions held against what a GPU measured: how far off they are, and for which kind of cell."""
+"""Compares predicted memory with what a GPU measured: how large the errors are, and for which kind of cell."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ AXES = ("method", "precision", "attention")
 
 @dataclass(frozen=True)
 class Error:
-    """One number of one cell: what was measured, what was predicted.
+    """One metric of one cell, as measured and as predicted, in bytes.
 
-    attention: the kernel that ran, where the record says so; what was asked for otherwise.
+    attention: the implementation that was used, where the record has it; otherwise the requested one.
     """
 
     label: str
@@ -43,13 +43,16 @@ class Error:
 
     @property
     def share(self) -> float:
-        """Predicted above measured, as a share of measured; negative where too little was predicted."""
+        """The error as a share of the measured value; negative where the prediction is too low."""
         return self.predicted / self.measured - 1
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Errors of a group. axis: one of AXES, or `all`.  median, worst: without the sign.  signed: the median with it."""
+    """The relative errors of a group of cells. axis: what the cells have in common, one of AXES, or `all`.
+
+    median, worst: of the absolute values.  signed: the median of the errors with their signs.
+    """
 
     metric: str
     axis: str
@@ -62,7 +65,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Validation:
-    """What holding a run against predictions gave. missing: a line for each cell without a prediction, and why."""
+    """The errors of the predictions for a run. missing: a line for each cell without a prediction, with the reason."""
 
     profile: str
     errors: list[Error]
@@ -71,27 +74,30 @@ class Validation:
 
 def measured_records(run: Run) -> list[Record]:
     """The finished cells of `run` in which a GPU measured memory. Raises UserError (exit 5): there are none."""
-    found = [record for record in run.records if record.status == "ok" and any(_measured(record, m) for m in METRICS)]
-    if not found:
+    records = [record for record in run.records if record.status == "ok" and any(_measured(record, m) for m in METRICS)]
+    if not records:
         what = f"has no cell with measured {', '.join(METRICS)}"
         raise UserError(str(run.path), what, "name a run taken with --device cuda", NOTHING_MATCHED)
-    return found
+    return records
 
 
 def protocol_for(run: Run) -> Protocol:
-    """How to predict what `run` measured: one step, and of the run's protocol what changes memory (allocator, memory
-    limit, padding). Raises UserError: its protocol is damaged."""
-    given = run.suite.get("protocol") or {}
-    kept = {name: given[name] for name in ("allocator", "memory_limit", "padding") if name in given}
+    """The protocol for predicting what `run` measured: one step, with those settings of the run's protocol that change
+    memory (allocator, memory limit, padding). Raises UserError: the run's protocol is damaged."""
+    recorded = run.suite.get("protocol") or {}
+    settings = {name: recorded[name] for name in ("allocator", "memory_limit", "padding") if name in recorded}
     try:
-        return Protocol(**kept, warmup=1, steps=1, repeats=1, passes=("memory",), on_oom="record")
+        return Protocol(**settings, warmup=1, steps=1, repeats=1, passes=("memory",), on_oom="record")
     except ValidationError as error:
         what = f"has a damaged protocol ({error.errors()[0]['msg']})"
         raise UserError(str(run.path), what, "run the suite again") from None
 
 
 def profile_of(run: Run) -> Profile:
-    """The shipped profile of the device that `run` was taken on. Raises UserError: it names none, or one without."""
+    """The shipped profile of the device that `run` was measured on.
+
+    Raises UserError: the run names no device, several, or one without a profile.
+    """
     devices = run.environment.get("gpus", {}).get("devices") or []
     names = {str(device.get("name")) for device in devices}
     if len(names) != 1:
@@ -108,9 +114,9 @@ def profile_of(run: Run) -> Profile:
 def predicted_cell(record: Record, profile: str) -> Cell:
     """The cell of `record` on the device of `profile`. Raises UserError: there is no such profile."""
     find_profile(profile, "--profile")
-    said = {name: value for name, value in record.cell.items() if name in Cell.model_fields}
-    said |= {"model_config_overrides": record.cell.get("model_config") or {}, "device": f"predicted:{profile}"}
-    return Cell.model_validate(said)
+    fields = {name: value for name, value in record.cell.items() if name in Cell.model_fields}
+    fields |= {"model_config_overrides": record.cell.get("model_config") or {}, "device": f"predicted:{profile}"}
+    return Cell.model_validate(fields)
 
 
 def validate(
@@ -120,58 +126,67 @@ def validate(
     most: int | None = None,
     allow_code: bool = False,
 ) -> Validation:
-    """Predicts the cells that `run` measured, one after the other in processes of their own, and holds them against it.
+    """Predict the cells that `run` measured, one after the other in separate processes, and compare.
 
     allow_code: whether functions of the user's own that make models and batches may be imported.
-    most: cells, evenly spread over the run; None: all.  tell: is given a line of progress.
+    most: predict at most so many cells, evenly spread over the run; None: all.  tell: called with lines of progress.
     Raises UserError: nothing was measured (exit 5), or the run's protocol is damaged.
     """
     from meftbench.runner import run_suite
 
     measured = measured_records(run)
-    again = {record.cell_id: predicted_cell(record, profile) for record in measured}
-    kept = list(again)[:: max(1, -(-len(again) // most))] if most else list(again)
-    measured = [record for record in measured if record.cell_id in kept]
-    tell(f"predicting {len(kept)} cell{'s' * (len(kept) != 1)} on {profile}")
+    cells = {record.cell_id: predicted_cell(record, profile) for record in measured}
+    chosen = list(cells)[:: max(1, -(-len(cells) // most))] if most else list(cells)
+    measured = [record for record in measured if record.cell_id in chosen]
+    tell(f"predicting {len(chosen)} cell{'s' * (len(chosen) != 1)} on {profile}")
     with tempfile.TemporaryDirectory() as folder:
-        suite = Suite("validate", "", protocol_for(run), tuple(again[cell_id] for cell_id in kept), None)
+        suite = Suite("validate", "", protocol_for(run), tuple(cells[cell_id] for cell_id in chosen), None)
         suite = replace(suite, allow_code=allow_code)
         predicted = {record.cell_id: record for record in run_suite(suite, Path(folder) / "run").records}
     return Validation(profile, errors(measured, predicted, profile), without(measured, predicted, profile))
 
 
 def errors(measured: Iterable[Record], predicted: Mapping[str, Record], profile: str) -> list[Error]:
-    """Every number that both have, one a cell: of several repeats the median. predicted: by cell_id, on `profile`."""
-    found = []
+    """The error of each metric that a cell has both measured (the median of its repeats) and predicted.
+
+    predicted: records of the cells on `profile`, by cell_id.
+    """
+    result = []
     for outcome in collect(measured):
         record = outcome.records[-1]
-        other = predicted.get(predicted_cell(record, profile).cell_id)
+        prediction = predicted.get(predicted_cell(record, profile).cell_id)
         for metric in METRICS:
-            taken = [value for one in outcome.records if (value := _measured(one, metric))]
-            after = other.value(metric) if other else None
-            if taken and isinstance(after, int):
+            values = [value for repeat in outcome.records if (value := _measured(repeat, metric))]
+            predicted_value = prediction.value(metric) if prediction else None
+            if values and isinstance(predicted_value, int):
                 attention = str(record.cell.get("attention_used") or record.cell["attention_requested"])
                 precision = str(record.cell["precision"])
-                before = round(median(taken))
-                found.append(Error(record.label, record.method_label, precision, attention, metric, before, after))
-    return found
+                measured_value = round(median(values))
+                result.append(
+                    Error(
+                        record.label, record.method_label, precision, attention, metric, measured_value, predicted_value
+                    )
+                )
+    return result
 
 
 def without(measured: Iterable[Record], predicted: Mapping[str, Record], profile: str) -> list[str]:
-    """A line for each cell that has no prediction: how predicting it ended, and why."""
+    """A line for each cell that has no prediction: the status that its prediction ended with, and the reason."""
     lines = {}
     for record in measured:
-        other = predicted[predicted_cell(record, profile).cell_id]
-        if other.status != "ok":
-            lines[record.label] = f"{record.label}: {other.status}: {other.status_detail.get('message', 'no reason')}"
+        prediction = predicted[predicted_cell(record, profile).cell_id]
+        if prediction.status != "ok":
+            lines[record.label] = (
+                f"{record.label}: {prediction.status}: {prediction.status_detail.get('message', 'no reason')}"
+            )
     return list(lines.values())
 
 
-def spreads(found: list[Error]) -> list[Spread]:
-    """Of each metric: all errors, then by each axis in the order in which names come."""
+def spreads(all_errors: list[Error]) -> list[Spread]:
+    """For each metric: the spread of all errors, then of each group along each axis, in order of appearance."""
     result = []
     for metric in METRICS:
-        of_metric = [error for error in found if error.metric == metric]
+        of_metric = [error for error in all_errors if error.metric == metric]
         if of_metric:
             result.append(_spread(metric, "all", "all", of_metric))
         for axis in AXES:
@@ -191,19 +206,19 @@ def as_json(validation: Validation) -> dict[str, Any]:
 
 
 def save(run: Run, validation: Validation) -> Path:
-    """Write FILE into the run's folder. Raises UserError where that cannot be."""
+    """Write FILE into the run's folder. Raises UserError where it cannot be written."""
     file = run.path / FILE
     write_whole(file, json.dumps(as_json(validation), indent=1, ensure_ascii=False) + "\n")
     return file
 
 
 def saved(run: Run) -> Validation | None:
-    """What `save` wrote; None where nothing did. Raises UserError: the file is damaged."""
+    """What `save` wrote; None where there is no such file. Raises UserError: the file is damaged."""
     file = run.path / FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        known = Error.__dataclass_fields__
-        rows = [Error(**{key: value for key, value in row.items() if key in known}) for row in content["errors"]]
+        fields = Error.__dataclass_fields__
+        rows = [Error(**{key: value for key, value in row.items() if key in fields}) for row in content["errors"]]
         return Validation(str(content["profile"]), rows, [str(line) for line in content["not_predicted"]])
     except FileNotFoundError:
         return None
@@ -212,8 +227,8 @@ def saved(run: Run) -> Validation | None:
 
 
 def unverified(run: Run) -> list[str]:
-    """The devices that predictions of `run` are for and that nobody has held against one, as their profiles name them;
-    a profile that is not there any more counts as unverified."""
+    """Names of the profiles that `run` predicts for and that no measurement has verified; a profile that no longer
+    exists counts as unverified."""
     devices = {str(record.cell.get("device")) for record in run.records}
     names = sorted(name.removeprefix(PREDICTED) for name in devices if name.startswith(PREDICTED))
     return [name for name in names if not (name in PROFILES and PROFILES[name].verified)]
@@ -226,5 +241,5 @@ def _spread(metric: str, axis: str, name: str, group: list[Error]) -> Spread:
 
 
 def _measured(record: Record, metric: str) -> int | None:
-    found = record.metrics.get(metric)
-    return found.value if found and found.source == "measured" and isinstance(found.value, int) else None
+    entry = record.metrics.get(metric)
+    return entry.value if entry and entry.source == "measured" and isinstance(entry.value, int) else None

@@ -1,4 +1,5 @@
-"""Every backbone: its layers split into sublayers, MEFT's gradients are right, its reversal exact, its start untouched."""
+"""Every backbone: its layers split into sublayers, MEFT's gradients are right, its reversal exact, its start
+untouched."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Memory optimisations that compose with any method by `+`, a file each; `base.py` says what one is."""
+"""Memory optimisations (levers) that are added to any method by `+`, one in each file; base.py has their interface."""

@@ -1,7 +1,7 @@
-"""What a lever is: a memory optimisation that composes with any method by `+`.
+"""The interface of a lever: a memory optimisation that is added to any method by `+`.
 
-A lever changes how activations are held, never what is computed. It is an object of the model that it is applied to:
-it puts itself in, can be switched off for the reference run, and says whether it did anything in a step.
+A lever changes how activations are held, never what is computed. Each model has lever objects of its own. A lever puts
+itself into the model, can be switched off for the reference run, and says whether it had an effect in a step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerRuns:
-    """One layer or reversible block, in one forward and backward pass.
+    """What one layer or reversible block did in one forward and backward pass.
 
-    first: the module without submodules that it ran first.  again: that ran in backward.
-    wanted: its output needs a gradient, so that backward passes through it.
+    first: the first module without submodules that ran in it.  again: whether that module ran again in backward.
+    wanted: whether the backward pass goes through it (a layer's output, or a parameter of a block, requires grad).
     """
 
     name: str
@@ -33,7 +33,7 @@ class LayerRuns:
 
 @dataclass
 class Runs:
-    """layers: those that transformers can checkpoint.  blocks: those of reversible stacks."""
+    """layers: those outside of stacks that transformers can checkpoint.  blocks: those of reversible stacks."""
 
     layers: list[LayerRuns] = field(default_factory=list)
     blocks: list[LayerRuns] = field(default_factory=list)
@@ -41,9 +41,9 @@ class Runs:
 
 @dataclass(frozen=True)
 class WatchedStep:
-    """What one training step showed to whoever asks whether a lever engaged.
+    """What was observed in one training step, from which a lever tells whether it engaged (had an effect).
 
-    runs: which layers ran again in the backward pass.  labels: positions of one micro-batch that have a label.
+    runs: which layers ran again in the backward pass.  labels: positions in the labels of one micro-batch.
     """
 
     applied: Applied
@@ -61,7 +61,7 @@ class LeverNumber:
 
 @contextmanager
 def held_at(owner: Any, attribute: str, value: object) -> Iterator[None]:
-    """Within it, an attribute of `owner` has another value."""
+    """Give an attribute of `owner` another value while the context is entered."""
     before = getattr(owner, attribute)
     setattr(owner, attribute, value)
     try:
@@ -71,39 +71,41 @@ def held_at(owner: Any, attribute: str, value: object) -> Iterator[None]:
 
 
 class Lever:
-    """One memory optimisation on one model. A new one is a subclass in a file of its own, and a row in LEVERS
-    (catalogue/levers.py)."""
+    """One memory optimisation (lever) on one model.
 
-    # Whether the pre-trained model, which a method's start is compared with, is run under the lever as well.
+    A new one is a subclass in a file of its own, and an entry in LEVERS (catalogue/levers.py).
+    """
+
+    # Whether the pre-trained model, with which a method is compared before training, is run under the lever as well.
     on_reference_model = False
 
     def apply(self, applied: Applied) -> None:
-        """Put the lever into the model. Sets `applied.recomputes` where layers run again in backward because of it.
+        """Put the lever into the model, and set `applied.recomputes` if it makes layers run again in the backward pass.
 
         Raises UserError: the lever does not apply to this model.
         """
         raise NotImplementedError
 
     def without(self) -> AbstractContextManager[object]:
-        """Entered for the reference run: the same equations under plain autograd, everything held on the device."""
+        """Entered for the reference run, to switch the lever off: reference autograd, everything held on the device."""
         raise NotImplementedError
 
     def in_evaluation(self) -> AbstractContextManager[object]:
-        """Entered where a loss is computed without gradients, for a lever that then does nothing otherwise."""
+        """Entered where a loss is computed without gradients, for a lever that would have no effect there otherwise."""
         return nullcontext()
 
     def watched(self, applied: Applied) -> AbstractContextManager[object]:
-        """Entered around the step that is watched, in which the lever may count what it does."""
+        """Entered around the watched step, in which the lever may count what it does."""
         return nullcontext()
 
     def called_in_pieces(self, applied: Applied) -> list[Any]:
-        """Modules that run several times in one forward pass under the lever: their calls are not those of layers."""
+        """Modules that the lever runs several times in one forward pass: the probes do not count their calls."""
         return []
 
     def missing(self, seen: WatchedStep) -> str | None:
-        """The fact which shows that the lever did not do what it is for in the watched step; None: it engaged."""
+        """The fact that shows that the lever had no effect, or not all of it, in the watched step; None: it engaged."""
         raise NotImplementedError
 
     def numbers(self) -> dict[str, LeverNumber]:
-        """What the watched step adds to the record, by the name of the metric."""
+        """Metrics of the watched step for the record, by name."""
         return {}

@@ -1,4 +1,4 @@
-"""`+checkpoint`: keep only the input of each layer, run the layer again in backward."""
+"""`+checkpoint`: keep only the input of each layer, and run the layer again in the backward pass (a lever)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from meftbench.methods.levers.base import Lever, WatchedStep, held_at
 
 
 class Checkpoint(Lever):
-    """Checkpointing of whole layers, non-reentrant; on reversible stacks each block is checkpointed instead of
-    reversed, through the same equations.
+    """Non-reentrant checkpointing of whole layers.
+
+    In reversible stacks each block is checkpointed instead of being reversed, with the same equations.
 
     Source: torch.utils.checkpoint; transformers' gradient_checkpointing_enable.
     """
@@ -28,11 +29,11 @@ class Checkpoint(Lever):
         if not getattr(model, "supports_gradient_checkpointing", False):
             what = "transformers cannot checkpoint its layers"
             raise UserError(type(model).__name__, what, "leave checkpoint out, or take another model")
-        # Renamed in transformers 5; the first argument of both is the keyword arguments of torch's `checkpoint`.
+        # Renamed in transformers 5. The first argument of both holds the keyword arguments of torch's checkpoint.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-        # transformers also makes the embedding output require grad, for the reentrant kind. Here it would only bring
-        # back what autograd prunes below the first trained weight (docs/measuring.md 4).
+        # transformers also makes the output of the embeddings require grad, for reentrant checkpointing. Here it would
+        # only add activations below the first trained weight, which autograd need not keep (docs/measuring.md 4).
         model.disable_input_require_grads()
         layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
         for layer in layers:
@@ -45,13 +46,13 @@ class Checkpoint(Lever):
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        with ExitStack() as off:
+        with ExitStack() as switched_off:
             for layer in self._layers:
-                off.enter_context(held_at(layer, "gradient_checkpointing", False))
+                switched_off.enter_context(held_at(layer, "gradient_checkpointing", False))
             yield
 
     def missing(self, seen: WatchedStep) -> str | None:
-        # Tiles of a feed-forward that run again are no evidence: a layer must run again from its beginning.
+        # It is not enough that tiles of a feed-forward run again: a layer must run again from its beginning.
         layers = [layer for layer in [*seen.runs.layers, *seen.runs.blocks] if layer.wanted]
         left_out = [layer.name for layer in layers if not layer.again]
         if len(left_out) == len(layers):

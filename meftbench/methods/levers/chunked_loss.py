@@ -1,7 +1,7 @@
-"""Cross-entropy over a vocabulary without the whole logits: what `+chunked_loss` does to a model that predicts tokens.
+"""`+chunked_loss` (a lever): cross-entropy over a vocabulary without the whole logits, for models that predict tokens.
 
-The model's own forward runs up to its head. Of the hidden states that arrive there a chunk of tokens at a time goes
-through head and loss, under checkpointing: what is kept for backward are the hidden states and the head's weight.
+The model's own forward runs up to its head. The hidden states that the head would read then go through head and loss
+a chunk of tokens at a time, under checkpointing: only they and the head's weight are kept for the backward pass.
 
 Shape suffixes: N tokens of the batch, T tokens of a chunk, D hidden size.
 """
@@ -26,21 +26,21 @@ from meftbench.errors import UserError
 from meftbench.methods.applied import Applied, predicts_tokens
 from meftbench.methods.levers.base import Lever, WatchedStep, held_at
 
-# As many as +tiled_mlp has tiles. A chunk is held several times over (logits, their logarithm, gradient), so where the
-# sixteenth of a long batch is large, its float32 logits are held to LARGEST bytes. But a chunk reads the whole weight
-# of the head: of fewer than FEWEST tokens a device would wait for memory.
+# A chunk has 1 / CHUNKS of the tokens (+tiled_mlp has as many tiles), or fewer: it is held several times over (logits,
+# their logarithm, gradient), so its float32 logits are limited to LARGEST bytes. The limit does not go below FEWEST
+# tokens: each chunk reads the whole weight of the head, and for fewer tokens this would take most of the time.
 CHUNKS = 16
 LARGEST = 64 * 2**20
 FEWEST = 256
 
 
 class ChunkedLossLever(Lever):
-    """The loss of a model with a head over its vocabulary in chunks of tokens, without the whole logits.
+    """Computes the loss of a model with a head over its vocabulary in chunks of tokens, without the whole logits.
 
     Where labels are given and gradients recorded, the model's output has no logits; otherwise nothing changes.
     """
 
-    # The whole logits might not fit the device there either.
+    # With the pre-trained model, too, the whole logits might not fit the device.
     on_reference_model = True
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class ChunkedLossLever(Lever):
     def apply(self, applied: Applied) -> None:
         model: Any = applied.model
         if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # peft has its own wrapper around
+            model = model.get_base_model()  # the model inside peft's wrapper
         name = type(model).__name__
         place = name_of_forward(model)
         if place == FORWARD and FORWARD in vars(model):
@@ -67,9 +67,9 @@ class ChunkedLossLever(Lever):
         chunked = self._forward = ChunkedLoss(model)
         if not hasattr(model.get_output_embeddings(), "weight"):
             raise UserError(name, "its head is no single projection", "leave chunked_loss out")
-        if not (_is_known(model) or chunked.agrees()):
+        if not (_has_known_loss(model) or chunked.agrees()):
             raise UserError(name, "its loss is not the cross-entropy of its head's output", "leave chunked_loss out")
-        # On the instance: parameters keep their names, and it is copied and pickled with the model.
+        # Set on the instance, so that parameters keep their names, and it is copied and pickled with the model.
         setattr(model, place, chunked)
 
     def without(self) -> AbstractContextManager[object]:
@@ -105,21 +105,22 @@ def _head_of(applied: Applied) -> Any:
     return model.get_output_embeddings()
 
 
-def _is_known(model: Any) -> bool:
-    """Whether the loss is known without trying: a class of transformers that predicts tokens and nothing else, of a
-    family in the catalogue, and with its own loss."""
+def _has_known_loss(model: Any) -> bool:
+    """Whether the loss is known without a trial: the class is one of transformers that only predicts tokens, of a
+    family in the catalogue, and neither its loss nor its forward was replaced."""
     kind = type(model)
-    alone = kind.__name__.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel"))
-    own = alone and kind.__module__.startswith("transformers.models.")
-    known = own and model.config.model_type in BACKBONES and "_loss_function" not in vars(model)
-    return known and foreign_forward(kind) is None
+    only_tokens = kind.__name__.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel"))
+    from_transformers = only_tokens and kind.__module__.startswith("transformers.models.")
+    keeps_own_loss = from_transformers and model.config.model_type in BACKBONES and "_loss_function" not in vars(model)
+    return keeps_own_loss and foreign_forward(kind) is None
 
 
 class ChunkedLoss:
-    """The forward of `model`, whose loss is transformers' own to rounding.
+    """Replaces the forward of `model`. The loss is that of transformers, except for rounding.
 
-    fused: use torch's function for it; None: where that is known to be as good (`_fused_is_as_good`).
-    always: compute the loss so where no gradients are recorded, too; else logits are given there.
+    fused: whether to use torch's linear_cross_entropy; None: where it is known to be as good (`_fused_is_as_good`).
+    always: compute the loss in chunks also where no gradients are recorded; else the model's own forward runs there.
+    enabled: False makes the model's own forward run always.
     """
 
     def __init__(self, model: Any) -> None:
@@ -127,52 +128,52 @@ class ChunkedLoss:
         self.enabled = True
         self.always = False
         self.fused: bool | None = None
-        # Of transformers' two ways the one goes through `loss_function`: shifted labels unless it is a masked language
-        # model, float32. The other is plain cross-entropy at the head's output (BART).
+        # transformers computes the loss in one of two ways: by `loss_function`, in float32, with shifted labels unless
+        # it is a masked language model; or by plain cross-entropy of the head's output (BART).
         self._has_loss_function = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
         self._shifts = self._has_loss_function and model.loss_type != "ForMaskedLM"
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """As of the model's own forward: `generate` and Trainer look for the arguments they may give."""
+        """That of the model's own forward, which `generate` and Trainer inspect for the arguments that it takes."""
         return inspect.signature(type(self.model).forward.__get__(self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, forward = self.model, type(self.model).forward
-        given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
-        if not self.enabled or given.get("labels") is None or not (self.always or torch.is_grad_enabled()):
+        arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        if not self.enabled or arguments.get("labels") is None or not (self.always or torch.is_grad_enabled()):
             return forward(model, *args, **kwargs)
-        labels = given.pop("labels")
-        return_dict = given.pop("return_dict", None)
+        labels = arguments.pop("labels")
+        return_dict = arguments.pop("return_dict", None)
         if model.config.is_encoder_decoder:
-            # What their forward does where it is given labels.
-            given["use_cache"] = False
-            if given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
-                given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-        arrived: list[Tensor] = []
+            # The model's own forward does the same where it is given labels.
+            arguments["use_cache"] = False
+            if arguments.get("decoder_input_ids") is None and arguments.get("decoder_inputs_embeds") is None:
+                arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        head_inputs: list[Tensor] = []
 
-        def take(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            arrived.append(args[0])
+        def take_hidden_states(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            head_inputs.append(args[0])
             return (args[0][:, :0],)
 
-        hook = model.get_output_embeddings().register_forward_pre_hook(take)
+        hook = model.get_output_embeddings().register_forward_pre_hook(take_hidden_states)
         try:
-            output = forward(model, **given, return_dict=True)
+            output = forward(model, **arguments, return_dict=True)
         finally:
             hook.remove()
-        (h_BLD,) = arrived
+        (h_BLD,) = head_inputs
         fields = {name: value for name, value in output.items() if name != "logits"}
-        loss = self._loss(h_BLD, labels.to(h_BLD.device), given)
+        loss = self._loss(h_BLD, labels.to(h_BLD.device), arguments)
         if output.get("aux_loss") is not None:
-            # Of a mixture of experts, where it is asked for: what keeps the experts equally used.
+            # The loss that balances the experts of a mixture, where it is asked for.
             loss = loss + model.router_aux_loss_coef * output.aux_loss.to(loss.device)
         output = type(output)(loss=loss, **fields)
-        wanted = model.config.return_dict if return_dict is None else return_dict
-        return output if wanted else output.to_tuple()
+        as_dict = model.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
-    def _loss(self, h_BLD: Tensor, labels: Tensor, given: dict[str, Any]) -> Tensor:
-        """Mean over the tokens that have a label, or their sum over `num_items_in_batch`, as transformers has it."""
-        options = given if self._has_loss_function else {}
+    def _loss(self, h_BLD: Tensor, labels: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The mean over tokens that have a label, or their sum divided by `num_items_in_batch`, as in transformers."""
+        options = arguments if self._has_loss_function else {}
         ignored: int = options.get("ignore_index", -100)
         if options.get("shift_labels") is not None:
             labels = options["shift_labels"].to(h_BLD.device)
@@ -186,13 +187,13 @@ class ChunkedLoss:
         if items is not None:
             return total / (items.to(total.device) if torch.is_tensor(items) else items)
         count = (labels_N != ignored).sum()
-        # Without any label transformers' mean is NaN, its gradient zero.
+        # Without any label, transformers' mean is NaN and its gradient zero.
         return total / count.clamp(min=1) + torch.where(count == 0, torch.nan, 0.0).to(total.dtype)
 
     def _in_chunks(self, h_ND: Tensor, labels_N: Tensor, ignored: int, rows: int) -> Tensor:
-        # A head of other modules than one Linear (LoRA on it) may drop out.
+        # A head that is not a plain Linear (one with LoRA, for example) may use dropout.
         drops = type(self.model.get_output_embeddings()) is not nn.Linear
-        # `split`, not slices: their gradients are each as large as the whole.
+        # `split` instead of slices: the gradient of each slice would be as large as the whole.
         sums = [
             checkpoint(self._summed, h_TD, labels_T, ignored, use_reentrant=False, preserve_rng_state=drops)
             for h_TD, labels_T in zip(h_ND.split(rows), labels_N.split(rows), strict=True)
@@ -207,12 +208,12 @@ class ChunkedLoss:
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         if self._has_loss_function or logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()  # float64 too: transformers' loss does so
+            logits = logits.float()  # also from float64, as transformers' loss does
         return F.cross_entropy(logits, labels_T, ignore_index=ignored, reduction="sum")
 
     def _fused(self, h_ND: Tensor, labels_N: Tensor, ignored: int, rows: int) -> Tensor:
         head, bias = self.model.get_output_embeddings(), self._bias()
-        # allow_retain_graph: reference autograd allows it.
+        # allow_retain_graph: plain cross-entropy allows a second backward pass, too.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None, allow_retain_graph=True)  # type: ignore[attr-defined,unused-ignore]
         return F.linear_cross_entropy(  # type: ignore[attr-defined,no-any-return,unused-ignore]
             h_ND,
@@ -225,8 +226,11 @@ class ChunkedLoss:
         )
 
     def _fused_is_as_good(self, h_ND: Tensor) -> bool:
-        """Not of half precision, whose loss it rounds to half; not on the CPU, where it is one operator whose chunks
-        no counter sees (torch 2.13: a trace and a dispatch mode both miss them)."""
+        """Whether torch's linear_cross_entropy may replace the chunks here.
+
+        Not in half precision, because it rounds the loss to half precision. Not on the CPU, where it is one operator,
+        and memory inside it cannot be counted (torch 2.13: neither a trace nor a dispatch mode sees its chunks).
+        """
         head = self.model.get_output_embeddings()
         return (
             hasattr(F, "linear_cross_entropy")
@@ -246,7 +250,7 @@ class ChunkedLoss:
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def agrees(self) -> bool:
-        """Whether the loss is transformers' own, on a few tokens: other families may scale or mask their logits."""
+        """Whether the loss equals the model's own on a few tokens: other families may scale or mask their logits."""
         model = self.model
         if model.get_output_embeddings().weight.is_meta:
             return True
@@ -254,17 +258,17 @@ class ChunkedLoss:
         model.eval()
         tokens = torch.arange(8, device=model.device).view(2, 4) % model.get_output_embeddings().weight.shape[0]
         try:
-            ours, theirs = (
+            chunked_loss, own_loss = (
                 call(input_ids=tokens, labels=tokens, use_cache=False).loss.detach().float() for call in (self, model)
             )
-        except (AttributeError, TypeError, KeyError):  # no loss, no logits, or other arguments
+        except (AttributeError, TypeError, KeyError):  # the model has no loss, no logits, or other arguments
             return False
         finally:
             for module, mode in training.items():
                 module.training = mode
-        return bool(torch.isclose(ours, theirs, rtol=1e-4 if model.dtype.itemsize >= 4 else 1e-2))
+        return bool(torch.isclose(chunked_loss, own_loss, rtol=1e-4 if model.dtype.itemsize >= 4 else 1e-2))
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:
-    """Tokens of a chunk: a sixteenth of all; fewer where their float32 logits are large."""
+    """Number of tokens in a chunk: a sixteenth of all, or fewer where their float32 logits are large."""
     return max(1, min(-(-tokens // CHUNKS), max(LARGEST // (4 * vocabulary), FEWEST)))

@@ -1,8 +1,8 @@
-"""`+compile`: torch.compile on what layers compute; the engine that reverses them stays outside of it.
+"""`+compile` (a lever): torch.compile of what layers compute, but not of the engine that reverses the layers.
 
-Of a reversible layer, the token-wise work and the pre-norm are compiled, one function shared by all layers; attention's
-core is not, since it hands gradients on one by one (reversible/fork.py). Forward and recomputation call the same
-compiled function on the same shapes, so that reversal stays exact.
+Of a reversible layer, the token-wise work and the pre-norm are compiled, as one function that all layers share. The
+core of attention is not compiled, because its hooks pass gradients on one by one (reversible/fork.py). Forward pass and
+recomputation call the same compiled function on the same shapes, so that reversal stays exact.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from meftbench.reversible import Block, Relay, ReversibleStack, SubLayer
 
 @dataclass(frozen=True)
 class Compiled:
-    """A function with a name, compiled at its first call: unlike what torch.compile gives, it can be pickled."""
+    """A module-level function, compiled at its first call. It can be pickled, unlike the result of torch.compile."""
 
     function: Callable[..., Tensor]
 
@@ -35,13 +35,14 @@ class Compiled:
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # A graph for each size: one for all sizes may round otherwise, and would replace the first one half-way.
+    # One graph for each input size: a graph for all sizes may round differently, and torch would switch to it when it
+    # meets a second size.
     compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
     return compiled
 
 
 class Compile(Lever):
-    """The sublayers of reversible blocks, and other layers whole, are compiled at their first call."""
+    """The sublayers of reversible blocks, and all other layers as a whole, are compiled at their first call."""
 
     def apply(self, applied: Applied) -> None:
         for stack in applied.stacks:
@@ -51,14 +52,16 @@ class Compile(Lever):
                 block.sublayers = (_with_compiled_work(f), _with_compiled_work(g))
         model: Any = applied.model
         if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # peft has its own wrapper around
+            model = model.get_base_model()  # the model inside peft's wrapper
         for layout in applied.layouts or layouts_of(model):
             for layer in layout.list_of(model)[2]:
                 if not isinstance(layer, ReversibleStack | Relay):
                     layer.compile(dynamic=False)
 
     def without(self) -> AbstractContextManager[object]:
-        return nullcontext()  # the same kernels: compiled code rounds otherwise, which is no fault of the method
+        # The reference run uses the same compiled kernels: uncompiled code rounds differently, which is no error of the
+        # method.
+        return nullcontext()
 
     def missing(self, seen: WatchedStep) -> str | None:
         return None if _counters()["stats"]["unique_graphs"] else "nothing was compiled"
@@ -76,6 +79,7 @@ def _counters() -> Any:
 
 
 def _with_compiled_work(sublayer: SubLayer) -> SubLayer:
+    """The sublayer with its token-wise work and its pre-norm compiled."""
     return replace(
         sublayer,
         tokens=None if sublayer.tokens is None else Compiled(sublayer.tokens),

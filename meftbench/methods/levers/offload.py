@@ -1,4 +1,4 @@
-"""`+offload`: what backward needs waits in host memory."""
+"""`+offload` (a lever): tensors saved for the backward pass are held in host memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from meftbench.methods.applied import Applied
 from meftbench.methods.levers.base import Lever, LeverNumber, WatchedStep, held_at
 
-# True while a copy to the host is made: on a machine without an accelerator host and device are one memory, and
-# whoever counts device bytes must be able to tell them apart (probes.memory_counted).
+# True while a copy to the host is made. Without an accelerator, host and device share one memory, and the probe that
+# counts device bytes must be able to leave the copies out (probes/memory_counted.py).
 copying_to_host: ContextVar[bool] = ContextVar("copying_to_host", default=False)
 _MEMORYLESS = ("cpu", "meta")  # devices without a memory of their own
 
 
 class Offload(Lever):
-    """Tensors that backward needs are held in host memory; with `+checkpoint`: the checkpoints."""
+    """Tensors saved for the backward pass are held in host memory; with `+checkpoint`: the inputs of layers."""
 
     def __init__(self) -> None:
         self._host: HostMemory | None = None
@@ -49,10 +49,10 @@ class Offload(Lever):
 
 
 class HostMemory:
-    """Tensors saved for backward wait in host memory, pinned where there is an accelerator.
+    """Holds tensors saved for the backward pass in host memory, which is pinned where there is an accelerator.
 
-    As torch.autograd.graph.save_on_cpu, but parameters and buffers, which stay on the device anyway, are not
-    moved, and a storage that several operations saved is moved once.  moved_bytes: since it was last set to 0.
+    Like torch.autograd.graph.save_on_cpu, but parameters and buffers, which stay on the device anyway, are not moved.
+    moved_bytes: bytes moved to the host since it was last set to 0.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,8 +70,8 @@ class HostMemory:
                 return None, tensor
             token = copying_to_host.set(True)
             try:
-                pinned, where = tensor.device.type not in _MEMORYLESS, "meta" if tensor.is_meta else "cpu"
-                host = torch.empty(tensor.size(), dtype=tensor.dtype, device=where, pin_memory=pinned)
+                pinned, host_device = tensor.device.type not in _MEMORYLESS, "meta" if tensor.is_meta else "cpu"
+                host = torch.empty(tensor.size(), dtype=tensor.dtype, device=host_device, pin_memory=pinned)
                 host.copy_(tensor, non_blocking=pinned)
             finally:
                 copying_to_host.reset(token)

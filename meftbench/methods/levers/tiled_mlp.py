@@ -1,4 +1,4 @@
-"""`+tiled_mlp`: feed-forwards in tiles of tokens, again in backward (reversible/tiled.py)."""
+"""`+tiled_mlp` (a lever): feed-forwards run in tiles of tokens, recomputed in backward (reversible/tiled.py)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from meftbench.reversible.tiled import LEVER_TILES, Tiling
 
 
 class TiledMlp(Lever):
-    """Every feed-forward runs in 16 tiles of tokens, again in backward; of reversible stacks, whose own passes do so
-    without running anything twice, it sets the tiles if no number of them was asked for.
+    """Every feed-forward runs in 16 tiles of tokens, and each tile runs again in the backward pass.
 
+    Reversible stacks recompute in tiles themselves: for them only the number of tiles is set to 16, where the settings
+    say 1 or auto.
     tiling: how feed-forwards of ordinary layers are tiled.
     """
 
@@ -31,7 +32,7 @@ class TiledMlp(Lever):
     def apply(self, applied: Applied) -> None:
         model: Any = applied.model
         if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # peft has its own wrapper around
+            model = model.get_base_model()  # the model inside peft's wrapper
         layouts = applied.layouts or layouts_of(model)
         if not applied.layouts:
             check_split(model, layouts)
@@ -43,7 +44,7 @@ class TiledMlp(Lever):
         for layout in layouts:
             for layer in layout.list_of(model)[2]:
                 if not isinstance(layer, ReversibleStack | Relay):
-                    # By a partial: it is copied and pickled with the layer, and parameters keep their names.
+                    # A partial is copied and pickled with the layer, and parameters keep their names.
                     layout.run_feed_forward_by(layer, partial(_in_tiles, self.tiling, layer, layout))
                     applied.recomputes = True
 
@@ -56,7 +57,7 @@ class TiledMlp(Lever):
         yield
 
     def missing(self, seen: WatchedStep) -> str | None:
-        # Feed-forwards of ordinary layers run again in more than one tile each, and stacks take more than one.
+        # At least one tile for each ordinary layer must have run again, and every stack must have several tiles.
         stacks = seen.applied.stacks
         layers = sum(layer.wanted for layer in seen.runs.layers)
         tiles = self.tiling.recomputed - self._recomputed_before
@@ -66,7 +67,7 @@ class TiledMlp(Lever):
 
 
 def _without_router_logits(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # Taken from inside a feed-forward that runs in tiles, they would be those of one tile, without a gradient.
+    # transformers takes router logits inside the feed-forward: in tiles, they would be of one tile, without a gradient.
     what = "the loss of a mixture's router needs its feed-forwards whole"
     refuse_asked(base, kwargs, ("output_router_logits",), what, "leave tiled_mlp out, or do not ask for it")
 
