@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import meftbench
-from meftbench.errors import CellFailure, UserError, one_line
+from meftbench.errors import CellFailure, UserError, is_out_of_memory, one_line
 from meftbench.plan.factories import BATCH_ARGUMENTS, FOLDER
 
 Function = Callable[..., Any]
@@ -119,6 +119,8 @@ def _settings_restored() -> Iterator[None]:
     try:
         yield
     finally:
+        for key in [key for key in os.environ if key.startswith("MEFTBENCH_") and key not in environment]:
+            del os.environ[key]
         os.environ.update(environment)
         torch.set_default_dtype(dtype)
         if torch.get_default_device() != device:
@@ -148,10 +150,7 @@ def blamed(names: Sequence[str], fact: str = "raised", always: bool = False) -> 
         location = _location(error, names)
         if isinstance(error, ModuleNotFoundError) and f"{names[0].partition(':')[0]}.".startswith(f"{error.name}."):
             raise
-        out_of_memory = isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError | OSError) and "memory" in str(error)
-        )
-        if out_of_memory or not (always or location):
+        if is_out_of_memory(error) or not (always or location):
             raise
         traceback.print_exception(error)
         text = f"{type(error).__name__}: {_without_folders(one_line(error))}".removesuffix(f": {type(error).__name__}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import yaml
@@ -131,6 +133,26 @@ def test_what_a_function_sets_in_torch_does_not_last(left, allowed):
     after = (torch.is_grad_enabled(), torch.get_default_device(), torch.get_num_threads(), torch.get_default_dtype())
     assert before == after
     assert step.run() > 0
+
+
+def test_variables_of_ours_that_a_function_sets_do_not_last(allowed, monkeypatch):
+    """Neither those that there were, nor new ones: they would steer the cells after it."""
+    monkeypatch.setenv("MEFTBENCH_CACHE", "here")
+    (allowed / "steers.py").write_text(
+        "import os\n\n\ndef f():\n    os.environ.update(MEFTBENCH_CACHE='there', MEFTBENCH_DATA='there')\n"
+    )
+    own_code.call("steers:f")
+
+    assert "here" == os.environ["MEFTBENCH_CACHE"]
+    assert "MEFTBENCH_DATA" not in os.environ
+
+
+@pytest.mark.parametrize("text", ["unsupported memory format option", "an illegal memory access was encountered"])
+def test_a_fault_that_speaks_of_memory_is_said_where_it_is(text, allowed):
+    """It is no end of memory, which would be a result of the cell."""
+    (allowed / "formats.py").write_text(f"def f():\n    raise RuntimeError({text!r})\n")
+
+    assert f"formats:f: raised at formats.py:2: RuntimeError: {text}" in the_line(own_code.call, "formats:f")
 
 
 @pytest.mark.parametrize(("name", "said"), [("on_meta", "have no values (meta)"), ("lazy", "without a shape yet")])

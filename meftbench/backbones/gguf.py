@@ -43,9 +43,10 @@ def dequantized(name: str, file: Path) -> Path:
                 _make(name, file, folder)
     except OSError as error:
         warnings.warn(f"{folder} cannot be written ({error}); the weights of {file.name} are not kept", stacklevel=2)
-        _TEMPORARY[file] = tempfile.TemporaryDirectory(prefix="meftbench-gguf-")
-        _write(name, file, Path(_TEMPORARY[file].name))
-        return Path(_TEMPORARY[file].name)
+        temporary = tempfile.TemporaryDirectory(prefix="meftbench-gguf-")
+        _write(name, file, Path(temporary.name))
+        _TEMPORARY[file] = temporary  # only now: a second call must not find half a folder
+        return Path(temporary.name)
     return folder
 
 

@@ -214,6 +214,9 @@ def _fill(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[
         if tensors[name].numel() not in (0, *config["hidden_sizes"]):
             what = f"{name!r} is of {tensors[name].numel()} channels"
             raise UserError(str(folder / WEIGHTS), what, "load it into the model that it was saved from")
+    if absent := [name for name in config["backbone"] if name not in adapter_tensors]:
+        what = f"says that {absent[0]!r} was trained, which the model has not"
+        raise UserError(str(folder / CONFIG), what, "load it into the model that it was saved from")
     if not is_quantized(model):
         warn_of_weights(folder, model, adapter_tensors, config)
     check_tensors(folder, adapter_tensors, {name: tensor for name, tensor in tensors.items() if name not in ranges})

@@ -21,8 +21,6 @@ from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.trace import uncomputed_model
 
 Axis = Literal["batch_size", "sequence_length"]
-# The token ids of a sample are really in memory during a trace, so no more are asked about.
-MOST_TOKENS = 2**24
 CLOSE = 2
 NEAR = 4096  # a limit up to here is one of the first sizes predicted
 

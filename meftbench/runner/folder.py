@@ -31,11 +31,15 @@ def default_folder(name: str, runs: Path = RUNS) -> Path:
 
 
 def latest_folder(suite: Suite, runs: Path = RUNS) -> Path:
-    """The newest run of `suite` under `runs` whose cells `suite` still has. Raises UserError where there is none."""
+    """The newest run of `suite` under `runs` that can be resumed: of its protocol, and without cells that it lacks.
+
+    Raises UserError where there is none.
+    """
     folders = [file.parent for file in runs.glob(f"{suite.name}-*/{SUITE}")]
     for folder in sorted(folders, key=lambda folder: (folder / SUITE).stat().st_mtime, reverse=True):
         run = load_run(folder)
-        if run.suite.get("cells") and not _missing_cells(run, suite):
+        of_its_protocol = run.suite.get("protocol_id") == suite.protocol.protocol_id
+        if run.suite.get("cells") and of_its_protocol and not _missing_cells(run, suite):
             return folder
     raise UserError("--resume", f"no run of suite {suite.name!r} under {runs}/", "name its folder with --out")
 

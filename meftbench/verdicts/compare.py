@@ -121,6 +121,11 @@ class Comparison:
         )
 
 
+def _largest_first(share: float) -> tuple[bool, float]:
+    """A key to sort changes by: those that are no number first, then the largest."""
+    return not math.isnan(share), 0.0 if math.isnan(share) else -abs(share)
+
+
 def compare(
     first: Run,
     second: Run,
@@ -176,7 +181,7 @@ def compare(
     if chosen and not changes:
         raise UserError(runs, f"no cell has {', '.join(chosen)} in both runs", "name other metrics", NOTHING_MATCHED)
     return Comparison(
-        changes=sorted(changes, key=lambda c: (_ORDER.index(c.judgement), not c.statuses, -abs(c.share))),
+        changes=sorted(changes, key=lambda c: (_ORDER.index(c.judgement), not c.statuses, *_largest_first(c.share))),
         only_first=[outcome.label for cell_id, outcome in left.items() if cell_id not in right],
         only_second=[outcome.label for cell_id, outcome in right.items() if cell_id not in left],
         cells=len(common),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -348,3 +349,23 @@ def test_smollm2_reads_english(monkeypatch):
     with torch.no_grad():
         assert 3 < float(model(ids, labels=ids).loss) < 4.5
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_temporary_folder_that_was_not_finished_is_not_taken_for_one(file, tmp_path, monkeypatch):
+    """Where the cache cannot be written, a second try makes the folder again."""
+    monkeypatch.setenv("MEFTBENCH_CACHE", "/proc/none")
+    write = loading._write
+
+    def ends_half_way(name, file, folder):
+        (folder / "config.json").write_text("{")
+        raise MemoryError
+
+    monkeypatch.setattr(loading, "_write", ends_half_way)
+    with pytest.raises(MemoryError), pytest.warns(UserWarning, match="are not kept"):
+        loading.dequantized("tiny", file)
+    monkeypatch.setattr(loading, "_write", write)
+
+    with pytest.warns(UserWarning, match="are not kept"):
+        folder = loading.dequantized("tiny", file)
+    assert folder == loading.dequantized("tiny", file)
+    assert "llama" == json.loads((folder / "config.json").read_text())["model_type"]

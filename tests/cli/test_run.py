@@ -278,6 +278,18 @@ def test_resume_without_a_folder_takes_up_the_newest_run_of_the_suite(cli):
     assert 4 == len(load_run(folder).records)
 
 
+def test_resume_without_a_folder_passes_over_newer_runs_that_it_cannot_resume(cli):
+    """Of another protocol, or of cells that the suite no longer has."""
+    cli("run", a_file(), "--limit", "1", "--out", "runs/toy-first")
+    cli("run", a_file(protocol={"warmup": 7}), "--limit", "1", "--out", "runs/toy-second")
+    cli("run", a_file(batch_size=[1, 64]), "--limit", "1", "--out", "runs/toy-third")
+
+    code, *_ = cli("run", a_file(), "--resume")
+
+    assert 0 == code
+    assert [4, 1, 1] == [len(load_run(Path("runs") / f"toy-{name}").records) for name in ("first", "second", "third")]
+
+
 def test_retry_names_the_statuses_to_try_again(cli):
     file = a_file(seed=BROKEN, batch_size=1, method="full")
     cli("run", file, "--out", "run")

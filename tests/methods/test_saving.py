@@ -627,6 +627,20 @@ def saved(tmp_path_factory):
     return found
 
 
+def test_a_trained_name_that_the_model_has_not_is_one_line(saved, tmp_path):
+    """Before anything is copied."""
+    config, tensors = saved["parallel"]
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"backbone": ["bert.nowhere.weight"]}))
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS)
+    model = a_model()
+    before = state_of(model)
+
+    _, error = loaded_or_refused(model, tmp_path)
+
+    assert "says that 'bert.nowhere.weight' was trained, which the model has not; load it into the model" in error
+    assert_same(state_of(model), before)
+
+
 def damaged_tensors(draw, tensors):
     tensors, name = dict(tensors), draw(st.sampled_from(sorted(tensors)))
     match draw(st.sampled_from(["gone", "renamed", "reshaped", "longer", "nan", "inf", "int", "bool", "half", "more"])):

@@ -112,6 +112,20 @@ def test_what_collapsed_is_said_in_figures_that_can_be_read(runs, before, after,
     assert change.text().endswith(f"gradient_rel_max {said}")
 
 
+def test_changes_to_nan_come_first_and_the_others_by_their_size(runs):
+    """Whatever the order in which the records were written."""
+    sizes = {"full": 2.0, "lora": math.nan, "parallel": 8.0, "houlsby": 4.0, "meft1": math.nan}
+    error = "gradient_rel_max"
+    first, second = (
+        [a_record(method=method, metrics={error: value if changed else 1.0}) for method, value in sizes.items()]
+        for changed in (False, True)
+    )
+
+    changes = [change for change in compare(*runs(first, second)).changes if change.metric == error]
+
+    assert ["lora", "meft1", "parallel", "houlsby", "full"] == [change.label.split("/")[1] for change in changes]
+
+
 def test_cells_of_one_run_alone_are_listed(runs):
     """A cell that is gone is not a cell that is the same."""
     pair = runs(
