@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from meftbench.records.store import load_run as load_run
     from meftbench.runner import run_suite as run_suite
 
-# Resolved on first use, so that `import meftbench` and the command line do not import torch.
-_HOMES = {
+# The module of each public name. It is imported on first use, so that `import meftbench` and the command line do not
+# import torch.
+_MODULES = {
     "apply_method": "meftbench.methods",
     "save_adapter": "meftbench.methods.saving",
     "load_adapter": "meftbench.methods.saving",
@@ -30,14 +31,14 @@ _HOMES = {
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",
 }
-__all__ = [*_HOMES]
+__all__ = [*_MODULES]
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'meftbench' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

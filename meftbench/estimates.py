@@ -1,7 +1,7 @@
-"""Predictions from Python: the memory of one cell, and what fits a card, on a GPU that need not be there.
+"""Predictions from Python, without a GPU: the memory of one cell, and the largest shapes that fit a card.
 
-`meftbench estimate` and `meftbench fit` print what these functions return. Torch is not imported here: a prediction
-runs in a process of its own.
+`meftbench estimate` and `meftbench fit` print what these functions return. Torch is not imported here, since a
+prediction runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ from meftbench.units import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# Beyond these nothing is looked at; where a card has room for them, that is said.
+# `fit` tries no larger shapes: where even the largest of them fits, the answer says so (`at_limit`).
 MOST_TOKENS = 2**24
 MOST_SAMPLES = 2**16
-MOST_ASKED = 2**40  # tokens of a step
+MOST_ASKED = 2**40  # tokens of a step; more are refused
 
 Tell = Callable[[str], None]
 
 
 def _silent(line: str) -> None:
-    """No progress."""
+    """The default of `tell`: shows no progress."""
 
 
 def _nothing() -> None:
-    """Nothing to be done."""
+    """The default of `ready`: does nothing."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted memory of one training step; sizes in bytes, all of them predicted but for counts of parameters.
+    """The predicted memory of one training step. Sizes are in bytes.
 
-    memory_bytes: of the device, of which a process without tensors takes `context_bytes`.
-    peak_allocated_bytes: the largest sum of live blocks, which `breakdown` adds up to, in phase `peak_phase`;
-        peak_reserved_bytes: of segments that torch's allocator takes; process_device_bytes: with the context.
-    headroom_bytes: what the device has left.  fits: whether the step gets by on it, `retries`: how often torch must
-        give back for that what it has cached.
-    activation_peak_bytes: peak of forward and backward above the level before the step.
-    attention: kernels that run.  predict_s: seconds that the prediction took.  host_bytes: memory that it
-        took on this machine.
-    verified: whether predictions were held against this device.
+    device, memory_bytes: name and memory of the device.  context_bytes: what a process takes there before any tensor.
+    verified: whether a run on this device agreed with predictions.
+    peak_allocated_bytes: the largest sum of live blocks, reached in the phase `peak_phase`; it is the sum of the parts
+        in `breakdown`.
+    peak_reserved_bytes: the largest sum of the segments that torch's allocator takes from the device.
+    process_device_bytes: the same with the context.  headroom_bytes: what then is left of the device's memory.
+    fits: whether the step can run on the device.  retries: how often torch must give back its cached memory for that.
+    activation_peak_bytes: the peak of forward and backward above what is allocated right before the step.
+    parameters_trainable, parameters_total: numbers of parameters, counted.  attention: the attention kernels that run.
+    predict_s, host_bytes: seconds and memory that the prediction took on this machine, measured.
     """
 
     label: str
@@ -85,7 +86,7 @@ class Estimate:
         return asdict(self)
 
     def to_frame(self) -> DataFrame:
-        """One row; the parts of the breakdown are columns, `breakdown_parameters` and so on."""
+        """One row. The parts of the breakdown are columns: `breakdown_parameters` and so on."""
         from pandas import DataFrame
 
         row = self.to_json()
@@ -97,11 +98,12 @@ class Estimate:
 class Capacity:
     """The largest shapes that fit cards, for each method.
 
-    rows: method, asked ("batch_size" or "sequence_length"), at (the other one), memory_bytes of the card,
-        largest (None: nothing fits), at_limit (there is room for more than was looked at), all_positions (the model
-        ends there).
-    refused: why a method has no row.  cards: bytes.  positions: the model's longest sequence; None: not known.
-    cells: how many were predicted for it, in `predict_s` seconds.
+    rows: each has method, asked ("batch_size" or "sequence_length"), at (the size of the other), memory_bytes of the
+        card, largest (None: nothing fits), at_limit (`largest` is the largest size that was tried) and all_positions
+        (it is also the longest sequence that the model has positions for).
+    refused: why a method has no row, by method.  cards: their memory in bytes.
+    positions: the longest sequence that the model has positions for; None: not known.
+    default_profile: whether no profile was named.  cells: how many were predicted, in `predict_s` seconds.
     """
 
     model: str
@@ -124,7 +126,7 @@ class Capacity:
         return asdict(self)
 
     def to_frame(self) -> DataFrame:
-        """One row a method, question and card, as in `rows`."""
+        """A table of `rows`: one row for each method, question and card."""
         from pandas import DataFrame
 
         return DataFrame([{"model": self.model, "precision": self.precision, **row} for row in self.rows])
@@ -144,15 +146,17 @@ def estimate(
     tell: Tell | None = None,
     **axes: Any,
 ) -> Estimate:
-    """Predict the memory of fine-tuning a model by a method on a GPU. Nothing is computed, no GPU is needed.
+    """Predict the memory of fine-tuning a model by a method on a GPU. Nothing is computed, and no GPU is needed.
 
-    model, method: as in a suite, "llama-3.2-1b@random", "lora+checkpoint".  config: overrides of the model's
-        configuration.  settings: of the method.
-    profile: a name of `meftbench list profiles`, or a file.  allocator: as PYTORCH_ALLOC_CONF has it.
-    allow_code: whether functions of one's own that make models and batches may be called.  tell: is given progress.
-    axes: what else a cell has: precision, micro_batch_size, attention, head, optimizer, batch; None: not said.
+    model, method: as in a suite, such as "llama-3.2-1b@random" and "lora+checkpoint".  config: overrides of the
+        model's configuration.  settings: of the method.
+    batch_size: samples per step.  sequence_length: tokens per sample.
+    profile: a name of `meftbench list profiles`, or a file.  allocator: settings in the form of PYTORCH_ALLOC_CONF.
+    allow_code: whether the user's own functions that make models and batches may be called.
+    tell: called with lines of progress.
+    axes: further values of the cell: precision, micro_batch_size, attention, head, optimizer, batch; None: the default.
 
-    Raises UserError: an unknown name, a value out of its range, a model or method that cannot be predicted.
+    Raises UserError: a name is unknown, a value is out of its range, or the model or method cannot be predicted.
     """
     _check_names("estimate", axes, PREDICTED_OPTIONS)
     profile, allocator = _text("profile", profile), _text("allocator", allocator)
@@ -163,29 +167,29 @@ def estimate(
 
 
 def _estimate_of(cell: Cell, device: Profile, answer: dict[str, Any]) -> Estimate:
-    """The answer of meftbench.prediction.estimate, held against the device. Sizes come from metrics of a record."""
-    value = {name: metric["value"] for name, metric in answer["metrics"].items()}
+    """The answer of meftbench.prediction.estimate, which has metrics as in a record, with the facts of the device."""
+    values = {name: metric["value"] for name, metric in answer["metrics"].items()}
     return Estimate(
         label=cell.label,
         profile=device.name,
         device=device.device,
         verified=device.verified,
         memory_bytes=device.memory_bytes,
-        context_bytes=value["context_bytes"],
-        peak_allocated_bytes=value["peak_allocated_bytes"],
-        peak_reserved_bytes=value["peak_reserved_bytes"],
-        process_device_bytes=value["process_device_bytes"],
-        headroom_bytes=device.memory_bytes - value["process_device_bytes"],
+        context_bytes=values["context_bytes"],
+        peak_allocated_bytes=values["peak_allocated_bytes"],
+        peak_reserved_bytes=values["peak_reserved_bytes"],
+        process_device_bytes=values["process_device_bytes"],
+        headroom_bytes=device.memory_bytes - values["process_device_bytes"],
         fits=answer["fits"],
-        retries=value["alloc_retries"],
-        peak_phase=value["peak_phase"],
-        breakdown={name.removesuffix("_bytes"): value[name] for name in BREAKDOWN},
+        retries=values["alloc_retries"],
+        peak_phase=values["peak_phase"],
+        breakdown={name.removesuffix("_bytes"): values[name] for name in BREAKDOWN},
         activation_peak_bytes=answer["activation_peak_bytes"],
-        parameters_trainable=value["parameters_trainable"],
-        parameters_total=value["parameters_total"],
+        parameters_trainable=values["parameters_trainable"],
+        parameters_total=values["parameters_total"],
         attention=answer["kernels"],
-        predict_s=value["passes_s"],
-        host_bytes=value["host_rss_peak_bytes"],
+        predict_s=values["passes_s"],
+        host_bytes=values["host_rss_peak_bytes"],
     )
 
 
@@ -207,15 +211,16 @@ def fit(
 ) -> Capacity:
     """Predict the largest batch and the longest sequence with which fine-tuning a model fits a card, for each method.
 
-    Held against the card: what torch reserves, and the context of the process. Nothing is computed, no GPU is needed.
+    What torch reserves and the context of the process together must fit. Nothing is computed, and no GPU is needed.
 
-    memory: bytes of cards, or "24GiB"; empty: the profile's.  methods: with levers.
-    sequence_lengths: the largest batch at each is looked for; empty: at 512, or what the model has.
-    batch_sizes: the longest sequence at each is looked for.  jobs: methods at a time.
-    ready: called when all that is named has been checked, before the minutes of predicting.
-    config, allocator, allow_code, tell, axes: as of `estimate`; precision, attention, head, batch.
+    memory: that of one or more cards, in bytes or as text such as "24GiB"; empty: that of the profile.
+    methods: with memory optimisations (levers), such as "lora+checkpoint".
+    sequence_lengths: for each, the largest batch is looked for; empty: 512, or the model's longest where that is less.
+    batch_sizes: for each, the longest sequence is looked for.  jobs: how many processes predict at a time.
+    ready: called when all arguments have been checked, before the predictions, which take minutes.
+    profile, config, allocator, allow_code, tell: as of `estimate`.  axes: precision, attention, head, batch.
 
-    Raises UserError: as `estimate`; a card that has no room for a process; every method is refused.
+    Raises UserError: as `estimate`; a card has no room even for the context of a process; every method is refused.
     """
     _check_names("fit", axes, FITTED_OPTIONS)
     chosen, allocator = _text("profile", profile or PROFILE), _text("allocator", allocator)
@@ -224,19 +229,20 @@ def fit(
         raise UserError("methods", f"{methods!r} is not a list of methods", 'give names, ["lora", "meft1-exact"]')
     if jobs is not None:
         (jobs,) = _sizes("jobs", [jobs])
-    asked = list(memory) if isinstance(memory, Sequence) and not isinstance(memory, str) else [memory]
-    cards = sorted({_bytes(size) for size in asked}) or [device.memory_bytes]
+    sizes = list(memory) if isinstance(memory, Sequence) and not isinstance(memory, str) else [memory]
+    cards = sorted({_bytes(size) for size in sizes}) or [device.memory_bytes]
     if cards[0] <= device.context_bytes:
         what = f"{format_bytes(cards[0])} is no more than the context of a process takes"
         raise UserError("memory", f"{what} ({format_bytes(device.context_bytes)})", "write more, such as 24GiB")
-    longest, fixed = _positions(model, _mapping("config", config))
-    lengths = _sizes("sequence_lengths", sequence_lengths) or _lengths(longest, fixed)
+    longest, of_image = _positions(model, _mapping("config", config))
+    lengths = _sizes("sequence_lengths", sequence_lengths) or _lengths(longest, of_image)
+    # Every length is checked, and one cell of each method is kept: `fit` varies its shape.
     cells = [
         asked_cell("fit", model, name, chosen, config, None, allow_code, batch_size=1, sequence_length=length, **axes)
         for name in methods
         for length in lengths
     ][:: len(lengths)]
-    samples = [] if fixed else _sizes("batch_sizes", batch_sizes)
+    samples = [] if of_image else _sizes("batch_sizes", batch_sizes)
     request = {
         "cells": [cell.model_dump(mode="json") for cell in cells],
         "profile": chosen,
@@ -247,15 +253,15 @@ def fit(
         "jobs": min(jobs or min(2, os.cpu_count() or 1), len(cells)),
     }
     ready()
-    answered = ask("fit", request, tell or _silent, allow_code)
-    found = answered["methods"]
-    if all(entry["refused"] for entry in found):
-        raise UserError("", found[0]["refused"].rpartition("; ")[0], found[0]["refused"].rpartition("; ")[2])
+    answer = ask("fit", request, tell or _silent, allow_code)
+    answers = answer["methods"]
+    if all(entry["refused"] for entry in answers):
+        raise UserError("", answers[0]["refused"].rpartition("; ")[0], answers[0]["refused"].rpartition("; ")[2])
     about: dict[str, Any] = {"model": cells[0].model_label, "precision": cells[0].precision}
-    about |= {"profile": device.name, "predict_s": answered["seconds"]}
+    about |= {"profile": device.name, "predict_s": answer["seconds"]}
     about |= {"device": device.device, "verified": device.verified, "context_bytes": device.context_bytes}
     about |= {"default_profile": profile is None, "cards": cards, "positions": longest}
-    return Capacity(**as_answer(about, found))
+    return Capacity(**as_answer(about, answers))
 
 
 def asked_cell(
@@ -268,14 +274,15 @@ def asked_cell(
     allow_code: bool = False,
     **values: Any,
 ) -> Cell:
-    """The predicted cell that `verb` is asked about, checked as a suite's is; values of None are not said.
+    """The cell to be predicted, checked like a cell of a suite.
 
-    Raises UserError: a fault, or code of the user's own that is not allowed.
+    verb: the command or function, for messages.  values: further fields by axis; None: not given.
+    Raises UserError: a value is wrong, or the user's own code is needed and not allowed.
     """
     find_profile(profile, f"{verb}: profile")
-    named = {"model": {"name": model, "config": _mapping("config", config)}, "device": PREDICTED + profile}
-    named |= {"method": {"name": method, **_mapping("settings", settings)}}
-    cell = cell_of(verb, named | {key: value for key, value in values.items() if value is not None})
+    fields = {"model": {"name": model, "config": _mapping("config", config)}, "device": PREDICTED + profile}
+    fields |= {"method": {"name": method, **_mapping("settings", settings)}}
+    cell = cell_of(verb, fields | {key: value for key, value in values.items() if value is not None})
     if cell.batch_size * cell.sequence_length > MOST_ASKED:
         what = f"{cell.batch_size:,} × {cell.sequence_length:,} tokens are more than any device has held"
         raise UserError(verb, what, "give fewer")
@@ -283,30 +290,30 @@ def asked_cell(
     return cell
 
 
-def _check_names(verb: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in given:
+def _check_names(verb: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in arguments:
         if name not in known:
             raise unknown(verb, "argument", name, known)
 
 
-def _text(name: str, given: Any) -> str:
-    if not isinstance(given, str | os.PathLike):
-        raise UserError(name, f"{given!r} is not a text", "give one, or leave it out")
-    return os.fspath(given)
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(name, f"{value!r} is not a text", "give one, or leave it out")
+    return os.fspath(value)
 
 
-def _mapping(name: str, given: Any) -> dict[str, Any]:
-    if given is not None and not isinstance(given, Mapping):
-        raise UserError(name, f"{given!r} is not a mapping", "give a dictionary, or leave it out")
-    return dict(given or {})
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(name, f"{value!r} is not a mapping", "give a dictionary, or leave it out")
+    return dict(value or {})
 
 
-def _sizes(name: str, given: Any) -> list[int]:
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        given = [given]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in given):
-        raise UserError(name, f"{list(given)} is not a list of sizes", "give whole numbers from 1")
-    return sorted(set(given))
+def _sizes(name: str, sizes: Any) -> list[int]:
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        sizes = [sizes]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise UserError(name, f"{list(sizes)} is not a list of sizes", "give whole numbers from 1")
+    return sorted(set(sizes))
 
 
 def _bytes(size: Any) -> int:
@@ -318,15 +325,16 @@ def _bytes(size: Any) -> int:
 
 
 def _positions(model: str, overrides: dict[str, Any]) -> tuple[int | None, int | None]:
-    """The longest sequence of `model`, and the only one where it reads images; None: not known, or not fixed."""
+    """The longest sequence of `model` (None: not known), and the tokens of an image where it reads images, its only
+    length (else None)."""
     check_model("fit: model", model, overrides)
-    fixed = image_tokens(known_config(model, overrides) or {})
-    return fixed or max_positions(model, overrides), fixed
+    of_image = image_tokens(known_config(model, overrides) or {})
+    return of_image or max_positions(model, overrides), of_image
 
 
-def _lengths(longest: int | None, fixed: int | None) -> list[int]:
-    if fixed:
-        return [fixed]
+def _lengths(longest: int | None, of_image: int | None) -> list[int]:
+    if of_image:
+        return [of_image]
     return [length for length in FITTED_LENGTHS if longest is None or length <= longest] or [
         longest or FITTED_LENGTHS[0]
     ]

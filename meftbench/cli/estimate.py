@@ -1,4 +1,4 @@
-"""`meftbench estimate`: the memory of one cell on a GPU that is not there."""
+"""`meftbench estimate`: predicts the memory of one cell on a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def estimate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Predict the memory of fine-tuning MODEL by METHOD on a GPU. Nothing is computed, no GPU is needed.
+    """Predict the memory of fine-tuning MODEL by METHOD on a GPU. Nothing is computed, and no GPU is needed.
 
     Exits 0 whether or not it fits; with --fail-if-too-big, 1 if it does not.
     """
-    from meftbench.estimates import estimate as estimated
+    from meftbench.estimates import estimate as predict
 
-    found = estimated(
+    prediction = predict(
         model,
         method,
         batch_size=batch_size,
@@ -76,7 +76,7 @@ def estimate(
         head=head,
         optimizer=optimizer,
     )
-    answer = found.to_json()
+    answer = prediction.to_json()
     if as_json:
         print(json.dumps(answer, ensure_ascii=False))
     else:
@@ -84,12 +84,12 @@ def estimate(
     raise typer.Exit(OVER_BUDGET if fail_if_too_big and not answer["fits"] else DONE)
 
 
-def folded(said: list[str]) -> list[str]:
-    """The lines within the terminal's width, 80 columns where there is none; what goes on is indented further."""
+def folded(texts: list[str]) -> list[str]:
+    """The lines, wrapped at the terminal's width (80 columns if there is no terminal) with continuations indented."""
     width = max(40, shutil.get_terminal_size().columns)
     return [
         part.rstrip()
-        for line in said
+        for line in texts
         for part in textwrap.wrap(
             line,
             width,
@@ -101,33 +101,34 @@ def folded(said: list[str]) -> list[str]:
 
 
 def lines(answer: dict[str, Any], by_default: bool = False) -> list[str]:
-    """The answer for people: every number with its unit, and where it comes from."""
+    """The answer as lines for the terminal, every number with its unit and source."""
     from meftbench.units import format_bytes, format_duration
 
-    def held(text: str, nbytes: int, about: str = "") -> str:
-        return f"  {text:<22}{format_bytes(nbytes):>12}  predicted{f', {about}' if about else ''}"
+    def row(name: str, nbytes: int, about: str = "") -> str:
+        return f"  {name:<22}{format_bytes(nbytes):>12}  predicted{f', {about}' if about else ''}"
 
     default = " (default; see --profile)" if by_default else ""
     device = f"{answer['device']}, {format_bytes(answer['memory_bytes'])}"
-    found = [answer["label"], f"on {device}, profile {answer['profile']}{default}"]
-    found += [] if answer["verified"] else ["not validated on this device"]
-    found += [
-        held("peak allocated", answer["peak_allocated_bytes"], f"in {answer['peak_phase']}"),
-        held("peak reserved", answer["peak_reserved_bytes"], "by torch's allocator"),
-        held("process", answer["process_device_bytes"], f"context of {format_bytes(answer['context_bytes'])} included"),
+    texts = [answer["label"], f"on {device}, profile {answer['profile']}{default}"]
+    texts += [] if answer["verified"] else ["not validated on this device"]
+    texts += [
+        row("peak allocated", answer["peak_allocated_bytes"], f"in {answer['peak_phase']}"),
+        row("peak reserved", answer["peak_reserved_bytes"], "by torch's allocator"),
+        row("process", answer["process_device_bytes"], f"context of {format_bytes(answer['context_bytes'])} included"),
         f"  {verdict(answer)}",
         "breakdown of the peak allocated",
-        *(held(name.replace("optimizer", "optimizer state"), size) for name, size in _largest(answer["breakdown"])),
+        *(row(name.replace("optimizer", "optimizer state"), size) for name, size in _largest(answer["breakdown"])),
         "training step",
-        held("activation peak", answer["activation_peak_bytes"], "above the level before the step"),
+        row("activation peak", answer["activation_peak_bytes"], "above the level before the step"),
         f"  {'parameters':<22}{answer['parameters_trainable']:,} trained of {answer['parameters_total']:,}, counted",
         f"  {'attention':<22}{', '.join(answer['attention'])}, predicted",
         f"predicted in {format_duration(answer['predict_s'])} with {format_bytes(answer['host_bytes'])} of host memory",
     ]
-    return found
+    return texts
 
 
 def verdict(answer: dict[str, Any]) -> str:
+    """Whether the step fits the device, as a sentence."""
     from meftbench.units import format_bytes
 
     if not answer["fits"]:

@@ -1,4 +1,4 @@
-"""`meftbench fit`: the largest batch and the longest sequence of each method, by the size of the card."""
+"""`meftbench fit`: predicts the largest batch and the longest sequence of each method that fit a card."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def fit(
     profile: ProfileName = None,
     methods: Annotated[str, typer.Option(metavar="METHOD,...", help="With levers.")] = ",".join(FITTED_METHODS),
     sequence_lengths: Annotated[
-        str | None, typer.Option(metavar="N,...", help="The largest batch at each. Default: 512.")
+        str | None, typer.Option(metavar="N,...", help="Find the largest batch at each. Default: 512.")
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="The longest sequence at each.")] = "1",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="Find the longest sequence at each.")] = "1",
     precision: Precision = None,
     attention: Attention = None,
     head: Head = None,
@@ -53,14 +53,14 @@ def fit(
 ) -> None:
     """Predict the largest batch and the longest sequence with which fine-tuning MODEL fits a card, for each method.
 
-    Held against the card: what torch reserves, and the context of the process. Nothing is computed, no GPU is needed.
+    What torch reserves and the context of the process together must fit. Nothing is computed, and no GPU is needed.
     """
-    from meftbench.estimates import fit as fitted
+    from meftbench.estimates import fit as predict
     from meftbench.records.store import made
     from meftbench.report.fit import print_fit, write_fit
 
     sizes = [size for text in memory or [] for size in _sizes(text)]
-    found = fitted(
+    capacity = predict(
         model,
         memory=sizes,
         profile=profile,
@@ -78,7 +78,7 @@ def fit(
         head=head,
         batch=batch,
     )
-    answer = found.to_json()
+    answer = capacity.to_json()
     if as_json:
         print(json.dumps(answer, ensure_ascii=False))
     else:

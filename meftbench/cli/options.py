@@ -1,4 +1,4 @@
-"""Options that several verbs have."""
+"""Options and helpers that several commands have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `m
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-# --- what is predicted ---
+# --- options of the commands that predict ---
 
 Model = Annotated[
     str, typer.Argument(help="A name of `meftbench list models`, a hub id, a folder, or MODULE:FUNCTION of your own.")
@@ -46,37 +46,37 @@ Setting = Annotated[
 ProfileName = Annotated[
     str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file. Default: {PROFILE}.")
 ]
-Allocator = Annotated[str, typer.Option(help="As PYTORCH_ALLOC_CONF: expandable_segments:True.")]
+Allocator = Annotated[str, typer.Option(help="Settings as in PYTORCH_ALLOC_CONF: expandable_segments:True.")]
 
 
-def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
-    """Keys and values of `key=value`, read as YAML reads them. Raises UserError."""
+def pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """Keys and values of texts `key=value`; values are read as YAML. Raises UserError: a text has another form."""
     import yaml
 
     from meftbench.strict_yaml import parse
 
-    found = {}
-    for text in given or []:
+    values = {}
+    for text in texts or []:
         key, equals, value = text.partition("=")
         if not (key and equals):
             raise UserError(option, f"{text!r} is no setting", "write key=value")
         try:
-            found[key.strip()] = parse(value)
+            values[key.strip()] = parse(value)
         except yaml.YAMLError:
             raise UserError(option, f"{value!r} is no value", "write a number, a word or true") from None
-    return found
+    return values
 
 
-# --- what is said, and where ---
+# --- output ---
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
-    """Prints a line on stderr, or does not."""
+    """A function that prints a line on stderr; it does nothing if `quiet`."""
     return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def emit(text: str, output: Path | None) -> None:
-    """Print, or write to a file (a name of `-` is stdout). Raises UserError where it cannot be written."""
+    """Print `text`, or write it to the file `output` (`-` is stdout). Raises UserError: it cannot be written."""
     if output is None or str(output) == "-":
         print(text)
         return
@@ -88,7 +88,7 @@ def emit(text: str, output: Path | None) -> None:
 
 
 def typed(context: typer.Context) -> str:
-    """The verb and what was typed after it, to be typed again; without --out and --resume."""
+    """The command and the arguments that the user typed, without --out and --resume, as a line for the shell."""
     parts = [str(context.info_name)]
     for parameter in context.command.params:
         name = str(parameter.name)

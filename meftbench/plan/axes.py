@@ -1,9 +1,9 @@
-"""The axes of a sweep, each declared once: what a suite may vary, and what follows from that elsewhere.
+"""The axes of a sweep: what a suite may vary, each declared once in the table AXES.
 
-From this table come the keys of `grid`, `defaults`, `include` and `exclude` of a suite, the keys of `--where`, the part
-of a cell's label, the options of the verbs that predict, and the columns by which tables tell settings apart. To add an
-axis: a row here and a field of `plan.cell.Cell`, and whatever the value changes. Nothing slow is imported here, since
-`--help` reads it.
+From this table come the keys of `grid`, `defaults`, `include` and `exclude` in a suite, the keys of `--where`, parts of
+a cell's label, the options of the commands that predict (`estimate`, `fit`), and the columns by which tables tell
+settings apart. A new axis needs a row here, a field of `plan.cell.Cell`, and the code that its value affects. Nothing
+that is slow to import is imported here, since `--help` reads this module.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from meftbench.catalogue.choices import ATTENTIONS, OPTIMIZER_IMPLEMENTATIONS, O
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis.
+    """One axis of a sweep.
 
-    kind: of its values: a name that may have settings; a size (from 1), a number from 0, a positive number; a text, of
-        `known` where that is given; `choice`, one of `known` and nothing that resembles it.
-    known: the values there are, with what they mean; None: any, or checked by whoever knows them.
-    field: of a cell that holds the value, where its name is another.
-    of_training: the value is a field of the cell's training, which a cell without a task has not.
-    in_grid: a key of `grid`; the axis of tasks has a key of its own in a suite.
-    in_label: a cell's label says a value that is not the default.
-    column: what tables take it for: part of the shape, or a setting that tells cells apart that are not comparable by
-        method alone; None: neither.
-    help: of the option on the command line; None: it has none there, or one of the verb's own.
-    fitted: whether `fit`, too, takes it as an option, beside the other verbs that predict.
+    kind: what its values are: `named`, a name that may have settings; `size`, a whole number from 1; `natural`, a whole
+        number from 0; `positive`, a positive number; `text`; `choice`, one of `known`, which the JSON Schema lists.
+    known: the allowed values with their meanings; None: any value, or the values are checked elsewhere.
+    field: the field of a cell that holds the value, where it is not named like the axis.
+    of_training: whether the value is a field of the cell's training, which a cell without a task does not have.
+    in_grid: whether it is a key of `grid`; tasks are not, they have the key `tasks` in a suite.
+    in_label: whether a cell's label names a value that is not the default.
+    column: its part in tables: `shape`, a part of the shape; `setting`, something else in which cells must agree before
+        their methods are compared; None: neither.
+    help: of the option that the commands that predict have for it; None: no option, or one that each command declares.
+    fitted: whether `fit` has this option as well.
     """
 
     kind: Literal["named", "size", "natural", "positive", "choice", "text"] = "text"
@@ -48,7 +48,7 @@ AXES: dict[str, Axis] = {
     "model": Axis("named", column="setting"),
     "method": Axis("named"),
     "batch_size": Axis("size", column="shape"),
-    "micro_batch_size": Axis("size", column="shape", help="Samples a forward; divides the batch."),
+    "micro_batch_size": Axis("size", column="shape", help="Samples per forward pass; divides the batch size."),
     "sequence_length": Axis("size", column="shape"),
     "precision": Axis(
         known=PRECISIONS,
@@ -72,9 +72,10 @@ AXES: dict[str, Axis] = {
     "seed": Axis("natural", column="setting"),
     "task": Axis("named", of_training=True, in_grid=False, column="setting"),
     "learning_rate": Axis("positive", of_training=True, column="setting"),
-    "batch": Axis(column="setting", help="Makes the batch, from batch_size and sequence_length.", fitted=True),
+    "batch": Axis(column="setting", help="Makes the batch from batch_size and sequence_length.", fitted=True),
 }
 
+# By name of an axis, the field of a cell (or of its training) that holds the value.
 FIELDS = {name: axis.field or name for name, axis in AXES.items()}
 OF_TRAINING = tuple(name for name, axis in AXES.items() if axis.of_training)
 IN_LABEL = tuple(FIELDS[name] for name, axis in AXES.items() if axis.in_label)

@@ -1,4 +1,4 @@
-"""One point of a sweep: everything that says what is run, nothing about how it is measured."""
+"""A cell, one point of a sweep: everything that determines what is run, and nothing about how it is measured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from meftbench.plan.training import Training
 
 
 class Levers(RootModel[dict[str, bool]]):
-    """What composes with a method by `+`: every lever of the catalogue by name, on or off.
+    """The memory optimisations (levers) that are added to a method by `+`: each of the catalogue by name, on or off.
 
-    A lever that this version does not know, of a newer or older one, may be named where it is off.
+    A lever that this version does not have, but a newer or older one, may be named where it is off.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -31,19 +31,19 @@ class Levers(RootModel[dict[str, bool]]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Levers:
-        """Those on that are named."""
+        """Levers of which those in `names` are on, and all others off."""
         return cls(dict.fromkeys(names, True))
 
     @field_validator("root")
     @classmethod
-    def _of_all(cls, given: dict[str, bool]) -> dict[str, bool]:
-        for name, on in given.items():
+    def _with_all_names(cls, levers: dict[str, bool]) -> dict[str, bool]:
+        for name, on in levers.items():
             if on and name not in LEVERS:
                 raise ValueError(f"has no lever {name!r}: there are {', '.join(LEVERS)}")
-        return {name: given.get(name, False) for name in LEVERS}
+        return {name: levers.get(name, False) for name in LEVERS}
 
     @model_serializer
-    def _written(self, info: SerializationInfo) -> dict[str, bool]:
+    def _serialized(self, info: SerializationInfo) -> dict[str, bool]:
         return {name: on for name, on in self.root.items() if on or not info.exclude_defaults}
 
     def names(self) -> list[str]:
@@ -51,19 +51,21 @@ class Levers(RootModel[dict[str, bool]]):
         return [name for name, on in self.root.items() if on]
 
 
-_NO_IDENTITY = {"data", "grid", "keep"}
+# Fields of a cell's training that are no part of its id: they do not change what is computed.
+_NOT_IN_ID = {"data", "grid", "keep"}
 
 
 class Cell(BaseModel):
-    """A model, a method with its settings and levers, a shape, and the numerical setting.
+    """A model, a method with its settings and levers, a shape, precision, optimizer, device and seed.
 
-    batch_size, micro_batch_size: samples; the step runs batch_size / micro_batch_size forward and
-        backward passes and one optimizer step.  sequence_length: tokens a sample.
+    batch_size, micro_batch_size: in samples; a step has batch_size / micro_batch_size forward and backward passes
+        and one optimizer step.  sequence_length: tokens per sample.
     method_params: the method's settings that differ from its defaults.
-    head: what is trained on the backbone, a name of catalogue.HEADS; None: the first that its entry names.
-    batch: of a function of one's own that gives the batch, `module:function`; None: the batch is made for the model.
+    head: the model's head, a name in catalogue.backbones.HEADS; None: the first in the backbone's entry.
+    batch: the user's own function that makes the batch, as `module:function`; None: a batch is made for the model.
     device: `counted`, `cuda`, or `predicted:PROFILE`.
-    training: of a quality cell, the task it is trained on until it is scored; None: only steps are measured.
+    training: for a fine-tuning run, the task and how the cell is trained on it until it is scored; None: only steps are
+        measured.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -88,38 +90,39 @@ class Cell(BaseModel):
 
     @classmethod
     def of(cls, method: str, **fields: Any) -> Cell:
-        """A cell of a method with its levers, "lora+checkpoint"; one micro-batch unless `micro_batch_size` is given."""
+        """A cell of `method`, such as "lora+checkpoint"; it has one micro-batch unless `micro_batch_size` is given."""
         name, *levers = method.split("+")
-        own: dict[str, Any] = {"method": name, "micro_batch_size": fields.get("batch_size")}
-        return cls(**(own | {"levers": Levers.of(levers)} | fields))
+        defaults: dict[str, Any] = {"method": name, "micro_batch_size": fields.get("batch_size")}
+        return cls(**(defaults | {"levers": Levers.of(levers)} | fields))
 
     @cached_property
     def cell_id(self) -> str:
-        """Hash of what differs from the defaults: a field added later leaves old ids as they are.
+        """Hash of the fields that differ from their defaults, so that a field added later leaves old ids unchanged.
 
-        A folder is named by where it is, however its path was written.
-        Where the data lie, which grid the cell is of and what is kept of it do not change what is run.
+        A folder or file is hashed by its location, however its path is written. Of the training, `data` (its folder),
+        `grid` (which learning rates each seed tries) and `keep` (which weights are kept) do not count.
         """
-        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"training": _NO_IDENTITY})
+        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"training": _NOT_IN_ID})
         name, random = split_name(self.model)
         if is_path(name) and name not in MODELS and not is_factory(name):
             content["model"] = place(name) + (RANDOM if random else "")
         if self.training is not None and is_own(self.training.task):
             content["training"] |= {"task": place(self.training.task)}
-        # Where a method's own defaults have changed, what was recorded before is not what would be run now.
-        changed = getattr(METHODS[self.method].settings, "defaults", None)
-        return digest(content if changed is None else content | {"defaults": changed})
+        # The version of a method's defaults, where they have changed since records were first written: records of
+        # other defaults must have another id.
+        defaults_version = getattr(METHODS[self.method].settings, "defaults", None)
+        return digest(content if defaults_version is None else content | {"defaults": defaults_version})
 
     @property
     def weights(self) -> str:
-        """`random`, `pretrained`, or `own`: whatever a function of the user's own gives."""
+        """`random`, `pretrained`, or `own`: whatever weights the user's own function gives the model."""
         if is_factory(self.model):
             return "own"
         return "random" if self.model.endswith("@random") else "pretrained"
 
     @property
     def method_label(self) -> str:
-        """`lora+checkpoint`, `meft1(adapter_size=8)`: the method as tables and plots name it."""
+        """The method as tables and plots name it: `lora+checkpoint`, `meft1(adapter_size=8)`."""
         return "+".join([_labelled(self.method, self.method_params), *self.levers.names()])
 
     @property
@@ -128,7 +131,7 @@ class Cell(BaseModel):
 
     @property
     def label(self) -> str:
-        """MODEL/METHOD/bBATCH/sLENGTH, then what differs from the defaults: what budgets match."""
+        """MODEL/METHOD/bBATCH/sLENGTH, and what differs from the defaults; the globs of budgets match it."""
         fields = type(self).model_fields
         rest = [
             str(getattr(self, name))
@@ -146,21 +149,21 @@ class Cell(BaseModel):
         return "/".join([self.model_label, self.method_label, f"b{self.batch_size}", f"s{self.sequence_length}", *rest])
 
     def settings(self) -> Any:
-        """The method's validated settings, defaults filled in."""
+        """The method's validated settings, with defaults filled in."""
         return METHODS[self.method].settings.model_validate(self.method_params)
 
     def recorded(self) -> dict[str, Any]:
-        """The `cell` of a record (docs/measuring.md 2): all fields, and the method's settings in full."""
+        """The `cell` of a record (docs/measuring.md 2): all fields, with all settings of the method."""
         full = self.model_dump(mode="json")
         full["method_params"] = self.settings().in_full()
         full["model_config"] = full.pop("model_config_overrides")
-        # Readers of records look for this name; there is no such lever yet.
+        # Programs that read records expect this name, though there is no such lever yet.
         full["levers"].setdefault("optimizer_in_backward", False)
         return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
 
 
 def value_on(cell: Cell, axis: str) -> Any:
-    """The value that a cell has on an axis, or of its field of that name; None of a training's, where it has none."""
+    """The value of a cell on an axis, or of its field of that name; None: of training, which the cell lacks."""
     return getattr(cell.training if axis in OF_TRAINING else cell, FIELDS.get(axis, axis), None)
 
 

@@ -1,4 +1,4 @@
-"""What the paper claims, and which cells speak of it: the data of claims.yaml, checked."""
+"""The claims of the paper, and which cells can be compared with each: the validated content of claims.yaml."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from meftbench.strict_yaml import read, validated
 FILE = Path(__file__).with_suffix(".yaml")
 
 
-def _listed(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-Globs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Globs = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class _Strict(BaseModel):
@@ -27,9 +27,10 @@ class _Strict(BaseModel):
 
 
 class Reason(_Strict):
-    """A sentence that may explain a difference, and the facts under which it does. {fact} in it is filled in.
+    """A sentence that may explain why our number differs from the paper's.
 
-    against: another comparison of the same claim, which differs in these facts; its number is {other}.
+    when: the facts of a comparison under which it is shown, as globs.  says: the sentence; {fact} in it is filled in.
+    against: facts by which another comparison of the same claim differs from this one; its number is {other}.
     """
 
     when: dict[str, Globs]
@@ -38,10 +39,11 @@ class Reason(_Strict):
 
 
 class Claim(_Strict):
-    """A sentence of the paper with its number, as a ratio. How it is held against cells: the head of claims.yaml.
+    """A sentence of the paper with its number. The head of claims.yaml says how it is compared with cells.
 
-    unknown: of its setting.  bound: what stands before the number.
-    methods, beside: labels of the methods that it speaks of, and of those shown beside them.
+    unknown: what is not known of its setting.  stated: the number, as a ratio.  bound: the words before the number.
+    methods, beside: globs on labels of the methods that it is about, and of those shown for comparison.
+    of: what the cells must be that it is compared with, as globs by field.
     """
 
     name: str
@@ -69,16 +71,16 @@ def paper_claims() -> tuple[Claim, ...]:
     return tuple(validated(read(FILE), _File).claims)
 
 
-def matches(wanted: Mapping[str, Iterable[str]], facts: Mapping[str, Any]) -> bool:
-    """Whether each fact that is wanted is there and as wanted."""
-    return all(name in facts and among(globs, facts[name]) for name, globs in wanted.items())
+def matches(conditions: Mapping[str, Iterable[str]], facts: Mapping[str, Any]) -> bool:
+    """Whether each fact that `conditions` name is known and matches their globs."""
+    return all(name in facts and among(globs, facts[name]) for name, globs in conditions.items())
 
 
 def among(globs: Iterable[str], value: Any) -> bool:
-    """Whether one of the globs matches, where there are any, and none of those that begin with "!"."""
-    refused = [glob[1:] for glob in globs if glob.startswith("!")]
-    taken = [glob for glob in globs if not glob.startswith("!")]
-    said = str(value)
-    return not any(fnmatchcase(said, glob) for glob in refused) and (
-        not taken or any(fnmatchcase(said, glob) for glob in taken)
+    """Whether `value` matches no glob that follows a "!", and one of the other globs where there are any."""
+    excluding = [glob[1:] for glob in globs if glob.startswith("!")]
+    including = [glob for glob in globs if not glob.startswith("!")]
+    text = str(value)
+    return not any(fnmatchcase(text, glob) for glob in excluding) and (
+        not including or any(fnmatchcase(text, glob) for glob in including)
     )

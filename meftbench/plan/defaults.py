@@ -1,4 +1,7 @@
-"""What a prediction is about where nothing else is said. Nothing is imported here, so that `--help` stays fast."""
+"""Defaults of predictions: the device profile, and the methods and sequence lengths of `fit`.
+
+Nothing is imported here, so that `--help` stays fast.
+"""
 
 PROFILE = "a100-80gb"
 FITTED_METHODS = (

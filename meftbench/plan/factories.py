@@ -1,6 +1,6 @@
-"""Models and batches made by a function of the user's own, `module:function`: what means one, and what is allowed.
+"""Models and batches made by the user's own functions, named `module:function`: how such names are told and checked.
 
-Whether a name means a function is seen by the name alone, never by what lies on the disk. Nothing is imported here.
+Whether a name means a function follows from the name alone, never from files. The user's own code is not imported here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from meftbench.strict_yaml import Document, KeyPath
 if TYPE_CHECKING:
     from meftbench.plan.cell import Cell
 
-# What the parent process tells those that may import such functions by their environment: the working folder, and, to
-# be looked at before the first cell, a JSON list of [name, names of arguments].
+# Environment variables of the processes that may import such functions: the working folder, and a JSON list of calls,
+# [name, names of arguments], whose functions are checked before the first cell.
 FOLDER = "MEFTBENCH_CODE_FOLDER"
 CALLS = "MEFTBENCH_CODE_CALLS"
-# A cell's attention where the function that makes the model chooses it.
+# The attention of a cell whose model is made by a function, which chooses the attention itself.
 OWN_ATTENTION = "own"
-# A function by its name, and the names of the arguments that it is called with.
+# The name of a function, and the names of the arguments that it is called with.
 Call = tuple[str, tuple[str, ...]]
 BATCH_ARGUMENTS = ("batch_size", "sequence_length")
 EXAMPLE = "my_package.models:build"
@@ -30,14 +30,14 @@ EXAMPLE = "my_package.models:build"
 def is_factory(name: str) -> bool:
     """Whether a name means a function: dotted identifiers, one colon, an identifier.
 
-    No name on the hub has a colon. A folder `a:b` is written `./a:b`.
+    No name on the Hugging Face hub has a colon. A folder `a:b` is written `./a:b`.
     """
     module, colon, function = name.partition(":")
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), function])
 
 
 def check_factory(where: str, name: str, kind: str, example: str = EXAMPLE) -> None:
-    """Raises UserError where `name` has not the form of a function's."""
+    """Raises UserError: `name` does not have the form module:function. kind: what it makes."""
     if is_factory(name):
         return
     file, is_file, function = name.partition(".py:")
@@ -47,15 +47,15 @@ def check_factory(where: str, name: str, kind: str, example: str = EXAMPLE) -> N
 
 
 def check_arguments(where: str, config: Mapping[str, Any]) -> None:
-    """Raises UserError where what stands under `config` cannot be keyword arguments."""
-    wrong = [key for key in config if not key.isidentifier()]
-    if wrong:
-        raise UserError(where, f"config has a key {wrong[0]!r}", "write names as Python has them")
+    """Raises UserError: a key of `config` is not an identifier, so that it cannot be a keyword argument."""
+    invalid = [key for key in config if not key.isidentifier()]
+    if invalid:
+        raise UserError(where, f"config has a key {invalid[0]!r}", "write names as Python has them")
 
 
 def check_own(document: Document, place: Mapping[str, KeyPath], model: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError where the `values` of a cell have a batch that is none or is not for it, or say what is for the
-    function to say that makes the model."""
+    """Raises UserError: in the `values` of a cell, `batch` is not the name of a function or stands beside a task; or,
+    in a cell without a task, a head is named although the user's own function makes the model."""
     if values.get("batch") is not None:
         check_factory(document.where(place["batch"]), values["batch"], "batch", "my_package.models:batch")
         if values.get("training") is not None:
@@ -65,25 +65,25 @@ def check_own(document: Document, place: Mapping[str, KeyPath], model: str, valu
 
 
 def calls_of(cells: Iterable[Cell]) -> list[Call]:
-    """How functions are called to make `cells`: of each cell the model before the batch."""
-    found: dict[Call, None] = {}
+    """The calls of the user's own functions that `cells` need, each once; a cell's model comes before its batch."""
+    calls: dict[Call, None] = {}
     for cell in cells:
         if is_factory(cell.model):
-            found[cell.model, tuple(cell.model_config_overrides)] = None
+            calls[cell.model, tuple(cell.model_config_overrides)] = None
         if cell.batch is not None:
-            found[cell.batch, BATCH_ARGUMENTS] = None
-    return list(found)
+            calls[cell.batch, BATCH_ARGUMENTS] = None
+    return list(calls)
 
 
 def places_of(cell: Cell, model: str, batch: str) -> dict[Call, str]:
-    """Where the functions that make `cell` stand. model, batch: where its model and its batch do."""
+    """The place in the suite of each call that `cell` needs. model, batch: the places of its model and its batch."""
     return {call: batch if call == (cell.batch, BATCH_ARGUMENTS) else model for call in calls_of([cell])}
 
 
 def check_allowed(places: Mapping[Call, str], cells: Iterable[Cell], allowed: bool) -> None:
-    """Raises UserError where a cell is made by a function, and nobody has allowed to import it.
+    """Raises UserError: a cell needs the user's own function, and importing such code is not allowed.
 
-    places: where the functions stand.
+    places: where each call stands in the suite or on the command line, for the message.
     """
     calls = calls_of(cells)
     if calls and not allowed:

@@ -1,6 +1,6 @@
-"""GGUF files as models: which file a name means, and what can be seen of it without torch.
+"""GGUF files as models: which file a model's name means, and what can be checked of it without torch.
 
-A name that ends in `.gguf` is a file; a model of the catalogue may have its weights in a file that a package carries.
+A name that ends in `.gguf` is a file. A model of the catalogue may have its weights in a GGUF file of a Python package.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from meftbench.errors import UserError
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
-SCHEMA = 2  # of what is kept; 2: nothing of the file is left out
-_SAMPLE = 2**20  # bytes at each end of a file that are part of its digest
+SCHEMA = 2  # version of what the cache holds; 2: nothing of the file is left out
+_SAMPLE = 2**20  # bytes at each end of a file that enter its digest
 
 
 def gguf_file_of(name: str) -> Path | None:
     """The GGUF file that a model's name (without @random) means; None: it means something else.
 
-    Of a model of the catalogue: the file in the installed package that carries it, found without importing the package.
+    For a model of the catalogue, the file in the installed package that has it, found without importing the package.
     """
     if name in MODELS:
         packaged = MODELS[name].gguf
@@ -40,23 +40,23 @@ def _packaged(distribution: str, file_name: str) -> Path | None:
 
 
 def check_gguf(where: str, file: Path) -> None:
-    """Raises UserError: no such file, none of that format, or the package that reads them is missing."""
+    """Raises UserError: the file does not exist, cannot be read, is not GGUF, or the package gguf is not installed."""
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
         raise UserError(where, f"GGUF file {str(file)!r} {what}", "name a file that ends in .gguf")
     try:
         with file.open("rb") as stream:
-            begin = stream.read(len(MAGIC))
+            first_bytes = stream.read(len(MAGIC))
     except OSError as error:
         raise UserError(where, f"{str(file)!r} cannot be read ({error.strerror})", "check its permissions") from None
-    if begin != MAGIC:
+    if first_bytes != MAGIC:
         raise UserError(where, f"{str(file)!r} is no GGUF file", "download or convert it again")
     if not _version("gguf"):
         raise UserError(where, f"{str(file)!r} needs the package gguf", "pip install 'meftbench[gguf]'")
 
 
 def _version(distribution: str) -> str:
-    """Version of an installed package; "" where there is none. A folder of its name here, as `gguf`, is no package."""
+    """Version of an installed package; "" where it is not installed, even if a folder of that name can be imported."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -64,15 +64,15 @@ def _version(distribution: str) -> str:
 
 
 def cache_folder(file: Path) -> Path:
-    """Where the dequantized weights of `file` are kept: below MEFTBENCH_CACHE, XDG_CACHE_HOME or ~/.cache.
+    """The folder for the dequantized weights of `file`, below MEFTBENCH_CACHE, XDG_CACHE_HOME or ~/.cache.
 
-    A file that was changed has another folder, as have other versions of what reads it: its name holds a digest of
-    size, time of change and both ends, and of those versions.
+    Its name has a digest of the file's size, modification time and both ends, and of the versions of the packages that
+    read it: a changed file, or another version, has another folder.
     """
     status = file.stat()
     digest = _digest(file.resolve(), status.st_size, status.st_mtime_ns)
-    if own := os.environ.get("MEFTBENCH_CACHE"):
-        root = Path(own).expanduser()
+    if cache := os.environ.get("MEFTBENCH_CACHE"):
+        root = Path(cache).expanduser()
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meftbench"
     return root / "gguf" / f"{file.stem}-{digest}"
@@ -80,7 +80,7 @@ def cache_folder(file: Path) -> Path:
 
 @lru_cache(maxsize=64)
 def _digest(file: Path, size: int, changed_ns: int) -> str:
-    """Remembered: a suite asks once for each of its cells, and some times more."""
+    """The digest of `cache_folder`; cached, since a suite needs it at least once for each of its cells."""
     readers = [_version(name) for name in ("transformers", "gguf")]
     digest = hashlib.blake2b(" ".join(map(str, [SCHEMA, size, changed_ns, *readers])).encode(), digest_size=8)
     with file.open("rb") as stream:

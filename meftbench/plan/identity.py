@@ -1,4 +1,4 @@
-"""Stable names for content: the same facts give the same id on every machine and in every version."""
+"""Stable ids: equal content has the same id on every machine and in every version."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def digest(content: Any) -> str:
 
 
 def place(path: str) -> str:
-    """One text for one folder or file, however its path is spelled: from the working folder on where it lies in it,
-    which is the same in every copy of a repository; else its real absolute path."""
-    real, here = Path(path).expanduser().resolve(), Path.cwd().resolve()
-    return f"./{real.relative_to(here).as_posix()}" if real.is_relative_to(here) else str(real)
+    """The same text for the same folder or file, however its path is written. Inside the working folder it is relative
+    to that folder, so that it is the same in every copy of a repository; elsewhere it is the real absolute path."""
+    real, working_folder = Path(path).expanduser().resolve(), Path.cwd().resolve()
+    return f"./{real.relative_to(working_folder).as_posix()}" if real.is_relative_to(working_folder) else str(real)
 
 
 def uuid7() -> str:
-    """A time-ordered UUID (RFC 9562, version 7); Python has its own only from 3.14."""
+    """A time-ordered UUID (RFC 9562, version 7), which Python's `uuid` has only from 3.14 on."""
     milliseconds = time.time_ns() // 1_000_000
-    random = int.from_bytes(os.urandom(10))
-    value = (milliseconds & (2**48 - 1)) << 80 | 0x7 << 76 | (random >> 68 & 0xFFF) << 64 | 0b10 << 62
-    return str(uuid.UUID(int=value | random & (2**62 - 1)))
+    random_bits = int.from_bytes(os.urandom(10))
+    value = (milliseconds & (2**48 - 1)) << 80 | 0x7 << 76 | (random_bits >> 68 & 0xFFF) << 64 | 0b10 << 62
+    return str(uuid.UUID(int=value | random_bits & (2**62 - 1)))

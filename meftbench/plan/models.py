@@ -1,4 +1,4 @@
-"""Which model a name means, and what can be known of it without torch and without a download."""
+"""What a model's name means, and what can be known of the model without torch and without a download."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def split_name(model: str) -> tuple[str, bool]:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder that `name` means: a path, the data of an installed package, or where the weights of a GGUF file are
-    kept once they are dequantized; None: a name on the hub."""
+    """The folder that `name` means: a path, the data of an installed package, or the one that keeps the dequantized
+    weights of a GGUF file; None: there is none, as for a name on the hub or the user's own function."""
     if is_factory(name):
         return None
     file = gguf_file_of(name)
@@ -41,12 +41,12 @@ def folder_of(name: str) -> Path | None:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model is named by where it lies: a folder, or a GGUF file."""
+    """Whether the name of a model is a path: of a folder, or of a GGUF file."""
     return name.startswith((".", "/", "~")) or name.endswith(SUFFIX) or Path(name).is_dir()
 
 
 def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None:
-    """Configuration of `model` with `overrides`, where it can be read here; None for a model on the hub."""
+    """The configuration of `model` with `overrides`; None: not on this machine, as for a model on the hub."""
     name, _ = split_name(model)
     folder = folder_of(name)
     if folder is not None and (folder / "config.json").is_file():
@@ -57,7 +57,10 @@ def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None
 
 
 def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
-    """Raises UserError for an unknown name, a missing or empty folder; a function is looked for when a run begins."""
+    """Raises UserError: the name is unknown, a package is missing, or a folder or file is missing or not a model's.
+
+    Whether a function exists is checked only when a run begins.
+    """
     name, random = split_name(model)
     if is_factory(name):
         if random:
@@ -95,35 +98,39 @@ def _check_folder(where: str, folder: Path, random: bool) -> None:
     if not isinstance(config, dict):
         what = f"{str(folder / 'config.json')!r} is no mapping of fields to values"
         raise UserError(where, what, "save the model again")
+    if not isinstance(config.get("model_type", ""), str):
+        what = f"{str(folder / 'config.json')!r} has a model_type that is no name: {config['model_type']!r}"
+        raise UserError(where, what, "save the model again")
     if not random and not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         cure = "put model.safetensors there, or add @random to the name"
         raise UserError(where, f"model folder {str(folder)!r} has no weights", cure)
 
 
-def head_of(model_type: str, asked: str | None) -> str:
-    """The head a cell means: the one asked for, or the first of the backbone's entry."""
-    if asked is not None:
-        return asked
+def head_of(model_type: str, head: str | None) -> str:
+    """The head of a cell: `head`, or else the first in the backbone's entry."""
+    if head is not None:
+        return head
     return BACKBONES[model_type].heads[0] if model_type in BACKBONES else "classification"
 
 
-def attention_of(where: str, model: str, overrides: dict[str, Any], asked: str | None) -> str:
-    """The attention a cell means: the one asked for, or the first of the backbone's entry; or a function's own.
+def attention_of(where: str, model: str, overrides: dict[str, Any], name: str | None) -> str:
+    """The attention of a cell: `name`, or else the first in the backbone's entry. Where the user's own function makes
+    the model, `name`, or else "own": whatever the function chooses.
 
-    Raises UserError where transformers has no such attention for it.
+    Raises UserError: transformers has no such attention for the backbone.
     """
     if is_factory(model):
-        return asked or OWN_ATTENTION
+        return name or OWN_ATTENTION
     config = known_config(model, overrides) or {}
     entry = BACKBONES.get(str(config.get("model_type")))
     known = entry.attentions if entry is not None else ("sdpa",)
-    if asked is not None and entry is not None and asked not in known:
-        raise UserError(where, f"{model!r} has no attention {asked!r} in transformers", f"write {' or '.join(known)}")
-    return asked or known[0]
+    if name is not None and entry is not None and name not in known:
+        raise UserError(where, f"{model!r} has no attention {name!r} in transformers", f"write {' or '.join(known)}")
+    return name or known[0]
 
 
 def check_head(where: str, model: str, overrides: dict[str, Any], head: str | None) -> None:
-    """Raises UserError where the backbone of `model` is known and has no such head."""
+    """Raises UserError: the backbone of `model` is known and has no such head."""
     config = known_config(model, overrides) or {}
     entry = BACKBONES.get(str(config.get("model_type")))
     if head is not None and entry is not None and head not in entry.heads:
@@ -131,33 +138,33 @@ def check_head(where: str, model: str, overrides: dict[str, Any], head: str | No
 
 
 def image_tokens(config: dict[str, Any]) -> int | None:
-    """Positions that an image takes in a model of `config`: patches and special tokens; None: it reads no images, or
-    its sizes are no whole numbers, of which the model itself is asked."""
-    special = {"vit": 1, "deit": 2}.get(str(config.get("model_type")))
-    image, patch = config.get("image_size", 224), config.get("patch_size", 16)
-    if special is None or not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
+    """The tokens of an image in a model of `config`, patches and special tokens. None: it reads no images, or its sizes
+    are not whole numbers (then only the model itself knows)."""
+    special_tokens = {"vit": 1, "deit": 2}.get(str(config.get("model_type")))
+    image_size, patch_size = config.get("image_size", 224), config.get("patch_size", 16)
+    if special_tokens is None or not isinstance(image_size, int) or not isinstance(patch_size, int) or patch_size < 1:
         return None
-    return (image // patch) ** 2 + special
+    return (image_size // patch_size) ** 2 + special_tokens
 
 
 def max_positions(model: str, overrides: dict[str, Any]) -> int | None:
-    """Longest sequence, in tokens, the model has positions for; None where its configuration is not at hand."""
+    """The longest sequence, in tokens, that the model has positions for; None: not known."""
     return positions_in(known_config(model, overrides) or {})
 
 
 def positions_in(config: dict[str, Any]) -> int | None:
-    """Longest sequence, in tokens, that a model of `config` has positions for; None: it does not say."""
+    """The longest sequence, in tokens, that a model of `config` has positions for; None: `config` does not say."""
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None
-    # RoBERTa counts positions from the padding index + 1.
+    # RoBERTa numbers positions from the padding token's id + 1.
     padding = config.get("pad_token_id", 1)
     unused = padding + 1 if config.get("model_type") == "roberta" and isinstance(padding, int) else 0
     return positions - unused
 
 
 def check_method(where: str, model: str, overrides: dict[str, Any], head: str | None, method: str) -> None:
-    """Raises UserError where the method does not fit the model's type, as far as it is known."""
+    """Raises UserError: the model's type is known and the method cannot be applied to it."""
     kind = (known_config(model, overrides) or {}).get("model_type")
     if kind in BACKBONES:
         reason = refusal(method, kind, head_of(kind, head), BACKBONES[kind].heads)
@@ -165,15 +172,16 @@ def check_method(where: str, model: str, overrides: dict[str, Any], head: str | 
             raise UserError(where, reason, "choose another method or model")
 
 
-def check_sequence_length(where: str, model: str, overrides: dict[str, Any], length: int, taken: int = 0) -> None:
-    """Raises UserError where `length` tokens, and `taken` that a method puts before them, exceed the positions."""
-    fixed = image_tokens(known_config(model, overrides) or {})
-    if fixed is not None and length != fixed:
-        cure = f"write sequence_length: {fixed}, or set config: {{image_size: ...}} on a @random model"
-        raise UserError(where, f"an image is {fixed} tokens to {model!r}, not {length}", cure)
+def check_sequence_length(where: str, model: str, overrides: dict[str, Any], length: int, virtual: int = 0) -> None:
+    """Raises UserError: `length` tokens, and `virtual` tokens that a method puts before them, are more than the
+    model has positions for; or the model reads images, which have another number of tokens."""
+    tokens_of_image = image_tokens(known_config(model, overrides) or {})
+    if tokens_of_image is not None and length != tokens_of_image:
+        cure = f"write sequence_length: {tokens_of_image}, or set config: {{image_size: ...}} on a @random model"
+        raise UserError(where, f"an image is {tokens_of_image} tokens to {model!r}, not {length}", cure)
     limit = max_positions(model, overrides)
-    if limit is not None and length + taken > limit:
-        cure = f"use at most {limit - taken}, or set config: {{max_position_embeddings: ...}} on a @random model"
-        beside = f" and {taken} virtual tokens" if taken else ""
-        what = f"sequence_length {length}{beside} is longer than the {limit} positions of {model!r}"
+    if limit is not None and length + virtual > limit:
+        cure = f"use at most {limit - virtual}, or set config: {{max_position_embeddings: ...}} on a @random model"
+        with_virtual = f" and {virtual} virtual tokens" if virtual else ""
+        what = f"sequence_length {length}{with_virtual} is longer than the {limit} positions of {model!r}"
         raise UserError(where, what, cure)

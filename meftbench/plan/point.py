@@ -1,4 +1,4 @@
-"""From one point of a suite, or of the command line, to its cell: every value checked (docs/measuring.md 1)."""
+"""From one point of a suite, or of the command line, to its cell, with every value checked (docs/measuring.md 1)."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ def type_of(axis: Axis) -> Any:
 
 
 class Strict(BaseModel):
-    """Unknown keys are refused, and values are not converted."""
+    """A model that refuses unknown keys and does not convert values to other types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-_ONE_OF_EACH: dict[str, Any] = {name: (type_of(axis) | None, None) for name, axis in AXES.items()}
+_POINT_FIELDS: dict[str, Any] = {name: (type_of(axis) | None, None) for name, axis in AXES.items()}
 
 
-class Point(create_model("Axes", __base__=Strict, **_ONE_OF_EACH)):  # type: ignore[misc]
-    """The axes of a cell; None: not said here."""
+class Point(create_model("Axes", __base__=Strict, **_POINT_FIELDS)):  # type: ignore[misc]
+    """A value for each axis of a cell; None: not given here."""
 
 
-# Axes whose values are a cell's as they are written.
-_AS_THEY_ARE = AXES.keys() - {"model", "method", *OF_TRAINING}
-# Where the value of each axis stands; "": the point itself.
+# Axes whose values become fields of a cell without being changed.
+_UNCHANGED_AXES = AXES.keys() - {"model", "method", *OF_TRAINING}
+# The path of each axis' value in the document; "": the path of the point itself.
 Places = dict[str, KeyPath]
 
 
 def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
-    """The cell of a point. Raises UserError with the place of the first value that is wrong, or missing."""
+    """The cell of a point. Raises UserError: a value is wrong or missing, with the place of the first such value."""
     root = places.get("", ("grid",))
     require(document, root, values, "model", "method", "batch_size", "sequence_length")
     place = {name: places.get(name, (*root, name)) for name in Point.model_fields}
-    model, beside = named(document, place["model"], values["model"], "model")
-    overrides = _config(document, place["model"], beside)
+    model, model_settings = named(document, place["model"], values["model"], "model")
+    overrides = config_of(document, place["model"], model_settings)
     check_arguments(document.where((*place["model"], "config")), overrides)
     method, levers, params = parse_method(document, place["method"], values["method"])
-    of_model = document.where(name_place(place["model"], values["model"]))
-    of_method = document.where(name_place(place["method"], values["method"]))
+    model_place = document.where(name_place(place["model"], values["model"]))
+    method_place = document.where(name_place(place["method"], values["method"]))
     batch = values["batch_size"]
     micro = values.get("micro_batch_size", batch)
     if batch % micro:
@@ -76,12 +76,12 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
-    check_model(of_model, model, overrides)
+    check_model(model_place, model, overrides)
     check_own(document, place, model, values)
     if not is_factory(model):
         check_values(document, (*place["model"], "config"), overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
-    check_method(of_method, model, overrides, values.get("head"), method)
+    check_method(method_place, model, overrides, values.get("head"), method)
     taken = positions_taken(method, params)
     check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"], taken)
     attention = attention_of(document.where(place["attention"]), model, overrides, values.get("attention"))
@@ -92,12 +92,13 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         method_params=params,
         levers=levers,
         training=values.get("training"),
-        **{FIELDS[name]: value for name, value in values.items() if name in _AS_THEY_ARE}
+        **{FIELDS[name]: value for name, value in values.items() if name in _UNCHANGED_AXES}
         | {"micro_batch_size": micro, "attention_requested": attention},
     )
 
 
 def _check_training(document: Document, place: Places, values: dict[str, Any], device: str) -> None:
+    """Raises UserError: the cell cannot be trained on its device in its precision, or its head needs a task."""
     if values.get("training") is None:
         if values.get("head") == "multiple_choice":
             raise document.error(place["head"], "needs a task, whose choices it reads", "name one under `tasks`")
@@ -108,18 +109,19 @@ def _check_training(document: Document, place: Places, values: dict[str, Any], d
 
 
 def cell_of(verb: str, values: dict[str, Any]) -> Cell:
-    """The cell of one point, given on the command line of `verb`. Raises UserError, as for a suite."""
+    """The cell of the values on the command line of `verb`. Raises UserError: as `cell_at`, with options as places."""
     document = Document(Path(verb), values, {})
-    said = validated(document, Point).model_dump(exclude_none=True)
-    return cell_at(document, {name: (name,) for name in Point.model_fields}, said)
+    checked_values = validated(document, Point).model_dump(exclude_none=True)
+    return cell_at(document, {name: (name,) for name in Point.model_fields}, checked_values)
 
 
-def _config(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a model's configuration. Raises UserError: another key beside its name, or no mapping."""
-    for key in beside_name:
+def config_of(document: Document, place: KeyPath, model_settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields under `config` of a model's entry. Raises UserError: they are not a mapping, or the entry has a key
+    other than `name` and `config`."""
+    for key in model_settings:
         if key != "config":
             raise unknown(document.where((*place, key), key=True), "key", key, ["name", "config"])
-    fields = beside_name.get("config", {})
+    fields = model_settings.get("config", {})
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         what = f"{fields!r} is no mapping of fields to values"
         raise document.error((*place, "config"), what, "write config: {num_hidden_layers: 4}")
@@ -127,14 +129,14 @@ def _config(document: Document, place: KeyPath, beside_name: dict[str, Any]) -> 
 
 
 def refuse_unknown(document: Document, places: Places, values: dict[str, Any]) -> None:
-    """Raises UserError for a precision, head, attention or optimizer that there is not."""
+    """Raises UserError: a value is unknown on an axis that has known values, such as precision or optimizer."""
     for name, axis in AXES.items():
         if axis.known is not None and name in values and values[name] not in axis.known:
             raise unknown(document.where(places[name]), name, values[name], axis.known)
 
 
 def parse_device(where: str, device: str) -> str:
-    """`counted`, `cuda`, or `predicted:` and a profile. Raises UserError for anything else."""
+    """The device, checked: `counted`, `cuda`, or `predicted:PROFILE`. Raises UserError: it is anything else."""
     if device.startswith(PREDICTED):
         find_profile(device.removeprefix(PREDICTED), where)
     elif device not in ("counted", "cuda"):
@@ -143,7 +145,11 @@ def parse_device(where: str, device: str) -> str:
 
 
 def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Levers, dict[str, Any]]:
-    """Method, levers and settings of "lora+checkpoint" or {name: meft1, adapter_size: 8}. Raises UserError."""
+    """The method, its memory optimisations (levers) and its settings that differ from their defaults.
+
+    value: such as "lora+checkpoint" or {name: meft1, adapter_size: 8}.
+    Raises UserError: a name or setting is unknown, a lever is named twice, or the method refuses it.
+    """
     text, settings = named(document, path, value, "method")
     name, *levers = text.split("+")
     place = name_place(path, value)
@@ -160,12 +166,12 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
             raise document.error(place, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
     schema = METHODS[name].settings
     checked = validated_part(document, path, settings, schema)
-    said = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return name, Levers.of(levers), said
+    changed_settings = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return name, Levers.of(levers), changed_settings
 
 
 def require(document: Document, root: KeyPath, values: dict[str, Any], *names: str) -> None:
-    """Raises UserError where one of `names` is not among `values`. root: where the point stands."""
+    """Raises UserError: one of `names` is not among `values`. root: the path of the point."""
     for required in names:
         if required not in values:
             raise document.error((*root, required), "is missing", f"name a {required} here or under `defaults`")

@@ -1,4 +1,4 @@
-"""How cells are measured, hashed into every record: records of two protocols are not comparable."""
+"""How cells are measured. Every record has the protocol's hash, since records of two protocols are not comparable."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def _known_passes(value: Any) -> Any:
 
 def _split_size(value: Any) -> Any:
     if isinstance(value, dict) and set(value) != {"max_split_size_mb"}:
-        wrong = [key for key in value if key != "max_split_size_mb"]
-        raise FaultAtError("write `default`, `expandable` or `{max_split_size_mb: N}`", *wrong[:1])
+        unknown_keys = [key for key in value if key != "max_split_size_mb"]
+        raise FaultAtError("write `default`, `expandable` or `{max_split_size_mb: N}`", *unknown_keys[:1])
     return value
 
 
@@ -35,16 +35,18 @@ def _bytes(value: Any) -> Any:
 class Protocol(BaseModel):
     """How a cell is measured (docs/design.md 6).
 
-    warmup: steps before the measured ones; at least 1 is taken where the optimizer has state.
+    warmup: steps before the measured ones; when memory is measured, at least 1 if the optimizer keeps state.
     steps: measured steps of each pass; a peak is the largest over them.
-    repeats: fresh processes a cell; None: 3 on CUDA, 1 where bytes are counted.
-    timeout: seconds a cell may take before its process group is killed.
-    allocator: the CUDA caching allocator's setting, put into the worker's environment.
-    on_oom: `record` it and go on; `skip-larger`: cells that need more are not started;
-        `bracket`: as skip-larger, and cells between a fitting and a failing batch are tried from the middle.
-    padding: share of each sequence that is padding, 0 to below 1.
-    threads: CPU threads of a worker; None: OMP_NUM_THREADS or else the cores, divided by the jobs.
-    memory_limit: bytes of device memory a cell may hold before it ends as `oom`; None: what the device has.
+    repeats: how often a cell is measured, each time in a fresh process; None: 3 times on CUDA, else once.
+    timeout: seconds that a cell may take before its processes are killed.
+    passes: names of the probes that are run.
+    allocator: the setting of torch's CUDA caching allocator, put into the worker's environment.
+    on_oom: what follows a cell that is out of memory. `record`: nothing; `skip-larger`: cells that need at least as
+        much are skipped; `bracket`: as skip-larger, and the largest batch size that fits is found by bisection.
+    exclusive: whether a GPU on which another process computes is refused.
+    padding: share of each sequence that is padding, from 0 to below 1.
+    threads: CPU threads of a worker; None: OMP_NUM_THREADS, or else the cores divided by the jobs.
+    memory_limit: bytes of device memory that a cell may hold before it ends as `oom`; None: what the device has.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -65,17 +67,17 @@ class Protocol(BaseModel):
 
     @property
     def protocol_id(self) -> str:
-        """Hash of everything that changes what is measured; the time allowed and the repeats do not."""
+        """Hash of everything that affects what is measured; timeout, repeats and on_oom do not."""
         return digest(self.model_dump(mode="json", exclude={"timeout", "repeats", "on_oom"}))
 
     @property
     def alloc_conf(self) -> str:
-        """The allocator's setting as PYTORCH_ALLOC_CONF has it; "" is torch's default."""
+        """The allocator's setting in the form of PYTORCH_ALLOC_CONF; "" is torch's default."""
         if self.allocator == "expandable":
             return "expandable_segments:True"
-        given = self.allocator.items() if isinstance(self.allocator, dict) else ()
-        return ",".join(f"{key}:{value}" for key, value in given)
+        settings = self.allocator.items() if isinstance(self.allocator, dict) else ()
+        return ",".join(f"{key}:{value}" for key, value in settings)
 
     def repeats_on(self, device: str) -> int:
-        """Fresh processes for a cell on `device`."""
+        """How many fresh processes measure a cell on `device`."""
         return self.repeats if self.repeats is not None else (3 if device == "cuda" else 1)

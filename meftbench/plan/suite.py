@@ -1,4 +1,4 @@
-"""From a suite file to its cells: what is to be run, checked in full before anything starts (docs/measuring.md 1)."""
+"""From a suite file to its cells, all of which are checked before anything is run (docs/measuring.md 1)."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ OneOrMore = Annotated[list[T], BeforeValidator(_as_list)]
 
 
 def _one_or_a_list(schema: dict[str, Any]) -> None:
-    """Say in the JSON Schema what `_as_list` accepts, so that editors do not mark it."""
+    """Allow a single value in the JSON Schema, as `_as_list` does, so that editors do not mark it as wrong."""
     for name, axis in schema["properties"].items():
         schema["properties"][name] = {"anyOf": [axis["items"], axis]}
 
 
-_LISTS: dict[str, Any] = {
+_GRID_FIELDS: dict[str, Any] = {
     name: (Annotated[list[type_of(axis)], BeforeValidator(_as_list)], [])  # type: ignore[misc]
     for name, axis in AXES.items()
     if axis.in_grid
 }
 
 
-class Grid(create_model("Lists", __base__=Strict, **_LISTS)):  # type: ignore[misc]
-    """Each axis a value or a list; the grid is their product."""
+class Grid(create_model("Lists", __base__=Strict, **_GRID_FIELDS)):  # type: ignore[misc]
+    """A value or a list of values for each axis; the cells of the grid are their product."""
 
     model_config = ConfigDict(json_schema_extra=_one_or_a_list)
 
@@ -65,8 +65,12 @@ class Grid(create_model("Lists", __base__=Strict, **_LISTS)):  # type: ignore[mi
 class SuiteFile(BaseModel):
     """The keys of a suite file.
 
-    tasks: an axis of the grid: each cell is trained on one, as `training` says, and scored; none: steps are measured.
-    allow_code: whether models and batches that are functions, `module:function`, may be imported.
+    tasks: an axis of the grid: each cell is trained on one task, as `training` says, and scored. Without tasks, only
+        steps are measured.
+    defaults: values of axes for all cells whose point does not give them.  include: further cells beside the grid.
+    exclude: cells to leave out: those that have all values of an entry.
+    allow_code: whether the user's own functions (models and batches named `module:function`) may be imported.
+    budgets: path of a budgets file, relative to the suite file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -87,11 +91,11 @@ class SuiteFile(BaseModel):
 
 @dataclass(frozen=True)
 class Suite:
-    """A checked plan: the cells in the order in which they are listed, and how to measure them.
+    """A checked suite: its cells in the order in which they are listed, and how to measure them.
 
-    source: the file it was read from.  command: what else was typed, without `meftbench`, where it is of no file.
-    code: how functions of the user's own are called for models and batches, and where each stands.  allow_code:
-    whether they may be imported.
+    source: the file it was read from.  command: the command line that it was made from instead, without `meftbench`.
+    code: the calls of the user's own functions (models and batches), each with its place in the suite.
+    allow_code: whether these functions may be imported.
     """
 
     name: str
@@ -106,7 +110,7 @@ class Suite:
 
     @property
     def suite_id(self) -> str:
-        """Hash of what is run and how; the name and the description may change."""
+        """Hash of what is run and how it is measured; it does not depend on the name and the description."""
         return digest([self.protocol.protocol_id, sorted(cell.cell_id for cell in self.cells)])
 
     def on(self, device: str) -> Suite:
@@ -115,7 +119,7 @@ class Suite:
 
 
 def shipped_suites() -> dict[str, Path]:
-    """Name to file of the suites that come with the package."""
+    """The files of the suites that come with the package, by name."""
     here = Path(__file__).resolve().parents[1]
     folder = next((f for f in (here / "shipped_suites", here.parent / "suites") if f.is_dir()), None)
     files = sorted(folder.glob("*.yaml")) if folder else []
@@ -123,7 +127,10 @@ def shipped_suites() -> dict[str, Path]:
 
 
 def find_suite(name: str) -> Path:
-    """A path, ./suites/NAME.yaml, or a shipped suite, in this order. Raises UserError with the nearest name."""
+    """The file that `name` means: a path, ./suites/NAME.yaml, or a suite of the package, in this order.
+
+    Raises UserError: there is no suite of that name.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return path
@@ -144,28 +151,34 @@ def load_suite(name: str) -> Suite:
 
 
 def parse_suite(document: Document) -> Suite:
-    """A suite from a parsed file. Raises UserError with file, line, key path and cure."""
+    """The suite of a parsed file. Raises UserError: at the first fault, with file, line, key path and cure."""
     _check_schema(document)
     parsed = validated(document, SuiteFile)
-    excluded = [_wanted(document, ("exclude", i), point) for i, point in enumerate(parsed.exclude)]
+    exclusions = [_exclusion(document, ("exclude", i), point) for i, point in enumerate(parsed.exclude)]
     cells: dict[str, Cell] = {}
-    unmatched = {(i, axis) for i, wanted in enumerate(excluded) for axis in wanted}
+    unmatched = {(i, axis) for i, exclusion in enumerate(exclusions) for axis in exclusion}
+    without_cell = set(range(len(exclusions)))
     code: dict[Call, str] = {}
     for places, values in itertools.chain(_grid_points(document, parsed), _included(parsed.include)):
-        point = _said(parsed.defaults, "defaults", places) | values
+        point = _default_values(parsed.defaults, "defaults", places) | values
         for cell in _cells(document, places, point, parsed.training):
-            unmatched -= {(i, axis) for i, axis in unmatched if _matches(cell, {axis: excluded[i][axis]})}
-            if not any(_matches(cell, wanted) for wanted in excluded):
+            unmatched -= {(i, axis) for i, axis in unmatched if _matches(cell, {axis: exclusions[i][axis]})}
+            excluded_by = {i for i, exclusion in enumerate(exclusions) if _matches(cell, exclusion)}
+            without_cell -= excluded_by
+            if not excluded_by:
                 cells.setdefault(cell.cell_id, cell)
                 where = (document.where(places.get(axis, ())) for axis in ("model", "batch"))
                 code = places_of(cell, *where) | code
-    for number, axis in sorted(unmatched):
-        _refuse_absent(document, ("exclude", number, axis), parsed.exclude[number])
+    for index, axis in sorted(unmatched):
+        _refuse_absent(document, ("exclude", index, axis), parsed.exclude[index])
+    for index in sorted(without_cell):
+        what = "no cell of the suite has all of these values at once"
+        raise document.error(("exclude", index), what, "leave the entry out, or name what stands together in a cell")
     if not cells:
         cure = "name at least one model, method, batch_size and sequence_length"
         raise document.error(("grid",), "no cell is left", cure)
     if any(cell.training for cell in cells.values()):
-        # Of all seeds the first comes first: it may choose the learning rate of the others.
+        # Cells of the first seed come first, since their scores may decide the learning rate of the other seeds.
         cells = dict(sorted(cells.items(), key=lambda item: item[1].seed))
     elif "training" in document.content:
         raise document.error(("training",), "says how to train, and there is no task", "name one under `tasks`")
@@ -191,13 +204,13 @@ def parse_suite(document: Document) -> Suite:
 
 
 def _check_schema(document: Document) -> None:
-    schema = document.content.get("schema")
-    if isinstance(schema, int) and not isinstance(schema, bool) and schema > 1:
+    version = document.content.get("schema")
+    if isinstance(version, int) and not isinstance(version, bool) and version > 1:
         cure = "update meftbench, or write `schema: 1`"
-        raise document.error(("schema",), f"schema {schema} is newer than this program (1)", cure)
+        raise document.error(("schema",), f"schema {version} is newer than this program (1)", cure)
 
 
-# --- points: (where each axis' value stands, the values) ---
+# --- points: pairs of the places of the values in the document, and the values, both by axis ---
 
 
 def _grid_points(document: Document, suite: SuiteFile) -> Iterator[tuple[Places, dict[str, Any]]]:
@@ -226,7 +239,8 @@ def _included(points: list[Point]) -> Iterator[tuple[Places, dict[str, Any]]]:
         yield {name: ("include", index, name) for name in values} | {"": ("include", index)}, values
 
 
-def _said(defaults: Point, key: str, places: Places) -> dict[str, Any]:
+def _default_values(defaults: Point, key: str, places: Places) -> dict[str, Any]:
+    """The values that `defaults` gives; their places under `key` are added to `places` for axes that have none."""
     values: dict[str, Any] = defaults.model_dump(exclude_none=True)
     for name in values:
         places.setdefault(name, (key, name))
@@ -234,7 +248,7 @@ def _said(defaults: Point, key: str, places: Places) -> dict[str, Any]:
 
 
 def _cells(document: Document, places: Places, values: dict[str, Any], training: Trainings) -> Iterator[Cell]:
-    """The cell of a point; where it has a task, one for each learning rate."""
+    """The cell of a point; for a point with a task, a cell for each learning rate."""
     if "task" not in values:
         if "learning_rate" in values:
             place = places["learning_rate"]
@@ -244,37 +258,40 @@ def _cells(document: Document, places: Places, values: dict[str, Any], training:
     root = places.get("", ("grid",))
     require(document, root, values, "model", "method")
     task, place = values["task"], places["task"]
-    of_task = isinstance(task, dict) and task.get("sequence_length") is not None
+    length_of_task = isinstance(task, dict) and task.get("sequence_length") is not None
     for point in with_training(document, places, values, training):
-        length = (*place, "sequence_length") if of_task else places.get("sequence_length", place)
-        yield cell_at(document, places | {"sequence_length": length}, point)
+        length_place = (*place, "sequence_length") if length_of_task else places.get("sequence_length", place)
+        yield cell_at(document, places | {"sequence_length": length_place}, point)
 
 
-def _wanted(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
-    wanted: dict[str, Any] = point.model_dump(exclude_none=True)
-    refuse_unknown(document, {name: (*path, name) for name in wanted}, wanted)
-    if "device" in wanted:
-        parse_device(document.where((*path, "device")), wanted["device"])
-    if "model" in wanted:
-        wanted["model"] = named(document, (*path, "model"), wanted["model"], "model")[0]
-    if "method" in wanted:
-        wanted["method"] = parse_method(document, (*path, "method"), wanted["method"])
-    if "task" in wanted:
-        wanted["task"] = named(document, (*path, "task"), wanted["task"], "task")[0]
-    if not wanted:
+def _exclusion(document: Document, path: KeyPath, point: Point) -> dict[str, Any]:
+    """The values, by axis, of the cells to leave out. Raises UserError: a value is wrong, or none is given."""
+    values: dict[str, Any] = point.model_dump(exclude_none=True)
+    refuse_unknown(document, {name: (*path, name) for name in values}, values)
+    if "device" in values:
+        parse_device(document.where((*path, "device")), values["device"])
+    if "model" in values:
+        values["model"] = named(document, (*path, "model"), values["model"], "model")[0]
+    if "method" in values:
+        values["method"] = parse_method(document, (*path, "method"), values["method"])
+    if "task" in values:
+        values["task"] = named(document, (*path, "task"), values["task"], "task")[0]
+    if not values:
         raise document.error(path, "names nothing", "name the axes of the cells to leave out")
-    return wanted
+    return values
 
 
 def _refuse_absent(document: Document, place: KeyPath, point: Point) -> None:
+    """Raises UserError: no cell has the value at `place`, which `point` excludes."""
     axis = str(place[-1])
     value = getattr(point, axis)
     what = f"no cell of the suite has {axis} {value if isinstance(value, dict) else repr(value)}"
     raise document.error(place, what, "exclude what the grid or `include` names, as it is written there")
 
 
-def _matches(cell: Cell, wanted: dict[str, Any]) -> bool:
-    found = {name: value_on(cell, name) for name in wanted}
-    if "method" in wanted:
-        found["method"] = (cell.method, cell.levers, cell.method_params)
-    return found == wanted
+def _matches(cell: Cell, values: dict[str, Any]) -> bool:
+    """Whether the cell has all of `values`, which are as `_exclusion` gives them."""
+    cell_values = {name: value_on(cell, name) for name in values}
+    if "method" in values:
+        cell_values["method"] = (cell.method, cell.levers, cell.method_params)
+    return cell_values == values

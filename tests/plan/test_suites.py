@@ -99,6 +99,14 @@ def test_the_order_of_cells_and_the_description_do_not_name_the_suite():
         ),
         ({"grid": GRID, "exclude": [{"batch_size": 999}]}, "has batch_size 999"),
         ({"grid": GRID, "exclude": [{"attention": "eager"}]}, "no cell of the suite has attention 'eager'"),
+        (
+            {
+                "grid": GRID | {"method": ["full", "lora"]},
+                "include": [{"model": "bert-tiny@random", "method": "full", "batch_size": 9, "sequence_length": 16}],
+                "exclude": [{"method": "full"}, {"method": "lora", "batch_size": 9}],
+            },
+            "exclude[1]: no cell of the suite has all of these values at once; leave the entry out",
+        ),
         ({"grid": GRID, "protocol": {"timeout": "soon"}}, "'soon' is not a duration"),
         ({"grid": GRID, "protocol": {"allocator": {"max_split": 1}}}, "write `default`, `expandable`"),
         ({"grid": GRID, "protocol": {"memory_limit": "8"}}, "'8' is not an amount of memory"),

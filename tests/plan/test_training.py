@@ -41,6 +41,26 @@ def fault_of(suite_of):
     return said
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "", '{"model_type": 3}'])
+@pytest.mark.parametrize("task", ["", "tasks: rte\n"])
+def test_a_damaged_model_is_one_line_with_a_task_as_without(task, content, fault_of, tmp_path):
+    """The task's head is looked for in the model's configuration, which is checked before."""
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text(content)
+    named = f"include: [{{model: {tmp_path}/damaged@random, sequence_length: 16}}]\n"
+    if task:
+        named = f"grid: {{model: {tmp_path}/damaged@random}}\n"
+
+    assert str(tmp_path / "damaged") in fault_of(task + named)
+
+
+@pytest.mark.parametrize("config", ["[1]", "5", "{1: 2}"])
+def test_a_configuration_that_is_none_is_one_line_with_a_task(config, fault_of):
+    said = fault_of(f"tasks: rte\ngrid: {{model: {{name: minilm@random, config: {config}}}}}\n")
+
+    assert "is no mapping of fields to values; write config: {num_hidden_layers: 4}" in said
+
+
 # --- cells ---
 
 
