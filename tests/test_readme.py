@@ -182,7 +182,7 @@ def test_the_scores_it_names_are_those_of_the_records():
     full = {task: glue[task]["full"][0].split(" (")[0] for task in glue}
     assert f"three seeds, has {full['mrpc']} on MRPC, {full['stsb']} on STS-B, {full['sst2']} on SST-2 and" in said
     assert f"SST-2 and {full['cola']} on CoLA, where" in said
-    assert f"full fine-tuning ({full['rte']}, two seeds)" in said
+    assert f"full fine-tuning ({full['rte']}, three seeds)" in said
 
     tasks = rows_of("quality-qa-smollm2")
     methods = ("lora", "parallel", "meft1-exact", "meft2-exact", "meft3-exact")

@@ -1,8 +1,8 @@
 """The fixed-point coupling of a tile in one GPU kernel each way, with the results of arithmetic.py bit for bit.
 
-In plain torch a tile takes up to sixty launches, most of them to pack and unpack side bits (docs/design.md 3). The
-kernels are written in triton, which is optional and is imported at the first tile that it could take; until then the
-kernels below are plain Python functions.
+In plain torch a tile takes many launches, with three side bits most of them to pack and unpack these (docs/design.md
+3). The kernels are written in triton, which is optional and is imported at the first tile that it could take; until
+then the kernels below are plain Python functions.
 
 A program (triton's thread block) takes ROWS rows and COLUMNS of the ⌈D/8⌉ columns of side bits. Column c of those has
 the bits of the elements c + j·⌈D/8⌉ of the stream, j = 0 .. 7, in m bytes that also stand ⌈D/8⌉ columns apart
