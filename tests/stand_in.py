@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from meftbench.errors import CellFailure, UserError
-from meftbench.own_code import looked_at
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import CALLS
 from meftbench.plan.protocol import Protocol
@@ -33,8 +32,12 @@ class Outcome:
 
 
 def describe() -> dict[str, Any]:
-    asked = os.environ.get(CALLS)
-    return ({"code": looked_at(json.loads(asked))} if asked else {}) | {"torch_version": "none: a stand-in"}
+    facts: dict[str, Any] = {"torch_version": "none: a stand-in"}
+    if asked := os.environ.get(CALLS):
+        from meftbench.own_code import looked_at  # imports torch
+
+        facts["code"] = looked_at(json.loads(asked))
+    return facts
 
 
 def measure_cell(cell: Cell, protocol: Protocol) -> Outcome:
