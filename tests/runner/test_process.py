@@ -131,10 +131,10 @@ def test_host_memory_is_limited_so_that_its_end_is_an_error_and_not_a_kill(a_wor
 @pytest.mark.parametrize("command", [WORKER, SPAWNING], ids=["fork", "spawn"])
 def test_a_timeout_kills_the_process_group(a_worker, tmp_path, told_file, command):
     """What a cell has started dies with it."""
-    outcome = outcome_of(a_worker(command), a_job(tmp_path, stand_in.PARENT, timeout=4))
+    outcome = outcome_of(a_worker(command), a_job(tmp_path, stand_in.PARENT, timeout=1.5))
 
     assert "timeout" == outcome.status
-    assert "4 s" in outcome.detail["message"]
+    assert "1.5 s" in outcome.detail["message"]
     [(_, grandchild)] = told(told_file, "grandchild")
     wait_until(lambda: not alive(int(grandchild)))
     assert not alive(outcome.pid)
