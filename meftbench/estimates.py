@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 # `fit` tries no larger shapes: where even the largest of them fits, the answer says so (`at_limit`).
 MOST_TOKENS = 2**24
 MOST_SAMPLES = 2**16
-MOST_ASKED = 2**40  # tokens of a step; more are refused
+
+# The parts of the peak in the order in which they are printed, the workspace last.
+_PARTS = sorted(BREAKDOWN, key="workspace_bytes".__eq__)
 
 Tell = Callable[[str], None]
 
@@ -133,8 +135,8 @@ class Capacity:
 
 
 def estimate(
-    model: str,
-    method: str,
+    model: str | Mapping[str, Any],
+    method: str | Mapping[str, Any],
     *,
     batch_size: int,
     sequence_length: int,
@@ -148,8 +150,8 @@ def estimate(
 ) -> Estimate:
     """Predict the memory of fine-tuning a model by a method on a GPU. Nothing is computed, and no GPU is needed.
 
-    model, method: as in a suite, such as "llama-3.2-1b@random" and "lora+checkpoint".  config: overrides of the
-        model's configuration.  settings: of the method.
+    model, method: as in a suite, such as "llama-3.2-1b@random" and "lora+checkpoint", or {"name": "lora", "rank": 4}.
+        config: overrides of the model's configuration.  settings: of the method.
     batch_size: samples per step.  sequence_length: tokens per sample.
     profile: a name of `meftbench list profiles`, or a file.  allocator: settings in the form of PYTORCH_ALLOC_CONF.
     allow_code: whether the user's own functions that make models and batches may be called.
@@ -183,7 +185,9 @@ def _estimate_of(cell: Cell, device: Profile, answer: dict[str, Any]) -> Estimat
         fits=answer["fits"],
         retries=values["alloc_retries"],
         peak_phase=values["peak_phase"],
-        breakdown={name.removesuffix("_bytes"): values[name] for name in BREAKDOWN},
+        breakdown={
+            name.removesuffix("_bytes"): values[name] for name in sorted(BREAKDOWN, key="workspace_bytes".__eq__)
+        },
         activation_peak_bytes=answer["activation_peak_bytes"],
         parameters_trainable=values["parameters_trainable"],
         parameters_total=values["parameters_total"],
@@ -228,7 +232,7 @@ def fit(
     if isinstance(methods, str) or not methods:
         raise UserError("methods", f"{methods!r} is not a list of methods", 'give names, ["lora", "meft1-exact"]')
     if jobs is not None:
-        (jobs,) = _sizes("jobs", [jobs])
+        _check_jobs(jobs)
     sizes = list(memory) if isinstance(memory, Sequence) and not isinstance(memory, str) else [memory]
     cards = sorted({_bytes(size) for size in sizes}) or [device.memory_bytes]
     if cards[0] <= device.context_bytes:
@@ -243,6 +247,9 @@ def fit(
         for length in lengths
     ][:: len(lengths)]
     samples = [] if of_image else _sizes("batch_sizes", batch_sizes)
+    for name, asked in (("sequence_lengths", lengths), ("batch_sizes", samples)):
+        if asked and asked[-1] > MOST_TOKENS:
+            raise UserError(name, f"{asked[-1]:,} is more than is looked at", f"give at most {MOST_TOKENS:,}")
     request = {
         "cells": [cell.model_dump(mode="json") for cell in cells],
         "profile": chosen,
@@ -266,8 +273,8 @@ def fit(
 
 def asked_cell(
     verb: str,
-    model: str,
-    method: str,
+    model: str | Mapping[str, Any],
+    method: str | Mapping[str, Any],
     profile: str,
     config: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None,
@@ -280,12 +287,13 @@ def asked_cell(
     Raises UserError: a value is wrong, or the user's own code is needed and not allowed.
     """
     find_profile(profile, f"{verb}: profile")
-    fields = {"model": {"name": model, "config": _mapping("config", config)}, "device": PREDICTED + profile}
-    fields |= {"method": {"name": method, **_mapping("settings", settings)}}
+    fields: dict[str, Any] = {"device": PREDICTED + profile}
+    # As in a suite, a name, or a mapping that has it beside the settings.
+    overrides = {"config": _mapping("config", config)} if config else {}
+    fields["model"] = {**(model if isinstance(model, Mapping) else {"name": model}), **overrides}
+    named = method if isinstance(method, Mapping) else {"name": method}
+    fields["method"] = {**named, **_mapping("settings", settings)}
     cell = cell_of(verb, fields | {key: value for key, value in values.items() if value is not None})
-    if cell.batch_size * cell.sequence_length > MOST_ASKED:
-        what = f"{cell.batch_size:,} × {cell.sequence_length:,} tokens are more than any device has held"
-        raise UserError(verb, what, "give fewer")
     check_allowed(places_of(cell, f"{verb}: model", f"{verb}: batch"), [cell], allow_code)
     return cell
 
@@ -314,6 +322,11 @@ def _sizes(name: str, sizes: Any) -> list[int]:
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         raise UserError(name, f"{list(sizes)} is not a list of sizes", "give whole numbers from 1")
     return sorted(set(sizes))
+
+
+def _check_jobs(jobs: Any) -> None:
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
+        raise UserError("jobs", f"{jobs!r} is no number of processes", "give a whole number from 1")
 
 
 def _bytes(size: Any) -> int:

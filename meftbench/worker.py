@@ -12,8 +12,8 @@ Input, one line of JSON for each job:
 Output, one line of JSON for each event:
     {"event": "ready", "facts"} once, or {"event": "broken", "message"}; then for each job
     {"event": "started", "id", "pid"} and {"event": "exited", "id", "pid", "code"} (Popen.returncode: -9 for SIGKILL).
-    With `--once`: {"event": "progress", "text"}.
-The result file holds {"status", "status_detail", "answer"}, of a UserError {"user_error"} as well; it is written
+    With `--once`: {"event": "progress", "text"}, and {"event": "result", "content"} if the job names no file for it.
+A result has {"status", "status_detail", "answer"}, of a UserError {"user_error"} as well; its file is written
 completely or not at all. At the end of stdin, however the runner ended, every child is killed.
 """
 
@@ -91,7 +91,8 @@ def failure(error: BaseException) -> dict[str, Any]:
         detail.setdefault("traceback", _without_machine("".join(lines))[-TRACEBACK_CHARACTERS:])
     content = {"status": status, "status_detail": detail, "answer": {}}
     if isinstance(error, UserError):
-        content["user_error"] = {name: getattr(error, name) for name in ("where", "what", "cure", "exit_code")}
+        texts = {name: str(getattr(error, name)) for name in ("where", "what", "cure")}
+        content["user_error"] = texts | {"exit_code": error.exit_code}
     return content
 
 
@@ -99,13 +100,15 @@ def _no_progress(line: str) -> None:
     """Ignores progress: a job of the server reports only its end."""
 
 
-def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress) -> None:
-    """Run a job in this process and write its result file."""
+def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress) -> dict[str, Any]:
+    """Run a job in this process. Returns its result, which is written to a file if the job names one."""
     os.environ.update(job["environment"])
     _use_threads(job["threads"])
     with _memory_limit(job["memory_bytes"]):
         content = run_job(requests, job["verb"], job["request"], tell)
-    write_whole(Path(job["result"]), json.dumps(content, allow_nan=False))
+    if job["result"] is not None:
+        write_whole(Path(job["result"]), json.dumps(content, allow_nan=False))
+    return content
 
 
 def _use_threads(threads: int) -> None:
@@ -318,7 +321,7 @@ def _kill_group(pid: int) -> None:
 
 
 def run_once(name: str) -> int:
-    """Run the job that is the first line of stdin; progress goes to stdout. The exit code: 1 where no job came."""
+    """Run the job that is the first line of stdin; its events go to stdout. The exit code: 1 where no job came."""
     line = b""
     while not line.endswith(b"\n"):
         received = os.read(0, 1 << 16)
@@ -329,13 +332,16 @@ def run_once(name: str) -> int:
     reports = os.dup(1)
     os.dup2(2, 1)  # what libraries print must not mix with the events
 
-    def tell(text: str) -> None:
-        with suppress(BrokenPipeError):  # the process that asked has ended
-            os.write(reports, json.dumps({"event": "progress", "text": text}).encode() + b"\n")
+    def report(**event: Any) -> None:
+        # A broken pipe: the process that asked has ended.
+        with suppress(BrokenPipeError), os.fdopen(os.dup(reports), "w", encoding="utf-8") as pipe:
+            pipe.write(json.dumps(event) + "\n")
 
     if job["ends_with_asker"]:
         threading.Thread(target=_end_with_asker, daemon=True).start()
-    perform(importlib.import_module(name), job, tell)
+    content = perform(importlib.import_module(name), job, lambda text: report(event="progress", text=text))
+    if job["result"] is None:
+        report(event="result", content=content)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""An adapter on disk, and the way back to the pre-trained model: `save_adapter`, `load_adapter`, `unload`.
+"""An adapter on disk: `save_adapter` and `load_adapter`.
 
 The folder has the files that peft users know: adapter_config.json holds method, settings and base model,
-adapter_model.safetensors what was trained. A model in peft's wrapper is written, read and unloaded by peft.
+adapter_model.safetensors what was trained. A model in peft's wrapper is written and read by peft.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ class Point(create_model("Axes", __base__=Strict, **_POINT_FIELDS)):  # type: ig
     """A value for each axis of a cell; None: not given here."""
 
 
+MOST_TOKENS = 2**40  # of a step
+MOST_SEED = 2**64 - 1  # of torch
 # Axes whose values become fields of a cell without being changed.
 _UNCHANGED_AXES = AXES.keys() - {"model", "method", *OF_TRAINING}
 # The path of each axis' value in the document; "": the path of the point itself.
@@ -70,6 +72,11 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     if batch % micro:
         what = f"micro_batch_size {micro} does not divide batch_size {batch}"
         raise document.error(place["micro_batch_size"], what, f"write a divisor of {batch}")
+    if batch * values["sequence_length"] > MOST_TOKENS:
+        what = f"{batch:,} × {values['sequence_length']:,} tokens are more than any device has held"
+        raise document.error(place["batch_size"], what, "write fewer")
+    if values.get("seed", 0) > MOST_SEED:
+        raise document.error(place["seed"], f"{values['seed']:,} is no seed of torch", f"write at most {MOST_SEED:,}")
     refuse_unknown(document, place, values)
     if method == "full" and values.get("precision") == "nf4":
         cure = "choose another method, or precision: bf16"

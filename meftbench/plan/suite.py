@@ -216,6 +216,9 @@ def _check_schema(document: Document) -> None:
 def _grid_points(document: Document, suite: SuiteFile) -> Iterator[tuple[Places, dict[str, Any]]]:
     axes = {"task": suite.tasks} if suite.tasks else {}
     axes |= {name: getattr(suite.grid, name) for name in Grid.model_fields if getattr(suite.grid, name)}
+    for name in Grid.model_fields:
+        if (document.content.get("grid") or {}).get(name) == []:
+            raise document.error(("grid", name), "names nothing", "write a value, or leave the axis out")
     if not axes:
         return
     size = 1

@@ -19,10 +19,10 @@ from meftbench.records.record import Metric
 def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """The memory of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it.
 
-    The answer has the `metrics` and the `observed` of a predicted cell's record, for the step with the highest peak,
-    which is the first or a later one; `alloc_retries` is how often torch must give back its cached memory on this card.
-    Beside them: `fits`, whether the card has enough memory; `activation_peak_bytes` of the last step; `kernels`, those
-    of attention.
+    The answer has the `metrics` of a predicted cell's record, and of its `observed` the attention, for the step with
+    the highest peak, which is the first or a later one; `alloc_retries` is how often torch must give back its cached
+    memory on this card. Beside them: `fits`, whether the card has enough memory; `activation_peak_bytes` of the last
+    step; `kernels`, those of attention.
     """
     cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
     settings = AllocatorSettings.parse(request["allocator"])

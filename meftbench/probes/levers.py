@@ -124,6 +124,11 @@ def _check_gradients(step: Step, own: bool = False) -> tuple[int, str | None]:
                 what = f"{what}, {excess}" if what else f"gradients are {excess}"
             return 0, f"recomputing activations in floating point broke down: {what}"
     if unexplained:
+        # The gradient of one factor of a product is as small as the other factor, which may have hardly left zero: LoRA
+        # after a few steps of SGD. With weights that are not near zero it tells.
+        moved = _sizes_at_moved_weights(step)
+        unexplained = [name for name in unexplained if moved.get(name, 0.0) <= DEAD * max(moved.values(), default=0.0)]
+    if unexplained:
         what = f"the gradient of {unexplained[0]} is all zero ({len(unexplained)} such tensors)"
         raise _not_engaged("training", what)
     return sum(sizes[name] <= TRULY_ZERO * largest for name in explained), None
@@ -139,9 +144,33 @@ def _reference_sizes(step: Step) -> dict[str, float]:
     step.optimizer.zero_grad(set_to_none=True)
     with step.applied.reference_autograd():
         step.forward_backward()
+    return _rms_of_gradients(step.applied.trained())
+
+
+def _sizes_at_moved_weights(step: Step) -> dict[str, float]:
+    """Root mean squares of the gradients where every trained weight is moved by a random 1 % or more of the largest in
+    its tensor; the weights are afterwards what they were."""
+    trained = step.applied.trained()
+    kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    generator = torch.Generator().manual_seed(0)
+    step.optimizer.zero_grad(set_to_none=True)
+    try:
+        with torch.no_grad():
+            for parameter in trained.values():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+                parameter.add_(noise, alpha=0.01 * max(1.0, float(parameter.abs().max())))
+        step.forward_backward()
+        return _rms_of_gradients(trained)
+    finally:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(kept[name])
+
+
+def _rms_of_gradients(trained: dict[str, nn.Parameter]) -> dict[str, float]:
     return {
         name: float(parameter.grad.double().square().mean().sqrt())
-        for name, parameter in step.applied.trained().items()
+        for name, parameter in trained.items()
         if parameter.grad is not None
     }
 

@@ -174,9 +174,7 @@ class BackwardPass:
                     coupling.inverse_(x_TD[stream_rows], other_TD[stream_rows], value_TD[tile_rows], side)
                 del value_TD
                 if dy_BLD is not None and sublayer.tokens is not None:
-                    core_gradient = self._back_through_tokens(
-                        tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, trained
-                    )
+                    core_gradient = self._back_through(tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, trained)
                     if core_gradient is not None:
                         placed.gather(core_gradient, rows, output_gradients)
                     del core_gradient
@@ -219,7 +217,7 @@ class BackwardPass:
         ):
             yield
 
-    def _back_through_tokens(
+    def _back_through(
         self, tile: Tile, rows: slice, dy_TD: Tensor, read_stream: int, trained: list[nn.Parameter]
     ) -> Tensor | None:
         """Back-propagate through the token-wise work of one tile. Gradients of what it read and of the trained tensors

@@ -10,10 +10,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from meftbench.errors import UserError
+from meftbench.errors import CELLS_FAILED, UserError
 from meftbench.plan.factories import FOLDER
 from meftbench.plan.protocol import Protocol
 from meftbench.runner.process import parsed_event, worker_environment
@@ -39,15 +38,9 @@ def ask(
     environment = worker_environment(Protocol(), 1, os.environ)
     if allow_code:
         environment[FOLDER] = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="meftbench-") as folder:
-        result, log = Path(folder) / "result.json", Path(folder) / "log.txt"
-        job = {"id": 1, "verb": verb, "request": request, "result": str(result), "log": str(log), "threads": 1}
-        job |= {"memory_bytes": None, "environment": {}, "ends_with_asker": True}
-        code = _run(job, log, environment, tell)
-        end = log.read_bytes()[-_LOG_CHARACTERS:].decode(errors="replace")
-        if not result.exists():
-            raise RuntimeError(f"the prediction ended with {code}:\n{end}")
-        content = json.loads(result.read_text(encoding="utf-8"))
+    job = {"id": 1, "verb": verb, "request": request, "result": None, "log": None, "threads": 1}
+    job |= {"memory_bytes": None, "environment": {}, "ends_with_asker": True}
+    content = _result_of(job, environment, tell)
     if "user_error" in content:
         raise UserError(**content["user_error"])
     if content["status"] != "ok":
@@ -56,34 +49,46 @@ def ask(
     return dict(content["answer"])
 
 
-def _run(job: dict[str, Any], log: Path, environment: dict[str, str], tell: Callable[[str], None]) -> int:
-    """Run the job to its end and pass on its progress. Returns the exit code of its process."""
-    with log.open("wb") as output:
+def _result_of(job: dict[str, Any], environment: dict[str, str], tell: Callable[[str], None]) -> dict[str, Any]:
+    """The result of a job, as soon as the worker reports it; the worker, and whatever it still runs, is then killed.
+
+    Raises RuntimeError, with the end of its log: the worker ended without a result. UserError: it was killed.
+    """
+    with tempfile.TemporaryFile() as log:  # without a name, so that nothing is left of it however this process ends
         # A session of its own, so that the processes it starts can be ended with it.
         process = subprocess.Popen(
             ONCE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=output,
+            stderr=log,
             env=environment,
             start_new_session=True,
         )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        with suppress(BrokenPipeError):  # the process has died; its log says why
-            # The pipe is left open: when it closes, however this process ends, the worker ends as well.
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.flush()
-        for line in process.stdout:
-            event = parsed_event(line)
-            if event is not None and event.get("event") == "progress":
-                tell(str(event["text"]))
-        return process.wait()
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        with suppress(BrokenPipeError):
-            process.stdin.close()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            with suppress(BrokenPipeError):  # the process has died; its log says why
+                # The pipe is left open: when it closes, however this process ends, the worker ends as well.
+                process.stdin.write(json.dumps(job).encode() + b"\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                event = parsed_event(line) or {}
+                if event.get("event") == "progress":
+                    tell(str(event["text"]))
+                elif event.get("event") == "result":
+                    return dict(event["content"])
+            code = process.wait()
+            if code < 0:
+                what = f"its process was ended by signal {-code}, {signal.Signals(-code).name}"
+                likely = ", most likely by the kernel because the host ran out of memory" if code == -9 else ""
+                raise UserError(job["verb"], what + likely, "free memory of the host and try again", CELLS_FAILED)
+            log.seek(0)
+            end = log.read()[-_LOG_CHARACTERS:].decode(errors="replace")
+            raise RuntimeError(f"the prediction ended with {code}:\n{end}")
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()

@@ -52,6 +52,7 @@ def test_the_largest_batch_and_the_longest_sequence_of_each_method(cli):
         (("bert-tiny@random", "--memory", "24"), "'24' is not an amount of memory; write"),
         (("bert-tiny@random", "--memory", "100MiB"), "is no more than the context"),
         (("bert-tiny@random", "--batch-sizes", "0"), "--batch-sizes: '0' is not a list of sizes; write 512,2048"),
+        (("bert-tiny@random", "--batch-sizes", "8,100000000"), "batch_sizes: 100,000,000 is more than is looked at"),
         (("bert-tiny@random", "--sequence-lengths", "64,4096"), "4096 is longer than the 512 positions"),
         (("bert-tyny",), "fit: model: unknown model 'bert-tyny'"),
     ],

@@ -10,6 +10,7 @@ import pytest
 
 import meftbench
 from meftbench.errors import UserError
+from meftbench.estimates import asked_cell
 
 SHAPE = {"batch_size": 2, "sequence_length": 16}
 
@@ -71,6 +72,7 @@ def test_what_fits_is_a_table():
         ({"config": "a=1"}, "config: .* is not a mapping"),
         ({"settings": ["rank"]}, "settings: .* is not a mapping"),
         ({"batch_size": 10**30}, "more than any device has held"),
+        ({"seed": 3}, "unknown argument 'seed'"),
         ({"task": "mrpc"}, "unknown argument 'task'"),
         ({"device": "cuda"}, "unknown argument 'device'"),
     ],
@@ -178,3 +180,32 @@ def test_torch_is_not_imported():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     assert 0 == subprocess.run([sys.executable, "-c", code]).returncode
+
+
+def test_a_method_and_a_model_may_be_mappings_as_in_a_suite():
+    """A name beside its settings is what a name with `settings` is."""
+    model = {"name": "bert-tiny@random", "config": {"num_hidden_layers": 1}}
+    cells = [
+        asked_cell("estimate", model, {"name": "lora", "rank": 4}, "t4", None, None, **SHAPE),
+        asked_cell("estimate", model["name"], "lora", "t4", model["config"], {"rank": 4}, **SHAPE),
+        asked_cell("estimate", {"name": model["name"]}, {"name": "lora"}, "t4", model["config"], {"rank": 4}, **SHAPE),
+    ]
+
+    assert 1 == len({cell.cell_id for cell in cells})
+    assert {"rank": 4} == cells[0].method_params
+
+
+@pytest.mark.parametrize("jobs", [0, -1, 1.5, "2", True])
+def test_jobs_that_are_no_number_of_processes(jobs):
+    with pytest.raises(UserError, match=f"jobs: {jobs!r} is no number of processes; give a whole number from 1"):
+        meftbench.fit("bert-tiny@random", jobs=jobs)
+
+
+def test_a_prediction_that_is_killed_is_one_line(monkeypatch):
+    """As by the kernel, where the host has no memory left: no bug, and exit code 3."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr("meftbench.runner.predictions.ONCE", (sys.executable, "-c", code))
+
+    with pytest.raises(UserError, match="estimate: its process was ended by signal 9, SIGKILL, most likely") as raised:
+        meftbench.estimate("bert-tiny@random", "lora", **SHAPE)
+    assert 3 == raised.value.exit_code

@@ -86,6 +86,9 @@ def test_the_order_of_cells_and_the_description_do_not_name_the_suite():
     [
         ({"grid": GRID | {"micro_batch_size": 3, "batch_size": 8}}, "micro_batch_size 3 does not divide batch_size 8"),
         ({"grid": GRID | {"batch_size": list(range(1, 10_002))}}, "has 10,001 cells; at most 10,000"),
+        ({"grid": GRID | {"batch_size": 10**30}}, "tokens are more than any device has held; write fewer"),
+        ({"grid": GRID | {"seed": 10**30}}, "is no seed of torch; write at most 18,446,744,073,709,551,615"),
+        ({"grid": GRID | {"precision": []}}, "grid.precision: names nothing; write a value, or leave the axis out"),
         ({"grid": {"model": "bert-tiny@random"}}, "method: is missing"),
         ({"grid": GRID | {"method": {"name": "lora", "rnak": 4}}}, "unknown key 'rnak'; did you mean 'rank'?"),
         ({"grid": GRID | {"method": {"name": "lora", "rank": "4"}}}, "YAML read '4' as text"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,12 +88,33 @@ def test_rounding_in_place_of_zero_changes_no_count(noise):
 
 
 def test_a_gradient_of_zeros():
-    """Adapters whose output is cut off: all-zero gradients, silently, are what users of reversal ran into."""
+    """All-zero gradients, silently, are what users of reversal ran into."""
     step = trained_once("meft1")
-    step.applied.zero_adapters()
+    name, parameter = next((n, p) for n, p in step.applied.trained().items() if n.endswith("down.weight"))
+    parameter.register_hook(torch.zeros_like)
 
-    with pytest.raises(CellFailure, match="is all zero"):
+    with pytest.raises(CellFailure, match=f"the gradient of {re.escape(name)} is all zero"):
         check_levers(step, a_cell("meft1"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", ["lora", "lora+checkpoint", "meft1-exact", "parallel", "dora"])
+@pytest.mark.parametrize("model", ["bert-tiny@random", "llama-3.2-1b@random"])
+def test_a_gradient_that_is_small_because_of_where_the_weights_stand_is_none_of_zeros(model, method, optimizer):
+    """LoRA's second factor begins at zero, and after a step of SGD it has hardly left it: the first one's gradient is
+    as small. The weights stay as they were."""
+    small = {} if "bert" in model else {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    small |= {} if "bert" in model else {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    cell = Cell.of(
+        method, model=model, model_config_overrides=small, batch_size=4, sequence_length=16, optimizer=optimizer
+    )
+    step = build_step(cell, CPU)
+    step.run()
+    before = {name: parameter.detach().clone() for name, parameter in step.applied.trained().items()}
+
+    check_levers(step, cell)
+
+    assert all(torch.equal(before[name], parameter) for name, parameter in step.applied.trained().items())
 
 
 @pytest.mark.parametrize("method", ["full", "lora+checkpoint", "meft3-exact"])
