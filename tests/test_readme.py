@@ -44,6 +44,27 @@ def test_a_table_is_what_the_program_prints(block, run):
     assert [] == [line for line in table if line not in printed]
 
 
+def shares_of_checkpointing(run, methods, **shape):
+    """Counted activation memory of methods as whole percents of LoRA's with checkpointing, of its default rank."""
+    records = [r for r in load_run(ROOT / "reports" / run).records if shape.items() <= r.cell.items()]
+    peaks = {r.method_label: r.value("activation_peak_bytes") for r in records}
+    [of] = [peak for label, peak in peaks.items() if label.split("+")[:2] == ["lora", "checkpoint"]]
+    return sorted(round(100 * peaks[method] / of) for method in methods)
+
+
+def test_the_shares_it_names_are_those_of_the_records():
+    """Of LoRA with checkpointing: MiniLM at 8 x 128 in 4 and in 16 tiles, SmolLM2 at 2 x 256 in 4."""
+    shape = {"batch_size": 8, "sequence_length": 128}
+    four = shares_of_checkpointing("minilm-cpu", ["meft1-exact(tiles=4)", "meft3-exact(tiles=4)"], **shape)
+    [sixteen] = shares_of_checkpointing("minilm-cpu", ["meft1-exact(tiles=16)"], **shape)
+    names = [f"meft{n}-exact(tiles=4)+chunked_loss" for n in (1, 2, 3)]
+    deep = shares_of_checkpointing("smollm2-cpu", names, batch_size=2, sequence_length=256)
+
+    holds = f"they hold {four[0]} to {four[-1]} % of what LoRA with checkpointing holds in four tiles"
+    assert f"{holds}, and {sixteen} % in 16" in " ".join(README.split())
+    assert f"Exact reversal holds {deep[0]} to {deep[-1]} % of what LoRA" in " ".join(EXACT.split())
+
+
 def test_the_memory_table_is_what_the_campaign_counted():
     """Streams by layers, to the digit shown; the bold row is meft1-exact at 16 tiles."""
     depth = pd.read_csv(ROOT / "reports" / "exact-memory" / "depth.csv")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.factories import CALLS, FOLDER
 from meftbench.plan.protocol import Protocol
 from meftbench.records.record import Metric, Status
-from meftbench.units import format_bytes
+from meftbench.runner.result_files import read_result
 
 # Named and not imported here, since it imports torch.
 WORKER = (sys.executable, "-m", "meftbench.worker")
@@ -327,27 +326,6 @@ class Worker:
                 wall,
             )
         )
-
-
-ROOM = 64 * 2**10  # bytes; a result file takes less
-
-
-def read_result(file: Path) -> dict[str, Any] | str:
-    """The content of a result file, with its metrics as `Metric`; or, where it cannot be read, the reason as text."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        answer = content["answer"]
-        metrics = {name: Metric.from_json(metric) for name, metric in answer.get("metrics", {}).items()}
-        if content["status"] not in ("ok", "oom", "error", "skipped"):
-            raise ValueError(f"status {content['status']!r}")
-        detail, observed = dict(content["status_detail"]), dict(answer.get("observed", {}))
-        return {"status": content["status"], "status_detail": detail, "metrics": metrics, "observed": observed}
-    except FileNotFoundError:
-        free = shutil.disk_usage(file.parent).free
-        disk_full = f": the disk that the run is written to is full ({format_bytes(free)} free)" if free < ROOM else ""
-        return f"the process left no result{disk_full}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"the process left an unreadable result, {type(error).__name__}: {error}"
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:

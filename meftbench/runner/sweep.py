@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,16 @@ import meftbench
 from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError, unknown
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import CALLS, FOLDER, calls_of, check_allowed
-from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite, load_suite
-from meftbench.plan.training import BEST, CELL_FOLDER, NOT_CHOSEN, PRELOAD
+from meftbench.plan.training import BEST, CELL_FOLDER, PRELOAD
 from meftbench.records.record import Record, Status
 from meftbench.records.store import Run, Writer, folder_at, load_run, writing
 from meftbench.runner import folder, gpus, host
+from meftbench.runner.attempt_records import record_of, skipped_record
 from meftbench.runner.choice import better_rate
 from meftbench.runner.data_check import check_data
 from meftbench.runner.environment import code_digest, environment
-from meftbench.runner.process import Job, Outcome, Worker, utc_now, worker_environment
+from meftbench.runner.process import Job, Worker, worker_environment
 from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
 
 
@@ -294,7 +294,7 @@ class _Sweep:
         while True:
             for attempt, slot in self._next():
                 if attempt.is_skipped:
-                    self._write(writer, _skipped(identity, attempt, self.plan), total)
+                    self._write(writer, skipped_record(identity, attempt, self.plan), total)
                     continue
                 self.on_event(Started(attempt.cell, attempt.repeat, self.done, total))
                 self.running[attempt.key] = attempt, slot
@@ -304,7 +304,7 @@ class _Sweep:
                 return
             attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
             self.free[_kind(attempt.cell)].append(slot)
-            self._write(writer, _record(identity, attempt, outcome, self.code), total)
+            self._write(writer, record_of(identity, attempt, outcome, self.code), total)
             self.stopped |= self.fail_fast and outcome.status in ("error", "timeout")
 
     def _next(self) -> Iterator[tuple[Attempt, str]]:
@@ -353,52 +353,7 @@ def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, me
     )
 
 
-def _record(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code: Mapping[str, str | None]) -> Record:
-    own_code = {name: code[name] for name, _ in calls_of([attempt.cell]) if name in code}
-    return Record(
-        record_id=uuid7(),
-        cell_id=attempt.cell.cell_id,
-        repeat=attempt.repeat,
-        started_at=outcome.started_at,
-        finished_at=outcome.finished_at,
-        worker_pid=outcome.pid,
-        cell=attempt.cell.recorded()
-        | ({"own_code": own_code} if own_code else {})
-        | outcome.observed
-        | {"threads": outcome.job.threads},
-        status=outcome.status,
-        status_detail=outcome.detail,
-        wall_s=outcome.wall_s,
-        metrics=outcome.metrics,
-        **identity,
-    )
-
-
 def scores_of(records: Iterable[Record]) -> dict[str, float]:
     """The validation score of each training, by cell_id."""
     scores = ((record.cell_id, record.value("score")) for record in records)
     return {cell_id: score for cell_id, score in scores if isinstance(score, int | float)}
-
-
-def _skipped(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
-    """The record of an attempt that is skipped, with the cell because of which it is."""
-    cause = next(cell for cell in plan.cells if cell.cell_id in (attempt.dominated_by, attempt.beaten_by))
-    why: dict[str, Any]
-    if attempt.beaten_by is not None:
-        why = {"type": NOT_CHOSEN, "message": f"{cause.label} did better", "beaten_by": attempt.beaten_by}
-    else:
-        message = f"needs at least what {cause.label} needs, which was out of memory"
-        why = {"type": "Dominated", "message": message, "dominated_by": attempt.dominated_by}
-    now = utc_now()
-    return Record(
-        record_id=uuid7(),
-        cell_id=attempt.cell.cell_id,
-        repeat=attempt.repeat,
-        started_at=now,
-        finished_at=now,
-        worker_pid=None,
-        cell=attempt.cell.recorded(),
-        status="skipped",
-        status_detail=why,
-        **identity,
-    )

@@ -14,7 +14,8 @@ from builders import a_cell
 from meftbench.errors import UserError
 from meftbench.plan.protocol import Protocol
 from meftbench.runner import process
-from meftbench.runner.process import Job, Worker, read_result, worker_environment
+from meftbench.runner.process import Job, Worker, worker_environment
+from meftbench.runner.result_files import read_result
 from meftbench.worker import _without_machine
 from sweeps import WORKER, alive, told, wait_until
 

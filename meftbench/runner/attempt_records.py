@@ -1,0 +1,60 @@
+"""From an attempt at a cell to its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from meftbench.plan.factories import calls_of
+from meftbench.plan.identity import uuid7
+from meftbench.plan.training import NOT_CHOSEN
+from meftbench.records.record import Record
+from meftbench.runner.process import Outcome, utc_now
+from meftbench.runner.schedule import Attempt, Plan
+
+
+def record_of(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code: Mapping[str, str | None]) -> Record:
+    """The record of an attempt that has ended. identity: the fields that all records of a run share.  code: digests of
+    the user's own functions by name."""
+    own_code = {name: code[name] for name, _ in calls_of([attempt.cell]) if name in code}
+    return Record(
+        record_id=uuid7(),
+        cell_id=attempt.cell.cell_id,
+        repeat=attempt.repeat,
+        started_at=outcome.started_at,
+        finished_at=outcome.finished_at,
+        worker_pid=outcome.pid,
+        cell=attempt.cell.recorded()
+        | ({"own_code": own_code} if own_code else {})
+        | outcome.observed
+        | {"threads": outcome.job.threads},
+        status=outcome.status,
+        status_detail=outcome.detail,
+        wall_s=outcome.wall_s,
+        metrics=outcome.metrics,
+        **identity,
+    )
+
+
+def skipped_record(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
+    """The record of an attempt that is skipped, with the cell because of which it is."""
+    cause = next(cell for cell in plan.cells if cell.cell_id in (attempt.dominated_by, attempt.beaten_by))
+    why: dict[str, Any]
+    if attempt.beaten_by is not None:
+        why = {"type": NOT_CHOSEN, "message": f"{cause.label} did better", "beaten_by": attempt.beaten_by}
+    else:
+        message = f"needs at least what {cause.label} needs, which was out of memory"
+        why = {"type": "Dominated", "message": message, "dominated_by": attempt.dominated_by}
+    now = utc_now()
+    return Record(
+        record_id=uuid7(),
+        cell_id=attempt.cell.cell_id,
+        repeat=attempt.repeat,
+        started_at=now,
+        finished_at=now,
+        worker_pid=None,
+        cell=attempt.cell.recorded(),
+        status="skipped",
+        status_detail=why,
+        **identity,
+    )
