@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from meftbench.prediction.allocator_settings import AllocatorSettings
-from meftbench.prediction.caching_allocator import Block, CachingAllocator, Record
+from meftbench.prediction.blocks import Block
+from meftbench.prediction.caching_allocator import CachingAllocator, Record
 
 __all__ = ["AllocatorSettings", "Event", "Replayed", "replay", "snapshot"]
 
@@ -179,6 +180,9 @@ def snapshot(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) ->
             "expandable_segments": settings.expandable_segments,
             "max_split_size": -1 if settings.max_split_size is None else settings.max_split_size,
             "garbage_collection_threshold": settings.garbage_collection_threshold,
+            "roundup_power2_divisions": {
+                str(1 << octave): steps for octave, steps in enumerate(settings.roundup_power2_divisions)
+            },
         },
     }
 

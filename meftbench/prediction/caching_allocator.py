@@ -11,10 +11,11 @@ blocks of equal size; other streams, for whose events a freed block waits; priva
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 from meftbench.prediction.allocator_settings import INTERVALS, MIN_LARGE_REQUEST, AllocatorSettings
+from meftbench.prediction.blocks import Block, Pool
 from meftbench.units import MiB
 
 MIN_BLOCK = 512  # kMinBlockSize
@@ -25,78 +26,7 @@ UNLIMITED = 1 << 62
 FIRST_ADDRESS = 0x7F00_0000_0000  # resembles addresses that the driver returns
 ADDRESS_SPACE = 1 << 44  # bytes of addresses of an expandable segment where there is no capacity
 
-Record = Callable[[str, int, int, "Block | None"], None]
-
-
-class Block:
-    """A range of addresses in a segment: handed out, free, or (if expandable) not mapped to memory."""
-
-    # fmt: off
-    __slots__ = ("address", "allocated", "born", "following", "label", "mapped", "pool", "previous", "requested",
-                 "segment", "size")
-    # fmt: on
-
-    def __init__(self, address: int, size: int, pool: Pool, segment: int | None = None) -> None:
-        self.address, self.size, self.pool = address, size, pool
-        self.segment = segment  # address of its expandable segment; None: its segment is from cudaMalloc
-        self.requested = 0
-        self.allocated = False
-        self.mapped = True
-        self.born = 0  # value of its pool's `searches` when it became free
-        self.previous: Block | None = None
-        self.following: Block | None = None
-        self.label: object = None
-
-    @property
-    def is_split(self) -> bool:
-        return self.previous is not None or self.following is not None
-
-    def insert_before(self, block: Block) -> None:
-        self.previous, self.following = block.previous, block
-        if block.previous is not None:
-            block.previous.following = self
-        block.previous = self
-
-    def insert_after(self, block: Block) -> None:
-        self.previous, self.following = block, block.following
-        if block.following is not None:
-            block.following.previous = self
-        block.following = self
-
-
-class Pool:
-    """Free blocks by (size, address), and the unmapped ranges of expandable segments by address.
-
-    page: bytes that an expandable segment maps at a time.  searches: calls of get_free_block, by which blocks age.
-    """
-
-    def __init__(self, small: bool, page: int) -> None:
-        self.small, self.page = small, page
-        self.order: list[tuple[int, int]] = []
-        self.at: dict[int, Block] = {}
-        self.unmapped: list[int] = []
-        self.unmapped_at: dict[int, Block] = {}
-        self.searches = 0
-
-    def insert(self, block: Block) -> None:
-        if block.mapped:
-            block.born = self.searches
-            insort(self.order, (block.size, block.address))
-            self.at[block.address] = block
-        else:
-            insort(self.unmapped, block.address)
-            self.unmapped_at[block.address] = block
-
-    def erase(self, block: Block) -> None:
-        if block.mapped:
-            del self.order[bisect_left(self.order, (block.size, block.address))]
-            del self.at[block.address]
-        else:
-            del self.unmapped[bisect_left(self.unmapped, block.address)]
-            del self.unmapped_at[block.address]
-
-    def blocks(self) -> list[Block]:
-        return [self.at[address] for _, address in self.order]
+Record = Callable[[str, int, int, Block | None], None]
 
 
 class CachingAllocator:
@@ -232,10 +162,15 @@ class CachingAllocator:
             return None
         if self.settings.expandable_segments:
             return self.try_allocate_expandable_block(pool, size)
-        block = Block(self.next_address, segment, pool)
-        self.next_address += segment
+        block = Block(self.place(segment), segment, pool)
         self._reserve(segment, "segment_alloc", block.address)
         return block
+
+    def place(self, size: int) -> int:
+        """The address of a new segment, for which the device has `size` bytes of addresses: after all others."""
+        address = self.next_address
+        self.next_address += size
+        return address
 
     def _reserve(self, size: int, action: str, address: int) -> None:
         self.device_allocs += 1
@@ -335,9 +270,9 @@ class CachingAllocator:
         # Addresses for 1 1/8 of the device's memory, so that pages can be mapped anew at the end.
         space = ADDRESS_SPACE if self.settings.capacity is None else self.capacity + self.capacity // 8
         space = -(-max(space, size) // pool.page) * pool.page
-        new_segment = Block(self.next_address, space, pool, self.next_address)
+        address = self.place(space)
+        new_segment = Block(address, space, pool, address)
         new_segment.mapped = False
-        self.next_address += space
         pool.insert(new_segment)
         return new_segment
 
