@@ -33,11 +33,15 @@ class PlacedAllocator(CachingAllocator):
         super().__init__(settings, self._note)
         self.addresses = addresses
         self.actions: list[Action] = []  # on the device, since the list was last cleared
+        self.searches_free_blocks = True  # False: torch has searched before it gave memory back, and found none
         self._restore(list(segments), list(live), lowest or {})
 
     def place(self, size: int) -> int:
         address = self.addresses(size)
         return super().place(size) if address is None else address
+
+    def get_free_block(self, pool: Pool, size: int) -> Block | None:
+        return super().get_free_block(pool, size) if self.searches_free_blocks else None
 
     def release(self, action: str, address: int, size: int) -> bool:
         """Give back what a segment_free or a segment_unmap gave back. False: that is not free as a whole."""

@@ -118,6 +118,7 @@ class _LockStep:
             self.live.add(block.start, block.end, Live(live.size, live.requested, live.awaiting))
         self.streams: dict[int, PlacedAllocator] = {}
         self.taken: list[Action] = []  # what torch took from the device since the last allocation
+        self.gave_back = False  # whether torch gave memory back since the last allocation or free
         self.resumptions = 0
         self.private_reserved = sum(s.end - s.start for s in state.segments if s.item.pool != DEFAULT_POOL)
         for stream in sorted({s.item.stream for s in state.segments if s.item.pool == DEFAULT_POOL}):
@@ -139,6 +140,7 @@ class _LockStep:
                 allocated, requested = allocated + self._alloc(number, entry), requested + entry.size
                 peak = max(peak, self._replayed())
             elif entry.action in ("free_requested", "free_completed"):
+                self.gave_back = False
                 live = self._free(number, entry)
                 if live is not None:
                     allocated, requested = allocated - live.size, requested - live.requested
@@ -148,6 +150,7 @@ class _LockStep:
                 # Pages that were mapped before the device was full stay mapped.
                 self._resume(entry.stream)
                 self.taken.clear()
+                self.gave_back = False
             self.level = Level(allocated, requested, reserved)
             found.after.append(self.level)
         if self.resumptions <= _MAX_RESUMPTIONS:
@@ -167,7 +170,10 @@ class _LockStep:
             self.found.allocations += 1
             allocator = self.streams.get(entry.stream) or self._allocator(entry.stream, [])
             allocator.actions.clear()
+            # On a full device torch has found no free block before it gave memory back, and does not search again.
+            allocator.searches_free_blocks = not (self.gave_back and self.taken)
             block = allocator.malloc(entry.size)
+            allocator.searches_free_blocks = True
             assert block is not None, "there is no capacity here"
             agrees = block.address == entry.address and allocator.actions == self.taken
             size = block.size if agrees else self.sizes.round_size(entry.size)
@@ -178,6 +184,7 @@ class _LockStep:
             self._differs(number)
             self._resume(entry.stream)
         self.taken.clear()
+        self.gave_back = False
         return size
 
     def _free(self, number: int, entry: Entry) -> Live | None:
@@ -209,14 +216,24 @@ class _LockStep:
             change = entry.size
         else:
             self.segments.cut(entry.address, entry.address + entry.size)
-            allocator = self.streams.get(entry.stream)
-            if not private and (allocator is None or not allocator.release(entry.action, entry.address, entry.size)):
-                self._differs(number)
-                self._resume(entry.stream)
+            if not private:
+                self._release(number, entry)
             change = -entry.size
         if private:
             self.private_reserved += change
         return change
+
+    def _release(self, number: int, entry: Entry) -> None:
+        self.gave_back = True
+        if self.taken:
+            # Pages were mapped, the device was full before there were enough of them, and torch gives back what it can.
+            self._resume(entry.stream)
+            self.taken.clear()
+            return
+        allocator = self.streams.get(entry.stream)
+        if allocator is None or not allocator.release(entry.action, entry.address, entry.size):
+            self._differs(number)
+            self._resume(entry.stream)
 
     def _differs(self, number: int) -> None:
         if self.found.first_difference is None:

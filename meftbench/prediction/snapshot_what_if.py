@@ -67,10 +67,17 @@ class _Stream(CachingAllocator):
         super().__init__(settings)
         self.streams = streams
 
+    def take_what_others_leave(self) -> None:
+        """Set the capacity to that of the device without what the other streams have reserved."""
+        if self.settings.capacity is not None:
+            others = sum(stream.reserved for stream in self.streams.values() if stream is not self)
+            self.capacity = self.settings.capacity - others
+
     def release_cached_blocks(self) -> None:
         """Of every stream: torch gives back what any of them does not use."""
         for stream in self.streams.values():
             CachingAllocator.release_cached_blocks(stream)
+        self.take_what_others_leave()
 
 
 class _WhatIf:
@@ -113,8 +120,7 @@ class _WhatIf:
         if stream not in self.streams:
             self.streams[stream] = _Stream(self.settings, self.streams)
         allocator = self.streams[stream]
-        if self.settings.capacity is not None:
-            allocator.capacity = self.settings.capacity - (self._reserved() - allocator.reserved)
+        allocator.take_what_others_leave()
         block = allocator.malloc(nbytes)
         if block is None:
             return False
