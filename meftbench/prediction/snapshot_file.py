@@ -84,7 +84,7 @@ def _unpickled(path: Path) -> object:
     except FileNotFoundError:
         raise UserError(where, "does not exist", "name a file that torch.cuda.memory._dump_snapshot wrote") from None
     except _Refused as refused:
-        name = ascii(str(refused))[1:81]
+        name = ascii(str(refused)[:80])[1:-1]
         what = f"is not a plain snapshot: it names {name}, which was not run"
         raise UserError(where, what, "do not open it with tools that would run it") from None
     except OSError as error:

@@ -2,7 +2,9 @@
 would other settings have reserved?
 
 Every stream has an allocator of its own: torch never gives a free block of one stream to another. Private pools (of
-CUDA graphs and of MemPool) are not replayed; their bytes are in the levels as the trace has them.
+CUDA graphs and of MemPool) are not replayed; their bytes are in the levels as the trace has them. How many addresses
+are left behind an expandable segment is not recorded: where a free block is larger than they are, torch may choose
+another block than the rules do here.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ lived: a free block of a large segment is larger than 1 MiB, so a smaller gap is
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
 
 from meftbench.errors import UserError
@@ -78,8 +79,10 @@ class _Undoing:
     def __init__(self, snapshot: DeviceSnapshot, where: str) -> None:
         self.where, self.trace, self.settings = where, snapshot.trace, snapshot.settings
         self.sizes = CachingAllocator(snapshot.settings)  # for its rules of sizes
-        # With no request recorded (torch can leave out actions), a block is in use until its free is completed.
-        self.requests_recorded = any(entry.action == "free_requested" for entry in snapshot.trace)
+        # Where no request is recorded (torch can leave out actions), a block is in use until its free is completed. One
+        # free alone can also be of a request before the trace.
+        actions = Counter(entry.action for entry in snapshot.trace)
+        self.requests_recorded = actions["free_requested"] > 0 or actions["free_completed"] <= 1
         self.state = State()
         self.kinds: list[tuple[int, int, bool]] | None = None
         for segment in snapshot.segments:
