@@ -150,23 +150,21 @@ def _notes(snapshot: DeviceSnapshot, state: State, replayed: Replay) -> list[str
     private = [segment for segment in snapshot.segments if segment.pool != DEFAULT_POOL]
     if private or state.private:
         held = format_bytes(sum(segment.size for segment in private))
-        what = f"{replayed.private:,} allocations, {held} at the end"
-        notes.append(f"private pools (CUDA graphs, MemPool) are not replayed: {what}")
+        counts = f"allocations in them {replayed.private:,}, at the end {held}, measured"
+        notes.append(f"private pools (CUDA graphs, MemPool) are not replayed: {counts}")
     failed = [entry for entry in trace if entry.action == "oom"]
     if failed:
         asked, free = format_bytes(failed[0].size), format_bytes(failed[0].address)
-        notes.append(f"out of memory {len(failed):,} times: first for {asked} with {free} free on the device")
+        first = f"first for {asked} with {free} free on the device"
+        notes.append(f"allocations for which the device was out of memory: {len(failed):,}, {first}, measured")
     given_back = ("segment_free", "segment_unmap")
     runs = sum(
         entry.action in given_back and (number == 0 or trace[number - 1].action not in given_back)
         for number, entry in enumerate(trace)
     )
     if runs:
-        calls = len(gives_back_all(trace))
-        notes.append(
-            f"memory was given back to the device {runs:,} times; {calls:,} of them are taken for empty_cache(), "
-            "and done with other settings, too"
-        )
+        calls = f"{len(gives_back_all(trace)):,} taken for empty_cache(), and done with other settings, too"
+        notes.append(f"times that memory was given back to the device: {runs:,}, measured; {calls}")
     if trace and not state.is_empty:
         notes.append(
             "the trace begins with memory in use; other settings are replayed from the same blocks, "

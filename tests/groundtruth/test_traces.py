@@ -8,6 +8,7 @@ from real_traces import TRACES, as_pickled
 from meftbench.prediction.snapshot_file import read_device
 from meftbench.prediction.snapshot_replay import allocations, replay
 from meftbench.prediction.snapshot_state import state_before
+from meftbench.units import format_bytes
 from snapshots import checked, written
 
 ALLOCATIONS = {"00": 3907, "01": 4404, "02": 785, "03": 5002, "04": 6288, "05": 2218, "06": 1704, "12": 6651}
@@ -76,3 +77,18 @@ def test_recordings_from_the_first_allocation_on_begin_with_an_empty_device():
     empty = [path.name[:2] for path in TRACES if state_before(checked(as_pickled(path))).is_empty]
 
     assert ["00", "01", "02"] == empty
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name[:2])
+def test_inspect_tells_a_real_trace_within_80_columns(path, tmp_path, cli):
+    """Plain text where it is piped; all addresses agree; the figures are those of the trace."""
+    written(tmp_path, as_pickled(path))
+
+    code, out, _ = cli("inspect", "snapshot.pickle", "--quiet")
+
+    assert 0 == code
+    assert all(len(line) <= 80 and line.isprintable() for line in out.splitlines())
+    count = f"{ALLOCATIONS[path.name[:2]]:,}"
+    assert f"{count} of {count}  as torch chose them, replayed" in out
+    reserved = format_bytes(replay(checked(as_pickled(path))).peak("reserved"))
+    assert f"  peak reserved       {reserved:>16}  measured" in out
