@@ -231,7 +231,8 @@ def fit(
     sequence_lengths: for each, the largest batch is looked for; empty: 512, or the model's longest where that is less.
     batch_sizes: for each, the longest sequence is looked for.  jobs: how many processes predict at a time.
     ready: called when all arguments have been checked, before the predictions, which take minutes.
-    profile, config, allocator, for_versions, allow_code, tell: as of `estimate`.  axes: precision, attention, head, batch.
+    profile, config, allocator, for_versions, allow_code, tell: as of `estimate`.
+    axes: precision, attention, head, batch.
 
     Raises UserError: as `estimate`; a card has no room even for the context of a process; every method is refused.
     """
