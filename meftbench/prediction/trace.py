@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from transformers import masking_utils
 
 from meftbench.backbones.own import transformers_part
+from meftbench.backbones.quantize import STATISTICS, pack_without_values
 from meftbench.errors import UserError
 from meftbench.measuring.build import batch_of, built_model, is_own, step_on, with_method
 from meftbench.measuring.step import Mark, OwnStep, Step
@@ -27,6 +29,7 @@ from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
+from meftbench.prediction.four_bit import unfused_products
 from meftbench.probes.memory_counted import CountedStep, Observed
 
 
@@ -100,8 +103,6 @@ def uncomputed_model(cell: Cell) -> Applied:
 
     Raises UserError as `uncomputed_step` does.
     """
-    if cell.precision == "nf4":
-        raise UserError(cell.label, "4-bit weights cannot be traced", "use another precision, or measure it")
     from_function = is_factory(cell.model)
     if from_function:
         load(cell.model)  # not on the meta device: tensors that the module makes when imported must have values
@@ -117,7 +118,9 @@ def uncomputed_model(cell: Cell) -> Applied:
             raise
         if from_function:
             model.to("meta")  # what the function made on another device
-        return with_method(cell, model)
+        applied = with_method(cell, model)
+    pack_without_values(applied.model)
+    return applied
 
 
 def uncomputed_step(
@@ -129,7 +132,7 @@ def uncomputed_step(
     on_meta: with tensors on torch's meta device instead, which is ten times faster, knows no autocast, and whose
         operators are those of no device in particular: callers replace those that differ (overlay.py).
     applied: of `uncomputed_model`; with on_meta it may have been traced in another shape before. None: it is built.
-    Raises UserError: the model cannot be built, the method does not fit it, 4-bit weights, padding in the user's batch.
+    Raises UserError: the model cannot be built, the method does not fit it, padding in the user's batch.
     """
     applied = applied or uncomputed_model(cell)
     model = applied.model
@@ -153,7 +156,8 @@ def uncomputed_step(
         }
         extra = {"constants": constants}
     device, step_class = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
-    return step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra), mode
+    step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
+    return step, unfused_products() if on_meta else mode
 
 
 def _check_unpadded(cell: Cell, model: nn.Module, sample: dict[str, Tensor]) -> None:
@@ -175,7 +179,19 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
             replacements[id(tensor)] = (
                 nn.Parameter(fake_tensor, requires_grad=tensor.requires_grad) if is_parameter else fake_tensor
             )
+            state = getattr(tensor, "quant_state", None)
+            if state is not None:  # of a 4-bit weight; bitsandbytes looks for it on whatever is the layer's weight
+                replacements[id(tensor)].quant_state = fake_state(state)  # type: ignore[attr-defined]
         return replacements[id(tensor)]
+
+    def fake_state(state: Any) -> Any:
+        replaced = copy(state)
+        for name in STATISTICS:
+            if isinstance(value := getattr(state, name), Tensor):
+                setattr(replaced, name, fake(value))
+        if state.state2 is not None:
+            replaced.state2 = fake_state(state.state2)
+        return replaced
 
     kept = []  # keeps the replaced tensors alive, so that no id is used twice
     for module in model.modules():
