@@ -9,7 +9,7 @@ device does (overlay.py). The model is built on torch's meta device, so that its
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 from unittest import mock
@@ -21,6 +21,7 @@ from transformers import masking_utils
 
 from meftbench.backbones.own import transformers_part
 from meftbench.backbones.quantize import STATISTICS, pack_without_values
+from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.errors import UserError
 from meftbench.measuring.build import batch_of, built_model, is_own, step_on, with_method
 from meftbench.measuring.step import Mark, OwnStep, Step
@@ -30,6 +31,7 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
 from meftbench.prediction.four_bit import unfused_products
+from meftbench.prediction.peft_shapes import peft_without_values
 from meftbench.probes.memory_counted import CountedStep, Observed
 
 
@@ -107,7 +109,7 @@ def uncomputed_model(cell: Cell) -> Applied:
     if from_function:
         load(cell.model)  # not on the meta device: tensors that the module makes when imported must have values
     name = cell.model if from_function else split_name(cell.model)[0] + RANDOM
-    with torch.device("meta"):
+    with torch.device("meta"), _values_of_peft(cell):
         try:
             model = built_model(cell, name)
         except UserError as error:
@@ -157,7 +159,20 @@ def uncomputed_step(
         extra = {"constants": constants}
     device, step_class = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
     step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
-    return step, unfused_products() if on_meta else mode
+    return step, _entered(mode, _values_of_peft(cell), *([unfused_products()] if on_meta else []))
+
+
+def _values_of_peft(cell: Cell) -> AbstractContextManager[None]:
+    return peft_without_values() if cell.method in PEFT_METHODS else nullcontext()
+
+
+@contextmanager
+def _entered(*contexts: AbstractContextManager[object]) -> Iterator[None]:
+    """All of `contexts`, as one."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _check_unpadded(cell: Cell, model: nn.Module, sample: dict[str, Tensor]) -> None:
@@ -200,6 +215,16 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
                 if tensor is not None:
                     kept.append(tensor)
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
+        # Tensors that the module holds as plain attributes, or in dictionaries, as some methods of peft do.
+        for attributes in [vars(module), *filter(_is_plain, vars(module).values())]:
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and value.is_meta:
+                    kept.append(value)
+                    attributes[name] = fake(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is dict and all(isinstance(item, Tensor) for item in value.values())
 
 
 class _Uncomputed(Step):
