@@ -65,15 +65,16 @@ def pack_without_values(model: nn.Module) -> None:
     what it keeps of a weight. Models that have no such weights are not changed.
     """
     # By `_parameters`, since a layer of peft has the `weight` of the layer that it wraps as a property.
-    weights = [(module, weight) for module in model.modules() if _is_unpacked(weight := module._parameters.get("weight"))]
-    if not weights:
+    modules = [module for module in model.modules() if _is_unpacked(module._parameters.get("weight"))]
+    if not modules:
         return
     import bitsandbytes
 
     # bitsandbytes keeps the table of 256 values that statistics are rounded to for later calls. One without values must
     # not stay there, or weights that have values could not be packed in this process afterwards.
     with mock.patch.dict(bitsandbytes.functional.name2qmap, clear=True):
-        for module, weight in weights:
+        for module in modules:
+            weight = cast(Any, module.weight)
             packed, state = bitsandbytes.functional.quantize_4bit(
                 weight.data,
                 blocksize=weight.blocksize,

@@ -1,4 +1,4 @@
-"""Lets HF peft's methods be built and traced where tensors have no values: what peft would read from them is given here.
+"""Lets HF peft's methods be built and traced where tensors have no values: what peft would read there is given here.
 
 peft's own code runs, but for the helpers named here, each with the reason. Each result has the shape that peft's has.
 Where the installed peft lacks a class or a function, it is left out: an older peft has fewer methods.
@@ -70,7 +70,7 @@ _bool_of_values = torch.Tensor.__bool__
 
 
 def _answer(tensor: Tensor) -> bool:
-    """The truth of a tensor. Without values it is known only to the modules in _ANSWERS; others are refused by torch."""
+    """The truth of a tensor. Without values, it is given to the modules in _ANSWERS; torch refuses it to others."""
     if _without_values(tensor):
         asker = sys._getframe(1).f_globals.get("__name__", "")
         if asker in _ANSWERS:
@@ -144,7 +144,7 @@ def _on_meta_throughout(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_known_size(function: Callable[..., Any]) -> Callable[..., Any]:
-    """FRoD reads the sides of a sparse square matrix from a tensor; they are those of V, which it is multiplied with."""
+    """FRoD reads the sides of a sparse square matrix from a tensor; they are those of V, by which it is multiplied."""
 
     @wraps(function)
     def sized(layer: Any, adapter: str, **kwargs: Any) -> Any:
@@ -182,11 +182,11 @@ def _indices_of_mask(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def update_layer(layer: Any, adapter_name: str, mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
         if mask is None or not _without_values(mask):
-            return function(layer, adapter_name, mask, *args, **kwargs)
+            function(layer, adapter_name, mask, *args, **kwargs)
+            return
         function(layer, adapter_name, None, *args, **kwargs)
         count = layer.shira_weight[adapter_name].numel()
         layer.shira_indices[adapter_name] = torch.empty(2, count, dtype=torch.int, device=mask.device)
-        return None
 
     return update_layer
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _sparse_of_values = torch.sparse_coo_tensor
 
@@ -26,14 +27,15 @@ def sparse_shapes() -> Iterator[None]:
 
 
 def _sparse_coo_tensor(indices: Any, values: Any, size: Any = None, **kwargs: Any) -> Any:
-    is_fake = type(values).__name__ == "FakeTensor" or getattr(values, "fake_mode", None) is not None
-    if isinstance(values, Tensor) and (values.is_meta or is_fake):
+    if isinstance(values, FakeTensor) or (isinstance(values, Tensor) and values.is_meta):
         return SparseShape(indices.to(torch.int64), values, tuple(size))
     return _sparse_of_values(indices, values, size, **kwargs)
 
 
 class SparseShape:
-    """A sparse matrix of two dimensions. indices: (2, count), int64.  values: (count,), of which gradients are taken."""
+    """A sparse matrix. indices: (2, count), int64.  values: (count,); they have gradients.  size: rows, columns.
+    coalesced: whether its indices are sorted, each of them once.
+    """
 
     def __init__(self, indices: Tensor, values: Tensor, size: tuple[int, ...], coalesced: bool = False) -> None:
         self.indices, self.values, self.size, self.coalesced = indices, values, size, coalesced
@@ -41,11 +43,11 @@ class SparseShape:
     def coalesce(self) -> SparseShape:
         if self.coalesced:
             return self
-        indices, values = cast(tuple[Tensor, Tensor], _Coalesced.apply(self.indices, self.values))
+        indices, values = _Coalesced.apply(self.indices, self.values)  # type: ignore[no-untyped-call]
         return SparseShape(indices, values, self.size, coalesced=True)
 
     def to_dense(self) -> Tensor:
-        return cast(Tensor, _Dense.apply(self.indices, self.values, self.size))
+        return _Dense.apply(self.indices, self.values, self.size)  # type: ignore[no-untyped-call, no-any-return]
 
     def _nnz(self) -> int:
         return len(self.values)
@@ -56,9 +58,9 @@ class SparseShape:
     ) -> Any:
         left, right = args[:2]
         if func in (torch.Tensor.add_, torch.Tensor.__iadd__) and isinstance(left, Tensor):
-            return left.add_(cast(Tensor, _Added.apply(right.indices, right.values, right.size)))
+            return left.add_(_Added.apply(right.indices, right.values, right.size))  # type: ignore[no-untyped-call]
         if func is torch.sparse.mm and isinstance(left, cls):
-            return _Product.apply(left.indices, left.values, right, left.size)
+            return _Product.apply(left.indices, left.values, right, left.size)  # type: ignore[no-untyped-call]
         return NotImplemented
 
 

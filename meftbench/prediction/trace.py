@@ -142,6 +142,8 @@ def uncomputed_step(
     if not on_meta:
         mode = fake = FakeTensorMode()
         _fill(applied.model, fake)
+    else:
+        _to_host(applied.model)
     # One sample with values; the whole batch might not fit this machine's memory.
     sample, extra = batch_of(cell, model, 1, torch.device("cpu"))
     _check_unpadded(cell, model, sample)
@@ -194,6 +196,8 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
             replacements[id(tensor)] = (
                 nn.Parameter(fake_tensor, requires_grad=tensor.requires_grad) if is_parameter else fake_tensor
             )
+            if tensor._backward_hooks:  # such as OSF's, which project gradients
+                replacements[id(tensor)]._backward_hooks = tensor._backward_hooks
             state = getattr(tensor, "quant_state", None)
             if state is not None:  # of a 4-bit weight; bitsandbytes looks for it on whatever is the layer's weight
                 replacements[id(tensor)].quant_state = fake_state(state)  # type: ignore[attr-defined]
@@ -215,16 +219,34 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
                 if tensor is not None:
                     kept.append(tensor)
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
-        # Tensors that the module holds as plain attributes, or in dictionaries, as some methods of peft do.
-        for attributes in [vars(module), *filter(_is_plain, vars(module).values())]:
-            for name, value in attributes.items():
-                if isinstance(value, Tensor) and value.is_meta:
-                    kept.append(value)
-                    attributes[name] = fake(value)
+    for attributes, name, tensor in _plain_attributes(model):
+        kept.append(tensor)
+        attributes[name] = fake(tensor)
 
 
-def _is_plain(value: Any) -> bool:
-    return type(value) is dict and all(isinstance(item, Tensor) for item in value.values())
+def _to_host(model: nn.Module) -> None:
+    """Put tensors that are plain attributes of peft's modules on the host, where they are when a step begins: there
+    peft makes them, and moving a model to its device moves only parameters and buffers. A step then copies them.
+
+    Their memory is reserved but never written, so that they take none.
+    """
+    for attributes, name, tensor in list(_plain_attributes(model)):
+        attributes[name] = torch.empty_like(tensor, device="cpu")
+
+
+def _plain_attributes(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Tensors that peft's modules hold as attributes, or in dictionaries, and that are no parameters or buffers: each
+    with the dictionary that holds it, and its key there."""
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] != "peft":
+            continue
+        dictionaries = [value for value in vars(module).values() if type(value) is dict]
+        for attributes in [vars(module), *dictionaries]:
+            if attributes is module._parameters or attributes is module._buffers:
+                continue
+            for name, value in list(attributes.items()):
+                if isinstance(value, Tensor):
+                    yield attributes, name, value
 
 
 class _Uncomputed(Step):
