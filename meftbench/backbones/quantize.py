@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, cast
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meftbench.backbones.layout import base_of
 from meftbench.errors import UserError
@@ -53,6 +55,66 @@ def _quantized(linear: nn.Linear, bitsandbytes: Any) -> nn.Module:
     quantized.train(linear.training)
     keep_layout(quantized)
     return quantized
+
+
+def pack_without_values(model: nn.Module) -> None:
+    """Pack the 4-bit weights of `model`, in place, where they are on torch's meta device.
+
+    Other weights are packed when the model is moved to its device, from which bitsandbytes excludes the meta device.
+    Its operators have implementations for it all the same, and with them its own `quantize_4bit` gives the shapes of
+    what it keeps of a weight. Models that have no such weights are not changed.
+    """
+    # By `_parameters`, since a layer of peft has the `weight` of the layer that it wraps as a property.
+    modules = [module for module in model.modules() if _is_unpacked(module._parameters.get("weight"))]
+    if not modules:
+        return
+    import bitsandbytes
+
+    # bitsandbytes keeps the table of 256 values that statistics are rounded to for later calls. One without values must
+    # not stay there, or weights that have values could not be packed in this process afterwards.
+    with mock.patch.dict(bitsandbytes.functional.name2qmap, clear=True):
+        for module in modules:
+            weight = cast(Any, module.weight)
+            packed, state = bitsandbytes.functional.quantize_4bit(
+                weight.data,
+                blocksize=weight.blocksize,
+                compress_statistics=weight.compress_statistics,
+                quant_type=weight.quant_type,
+                quant_storage=weight.quant_storage,
+            )
+            module.weight = bitsandbytes.nn.Params4bit(
+                packed,
+                requires_grad=False,
+                quant_state=state,
+                blocksize=weight.blocksize,
+                compress_statistics=weight.compress_statistics,
+                quant_type=weight.quant_type,
+                quant_storage=weight.quant_storage,
+                bnb_quantized=True,
+            )
+
+
+def _is_unpacked(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and weight.is_meta and not getattr(weight, "bnb_quantized", True)
+
+
+def statistics_of(model: nn.Module) -> Iterator[Tensor]:
+    """What 4-bit weights hold beside their packed values, which `parameters()` and `buffers()` do not give.
+
+    For each weight: a scale for each block of 64 values, as one byte; a float32 for each 256 of those; their offset,
+    a scalar; and the tables of 16 and of 256 float32 values that both are looked up in. Models without such weights
+    give nothing.
+    """
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            for name in STATISTICS:
+                tensor = getattr(part, name, None)
+                if isinstance(tensor, Tensor):
+                    yield tensor
+
+
+STATISTICS = ("absmax", "code", "offset")  # bitsandbytes' names of the tensors in a QuantState, nested ones too
 
 
 def keep_layout(model: nn.Module) -> None:

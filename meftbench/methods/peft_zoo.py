@@ -137,10 +137,13 @@ def _unread_parameters(wrapped: nn.Module) -> list[nn.Parameter]:
 
 
 def _factors_of_zero_biases(wrapped: nn.Module) -> Iterator[str]:
-    """Names of GLoRA's factors D of biases b that are all zero, as in random weights: b·D is 0 whatever D is."""
+    """Names of GLoRA's factors D of biases b that are all zero, as in random weights: b·D is 0 whatever D is.
+
+    Of biases without values (on torch's meta device) nothing is known, and none are named.
+    """
     for name, _ in wrapped.named_parameters():
         owner, separator, _ = name.partition(".glora_D.")
         if separator:
             bias = getattr(wrapped.get_submodule(owner), "bias", None)
-            if bias is not None and not bias.any():
+            if bias is not None and not bias.is_meta and not bias.any():
                 yield name

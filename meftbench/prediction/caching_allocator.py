@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from meftbench.prediction.allocator_settings import INTERVALS, MIN_LARGE_REQUEST, AllocatorSettings
 from meftbench.prediction.blocks import Block, Pool
@@ -29,9 +30,27 @@ ADDRESS_SPACE = 1 << 44  # bytes of addresses of an expandable segment where the
 Record = Callable[[str, int, int, Block | None], None]
 
 
+@dataclass
+class Levels:
+    """Bytes of the blocks that are handed out, of the requests for them, and of the segments."""
+
+    allocated: int
+    requested: int
+    reserved: int
+
+    def raise_to(self, allocated: int, requested: int, reserved: int) -> None:
+        if allocated > self.allocated:
+            self.allocated = allocated
+        if requested > self.requested:
+            self.requested = requested
+        if reserved > self.reserved:
+            self.reserved = reserved
+
+
 class CachingAllocator:
     """Hands out and takes back blocks as torch would, and keeps its statistics. All sizes in bytes.
 
+    window: the highest levels since `begin_window` (torch's reset_peak_memory_stats).
     record: called as record(action, address, size, block) for each action of torch's memory history but "alloc".
     """
 
@@ -47,9 +66,15 @@ class CachingAllocator:
         self.live: dict[int, Block] = {}  # by address
         self.next_address = FIRST_ADDRESS
         self.requested = self.allocated = self.reserved = 0
-        self.requested_peak = self.allocated_peak = self.reserved_peak = self.window_peak = 0
+        self.requested_peak = self.allocated_peak = self.reserved_peak = 0
+        self.window = Levels(0, 0, 0)
         self.allocated_at_reserved_peak = 0  # the most while `reserved` was at its peak
         self.device_allocs = self.retries = 0
+
+    def begin_window(self) -> Levels:
+        """The highest levels of the window that ends here; another begins at the present levels."""
+        ended, self.window = self.window, Levels(self.allocated, self.requested, self.reserved)
+        return ended
 
     def malloc(self, nbytes: int) -> Block | None:
         """A block for a request of `nbytes` > 0; None: out of memory, even after everything unused was given back."""
@@ -82,6 +107,7 @@ class CachingAllocator:
         self.allocated += block.size
         self.requested_peak = max(self.requested_peak, self.requested)
         self.allocated_peak = max(self.allocated_peak, self.allocated)
+        self.window.raise_to(self.allocated, self.requested, self.reserved)
         if self.reserved == self.reserved_peak and self.allocated > self.allocated_at_reserved_peak:
             self.allocated_at_reserved_peak = self.allocated
         return block
@@ -175,7 +201,6 @@ class CachingAllocator:
     def _reserve(self, size: int, action: str, address: int) -> None:
         self.device_allocs += 1
         self.reserved += size
-        self.window_peak = max(self.window_peak, self.reserved)
         if self.reserved > self.reserved_peak:
             self.reserved_peak = self.reserved
             self.allocated_at_reserved_peak = self.allocated

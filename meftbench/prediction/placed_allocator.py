@@ -47,13 +47,17 @@ class PlacedAllocator(CachingAllocator):
         """Give back what a segment_free or a segment_unmap gave back. False: that is not free as a whole."""
         before = len(self.actions)
         for pool in (self.small, self.large):
-            for block in pool.blocks():
-                if action == "segment_free":
-                    if block.address == address and block.size == size and not block.is_split:
-                        self.release_block(block)
-                        return True
-                elif block.segment is not None and block.address <= address < block.address + block.size:
-                    self.unmap_block(block, block.segment)
+            block = pool.at.get(address)
+            if action == "segment_free":
+                if block is not None and block.size == size and block.segment is None and not block.is_split:
+                    self.release_block(block)
+                    return True
+                continue
+            # Pages begin in a block, which is rarely at another address than they are.
+            for candidate in [block] if block is not None else pool.blocks():
+                end = candidate.address + candidate.size
+                if candidate.segment is not None and candidate.address <= address < end:
+                    self.unmap_block(candidate, candidate.segment)
                     return self.actions[before:] == [(action, address, size)]
         return False
 
@@ -86,10 +90,11 @@ class PlacedAllocator(CachingAllocator):
             chain.append(_unmapped(end, end + ADDRESS_SPACE, chain[0].pool, chain[0].segment))
             self._link(_merged(chain))
         self.reserved = sum(segment.end - segment.start for segment in segments)
-        self.reserved_peak = self.window_peak = self.reserved
+        self.reserved_peak = self.reserved
         self.allocated = sum(block.size for block in self.live.values())
         self.requested = sum(block.requested for block in self.live.values())
         self.allocated_peak, self.requested_peak = self.allocated, self.requested
+        self.begin_window()
 
     def _blocks(self, start: int, end: int, pool: Pool, base: int | None) -> list[Block]:
         """The blocks from `start` to `end`, in order: those handed out, and free ones between them."""

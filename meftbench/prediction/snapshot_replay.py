@@ -44,7 +44,7 @@ def allocations(trace: Sequence[Entry]) -> list[Allocation]:
     return found
 
 
-class Level(NamedTuple):
+class Moment(NamedTuple):
     """Bytes at one moment. allocated: of the blocks handed out, as wholes (memory_allocated).  requested: of the
     requests in them.  reserved: of what is taken from the device (memory_reserved)."""
 
@@ -65,12 +65,12 @@ class Replay:
     sizes: bytes of the block that each allocation got, by the number of its entry.
     """
 
-    before: Level
+    before: Moment
     allocations: int = 0
     private: int = 0
     agreeing: int = 0
     first_difference: int | None = None
-    after: list[Level] = field(default_factory=list)
+    after: list[Moment] = field(default_factory=list)
     replayed_reserved_peak: int | None = None
     replayed_reserved: int | None = None
     sizes: dict[int, int] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class _LockStep:
         for stream in sorted({s.item.stream for s in state.segments if s.item.pool == DEFAULT_POOL}):
             self._resume(stream)
         in_use = [block.item for block in self.live if not block.item.awaiting]
-        self.level = Level(
+        self.level = Moment(
             allocated=sum(live.size for live in in_use),
             requested=sum(live.requested for live in in_use),
             reserved=sum(segment.end - segment.start for segment in self.segments),
@@ -153,7 +153,7 @@ class _LockStep:
                 self._resume(entry.stream)
                 self.taken.clear()
                 self.gave_back = False
-            self.level = Level(allocated, requested, reserved)
+            self.level = Moment(allocated, requested, reserved)
             found.after.append(self.level)
         if self.resumptions <= _MAX_RESUMPTIONS:
             found.replayed_reserved_peak, found.replayed_reserved = peak, self._replayed()

@@ -9,7 +9,8 @@ device does (overlay.py). The model is built on torch's meta device, so that its
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from transformers import masking_utils
 
 from meftbench.backbones.own import transformers_part
+from meftbench.backbones.quantize import STATISTICS, pack_without_values
+from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.errors import UserError
 from meftbench.measuring.build import batch_of, built_model, is_own, step_on, with_method
 from meftbench.measuring.step import Mark, OwnStep, Step
@@ -27,6 +30,8 @@ from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
+from meftbench.prediction.four_bit import unfused_products
+from meftbench.prediction.peft_shapes import peft_without_values
 from meftbench.probes.memory_counted import CountedStep, Observed
 
 
@@ -100,13 +105,11 @@ def uncomputed_model(cell: Cell) -> Applied:
 
     Raises UserError as `uncomputed_step` does.
     """
-    if cell.precision == "nf4":
-        raise UserError(cell.label, "4-bit weights cannot be traced", "use another precision, or measure it")
     from_function = is_factory(cell.model)
     if from_function:
         load(cell.model)  # not on the meta device: tensors that the module makes when imported must have values
     name = cell.model if from_function else split_name(cell.model)[0] + RANDOM
-    with torch.device("meta"):
+    with torch.device("meta"), _values_of_peft(cell):
         try:
             model = built_model(cell, name)
         except UserError as error:
@@ -117,7 +120,9 @@ def uncomputed_model(cell: Cell) -> Applied:
             raise
         if from_function:
             model.to("meta")  # what the function made on another device
-        return with_method(cell, model)
+        applied = with_method(cell, model)
+    pack_without_values(applied.model)
+    return applied
 
 
 def uncomputed_step(
@@ -129,7 +134,7 @@ def uncomputed_step(
     on_meta: with tensors on torch's meta device instead, which is ten times faster, knows no autocast, and whose
         operators are those of no device in particular: callers replace those that differ (overlay.py).
     applied: of `uncomputed_model`; with on_meta it may have been traced in another shape before. None: it is built.
-    Raises UserError: the model cannot be built, the method does not fit it, 4-bit weights, padding in the user's batch.
+    Raises UserError: the model cannot be built, the method does not fit it, padding in the user's batch.
     """
     applied = applied or uncomputed_model(cell)
     model = applied.model
@@ -137,6 +142,8 @@ def uncomputed_step(
     if not on_meta:
         mode = fake = FakeTensorMode()
         _fill(applied.model, fake)
+    else:
+        _to_host(applied.model)
     # One sample with values; the whole batch might not fit this machine's memory.
     sample, extra = batch_of(cell, model, 1, torch.device("cpu"))
     _check_unpadded(cell, model, sample)
@@ -153,7 +160,21 @@ def uncomputed_step(
         }
         extra = {"constants": constants}
     device, step_class = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
-    return step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra), mode
+    step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
+    return step, _entered(mode, _values_of_peft(cell), *([unfused_products()] if on_meta else []))
+
+
+def _values_of_peft(cell: Cell) -> AbstractContextManager[None]:
+    return peft_without_values() if cell.method in PEFT_METHODS else nullcontext()
+
+
+@contextmanager
+def _entered(*contexts: AbstractContextManager[object]) -> Iterator[None]:
+    """All of `contexts`, as one."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _check_unpadded(cell: Cell, model: nn.Module, sample: dict[str, Tensor]) -> None:
@@ -175,7 +196,21 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
             replacements[id(tensor)] = (
                 nn.Parameter(fake_tensor, requires_grad=tensor.requires_grad) if is_parameter else fake_tensor
             )
+            if tensor._backward_hooks:  # such as OSF's, which project gradients
+                replacements[id(tensor)]._backward_hooks = tensor._backward_hooks
+            state = getattr(tensor, "quant_state", None)
+            if state is not None:  # of a 4-bit weight; bitsandbytes looks for it on whatever is the layer's weight
+                replacements[id(tensor)].quant_state = fake_state(state)  # type: ignore[attr-defined]
         return replacements[id(tensor)]
+
+    def fake_state(state: Any) -> Any:
+        replaced = copy(state)
+        for name in STATISTICS:
+            if isinstance(value := getattr(state, name), Tensor):
+                setattr(replaced, name, fake(value))
+        if state.state2 is not None:
+            replaced.state2 = fake_state(state.state2)
+        return replaced
 
     kept = []  # keeps the replaced tensors alive, so that no id is used twice
     for module in model.modules():
@@ -184,6 +219,34 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
                 if tensor is not None:
                     kept.append(tensor)
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
+    for attributes, name, tensor in _plain_attributes(model):
+        kept.append(tensor)
+        attributes[name] = fake(tensor)
+
+
+def _to_host(model: nn.Module) -> None:
+    """Put tensors that are plain attributes of peft's modules on the host, where they are when a step begins: there
+    peft makes them, and moving a model to its device moves only parameters and buffers. A step then copies them.
+
+    Their memory is reserved but never written, so that they take none.
+    """
+    for attributes, name, tensor in list(_plain_attributes(model)):
+        attributes[name] = torch.empty_like(tensor, device="cpu")
+
+
+def _plain_attributes(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Tensors that peft's modules hold as attributes, or in dictionaries, and that are no parameters or buffers: each
+    with the dictionary that holds it, and its key there."""
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] != "peft":
+            continue
+        dictionaries = [value for value in vars(module).values() if type(value) is dict]
+        for attributes in [vars(module), *dictionaries]:
+            if attributes is module._parameters or attributes is module._buffers:
+                continue
+            for name, value in list(attributes.items()):
+                if isinstance(value, Tensor):
+                    yield attributes, name, value
 
 
 class _Uncomputed(Step):

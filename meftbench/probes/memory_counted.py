@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meftbench.backbones.quantize import statistics_of
 from meftbench.errors import CellFailure
 from meftbench.measuring.step import Mark, Step
 from meftbench.methods.levers.offload import copying_to_host
@@ -274,7 +275,7 @@ class CountedStep:
     def __enter__(self) -> CountedStep:
         gc.collect()
         counter, model = self.counter, self.step.model
-        for parameter in model.parameters():
+        for parameter in [*model.parameters(), *statistics_of(model)]:
             counter.book(parameter, "parameters")
         for buffer in model.buffers():
             counter.book(buffer, "buffers")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from allocator_traces import SETTINGS, traces
 from meftbench.errors import UserError
 from meftbench.prediction.allocator import AllocatorSettings, Event, replay, snapshot
-from meftbench.prediction.snapshot_replay import Allocation, Level, allocations
+from meftbench.prediction.snapshot_replay import Allocation, Moment, allocations
 from meftbench.prediction.snapshot_replay import replay as lock_step
 from meftbench.prediction.snapshot_state import state_before
 from meftbench.prediction.snapshot_what_if import gives_back_all, what_if
@@ -106,8 +106,8 @@ def test_the_unsplit_rest_of_a_block_from_before_follows_from_what_stands_behind
 
     found = lock_step(checked(recorded_from(shot, 2)))
 
-    assert Level(20 * MiB, int(19.5 * MiB), 20 * MiB) == found.before
-    assert Level(0, 0, 20 * MiB) == found.after[-1]
+    assert Moment(20 * MiB, int(19.5 * MiB), 20 * MiB) == found.before
+    assert Moment(0, 0, 20 * MiB) == found.after[-1]
 
 
 @given(traces(), SETTINGS, st.sampled_from([None, 40 * MiB, 200 * MiB]))
@@ -205,7 +205,7 @@ def test_a_block_that_waits_at_the_end_and_before_the_trace_counts_as_free():
 
     found = lock_step(checked(a_snapshot([a_segment(0, waits)], [an_entry("snapshot", 0, 0)])))
 
-    assert Level(0, 0, 12 * MiB) == found.before == found.after[-1]
+    assert Moment(0, 0, 12 * MiB) == found.before == found.after[-1]
 
 
 def test_private_pools_are_counted_and_not_replayed():
@@ -223,7 +223,7 @@ def test_private_pools_are_counted_and_not_replayed():
     found = lock_step(recorded)
 
     assert (1, 1, 1) == (found.private, found.allocations, found.agreeing)
-    assert Level(10 * MiB, 10 * MiB, 40 * MiB) == found.after[-1]
+    assert Moment(10 * MiB, 10 * MiB, 40 * MiB) == found.after[-1]
     assert 40 * MiB == what_if(recorded, state_before(recorded), EXPANDABLE).reserved_peak
 
 
