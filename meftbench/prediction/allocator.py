@@ -211,6 +211,7 @@ def snapshot(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) ->
         "segments": [_segment(blocks) for blocks in allocator.segments()],
         "device_traces": [trace],
         "external_annotations": annotations,
+        "predicted_by": "meftbench",
         "allocator_settings": {
             "expandable_segments": settings.expandable_segments,
             "max_split_size": -1 if settings.max_split_size is None else settings.max_split_size,

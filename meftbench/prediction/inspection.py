@@ -43,6 +43,7 @@ def inspect(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, A
         "entries": len(snapshot.trace),
         "segments": len(snapshot.segments),
         "streams": len({segment.stream for segment in snapshot.segments} | {e.stream for e in snapshot.trace}),
+        "source": _source(snapshot),
         "starts_empty": state.is_empty,
         "stacks": any(entry.frames for entry in snapshot.trace)
         or any(block.frames for segment in snapshot.segments for block in segment.blocks),
@@ -58,6 +59,11 @@ def inspect(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, A
 
 
 VERBS = {"inspect": inspect}
+
+
+def _source(snapshot: DeviceSnapshot) -> str:
+    """How the numbers in the snapshot were obtained."""
+    return "predicted" if snapshot.predicted else "measured"
 
 
 def _levels(replayed: Replay) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def _other_settings(
 
 def _notes(snapshot: DeviceSnapshot, state: State, replayed: Replay) -> list[str]:
     """What a reader must know of the numbers, a sentence each."""
-    trace, notes = snapshot.trace, []
+    trace, source, notes = snapshot.trace, _source(snapshot), []
     if not trace:
         notes.append(
             "there is no trace, so nothing is replayed and the peak is what was allocated at the end: "
@@ -150,13 +156,13 @@ def _notes(snapshot: DeviceSnapshot, state: State, replayed: Replay) -> list[str
     private = [segment for segment in snapshot.segments if segment.pool != DEFAULT_POOL]
     if private or state.private:
         held = format_bytes(sum(segment.size for segment in private))
-        counts = f"allocations in them {replayed.private:,}, at the end {held}, measured"
+        counts = f"allocations in them {replayed.private:,}, at the end {held}, {source}"
         notes.append(f"private pools (CUDA graphs, MemPool) are not replayed: {counts}")
     failed = [entry for entry in trace if entry.action == "oom"]
     if failed:
         asked, free = format_bytes(failed[0].size), format_bytes(failed[0].address)
         first = f"first for {asked} with {free} free on the device"
-        notes.append(f"allocations for which the device was out of memory: {len(failed):,}, {first}, measured")
+        notes.append(f"allocations for which the device was out of memory: {len(failed):,}, {first}, {source}")
     given_back = ("segment_free", "segment_unmap")
     runs = sum(
         entry.action in given_back and (number == 0 or trace[number - 1].action not in given_back)
@@ -164,7 +170,7 @@ def _notes(snapshot: DeviceSnapshot, state: State, replayed: Replay) -> list[str
     )
     if runs:
         calls = f"{len(gives_back_all(trace)):,} taken for empty_cache(), and done with other settings, too"
-        notes.append(f"times that memory was given back to the device: {runs:,}, measured; {calls}")
+        notes.append(f"times that memory was given back to the device: {runs:,}, {source}; {calls}")
     if trace and not state.is_empty:
         notes.append(
             "the trace begins with memory in use; other settings are replayed from the same blocks, "

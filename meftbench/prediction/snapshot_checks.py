@@ -110,7 +110,8 @@ class _Reader:
             for device, trace in enumerate(self.sequence(trace, "a trace") for trace in traces)
             if trace
         }
-        return Snapshot(self.settings(whole.get("allocator_settings", {})), tuple(segments), by_device)
+        settings = self.settings(whole.get("allocator_settings", {}))
+        return Snapshot(settings, tuple(segments), by_device, "predicted_by" in whole)
 
     def segment(self, value: object, place: str) -> Segment:
         raw = self.mapping(value, place)

@@ -40,7 +40,8 @@ def read_device(path: Path, device: int | None = None) -> DeviceSnapshot:
     for before, after in pairwise(segments):
         if before.address + before.size > after.address:
             raise UserError(str(path), f"is damaged: two segments overlap at address {after.address}", CURE)
-    return DeviceSnapshot(snapshot.settings, chosen, tuple(segments), snapshot.traces.get(chosen, ()))
+    trace = snapshot.traces.get(chosen, ())
+    return DeviceSnapshot(snapshot.settings, chosen, tuple(segments), trace, snapshot.predicted)
 
 
 def read_snapshot(path: Path) -> Snapshot:

@@ -23,7 +23,7 @@ WORKSPACES = (8_519_680, 33_554_432, 4_194_304)
 _UNMISTAKABLE_WORKSPACE = 8_519_680  # no common tensor has this size, the others some have
 
 NO_STACK = "no stack"
-NO_MODULE = "outside of any forward"
+ONLY_TORCH = "only torch's own code"
 _OWN_PHASES = {"forward": "forward", "backward": "backward", "optimizer": "optimizer"}
 _CUBLAS = re.compile(r"cublas(?:lt)?workspace|getNewWorkspace|CublasHandlePool|cublasCreate", re.IGNORECASE)
 _BACKWARD = re.compile(r"_engine_run_backward|autograd::.*Engine")
@@ -35,7 +35,8 @@ class Owned:
     """A block in use at some time. All sizes in bytes.
 
     born, freed: numbers of the entries; -1: before the trace; None: not freed in it.
-    where: line of code outside of torch that asked for it.  module: line of the innermost `forward` there.
+    where: line of Python outside of torch that asked for it.  module: line of the innermost `forward` there, or
+    `where` if there is none.
     """
 
     size: int
@@ -107,16 +108,16 @@ def own_line(frames: Frames) -> str:
     for frame in frames:
         if _is_own(frame):
             return _line(frame)
-    return NO_STACK if not frames else "torch"
+    return NO_STACK if not frames else ONLY_TORCH
 
 
 @lru_cache(maxsize=100_000)
 def forward_of(frames: Frames) -> str:
-    """The innermost line of a module's `forward` outside of torch."""
+    """The innermost line of a module's `forward` outside of torch; the innermost line if there is none."""
     for frame in frames:
         if _is_forward(frame) and _is_own(frame):
             return _line(frame)
-    return NO_STACK if not frames else NO_MODULE
+    return own_line(frames)
 
 
 def _is_cublas(frames: Frames) -> bool:

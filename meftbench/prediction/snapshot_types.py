@@ -87,11 +87,13 @@ ACTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """settings: with which it was recorded.  traces: by device; a device without memory has neither."""
+    """settings: with which it was recorded.  traces: by device; a device without memory has neither.
+    predicted: it is from `meftbench export`, and not from a device."""
 
     settings: AllocatorSettings
     segments: tuple[Segment, ...]
     traces: Mapping[int, tuple[Entry, ...]]
+    predicted: bool = False
 
     @property
     def devices(self) -> list[int]:
@@ -107,3 +109,4 @@ class DeviceSnapshot:
     device: int
     segments: tuple[Segment, ...]
     trace: tuple[Entry, ...]
+    predicted: bool = False

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = ("png", "svg", "pdf")
+_NO_LINES = ("no stack", "only torch's own code")  # of meftbench.prediction.snapshot_owners
 # From the bottom of the stack: what lives longest comes first.
 _COLOURS = {
     "before the trace": "#7F7F7F",
@@ -28,7 +29,7 @@ def snapshot_lines(answer: dict[str, Any]) -> list[str]:
     trace, streams = _count(answer["entries"], "entry", "entries"), _count(answer["streams"], "stream")
     return [
         f"{_plain(answer['file'])}, device {answer['device']}",
-        f"{trace} in the trace, {_count(answer['segments'], 'segment')} at the end, {streams}, measured",
+        f"{trace} in the trace, {_count(answer['segments'], 'segment')} at the end, {streams}, {answer['source']}",
         *_levels(answer),
         *_settings(answer),
         *_categories(answer),
@@ -48,13 +49,13 @@ def _count(number: int, one: str, several: str = "") -> str:
 
 def _levels(answer: dict[str, Any]) -> list[str]:
     at = "before the trace" if answer["peak_at"] < 0 else f"entry {answer['peak_at']:,}"
-    source = f"replayed (whole blocks), {at}" if answer["entries"] else "measured, at the end"
+    source = f"replayed (whole blocks), {at}" if answer["entries"] else f"{answer['source']}, at the end"
     agreeing, allocations = answer["allocations_agreeing"], answer["allocations"]
     texts = [
         _row("peak allocated", format_bytes(answer["peak_allocated_bytes"]), source),
-        _row("peak requested", format_bytes(answer["peak_requested_bytes"]), "measured"),
-        _row("peak reserved", format_bytes(answer["peak_reserved_bytes"]), "measured"),
-        _row("reserved at the end", format_bytes(answer["reserved_bytes"]), "measured"),
+        _row("peak requested", format_bytes(answer["peak_requested_bytes"]), answer["source"]),
+        _row("peak reserved", format_bytes(answer["peak_reserved_bytes"]), answer["source"]),
+        _row("reserved at the end", format_bytes(answer["reserved_bytes"]), answer["source"]),
         _row("fragmentation", f"{answer['fragmentation']:.1%}", "replayed, at the peak of reserved memory"),
     ]
     if allocations:
@@ -97,7 +98,9 @@ def _categories(answer: dict[str, Any]) -> list[str]:
 def _modules(answer: dict[str, Any]) -> list[str]:
     if not answer["stacks"]:
         return ["no stacks are in the snapshot, so nothing is said of modules"]
-    texts = ["alive at the peak, replayed, by the innermost forward outside of torch"]
+    if all(row["name"] in _NO_LINES for row in answer["by_module"]):
+        return ["no stack of what is alive at the peak has a line of Python outside of torch"]
+    texts = ["alive at the peak, replayed, by line of code: of the innermost forward, if any"]
     texts += [f"  {format_bytes(row['bytes']):>12}  {row['name']}" for row in answer["by_module"]]
     others = answer["other_modules"]
     if others["modules"]:
@@ -112,7 +115,7 @@ def _rests(answer: dict[str, Any]) -> list[str]:
     texts = [f"block minus request at the peak: {whole} in all, replayed; the largest"]
     for row in answer["unused_in_blocks"]:
         of = f"{_count(row['blocks'], 'request')} for {format_bytes(row['requested_bytes'])}"
-        where = "" if row["where"] in ("no stack", "torch") else f", {row['where']}"
+        where = "" if row["where"] in _NO_LINES else f", {row['where']}"
         texts.append(f"  {format_bytes(row['unused_bytes']):>12}  of {of}, {row['category']}{where}")
     return texts
 
@@ -138,7 +141,8 @@ def plot_snapshot(answer: dict[str, Any], ax: Axes) -> None:
         linewidth=0,
     )
     reserved = [level / size for level in timeline["reserved"]]
-    ax.plot(timeline["at"], reserved, drawstyle="steps-post", color="black", linewidth=1.0, label="reserved, measured")
+    name = f"reserved, {answer['source']}"
+    ax.plot(timeline["at"], reserved, drawstyle="steps-post", color="black", linewidth=1.0, label=name)
     peak = answer["peak_allocated_bytes"] / size
     ax.axhline(peak, color="#999999", linewidth=0.8, linestyle="--")
     ax.annotate(f"peak {peak:,.1f}", (1.0, peak), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",

@@ -32,7 +32,7 @@ reserved with other settings, peak and at the end, replayed
 alive at the peak: 2 blocks, replayed; what they are, by simple rules
   forward                     12.0 MiB  in 1 block
   in the trace                 8.0 MiB  in 1 block
-alive at the peak, replayed, by the innermost forward outside of torch
+alive at the peak, replayed, by line of code: of the innermost forward, if any
       12.0 MiB  transformers/models/bert/modeling_bert.py:389 forward
        8.0 MiB  no stack
 """
@@ -123,6 +123,21 @@ def test_the_figure_shows_allocated_and_reserved_memory_over_the_trace(tmp_path)
     assert ("entries of the trace", "allocated (MiB, replayed)") == (ax.get_xlabel(), ax.get_ylabel())
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert ["reserved, measured", "forward", "in the trace"] == texts
+
+
+@pytest.mark.parametrize("settings", [AllocatorSettings(), AllocatorSettings(expandable_segments=True)])
+def test_what_meftbench_predicted_is_not_called_measured(tmp_path, cli, settings):
+    """A snapshot of `meftbench export`; its frames are operators and phases, and no lines of code."""
+    events = [Event("phase", 0, 0, "forward"), Event("alloc", 1, 12 * MiB, "activations", "aten::mm")]
+    written(tmp_path, snapshot(events, settings))
+
+    code, out, _ = cli("inspect", "snapshot.pickle", "-q")
+
+    assert 0 == code
+    assert "measured" not in out
+    assert "  peak requested              12.0 MiB  predicted\n" in out
+    assert "  forward                     12.0 MiB  in 1 block\n" in out
+    assert "no stack of what is alive at the peak has a line of Python outside of torch" in out
 
 
 def test_a_snapshot_without_a_trace_says_so(tmp_path, cli):
