@@ -245,6 +245,23 @@ def test_an_address_that_the_rules_do_not_choose_is_counted_and_what_follows_is_
     assert 15 * MiB == found.levels[-1]
 
 
+def test_memory_that_torch_took_and_the_rules_do_not_take_is_a_difference():
+    """20 MiB more are taken while 15 of 20 are free, and the block comes from these."""
+    trace = [
+        an_entry("segment_alloc", 0, 20 * MiB),
+        an_entry("alloc", 0, 5 * MiB),
+        an_entry("segment_alloc", 64 * MiB, 20 * MiB),
+        an_entry("alloc", 5 * MiB, 5 * MiB),
+    ]
+    used = a_block(5 * MiB, state="active_allocated")
+    segments = [a_segment(0, used, dict(used), a_block(10 * MiB)), a_segment(64 * MiB, a_block(20 * MiB))]
+
+    found = lock_step(checked(a_snapshot(segments, trace)))
+
+    assert (2, 1, 3) == (found.allocations, found.agreeing, found.first_difference)
+    assert 40 * MiB == found.replayed_reserved == found.after[-1].reserved
+
+
 def a_stack(name):
     return [{"filename": "memory.py", "line": 1, "name": name}] if name else []
 
