@@ -52,6 +52,12 @@ class Versions:
         return self.torch == (2, 9)
 
     @property
+    def cublas_in_allocator(self) -> bool:
+        """Whether torch's allocator holds the workspaces of cuBLAS: since torch 2.0; before, cuBLAS allocated its own
+        (github.com/pytorch/pytorch pull request 85447)."""
+        return self.torch is None or self.torch >= (2, 0)
+
+    @property
     def foreach_optimizer(self) -> bool:
         """Whether optimizers update all parameters together: by default since torch 2.0 (torch/optim/optimizer.py)."""
         return self.torch is None or self.torch >= (2, 0)
@@ -77,6 +83,12 @@ class Versions:
         """Whether a causal loss converts the logits to float32 and copies them without the last position: before
         transformers 4.50, which shifts the labels instead (transformers/loss/loss_utils.py, ForCausalLMLoss)."""
         return self.transformers is not None and self.transformers < (4, 50)
+
+    @property
+    def widens_logits(self) -> bool:
+        """Whether a causal model's forward converts its logits to float32, so that those of the lower precision are not
+        kept beside them: before transformers 4.46, whose loss does it (modeling_llama.py, LlamaForCausalLM)."""
+        return self.transformers is not None and self.transformers < (4, 46)
 
 
 NOW = Versions()

@@ -88,7 +88,7 @@ class CudaCounter(StorageCounter):
         elif with_bias and not nbytes:
             with_bias, nbytes = False, self._profile.cublas_workspace_bytes  # cuBLASLt shares that of cuBLAS
         thread = "backward" if self.phase == "backward" else "forward"
-        if (thread, with_bias) not in self._workspaces and nbytes:
+        if (thread, with_bias) not in self._workspaces and nbytes and self._versions.cublas_in_allocator:
             workspace = torch.empty(nbytes, dtype=torch.uint8, device=self.device_type)
             self._workspaces[thread, with_bias] = workspace
             self._see(workspace, WORKSPACE)

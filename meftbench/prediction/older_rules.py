@@ -29,6 +29,10 @@ def older_rules(versions: Versions, step: Step) -> Iterator[None]:
                 zero(set_to_none=False)
 
             stack.enter_context(mock.patch.object(step.optimizer, "zero_grad", zeroed))
+        head = getattr(step.model, "get_output_embeddings", lambda: None)()
+        if versions.widens_logits and head is not None:
+            hook = head.register_forward_hook(lambda _module, _inputs, logits: logits.float())
+            stack.callback(hook.remove)
         yield
 
 

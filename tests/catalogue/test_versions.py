@@ -34,11 +34,13 @@ def test_what_is_no_version(text):
     ("rule", "package", "before", "since"),
     [
         ("foreach_optimizer", "torch", (1, 13), (2, 0)),
+        ("cublas_in_allocator", "torch", (1, 13), (2, 0)),
         ("softmax_keeps_input", "torch", (1, 10), (1, 11)),
         ("keeps_gradients", "torch", (1, 13), (2, 0)),
         ("prefers_cudnn_attention", "torch", (2, 9), (2, 10)),
         ("separate_cublaslt_workspace", "torch", (2, 9), (2, 10)),
         ("shifts_logits", "transformers", (4, 48), (4, 50)),
+        ("widens_logits", "transformers", (4, 45), (4, 46)),
     ],
 )
 def test_the_rules_that_differ(rule, package, before, since):
