@@ -11,7 +11,7 @@ from builders import a_record, a_run, measured
 from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
 from meftbench.runner import process, run_suite
-from meftbench.verdicts.validation import METRICS, Validation, errors, predicted_cell, save, saved, spreads, unverified
+from meftbench.verdicts.validation import METRICS, Validation, errors, predicted_cell, predicted_for, save, saved, spreads
 from sweeps import a_suite
 
 REAL_WORKER = process.WORKER
@@ -107,10 +107,15 @@ def test_it_is_kept_in_the_run_where_the_report_finds_it(tmp_path):
         saved(run)
 
 
-def test_a_device_that_nobody_has_held_a_prediction_against_is_named(tmp_path):
-    run = a_run(tmp_path / "run", a_record(device="predicted:t4"), a_record(device="counted"))
+def test_a_predicted_run_says_what_predictions_were_held_against(tmp_path):
+    """For each of its profiles, by name: those that were measured, and others."""
+    records = [a_record(device=f"predicted:{name}") for name in ("t4", "a100-80gb")] + [a_record(device="counted")]
 
-    assert ["t4"] == unverified(run)
+    found = predicted_for(a_run(tmp_path / "run", *records))
+
+    assert ["a100-80gb", "t4"] == [*found]
+    assert found["t4"].startswith("not validated on this card; rules held against ")
+    assert "published peaks of this card: median error" in found["a100-80gb"]
 
 
 def test_the_spread_has_the_median_the_worst_and_the_sign():

@@ -128,7 +128,7 @@ def test_what_is_held_between_steps_is_what_was_measured(name):
 
 
 def test_values_are_given_to_peft_alone():
-    """Elsewhere a condition on a tensor without values still ends in torch's error, and with values it is true or not."""
+    """Elsewhere a condition on a tensor without values still ends in torch's error; with values it holds or not."""
     with peft_without_values():
         assert torch.ones(1)
         assert not torch.zeros(1)
