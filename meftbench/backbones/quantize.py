@@ -70,9 +70,10 @@ def pack_without_values(model: nn.Module) -> None:
         return
     import bitsandbytes
 
-    # bitsandbytes keeps the table of 256 values that statistics are rounded to for later calls. One without values must
-    # not stay there, or weights that have values could not be packed in this process afterwards.
-    with mock.patch.dict(bitsandbytes.functional.name2qmap, clear=True):
+    # bitsandbytes computes the table of 256 values that statistics are rounded to, with values, and keeps a copy on the
+    # weights' device for later calls. One without values must not stay there, or weights that have values could not be
+    # packed in this process afterwards.
+    with mock.patch.dict(bitsandbytes.functional.name2qmap, clear=True), torch.device("cpu"):
         for module in modules:
             weight = cast(Any, module.weight)
             packed, state = bitsandbytes.functional.quantize_4bit(
