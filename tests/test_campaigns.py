@@ -158,7 +158,7 @@ figures:
   - {id: device, cell: *cell, <<: *of, quantity: device_used}
   - {id: between, cell: *cell, <<: *of, quantity: allocated_after_step}
   - {id: kept, cell: *cell, <<: *of, quantity: held_after_forward}
-  - {id: four, cell: {<<: *cell, precision: nf4}, <<: *of, quantity: reserved, setting: complete}
+  - {id: read, cell: {<<: *cell, model: bart-base@random}, <<: *of, quantity: reserved, setting: complete}
 """
 
 
@@ -172,9 +172,9 @@ def test_published_in_miniature(tmp_path, capsys):
 
     table = pd.read_csv(tmp_path / "table.csv").set_index("id")
     predicted = table.predicted_bytes
-    assert "four" == table.index[0]
-    assert table.notes["four"].startswith("Not predicted: 4-bit weights cannot be traced")
-    assert pd.isna(predicted["four"])
+    assert "read" == table.index[0]
+    assert table.notes["read"].startswith("Not predicted: its forward looks at values")
+    assert pd.isna(predicted["read"])
     assert 0 < predicted["kept"] < predicted["peak"] - predicted["between"]
     assert predicted["between"] < predicted["peak"] < predicted["device"] - 100 * 2**20  # the context
     assert predicted["peak"] / 3_000_000 == pytest.approx(table.ratio["peak"])

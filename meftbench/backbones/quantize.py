@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from meftbench.backbones.layout import base_of
 from meftbench.errors import UserError
 
+STATISTICS = ("absmax", "code", "offset")  # bitsandbytes' names of the tensors in a QuantState, nested ones too
+
 
 def quantize(model: nn.Module) -> nn.Module:
     """Replace the base model's linear layers, in place, by frozen ones whose weights are 4-bit NormalFloat.
@@ -113,9 +115,6 @@ def statistics_of(model: nn.Module) -> Iterator[Tensor]:
                 tensor = getattr(part, name, None)
                 if isinstance(tensor, Tensor):
                     yield tensor
-
-
-STATISTICS = ("absmax", "code", "offset")  # bitsandbytes' names of the tensors in a QuantState, nested ones too
 
 
 def keep_layout(model: nn.Module) -> None:

@@ -146,6 +146,18 @@ def test_values_are_given_to_peft_alone():
         assert torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (2, 2)).is_sparse
 
 
+def test_settings_that_need_values_are_one_line():
+    """AdaMSS's dynamic rank counts the singular values above a threshold: adapters differ in size by the weights."""
+    cell = a_cell("adamss", "llama", method_params={"config": {"use_dynamic_rank": True}})
+
+    with pytest.raises(
+        UserError, match="adamss looks at values when it is applied, which a prediction has not"
+    ) as caught:
+        uncomputed_model(cell)
+
+    assert "\n" not in str(caught.value)
+
+
 def test_a_method_does_not_hide_what_the_model_itself_reads():
     """BART's classification head looks for the end of each text, with WaveFT as with lora."""
     tiny = {"d_model": 32, "vocab_size": 120, "encoder_layers": 1, "decoder_layers": 1} | {
