@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.catalogue.profiles import PREDICTED, Profile, find_profile
+from meftbench.catalogue.versions import Versions
 from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import FITTED_OPTIONS, PREDICTED_OPTIONS
 from meftbench.plan.cell import Cell
@@ -51,7 +52,7 @@ class Estimate:
     """The predicted memory of one training step. Sizes are in bytes.
 
     device, memory_bytes: name and memory of the device.  context_bytes: what a process takes there before any tensor.
-    verified: whether a run on this device agreed with predictions.
+    verified: whether a run on this device agreed with predictions.  rules: the versions whose rules were taken.
     peak_allocated_bytes: the largest sum of live blocks, reached in the phase `peak_phase`; it is the sum of the parts
         in `breakdown`.
     peak_reserved_bytes: the largest sum of the segments that torch's allocator takes from the device.
@@ -66,6 +67,7 @@ class Estimate:
     profile: str
     device: str
     verified: bool
+    rules: str
     memory_bytes: int
     context_bytes: int
     peak_allocated_bytes: int
@@ -114,6 +116,7 @@ class Capacity:
     predict_s: float
     device: str
     verified: bool
+    rules: str
     context_bytes: int
     default_profile: bool
     cards: list[int]
@@ -144,6 +147,7 @@ def estimate(
     config: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     allocator: str = "",
+    for_versions: str = "",
     allow_code: bool = False,
     tell: Tell | None = None,
     **axes: Any,
@@ -154,6 +158,7 @@ def estimate(
         config: overrides of the model's configuration.  settings: of the method.
     batch_size: samples per step.  sequence_length: tokens per sample.
     profile: a name of `meftbench list profiles`, or a file.  allocator: settings in the form of PYTORCH_ALLOC_CONF.
+    for_versions: such as "torch=2.4,transformers=4.48", where a rule is known to differ; empty: the newest.
     allow_code: whether the user's own functions that make models and batches may be called.
     tell: called with lines of progress.
     axes: further values of the cell: precision, micro_batch_size, attention, head, optimizer, batch; None: the default.
@@ -164,11 +169,13 @@ def estimate(
     profile, allocator = _text("profile", profile), _text("allocator", allocator)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     cell = asked_cell("estimate", model, method, profile, config, settings, allow_code, **shape, **axes)
+    rules = str(Versions.parse(_text("for_versions", for_versions)))
     request = {"cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
-    return _estimate_of(cell, find_profile(profile), ask("estimate", request, tell or _silent, allow_code))
+    request["versions"] = for_versions
+    return _estimate_of(cell, find_profile(profile), rules, ask("estimate", request, tell or _silent, allow_code))
 
 
-def _estimate_of(cell: Cell, device: Profile, answer: dict[str, Any]) -> Estimate:
+def _estimate_of(cell: Cell, device: Profile, rules: str, answer: dict[str, Any]) -> Estimate:
     """The answer of meftbench.prediction.estimate, which has metrics as in a record, with the facts of the device."""
     values = {name: metric["value"] for name, metric in answer["metrics"].items()}
     return Estimate(
@@ -176,6 +183,7 @@ def _estimate_of(cell: Cell, device: Profile, answer: dict[str, Any]) -> Estimat
         profile=device.name,
         device=device.device,
         verified=device.verified,
+        rules=rules,
         memory_bytes=device.memory_bytes,
         context_bytes=values["context_bytes"],
         peak_allocated_bytes=values["peak_allocated_bytes"],
@@ -207,6 +215,7 @@ def fit(
     batch_sizes: Sequence[int] = (1,),
     config: Mapping[str, Any] | None = None,
     allocator: str = "",
+    for_versions: str = "",
     jobs: int | None = None,
     allow_code: bool = False,
     tell: Tell | None = None,
@@ -222,12 +231,14 @@ def fit(
     sequence_lengths: for each, the largest batch is looked for; empty: 512, or the model's longest where that is less.
     batch_sizes: for each, the longest sequence is looked for.  jobs: how many processes predict at a time.
     ready: called when all arguments have been checked, before the predictions, which take minutes.
-    profile, config, allocator, allow_code, tell: as of `estimate`.  axes: precision, attention, head, batch.
+    profile, config, allocator, for_versions, allow_code, tell: as of `estimate`.
+    axes: precision, attention, head, batch.
 
     Raises UserError: as `estimate`; a card has no room even for the context of a process; every method is refused.
     """
     _check_names("fit", axes, FITTED_OPTIONS)
     chosen, allocator = _text("profile", profile or PROFILE), _text("allocator", allocator)
+    rules = str(Versions.parse(_text("for_versions", for_versions)))
     device = find_profile(chosen, "fit: profile")
     if isinstance(methods, str) or not methods:
         raise UserError("methods", f"{methods!r} is not a list of methods", 'give names, ["lora", "meft1-exact"]')
@@ -254,6 +265,7 @@ def fit(
         "cells": [cell.model_dump(mode="json") for cell in cells],
         "profile": chosen,
         "allocator": allocator,
+        "versions": for_versions,
         "capacities": [card - device.context_bytes for card in cards],
         "batches": [[length, min(MOST_SAMPLES, MOST_TOKENS // length)] for length in lengths],
         "lengths": [[batch, min(longest or MOST_TOKENS, MOST_TOKENS // batch)] for batch in samples],
@@ -267,6 +279,7 @@ def fit(
     about: dict[str, Any] = {"model": cells[0].model_label, "precision": cells[0].precision}
     about |= {"profile": device.name, "predict_s": answer["seconds"]}
     about |= {"device": device.device, "verified": device.verified, "context_bytes": device.context_bytes}
+    about["rules"] = rules
     about |= {"default_profile": profile is None, "cards": cards, "positions": longest}
     return Capacity(**as_answer(about, answers))
 

@@ -24,7 +24,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import selectors
 import signal
 import subprocess
@@ -38,6 +37,7 @@ from types import ModuleType
 from typing import Any
 
 from meftbench.errors import CellFailure, UserError, is_out_of_memory
+from meftbench.memory_limit import memory_limit
 from meftbench.records.store import write_whole
 from meftbench.units import requested_bytes
 
@@ -104,7 +104,7 @@ def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress
     """Run a job in this process. Returns its result, which is written to a file if the job names one."""
     os.environ.update(job["environment"])
     _use_threads(job["threads"])
-    with _memory_limit(job["memory_bytes"]):
+    with memory_limit(job["memory_bytes"]):
         content = run_job(requests, job["verb"], job["request"], tell)
     if job["result"] is not None:
         write_whole(Path(job["result"]), json.dumps(content, allow_nan=False))
@@ -116,37 +116,6 @@ def _use_threads(threads: int) -> None:
     # meftbench.measuring.requests imports torch; a substitute in a test may not.
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
-
-
-class _memory_limit:  # noqa: N801 - used as a function
-    """Within it the process may allocate `extra_bytes` beyond what it has allocated; None: no limit.
-
-    Above that malloc fails and torch raises an error; without it the kernel would kill the largest process.
-    Only the soft limit is lowered, so that it can be raised again.
-    """
-
-    def __init__(self, extra_bytes: int | None) -> None:
-        self.extra_bytes = extra_bytes
-        self.before = resource.getrlimit(resource.RLIMIT_DATA)
-
-    def __enter__(self) -> None:
-        if self.extra_bytes is not None:
-            limit, hard = _data_bytes() + self.extra_bytes, self.before[1]
-            soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-    def __exit__(self, *_: object) -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, self.before)
-
-
-def _data_bytes() -> int:
-    """What RLIMIT_DATA counts of this process: its private writable memory. 0 where the kernel does not say."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    match = re.search(r"VmData:\s+([0-9]+) kB", status)
-    return int(match[1]) * 1024 if match else 0
 
 
 # --- the server ---

@@ -31,6 +31,20 @@ Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str)
 Room = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1)]
 
 
+class OwnCells(BaseModel):
+    """What `reports/campaigns/device_profile.py` found when it measured cells on the device and predicted them.
+
+    cells: how many.  median, worst: errors of peak allocated memory, as shares without signs.  torch: its version.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    cells: int = Field(ge=1)
+    median: float = Field(ge=0)
+    worst: float = Field(ge=0)
+    torch: str
+
+
 class Profile(BaseModel):
     """What memory prediction needs to know of a device. In the file, bytes may be written as 81559MiB.
 
@@ -44,7 +58,8 @@ class Profile(BaseModel):
     cublas_workspace_bytes: torch's default without CUBLAS_WORKSPACE_CONFIG, taken from torch's allocator, for each
     thread that multiplies matrices (the backward pass has its own thread) on each stream.
     cublaslt_workspace_bytes: the same for cuBLASLt; 0 where it shares cuBLAS's, torch's default on CUDA.
-    verified: whether a run of this program on the device agreed.  sources: where each number is from.
+    verified: whether a run of this program on the device agreed.  validated: with how many cells, and how well.
+    sources: where each number is from.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -60,6 +75,7 @@ class Profile(BaseModel):
     cublas_workspace_bytes: Bytes
     cublaslt_workspace_bytes: Bytes
     verified: bool
+    validated: OwnCells | None = None
     sources: list[str] = Field(min_length=1)
 
 

@@ -12,7 +12,21 @@ from typing import Annotated, Any
 import typer
 
 from meftbench import __version__
-from meftbench.cli import check, compare, doctor, estimate, export, finetune, fit, listing, report, run, show, validate
+from meftbench.cli import (
+    check,
+    compare,
+    doctor,
+    estimate,
+    export,
+    finetune,
+    fit,
+    inspect,
+    listing,
+    report,
+    run,
+    show,
+    validate,
+)
 from meftbench.cli.streams import abandon_stdout, encode_anything, flush
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
 
@@ -42,6 +56,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune.finetune,
     "validate": validate.validate,
     "export": export.export,
+    "inspect": inspect.inspect,
     "list": listing.list_,
     "doctor": doctor.doctor,
 }

@@ -14,6 +14,7 @@ from meftbench.cli.options import (
     AllowCode,
     Attention,
     Batch,
+    ForVersions,
     Head,
     MicroBatchSize,
     Optimizer,
@@ -83,6 +84,7 @@ def export(
     allow_code: AllowCode = False,
     profile: ProfileName = None,
     allocator: Allocator = "",
+    for_versions: ForVersions = "",
     quiet: Quiet = False,
 ) -> None:
     """Write what others read, of a run or of cells that are only named.
@@ -114,7 +116,7 @@ def export(
         else:
             run_profile, cells, conf = _cells_on_profile(loaded, profile)
             check_allowed({}, cells, allow_code)
-            _write_predicted(cells, run_profile, allocator or conf, format_, output, tell, allow_code)
+            _write_predicted(cells, run_profile, allocator or conf, for_versions, format_, output, tell, allow_code)
         return
     if format_ not in (None, *_PREDICTED):
         cure = "name a folder that `meftbench run` wrote, with its records.jsonl"
@@ -130,7 +132,7 @@ def export(
         asked_cell("export", what, method, chosen, overrides, of_method, allow_code, **shape, **rest)
         for method in which
     ]
-    _write_predicted(cells, chosen, allocator, format_ or Format.memory_viz, output, tell, allow_code)
+    _write_predicted(cells, chosen, allocator, for_versions, format_ or Format.memory_viz, output, tell, allow_code)
 
 
 # --- formats of a run ---
@@ -210,11 +212,13 @@ def _write_predicted(
     cells: list[Cell],
     profile: str,
     allocator: str,
+    for_versions: str,
     format_: Format,
     output: Path | None,
     tell: Callable[[str], None],
     allow_code: bool,
 ) -> None:
+    from meftbench.catalogue.versions import Versions
     from meftbench.report.timeline import timeline_picture
     from meftbench.runner.predictions import ask
 
@@ -223,7 +227,8 @@ def _write_predicted(
         what = f"{len(cells)} cells are named, and {format_} holds {'one' if maximum == 1 else f'1 to {maximum}'}"
         raise UserError("export", what, "name fewer: the start of a cell_id, or a glob on labels")
     request: dict[str, Any] = {"cells": [cell.model_dump(mode="json") for cell in cells]}
-    request |= {"profile": profile, "allocator": allocator, "snapshot": None}
+    Versions.parse(for_versions)
+    request |= {"profile": profile, "allocator": allocator, "versions": for_versions, "snapshot": None}
     if format_ is Format.memory_viz:
         file = _with_folder(output or Path("snapshot.pickle"))
         ask("export", request | {"snapshot": str(file.absolute())}, tell, allow_code)

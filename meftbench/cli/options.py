@@ -47,6 +47,13 @@ ProfileName = Annotated[
     str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file. Default: {PROFILE}.")
 ]
 Allocator = Annotated[str, typer.Option(help="Settings as in PYTORCH_ALLOC_CONF: expandable_segments:True.")]
+ForVersions = Annotated[
+    str,
+    typer.Option(
+        metavar="PACKAGE=VERSION,...",
+        help="Predict for torch=2.4,transformers=4.48 where a rule is known to differ. Default: the newest.",
+    ),
+]
 
 
 def pairs(option: str, texts: list[str] | None) -> dict[str, Any]:

@@ -5,14 +5,15 @@ The rules, and what is not modelled, are in `caching_allocator`; the settings ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from meftbench.prediction.allocator_settings import AllocatorSettings
-from meftbench.prediction.caching_allocator import Block, CachingAllocator, Record
+from meftbench.prediction.blocks import Block
+from meftbench.prediction.caching_allocator import CachingAllocator, Levels, Record
 
-__all__ = ["AllocatorSettings", "Event", "Replayed", "replay", "snapshot"]
+__all__ = ["AllocatorSettings", "Event", "Levels", "Replayed", "StepLevels", "replay", "snapshot"]
 
 
 class Event(NamedTuple):
@@ -33,6 +34,27 @@ class Event(NamedTuple):
 
 
 @dataclass
+class StepLevels:
+    """The allocator's levels in one step. baseline: before it.  phases: the highest, by name of the phase."""
+
+    baseline: Levels
+    phases: dict[str, Levels] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> Levels:
+        """The highest levels of the step."""
+        peak = replace(self.baseline)
+        for levels in self.phases.values():
+            peak.raise_to(levels.allocated, levels.requested, levels.reserved)
+        return peak
+
+    @property
+    def activation_peak(self) -> int:
+        """Bytes allocated in forward and backward above those before the step, at most."""
+        return max(self.phases[name].allocated for name in ("forward", "backward")) - self.baseline.allocated
+
+
+@dataclass
 class Replayed:
     """What torch.cuda.memory_stats() would report after the trace, in bytes or as counts.
 
@@ -47,7 +69,7 @@ class Replayed:
         snapshot.
     device_allocs: calls of cudaMalloc, or of cuMemMap for expandable segments.
     retries: how often the device was full and everything unused was given back (num_alloc_retries).
-    phase_reserved_peaks: by name of a phase, over all its occurrences; events before the first phase are in none.
+    steps: of each step that was asked for, in order.
     oom: the event that did not fit even after a retry; later events were not replayed. None: everything fits.
     """
 
@@ -60,35 +82,49 @@ class Replayed:
     segments: int
     device_allocs: int
     retries: int
-    phase_reserved_peaks: dict[str, int]
+    steps: list[StepLevels]
     oom: Event | None
 
 
 _DEFAULT = AllocatorSettings()
 
 
-def replay(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) -> Replayed:
+def replay(
+    events: Iterable[Event], settings: AllocatorSettings = _DEFAULT, starts: Sequence[int] = (), settled: int = -1
+) -> Replayed:
     """The statistics of torch's allocator after `events`, from an empty device.
 
+    starts: numbers of the events with which a step begins.  settled: number of the event before which
+        torch.cuda.empty_cache is called; -1: nowhere.
     Raises ValueError for an invalid trace: a storage that is allocated twice or freed without having been allocated,
     a negative size, an unknown kind of event.
     """
     allocator = CachingAllocator(settings)
     live: dict[int, Block | None] = {}
-    phase: str | None = None
-    phase_peaks: dict[str, int] = {}
+    steps: list[StepLevels] = []
+    phase = ""
     oom = None
-    for event in events:
+
+    def end_phase() -> None:
+        ended = allocator.begin_window()
+        if steps and phase:
+            levels = steps[-1].phases.setdefault(phase, Levels(0, 0, 0))
+            levels.raise_to(ended.allocated, ended.requested, ended.reserved)
+
+    for number, event in enumerate(events):
+        if number == settled:
+            allocator.release_cached_blocks()
+        if number in starts:
+            end_phase()
+            phase = ""
+            steps.append(StepLevels(replace(allocator.window)))
         if event.kind == "phase":
-            if phase is not None:
-                phase_peaks[phase] = max(phase_peaks.get(phase, 0), allocator.window_peak)
+            end_phase()
             phase = event.category
-            allocator.window_peak = allocator.reserved
         elif not _apply(event, allocator, live):
             oom = event
             break
-    if phase is not None:
-        phase_peaks[phase] = max(phase_peaks.get(phase, 0), allocator.window_peak)
+    end_phase()
     peak = allocator.reserved_peak
     return Replayed(
         allocated_peak=allocator.allocated_peak,
@@ -100,7 +136,7 @@ def replay(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) -> R
         segments=sum(1 for _ in allocator.segments()),
         device_allocs=allocator.device_allocs,
         retries=allocator.retries,
-        phase_reserved_peaks=phase_peaks,
+        steps=steps,
         oom=oom,
     )
 
@@ -175,10 +211,14 @@ def snapshot(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) ->
         "segments": [_segment(blocks) for blocks in allocator.segments()],
         "device_traces": [trace],
         "external_annotations": annotations,
+        "predicted_by": "meftbench",
         "allocator_settings": {
             "expandable_segments": settings.expandable_segments,
             "max_split_size": -1 if settings.max_split_size is None else settings.max_split_size,
             "garbage_collection_threshold": settings.garbage_collection_threshold,
+            "roundup_power2_divisions": {
+                str(1 << octave): steps for octave, steps in enumerate(settings.roundup_power2_divisions)
+            },
         },
     }
 

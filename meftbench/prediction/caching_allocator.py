@@ -11,10 +11,12 @@ blocks of equal size; other streams, for whose events a freed block waits; priva
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from meftbench.prediction.allocator_settings import INTERVALS, MIN_LARGE_REQUEST, AllocatorSettings
+from meftbench.prediction.blocks import Block, Pool
 from meftbench.units import MiB
 
 MIN_BLOCK = 512  # kMinBlockSize
@@ -25,83 +27,30 @@ UNLIMITED = 1 << 62
 FIRST_ADDRESS = 0x7F00_0000_0000  # resembles addresses that the driver returns
 ADDRESS_SPACE = 1 << 44  # bytes of addresses of an expandable segment where there is no capacity
 
-Record = Callable[[str, int, int, "Block | None"], None]
+Record = Callable[[str, int, int, Block | None], None]
 
 
-class Block:
-    """A range of addresses in a segment: handed out, free, or (if expandable) not mapped to memory."""
+@dataclass
+class Levels:
+    """Bytes of the blocks that are handed out, of the requests for them, and of the segments."""
 
-    # fmt: off
-    __slots__ = ("address", "allocated", "born", "following", "label", "mapped", "pool", "previous", "requested",
-                 "segment", "size")
-    # fmt: on
+    allocated: int
+    requested: int
+    reserved: int
 
-    def __init__(self, address: int, size: int, pool: Pool, segment: int | None = None) -> None:
-        self.address, self.size, self.pool = address, size, pool
-        self.segment = segment  # address of its expandable segment; None: its segment is from cudaMalloc
-        self.requested = 0
-        self.allocated = False
-        self.mapped = True
-        self.born = 0  # value of its pool's `searches` when it became free
-        self.previous: Block | None = None
-        self.following: Block | None = None
-        self.label: object = None
-
-    @property
-    def is_split(self) -> bool:
-        return self.previous is not None or self.following is not None
-
-    def insert_before(self, block: Block) -> None:
-        self.previous, self.following = block.previous, block
-        if block.previous is not None:
-            block.previous.following = self
-        block.previous = self
-
-    def insert_after(self, block: Block) -> None:
-        self.previous, self.following = block, block.following
-        if block.following is not None:
-            block.following.previous = self
-        block.following = self
-
-
-class Pool:
-    """Free blocks by (size, address), and the unmapped ranges of expandable segments by address.
-
-    page: bytes that an expandable segment maps at a time.  searches: calls of get_free_block, by which blocks age.
-    """
-
-    def __init__(self, small: bool, page: int) -> None:
-        self.small, self.page = small, page
-        self.order: list[tuple[int, int]] = []
-        self.at: dict[int, Block] = {}
-        self.unmapped: list[int] = []
-        self.unmapped_at: dict[int, Block] = {}
-        self.searches = 0
-
-    def insert(self, block: Block) -> None:
-        if block.mapped:
-            block.born = self.searches
-            insort(self.order, (block.size, block.address))
-            self.at[block.address] = block
-        else:
-            insort(self.unmapped, block.address)
-            self.unmapped_at[block.address] = block
-
-    def erase(self, block: Block) -> None:
-        if block.mapped:
-            del self.order[bisect_left(self.order, (block.size, block.address))]
-            del self.at[block.address]
-        else:
-            del self.unmapped[bisect_left(self.unmapped, block.address)]
-            del self.unmapped_at[block.address]
-
-    def blocks(self) -> list[Block]:
-        return [self.at[address] for _, address in self.order]
+    def raise_to(self, allocated: int, requested: int, reserved: int) -> None:
+        if allocated > self.allocated:
+            self.allocated = allocated
+        if requested > self.requested:
+            self.requested = requested
+        if reserved > self.reserved:
+            self.reserved = reserved
 
 
 class CachingAllocator:
     """Hands out and takes back blocks as torch would, and keeps its statistics. All sizes in bytes.
 
+    window: the highest levels since `begin_window` (torch's reset_peak_memory_stats).
     record: called as record(action, address, size, block) for each action of torch's memory history but "alloc".
     """
 
@@ -117,9 +66,15 @@ class CachingAllocator:
         self.live: dict[int, Block] = {}  # by address
         self.next_address = FIRST_ADDRESS
         self.requested = self.allocated = self.reserved = 0
-        self.requested_peak = self.allocated_peak = self.reserved_peak = self.window_peak = 0
+        self.requested_peak = self.allocated_peak = self.reserved_peak = 0
+        self.window = Levels(0, 0, 0)
         self.allocated_at_reserved_peak = 0  # the most while `reserved` was at its peak
         self.device_allocs = self.retries = 0
+
+    def begin_window(self) -> Levels:
+        """The highest levels of the window that ends here; another begins at the present levels."""
+        ended, self.window = self.window, Levels(self.allocated, self.requested, self.reserved)
+        return ended
 
     def malloc(self, nbytes: int) -> Block | None:
         """A block for a request of `nbytes` > 0; None: out of memory, even after everything unused was given back."""
@@ -152,6 +107,7 @@ class CachingAllocator:
         self.allocated += block.size
         self.requested_peak = max(self.requested_peak, self.requested)
         self.allocated_peak = max(self.allocated_peak, self.allocated)
+        self.window.raise_to(self.allocated, self.requested, self.reserved)
         if self.reserved == self.reserved_peak and self.allocated > self.allocated_at_reserved_peak:
             self.allocated_at_reserved_peak = self.allocated
         return block
@@ -232,15 +188,19 @@ class CachingAllocator:
             return None
         if self.settings.expandable_segments:
             return self.try_allocate_expandable_block(pool, size)
-        block = Block(self.next_address, segment, pool)
-        self.next_address += segment
+        block = Block(self.place(segment), segment, pool)
         self._reserve(segment, "segment_alloc", block.address)
         return block
+
+    def place(self, size: int) -> int:
+        """The address of a new segment, for which the device has `size` bytes of addresses: after all others."""
+        address = self.next_address
+        self.next_address += size
+        return address
 
     def _reserve(self, size: int, action: str, address: int) -> None:
         self.device_allocs += 1
         self.reserved += size
-        self.window_peak = max(self.window_peak, self.reserved)
         if self.reserved > self.reserved_peak:
             self.reserved_peak = self.reserved
             self.allocated_at_reserved_peak = self.allocated
@@ -335,9 +295,9 @@ class CachingAllocator:
         # Addresses for 1 1/8 of the device's memory, so that pages can be mapped anew at the end.
         space = ADDRESS_SPACE if self.settings.capacity is None else self.capacity + self.capacity // 8
         space = -(-max(space, size) // pool.page) * pool.page
-        new_segment = Block(self.next_address, space, pool, self.next_address)
+        address = self.place(space)
+        new_segment = Block(address, space, pool, address)
         new_segment.mapped = False
-        self.next_address += space
         pool.insert(new_segment)
         return new_segment
 

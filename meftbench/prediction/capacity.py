@@ -11,6 +11,7 @@ from typing import Any
 
 from meftbench.backbones.own import transformers_part
 from meftbench.catalogue.profiles import find_profile
+from meftbench.catalogue.versions import Versions
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import is_factory
@@ -24,8 +25,8 @@ CARDS_AT_A_TIME = 2
 
 def fit(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """The largest shapes of several methods. request: `cells`, one for each method, whatever their shapes; `profile`, a
-    name; `allocator`, as PYTORCH_ALLOC_CONF has it; `capacities`, bytes that torch may reserve, in rising order;
-    `batches`, pairs [length, limit]: the largest batch of samples of that length is found, up to the limit; `lengths`,
+    name; `allocator`, as PYTORCH_ALLOC_CONF has it; `versions`, as Versions.parse reads them; `capacities`, bytes that
+    torch may reserve, in rising order; `batches`, pairs [length, limit]: the largest batch of samples of that length is found, up to the limit; `lengths`,
     pairs [batch, limit]: the longest sequence in a batch of that size; `jobs`, processes at a time.
 
     The answer has `seconds`, of the whole search, and `methods`, an entry for each: `lines`, each with what was asked
@@ -74,7 +75,7 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
     """The answer for one method (`cell`) and a group of `capacities`, in a process of the pool."""
     cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
     begin, cpu_begin = time.perf_counter(), time.process_time()
-    shapes = Shapes(cell, profile, AllocatorSettings.parse(request["allocator"]))
+    shapes = Shapes(cell, profile, AllocatorSettings.parse(request["allocator"]), Versions.parse(request["versions"]))
     lines: list[dict[str, Any]] = []
     refused = None
     searches: list[tuple[Axis, list[list[int]]]] = [

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from meftbench.catalogue.profiles import find_profile
+from meftbench.catalogue.versions import Versions
 from meftbench.measuring.build import attention_used
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import OWN_ATTENTION
@@ -17,7 +18,8 @@ from meftbench.records.record import Metric
 
 
 def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """The memory of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it.
+    """The memory of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it;
+    `versions`, as Versions.parse reads them.
 
     The answer has the `metrics` of a predicted cell's record, and of its `observed` the attention, for the step with
     the highest peak, which is the first or a later one; `alloc_retries` is how often torch must give back its cached
@@ -27,17 +29,20 @@ def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, 
     cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
     settings = AllocatorSettings.parse(request["allocator"])
     tell(f"predicting {cell.label} on {profile.device}")
-    predicted = predict(cell, profile, settings=settings)
+    predicted = predict(cell, profile, settings=settings, versions=Versions.parse(request["versions"]))
     on_card = replay(predicted.events, replace(settings, capacity=profile.memory_bytes - profile.context_bytes))
     # The first step has the highest peak where the optimizer then allocates temporaries that later steps do not.
-    highest = max([*predicted.warm, *predicted.measured], key=lambda observed: observed.peak.total)
-    metrics = replace(predicted, warm=[], measured=[highest]).metrics()
+    peaks = [step.peak.allocated for step in predicted.replayed.steps]
+    highest = peaks.index(max(peaks))
+    metrics = predicted.metrics(highest, highest)
+    reserved = predicted.replayed.reserved_peak
+    metrics["peak_reserved_bytes"] = Metric(reserved, "predicted")  # over all steps: nothing is given back between them
     metrics |= {"alloc_retries": Metric(on_card.retries, "predicted"), "host_rss_peak_bytes": host_peak()}
     return {
         "metrics": {name: metric.to_json(name) for name, metric in metrics.items()},
         "observed": {"attention_used": attention_used(cell, predicted.attention)},
         "fits": on_card.oom is None,
-        "activation_peak_bytes": predicted.measured[-1].activation_peak,
+        "activation_peak_bytes": predicted.replayed.steps[-1].activation_peak,
         "kernels": _kernels(cell, predicted.attention),
     }
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from meftbench.catalogue.profiles import Profile
+from meftbench.catalogue.versions import NOW, Versions
 from meftbench.measuring.build import AUTOCAST
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
@@ -59,8 +60,8 @@ class Shape:
 class Shapes:
     """The shapes of one method, each traced once. cell: everything but the shape is taken from it."""
 
-    def __init__(self, cell: Cell, profile: Profile, settings: AllocatorSettings) -> None:
-        self._cell, self._profile, self._settings = cell, profile, settings
+    def __init__(self, cell: Cell, profile: Profile, settings: AllocatorSettings, versions: Versions = NOW) -> None:
+        self._cell, self._profile, self._settings, self._versions = cell, profile, settings, versions
         self._known: dict[tuple[int, int], Shape] = {}
         self._remembered = Remembered()
         self._applied: Applied | None = None
@@ -80,7 +81,12 @@ class Shapes:
             if self._applied is None and cell.precision not in AUTOCAST:
                 self._applied = uncomputed_model(cell)
             predicted = predict(
-                cell, self._profile, settings=unlimited, remembered=self._remembered, applied=self._applied
+                cell,
+                self._profile,
+                settings=unlimited,
+                remembered=self._remembered,
+                applied=self._applied,
+                versions=self._versions,
             )
             self._known[key] = Shape(predicted, self._settings)
             gc.collect()

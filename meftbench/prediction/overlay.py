@@ -1,6 +1,7 @@
-"""CUDA's behaviour for a step that is traced without values: rules for what its kernels save and use as scratch memory.
+"""CUDA's behaviour for a step that is traced without values: which kernels run, in which precision, and what they save.
 
 Every rule names the source that it was read from; torch 2.6 to 2.13. A rule changes what is allocated, never a shape.
+What kernels use while they run is in scratch.py, what differs in older versions in versions.py.
 
 Gradient clipping has no rule, since the measured step (step.py) does not clip. GradScaler is left out: under
 fp16-autocast it keeps a scale and a count of steps, and for each step a flag, some blocks of 512 bytes; gradients are
@@ -11,7 +12,7 @@ Shape suffixes: B samples, H heads, Q and K positions of queries and keys, E siz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -21,23 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meftbench.catalogue.profiles import Profile
+from meftbench.catalogue.versions import NOW, Versions
+from meftbench.prediction.cuda_autocast import cuda_autocast
+from meftbench.prediction.scratch import HALF
 from meftbench.reversible.kernels import Kernels, as_on
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def cuda_semantics(profile: Profile) -> Iterator[None]:
+def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]:
     """Within it, operators on fake CPU tensors or meta tensors allocate as on the device of `profile`."""
     capability = tuple(map(int, profile.compute_capability.split(".")))
     patches: list[AbstractContextManager[Any]] = [
         mock.patch.object(F, "dropout", _dropout),
-        mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability)),
-        mock.patch.object(F, "layer_norm", _in_float32(F.layer_norm)),
-        mock.patch.object(F, "softmax", _in_float32(F.softmax)),
-        mock.patch.object(F, "log_softmax", _in_float32(F.log_softmax)),
-        mock.patch.object(F, "cross_entropy", _in_float32(F.cross_entropy)),
-        mock.patch.object(F, "mse_loss", _in_float32(F.mse_loss)),
+        mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability, versions.prefers_cudnn_attention)),
+        cuda_autocast(),
         # Triton compiles for compute capability 7.0 and later.
         as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
     ]
@@ -54,20 +52,8 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return torch.native_dropout(input, p, True)[0]
 
 
-def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """ATen/autocast_mode.h: autocast on CUDA runs these in float32, autocast on the CPU in the dtype of their input."""
-
-    def cast(*args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return function(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
-
-    return cast
-
-
 def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
 # --- attention ---
@@ -76,8 +62,8 @@ def _wide(value: Any) -> Any:
 class _Attention:
     """scaled_dot_product_attention by the kernel that CUDA takes: ATen/native/transformers/cuda/sdp_utils.cpp."""
 
-    def __init__(self, capability: tuple[int, ...]) -> None:
-        self.capability = capability
+    def __init__(self, capability: tuple[int, ...], prefers_cudnn: bool) -> None:
+        self.capability, self.prefers_cudnn = capability, prefers_cudnn
 
     def __call__(
         self,
@@ -95,7 +81,13 @@ class _Attention:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         grouped = query.shape[1] != key.shape[1]
         kernel = attention_kernel(
-            query.dtype, query.shape[-1], attn_mask is not None, grouped, self.capability, dropout_p
+            query.dtype,
+            query.shape[-1],
+            attn_mask is not None,
+            grouped,
+            self.capability,
+            dropout_p,
+            self.prefers_cudnn,
         )
         if kernel == "cudnn":
             bias = attn_mask
@@ -127,7 +119,13 @@ class _Attention:
 
 
 def attention_kernel(
-    dtype: torch.dtype, head_size: int, masked: bool, grouped: bool, capability: tuple[int, ...], dropout_p: float = 0.0
+    dtype: torch.dtype,
+    head_size: int,
+    masked: bool,
+    grouped: bool,
+    capability: tuple[int, ...],
+    dropout_p: float = 0.0,
+    prefers_cudnn: bool = True,
 ) -> str:
     """The kernel that scaled_dot_product_attention takes on CUDA, the first of these that applies.
 
@@ -142,17 +140,18 @@ def attention_kernel(
     check_cudnn_dropout; github.com/pytorch/pytorch pull request 138522 made it opt-in in 2.5.1.
     """
     if (
-        dtype in _HALF
+        prefers_cudnn
+        and dtype in HALF
         and capability[0] in (9, 10)
         and head_size <= 128
         and head_size % 8 == 0
         and (dropout_p * 16).is_integer()
     ):
         return "cudnn"
-    if dtype in _HALF and not masked and head_size <= 256 and capability >= (8, 0):
+    if dtype in HALF and not masked and head_size <= 256 and capability >= (8, 0):
         return "flash"
     aligned = head_size % (4 if dtype == torch.float32 else 8) == 0
-    if dtype in (*_HALF, torch.float32) and not grouped and aligned and capability >= (5, 0):
+    if dtype in (*HALF, torch.float32) and not grouped and aligned and capability >= (5, 0):
         return "efficient"
     return "math"
 
@@ -182,51 +181,3 @@ def _attention_of_products(
         scores_BHQK = scores_BHQK + (mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=query.dtype))
     weights_BHQK = _dropout(torch.softmax(scores_BHQK, -1), dropout_p)
     return (weights_BHQK @ value).to(dtype)
-
-
-# --- scratch memory of kernels ---
-
-
-def scratch_bytes(name: str, args: tuple[Any, ...]) -> list[int]:
-    """Bytes a CUDA kernel allocates for itself while it runs, beside what the operator `name` returns."""
-    if name.startswith("_scaled_dot_product_flash_attention_backward"):
-        return _flash_backward(args)
-    if name.startswith("_scaled_dot_product_cudnn_attention_backward"):
-        return _cudnn_backward(args)
-    if name.startswith("_scaled_dot_product_efficient_attention_backward"):
-        return _efficient_backward(args)
-    if name.startswith("embedding_dense_backward"):
-        return [8 * args[1].numel()] * 3  # EmbeddingBackwardKernel.cu: sorted indices, their positions, counts
-    return []
-
-
-def _flash_backward(args: tuple[Any, ...]) -> list[int]:
-    """flash_attn/flash_api.cpp, mha_bwd: dq in float32 and the row sums of dout · out, both with the number of
-    queries rounded up to 128; where heads of queries share keys, also dk and dv for every head of queries."""
-    query, key = args[1], args[2]
-    batch, heads, length, size = query.shape
-    rows = -(-length // 128) * 128
-    width = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
-    scratch = [batch * rows * heads * width * 4, batch * heads * rows * 4]
-    if heads != key.shape[1]:
-        scratch += [batch * key.shape[2] * heads * size * query.dtype.itemsize] * 2
-    return scratch
-
-
-def _cudnn_backward(args: tuple[Any, ...]) -> list[int]:
-    """cudnn/MHA.cpp, run_cudnn_SDP_bprop: the workspace that cuDNN requests is not documented. It is assumed to be that
-    of flash without dk and dv: dq in float32, and one float32 for each query and head. It has not been measured."""
-    query = args[1]
-    batch, heads, length, size = query.shape
-    return [batch * heads * length * size * 4, batch * heads * length * 4]
-
-
-def _efficient_backward(args: tuple[Any, ...]) -> list[int]:
-    """attention_backward.cu, _efficient_attention_backward: delta in float32; in half precision dq is accumulated in
-    float32 (kNeedsAccumGradQ)."""
-    query = args[1]
-    batch, heads, length, size = query.shape
-    scratch = [batch * heads * length * 4]
-    if query.dtype in _HALF:
-        scratch.append(batch * heads * -(-length // 64) * 64 * size * 4)
-    return scratch

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from meftbench.catalogue.profiles import Profile, find_profile
+from meftbench.catalogue.versions import NOW, Versions
 from meftbench.errors import CellFailure, UserError
 from meftbench.measuring.build import AUTOCAST, attention_used, is_own
-from meftbench.measuring.step import Step
+from meftbench.measuring.step import PHASES
 from meftbench.methods import Applied
 from meftbench.own_code import digests_of
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of
 from meftbench.plan.models import image_tokens, known_config
 from meftbench.plan.protocol import Protocol
-from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, replay
-from meftbench.prediction.overlay import cuda_semantics, scratch_bytes
+from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, StepLevels, replay
+from meftbench.prediction.cuda_counter import PredictedStep
+from meftbench.prediction.older_rules import older_rules
+from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.repeated import step_after, tell
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
 from meftbench.probes.counted_metrics import parameter_counts, step_metrics
-from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter
+from meftbench.probes.memory_counted import Observed
 from meftbench.records.record import Metric
 from meftbench.units import format_bytes
 
@@ -35,48 +36,51 @@ from meftbench.units import format_bytes
 class Predicted:
     """The result of predicting a cell.
 
-    warm, measured: the warm-up steps and those after them; sizes are rounded up to blocks of 512 bytes.
-    events: of all these steps, for the allocator's replay.  replayed: the allocator's statistics after them.
-    sizes: numbers of parameters.  workspace: bytes that cuBLAS keeps.  step_from: index of the first event of the
-    last step.  seconds: that the prediction took.  attention: fused attention operators that ran.
+    warm, measured: the warm-up steps and those after them, as counted; sizes are rounded up to blocks of 512 bytes.
+    events: of all these steps, for the allocator's replay.  starts: numbers of the events with which they begin.
+    replayed: the allocator's statistics after them.  sizes: numbers of parameters.  seconds: that the prediction took.
+    attention: fused attention operators that ran.
     """
 
     profile: Profile
     warm: list[Observed]
     measured: list[Observed]
     events: list[Event]
+    starts: list[int]
     replayed: Replayed
     sizes: dict[str, Metric]
-    workspace: int
-    step_from: int
     seconds: float
     attention: set[str] = field(default_factory=set)
 
     @property
+    def step_from(self) -> int:
+        """Number of the first event of the last step."""
+        return self.starts[-1]
+
+    @property
     def peak(self) -> int:
-        """Peak allocated, bytes: what torch.cuda.max_memory_allocated would report."""
-        return max(observed.peak.total for observed in [*self.warm, *self.measured])
+        """Peak allocated, bytes: what torch.cuda.max_memory_allocated would report. Where the device's memory does not
+        suffice, what the step would need beside it is counted in blocks of 512 bytes."""
+        counted = max(observed.peak.total for observed in [*self.warm, *self.measured])
+        return self.replayed.allocated_peak if self.replayed.oom is None else max(counted, self.replayed.allocated_peak)
 
     @property
     def process(self) -> int:
         """What the driver would show for the process, bytes: reserved memory and the CUDA context."""
         return self.replayed.reserved_peak + self.profile.context_bytes
 
-    def metrics(self) -> dict[str, Metric]:
-        """The memory metrics of a record (docs/measuring.md 2), source predicted."""
-        metrics = step_metrics(self.warm, self.measured, "predicted")
-        other_bytes = metrics["other_bytes"].value
-        assert isinstance(other_bytes, int)
+    def metrics(self, first: int | None = None, last: int | None = None) -> dict[str, Metric]:
+        """The memory metrics of a record (docs/measuring.md 2), source predicted, over the steps `first` to `last`;
+        None: over those after the warm-up."""
+        chosen = slice(len(self.warm) if first is None else first, None if last is None else last + 1)
+        counted = [*self.warm, *self.measured][chosen]
         replayed = self.replayed
+        metrics = step_metrics(self.warm if first is None else [], counted, "predicted")
         return (
             self.sizes
             | metrics
+            | _block_metrics(replayed.steps[chosen], replayed.steps[0], metrics)
             | {
-                "other_bytes": Metric(other_bytes - self.workspace, "predicted"),
-                "workspace_bytes": Metric(self.workspace, "predicted"),
-                "peak_requested_bytes": Metric(replayed.requested_peak, "predicted"),
-                "peak_active_bytes": Metric(replayed.active_peak, "predicted"),
-                "peak_reserved_bytes": Metric(replayed.reserved_peak, "predicted"),
                 "fragmentation_ratio": Metric(replayed.fragmentation, "predicted"),
                 "device_allocs": Metric(replayed.device_allocs, "predicted"),
                 "alloc_retries": Metric(replayed.retries, "predicted"),
@@ -87,42 +91,37 @@ class Predicted:
         )
 
 
-class CudaCounter(StorageCounter):
-    """A storage counter that also counts the scratch memory of CUDA kernels, and keeps a list of its events."""
+def _block_metrics(steps: list[StepLevels], first: StepLevels, counted: dict[str, Metric]) -> dict[str, Metric]:
+    """The metrics in which torch counts whole blocks, a rest that is not split off included: those of the replay.
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and skipping the compiler takes longer than counting
+    counted: metrics of the same steps without such rests, which are added to `other_bytes`.
+    """
 
-    def __init__(self, device_type: str, remembered: Remembered) -> None:
-        super().__init__(device_type)
-        self.events = []
-        self._call = remembered
+    def over_steps(values: list[int]) -> Metric:
+        return Metric(max(values), "predicted", n=len(values), min=min(values), max=max(values))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        sizes = scratch_bytes(func.__name__, args)
-        scratch = [torch.empty(nbytes, dtype=torch.uint8, device=self.device_type) for nbytes in sizes]
-        self._op = func.__name__
-        for tensor in scratch:
-            self._see(tensor, "temporaries")
-        result = self._call(func, args, kwargs)
-        self.returned(func.__name__, result)
-        return result
+    def over_phases(name: str) -> Metric:
+        whole = over_steps([getattr(step.peak, name) for step in steps])
+        phases = {phase: max(getattr(step.phases[phase], name) for step in steps) for phase in PHASES}
+        return replace(whole, phases={**phases, "step": max(getattr(step.peak, name) for step in steps)})
 
-    def _see(self, tensor: Tensor, category: str) -> None:
-        if self.phase == "optimizer" and tensor.dim() == 0:
-            return  # optimizers keep their step count, a scalar, on the host
-        super()._see(tensor, category)
-
-
-class PredictedStep(CountedStep):
-    """A step under a counter of what it would allocate on a CUDA device."""
-
-    def __init__(self, step: Step, remembered: Remembered) -> None:
-        super().__init__(step)
-        self.counter = CudaCounter(step.device.type, remembered)
+    peak = max(step.peak.allocated for step in steps)
+    other, counted_peak = counted["other_bytes"].value, counted["peak_allocated_bytes"].value
+    assert isinstance(other, int)
+    assert isinstance(counted_peak, int)
+    worst = max(steps, key=lambda step: step.peak.allocated)
+    return {
+        "peak_allocated_bytes": over_phases("allocated"),
+        "peak_active_bytes": over_phases("allocated"),
+        "peak_requested_bytes": over_phases("requested"),
+        "peak_reserved_bytes": over_phases("reserved"),
+        "baseline_allocated_bytes": over_steps([step.baseline.allocated for step in steps]),
+        "activation_peak_bytes": over_steps([step.activation_peak for step in steps]),
+        "optimizer_peak_bytes": over_steps([step.phases["optimizer"].allocated for step in steps]),
+        "first_step_peak_allocated_bytes": Metric(first.peak.allocated, "predicted"),
+        "peak_phase": Metric(max(PHASES, key=lambda phase: worst.phases[phase].allocated), "predicted"),
+        "other_bytes": Metric(other + peak - counted_peak, "predicted"),
+    }
 
 
 def predict(
@@ -132,47 +131,52 @@ def predict(
     warmup: int = 1,
     steps: int = 1,
     settings: AllocatorSettings | None = None,
+    settle: bool = False,
     remembered: Remembered | None = None,
     applied: Applied | None = None,
+    versions: Versions = NOW,
 ) -> Predicted:
     """The memory of `cell` on the device of `profile`. The first step is traced; later ones are derived from it.
 
-    settings: of the allocator; None: torch's defaults, within the device's memory.  remembered: results of operators on
-    meta tensors in other traces.  applied: of `trace.uncomputed_model`; unless the cell's precision is autocast, it may
-    have been traced in another shape before. None: it is built.
+    settings: of the allocator; None: torch's defaults, within the device's memory.  settle: whether cached memory is
+    given back after the warm-up, as it is when a cell is measured.  remembered: results of operators on meta tensors in
+    other traces.  applied: of `trace.uncomputed_model`; unless the cell's precision is autocast, it may have been
+    traced in another shape before. None: it is built.  versions: of torch and transformers, whose rules are taken.
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
     on_meta = cell.precision not in AUTOCAST
-    step, mode = uncomputed_step(cell, foreach=True, on_meta=on_meta, applied=applied)
-    with blamed_step(cell), named_refusals(cell), cuda_semantics(profile), mode:
-        workspace = torch.empty(profile.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
-        with PredictedStep(step, remembered or Remembered()) as counted:
-            counted.counter.book(workspace, "other")
-            assert counted.counter.events is not None
-            step_from = len(counted.counter.events)
-            first = counted.run()
-            gc.collect()  # what the step leaves alive after this stays alive
+    step, mode = uncomputed_step(cell, foreach=versions.foreach_optimizer, on_meta=on_meta, applied=applied)
+    with ExitStack() as traced:
+        for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(profile, versions)):
+            traced.enter_context(region)
+        traced.enter_context(older_rules(versions, step))
+        traced.enter_context(mode)
+        counted = traced.enter_context(PredictedStep(step, remembered or Remembered(), profile, versions))
+        assert counted.counter.events is not None
+        before = len(counted.counter.events)
+        first = counted.run()
+        gc.collect()  # what the step leaves alive after this stays alive
     events = [Event(*event) for event in counted.counter.events]
     counted.counter.events = None
-    later_events = step_after(events[step_from:])
+    later_events = step_after(events[before:])
     later = counted.observe(lambda mark: tell(later_events, counted.counter, mark))
     later.host_peak = first.host_peak
     observed = [first, *[later] * (warmup + steps - 1)]
-    replayed_events = [event for event in events if event.kind != "book"]
+    all_events = [event for event in events if event.kind != "book"]
+    starts = [sum(event.kind != "book" for event in events[:before])]
     for _ in range(warmup + steps - 1):
-        step_from = len(replayed_events)
-        replayed_events += [event for event in later_events if event.kind != "book"]
+        starts.append(len(all_events))
+        all_events += [event for event in later_events if event.kind != "book"]
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
     return Predicted(
         profile,
         observed[:warmup],
         observed[warmup:],
-        replayed_events,
-        replay(replayed_events, settings),
+        all_events,
+        starts,
+        replay(all_events, settings, starts, starts[warmup] if settle and warmup < len(starts) else -1),
         parameter_counts(step.model),
-        workspace.nbytes,
-        step_from,
         time.perf_counter() - begin,
         set(counted.counter.attention_kernels),
     )
@@ -193,7 +197,14 @@ def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], d
     if protocol.memory_limit is not None:
         capacity = min(capacity, protocol.memory_limit)
     settings = replace(AllocatorSettings.parse(protocol.alloc_conf), capacity=capacity)
-    predicted = predict(cell, profile, warmup=max(1, protocol.warmup), steps=max(1, protocol.steps), settings=settings)
+    predicted = predict(
+        cell,
+        profile,
+        warmup=max(1, protocol.warmup),
+        steps=max(1, protocol.steps),
+        settings=settings,
+        settle=True,
+    )
     if (failed := predicted.replayed.oom) is not None:
         raise CellFailure(
             "oom",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meftbench.catalogue.profiles import find_profile
+from meftbench.catalogue.versions import Versions
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.prediction.allocator import AllocatorSettings, Event, snapshot
@@ -19,7 +20,7 @@ POINTS = 600  # a chart could not show more
 
 def export(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """Predict cells over time. request: `cells`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it;
-    `snapshot`, a file to which that of the first cell is written, or None.
+    `versions`, as Versions.parse reads them; `snapshot`, a file to which that of the first cell is written, or None.
 
     The answer has, for the last step of each of `cells`: `timeline` (see `timeline_of`), `label`, `method`, `device`,
     `peak_allocated_bytes`.
@@ -28,7 +29,7 @@ def export(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, An
     answers: list[dict[str, Any]] = []
     for cell in map(Cell.model_validate, request["cells"]):
         tell(f"predicting {cell.label} on {profile.device}")
-        predicted = predict(cell, profile, settings=settings)
+        predicted = predict(cell, profile, settings=settings, versions=Versions.parse(request["versions"]))
         if request["snapshot"] and not answers:
             _write(Path(request["snapshot"]), pickle.dumps(snapshot(predicted.events, settings)))
         answers.append(
@@ -102,7 +103,7 @@ def _kinds(events: list[Event]) -> dict[int, str]:
                     kinds[birth] = kind
         elif event.kind == "alloc":
             born[event.key] = (number, phase)
-            kinds[number] = event.category
+            kinds[number] = event.category if event.category in CATEGORIES else "other"
         else:
             born.pop(event.key)
     return kinds

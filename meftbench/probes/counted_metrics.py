@@ -73,7 +73,7 @@ def step_metrics(warm: list[Observed], measured: list[Observed], source: Source)
     }
     for category in CATEGORIES:
         metrics[f"{category}_bytes"] = Metric(worst.peak.breakdown.get(category, 0), source)
-    metrics["workspace_bytes"] = Metric(0, source)
+    metrics["workspace_bytes"] = Metric(worst.peak.breakdown.get("workspace", 0), source)
     return metrics
 
 

@@ -27,10 +27,12 @@ def ask(
     request: Mapping[str, Any],
     tell: Callable[[str], None] = lambda line: None,
     allow_code: bool = False,
+    requests: str | None = None,
 ) -> dict[str, Any]:
     """The answer to `request`, as meftbench.measuring.requests defines it for `verb`.
 
     tell: called with lines of progress.  allow_code: whether the user's own code (models, batches) may be imported.
+    requests: another module that defines verbs, such as one that needs no torch.
 
     Raises UserError: the one that the worker raised; RuntimeError, with its traceback or the end of its log: it failed
     in another way.
@@ -40,7 +42,7 @@ def ask(
         environment[FOLDER] = os.getcwd()
     job = {"id": 1, "verb": verb, "request": request, "result": None, "log": None, "threads": 1}
     job |= {"memory_bytes": None, "environment": {}, "ends_with_asker": True}
-    content = _result_of(job, environment, tell)
+    content = _result_of(job, environment, tell, () if requests is None else ("--requests", requests))
     if "user_error" in content:
         raise UserError(**content["user_error"])
     if content["status"] != "ok":
@@ -49,7 +51,9 @@ def ask(
     return dict(content["answer"])
 
 
-def _result_of(job: dict[str, Any], environment: dict[str, str], tell: Callable[[str], None]) -> dict[str, Any]:
+def _result_of(
+    job: dict[str, Any], environment: dict[str, str], tell: Callable[[str], None], options: tuple[str, ...]
+) -> dict[str, Any]:
     """The result of a job, as soon as the worker reports it; the worker, and whatever it still runs, is then killed.
 
     Raises RuntimeError, with the end of its log: the worker ended without a result. UserError: it was killed.
@@ -57,7 +61,7 @@ def _result_of(job: dict[str, Any], environment: dict[str, str], tell: Callable[
     with tempfile.TemporaryFile() as log:  # without a name, so that nothing is left of it however this process ends
         # A session of its own, so that the processes it starts can be ended with it.
         process = subprocess.Popen(
-            ONCE,
+            (*ONCE, *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

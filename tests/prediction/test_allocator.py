@@ -9,7 +9,7 @@ import torch
 from torch.cuda import _memory_viz
 
 from meftbench.errors import UserError
-from meftbench.prediction.allocator import AllocatorSettings, Event, replay, snapshot
+from meftbench.prediction.allocator import AllocatorSettings, Event, Levels, replay, snapshot
 from meftbench.units import KiB, MiB
 
 EXPANDABLE = AllocatorSettings(expandable_segments=True)
@@ -225,12 +225,29 @@ def test_an_emptied_expandable_segment_is_gone():
 
 
 def test_each_phase_has_its_own_peak():
-    """forward reserves 12, backward 12 + 14 and gives nothing back, the second forward begins with 26."""
-    found = replay(a_trace(("p", 1), "forward:", ("a", 12), "backward:", ("b", 14), "-a", "-b", "forward:"))
+    """forward reserves 12 and backward 14 more, both of which stay reserved: the next step begins with 28. The block
+    of 11.5 MiB has all of its segment, as 512 KiB are not split off."""
+    step = ("forward:", ("a", 11.5), "backward:", ("b", 14), "-a", "-b")
+    (found,) = replay(a_trace(("p", 1), *step), starts=[1]).steps
 
-    assert {"forward": 28 * MiB, "backward": 28 * MiB} == found.phase_reserved_peaks
-    first = replay(a_trace(("p", 1), "forward:", ("a", 12), "backward:", ("b", 14)))
-    assert {"forward": 14 * MiB, "backward": 28 * MiB} == first.phase_reserved_peaks
+    assert found.baseline == Levels(1 * MiB, 1 * MiB, 2 * MiB)
+    assert {
+        "forward": Levels(13 * MiB, 12.5 * MiB, 14 * MiB),
+        "backward": Levels(27 * MiB, 26.5 * MiB, 28 * MiB),
+    } == found.phases
+    assert (27 * MiB, 26 * MiB) == (found.peak.allocated, found.activation_peak)
+
+    again = replay(a_trace(("p", 1), *step, *step), starts=[1, 7]).steps[1]
+    assert (1 * MiB, 28 * MiB) == (again.baseline.allocated, again.phases["forward"].reserved)
+
+
+def test_memory_that_is_given_back_between_steps_is_not_reserved_by_the_next():
+    """empty_cache before event 7: of 28 MiB only those of p stay."""
+    step = ("forward:", ("a", 12), "backward:", ("b", 14), "-a", "-b")
+    found = replay(a_trace(("p", 1), *step, "forward:", ("c", 10), "backward:"), starts=[1, 7], settled=7)
+
+    assert (28 * MiB, 12 * MiB) == tuple(each.peak.reserved for each in found.steps)
+    assert 2 * MiB == found.steps[1].baseline.reserved
 
 
 def test_settings_that_came_later():

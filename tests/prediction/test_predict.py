@@ -14,7 +14,7 @@ from meftbench.errors import CellFailure, UserError
 from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
-from meftbench.prediction.overlay import attention_kernel, cuda_semantics, scratch_bytes
+from meftbench.prediction.overlay import attention_kernel, cuda_semantics
 from meftbench.prediction.predict import predict
 from meftbench.prediction.trace import uncomputed_step
 from tests.models import a_cell
@@ -92,8 +92,6 @@ def test_cudnns_attention_keeps_what_flash_keeps(on_meta):
     expected = 2 * 4 * 128 * 64 * 2 + 2 * 4 * 128 * 4
     assert expected <= kept <= expected + 64
     assert [tuple(t.shape) for t in (q, k, v)] == [tuple(t.shape) for t in found]
-    backward = "_scaled_dot_product_cudnn_attention_backward.default"
-    assert [2 * 4 * 128 * 64 * 4, 2 * 4 * 128 * 4] == scratch_bytes(backward, (None, q, k))
 
 
 def test_attention_by_products_keeps_scores_and_mask():
@@ -103,26 +101,6 @@ def test_attention_by_products_keeps_scores_and_mask():
         kept, _ = saved_bytes(lambda *t: F.scaled_dot_product_attention(*t, dropout_p=0.1), q, k, v)
     scores = 2 * 3 * 128 * 128
     assert scores * (8 + 1 + 8) + 2 * (2 * 3 * 128 * 64 * 8) == kept
-
-
-def test_norms_compute_in_float32_under_autocast():
-    """What CUDA autocast lists for float32, the CPU's does not."""
-    with FakeTensorMode(), cuda_semantics(A100), torch.autocast("cpu", torch.bfloat16):
-        x = torch.empty(4, 64, dtype=torch.bfloat16)
-        assert torch.float32 == F.layer_norm(x, (64,)).dtype
-        assert torch.float32 == F.softmax(x, -1).dtype
-        assert torch.bfloat16 == F.linear(x, torch.empty(8, 64)).dtype
-
-
-def test_what_flash_backward_works_in():
-    """dq in float32 for queries rounded up to 128, row sums; with shared keys, dk and dv for each head of queries."""
-    q = torch.empty(2, 8, 130, 64, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(2, 2, 130, 64, dtype=torch.bfloat16, device="meta")
-
-    found = scratch_bytes("_scaled_dot_product_flash_attention_backward.default", (None, q, k))
-
-    assert [2 * 256 * 8 * 64 * 4, 2 * 8 * 256 * 4, 2 * 130 * 8 * 64 * 2, 2 * 130 * 8 * 64 * 2] == found
-    assert [] == scratch_bytes("mm.default", (q, k))
 
 
 def test_auto_tiles_are_those_of_the_device():
@@ -168,7 +146,7 @@ def test_a_predicted_cell_is_a_record_like_others():
     assert "predicted" == peak.source
     parts = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
     assert peak.value == sum(found[f"{part}_bytes"].value for part in (*parts, "workspace"))
-    assert A100.cublas_workspace_bytes == found["workspace_bytes"].value
+    assert 2 * A100.cublas_workspace_bytes == found["workspace_bytes"].value  # of two threads
     assert peak.value <= found["peak_active_bytes"].value <= found["peak_reserved_bytes"].value
     assert found["process_device_bytes"].value == found["peak_reserved_bytes"].value + A100.context_bytes
     assert 0 == found["drift_bytes_per_step"].value

@@ -7,13 +7,13 @@ from itertools import groupby
 from operator import itemgetter
 
 import pytest
-import torch
 
 from builders import a_cell
 from meftbench.catalogue.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, Event, replay
+from meftbench.prediction.cuda_counter import PredictedStep
 from meftbench.prediction.overlay import cuda_semantics
-from meftbench.prediction.predict import PredictedStep, predict
+from meftbench.prediction.predict import predict
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.trace import named_refusals, uncomputed_model, uncomputed_step
 
@@ -53,15 +53,12 @@ class Asking(Remembered):
 def traced(cell, steps):
     """Every step traced and every operator asked: what was observed, the events, where the last step begins."""
     step, mode = uncomputed_step(cell, foreach=True, on_meta=cell.precision == "bf16")
-    with named_refusals(cell), cuda_semantics(PROFILE), mode:
-        workspace = torch.empty(PROFILE.cublas_workspace_bytes, dtype=torch.uint8, device=step.device)
-        with PredictedStep(step, Asking()) as counted:
-            counted.counter.book(workspace, "other")
-            observed, starts = [], []
-            for _ in range(steps):
-                starts.append(sum(event[0] != "book" for event in counted.counter.events))
-                observed.append(counted.run())
-            events = [Event(*event) for event in counted.counter.events if event[0] != "book"]
+    with named_refusals(cell), cuda_semantics(PROFILE), mode, PredictedStep(step, Asking(), PROFILE) as counted:
+        observed, starts = [], []
+        for _ in range(steps):
+            starts.append(sum(event[0] != "book" for event in counted.counter.events))
+            observed.append(counted.run())
+        events = [Event(*event) for event in counted.counter.events if event[0] != "book"]
     return observed, events, starts[-1]
 
 
@@ -90,7 +87,7 @@ def test_steps_told_again_are_steps_traced(name):
     assert by_birth(events) == by_birth(found.events)
     assert last == found.step_from
     assert [replace(each, buffers=[]) for each in observed] == [*found.warm, *found.measured]
-    assert replay(events, ENDLESS) == found.replayed
+    assert replay(events, ENDLESS, found.starts) == found.replayed
 
 
 def test_the_first_step_is_not_the_second():
