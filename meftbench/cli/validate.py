@@ -153,7 +153,7 @@ def _snapshot(
     Versions.parse(rules["for_versions"])
     cell = asked_cell("validate", allow_code=allow_code, **asked)
     request = {"file": file, "device": rules["device"]}
-    recorded = ask("allocations", request, tell, requests="meftbench.prediction.inspection")
+    recorded = ask("allocations", request, tell, requests="meftbench.snapshots.inspection")
     begin = "model" if recorded["starts_empty"] else "first step" if rules["first_step"] else "step"
     request = {"cell": cell.model_dump(mode="json"), "profile": asked["profile"], "allocator": rules["allocator"]}
     request |= {"versions": rules["for_versions"], "begin": begin}

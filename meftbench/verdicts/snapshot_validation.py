@@ -58,7 +58,7 @@ class SnapshotValidation:
 def validate_snapshot(snapshot: str, recorded: Mapping[str, Any], predicted: Mapping[str, Any]) -> SnapshotValidation:
     """Compare what a snapshot has with a predicted step.
 
-    snapshot: its file, for messages.  recorded: an answer of prediction.inspection, verb `allocations`.
+    snapshot: its file, for messages.  recorded: an answer of snapshots.inspection, verb `allocations`.
     predicted: an answer of prediction.allocations.
     Raises UserError: the snapshot has no trace, or both differ in so many places that it cannot be the same step.
     """

@@ -18,8 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from meftbench.prediction.snapshot_file import read_device
-from meftbench.prediction.snapshot_replay import replay
+from meftbench.snapshots.file import read_device
+from meftbench.snapshots.replay import replay
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "groundtruth" / "data"
 TRACES = sorted(DATA.glob("*.jsonl.gz"))

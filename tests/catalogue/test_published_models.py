@@ -40,7 +40,9 @@ def test_a_figure_names_a_cell_that_a_suite_would_take(figure):
 
     (cell,) = parse_suite(Document(FILE, content, {})).cells
 
-    assert cell.model.endswith("@random") or (FILE.parents[1] / "campaigns" / f"{cell.model.split(':')[0]}.py").is_file()
+    assert (
+        cell.model.endswith("@random") or (FILE.parents[1] / "campaigns" / f"{cell.model.split(':')[0]}.py").is_file()
+    )
 
 
 @pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)

@@ -22,7 +22,7 @@ def an_answer(**fields):
         "profile": "a100-80gb",
         "device": "A100",
         "verified": False,
-        "validation": "not validated on this card; rules held against 7 published peaks (A100): median error 0.01%",
+        "validation": "not validated on this card; rules held against 7 published peaks",
         "rules": "torch 2.13",
         "memory_bytes": 80 * GiB,
         "context_bytes": GiB,

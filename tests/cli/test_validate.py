@@ -11,7 +11,16 @@ from builders import a_record, a_run, measured
 from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
 from meftbench.runner import process, run_suite
-from meftbench.verdicts.validation import METRICS, Validation, errors, predicted_cell, predicted_for, save, saved, spreads
+from meftbench.verdicts.validation import (
+    METRICS,
+    Validation,
+    errors,
+    predicted_cell,
+    predicted_for,
+    save,
+    saved,
+    spreads,
+)
 from sweeps import a_suite
 
 REAL_WORKER = process.WORKER

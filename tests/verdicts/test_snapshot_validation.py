@@ -40,7 +40,7 @@ def test_it_is_said_with_units_and_how_each_number_was_obtained():
 
 
 def test_a_snapshot_without_a_trace_says_how_to_record_one():
-    with pytest.raises(UserError, match="has no trace of allocations.*_record_memory_history") as caught:
+    with pytest.raises(UserError, match=r"has no trace of allocations.*_record_memory_history") as caught:
         validate_snapshot("s.pickle", recorded(), PREDICTED)
     assert 4 == caught.value.exit_code
 

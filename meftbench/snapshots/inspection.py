@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from meftbench.prediction.allocator_settings import AllocatorSettings
-from meftbench.prediction.snapshot_file import read_device
-from meftbench.prediction.snapshot_owners import Owned, bytes_by, owned_blocks, timeline
-from meftbench.prediction.snapshot_replay import Replay, allocations, replay
-from meftbench.prediction.snapshot_state import State, state_before
-from meftbench.prediction.snapshot_types import DEFAULT_POOL, DeviceSnapshot
-from meftbench.prediction.snapshot_what_if import gives_back_all, what_if
+from meftbench.snapshots.file import read_device
+from meftbench.snapshots.owners import Owned, bytes_by, owned_blocks, timeline
+from meftbench.snapshots.replay import Replay, allocations, replay
+from meftbench.snapshots.snapshot import DEFAULT_POOL, DeviceSnapshot
+from meftbench.snapshots.state import State, state_before
+from meftbench.snapshots.what_if import gives_back_all, what_if
 from meftbench.units import format_bytes
 
 MODULES = 8  # lines of the model's code that are named
