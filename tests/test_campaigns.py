@@ -161,7 +161,7 @@ groups:
       - {id: between, cell: {}, quantity: allocated_after_step, value: 3000000}
       - {id: kept, cell: {}, quantity: held_after_forward, value: 3000000}
       - {id: beside, cell: {}, quantity: peak_allocated, value: 3000000, extra: {bytes: 7000, why: a cache}}
-      - {id: grows, cell: {batch_size: 4}, quantity: growth, value: 1000, from_batch_size: 2}
+      - {id: grows, cell: {batch_size: 512}, quantity: growth, value: 1000, from_batch_size: 2}
       - {id: older, cell: {}, quantity: allocated_after_step, value: 3000000, versions: torch=1.13}
       - {id: other, cell: {}, quantity: peak_allocated, value: 3000000, trained: 5}
       - {id: none, cell: {model: bart-base@random}, quantity: reserved, value: 3000000, setting: complete}

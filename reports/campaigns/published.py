@@ -274,8 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
         from meftbench.catalogue.validated import FILE
 
         write_whole(FILE, summary(frame))
-    print(text)
     print(spreads.to_string(index=False))
+    print(text)
     return 0
 
 
