@@ -18,8 +18,8 @@ from meftbench.catalogue.profiles import find_profile
 from meftbench.estimates import asked_cell
 from meftbench.plan.factories import FOLDER
 from meftbench.prediction.predict import Predicted, predict
-from meftbench.prediction.snapshot_replay import replay
-from meftbench.prediction.snapshot_state import state_before
+from meftbench.snapshots.replay import replay
+from meftbench.snapshots.state import state_before
 from snapshots import checked
 
 MiB = 2**20
@@ -173,18 +173,31 @@ def test_reserved_memory_is_within_one_percent(both):
 
 
 def test_cublas_has_two_workspaces(both):
-    """They are in the device's memory before the step; predicted, the first step takes one in each direction."""
+    """They are in the device's memory before the step; predicted, the first step takes one in each direction, right
+    behind the result of the first product."""
     before = state_before(checked(as_pickled(both.trace)))
-    first_step = both.predicted.events[both.predicted.starts[0] : both.predicted.step_from]
-    phases, phase = [], ""
-    for event in first_step:
-        phase = event.category if event.kind == "phase" else phase
-        if event.kind == "alloc" and event.nbytes == WORKSPACE:
-            phases.append(phase)
+    first_step = [event for event in both.predicted.events[: both.predicted.step_from] if event.kind == "alloc"]
+    behind = [first_step[number - 1] for number, event in enumerate(first_step) if event.nbytes == WORKSPACE]
 
     assert 2 == sum(block.item.requested == WORKSPACE for block in before.live)
-    assert ["forward", "backward"] == phases
     assert WORKSPACE not in both.real.requested
+    assert ["bmm.default", "bmm.default"] == [event.origin for event in behind]
+    first_product = {"fp32": 20_971_520, "bf16-autocast": 10_485_760}[both.precision]  # queries of the first layer
+    gradient = {"fp32": 102_400_000, "bf16-autocast": 51_200_000}[both.precision]  # of the head
+    assert [first_product, gradient] == [event.nbytes for event in behind]
+
+
+# Of the recordings from an empty device on: bytes of the first product, and in backward of the head's gradient.
+BEHIND = {"00": [4_096_000, 20_480_000], "01": [2_048_000, 10_240_000], "02": [2_048_000]}
+
+
+@pytest.mark.parametrize("trace", BEHIND)
+def test_real_workspaces_stand_behind_the_first_products(trace):
+    """Recordings of another decoder from an empty device on: forward's, and backward's where there is one (not in 02).
+
+    This is the order in which the workspaces are predicted."""
+    sizes = recorded(next(path for path in TRACES if path.name[:2] == trace)).requested
+    assert BEHIND[trace] == [sizes[number - 1] for number, size in enumerate(sizes) if size == WORKSPACE]
 
 
 def test_gradients_of_norms_are_summed_with_buffers(both):
