@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.catalogue.profiles import PREDICTED, Profile, find_profile
+from meftbench.catalogue.validated import about_validation
 from meftbench.catalogue.versions import Versions
 from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import FITTED_OPTIONS, PREDICTED_OPTIONS
@@ -52,7 +53,8 @@ class Estimate:
     """The predicted memory of one training step. Sizes are in bytes.
 
     device, memory_bytes: name and memory of the device.  context_bytes: what a process takes there before any tensor.
-    verified: whether a run on this device agreed with predictions.  rules: the versions whose rules were taken.
+    verified: whether a run on this device agreed with predictions.  validation: what predictions were held against, and
+        how far off they were, as a sentence.  rules: the versions whose rules were taken.
     peak_allocated_bytes: the largest sum of live blocks, reached in the phase `peak_phase`; it is the sum of the parts
         in `breakdown`.
     peak_reserved_bytes: the largest sum of the segments that torch's allocator takes from the device.
@@ -67,6 +69,7 @@ class Estimate:
     profile: str
     device: str
     verified: bool
+    validation: str
     rules: str
     memory_bytes: int
     context_bytes: int
@@ -116,6 +119,7 @@ class Capacity:
     predict_s: float
     device: str
     verified: bool
+    validation: str
     rules: str
     context_bytes: int
     default_profile: bool
@@ -183,6 +187,7 @@ def _estimate_of(cell: Cell, device: Profile, rules: str, answer: dict[str, Any]
         profile=device.name,
         device=device.device,
         verified=device.verified,
+        validation=about_validation(device),
         rules=rules,
         memory_bytes=device.memory_bytes,
         context_bytes=values["context_bytes"],
@@ -279,7 +284,7 @@ def fit(
     about: dict[str, Any] = {"model": cells[0].model_label, "precision": cells[0].precision}
     about |= {"profile": device.name, "predict_s": answer["seconds"]}
     about |= {"device": device.device, "verified": device.verified, "context_bytes": device.context_bytes}
-    about["rules"] = rules
+    about |= {"validation": about_validation(device), "rules": rules}
     about |= {"default_profile": profile is None, "cards": cards, "positions": longest}
     return Capacity(**as_answer(about, answers))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pickle
 
-from meftbench.prediction.snapshot_checks import checked_snapshot
-from meftbench.prediction.snapshot_types import DeviceSnapshot
+from meftbench.snapshots.checks import checked_snapshot
+from meftbench.snapshots.snapshot import DeviceSnapshot
 
 MiB = 2**20
 BASE = 0x7F00_0000_0000

@@ -148,33 +148,51 @@ def test_backbones_in_miniature(tmp_path, capsys, monkeypatch):
 
 
 PUBLISHED = """\
-schema: 1
+schema: 2
 sources: {somebody: {title: A table, where: row 1, url: "https://example.org/table", read: the table}}
-figures:
-  - id: peak
-    cell: &cell {model: bert-tiny@random, method: lora, batch_size: 2, sequence_length: 16, device: "predicted:t4"}
-    quantity: peak_allocated
-    <<: &of {source: somebody, setting: partial, notes: n, bytes: 3000000}
-  - {id: device, cell: *cell, <<: *of, quantity: device_used}
-  - {id: between, cell: *cell, <<: *of, quantity: allocated_after_step}
-  - {id: kept, cell: *cell, <<: *of, quantity: held_after_forward}
-  - {id: four, cell: {<<: *cell, precision: nf4}, <<: *of, quantity: reserved, setting: complete}
+groups:
+  - source: somebody
+    setting: partial
+    cell: {model: bert-tiny@random, method: lora, batch_size: 2, sequence_length: 16, device: "predicted:t4"}
+    notes: n
+    figures:
+      - {id: peak, cell: {}, quantity: peak_allocated, value: 3000000}
+      - {id: device, cell: {}, quantity: device_used, value: 3, unit: MB, unit_bytes: 1000000}
+      - {id: between, cell: {}, quantity: allocated_after_step, value: 3000000}
+      - {id: kept, cell: {}, quantity: held_after_forward, value: 3000000}
+      - {id: beside, cell: {}, quantity: peak_allocated, value: 3000000, extra: {bytes: 7000, why: a cache}}
+      - {id: grows, cell: {batch_size: 4}, quantity: growth, value: 1000, from_batch_size: 2}
+      - {id: older, cell: {}, quantity: allocated_after_step, value: 3000000, versions: torch=1.13}
+      - {id: other, cell: {}, quantity: peak_allocated, value: 3000000, trained: 5}
+      - {id: none, cell: {model: bart-base@random}, quantity: reserved, value: 3000000, setting: complete}
 """
 
 
-def test_published_in_miniature(tmp_path, capsys):
-    """Each quantity is told from the others; complete rows come first, and what cannot be predicted says why."""
+def test_published_in_miniature(tmp_path, capsys, monkeypatch):
+    """Each quantity is told from the others; complete rows come first, and what cannot be predicted says why. What a
+    source held beside is added, and older rules are taken: before torch 2.0 cuBLAS's workspaces were its own."""
+    monkeypatch.syspath_prepend(str(CAMPAIGNS))
     figures = tmp_path / "figures.yaml"
     figures.write_text(PUBLISHED)
     (tmp_path / "reading.md").write_text("What it means.\n")
 
-    assert 0 == main_of("published")([str(tmp_path), "--figures", str(figures)])
+    assert 0 == main_of("published")([str(tmp_path), "--figures", str(figures), "--no-operators"])
 
     table = pd.read_csv(tmp_path / "table.csv").set_index("id")
     predicted = table.predicted_bytes
-    assert "four" == table.index[0]
-    assert table.notes["four"].startswith("Not predicted: 4-bit weights cannot be traced")
-    assert pd.isna(predicted["four"])
+    assert "none" == table.index[0]
+    assert table.notes["none"].startswith("Not predicted: ")
+    assert "looks at values" in table.notes["none"]
+    assert pd.isna(predicted["none"])
+    assert predicted["beside"] == predicted["peak"] + 7000
+    assert "Added: 7,000 bytes (a cache)." in table.notes["beside"]
+    gradients = predicted["older"] - predicted["between"] + 2 * 8320 * 1024  # which are set to zero and not dropped
+    assert 33_800 <= gradients < 36_000
+    assert 0 < predicted["grows"] < predicted["device"]
+    assert table.notes["other"].startswith("Not predicted: ")
+    assert "and 5 there" in table.notes["other"]
+    spreads = pd.read_csv(tmp_path / "statistics.csv")
+    assert {"growth", "reserved", "peak_allocated"} <= set(spreads.quantity)
     assert 0 < predicted["kept"] < predicted["peak"] - predicted["between"]
     assert predicted["between"] < predicted["peak"] < predicted["device"] - 100 * 2**20  # the context
     assert predicted["peak"] / 3_000_000 == pytest.approx(table.ratio["peak"])
@@ -253,6 +271,36 @@ def test_prediction_in_miniature(tmp_path, capsys, predicted):
     printed = capsys.readouterr().out
     assert "- all limits are held" in printed
     assert "- peak_allocated_bytes: worst 50.00% is over 3%" in printed
+
+
+def test_a_device_profile_in_miniature(tmp_path, capsys, predicted):
+    """Of a run that was measured elsewhere: what was measured is in the profile, the rest is that of the card's own. A
+    run that is twice what is predicted exits 1, and its profile is not verified."""
+    from meftbench.catalogue.profiles import find_profile
+    from meftbench.catalogue.validated import about_validation
+
+    for factor, code in ((1, 0), (2, 1)):
+        out, run = tmp_path / f"profile{factor}", measured_like(predicted, tmp_path, factor)
+
+        assert code == main_of("device_profile")([str(out), "--measured", str(run)])
+
+        profile = find_profile(str(out / "tesla-t4.yaml"))
+        assert ("Tesla T4", code == 0, 2) == (profile.device, profile.verified, profile.validated.cells)
+        assert pytest.approx(1 - 1 / factor) == profile.validated.worst
+        assert find_profile("t4").multiprocessors == profile.multiprocessors
+        assert about_validation(profile).startswith("validated on 2 cells of this card")
+    assert "peak_allocated_bytes: worst error 50.00% is over 3%" in capsys.readouterr().out
+
+
+def test_a_device_profile_without_a_gpu_says_so(tmp_path, capsys, monkeypatch):
+    """Exit code 4 and one line; cells of each method, precision and kernel would be measured first."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    assert 4 == main_of("device_profile")([str(tmp_path / "out")])
+    assert 1 == len(capsys.readouterr().err.splitlines())
+    cells = load_suite("device-profile").cells
+    assert {"full", "lora+checkpoint", "meft1-exact"} <= {cell.method_label for cell in cells}
+    assert {("bf16", "sdpa"), ("fp32", "eager")} <= {(cell.precision, cell.attention_requested) for cell in cells}
 
 
 def test_prediction_without_a_gpu_says_so(tmp_path, capsys, monkeypatch):

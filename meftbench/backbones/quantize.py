@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from meftbench.backbones.layout import base_of
 from meftbench.errors import UserError
 
+STATISTICS = ("absmax", "code", "offset")  # bitsandbytes' names of the tensors in a QuantState, nested ones too
+
 
 def quantize(model: nn.Module) -> nn.Module:
     """Replace the base model's linear layers, in place, by frozen ones whose weights are 4-bit NormalFloat.
@@ -70,9 +72,10 @@ def pack_without_values(model: nn.Module) -> None:
         return
     import bitsandbytes
 
-    # bitsandbytes keeps the table of 256 values that statistics are rounded to for later calls. One without values must
-    # not stay there, or weights that have values could not be packed in this process afterwards.
-    with mock.patch.dict(bitsandbytes.functional.name2qmap, clear=True):
+    # bitsandbytes computes the table of 256 values that statistics are rounded to, with values, and keeps a copy on the
+    # weights' device for later calls. One without values must not stay there, or weights that have values could not be
+    # packed in this process afterwards.
+    with mock.patch.dict(bitsandbytes.functional.name2qmap, clear=True), torch.device("cpu"):
         for module in modules:
             weight = cast(Any, module.weight)
             packed, state = bitsandbytes.functional.quantize_4bit(
@@ -112,9 +115,6 @@ def statistics_of(model: nn.Module) -> Iterator[Tensor]:
                 tensor = getattr(part, name, None)
                 if isinstance(tensor, Tensor):
                     yield tensor
-
-
-STATISTICS = ("absmax", "code", "offset")  # bitsandbytes' names of the tensors in a QuantState, nested ones too
 
 
 def keep_layout(model: nn.Module) -> None:

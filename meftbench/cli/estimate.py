@@ -113,7 +113,7 @@ def lines(answer: dict[str, Any], by_default: bool = False) -> list[str]:
     default = " (default; see --profile)" if by_default else ""
     device = f"{answer['device']}, {format_bytes(answer['memory_bytes'])}"
     texts = [answer["label"], f"on {device}, profile {answer['profile']}{default}"]
-    texts += [] if answer["verified"] else ["not validated on this device"]
+    texts += [answer["validation"], f"rules of {answer['rules']}"]
     texts += [
         row("peak allocated", answer["peak_allocated_bytes"], f"in {answer['peak_phase']}"),
         row("peak reserved", answer["peak_reserved_bytes"], "by torch's allocator"),

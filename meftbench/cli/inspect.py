@@ -13,7 +13,7 @@ from meftbench.cli.options import AsJson, Quiet, progress
 from meftbench.errors import UserError
 
 # Named and not imported here: it runs in a process of its own, with a limit on its memory, and needs no torch.
-_REQUESTS = "meftbench.prediction.inspection"
+_REQUESTS = "meftbench.snapshots.inspection"
 
 
 def inspect(

@@ -1,48 +1,184 @@
-"""`meftbench validate`."""
+"""`meftbench validate`: how far predictions are from what GPUs measured, in a run, a snapshot, or published figures."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meftbench.cli.options import AllowCode, AsJson, Quiet, RunFolder, progress
+from meftbench.cli.options import (
+    Allocator,
+    AllowCode,
+    AsJson,
+    Attention,
+    Batch,
+    ForVersions,
+    Head,
+    MicroBatchSize,
+    Optimizer,
+    Override,
+    Precision,
+    Quiet,
+    Setting,
+    pairs,
+    progress,
+)
+from meftbench.errors import NOTHING_MATCHED, UserError
+from meftbench.plan.defaults import PROFILE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_FORMS = "name a run, or SNAPSHOT MODEL METHOD, or --published"
 
 
 def validate(
-    run: RunFolder,
+    what: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN|SNAPSHOT]", help="A folder that `meftbench run` wrote; or a memory snapshot of torch, a file."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Of SNAPSHOT: what was trained.")] = None,
+    method: Annotated[str | None, typer.Argument(help="Of SNAPSHOT: by which method, with levers.")] = None,
     profile: Annotated[
         str | None, typer.Option(help="A name of `meftbench list profiles`, or a file. Default: that of RUN's device.")
     ] = None,
     save: Annotated[bool, typer.Option("--save", help="Keep it in RUN, where `meftbench report` shows it.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Of what others measured: errors by source, quantity and rules.")
+    ] = False,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="With --published: every figure, from reports/published/table.csv."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Of SNAPSHOT: samples a step.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Of SNAPSHOT: tokens a sample.")] = None,
+    first_step: Annotated[
+        bool, typer.Option("--first-step", help="SNAPSHOT is of the first step, which makes the optimizer's state.")
+    ] = False,
+    device: Annotated[int | None, typer.Option(min=0, help="Of SNAPSHOT: which GPU, where it has several.")] = None,
+    micro_batch_size: MicroBatchSize = None,
+    precision: Precision = None,
+    attention: Attention = None,
+    head: Head = None,
+    optimizer: Optimizer = None,
+    config: Override = None,
+    settings: Setting = None,
+    batch: Batch = None,
+    allocator: Allocator = "",
+    for_versions: ForVersions = "",
     allow_code: AllowCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """How far predictions are from what RUN measured on a GPU.
+    """How far predictions are from what GPUs measured.
 
-    Predicts the same cells, one after the other, with RUN's allocator and memory limit, and prints the errors of peak
-    memory by method, precision and attention. Exits 5 where nothing measured has a prediction.
+    validate RUN: the cells that a run measured, predicted with its allocator and memory limit; errors of peak memory by
+    method, precision and attention. Exits 5 where nothing measured has a prediction.
+    validate SNAPSHOT MODEL METHOD --batch-size N --sequence-length N: the step that a snapshot recorded, allocation by
+    allocation.
+    validate --published: what predictions were held against that others measured and published.
     """
+    if published:
+        if what is not None:
+            raise UserError("--published", f"is of no run or snapshot, and {what} is named", "leave one of them out")
+        _published(table, as_json)
+        return
+    if what is None:
+        raise UserError("validate", "nothing is named to hold predictions against", _FORMS)
+    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
+    if what.is_dir() or (model is None and method is None):
+        of_snapshot = {"MODEL": model, "--first-step": first_step or None, "--device": device} | shape
+        for name, value in of_snapshot.items():
+            if value is not None:
+                option = name if name.startswith("-") or name.isupper() else f"--{name.replace('_', '-')}"
+                raise UserError(option, f"is of a snapshot, and {what} is a run", f"leave {option} out")
+        _run(what, profile, save, allow_code, as_json, progress(quiet))
+        return
+    if model is None or method is None or batch_size is None or sequence_length is None:
+        cure = "write `meftbench validate SNAPSHOT MODEL METHOD --batch-size N --sequence-length N`"
+        raise UserError("validate", f"{what} is a snapshot, and what was trained is not named whole", cure)
+    if save:
+        raise UserError("--save", f"is of a run, and {what} is a snapshot", "leave it out, or use --json")
+    axes = {"micro_batch_size": micro_batch_size, "precision": precision, "attention": attention, "head": head}
+    axes |= shape | {"optimizer": optimizer, "batch": batch}
+    chosen, overrides, of_method = profile or PROFILE, pairs("--config", config), pairs("--set", settings)
+    asked = {"model": model, "method": method, "profile": chosen, "config": overrides, "settings": of_method} | axes
+    rules = {"allocator": allocator, "for_versions": for_versions, "first_step": first_step, "device": device}
+    _snapshot(str(what), asked, rules, allow_code, as_json, progress(quiet))
+
+
+def _run(
+    folder: Path, profile: str | None, save: bool, allow_code: bool, as_json: bool, tell: Callable[[str], None]
+) -> None:
     from meftbench.catalogue.profiles import find_profile
-    from meftbench.errors import NOTHING_MATCHED, UserError
     from meftbench.records.store import load_run, warn_if_torn
     from meftbench.report.validation import validation_text
     from meftbench.verdicts import validation
 
-    loaded = load_run(run)
+    loaded = load_run(folder)
     warn_if_torn(loaded)
     validation.measured_records(loaded)  # raises an error first where nothing was measured, whatever the profile
     if profile:
         find_profile(profile, "--profile")
     else:
         profile = validation.profile_of(loaded).name
-    tell = progress(quiet)
     result = validation.validate(loaded, profile, tell, allow_code=allow_code)
     if not result.errors:
         what = f"no cell has a prediction ({'; '.join(result.missing)})"
-        raise UserError(str(run), what, "measure others", NOTHING_MATCHED)
+        raise UserError(str(folder), what, "measure others", NOTHING_MATCHED)
     if save:
-        tell(f"{validation.save(loaded, result)}: written; `meftbench report {run}` shows it")
+        tell(f"{validation.save(loaded, result)}: written; `meftbench report {folder}` shows it")
     print(json.dumps(validation.as_json(result), ensure_ascii=False) if as_json else validation_text(result))
+
+
+def _snapshot(
+    file: str,
+    asked: dict[str, Any],
+    rules: dict[str, Any],
+    allow_code: bool,
+    as_json: bool,
+    tell: Callable[[str], None],
+) -> None:
+    from meftbench.catalogue.versions import Versions
+    from meftbench.cli.estimate import folded
+    from meftbench.estimates import asked_cell
+    from meftbench.report.validation import snapshot_validation_lines
+    from meftbench.runner.predictions import ask
+    from meftbench.verdicts.snapshot_validation import validate_snapshot
+
+    Versions.parse(rules["for_versions"])
+    cell = asked_cell("validate", allow_code=allow_code, **asked)
+    request = {"file": file, "device": rules["device"]}
+    recorded = ask("allocations", request, tell, requests="meftbench.snapshots.inspection")
+    begin = "model" if recorded["starts_empty"] else "first step" if rules["first_step"] else "step"
+    request = {"cell": cell.model_dump(mode="json"), "profile": asked["profile"], "allocator": rules["allocator"]}
+    request |= {"versions": rules["for_versions"], "begin": begin}
+    found = validate_snapshot(file, recorded, ask("allocations", request, tell, allow_code))
+    text = "\n".join(folded(snapshot_validation_lines(found)))
+    print(json.dumps(found.to_json(), ensure_ascii=False) if as_json else text)
+
+
+def _published(table: Path | None, as_json: bool) -> None:
+    from meftbench.catalogue.validated import validated_figures
+    from meftbench.report.published import figure_lines, published_lines
+    from meftbench.verdicts.published import TABLE, read_table
+
+    content = validated_figures()
+    if table is None and TABLE.is_file():
+        table = TABLE
+    figures = None if table is None else read_table(table)
+    if as_json:
+        answer = content.model_dump(by_alias=True)
+        rows = None if figures is None else json.loads(figures.to_json(orient="records"))
+        print(json.dumps(answer | {"figures": rows}, ensure_ascii=False))
+        return
+    if figures is not None:
+        print("\n".join(figure_lines(figures)))
+        print()
+    print("\n".join(published_lines(content)))
+    if figures is None:
+        print("every figure is in the repository: --table reports/published/table.csv")

@@ -23,6 +23,7 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.factories import CALLS
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import PRELOAD
+from meftbench.prediction.allocations import allocations
 from meftbench.prediction.capacity import fit
 from meftbench.prediction.estimate import estimate
 from meftbench.prediction.timeline import export
@@ -42,7 +43,13 @@ def measure(request: dict[str, Any], _tell: Callable[[str], None]) -> dict[str, 
     return {"metrics": metrics, "observed": measured.observed}
 
 
-VERBS: dict[str, Verb] = {"measure": measure, "estimate": estimate, "fit": fit, "export": export}
+VERBS: dict[str, Verb] = {
+    "measure": measure,
+    "estimate": estimate,
+    "fit": fit,
+    "export": export,
+    "allocations": allocations,
+}
 
 
 def preload() -> None:

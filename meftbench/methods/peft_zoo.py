@@ -50,6 +50,8 @@ def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
             raise UserError(name, what, "choose another method or model")
         wrapped = wrapped_by_peft(model, config)
     except _REFUSALS as error:
+        if "meta tensor" in str(error):
+            raise  # peft looks at values, which a prediction's model has not: the caller says so
         what = f"peft refuses it on {type(model).__name__}: {one_line(error)}"
         raise UserError(name, what, "change its settings") from None
     if "modules_to_save" not in fields:

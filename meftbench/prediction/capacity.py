@@ -26,8 +26,9 @@ CARDS_AT_A_TIME = 2
 def fit(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """The largest shapes of several methods. request: `cells`, one for each method, whatever their shapes; `profile`, a
     name; `allocator`, as PYTORCH_ALLOC_CONF has it; `versions`, as Versions.parse reads them; `capacities`, bytes that
-    torch may reserve, in rising order; `batches`, pairs [length, limit]: the largest batch of samples of that length is found, up to the limit; `lengths`,
-    pairs [batch, limit]: the longest sequence in a batch of that size; `jobs`, processes at a time.
+    torch may reserve, in rising order; `batches`, pairs [length, limit]: the largest batch of samples of that length is
+    found, up to the limit; `lengths`, pairs [batch, limit]: the longest sequence in a batch of that size; `jobs`,
+    processes at a time.
 
     The answer has `seconds`, of the whole search, and `methods`, an entry for each: `lines`, each with what was asked
     and the largest size for each capacity (0: none fits), and `refused`, the text of a UserError, or None.

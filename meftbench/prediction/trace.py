@@ -22,7 +22,7 @@ from transformers import masking_utils
 from meftbench.backbones.own import transformers_part
 from meftbench.backbones.quantize import STATISTICS, pack_without_values
 from meftbench.catalogue.peft_methods import PEFT_METHODS
-from meftbench.errors import UserError
+from meftbench.errors import UserError, one_line
 from meftbench.measuring.build import batch_of, built_model, is_own, step_on, with_method
 from meftbench.measuring.step import Mark, OwnStep, Step
 from meftbench.methods import Applied
@@ -120,7 +120,13 @@ def uncomputed_model(cell: Cell) -> Applied:
             raise
         if from_function:
             model.to("meta")  # what the function made on another device
-        applied = with_method(cell, model)
+        try:
+            applied = with_method(cell, model)
+        except RuntimeError as error:  # NotImplementedError is one of them
+            if "meta tensor" not in str(error):
+                raise
+            what = f"{cell.method} looks at values when it is applied, which a prediction has not ({one_line(error)})"
+            raise UserError(cell.label, what, "change its settings, or count or measure it") from None
     pack_without_values(applied.model)
     return applied
 

@@ -69,7 +69,7 @@ def notes(answer: dict[str, Any]) -> list[str]:
         f"held against the card: what torch reserves, and a context of {context}",
         "every number was predicted to fit, and one more not to; -: nothing fits",
     ]
-    lines += [] if answer["verified"] else ["not validated on this device"]
+    lines += [answer["validation"], f"rules of {answer['rules']}"]
     return lines + [f"{method}: {reason}" for method, reason in answer["refused"].items()]
 
 

@@ -35,7 +35,7 @@ from meftbench.report.tables import (
 from meftbench.report.validation import validation_pictures, validation_text
 from meftbench.units import MiB
 from meftbench.verdicts.environment import checkout, machines
-from meftbench.verdicts.validation import saved, unverified
+from meftbench.verdicts.validation import predicted_for, saved
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -211,7 +211,7 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     heads = [_headline(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
     headlines = "\n".join(
         f"- {head['name']}: {head['machine']}, {head['date']}, {head['checkout']}; {head['cells']}"
-        + (f"; predicted for {head['unverified']}: not validated on this device" if head["unverified"] else "")
+        + (f"; predicted: {head['validation']}" if head["validation"] else "")
         for head in heads
     )
     parts = [headlines, *(_scores_markdown(table) for table in score_tables(results(frame)))]
@@ -269,7 +269,7 @@ def _headline(name: str, run: Run) -> dict[str, str]:
         "cells": ending(run) if run.records else "no cell has finished",
         "description": str(run.suite.get("description") or ""),
         "path": run.path.name if run.path.is_absolute() else str(run.path),  # without folders of this machine
-        "unverified": ", ".join(unverified(run)),
+        "validation": "; ".join(f"{name}: {about}" for name, about in predicted_for(run).items()),
         "protocol": ", ".join(_protocol_texts(run.suite.get("protocol") or {})),
     }
 

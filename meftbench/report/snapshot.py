@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = ("png", "svg", "pdf")
-_NO_LINES = ("no stack", "only torch's own code")  # of meftbench.prediction.snapshot_owners
+_NO_LINES = ("no stack", "only torch's own code")  # of meftbench.snapshots.owners
 # From the bottom of the stack: what lives longest comes first.
 _COLOURS = {
     "before the trace": "#7F7F7F",
@@ -25,7 +25,7 @@ _COLOURS = {
 
 
 def snapshot_lines(answer: dict[str, Any]) -> list[str]:
-    """The answer of meftbench.prediction.inspection as lines, every number with its unit and how it was obtained."""
+    """The answer of meftbench.snapshots.inspection as lines, every number with its unit and how it was obtained."""
     trace, streams = _count(answer["entries"], "entry", "entries"), _count(answer["streams"], "stream")
     return [
         f"{_plain(answer['file'])}, device {answer['device']}",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from meftbench.records.store import Run
 from meftbench.report.figures import Picture
 from meftbench.report.plots import colour, legend_beside, unit_of
+from meftbench.units import format_bytes
+from meftbench.verdicts.snapshot_validation import SnapshotValidation
 from meftbench.verdicts.validation import METRICS, Error, Validation, saved, spreads
 
 if TYPE_CHECKING:
@@ -40,6 +42,26 @@ def validation_text(validation: Validation) -> str:
             lines.append(f"  {kind} {row.count:>5} {row.median:>7.2%} {row.worst:>7.2%} {row.signed:>+7.2%}")
         lines.append(f"  worst: {worst.label}: {worst.measured:,} measured, {worst.predicted:,} predicted bytes")
     return "\n".join(lines + [f"not predicted: {line}" for line in validation.missing])
+
+
+def snapshot_validation_lines(found: SnapshotValidation) -> list[str]:
+    """A predicted step beside a recorded one, every number with its unit and how it was obtained."""
+    share = found.common / found.predicted if found.predicted else 0.0
+    lines = [
+        found.label,
+        f"  allocations in common  {found.common:,} of {found.predicted:,} predicted ({share:.1%}), "
+        f"and of {found.recorded:,} measured: the same sizes in the same order",
+        f"  peak above beginning   {format_bytes(found.recorded_above)} measured, "
+        f"{format_bytes(found.predicted_above)} predicted, error {found.error:+.2%}",
+    ]
+    for title, rows in (("only measured", found.only_recorded), ("only predicted", found.only_predicted)):
+        if rows:
+            lines.append(f"{title}, the most bytes first")
+        lines += [
+            f"  {format_bytes(row.requested_bytes):>12}  {row.count} times{f', {row.origin}' if row.origin else ''}"
+            for row in rows
+        ]
+    return lines
 
 
 def validation_pictures(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:

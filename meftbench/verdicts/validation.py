@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from meftbench.catalogue.profiles import PREDICTED, PROFILES, Profile, find_profile
+from meftbench.catalogue.validated import about_validation
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
@@ -226,12 +227,11 @@ def saved(run: Run) -> Validation | None:
         raise UserError(str(file), f"is damaged ({error})", "write it again with `meftbench validate --save`") from None
 
 
-def unverified(run: Run) -> list[str]:
-    """Names of the profiles that `run` predicts for and that no measurement has verified; a profile that no longer
-    exists counts as unverified."""
+def predicted_for(run: Run) -> dict[str, str]:
+    """By name of each profile that `run` predicts for: what its predictions were held against, as a sentence."""
     devices = {str(record.cell.get("device")) for record in run.records}
     names = sorted(name.removeprefix(PREDICTED) for name in devices if name.startswith(PREDICTED))
-    return [name for name in names if not (name in PROFILES and PROFILES[name].verified)]
+    return {name: about_validation(PROFILES[name]) if name in PROFILES else "its profile is gone" for name in names}
 
 
 def _spread(metric: str, axis: str, name: str, group: list[Error]) -> Spread:

@@ -1,4 +1,4 @@
-"""A model and a batch that a published measurement used and that no head of ours is: BERT with masked language modelling.
+"""A model and a batch of a published measurement that no head here is: BERT with masked language modelling.
 
 Named in reports/published/figures.yaml as `masked_lm:bert_base` and `masked_lm:batch`.
 """

@@ -20,7 +20,8 @@ from typing import Any
 from unittest import mock
 
 import pandas as pd
-
+import published_operators
+import published_traces
 import torch
 import transformers
 import yaml
@@ -42,7 +43,6 @@ from meftbench.strict_yaml import read
 from meftbench.verdicts.published import COLUMNS, statistics
 
 FIGURES = Path(__file__).resolve().parents[1] / "published" / "figures.yaml"
-TRACES = Path(__file__).resolve().parents[2] / "tests" / "groundtruth" / "data"
 ELSEWHERE = "a100-80gb"  # where a source names no device: peaks hardly depend on it
 
 
@@ -110,7 +110,7 @@ def quantity_of(row: dict[str, Any], prediction: Held, before: Held | None) -> i
         case "growth":
             assert before is not None
             samples = row["cell"]["batch_size"] - row["from_batch_size"]
-            return round((prediction.reserved - before.reserved) / samples)
+            return round((prediction.reserved - before.reserved) / samples) + extra
         case _:
             return prediction.reserved + row.get("context_bytes", found.profile.context_bytes) + extra
 
@@ -176,8 +176,6 @@ def compared(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def operators() -> pd.DataFrame:
     """The rows of published_operators.py in the form of the table."""
-    import published_operators
-
     rows = [
         {
             "id": f"{row['operator']}-{row['mode']}-{row['size_name']}{row['size']}-{row['profile']}",
@@ -231,7 +229,7 @@ def summary(frame: pd.DataFrame) -> str:
         dict(zip(keys, name, strict=True)) | {"errors": [round(float(ratio) - 1, 6) for ratio in group.ratio]}
         for name, group in predicted.groupby(keys, sort=True)
     ]
-    traces = pd.read_csv(TRACES / "replayed.csv")
+    traces = published_traces.replayed_traces()
     content = {"schema": 1, "torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
     content |= {"traces": len(traces), "allocations": int(traces.allocations.sum())}
     content |= {"equal_addresses": int(traces.equal_addresses.sum()), "groups": groups}

@@ -17,6 +17,7 @@ from meftbench.report.fit import as_answer, markdown, notes, plot_fit, print_fit
 
 MiB, GiB = 2**20, 2**30
 ABOUT = {"model": "opt", "precision": "bf16", "profile": "a100-80gb", "device": "A100", "verified": False}
+ABOUT |= {"validation": "not validated on this card", "rules": "torch 2.13"}
 ABOUT |= {"context_bytes": GiB, "default_profile": True, "cards": [8 * GiB, 80 * GiB], "positions": 2048}
 
 
@@ -88,7 +89,8 @@ def test_the_limits_are_said():
 
     assert "| full | - | ≥ 2,048 |" in text
     assert "| full | 17 | ≥ 2,048 (all positions) |" in text
-    assert "not validated on this device" in text
+    assert "not validated on this card" in text
+    assert "rules of torch 2.13" in text
     assert "a context of 1.0 GiB" in " ".join(notes(as_answer(ABOUT, entries)))
 
 

@@ -11,7 +11,16 @@ from builders import a_record, a_run, measured
 from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
 from meftbench.runner import process, run_suite
-from meftbench.verdicts.validation import METRICS, Validation, errors, predicted_cell, save, saved, spreads, unverified
+from meftbench.verdicts.validation import (
+    METRICS,
+    Validation,
+    errors,
+    predicted_cell,
+    predicted_for,
+    save,
+    saved,
+    spreads,
+)
 from sweeps import a_suite
 
 REAL_WORKER = process.WORKER
@@ -107,10 +116,15 @@ def test_it_is_kept_in_the_run_where_the_report_finds_it(tmp_path):
         saved(run)
 
 
-def test_a_device_that_nobody_has_held_a_prediction_against_is_named(tmp_path):
-    run = a_run(tmp_path / "run", a_record(device="predicted:t4"), a_record(device="counted"))
+def test_a_predicted_run_says_what_predictions_were_held_against(tmp_path):
+    """For each of its profiles, by name: those that were measured, and others."""
+    records = [a_record(device=f"predicted:{name}") for name in ("t4", "a100-80gb")] + [a_record(device="counted")]
 
-    assert ["t4"] == unverified(run)
+    found = predicted_for(a_run(tmp_path / "run", *records))
+
+    assert ["a100-80gb", "t4"] == [*found]
+    assert found["t4"].startswith("not validated on this card; rules held against ")
+    assert "published peaks of this card: median error" in found["a100-80gb"]
 
 
 def test_the_spread_has_the_median_the_worst_and_the_sign():
@@ -156,19 +170,19 @@ def test_what_it_cannot_do_is_one_line(tmp_path, cli, records, environment, argu
 
 
 def test_a_cell_that_cannot_be_predicted_is_told_with_its_reason(tmp_path, predicting, cli):
-    """4-bit weights; where it is the only one, nothing matched."""
-    four = a_measured(1000, precision="nf4")
-    a_run(tmp_path / "four", four, environment=T4)
+    """A head that looks for the end of each text; where it is the only one, nothing matched."""
+    reading = a_measured(1000, model="bart-base@random")
+    a_run(tmp_path / "reading", reading, environment=T4)
 
-    code, out, err = cli("validate", tmp_path / "four", "-q")
+    code, out, err = cli("validate", tmp_path / "reading", "-q")
 
     assert (5, "") == (code, out)
-    assert "4-bit weights cannot be traced" in err
+    assert "looks at values, which a trace has not" in err
 
-    a_run(tmp_path / "both", four, a_measured(10**9), environment=T4)
+    a_run(tmp_path / "both", reading, a_measured(10**9), environment=T4)
 
     code, out, err = cli("validate", tmp_path / "both", "-q")
 
     assert (0, "") == (code, err)
-    assert "not predicted: bert-tiny@random/lora/b2/s16/nf4: error: " in out
+    assert "not predicted: bart-base@random/lora/b2/s16: error: " in out
     assert "worst: bert-tiny@random/lora/b2/s16: 1,000,000,000 measured" in out

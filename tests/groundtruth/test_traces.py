@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from real_traces import TRACES, as_pickled
 
-from meftbench.prediction.snapshot_file import read_device
-from meftbench.prediction.snapshot_replay import allocations, replay
-from meftbench.prediction.snapshot_state import state_before
+from meftbench.snapshots.file import read_device
+from meftbench.snapshots.replay import allocations, replay
+from meftbench.snapshots.state import state_before
 from meftbench.units import format_bytes
 from snapshots import checked, written
 

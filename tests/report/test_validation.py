@@ -79,14 +79,14 @@ def test_the_page_shows_a_validation_where_the_run_has_one(tmp_path):
     assert "predicted-against-measured.png" in {file.name for file in written}
 
 
-def test_page_and_table_say_that_nobody_has_validated_a_device(tmp_path):
+def test_page_and_table_say_what_predictions_were_held_against(tmp_path):
     """Of predicted cells alone."""
     predicted = a_run(tmp_path / "predicted", a_record(device="predicted:t4"))
     counted = a_run(tmp_path / "counted", a_record())
     for run in (predicted, counted):
         write_report([run], run.path, {"html", "md"})
 
-    said = "not validated on this device"
+    said = "not validated on this card; rules held against"
     for file in ("report.html", "table.md"):
         assert said in (predicted.path / file).read_text()
         assert said not in (counted.path / file).read_text()

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from meftbench.errors import UserError
 from meftbench.prediction.caching_allocator import SMALL_REQUEST, SMALL_SEGMENT, CachingAllocator
-from meftbench.prediction.ranges import Range, Ranges
-from meftbench.prediction.snapshot_types import DEFAULT_POOL, DeviceSnapshot, Entry, Frames
+from meftbench.snapshots.ranges import Range, Ranges
+from meftbench.snapshots.snapshot import DEFAULT_POOL, DeviceSnapshot, Entry, Frames
 
 
 @dataclass(frozen=True, slots=True)

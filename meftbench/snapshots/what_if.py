@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from meftbench.prediction.allocator_settings import AllocatorSettings
 from meftbench.prediction.blocks import Block
 from meftbench.prediction.caching_allocator import CachingAllocator
-from meftbench.prediction.snapshot_state import State
-from meftbench.prediction.snapshot_types import DEFAULT_POOL, DeviceSnapshot, Entry
+from meftbench.snapshots.snapshot import DEFAULT_POOL, DeviceSnapshot, Entry
+from meftbench.snapshots.state import State
 
 
 @dataclass(frozen=True)

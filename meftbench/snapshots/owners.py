@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
 
-from meftbench.prediction.snapshot_replay import Replay, allocations
-from meftbench.prediction.snapshot_state import State
-from meftbench.prediction.snapshot_types import DeviceSnapshot, Frame, Frames
+from meftbench.snapshots.replay import Replay, allocations
+from meftbench.snapshots.snapshot import DeviceSnapshot, Frame, Frames
+from meftbench.snapshots.state import State
 
 CATEGORIES = ("before the trace", "workspace", "forward", "backward", "optimizer", "in the trace")
 # Of cuBLAS in torch 2.6 to 2.13: 8,320 KiB; 32 MiB on Hopper; 4 MiB on older cards.

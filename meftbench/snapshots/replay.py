@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from meftbench.prediction.placed_allocator import Action, PlacedAllocator
-from meftbench.prediction.ranges import Range, Ranges
-from meftbench.prediction.snapshot_state import Held, Live, State, state_before
-from meftbench.prediction.snapshot_types import DEFAULT_POOL, DeviceSnapshot, Entry
+from meftbench.snapshots.placed_allocator import Action, PlacedAllocator
+from meftbench.snapshots.ranges import Range, Ranges
+from meftbench.snapshots.snapshot import DEFAULT_POOL, DeviceSnapshot, Entry
+from meftbench.snapshots.state import Held, Live, State, state_before
 
 _MAX_RESUMPTIONS = 200  # each takes as long as reading the whole state
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from allocator_traces import SETTINGS, traces
 from meftbench.errors import UserError
 from meftbench.prediction.allocator import AllocatorSettings, Event, replay, snapshot
-from meftbench.prediction.snapshot_replay import Allocation, Moment, allocations
-from meftbench.prediction.snapshot_replay import replay as lock_step
-from meftbench.prediction.snapshot_state import state_before
-from meftbench.prediction.snapshot_what_if import gives_back_all, what_if
+from meftbench.snapshots.replay import Allocation, Moment, allocations
+from meftbench.snapshots.replay import replay as lock_step
+from meftbench.snapshots.state import state_before
+from meftbench.snapshots.what_if import gives_back_all, what_if
 from snapshots import MiB, a_block, a_segment, a_snapshot, a_step, an_entry, checked
 
 DEFAULT, EXPANDABLE = AllocatorSettings(), AllocatorSettings(expandable_segments=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from meftbench.errors import UserError
 from meftbench.memory_limit import memory_limit
-from meftbench.prediction.snapshot_checks import checked_snapshot
-from meftbench.prediction.snapshot_types import CURE, DeviceSnapshot, Snapshot
+from meftbench.snapshots.checks import checked_snapshot
+from meftbench.snapshots.snapshot import CURE, DeviceSnapshot, Snapshot
 from meftbench.units import GiB, format_bytes
 
 MAX_FILE_BYTES = 2 * GiB

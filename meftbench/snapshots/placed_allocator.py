@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from meftbench.prediction.allocator_settings import AllocatorSettings
 from meftbench.prediction.blocks import Block, Pool
 from meftbench.prediction.caching_allocator import ADDRESS_SPACE, FIRST_ADDRESS, CachingAllocator
-from meftbench.prediction.ranges import Range
-from meftbench.prediction.snapshot_state import Held, Live
+from meftbench.snapshots.ranges import Range
+from meftbench.snapshots.state import Held, Live
 
 Action = tuple[str, int, int]  # what was done, address, bytes
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meftbench.errors import INVALID, UserError
-from meftbench.prediction import snapshot_file
 from meftbench.prediction.allocator import AllocatorSettings, Event, snapshot
-from meftbench.prediction.inspection import inspect
-from meftbench.prediction.snapshot_file import read_device, read_snapshot
-from meftbench.prediction.snapshot_types import Frame
+from meftbench.snapshots import file as snapshot_file
+from meftbench.snapshots.file import read_device, read_snapshot
+from meftbench.snapshots.inspection import inspect
+from meftbench.snapshots.snapshot import Frame
 from snapshots import BASE, FRAMES, MiB, a_block, a_segment, a_snapshot, a_step, an_entry, checked, written
 
 

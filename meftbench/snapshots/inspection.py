@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from meftbench.prediction.allocator_settings import AllocatorSettings
-from meftbench.prediction.snapshot_file import read_device
-from meftbench.prediction.snapshot_owners import Owned, bytes_by, owned_blocks, timeline
-from meftbench.prediction.snapshot_replay import Replay, replay
-from meftbench.prediction.snapshot_state import State, state_before
-from meftbench.prediction.snapshot_types import DEFAULT_POOL, DeviceSnapshot
-from meftbench.prediction.snapshot_what_if import gives_back_all, what_if
+from meftbench.snapshots.file import read_device
+from meftbench.snapshots.owners import Owned, bytes_by, owned_blocks, timeline
+from meftbench.snapshots.replay import Replay, allocations, replay
+from meftbench.snapshots.snapshot import DEFAULT_POOL, DeviceSnapshot
+from meftbench.snapshots.state import State, state_before
+from meftbench.snapshots.what_if import gives_back_all, what_if
 from meftbench.units import format_bytes
 
 MODULES = 8  # lines of the model's code that are named
@@ -58,7 +58,27 @@ def inspect(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, A
     return answer
 
 
-VERBS = {"inspect": inspect}
+def recorded_allocations(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """The allocations of a snapshot's trace. request: `file`; `device`, a number or None.
+
+    The answer has `requested`, bytes of each in order; `peak_above_bytes`, the peak allocated above the level before
+    the trace; `peak_allocated_bytes`; `starts_empty`, whether nothing is allocated before it.
+    Raises UserError: the file cannot be read, or its trace has gaps.
+    """
+    snapshot = read_device(Path(request["file"]), request["device"])
+    state = state_before(snapshot, request["file"])
+    tell(f"reading {len(snapshot.trace):,} entries of the trace")
+    replayed = replay(snapshot, state)
+    peak = replayed.peak("allocated")
+    return {
+        "requested": [allocation.requested for allocation in allocations(snapshot.trace)],
+        "peak_above_bytes": peak - replayed.before.allocated,
+        "peak_allocated_bytes": peak,
+        "starts_empty": state.is_empty,
+    }
+
+
+VERBS = {"inspect": inspect, "allocations": recorded_allocations}
 
 
 def _source(snapshot: DeviceSnapshot) -> str:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from meftbench.errors import UserError
 from meftbench.prediction.allocator_settings import INTERVALS, AllocatorSettings
-from meftbench.prediction.snapshot_types import (
+from meftbench.snapshots.snapshot import (
     ACTIONS,
     CURE,
     DEFAULT_POOL,

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from allocator_traces import SETTINGS, traces
 from meftbench.prediction.allocator import snapshot
-from meftbench.prediction.snapshot_owners import CATEGORIES, WORKSPACES, category_of, forward_of, own_line, owned_blocks
-from meftbench.prediction.snapshot_owners import timeline as timeline_of
-from meftbench.prediction.snapshot_replay import replay
-from meftbench.prediction.snapshot_state import state_before
-from meftbench.prediction.snapshot_types import Frame
+from meftbench.snapshots.owners import CATEGORIES, WORKSPACES, category_of, forward_of, own_line, owned_blocks
+from meftbench.snapshots.owners import timeline as timeline_of
+from meftbench.snapshots.replay import replay
+from meftbench.snapshots.snapshot import Frame
+from meftbench.snapshots.state import state_before
 from snapshots import FRAMES, MiB, a_block, a_segment, a_snapshot, a_step, an_entry, checked
 
 TORCH = "/opt/lib/site-packages/torch"
