@@ -7,6 +7,8 @@ its end. Levels are therefore counted from the first allocation on, where neithe
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from meftbench.plan.factories import FOLDER
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.snapshots.replay import replay
 from meftbench.snapshots.state import state_before
-from snapshots import checked
+from snapshots import checked, written
 
 MiB = 2**20
 LAYERS, PARAMETERS = 32, 291
@@ -229,6 +231,21 @@ def test_gradients_are_put_into_zeros_without_a_copy(both):
     assert [*[16_384] * 5, 1] == real[zeros[-1] + 1 : zeros[-1] + 7]
     assert [*range(zeros[-1] + 1, zeros[-1] + 7)] == both.ours.numbers("backward", "index_put.default")
     assert [] == both.ours.numbers("backward", "scatter.src")
+
+
+def test_validate_tells_that_nothing_differs(tmp_path, cli):
+    """The command holds the prediction against the snapshot's file; both peaks are above the step's beginning."""
+    trace = next(path for path in TRACES if path.name[:2] == "03")
+    written(tmp_path, as_pickled(trace))
+    shutil.copy(Path(__file__).parent / "decoder.py", tmp_path)
+    shape = ["--batch", "decoder:batch", "--batch-size", "4", "--sequence-length", "512"]
+
+    code, out, _ = cli("validate", "snapshot.pickle", "decoder:model", "full", *shape, "--allow-code", "--json")
+
+    found = json.loads(out)
+    assert 0 == code
+    assert (5002, 5002, 5002) == (found["recorded"], found["predicted"], found["common"])
+    assert (29_336_318_976, 29_336_318_976) == (found["recorded_above"], found["predicted_above"])
 
 
 def test_layers_are_alike():
