@@ -31,7 +31,7 @@ class CudaCounter(StorageCounter):
     of kernels (scratch.py), and the workspaces of cuBLAS, which torch takes once for each thread and never gives back
     (the forward pass has one thread, the backward pass another; CublasHandlePool.cpp).
 
-    Gradients are added in place where autograd does so on a device (see `_added_by_engine`, `_put_by_engine`).
+    Gradients are added in place where autograd does so on a device (see `_IN_PLACE`).
     """
 
     @classmethod
@@ -54,12 +54,13 @@ class CudaCounter(StorageCounter):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.__name__
+        result = None
         if name in _IN_PLACE and sys._getframe(1).f_code is _ENGINE and not torch.is_grad_enabled():
             result = _IN_PLACE[name](args)
-            if result is not None:
-                return result
-        result = self._call(func, args, kwargs)
-        self.returned(name, result)
+            self._op = name  # of what its kernel allocates
+        if result is None:
+            result = self._call(func, args, kwargs)
+            self.returned(name, result)
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = (scratch_rule(name), name.partition(".")[0] in _PRODUCTS)
@@ -129,7 +130,23 @@ def _put_by_engine(args: tuple[Any, ...]) -> Tensor:
     return cast(Tensor, args[0].index_put_(*args[1:]))
 
 
-_IN_PLACE = {"add.Tensor": _added_by_engine, "index_put.default": _put_by_engine}
+def _scattered_by_engine(args: tuple[Any, ...]) -> Tensor:
+    """The gradient of what `max`, `min` or `topk` of a dimension was taken from: put into the zeros that were made for
+    it, under a dispatch mode into a copy. Source: FunctionsManual.cpp, value_selecting_reduction_backward."""
+    return cast(Tensor, args[0].scatter_(*args[1:]))
+
+
+def _gathered_back_by_engine(args: tuple[Any, ...]) -> Tensor:
+    """The same of `gather`. Source: aten/src/ATen/native/TensorAdvancedIndexing.cpp, gather_backward."""
+    return cast(Tensor, args[0].scatter_add_(*args[1:]))
+
+
+_IN_PLACE = {
+    "add.Tensor": _added_by_engine,
+    "index_put.default": _put_by_engine,
+    "scatter.src": _scattered_by_engine,
+    "scatter_add.default": _gathered_back_by_engine,
+}
 
 
 def _is_whole(tensor: Tensor) -> bool:

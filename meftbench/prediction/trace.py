@@ -204,6 +204,8 @@ def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
             )
             if tensor._backward_hooks:  # such as OSF's, which project gradients
                 replacements[id(tensor)]._backward_hooks = tensor._backward_hooks
+            if is_parameter and tensor._post_accumulate_grad_hooks:  # such as an optimizer's that runs in backward
+                replacements[id(tensor)]._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
             state = getattr(tensor, "quant_state", None)
             if state is not None:  # of a 4-bit weight; bitsandbytes looks for it on whatever is the layer's weight
                 replacements[id(tensor)].quant_state = fake_state(state)  # type: ignore[attr-defined]

@@ -62,18 +62,20 @@ def recorded_allocations(request: dict[str, Any], tell: Callable[[str], None]) -
     """The allocations of a snapshot's trace. request: `file`; `device`, a number or None.
 
     The answer has `requested`, bytes of each in order; `peak_above_bytes`, the peak allocated above the level before
-    the trace; `peak_allocated_bytes`; `starts_empty`, whether nothing is allocated before it.
+    the first of them, when a loop has given back the gradients of the step before; `peak_allocated_bytes`, that of the
+    whole trace; `starts_empty`, whether nothing is allocated before it.
     Raises UserError: the file cannot be read, or its trace has gaps.
     """
     snapshot = read_device(Path(request["file"]), request["device"])
     state = state_before(snapshot, request["file"])
     tell(f"reading {len(snapshot.trace):,} entries of the trace")
     replayed = replay(snapshot, state)
-    peak = replayed.peak("allocated")
+    requested = allocations(snapshot.trace)
+    levels = [replayed.before.allocated, *replayed.levels][requested[0].born if requested else -1 :]
     return {
-        "requested": [allocation.requested for allocation in allocations(snapshot.trace)],
-        "peak_above_bytes": peak - replayed.before.allocated,
-        "peak_allocated_bytes": peak,
+        "requested": [allocation.requested for allocation in requested],
+        "peak_above_bytes": max(levels) - levels[0],
+        "peak_allocated_bytes": replayed.peak("allocated"),
         "starts_empty": state.is_empty,
     }
 

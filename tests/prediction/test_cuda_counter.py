@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from meftbench.catalogue.profiles import find_profile
@@ -121,6 +122,37 @@ def test_rows_are_put_into_the_gradient_itself():
     with a_counter() as counter:
         table[torch.zeros(8, dtype=torch.long, device="meta")].sum().backward()
     assert 1 == allocations(counter).count(1000 * 64 * 4)
+
+
+def test_indices_of_a_tables_gradient_are_sorted():
+    """2,048 of them, as seen on a real GPU (tests/groundtruth/data, 03), behind the zeros; all is given back."""
+    table, ids = a_weight(1000, 64), torch.zeros(2048, dtype=torch.long, device="meta")
+    with a_counter() as counter:
+        table[ids].sum().backward()
+    assert [1000 * 64 * 4, *[16_384] * 5, 1] == allocations(counter)[-7:]
+    assert [*[16_384] * 5, 1] == allocations(counter, "index_put.default")
+    assert 1000 * 64 * 4 == counter.total  # the gradient alone is left
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda h: h.max(-1).values,
+        lambda h: h.min(-1, keepdim=True).values,
+        lambda h: h.topk(3, -1).values,
+        lambda h: h.gather(-1, torch.zeros(64, 2, dtype=torch.long, device="meta")),
+    ],
+    ids=["max", "min", "topk", "gather"],
+)
+def test_gradients_of_chosen_elements_are_put_into_zeros(taken):
+    """They have the size of what was chosen from, and under a dispatch mode alone a copy is made."""
+    with a_counter() as counter:
+        h = a_weight(64, 1000) * 2
+        loss = taken(h).sum()
+        before = allocations(counter).count(64 * 1000 * 4)
+        loss.backward()
+    assert 2 == allocations(counter).count(64 * 1000 * 4) - before  # the zeros, and their product with 2
+    assert [] == allocations(counter, "scatter.src") + allocations(counter, "scatter_add.default")
 
 
 def test_a_kernels_scratch_memory_is_given_back():

@@ -169,3 +169,47 @@ def test_an_embeddings_gradient_is_sorted_from_3073_indices_on():
     parts = 409 + 1000
     expected = [4096 * 8, 4096 * 8, 4096 * 8, 8, 8000, 8000, 8, 8 * parts, parts * 64 * 4]
     assert expected == [piece.nbytes for piece in many]
+
+
+def indices(*shape):
+    return a_tensor(*shape, dtype=torch.int64)
+
+
+def test_indices_are_sorted_before_values_are_added():
+    """(4, 512) indices into 10,000 rows, as seen on a real GPU (tests/groundtruth/data, 03): in their range, times the
+    stride, of which the first is given back; sorted, where they were, the numbers from 0; CUB's own byte."""
+    found = pieces("index_put.default", a_tensor(10_000, 64), [indices(4, 512)], a_tensor(4, 512, 64), True)
+
+    assert [16_384] * 5 + [1] == [piece.nbytes for piece in found]
+    assert [2, None, None, None, None, None] == [piece.until for piece in found]
+
+
+def test_indices_of_several_dimensions_become_one_number():
+    """Both products are made for all pairs, and the second is given back once it is added to the first."""
+    table = a_tensor(100, 200, 8)
+    found = pieces("index_put_.default", table, [indices(50, 1), indices(7)], a_tensor(50, 7, 8), True)
+
+    assert [8 * 350] * 7 + [1] == [piece.nbytes for piece in found]
+    assert [2, None, 4, 4, None, None, None, None] == [piece.until for piece in found]
+    assert found[:2] + found[4:] == pieces(
+        "index_put.default", table, [None, indices(350)], a_tensor(100, 350, 8), True
+    )
+
+
+def test_more_indices_than_a_thread_block_holds_are_sorted_in_memory():
+    """Of 2,305 the sorted ones and their places are there twice."""
+    own = [
+        pieces("index_put.default", a_tensor(9, 8), [indices(count)], a_tensor(count, 8), True)[-1].nbytes
+        for count in (2304, 2305)
+    ]
+    assert [1, 16 * 2305] == own
+
+
+def test_values_that_are_not_added_need_no_sorted_indices():
+    """Nor do no indices, and masks are not counted."""
+    table, mask = a_tensor(9, 8), a_tensor(9, dtype=torch.bool)
+
+    assert [] == pieces("index_put.default", table, [indices(5)], a_tensor(5, 8))
+    assert [] == pieces("index_put.default", table, [indices(5)], a_tensor(5, 8), False)
+    assert [] == pieces("index_put.default", table, [indices(0)], a_tensor(0, 8), True)
+    assert [] == pieces("index_put.default", table, [mask], a_tensor(1, 8), True)

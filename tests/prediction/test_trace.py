@@ -9,7 +9,7 @@ import torch
 
 from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
-from meftbench.prediction.trace import count_uncomputed, uncomputed_step
+from meftbench.prediction.trace import count_uncomputed, uncomputed_model, uncomputed_step
 from meftbench.probes.memory_counted import CountedStep
 from tests.models import a_cell
 
@@ -76,6 +76,21 @@ def agree(cell, mask=True):
         found.saved,
         found.host_peak,
     )
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_hooks_on_arrived_gradients_run(on_meta):
+    """Such as those of optimizers that run in backward; also where parameters are replaced by fake tensors."""
+    cell, hooked = a_cell("full"), []
+    applied = uncomputed_model(cell)
+    for parameter in applied.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: hooked.append(parameter.grad.shape))
+
+    step, mode = uncomputed_step(cell, on_meta=on_meta, applied=applied)
+    with mode:
+        step.forward_backward()
+
+    assert sorted(parameter.shape for parameter in step.model.parameters()) == sorted(hooked)
 
 
 def bert_base(method, layers, **params):
