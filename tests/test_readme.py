@@ -100,6 +100,7 @@ def test_every_command_it_shows_is_one():
         "doctor",
         "estimate",
         "fit",
+        "inspect",
         "validate",
         "export",
         "finetune",
@@ -122,6 +123,22 @@ def test_the_estimate_is_what_the_program_prints(capsys):
 
     assert 10 < len(block)
     assert block[:-1] == printed[:-1]
+
+
+def test_what_predictions_were_held_against_is_the_table():
+    """Figures with complete settings: how many, the median and the worst error."""
+    from pandas import read_csv
+
+    table = read_csv(ROOT / "reports" / "published" / "table.csv")
+    quantities = {
+        "peaks of training steps": "peak_allocated",
+        "memory between steps": "allocated_after_step",
+        "peaks of single operators": "operator_peak",
+    }
+    for name, quantity in quantities.items():
+        errors = (table[(table.setting == "complete") & (table.quantity == quantity)].ratio - 1).abs()
+        row = f"| {name} | {len(errors)} | {100 * errors.median():.3f} % | {100 * errors.max():.3f} % |"
+        assert row in PREDICTION
 
 
 @pytest.mark.parametrize(("page", "cells"), [("task", 2 * 3 * 2 * 3), ("own_code", 3), ("suite", 24 - 4)])

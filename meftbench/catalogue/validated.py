@@ -13,11 +13,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from meftbench.catalogue.profiles import PROFILES, Profile
+from meftbench.catalogue.profiles import Profile
 from meftbench.strict_yaml import read, validated
 
 FILE = Path(__file__).with_name("validated.yaml")
-PEAKS = ("peak_allocated", "reserved", "device_used")
+STEP_PEAKS = ("peak_allocated", "reserved", "device_used")
+BETWEEN_STEPS = ("allocated_after_step",)
+OPERATOR_PEAKS = ("operator_peak",)
 
 
 class Group(BaseModel):
@@ -67,12 +69,12 @@ def validated_figures() -> Validated:
     return validated(read(FILE), Validated)
 
 
-def peak_errors(profile: str | None = None) -> list[float]:
-    """The errors of peaks with complete settings: of one card, or of all."""
+def errors_of(quantities: tuple[str, ...], profile: str | None = None) -> list[float]:
+    """The errors of figures of these quantities with complete settings: of one card, or of all."""
     return [
         error
         for group in validated_figures().groups
-        if group.quantity in PEAKS and group.setting == "complete" and profile in (None, group.profile)
+        if group.quantity in quantities and group.setting == "complete" and profile in (None, group.profile)
         for error in group.errors
     ]
 
@@ -81,19 +83,27 @@ def about_validation(profile: Profile) -> str:
     """A sentence: on how many measurements predictions for this card were validated, and how far off they were."""
     own = profile.validated
     if own is not None:
-        return f"validated on {own.cells} cells of this card: {_off(own.median, own.worst)} (peak allocated)"
-    of_card, of_all = peak_errors(profile.name), peak_errors()
-    if of_card:
-        return f"held against {len(of_card)} published peaks of this card: {_spread(of_card)}"
+        worst = f"median error {own.median:.2%}, worst {own.worst:.2%}"
+        return f"validated on {own.cells} cells of this card: peak allocated, {worst}"
+    if said := _figures(profile.name):
+        return f"held against published measurements of this card: {said}"
     cards = {group.profile for group in validated_figures().groups if group.setting == "complete"}
-    names = ", ".join(sorted(PROFILES[name].device for name in cards if name in PROFILES))
-    return f"not validated on this card; rules held against {len(of_all)} published peaks ({names}): {_spread(of_all)}"
+    names = ", ".join(sorted(name.partition("-")[0].upper() for name in cards))
+    return f"not validated on this card; rules held against published measurements on {names}: {_figures()}"
 
 
-def _spread(errors: list[float]) -> str:
-    sizes = [abs(error) for error in errors]
-    return _off(median(sizes), max(sizes))
+def _figures(profile: str | None = None) -> str:
+    """How many peaks, levels between steps and operators with complete settings there are, and their worst errors."""
+    kinds = {"peak": STEP_PEAKS, "level between steps": BETWEEN_STEPS, "operator": OPERATOR_PEAKS}
+    found = {kind: errors_of(quantities, profile) for kind, quantities in kinds.items()}
+    return ", ".join(
+        f"{len(errors)} {_plural(kind, len(errors))} (worst error {max(map(abs, errors)):.2%})"
+        for kind, errors in found.items()
+        if errors
+    )
 
 
-def _off(middle: float, worst: float) -> str:
-    return f"median error {middle:.2%}, worst {worst:.2%}"
+def _plural(kind: str, count: int) -> str:
+    """`kind`, for so many: "peaks", "levels between steps"."""
+    first, space, rest = kind.partition(" ")
+    return f"{first}{'s' * (count != 1)}{space}{rest}"

@@ -124,11 +124,18 @@ def attention_used(cell: Cell, operators: Iterable[str]) -> str:
 
 
 def batch_of(
-    cell: Cell, model: nn.Module, batch_size: int, device: torch.device, padding: float = 0.0
+    cell: Cell,
+    model: nn.Module,
+    batch_size: int,
+    device: torch.device,
+    padding: float = 0.0,
+    *,
+    text: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The resident batch for a cell's `model`, of `batch_size` samples; and further arguments of its step: `constants`
     for an OwnStep, if the batch is the user's own.
 
+    text: whether pre-trained weights get text, for which their tokenizer is loaded; a trace needs shapes alone.
     Raises UserError: the user's own batch is invalid, or the user's own model needs one and the cell has none.
     """
     if cell.batch is not None:
@@ -145,7 +152,7 @@ def batch_of(
         batch_size,
         cell.sequence_length,
         device,
-        text_from=tokenizer_of(cell.model),
+        text_from=tokenizer_of(cell.model) if text else None,
         padding=padding,
         seed=cell.seed,
     )

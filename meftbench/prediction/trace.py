@@ -151,7 +151,7 @@ def uncomputed_step(
     else:
         _to_host(applied.model)
     # One sample with values; the whole batch might not fit this machine's memory.
-    sample, extra = batch_of(cell, model, 1, torch.device("cpu"))
+    sample, extra = batch_of(cell, model, 1, torch.device("cpu"), text=False)
     _check_unpadded(cell, model, sample)
     with mode:
         batch = {

@@ -180,7 +180,7 @@ def operators() -> pd.DataFrame:
         {
             "id": f"{row['operator']}-{row['mode']}-{row['size_name']}{row['size']}-{row['profile']}",
             "setting": "complete",
-            "quantity": "peak_allocated",
+            "quantity": "operator_peak",
             "published_bytes": row["measured_bytes"],
             "predicted_bytes": row["predicted_bytes"],
             "ratio": row["predicted_bytes"] / row["measured_bytes"],

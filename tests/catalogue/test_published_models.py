@@ -97,15 +97,15 @@ def test_the_step_of_adamw_sets_the_peak_of_full_fine_tuning():
 
 
 # What is to hold (number 3 and 4 of the goals): the fewest figures, the largest median and the largest worst error.
-GOALS = {"allocated_after_step": (50, 0.0005, 0.003), "peak_allocated": (60, 0.01, 0.03)}
+GOALS = {("allocated_after_step",): (50, 0.0005, 0.003), ("peak_allocated", "operator_peak"): (60, 0.01, 0.03)}
 
 
-@pytest.mark.parametrize("quantity", GOALS)
-def test_figures_with_complete_settings_are_predicted_well(quantity):
+@pytest.mark.parametrize("quantities", GOALS, ids=" and ".join)
+def test_figures_with_complete_settings_are_predicted_well(quantities):
     """In the committed table, which the campaign writes."""
-    fewest, most_median, most_worst = GOALS[quantity]
+    fewest, most_median, most_worst = GOALS[quantities]
     table = pd.read_csv(FILE.parent / "table.csv")
-    of_quantity = table[(table.quantity == quantity) & (table.setting == "complete")]
+    of_quantity = table[table.quantity.isin(quantities) & (table.setting == "complete")]
     errors = (of_quantity.ratio - 1).abs()
 
     assert not errors.isna().any()
@@ -157,7 +157,7 @@ def test_figures_are_predicted_as_the_table_says(tmp_path, monkeypatch):
 def test_what_the_reading_says_is_in_the_table():
     """Every figure with a decimal point, and every row that is named."""
     table, _, reading = (FILE.parent / "table.md").read_text(encoding="utf-8").partition("## Reading")
-    said = set(re.findall(r"\d[\d,]*\.\d+", reading)) - {"3.1", "3.2"}  # of Llama
+    said = set(re.findall(r"\d[\d,]*\.\d+", re.sub(r"`[^`]+`", "", reading))) - {"3.1", "3.2"}  # of Llama
 
     assert (FILE.parent / "reading.md").read_text(encoding="utf-8") == "## Reading" + reading
     assert [] == sorted(number for number in said if not re.search(rf"\| [-+]?{re.escape(number)} \|", table))

@@ -5,34 +5,39 @@ from __future__ import annotations
 import pytest
 
 from meftbench.catalogue.profiles import OwnCells, find_profile
-from meftbench.catalogue.validated import about_validation, peak_errors, validated_figures
+from meftbench.catalogue.validated import (
+    BETWEEN_STEPS,
+    STEP_PEAKS,
+    about_validation,
+    errors_of,
+    validated_figures,
+)
 from meftbench.report.published import figure_lines, published_lines
 
 
 def test_a_card_that_was_measured_says_how_well():
-    """Published peaks with complete settings on an A100: Mistral, Llama, operators."""
+    """Published steps with complete settings on an A100: of Mistral and Llama; and single operators."""
     said = about_validation(find_profile("a100-80gb"))
-    count = len(peak_errors("a100-80gb"))
+    peaks = errors_of(STEP_PEAKS, "a100-80gb")
 
-    assert said.startswith(f"held against {count} published peaks of this card: median error ")
-    assert count > 50
+    assert said.startswith(f"held against published measurements of this card: {len(peaks)} peaks (worst error 0.0")
+    assert f"{len(errors_of(BETWEEN_STEPS, 'a100-80gb'))} levels between steps (worst error 0." in said
+    assert "operators (worst error 0.00%)" in said
 
 
 def test_other_cards_say_so_and_name_those_that_were():
     said = about_validation(find_profile("rtx4090"))
 
-    assert said.startswith(f"not validated on this card; rules held against {len(peak_errors())} published peaks (")
-    assert "A100" in said
-    assert "%" in said
+    assert said.startswith("not validated on this card; rules held against published measurements on A100, H100, L40S: ")
+    assert f"{len(errors_of(STEP_PEAKS))} peaks (worst error " in said
 
 
 def test_cells_of_ones_own_come_first():
-    profile = find_profile("t4").model_copy(
-        update={"validated": OwnCells(cells=48, median=0.004, worst=0.02, torch="2.13.0")}
-    )
-    assert "validated on 48 cells of this card: median error 0.40%, worst 2.00% (peak allocated)" == about_validation(
-        profile
-    )
+    own = OwnCells(cells=48, median=0.004, worst=0.02, torch="2.13.0")
+    profile = find_profile("t4").model_copy(update={"validated": own})
+
+    expected = "validated on 48 cells of this card: peak allocated, median error 0.40%, worst 2.00%"
+    assert expected == about_validation(profile)
 
 
 def test_the_lines_have_every_group_and_the_allocator():

@@ -134,3 +134,20 @@ def test_a_batch_of_any_size_is_shapes_alone(model, length):
 
     assert all(10**6 == len(tensor) and tensor.is_meta for tensor in step.batch.values())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_a_trace_of_a_model_of_the_hub_loads_nothing(monkeypatch):
+    """Neither weights nor a tokenizer: a trace needs shapes alone, so that predictions need no network."""
+    import transformers
+
+    def refused(*_args, **_kwargs):
+        raise AssertionError("a prediction loads a file")
+
+    for name in ("AutoTokenizer", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refused)
+    named, random = (
+        count_uncomputed(Cell.of("lora", model=name, batch_size=2, sequence_length=16))
+        for name in ("bert-base", "bert-base@random")
+    )
+
+    assert random.activation_peak == named.activation_peak
