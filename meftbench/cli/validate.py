@@ -164,6 +164,7 @@ def _snapshot(
 
 def _published(table: Path | None, as_json: bool) -> None:
     from meftbench.catalogue.validated import validated_figures
+    from meftbench.cli.estimate import folded
     from meftbench.report.published import figure_lines, published_lines
     from meftbench.verdicts.published import TABLE, read_table
 
@@ -177,8 +178,7 @@ def _published(table: Path | None, as_json: bool) -> None:
         print(json.dumps(answer | {"figures": rows}, ensure_ascii=False))
         return
     if figures is not None:
-        print("\n".join(figure_lines(figures)))
-        print()
-    print("\n".join(published_lines(content)))
+        print("\n".join([*folded(figure_lines(figures)), ""]))
+    print("\n".join(folded(published_lines(content))))
     if figures is None:
         print("every figure is in the repository: --table reports/published/table.csv")

@@ -1,6 +1,5 @@
 """Published measurements: cells that a suite would take, amounts that add up, sources that can be looked up."""
 
-import importlib.util
 import re
 import runpy
 from collections import Counter
@@ -129,11 +128,11 @@ def test_the_package_carries_the_errors_of_the_table():
     assert sum(len(group.errors) for group in content.groups) == table.ratio.notna().sum()
 
 
-# Cells that are predicted again, one of each kind of setting: the whole takes minutes.
+# Cells that are predicted again, one of each kind of setting: the whole takes minutes. Those of 4-bit weights are in
+# tests/prediction/test_four_bit.py.
 AGAIN = [
     "fms-2025-8-mistral-full-b4-peak",
     "fms-2025-16-mistral-lora-b4-peak",
-    "fms-2025-45-mistral-lora-bnb-b4-peak",
     "peft-lora-rank32-between",
     "mistral-7b-lora-b8-peak",
     "bert-large-b1x4-checkpoint",
@@ -144,9 +143,6 @@ def test_figures_are_predicted_as_the_table_says(tmp_path, monkeypatch):
     """To the byte, so that no later change of a rule goes unseen."""
     monkeypatch.syspath_prepend(str(FILE.parents[1] / "campaigns"))
     main = runpy.run_path(str(FILE.parents[1] / "campaigns" / "published.py"))["main"]
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed: 4-bit weights are not predicted")
-
     assert 0 == main([str(tmp_path), "--only", *AGAIN])
 
     again = pd.read_csv(tmp_path / "table.csv").set_index("id").predicted_bytes
