@@ -288,7 +288,7 @@ def test_a_device_profile_in_miniature(tmp_path, capsys, predicted):
         assert ("Tesla T4", code == 0, 2) == (profile.device, profile.verified, profile.validated.cells)
         assert pytest.approx(1 - 1 / factor) == profile.validated.worst
         assert find_profile("t4").multiprocessors == profile.multiprocessors
-        assert about_validation(profile).startswith("validated on 2 cells of this card")
+        assert about_validation(profile).startswith("validated on 2 cells of Tesla T4")
     assert "peak_allocated_bytes: worst error 50.00% is over 3%" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from meftbench.errors import unknown
 from meftbench.strict_yaml import read, validated
@@ -27,8 +27,9 @@ def _capability(value: Any) -> Any:
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=0)]
-Room = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1)]
+_MOST = 2**50  # bytes: no device has a PiB
+Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=0, le=_MOST)]
+Room = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1, le=_MOST)]
 
 
 class OwnCells(BaseModel):
@@ -39,10 +40,16 @@ class OwnCells(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    cells: int = Field(ge=1)
-    median: float = Field(ge=0)
-    worst: float = Field(ge=0)
-    torch: str
+    cells: int = Field(ge=1, le=10**6)
+    median: float = Field(ge=0, allow_inf_nan=False)
+    worst: float = Field(ge=0, allow_inf_nan=False)
+    torch: str = Field(pattern=r"^[0-9][0-9A-Za-z.+_-]*$")
+
+    @model_validator(mode="after")
+    def _median_is_no_worse(self) -> OwnCells:
+        if self.median > self.worst:
+            raise ValueError("has a median error above the worst: write them the other way round")
+        return self
 
 
 class Profile(BaseModel):
@@ -66,11 +73,11 @@ class Profile(BaseModel):
 
     schema_: Literal[1] = Field(alias="schema")
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    device: str = Field(min_length=1)
+    device: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{1,200}$")
     memory_bytes: Room
     usable_bytes: Room | None = None
-    compute_capability: Annotated[str, BeforeValidator(_capability), Field(pattern=r"^[0-9]+\.[0-9]$")]
-    multiprocessors: int = Field(ge=1)
+    compute_capability: Annotated[str, BeforeValidator(_capability), Field(pattern=r"^[1-9][0-9]?\.[0-9]$")]
+    multiprocessors: int = Field(ge=1, le=10_000)
     context_bytes: Bytes
     cublas_workspace_bytes: Bytes
     cublaslt_workspace_bytes: Bytes

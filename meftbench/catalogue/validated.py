@@ -69,12 +69,12 @@ def validated_figures() -> Validated:
     return validated(read(FILE), Validated)
 
 
-def errors_of(quantities: tuple[str, ...], profile: str | None = None) -> list[float]:
-    """The errors of figures of these quantities with complete settings: of one card, or of all."""
+def errors_of(quantities: tuple[str, ...], profile: str | None = None, setting: str = "complete") -> list[float]:
+    """The errors of figures of these quantities with such settings: of one card, or of all."""
     return [
         error
         for group in validated_figures().groups
-        if group.quantity in quantities and group.setting == "complete" and profile in (None, group.profile)
+        if group.quantity in quantities and group.setting == setting and profile in (None, group.profile)
         for error in group.errors
     ]
 
@@ -84,23 +84,29 @@ def about_validation(profile: Profile) -> str:
     own = profile.validated
     if own is not None:
         worst = f"median error {own.median:.2%}, worst {own.worst:.2%}"
-        return f"validated on {own.cells} cells of this card: peak allocated, {worst}"
+        return f"validated on {own.cells} cells of {profile.device}: peak allocated, {worst}"
     if said := _figures(profile.name):
-        return f"held against published measurements of this card: {said}"
+        return f"held against published measurements of {profile.device}: {said}"
     cards = {group.profile for group in validated_figures().groups if group.setting == "complete"}
     names = ", ".join(sorted(name.partition("-")[0].upper() for name in cards))
-    return f"not validated on this card; rules held against published measurements on {names}: {_figures()}"
+    return f"not validated on {profile.device}; rules held against published measurements on {names}: {_figures()}"
 
 
 def _figures(profile: str | None = None) -> str:
-    """How many peaks, levels between steps and operators with complete settings there are, and their worst errors."""
+    """How many peaks, levels between steps and operators with complete settings there are, and the worst errors; and
+    of reserved memory, whose settings no source states whole. Their models are language models, their methods full
+    fine-tuning, LoRA and others of peft, and that is said."""
     kinds = {"peak": STEP_PEAKS, "level between steps": BETWEEN_STEPS, "operator": OPERATOR_PEAKS}
     found = {kind: errors_of(quantities, profile) for kind, quantities in kinds.items()}
-    return ", ".join(
+    parts = [
         f"{len(errors)} {_plural(kind, len(errors))} (worst error {max(map(abs, errors)):.2%})"
         for kind, errors in found.items()
         if errors
-    )
+    ]
+    if reserved := errors_of(("reserved",), profile, "partial"):
+        sizes = [abs(error) for error in reserved]
+        parts.append(f"{len(sizes)} of reserved memory (median {median(sizes):.2%}, worst {max(sizes):.2%})")
+    return f"{', '.join(parts)}; of language models, none by a MEFT method" if parts else ""
 
 
 def _plural(kind: str, count: int) -> str:

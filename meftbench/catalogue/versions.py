@@ -14,7 +14,9 @@ from meftbench.errors import UserError
 
 Version = tuple[int, int]
 
-RULES = "torch 2.10 to 2.13, transformers 4.50 to 5.23"
+RULES = "torch 2.10 to 2.13, transformers 4.55 to 5.23"
+# Of these versions any rule is known; outside of them a prediction would say what nobody has looked at.
+KNOWN: dict[str, tuple[Version, Version]] = {"torch": ((1, 10), (2, 13)), "transformers": ((4, 15), (5, 23))}
 
 
 @dataclass(frozen=True)
@@ -28,22 +30,30 @@ class Versions:
     def parse(text: str) -> Versions:
         """The versions of "torch=2.4,transformers=4.48"; "" is the newest. Patch numbers are not looked at.
 
-        Raises UserError for another package, and for what is no version.
+        Raises UserError for another package, for what is no version, and for versions of which no rule is known.
         """
         found: dict[str, Version] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
-            matched = re.fullmatch(r"(torch|transformers)\s*={1,2}\s*(\d{1,4})\.(\d{1,4})(?:[.+\w]*)", part)
+            matched = re.fullmatch(
+                r"(torch|transformers)\s*={1,2}\s*([0-9]{1,4})\.([0-9]{1,4})(?:\.[0-9]+)?(?:[.+a-z][.+a-z0-9]*)?", part
+            )
             if matched is None or matched[1] in found:
                 what = f"{part!r} is no version" if matched is None else f"{matched[1]} is given twice"
                 raise UserError("--for-versions", what, "write torch=2.4,transformers=4.48")
-            found[matched[1]] = (int(matched[2]), int(matched[3]))
+            name, version = matched[1], (int(matched[2]), int(matched[3]))
+            oldest, newest = KNOWN[name]
+            if not oldest <= version <= newest:
+                what = f"the rules of {name} {matched[2]}.{matched[3]} are not known"
+                cure = f"name one from {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}, or leave it out"
+                raise UserError("--for-versions", what, cure)
+            found[name] = version
         return Versions(**found)
 
     def __str__(self) -> str:
         """The versions whose rules are taken, as a prediction says it."""
         given = {"torch": self.torch, "transformers": self.transformers}
         named = ", ".join(f"{name} {version[0]}.{version[1]}" for name, version in given.items() if version)
-        return f"{named}; others: {RULES}" if named else RULES
+        return f"{named} where they are known to differ from those of {RULES}" if named else RULES
 
     @property
     def separate_cublaslt_workspace(self) -> bool:
@@ -77,6 +87,13 @@ class Versions:
     def prefers_cudnn_attention(self) -> bool:
         """Whether cuDNN comes before flash: not in torch 2.9 and before (overlay.attention_kernel)."""
         return self.torch is None or self.torch >= (2, 10)
+
+    @property
+    def repeats_keys(self) -> bool:
+        """Whether keys and values that heads of queries share are repeated before attention: before torch 2.5, whose
+        attention takes them as they are, and before transformers 4.55, which asks it to (pull request 39412)."""
+        of_torch = self.torch is not None and self.torch < (2, 5)
+        return of_torch or (self.transformers is not None and self.transformers < (4, 55))
 
     @property
     def shifts_logits(self) -> bool:

@@ -35,6 +35,7 @@ _FORMS = "name a run, or SNAPSHOT MODEL METHOD, or --published"
 
 
 def validate(
+    context: typer.Context,
     what: Annotated[
         Path | None,
         typer.Argument(
@@ -82,20 +83,19 @@ def validate(
     allocation.
     validate --published: what predictions were held against that others measured and published.
     """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if published:
         if what is not None:
             raise UserError("--published", f"is of no run or snapshot, and {what} is named", "leave one of them out")
+        _refuse(given, {"published", "table", "as_json", "quiet"}, "--published takes no such option")
         _published(table, as_json)
         return
     if what is None:
         raise UserError("validate", "nothing is named to hold predictions against", _FORMS)
-    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
-    if what.is_dir() or (model is None and method is None):
-        of_snapshot = {"MODEL": model, "--first-step": first_step or None, "--device": device} | shape
-        for name, value in of_snapshot.items():
-            if value is not None:
-                option = name if name.startswith("-") or name.isupper() else f"--{name.replace('_', '-')}"
-                raise UserError(option, f"is of a snapshot, and {what} is a run", f"leave {option} out")
+    if what.is_dir() or (model is None and method is None and not what.exists()):
+        taken = {"what", "profile", "save", "allow_code", "as_json", "quiet"}
+        _refuse(given, taken, f"is not of a run, and {what} is taken for one")
         _run(what, profile, save, allow_code, as_json, progress(quiet))
         return
     if model is None or method is None or batch_size is None or sequence_length is None:
@@ -104,11 +104,18 @@ def validate(
     if save:
         raise UserError("--save", f"is of a run, and {what} is a snapshot", "leave it out, or use --json")
     axes = {"micro_batch_size": micro_batch_size, "precision": precision, "attention": attention, "head": head}
-    axes |= shape | {"optimizer": optimizer, "batch": batch}
+    axes |= {"batch_size": batch_size, "sequence_length": sequence_length, "optimizer": optimizer, "batch": batch}
     chosen, overrides, of_method = profile or PROFILE, pairs("--config", config), pairs("--set", settings)
     asked = {"model": model, "method": method, "profile": chosen, "config": overrides, "settings": of_method} | axes
     rules = {"allocator": allocator, "for_versions": for_versions, "first_step": first_step, "device": device}
     _snapshot(str(what), asked, rules, allow_code, as_json, progress(quiet))
+
+
+def _refuse(given: set[str], taken: set[str], what: str) -> None:
+    """Raises UserError: an option was given that this form of the command does not take."""
+    for name in sorted(given - taken):
+        option = name.upper() if name in ("model", "method") else f"--{name.removesuffix('_').replace('_', '-')}"
+        raise UserError(option, what, f"leave {option} out")
 
 
 def _run(
@@ -150,14 +157,14 @@ def _snapshot(
     from meftbench.runner.predictions import ask
     from meftbench.verdicts.snapshot_validation import validate_snapshot
 
-    Versions.parse(rules["for_versions"])
+    versions = str(Versions.parse(rules["for_versions"]))
     cell = asked_cell("validate", allow_code=allow_code, **asked)
     request = {"file": file, "device": rules["device"]}
     recorded = ask("allocations", request, tell, requests="meftbench.snapshots.inspection")
     begin = "model" if recorded["starts_empty"] else "first step" if rules["first_step"] else "step"
     request = {"cell": cell.model_dump(mode="json"), "profile": asked["profile"], "allocator": rules["allocator"]}
     request |= {"versions": rules["for_versions"], "begin": begin}
-    found = validate_snapshot(file, recorded, ask("allocations", request, tell, allow_code))
+    found = validate_snapshot(file, recorded, ask("allocations", request, tell, allow_code), versions)
     text = "\n".join(folded(snapshot_validation_lines(found)))
     print(json.dumps(found.to_json(), ensure_ascii=False) if as_json else text)
 
@@ -179,6 +186,7 @@ def _published(table: Path | None, as_json: bool) -> None:
         return
     if figures is not None:
         print("\n".join([*folded(figure_lines(figures)), ""]))
-    print("\n".join(folded(published_lines(content))))
+    lines = published_lines(content)
     if figures is None:
-        print("every figure is in the repository: --table reports/published/table.csv")
+        lines.append("every figure is in meftbench's repository: --table reports/published/table.csv prints them")
+    print("\n".join(folded(lines)))

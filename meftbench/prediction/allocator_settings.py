@@ -90,7 +90,7 @@ def _boolean(key: str, value: str) -> bool:
 
 
 def _mebibytes(key: str, value: str) -> int:
-    if not re.fullmatch("[0-9]+", value):
+    if not re.fullmatch("[0-9]{1,9}", value):
         raise _rejected(key, value, "a whole number of MiB")
     return int(value) * MiB
 
@@ -109,7 +109,7 @@ def _threshold(key: str, value: str) -> float:
 
 
 def _power_of_2(key: str, value: str, zero: bool = False) -> int:
-    number = int(value) if re.fullmatch("[0-9]+", value) else -1
+    number = int(value) if re.fullmatch("[0-9]{1,9}", value) else -1
     if number < (0 if zero else 1) or number & (number - 1):
         raise _rejected(key, value, "a power of 2, or [MiB:power of 2,...,>:power of 2]")
     return number

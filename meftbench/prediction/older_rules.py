@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.integrations import sdpa_attention
 from transformers.loss import loss_utils
 
 from meftbench.catalogue.versions import Versions
@@ -39,6 +40,9 @@ def older_rules(versions: Versions, step: Step) -> Iterator[None]:
 def _replacements(versions: Versions) -> Iterator[AbstractContextManager[Any]]:
     if versions.softmax_keeps_input:
         yield mock.patch.object(F, "softmax", _keeping_input(F.softmax))
+    if versions.repeats_keys and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        # A function and no mock: a mock remembers its arguments, and would keep each layer's keys.
+        yield mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *arguments, **keywords: False)
     if versions.shifts_logits:
         yield mock.patch.dict(loss_utils.LOSS_MAPPING, {"ForCausalLM": _loss_of_shifted_logits})
 

@@ -7,6 +7,7 @@ names of the source's variables are in the comments.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,8 +52,8 @@ def reduction_buffers(
     axes = _merged(axes)
     if any(axis.size == 0 for axis in axes):
         return []
-    if _extent(axes) > _INDEX_LIMIT:
-        widest = max(range(len(axes)), key=lambda number: (axes[number].size - 1) * axes[number].stride)
+    if max(_extent(axes), math.prod(axis.size for axis in axes)) > _INDEX_LIMIT:
+        widest = max(range(len(axes)), key=lambda number: (axes[number].size - 1) * max(1, axes[number].stride))
         half = axes[widest].size // 2
         parts = (half, axes[widest].size - half)
         return [
@@ -137,15 +138,49 @@ def _output_vector(axes: list[Axis], item: int, offset: int) -> int:
 
 
 def _merged(axes: list[Axis]) -> list[Axis]:
-    """TensorIterator's order: summed dimensions first, then by stride; neighbours that are one range become one."""
-    ordered = sorted((axis for axis in axes if axis.size != 1), key=lambda axis: (not axis.reduced, axis.stride))
-    merged: list[Axis] = []
-    for axis in ordered:
-        if merged and merged[-1].reduced == axis.reduced and merged[-1].size * merged[-1].stride == axis.stride:
-            merged[-1] = merged[-1]._replace(size=merged[-1].size * axis.size)
-        else:
-            merged.append(axis)
-    return merged
+    """TensorIterator's order of dimensions, the fastest first, in which neighbours that are one range in the input and
+    in the output become one (TensorIterator.cpp, reorder_dimensions and coalesce_dimensions)."""
+    axes = [axis for axis in axes if axis.size != 1]
+    outputs, contiguous = [], 1  # strides of the output, which is new: 0 where it is summed over
+    for axis in axes[::-1]:
+        outputs.append(0 if axis.reduced else contiguous)
+        contiguous *= 1 if axis.reduced else axis.size
+    ordered = list(zip(axes[::-1], outputs, strict=True))
+    for number in range(1, len(ordered)):
+        place = number
+        for earlier in range(number - 1, -1, -1):
+            comparison = _compared(ordered[earlier], ordered[place])
+            if comparison > 0:
+                ordered[earlier], ordered[place] = ordered[place], ordered[earlier]
+                place = earlier
+            elif comparison < 0:
+                break
+    merged: list[tuple[Axis, int]] = []
+    for axis, output in ordered:
+        if merged:
+            (last, last_output) = merged[-1]
+            same = last.size * last.stride == axis.stride and last.size * last_output == output
+            if same and last.reduced == axis.reduced:
+                merged[-1] = (last._replace(size=last.size * axis.size), last_output)
+                continue
+        merged.append((axis, output))
+    return [axis for axis, _ in merged]
+
+
+def _compared(first: tuple[Axis, int], second: tuple[Axis, int]) -> int:
+    """Positive where `second` is to stand before `first`, negative where not, 0 where their strides do not tell. Each
+    is a dimension of the input and its stride in the output: what is summed over (0 in the output) stands first."""
+    (axis, output), (other, other_output) = first, second
+    if (output == 0) != (other_output == 0):
+        return 1 if other_output == 0 else -1
+    for stride, other_stride in ((output, other_output), (axis.stride, other.stride)):
+        if stride == 0 or other_stride == 0:
+            continue
+        if stride != other_stride:
+            return 1 if stride > other_stride else -1
+        if axis.size > other.size:
+            return 1
+    return 0
 
 
 def _extent(axes: list[Axis]) -> int:

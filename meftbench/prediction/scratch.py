@@ -180,6 +180,10 @@ def _reduction(name: str) -> Rule:
         reduced = {dimension % max(1, tensor.dim()) for dimension in dimensions or range(tensor.dim())}
         item = tensor.dtype.itemsize
         accumulated = kept or (8 if item == 8 or not tensor.dtype.is_floating_point else 4)
+        if name.startswith(("any", "all")):
+            accumulated = item  # ReduceLogicKernel.cu
+        elif kept and item == 8:
+            accumulated = 2 * kept
         axes = [
             Axis(size, stride * item, number in reduced)
             for number, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))

@@ -74,6 +74,9 @@ def blamed_step(cell: Cell) -> Iterator[None]:
         yield
 
 
+_READS_VALUES = ("cannot be called on meta tensors", "register_meta function for torch.nonzero()")
+
+
 class named_refusals:  # noqa: N801 - used as a function
     """Within it, an error about what a trace cannot follow becomes a UserError that says what it is."""
 
@@ -85,11 +88,12 @@ class named_refusals:  # noqa: N801 - used as a function
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.packing.__exit__(None, None, None)
-        on_meta = isinstance(error, RuntimeError) and "cannot be called on meta tensors" in str(error)
+        # NotImplementedError is a RuntimeError: torch.nonzero and others raise it for tensors without values.
+        on_meta = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _READS_VALUES)
         if isinstance(error, DynamicOutputShapeException) or on_meta:
             operator = getattr(error, "func", "its forward")
             what = f"{operator} looks at values, which a trace has not"
-            cure = "count it" if is_own(self.cell) else "choose another head (BART: seq2seq_lm), or count it"
+            cure = "count it" if is_own(self.cell) else "try --attention eager or another head, or count it"
             raise UserError(self.cell.label, what, cure) from None
         # An operator without a meta implementation raises one that names the backend; any other is a bug.
         missing = isinstance(error, NotImplementedError) and "'Meta' backend" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -82,7 +83,13 @@ def parameter_counts(model: nn.Module) -> dict[str, Metric]:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     return {
-        "parameters_total": Metric(sum(p.numel() for p in parameters), "counted"),
+        "parameters_total": Metric(sum(_weights_in(p) for p in parameters), "counted"),
         "parameters_trainable": Metric(sum(p.numel() for p in trained), "counted"),
         "adapter_file_bytes": Metric(sum(p.nbytes for p in trained), "counted"),
     }
+
+
+def _weights_in(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds: those that were packed, where bitsandbytes has packed two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)

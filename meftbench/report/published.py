@@ -48,7 +48,7 @@ def _rows(groups: list[Group]) -> Iterator[str]:
     for (source, rules), of_source in groupby(groups, key=lambda group: (group.source, group.rules)):
         errors = [error for group in of_source for error in group.errors]
         yield _row(source, errors)
-        yield f"    rules of {rules.partition(';')[0]}"
+        yield f"    rules of {rules.partition(' where ')[0]}"
     if len({(group.source, group.rules) for group in groups}) > 1:
         yield _row("all", [error for group in groups for error in group.errors])
 

@@ -16,7 +16,7 @@ _NO_LINES = ("no stack", "only torch's own code")  # of meftbench.snapshots.owne
 # From the bottom of the stack: what lives longest comes first.
 _COLOURS = {
     "before the trace": "#7F7F7F",
-    "workspace": "#000000",
+    "workspace": "#F0E442",
     "optimizer": "#D55E00",
     "in the trace": "#56B4E9",
     "forward": "#009E73",
@@ -77,6 +77,9 @@ def _settings(answer: dict[str, Any]) -> list[str]:
         ends += [] if row["oom_at"] is None else [f"out of memory at entry {row['oom_at']:,}"]
         ends += ["without effect unless --memory is given"] if row["collects"] is False else []
         about = f": {', '.join(ends)}" if ends else ""
+        if row["oom_at"] == -1:
+            texts.append(f"  {'does not fit':>24}  {name}: what was in use before the trace is more than that")
+            continue
         texts.append(
             f"  {format_bytes(row['peak_reserved_bytes']):>12}{format_bytes(row['reserved_bytes']):>12}  {name}{about}"
         )

@@ -49,12 +49,13 @@ def snapshot_validation_lines(found: SnapshotValidation) -> list[str]:
     share = found.common / found.predicted if found.predicted else 0.0
     lines = [
         found.label,
+        f"predicted by the rules of {found.device}, {found.rules}",
         f"  allocations in common  {found.common:,} of {found.predicted:,} predicted ({share:.1%}), "
-        f"and of {found.recorded:,} measured: the same sizes in the same order",
-        f"  peak above beginning   {format_bytes(found.recorded_above)} measured, "
-        f"{format_bytes(found.predicted_above)} predicted, error {found.error:+.2%}",
+        f"and of {found.recorded:,} in the snapshot: the same sizes in the same order",
+        f"  peak above beginning   {format_bytes(found.recorded_above_bytes)} in the snapshot, "
+        f"{format_bytes(found.predicted_above_bytes)} predicted, error {found.error:+.2%}",
     ]
-    for title, rows in (("only measured", found.only_recorded), ("only predicted", found.only_predicted)):
+    for title, rows in (("only in the snapshot", found.only_recorded), ("only predicted", found.only_predicted)):
         if rows:
             lines.append(f"{title}, the most bytes first")
         lines += [

@@ -22,7 +22,9 @@ from meftbench.snapshots.snapshot import (
 )
 from meftbench.units import MiB
 
-_LARGEST = 2**62  # of sizes and addresses; a GPU has less
+_LARGEST = 2**62  # of addresses and lines
+_MOST_BYTES = 2**48  # of one block or request: no GPU has so many
+_DEEPEST = 4096  # frames of a stack; torch's have some hundred at most
 _MAX_DEVICES = 1024
 _OCTAVES = {str(1 << octave): octave for octave in range(INTERVALS)}  # named by their first size in MiB
 _STATES = {
@@ -77,7 +79,7 @@ class _Reader:
         value = of.get(key, default)
         if type(value) is not int:
             self.fail(f"{place} has {_kind(value)} as {key}" if key in of else f"{place} has no {key}")
-        if not 0 <= value < _LARGEST:
+        if not 0 <= value < (_MOST_BYTES if "size" in key else _LARGEST):
             self.fail(f"{place} has a {key} of {value}" if abs(value) < 2**70 else f"{place} has a {key} out of range")
         return value
 
@@ -199,6 +201,8 @@ class _Reader:
             return self.frames_of[id(value)][1]
         if type(value) is not list:
             self.fail(f"{place} has {_kind(value)} as frames")
+        if len(value) > _DEEPEST:
+            self.fail(f"{place} has a stack of {len(value):,} frames, and {_DEEPEST:,} is more than torch writes")
         frames = tuple(self.frame(frame, f"a frame of {place}") for frame in value)
         self.frames_of[id(value)] = value, frames
         return frames

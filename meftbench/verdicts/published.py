@@ -6,10 +6,11 @@ The table is in the repository (reports/published/table.csv); the package carrie
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.errors import UserError
+from meftbench.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -18,6 +19,7 @@ COLUMNS = [
     "id", "setting", "quantity", "published_bytes", "predicted_bytes", "ratio", "profile", "rules", "source", "notes",
 ]  # fmt: skip
 TABLE = Path("reports") / "published" / "table.csv"
+MOST_BYTES = 16 * 2**20  # of a table
 BY = ["source", "quantity", "setting", "rules"]
 
 
@@ -43,14 +45,38 @@ def statistics(table: DataFrame) -> DataFrame:
 
 
 def read_table(file: Path) -> DataFrame:
-    """The table that the campaign wrote. Raises UserError: there is none, or it is another."""
+    """The table that the campaign wrote; unprintable signs in its texts are replaced.
+
+    Raises UserError: there is none, it is another one, or a number in it is none.
+    """
     from pandas import read_csv
 
-    cure = "run `python reports/campaigns/published.py reports/published` in the repository"
+    cure = "run `python reports/campaigns/published.py reports/published` in meftbench's repository"
     try:
-        table = read_csv(file)
-    except (OSError, ValueError) as error:
-        raise UserError(str(file), f"cannot be read ({error})", cure) from None
-    if missing := [name for name in COLUMNS if name not in table.columns]:
-        raise UserError(str(file), f"has no column {missing[0]}", cure)
+        if not file.is_file():
+            raise UserError(str(file), "is no file" if file.exists() else "there is no such file", cure)
+        if file.stat().st_size > MOST_BYTES:
+            raise UserError(str(file), f"is larger than {MOST_BYTES // 2**20} MiB, and no such table", cure)
+        table = read_csv(file, dtype=str, keep_default_na=False)
+        if missing := [name for name in COLUMNS if name not in table.columns]:
+            raise UserError(str(file), f"has no column {missing[0]}", cure)
+        for name in ("published_bytes", "predicted_bytes", "ratio"):
+            table[name] = [float(text) if text else math.nan for text in table[name]]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(str(file), f"cannot be read ({one_line(error)[:200]})", cure) from None
+    numbers = table[["published_bytes", "predicted_bytes", "ratio"]]
+    far = ~(numbers.abs() < 2**63) & numbers.notna()
+    if (
+        table.published_bytes.isna().any()
+        or far.any(axis=None)
+        or (table.predicted_bytes.isna() != table.ratio.isna()).any()
+    ):
+        raise UserError(str(file), "has rows whose numbers are missing or too large", cure)
+    for name in set(COLUMNS) - set(numbers):
+        table[name] = [printable(text) for text in table[name]]
     return table
+
+
+def printable(text: str) -> str:
+    """The text in one line, without signs that a terminal would act on."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

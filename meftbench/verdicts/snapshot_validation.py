@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from meftbench.errors import NOT_COMPARABLE, UserError
+from meftbench.units import format_bytes
 from meftbench.verdicts.alignment import aligned
 
 MOST_ROWS = 8  # kinds of allocations that only one of both has
@@ -30,35 +31,40 @@ class Alone:
 class SnapshotValidation:
     """A predicted step beside a recorded trace. Sizes are in bytes.
 
-    label: of the predicted cell.  recorded, predicted, common: numbers of allocations; those in common have the same
-    sizes in the same order.
-    recorded_above, predicted_above: the peak allocated above the level at the beginning of the trace, and of the step.
+    label, device, rules: the predicted cell, the device whose rules predict, and the versions that they are of.
+    recorded, predicted, common: numbers of allocations; those in common have the same sizes in the same order.
+    recorded_above_bytes, predicted_above_bytes: the peak allocated above the level before the first allocation.
     only_recorded, only_predicted: what one of both has alone, the most bytes first.
     """
 
     label: str
+    device: str
+    rules: str
     recorded: int
     predicted: int
     common: int
-    recorded_above: int
-    predicted_above: int
+    recorded_above_bytes: int
+    predicted_above_bytes: int
     only_recorded: list[Alone]
     only_predicted: list[Alone]
 
     @property
     def error(self) -> float:
         """Of the peak above the beginning, as a share of the recorded one; negative where the prediction is too low."""
-        return self.predicted_above / self.recorded_above - 1 if self.recorded_above else 0.0
+        return self.predicted_above_bytes / self.recorded_above_bytes - 1 if self.recorded_above_bytes else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """What `meftbench validate SNAPSHOT MODEL METHOD --json` prints."""
         return asdict(self) | {"error": self.error}
 
 
-def validate_snapshot(snapshot: str, recorded: Mapping[str, Any], predicted: Mapping[str, Any]) -> SnapshotValidation:
+def validate_snapshot(
+    snapshot: str, recorded: Mapping[str, Any], predicted: Mapping[str, Any], rules: str = ""
+) -> SnapshotValidation:
     """Compare what a snapshot has with a predicted step.
 
     snapshot: its file, for messages.  recorded: an answer of snapshots.inspection, verb `allocations`.
+    rules: the versions of the rules that predicted.
     predicted: an answer of prediction.allocations.
     Raises UserError: the snapshot has no trace, or both differ in so many places that it cannot be the same step.
     """
@@ -69,17 +75,24 @@ def validate_snapshot(snapshot: str, recorded: Mapping[str, Any], predicted: Map
         raise UserError(snapshot, what, cure, NOT_COMPARABLE)
     found = aligned(ours, real)
     if found is None:
-        what = f"has {len(real):,} allocations and the predicted step {len(ours):,}, of which too few agree"
-        cure = "name the model, shape and precision that it is of, or record one step"
+        same = sum((Counter(real) & Counter(ours)).values())
+        peaks = [format_bytes(each["peak_above_bytes"]) for each in (recorded, predicted)]
+        what = (
+            f"is of another step: {len(real):,} allocations with a peak of {peaks[0]} above its beginning are recorded "
+            f"and {len(ours):,} with {peaks[1]} predicted, of which {same:,} have the same size"
+        )
+        cure = "name the model, batch, length and precision that it is of, or record one step"
         raise UserError(snapshot, what, cure, NOT_COMPARABLE)
     alone = found.only_first(len(ours))
     return SnapshotValidation(
         label=predicted["label"],
+        device=predicted["device"],
+        rules=rules,
         recorded=len(real),
         predicted=len(ours),
         common=len(found.pairs),
-        recorded_above=recorded["peak_above_bytes"],
-        predicted_above=predicted["peak_above_bytes"],
+        recorded_above_bytes=recorded["peak_above_bytes"],
+        predicted_above_bytes=predicted["peak_above_bytes"],
         only_recorded=_rows(Counter((real[place], "") for place in found.only_second(len(real)))),
         only_predicted=_rows(Counter((ours[place], predicted["origins"][place]) for place in alone)),
     )

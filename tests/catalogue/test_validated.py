@@ -20,7 +20,8 @@ def test_a_card_that_was_measured_says_how_well():
     said = about_validation(find_profile("a100-80gb"))
     peaks = errors_of(STEP_PEAKS, "a100-80gb")
 
-    assert said.startswith(f"held against published measurements of this card: {len(peaks)} peaks (worst error 0.0")
+    assert said.startswith("held against published measurements of NVIDIA A100-SXM4-80GB: ")
+    assert f": {len(peaks)} peaks (worst error 0.0" in said
     assert f"{len(errors_of(BETWEEN_STEPS, 'a100-80gb'))} levels between steps (worst error 0." in said
     assert "operators (worst error 0.00%)" in said
 
@@ -28,7 +29,10 @@ def test_a_card_that_was_measured_says_how_well():
 def test_other_cards_say_so_and_name_those_that_were():
     said = about_validation(find_profile("rtx4090"))
 
-    assert said.startswith("not validated on this card; rules held against published measurements on A100, ")
+    assert said.startswith("not validated on NVIDIA GeForce RTX 4090; rules held against published measurements on ")
+    assert "A100, " in said
+    assert "of reserved memory (median" in said
+    assert said.endswith("; of language models, none by a MEFT method")
     assert "H100, L40S: " in said
     assert f"{len(errors_of(STEP_PEAKS))} peaks (worst error " in said
 
@@ -37,7 +41,7 @@ def test_cells_of_ones_own_come_first():
     own = OwnCells(cells=48, median=0.004, worst=0.02, torch="2.13.0")
     profile = find_profile("t4").model_copy(update={"validated": own})
 
-    expected = "validated on 48 cells of this card: peak allocated, median error 0.40%, worst 2.00%"
+    expected = "validated on 48 cells of Tesla T4: peak allocated, median error 0.40%, worst 2.00%"
     assert expected == about_validation(profile)
 
 
@@ -48,7 +52,7 @@ def test_the_lines_have_every_group_and_the_allocator():
 
     for group in content.groups:
         assert group.source in text
-        assert f"rules of {group.rules.partition(';')[0]}" in text
+        assert f"rules of {group.rules.partition(' where ')[0]}" in text
     assert f"{content.allocations:,} of {content.allocations:,} allocations of {content.traces} real" in text
     assert "allocated between steps, complete settings" in text
 

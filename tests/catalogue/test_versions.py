@@ -40,6 +40,8 @@ def test_what_is_no_version(text):
         ("prefers_cudnn_attention", "torch", (2, 9), (2, 10)),
         ("separate_cublaslt_workspace", "torch", (2, 9), (2, 10)),
         ("shifts_logits", "transformers", (4, 48), (4, 50)),
+        ("repeats_keys", "transformers", (4, 54), (4, 55)),
+        ("repeats_keys", "torch", (2, 4), (2, 5)),
         ("widens_logits", "transformers", (4, 45), (4, 46)),
     ],
 )
@@ -52,4 +54,11 @@ def test_the_rules_that_differ(rule, package, before, since):
 
 def test_a_prediction_says_for_which_versions_it_holds():
     assert RULES == str(NOW)
-    assert f"torch 2.4; others: {RULES}" == str(Versions(torch=(2, 4)))
+    assert f"torch 2.4 where they are known to differ from those of {RULES}" == str(Versions(torch=(2, 4)))
+
+
+@pytest.mark.parametrize("text", ["torch=2.99", "torch=0.1", "torch=1.9", "transformers=3.0", "transformers=6.0"])
+def test_versions_of_which_no_rule_is_known(text):
+    """Neither older nor newer than what was read."""
+    with pytest.raises(UserError, match=r"are not known; name one from \d\.\d+ to \d\.\d+, or leave it out"):
+        Versions.parse(text)

@@ -123,8 +123,8 @@ def test_a_predicted_run_says_what_predictions_were_held_against(tmp_path):
     found = predicted_for(a_run(tmp_path / "run", *records))
 
     assert ["a100-80gb", "t4"] == [*found]
-    assert found["t4"].startswith("not validated on this card; rules held against published measurements on ")
-    assert "held against published measurements of this card: " in found["a100-80gb"]
+    assert found["t4"].startswith("not validated on Tesla T4; rules held against published measurements on ")
+    assert "held against published measurements of NVIDIA A100" in found["a100-80gb"]
 
 
 def test_the_spread_has_the_median_the_worst_and_the_sign():

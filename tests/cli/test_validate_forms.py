@@ -21,7 +21,7 @@ def test_what_others_published_is_printed_without_the_repository(cli, tmp_path, 
     assert (0, "") == (code, err)
     assert "peak allocated, complete settings" in out
     assert "rules of torch 2.4, transformers 4.48" in out
-    assert "every figure is in the repository: --table reports/published/table.csv" in out
+    assert "every figure is in meftbench's repository: --table" in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
@@ -48,11 +48,17 @@ def test_as_json_it_has_the_errors_and_the_figures(cli):
     [
         ((), "nothing is named to hold predictions against; name a run, or SNAPSHOT MODEL METHOD, or --published"),
         (("--published", "a.pickle"), "--published: is of no run or snapshot, and a.pickle is named"),
+        (("other.csv",), "other.csv is a snapshot, and what was trained is not named whole"),
         (("a.pickle", "bert-tiny@random"), "a.pickle is a snapshot, and what was trained is not named whole"),
         (("a.pickle", "bert-tiny@random", "lora", "--batch-size", "2"), "what was trained is not named whole"),
-        (("run", "bert-tiny@random", "lora"), "MODEL: is of a snapshot, and run is a run; leave MODEL out"),
-        (("run", "--batch-size", "2"), "--batch-size: is of a snapshot, and run is a run; leave --batch-size out"),
-        (("--published", "--table", "no.csv"), "no.csv: cannot be read"),
+        (("run", "bert-tiny@random", "lora"), "METHOD: is not of a run, and run is taken for one; leave METHOD out"),
+        (
+            ("run", "--batch-size", "2"),
+            "--batch-size: is not of a run, and run is taken for one; leave --batch-size out",
+        ),
+        (("--published", "--device", "3"), "--device: --published takes no such option; leave --device out"),
+        (("--published", "--save"), "--save: --published takes no such option; leave --save out"),
+        (("--published", "--table", "no.csv"), "no.csv: there is no such file"),
         (("--published", "--table", "other.csv"), "other.csv: has no column id"),
     ],
 )
@@ -78,3 +84,49 @@ def test_a_file_that_is_no_snapshot_is_one_line(cli, tmp_path):
 
     assert (2, "") == (code, out)
     assert 1 == len(err.splitlines())
+
+
+ROW = "a,complete,growth,{},{},{},t4,torch 2.13,somebody,notes"
+HEAD = "id,setting,quantity,published_bytes,predicted_bytes,ratio,profile,rules,source,notes"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        (("many", "2", "1.0"), "cannot be read"),
+        (("1", "2", "nan"), "has rows whose numbers are missing or too large"),
+        (("", "2", "2"), "has rows whose numbers are missing or too large"),
+        (("1", "2", "9" * 400), "has rows whose numbers are missing or too large"),
+        (("1", "", "2"), "has rows whose numbers are missing or too large"),
+    ],
+)
+def test_a_damaged_table_is_one_line(cli, tmp_path, numbers, said):
+    """Exit code 2, whatever stands where a number should."""
+    file = tmp_path / "table.csv"
+    file.write_text(f"{HEAD}\n{ROW.format(*numbers)}\n")
+
+    code, out, err = cli("validate", "--published", "--table", file)
+
+    assert (2, "") == (code, out)
+    assert said in err
+    assert 1 == len(err.splitlines())
+
+
+def test_a_table_that_is_no_file_is_one_line(cli, tmp_path):
+    """A device would be read without an end."""
+    code, _, err = cli("validate", "--published", "--table", "/dev/zero")
+
+    assert 2 == code
+    assert "is no file" in err
+
+
+def test_signs_that_a_terminal_acts_on_are_replaced(cli, tmp_path):
+    """In names of a table, an escape and a mark that turns the line."""
+    file = tmp_path / "table.csv"
+    file.write_text(f"{HEAD}\n" + ROW.format(1, 2, 2.0).replace("a,", "a\x1b[31m\u202e,", 1) + "\n")
+
+    code, out, _ = cli("validate", "--published", "--table", file)
+
+    assert 0 == code
+    assert "a?[31m?" in out
+    assert "\x1b" not in out

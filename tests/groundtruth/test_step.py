@@ -245,7 +245,7 @@ def test_validate_tells_that_nothing_differs(tmp_path, cli):
     found = json.loads(out)
     assert 0 == code
     assert (5002, 5002, 5002) == (found["recorded"], found["predicted"], found["common"])
-    assert (29_336_318_976, 29_336_318_976) == (found["recorded_above"], found["predicted_above"])
+    assert (29_336_318_976, 29_336_318_976) == (found["recorded_above_bytes"], found["predicted_above_bytes"])
 
 
 def test_layers_are_alike():

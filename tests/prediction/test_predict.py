@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meftbench.catalogue.profiles import find_profile
+from meftbench.catalogue.versions import NOW, Versions
 from meftbench.errors import CellFailure, UserError
 from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.cell import Cell
@@ -185,3 +186,51 @@ def test_a_prediction_makes_no_library_warn(method, precision):
         warnings.simplefilter("error", UserWarning)
 
         assert predict(a_cell(method, precision=precision), A100).peak > 0
+
+
+def test_older_transformers_repeat_shared_keys_for_attention():
+    """In float32 shared heads take plain products now; repeated ones had the efficient kernel. An encoder has none."""
+    shapes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 120}
+    cell = Cell.of(
+        "lora",
+        model="llama-3.2-1b@random",
+        model_config_overrides=shapes | {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128},
+        batch_size=2,
+        sequence_length=64,
+    )
+    now, before = (predict(cell, A100, versions=versions) for versions in (NOW, Versions(transformers=(4, 54))))
+
+    assert set() == now.attention
+    assert {"scaled_dot_product_efficient_attention"} == {name.strip("_") for name in before.attention}
+    encoder = a_cell("lora")
+    assert predict(encoder, A100).peak == predict(encoder, A100, versions=Versions(transformers=(4, 54))).peak
+
+
+def test_older_losses_hold_the_logits_in_float32():
+    """And a copy without the last position. Before 4.46 forward converts them, and those in 16 bits are not kept."""
+    shapes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 5000}
+    cell = Cell.of(
+        "lora",
+        model="llama-3.2-1b@random",
+        model_config_overrides=shapes | {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64},
+        batch_size=2,
+        sequence_length=65,
+        precision="bf16",
+    )
+    now, in_loss, in_forward = (
+        predict(cell, A100, versions=Versions.parse(text)).measured[-1].activation_peak
+        for text in ("", "transformers=4.48", "transformers=4.45")
+    )
+
+    logits = 2 * 65 * 5000
+    assert 0 < in_loss - now <= 4 * logits + 2 * logits
+    assert 2 * logits == pytest.approx(in_loss - in_forward, rel=0.02)
+
+
+def test_softmax_kept_its_input_before_torch_1_11():
+    """Scores of 4 heads, 64 x 64, of 2 samples in 4 layers, in float32, where attention is by plain products."""
+    cell = a_cell("full", attention_requested="eager", sequence_length=64)
+    now, then = (predict(cell, A100, versions=Versions.parse(text)).measured[-1] for text in ("", "torch=1.10"))
+
+    layers, scores = 4, cell.batch_size * 4 * 64 * 64 * 4
+    assert layers * scores == pytest.approx(then.saved - now.saved, rel=0.3)

@@ -104,6 +104,25 @@ def test_a_reductions_buffers_hold_every_partial_result_once(sizes, chosen, item
         assert all(nbytes <= 4 * outputs for nbytes in found[1:])
 
 
+# bf16, shape and strides in elements, summed over: where torch's order of dimensions is that of the output and not that
+# of the input, and where an input is read repeatedly (TensorIterator.cpp, reorder_dimensions).
+@pytest.mark.parametrize(
+    ("shape", "strides", "summed", "item", "expected"),
+    [
+        ((6, 128, 4096, 128), (128, 1, 768, 3145728), [2], 2, []),
+        ((100, 128, 8, 4096), (1, 3276800, 100, 800), [3], 2, []),
+        ((2048, 4096, 128), (0, 128, 1), [0, 1], 2, [536870912, 4]),
+        ((512, 100, 64, 512), (0, 32768, 512, 1), [0, 2], 4, [838860800, 1600]),
+    ],
+)
+def test_the_order_of_dimensions_is_torchs(shape, strides, summed, item, expected):
+    axes = [
+        Axis(size, stride * item, number in summed)
+        for number, (size, stride) in enumerate(zip(shape, strides, strict=True))
+    ]
+    assert expected == reduction_buffers(axes, item, 4, A100.multiprocessors)
+
+
 def test_a_reduction_beyond_two_gib_runs_in_halves():
     """2^30 values of 4 bytes: twice 2^29, the first of which has given its buffers back before the second begins."""
     whole, half = pieces("sum.default", a_tensor(2**30)), pieces("sum.default", a_tensor(2**29))

@@ -86,7 +86,7 @@ def test_page_and_table_say_what_predictions_were_held_against(tmp_path):
     for run in (predicted, counted):
         write_report([run], run.path, {"html", "md"})
 
-    said = "not validated on this card; rules held against published measurements"
+    said = "not validated on Tesla T4; rules held against published measurements"
     for file in ("report.html", "table.md"):
         assert said in (predicted.path / file).read_text()
         assert said not in (counted.path / file).read_text()
