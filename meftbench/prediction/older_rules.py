@@ -41,10 +41,14 @@ def _replacements(versions: Versions) -> Iterator[AbstractContextManager[Any]]:
     if versions.softmax_keeps_input:
         yield mock.patch.object(F, "softmax", _keeping_input(F.softmax))
     if versions.repeats_keys and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
-        # A function and no mock: a mock remembers its arguments, and would keep each layer's keys.
-        yield mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *arguments, **keywords: False)
+        yield mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", _shares_no_keys)
     if versions.shifts_logits:
         yield mock.patch.dict(loss_utils.LOSS_MAPPING, {"ForCausalLM": _loss_of_shifted_logits})
+
+
+def _shares_no_keys(*arguments: object, **keywords: object) -> bool:
+    """Not a mock's return value: a mock remembers its arguments, and would keep the keys of each layer alive."""
+    return False
 
 
 def _keeping_input(softmax: Any) -> Any:
