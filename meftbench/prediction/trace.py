@@ -93,7 +93,8 @@ class named_refusals:  # noqa: N801 - used as a function
         if isinstance(error, DynamicOutputShapeException) or on_meta:
             operator = getattr(error, "func", "its forward")
             what = f"{operator} looks at values, which a trace has not"
-            cure = "count it" if is_own(self.cell) else "try another head (BART: seq2seq_lm) or --attention eager, or count it"
+            other = "try another head (BART: seq2seq_lm), --attention eager, or count it"
+            cure = "count it" if is_own(self.cell) else other
             raise UserError(self.cell.label, what, cure) from None
         # An operator without a meta implementation raises one that names the backend; any other is a bug.
         missing = isinstance(error, NotImplementedError) and "'Meta' backend" in str(error)
