@@ -18,6 +18,20 @@ settings.load_profile("meftbench")
 
 
 @pytest.fixture
+def cli(capfd):
+    """Run the command line in this process: exit code, stdout, stderr."""
+    from meftbench.cli import main
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
 def here(tmp_path, monkeypatch):
     """The working folder, with the package `mine` in it; what is imported from it is forgotten afterwards."""
     (tmp_path / "mine").mkdir()

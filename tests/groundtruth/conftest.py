@@ -1,17 +1,7 @@
 import pytest
 
 
-@pytest.fixture
-def cli(capfd, tmp_path, monkeypatch):
-    """Run the command line in this process, in a folder of the test's own: exit code, stdout, stderr."""
-    from meftbench.cli import main
-
+@pytest.fixture(autouse=True)
+def _a_folder_of_its_own(tmp_path, monkeypatch):
+    """The current folder is the test's own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run

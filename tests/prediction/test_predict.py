@@ -188,16 +188,17 @@ def test_a_prediction_makes_no_library_warn(method, precision):
         assert predict(a_cell(method, precision=precision), A100).peak > 0
 
 
+def a_small_llama(method="lora", vocabulary=120, **changes):
+    """Two layers of four heads, of which two share their keys and values."""
+    shapes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": vocabulary}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    values = {"batch_size": 2, "sequence_length": 64} | changes
+    return Cell.of(method, model="llama-3.2-1b@random", model_config_overrides=shapes | heads, **values)
+
+
 def test_older_transformers_repeat_shared_keys_for_attention():
     """In float32 shared heads take plain products now; repeated ones had the efficient kernel. An encoder has none."""
-    shapes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 120}
-    cell = Cell.of(
-        "lora",
-        model="llama-3.2-1b@random",
-        model_config_overrides=shapes | {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128},
-        batch_size=2,
-        sequence_length=64,
-    )
+    cell = a_small_llama()
     now, before = (predict(cell, A100, versions=versions) for versions in (NOW, Versions(transformers=(4, 54))))
 
     assert set() == now.attention
@@ -206,17 +207,17 @@ def test_older_transformers_repeat_shared_keys_for_attention():
     assert predict(encoder, A100).peak == predict(encoder, A100, versions=Versions(transformers=(4, 54))).peak
 
 
+def test_the_keys_that_older_transformers_repeat_are_not_kept():
+    """Forward of layers that are recomputed holds their inputs, whatever happened within."""
+    cell = a_small_llama("lora+checkpoint", precision="bf16")
+    older = Versions(transformers=(4, 54))
+
+    assert predict(cell, A100).measured[-1].saved == predict(cell, A100, versions=older).measured[-1].saved
+
+
 def test_older_losses_hold_the_logits_in_float32():
     """And a copy without the last position. Before 4.46 forward converts them, and those in 16 bits are not kept."""
-    shapes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 5000}
-    cell = Cell.of(
-        "lora",
-        model="llama-3.2-1b@random",
-        model_config_overrides=shapes | {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64},
-        batch_size=2,
-        sequence_length=65,
-        precision="bf16",
-    )
+    cell = a_small_llama(vocabulary=5000, sequence_length=65, precision="bf16")
     now, in_loss, in_forward = (
         predict(cell, A100, versions=Versions.parse(text)).measured[-1].activation_peak
         for text in ("", "transformers=4.48", "transformers=4.45")
