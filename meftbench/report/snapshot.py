@@ -59,7 +59,8 @@ def _levels(answer: dict[str, Any]) -> list[str]:
         _row("fragmentation", f"{answer['fragmentation']:.1%}", "replayed, at the peak of reserved memory"),
     ]
     if allocations:
-        texts.append(_row("addresses", f"{agreeing:,} of {allocations:,}", "as torch chose them, replayed"))
+        whose = "as torch chose them" if answer["source"] == "measured" else "as predicted by the same rules"
+        texts.append(_row("addresses", f"{agreeing:,} of {allocations:,}", f"{whose}, replayed"))
     if answer["first_difference"] is not None:
         texts.append(f"  the rules first differ from the device at entry {answer['first_difference']:,}")
     return texts

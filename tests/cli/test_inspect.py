@@ -136,6 +136,8 @@ def test_what_meftbench_predicted_is_not_called_measured(tmp_path, cli, settings
     assert 0 == code
     assert "measured" not in out
     assert "  peak requested              12.0 MiB  predicted\n" in out
+    assert "as predicted by the same rules, replayed\n" in out
+    assert "as torch chose them" not in out
     assert "  forward                     12.0 MiB  in 1 block\n" in out
     assert "no stack of what is alive at the peak has a line of Python outside of torch" in out
 
