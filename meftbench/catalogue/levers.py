@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from meftbench.catalogue.settings import Settings
+from meftbench.errors import UserError
+from meftbench.strict_yaml import settings_of
 
 
 @dataclass(frozen=True)
@@ -10,11 +15,14 @@ class Lever:
     """A memory optimisation (lever) that composes with any method by `+`.
 
     uncounted: why memory cannot be counted on a CPU where it is used; None: it can.
+    settings: what can be set in brackets, as in `checkpoint(every=2)`; None: nothing. A class with settings is given
+        them when it is made.
     """
 
     home: str  # "module:Class", a subclass of methods.levers.base.Lever
     summary: str
     uncounted: str | None = None
+    settings: type[Settings] | None = None
 
 
 LEVERS: dict[str, Lever] = {
@@ -40,3 +48,11 @@ LEVERS: dict[str, Lever] = {
         uncounted="compiled code allocates where the counter of a CPU does not see it",
     ),
 }
+
+
+def settings_for(where: str, lever: str, given: dict[str, Any]) -> Settings:
+    """The settings of a lever of LEVERS, checked. Raises UserError: one is unknown or wrong, or the lever has none."""
+    schema = LEVERS[lever].settings
+    if schema is None:
+        raise UserError(where, f"lever {lever!r} has no settings", f"write +{lever} without brackets")
+    return settings_of(where, schema, given)

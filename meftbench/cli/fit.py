@@ -57,6 +57,7 @@ def fit(
 
     What torch reserves and the context of the process together must fit. Nothing is computed, and no GPU is needed.
     """
+    from meftbench.catalogue.labels import split_list
     from meftbench.estimates import fit as predict
     from meftbench.records.store import made
     from meftbench.report.fit import print_fit, write_fit
@@ -66,7 +67,7 @@ def fit(
         model,
         memory=sizes,
         profile=profile,
-        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        methods=[label for label in split_list(methods) if label],
         sequence_lengths=_numbers("--sequence-lengths", sequence_lengths) if sequence_lengths else (),
         batch_sizes=_numbers("--batch-sizes", batch_sizes),
         config=pairs("--config", config),

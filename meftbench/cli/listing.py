@@ -47,7 +47,10 @@ def methods() -> dict[str, Any]:
     listed: dict[str, Any] = {
         name: {"summary": method.summary, "settings": _defaults(method.settings)} for name, method in METHODS.items()
     }
-    listed |= {f"+{name}": {"summary": lever.summary} for name, lever in LEVERS.items()}
+    listed |= {
+        f"+{name}": {"summary": lever.summary} | ({"settings": _defaults(lever.settings)} if lever.settings else {})
+        for name, lever in LEVERS.items()
+    }
     return listed | {name: {"summary": f"does not apply: {row.reason}"} for name, row in NOT_APPLICABLE.items()}
 
 

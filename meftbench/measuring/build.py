@@ -74,7 +74,7 @@ def with_method(cell: Cell, model: nn.Module) -> Applied:
             raise UserError(cell.model, "only a transformers model is held in 4 bits", "take another precision")
         quantize(part)
     method = "+".join([cell.method, *cell.levers.names()])
-    return prepare(model, method, cell.method_params, seed=cell.seed)
+    return prepare(model, method, cell.method_params, seed=cell.seed, lever_settings=cell.lever_params)
 
 
 def step_on(

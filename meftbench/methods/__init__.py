@@ -11,6 +11,7 @@ from meftbench.backbones.patched import check_trainable
 from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
+from meftbench.catalogue.labels import read_label, split_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
@@ -18,6 +19,7 @@ from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
 from meftbench.methods.applied import NOTE, Applied, check_untouched, note_before
 from meftbench.methods.full import check_some_trained
+from meftbench.methods.levers.base import made_lever
 from meftbench.methods.whole_model import check_not_held_twice, warn_on_save
 from meftbench.strict_yaml import settings_of
 
@@ -32,7 +34,8 @@ def apply_method(
     model: a transformers model; or a module of your own with one inside. Then the transformers model inside is changed,
         and the parameters that are your own keep their `requires_grad`. save_adapter and load_adapter take only the
         transformers model inside.
-    method: a name of `meftbench list methods`, with levers joined to it by `+` ("meft1", "lora+checkpoint").
+    method: a name of `meftbench list methods`, with levers joined to it by `+` ("meft1", "lora+checkpoint"); settings
+        of either may follow in brackets ("lora(rank=4)+checkpoint(every=2)").
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
     seed: for the new weights; None: they are drawn from torch's global generator.
     module: dotted name of the transformers model in your module, needed where there are several.
@@ -41,7 +44,7 @@ def apply_method(
     Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
     model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
     """
-    if "offload" in method.split("+")[1:]:
+    if any(part.name == "offload" for part in split_label(method)[1:]):
         cure = "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)"
         raise UserError(method, "offload is not part of a model", cure)
     return prepare(model, method, settings, seed=seed, module=module).model
@@ -54,12 +57,15 @@ def prepare(
     *,
     seed: int | None = None,
     module: str | None = None,
+    lever_settings: dict[str, dict[str, Any]] | None = None,
 ) -> Applied:
     """Like `apply_method`, but return an `Applied`: the model, and what training steps and probes need besides it.
 
+    lever_settings: by lever, settings beside those in brackets.
     Where an error is raised, the model is left as it was.
     """
-    name, *levers = method.split("+")
+    (name, in_brackets), *named_levers = read_label("apply_method", method)
+    levers = {lever: given | (lever_settings or {}).get(lever, {}) for lever, given in named_levers}
     if name in NOT_APPLICABLE:
         raise UserError(
             "apply_method", f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method"
@@ -70,7 +76,8 @@ def prepare(
         if lever not in LEVERS:
             raise unknown("apply_method", "lever", lever, LEVERS)
     entry = METHODS[name]
-    checked = settings_of(name, entry.settings, settings or {})
+    checked = settings_of(name, entry.settings, in_brackets | (settings or {}))
+    lever_objects = {lever: made_lever("apply_method", lever, levers[lever]) for lever in LEVERS if lever in levers}
     trunk = trunk_of(model, module)
     check_trainable(model)
     check_untouched(model)
@@ -84,13 +91,12 @@ def prepare(
         if name == "full":
             check_some_trained(model)
         setattr(applied.model, NOTE, note)
-        for lever in LEVERS:
-            if lever in levers:
-                if lever in applied.refuses:
-                    raise UserError(method, applied.refuses[lever], f"leave {lever} out")
-                applied.levers[lever] = resolve(LEVERS[lever].home)()
-                applied.levers[lever].apply(applied)
-                note["levers"].append(lever)
+        for lever, made in lever_objects.items():
+            if lever in applied.refuses:
+                raise UserError(method, applied.refuses[lever], f"leave {lever} out")
+            applied.levers[lever] = made
+            made.apply(applied)
+            note["levers"].append(lever)
         warn_on_save(trunk.model)
         check_not_held_twice(model)
         applied.model = trunk.replaced_in(model, applied.model)

@@ -8,9 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializationInfo, field_validator, model_serializer
 
+from meftbench.catalogue.labels import label_of, read_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.models import MODELS
+from meftbench.catalogue.settings import Settings
 from meftbench.catalogue.tasks import is_own
 from meftbench.plan.axes import FIELDS, IN_LABEL, OF_TRAINING
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
@@ -61,6 +63,7 @@ class Cell(BaseModel):
     batch_size, micro_batch_size: in samples; a step has batch_size / micro_batch_size forward and backward passes
         and one optimizer step.  sequence_length: tokens per sample.
     method_params: the method's settings that differ from its defaults.
+    lever_params: by lever, its settings that differ from its defaults.
     head: the model's head, a name in catalogue.backbones.HEADS; None: the first in the backbone's entry.
     batch: the user's own function that makes the batch, as `module:function`; None: a batch is made for the model.
     device: `counted`, `cuda`, or `predicted:PROFILE`.
@@ -75,6 +78,7 @@ class Cell(BaseModel):
     method: str
     method_params: dict[str, Any] = Field(default_factory=dict)
     levers: Levers = Levers()
+    lever_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(ge=1)
     sequence_length: int = Field(ge=1)
@@ -91,9 +95,15 @@ class Cell(BaseModel):
     @classmethod
     def of(cls, method: str, **fields: Any) -> Cell:
         """A cell of `method`, such as "lora+checkpoint"; it has one micro-batch unless `micro_batch_size` is given."""
-        name, *levers = method.split("+")
-        defaults: dict[str, Any] = {"method": name, "micro_batch_size": fields.get("batch_size")}
-        return cls(**(defaults | {"levers": Levers.of(levers)} | fields))
+        (name, settings), *levers = read_label("Cell.of", method)
+        defaults: dict[str, Any] = {
+            "method": name,
+            "method_params": settings,
+            "levers": Levers.of(lever for lever, _ in levers),
+            "lever_params": {lever: params for lever, params in levers if params},
+            "micro_batch_size": fields.get("batch_size"),
+        }
+        return cls(**(defaults | fields))
 
     @cached_property
     def cell_id(self) -> str:
@@ -122,12 +132,13 @@ class Cell(BaseModel):
 
     @property
     def method_label(self) -> str:
-        """The method as tables and plots name it: `lora+checkpoint`, `meft1(adapter_size=8)`."""
-        return "+".join([_labelled(self.method, self.method_params), *self.levers.names()])
+        """The method as tables and plots name it: `lora+checkpoint`, `meft1(adapter_size=8)+checkpoint(every=2)`."""
+        levers = (label_of(name, self.lever_params.get(name, {})) for name in self.levers.names())
+        return "+".join([label_of(self.method, self.method_params), *levers])
 
     @property
     def model_label(self) -> str:
-        return _labelled(self.model, self.model_config_overrides)
+        return label_of(self.model, self.model_config_overrides)
 
     @property
     def label(self) -> str:
@@ -152,11 +163,19 @@ class Cell(BaseModel):
         """The method's validated settings, with defaults filled in."""
         return METHODS[self.method].settings.model_validate(self.method_params)
 
+    def lever_settings(self) -> dict[str, Settings]:
+        """The validated settings of each lever that is on and has any, with defaults filled in."""
+        schemas = {name: LEVERS[name].settings for name in self.levers.names()}
+        return {
+            name: schema.model_validate(self.lever_params.get(name, {})) for name, schema in schemas.items() if schema
+        }
+
     def recorded(self) -> dict[str, Any]:
         """The `cell` of a record (docs/measuring.md 2): all fields, with all settings of the method."""
         full = self.model_dump(mode="json")
         full["method_params"] = self.settings().in_full()
         full["model_config"] = full.pop("model_config_overrides")
+        full["lever_params"] = {name: settings.in_full() for name, settings in self.lever_settings().items()}
         # Programs that read records expect this name, though there is no such lever yet.
         full["levers"].setdefault("optimizer_in_backward", False)
         return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
@@ -165,9 +184,3 @@ class Cell(BaseModel):
 def value_on(cell: Cell, axis: str) -> Any:
     """The value of a cell on an axis, or of its field of that name; None: of training, which the cell lacks."""
     return getattr(cell.training if axis in OF_TRAINING else cell, FIELDS.get(axis, axis), None)
-
-
-def _labelled(name: str, settings: dict[str, Any]) -> str:
-    if not settings:
-        return name
-    return f"{name}({','.join(f'{key}={value}' for key, value in sorted(settings.items()))})"

@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.labels import read_label
+from meftbench.catalogue.levers import LEVERS, settings_for
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
+from meftbench.catalogue.settings import Settings
 from meftbench.errors import unknown
 from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
 from meftbench.plan.cell import Cell, Levers
@@ -18,7 +20,7 @@ from meftbench.plan.config_values import check_values
 from meftbench.plan.factories import check_arguments, check_own, is_factory
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
 from meftbench.plan.training import Positive
-from meftbench.strict_yaml import Document, KeyPath, name_place, named, validated, validated_part
+from meftbench.strict_yaml import Document, KeyPath, name_place, named, settings_of, validated, validated_part
 
 Named = Any  # "meft1", or {name: meft1, adapter_size: 8}
 _TYPES: dict[str, Any] = {
@@ -64,7 +66,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     model, model_settings = named(document, place["model"], values["model"], "model")
     overrides = config_of(document, place["model"], model_settings)
     check_arguments(document.where((*place["model"], "config")), overrides)
-    method, levers, params = parse_method(document, place["method"], values["method"])
+    method, params, levers, lever_params = parse_method(document, place["method"], values["method"])
     model_place = document.where(name_place(place["model"], values["model"]))
     method_place = document.where(name_place(place["method"], values["method"]))
     batch = values["batch_size"]
@@ -98,6 +100,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         method=method,
         method_params=params,
         levers=levers,
+        lever_params=lever_params,
         training=values.get("training"),
         **{FIELDS[name]: value for name, value in values.items() if name in _UNCHANGED_AXES}
         | {"micro_batch_size": micro, "attention_requested": attention},
@@ -151,30 +154,49 @@ def parse_device(where: str, device: str) -> str:
     return device
 
 
-def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Levers, dict[str, Any]]:
-    """The method, its memory optimisations (levers) and its settings that differ from their defaults.
+def parse_method(
+    document: Document, path: KeyPath, value: Any
+) -> tuple[str, dict[str, Any], Levers, dict[str, dict[str, Any]]]:
+    """The method, its settings that differ from their defaults, its levers (memory optimisations), and by lever its
+    settings that differ from their defaults.
 
-    value: such as "lora+checkpoint" or {name: meft1, adapter_size: 8}.
-    Raises UserError: a name or setting is unknown, a lever is named twice, or the method refuses it.
+    value: such as "lora+checkpoint(every=2)" or {name: meft1, adapter_size: 8}; settings may be in both forms at once.
+    Raises UserError: a name or setting is unknown, a lever or setting is named twice, or the method refuses a lever.
     """
     text, settings = named(document, path, value, "method")
-    name, *levers = text.split("+")
     place = name_place(path, value)
+    (name, in_brackets), *levers = read_label(document.where(place), text)
     if name in NOT_APPLICABLE:
         raise document.error(place, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")
     if name not in METHODS:
         raise unknown(document.where(place), "method", name, METHODS)
-    for lever in levers:
+    lever_names = [lever for lever, _ in levers]
+    for lever in lever_names:
         if lever not in LEVERS:
             raise unknown(document.where(place), "lever", lever, LEVERS)
-        if levers.count(lever) > 1:
+        if lever_names.count(lever) > 1:
             raise document.error(place, f"lever {lever!r} is named twice", "name it once")
         if name in PEFT_METHODS and lever in PEFT_METHODS[name].refuses:
             raise document.error(place, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
+    for key in in_brackets.keys() & settings.keys():
+        raise document.error((*path, key), f"is also in the brackets of {text!r}", "name it once")
     schema = METHODS[name].settings
-    checked = validated_part(document, path, settings, schema)
-    changed_settings = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return name, Levers.of(levers), changed_settings
+    where = document.where(place)
+    if in_brackets:
+        settings_of(where, schema, in_brackets)
+    checked = validated_part(document, path, in_brackets | settings, schema)
+    lever_params = {lever: _changed(settings_for(where, lever, given)) for lever, given in levers if given}
+    return (
+        name,
+        _changed(checked),
+        Levers.of(lever_names),
+        {lever: params for lever, params in lever_params.items() if params},
+    )
+
+
+def _changed(settings: Settings) -> dict[str, Any]:
+    """The settings that differ from their defaults, as plain values under their names in a suite."""
+    return settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
 
 def require(document: Document, root: KeyPath, values: dict[str, Any], *names: str) -> None:

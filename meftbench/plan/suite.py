@@ -296,5 +296,5 @@ def _matches(cell: Cell, values: dict[str, Any]) -> bool:
     """Whether the cell has all of `values`, which are as `_exclusion` gives them."""
     cell_values = {name: value_on(cell, name) for name in values}
     if "method" in values:
-        cell_values["method"] = (cell.method, cell.levers, cell.method_params)
+        cell_values["method"] = (cell.method, cell.method_params, cell.levers, cell.lever_params)
     return cell_values == values

@@ -9,12 +9,10 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from meftbench.catalogue import resolve
-from meftbench.catalogue.levers import LEVERS
 from meftbench.errors import CellFailure
 from meftbench.measuring.build import is_own
 from meftbench.measuring.step import Step, broken_loss
-from meftbench.methods.levers.base import LeverNumber, WatchedStep
+from meftbench.methods.levers.base import LeverNumber, WatchedStep, made_lever
 from meftbench.plan.cell import Cell
 from meftbench.probes.ran_again import watched
 from meftbench.records.record import Metric
@@ -28,7 +26,10 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     """
     applied = step.applied
     # A lever that the cell has and the model lacks is checked all the same: the step shows that it is missing.
-    levers = {name: applied.levers.get(name) or resolve(LEVERS[name].home)() for name in cell.levers.names()}
+    levers = {
+        name: applied.levers.get(name) or made_lever(cell.label, name, cell.lever_params.get(name, {}))
+        for name in cell.levers.names()
+    }
     in_pieces = {id(module) for lever in levers.values() for module in lever.called_in_pieces(applied)}
     calls: Counter[str] = Counter()
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.report.plots import colour, legend_beside, plain_numbers
-from meftbench.report.tables import NARROWEST, print_table
+from meftbench.report.tables import NARROWEST, parts_of, print_table
 from meftbench.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def plot_fit(rows: list[dict[str, Any]], ax: Axes) -> None:
         fitting = [row for row in rows if row["method"] == method and row["largest"]]
         # Lines drawn later at the same places would hide this one, so it is drawn wider.
         hidden = sum(sizes[later] == sizes[method] for later in methods[index + 1 :])
-        levers = method.partition("+")[2]
+        levers = "+".join(parts_of(method)[2])
         xs, ys = [row["memory_bytes"] / 2**30 for row in fitting], [row["largest"] for row in fitting]
         label = method if fitting else f"{method}: nothing fits"
         ax.plot(xs, ys, _LINES.get(levers, "-"), color=colour(method), marker="o", label=label,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
 from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE
@@ -114,7 +114,7 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
     params = last.cell.get("method_params") or {}
     row |= {name: params.get(name) for name in _REVERSIBLE} | {"side_bits": side_bits(params)}
     row |= _training(last)
-    row |= {"levers": "+".join(name for name, on in (last.cell.get("levers") or {}).items() if on)}
+    row |= {"levers": "+".join(parts_of(last.method_label)[2])}
     row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
     row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
     for name in METRICS:
@@ -160,19 +160,21 @@ def side_bits(params: Mapping[str, Any]) -> int | None:
 
 
 def parts_of(method: str) -> tuple[str, list[str], list[str]]:
-    """Name, settings and levers of a method's label: `meft1(lambda=0.5)+offload` is meft1, [lambda=0.5], [offload]."""
-    parts = re.fullmatch(r"([^(]+)\((.*)\)([^)]*)", method, re.DOTALL)
-    # Only a comma before a name ends a setting: its value may be a list with commas.
-    settings = re.split(r",(?=\w+=)", parts[2]) if parts else []
-    name, *levers = (f"{parts[1]}{parts[3]}" if parts else method).split("+")
-    return name, settings, levers
+    """Name, settings and levers of a method's label, levers with their settings in brackets: of
+    `meft1(lambda=0.5)+checkpoint(every=2)`, meft1, [lambda=0.5] and [checkpoint(every=2)]."""
+    (name, settings), *levers = split_label(method)
+    return name, settings, [_joined(lever.name, lever.settings) for lever in levers]
 
 
 def without_side_bits(method: str) -> str:
     """The label of a method without its side bits: the same for all cells of one sweep over them."""
     name, settings, levers = parts_of(method)
     rest = [setting for setting in settings if not setting.startswith("side_bits=")]
-    return "+".join([f"{name}({','.join(rest)})" if rest else name, *levers])
+    return "+".join([_joined(name, rest), *levers])
+
+
+def _joined(name: str, settings: list[str]) -> str:
+    return f"{name}({','.join(settings)})" if settings else name
 
 
 def detail_of(record: Record) -> str:

@@ -215,7 +215,7 @@ def _settings_names() -> set[str]:
 
 
 _FIELDS = (
-    (set(Cell.model_fields) - {"model_config_overrides", "method_params", "levers"})
+    (set(Cell.model_fields) - {"model_config_overrides", "method_params", "levers", "lever_params"})
     | {"weights", "model_revision", "attention_used", "label"}
     | set(LEVERS)
     | _settings_names()

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from meftbench.catalogue import resolve
+from meftbench.catalogue.levers import LEVERS, settings_for
+
 if TYPE_CHECKING:
     from meftbench.methods.applied import Applied
 
@@ -71,10 +74,20 @@ def held_at(owner: Any, attribute: str, value: object) -> Iterator[None]:
         setattr(owner, attribute, before)
 
 
+def made_lever(where: str, name: str, given: dict[str, Any]) -> Lever:
+    """A new object of the lever `name` of LEVERS, with the settings `given`. Raises UserError: they are not valid."""
+    entry = LEVERS[name]
+    lever: Lever = (
+        resolve(entry.home)(settings_for(where, name, given)) if entry.settings or given else resolve(entry.home)()
+    )
+    return lever
+
+
 class Lever(ABC):
     """One memory optimisation (lever) on one model.
 
-    A new one is a subclass in a file of its own, and an entry in LEVERS (catalogue/levers.py).
+    A new one is a subclass in a file of its own, and an entry in LEVERS (catalogue/levers.py). One with settings takes
+    them, validated, as its only argument.
     """
 
     # Whether the pre-trained model, with which a method is compared before training, is run under the lever as well.
