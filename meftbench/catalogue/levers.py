@@ -15,6 +15,7 @@ class Lever:
     """A memory optimisation (lever) that composes with any method by `+`.
 
     uncounted: why memory cannot be counted on a CPU where it is used; None: it can.
+    instead_of_reversal: whether it takes the place of reversal, and so adds nothing to a reversible method.
     settings: what can be set in brackets, as in `checkpoint(every=2)`; None: nothing. A class with settings is given
         them when it is made.
     """
@@ -23,12 +24,14 @@ class Lever:
     summary: str
     uncounted: str | None = None
     settings: type[Settings] | None = None
+    instead_of_reversal: bool = False
 
 
 LEVERS: dict[str, Lever] = {
     "checkpoint": Lever(
         "meftbench.methods.levers.checkpoint:Checkpoint",
         "keep only layer inputs and run each layer again in backward (non-reentrant); on MEFT: instead of reversal",
+        instead_of_reversal=True,
     ),
     "offload": Lever(
         "meftbench.methods.levers.offload:Offload",

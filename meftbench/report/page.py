@@ -11,6 +11,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run, unwritable, write_whole
 from meftbench.report import claims
+from meftbench.report.best import BEST_HEAD, all_best_levers
 from meftbench.report.detail import NOISE, command, headline, sections, warnings
 from meftbench.report.figures import Picture, pictures
 from meftbench.report.formats import markdown_table
@@ -115,6 +116,8 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         claims_said=claims.SAID,
         validations=_validations(runs, names),
         rows=table_rows(untrained(frame)),
+        best=all_best_levers(untrained(frame)),
+        best_head=BEST_HEAD,
         optional=_optional(untrained(frame)),
         several_models=frame["model"].nunique() > 1 if len(frame) else False,
         several_runs=len(runs) > 1,
@@ -218,6 +221,10 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     steps = untrained(frame)
     if len(steps) or len(parts) == 1:
         parts.append(_steps_markdown(steps, len(runs) > 1))
+    for best in all_best_levers(steps):
+        lines = [texts for comparison in best.comparisons for texts in comparison.texts()]
+        notes = [f"{note}." for note in best.unequal]
+        parts += [f"## Each method with its best levers: {best.title}", markdown_table(BEST_HEAD, lines), *notes]
     if claim_tables := claims.claim_tables(frame):
         parts.append(f"## The paper's claims\n\n{claims.SAID}")
     parts += [_claim_markdown(table) for table in claim_tables]

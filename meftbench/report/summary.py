@@ -11,6 +11,7 @@ from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.outcome import as_number, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run
+from meftbench.report.best import best_levers
 from meftbench.report.scores import print_quality, untrained
 from meftbench.report.tables import (
     NARROWEST,
@@ -58,6 +59,10 @@ def print_summary(run: Run, console: Console | None = None) -> None:
         out.print(Text(caption(group.frame)))
         table, least_width = _table(group, shares, out.width)
         print_table(table, out, least_width)
+        if best := best_levers(group):
+            largest = max(best.comparisons, key=lambda comparison: comparison.tokens)
+            for sentence in [largest.sentence(), *best.unequal]:
+                out.print(Text(sentence, overflow="fold"))
     if len(table_groups) > 1:
         out.print(Text("Between tables more than the method differs: do not rank across them."))
     out.print(Text(ending(run)))

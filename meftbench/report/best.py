@@ -1,0 +1,143 @@
+"""Each method with its best levers: of the cells of one shape and setting, the one of each method that peaks lowest.
+
+A method in its plain form beside another with every lever is no comparison. So a report names each method's best set of
+levers and settings, and says which levers were open to some methods only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from meftbench.catalogue.labels import split_label
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS, Meft
+from meftbench.report.tables import Group, count, groups, rows_of, shape_text, sources, wrong_gradient
+from meftbench.units import format_bytes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+PEAK, ACTIVATION, STEP = "peak_allocated_bytes", "activation_peak_bytes", "step_time_s"
+BEST_HEAD = ("at", "method", "peak", "beside the smallest", "activation", "step", "sets of levers and settings tried")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The cell of a method that peaks lowest at one shape.
+
+    label: with the method's levers and settings, and a word where its gradients are wrong.
+    peak, activation: bytes.  step: seconds; None: not taken.
+    tried: how many sets of levers and settings of this method ended ok at this shape.
+    """
+
+    method: str
+    label: str
+    peak: float
+    activation: float | None
+    step: float | None
+    source: str
+    tried: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The methods of one shape, the one that peaks lowest first. title: the shape.  tokens: of a step."""
+
+    title: str
+    tokens: int
+    rows: tuple[Best, ...]
+
+    def sentence(self) -> str:
+        """Each method with what it takes beside the smallest."""
+        first, *others = self.texts()
+        rest = "".join(f"; {text[1]} {text[3]}" for text in others)
+        return f"least peak at {self.title}: {first[1]} {first[2]}{rest}"
+
+    def texts(self) -> list[tuple[str, ...]]:
+        """The rows as BEST_HEAD names their columns."""
+        smallest = self.rows[0].peak
+        return [
+            (
+                self.title if index == 0 else "",
+                row.label,
+                f"{format_bytes(row.peak)} ({row.source})",
+                "smallest" if row.peak == smallest else f"+{row.peak / smallest - 1:.1%}",
+                "-" if row.activation is None else format_bytes(row.activation),
+                "-" if row.step is None else f"{row.step * 1e3:,.1f} ms",
+                count(row.tried),
+            )
+            for index, row in enumerate(self.rows)
+        ]
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """The comparisons of one group of cells. title: what these cells share.
+
+    unequal: sentences that say which lever was run with some of the methods only.
+    """
+
+    title: str
+    comparisons: tuple[Comparison, ...]
+    unequal: tuple[str, ...]
+
+
+def best_levers(group: Group) -> Fairness | None:
+    """A comparison for each shape of the group at which several methods ended ok, and one of them in several sets of
+    levers and settings; None: there is no such shape."""
+    found, compared = [], []
+    for title, tokens, rows in _by_shape(group.frame):
+        best = [_best(method, cells) for method, cells in _by_method(rows)]
+        if len(best) > 1 and any(row.tried > 1 for row in best):
+            found.append(Comparison(title, tokens, tuple(sorted(best, key=lambda row: row.peak))))
+            compared += rows
+    return Fairness(group.title, tuple(found), tuple(_unequal(compared))) if found else None
+
+
+def all_best_levers(frame: DataFrame) -> list[Fairness]:
+    """Those of each group of a frame that has any."""
+    return [found for group in groups(frame) if (found := best_levers(group))]
+
+
+def _by_shape(frame: DataFrame) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    shapes = frame.groupby(["batch_size", "micro_batch_size", "sequence_length"], sort=False)
+    for _, rows in shapes:
+        cells = [row for row in rows_of(rows) if row["status"] == "ok" and _known(row[PEAK])]
+        if cells and len(sources(rows, PEAK)) == 1:  # a measured peak is not ranked beside a predicted one
+            batch, micro, length = (cells[0][name] for name in ("batch_size", "micro_batch_size", "sequence_length"))
+            yield shape_text(batch, micro, length), batch * length, cells
+
+
+def _by_method(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for method in dict.fromkeys(row["method_name"] for row in rows):
+        yield method, [row for row in rows if row["method_name"] == method]
+
+
+def _best(method: str, cells: list[dict[str, Any]]) -> Best:
+    cell = min(cells, key=lambda row: row[PEAK])
+    activation, step = (cell[name] if _known(cell[name]) else None for name in (ACTIVATION, STEP))
+    tried = len({row["method"] for row in cells})
+    label = cell["method"] + (" (its gradients are wrong)" if wrong_gradient(cell) else "")
+    return Best(method, label, cell[PEAK], activation, step, cell[f"{PEAK}_source"], tried)
+
+
+def _unequal(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    run_with: dict[str, set[str]] = {}
+    for row in rows:
+        for part in split_label(row["method"])[1:]:
+            run_with.setdefault(part.name, set()).add(row["method_name"])
+    for lever, having in run_with.items():
+        open_to = [method for method in dict.fromkeys(row["method_name"] for row in rows) if _open(lever, method)]
+        if lacking := [method for method in open_to if method not in having]:
+            yield f"+{lever} was not tried with {', '.join(lacking)}"
+
+
+def _open(lever: str, method: str) -> bool:
+    reverses = method in METHODS and issubclass(METHODS[method].settings, Meft)
+    return not (reverses and lever in LEVERS and LEVERS[lever].instead_of_reversal)
+
+
+def _known(value: Any) -> bool:
+    return value is not None and value == value
