@@ -23,6 +23,7 @@ from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, S
 from meftbench.prediction.cuda_counter import PredictedStep
 from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
+from meftbench.prediction.partitioned import partitioned_instead_of_compiled
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.repeated import step_after, tell
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
@@ -151,6 +152,7 @@ def predict(
         for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(profile, versions)):
             traced.enter_context(region)
         traced.enter_context(older_rules(versions, step))
+        traced.enter_context(partitioned_instead_of_compiled(step.model))
         traced.enter_context(mode)
         counted = traced.enter_context(PredictedStep(step, remembered or Remembered(), profile, versions))
         assert counted.counter.events is not None

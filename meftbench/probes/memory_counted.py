@@ -120,9 +120,12 @@ class StorageCounter(TorchDispatchMode):
             if self.events is not None:
                 self.events.append(("book", key, 0, category, ""))
 
-    def arrived(self, gradient: Tensor) -> None:
+    def arrived(self, gradient: Tensor | None) -> None:
         """Note that `gradient` is one of a trained parameter, or a part of its sum, so that its bytes do not grow with
-        tokens. Its category does not change: it is that of the phase of its allocation until `book` is called."""
+        tokens. Its category does not change: it is that of the phase of its allocation until `book` is called. None:
+        an autograd function gave none for this parameter."""
+        if gradient is None:
+            return
         key = gradient.untyped_storage()._cdata
         entry = self._storages.get(key)
         if entry is not None:

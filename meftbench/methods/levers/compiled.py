@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,15 +30,20 @@ class Compiled:
     function: Callable[..., Tensor]
 
     def __call__(self, *args: Any) -> Tensor:
-        result: Tensor = _compiled(self.function)(*args)
+        result: Tensor = _compiled(self.function, compiler.get())(*args)
         return result
 
 
+# One graph for each input size: a graph for all sizes may round differently, and torch would switch to it when it meets
+# a second size.
+_by_torch: Callable[..., Any] = partial(torch.compile, dynamic=False)
+# What compiles a function. A prediction, which has no device to compile for, sets another.
+compiler: ContextVar[Callable[..., Any]] = ContextVar("compiler", default=_by_torch)
+
+
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # One graph for each input size: a graph for all sizes may round differently, and torch would switch to it when it
-    # meets a second size.
-    compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+def _compiled(function: Callable[..., Tensor], by: Callable[..., Any]) -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = by(function)
     return compiled
 
 
