@@ -1,20 +1,21 @@
-"""`+compile` in a trace: what a compiled region keeps for the backward pass, as torch's own partitioner decides it.
+"""`+compile` in a trace: what a compiled region keeps for the backward pass, as torch's own partitioner decides.
 
 torch.compile makes kernels for a device, which a trace has not. What a region keeps between forward and backward is
-decided before that, by a minimum cut through the graph of both (torch/_functorch/partitioners.py), from shapes alone. So
-here both graphs of that partition run operator by operator. What is held between forward and backward is that of the
+decided before that, by a minimum cut through the graph of both (torch/_functorch/partitioners.py), from shapes alone.
+So here both graphs of that partition run operator by operator. What is held between forward and backward is that of the
 compiled model. What is held within a region is more: kernels that fuse operators need not hold what these pass on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -33,9 +34,8 @@ class _Called(nn.Module):
         self.constants = [None if isinstance(leaf, Tensor | nn.Module) else leaf for leaf in leaves]
 
     def forward(self, tensors: dict[int, Tensor]) -> Any:
-        leaves = [
-            tensors.get(n, self.inner[str(n)] if str(n) in self.inner else c) for n, c in enumerate(self.constants)
-        ]
+        given: dict[int, Any] = {**tensors, **{int(n): module for n, module in self.inner.items()}}
+        leaves = [given.get(n, constant) for n, constant in enumerate(self.constants)]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return self.function(*args, **kwargs)
 
@@ -73,6 +73,12 @@ def _look(item: tuple[Any, Tensor]) -> Any:
     return name, tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
 
 
+def _fake_mode_of(tensors: dict[int, Tensor]) -> AbstractContextManager[object]:
+    """The mode of the tensors where they are fake ones, so that what operators make without arguments is fake too."""
+    modes = (tensor.fake_mode for tensor in tensors.values() if isinstance(tensor, FakeTensor))
+    return next(modes, nullcontext())
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -94,7 +100,7 @@ def _partition(called: _Called, own: dict[str, Tensor], tensors: dict[int, Tenso
         partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table(),
     )
-    with _disable_current_modes(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    with _disable_current_modes(), _fake_mode_of(tensors), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         graphs(own, tensors)
     return graphs
 
