@@ -4,8 +4,8 @@ It is registered with transformers under the name PACKED, and gets the samples' 
 model's forward, which transformers passes on to attention. transformers makes no mask for an attention of one's own.
 
 Where it applies (`takes_varlen`), one kernel runs over the whole row: torch.nn.attention.varlen.varlen_attn, of flash
-attention 2. Elsewhere transformers' sdpa attention runs over each sample by itself, those of one length that follow each
-other together as a batch. Neither holds a mask of the row, whose size would be the square of its tokens.
+attention 2. Elsewhere transformers' sdpa attention runs over each sample by itself, and over samples of one length that
+follow each other as over a batch. Neither holds a mask of the row, whose size would be the square of its tokens.
 
 Shape suffixes: H heads, T tokens of a row, E size of a head; N samples of one length, L tokens of each.
 """

@@ -1,4 +1,4 @@
-"""Packed batches: the samples of a micro-batch end to end in one row, without padding, and the step that trains on them.
+"""Packed batches: the samples of a micro-batch end to end in one row, without padding, and the step that trains on it.
 
 A packed row has the positions of each sample from 0 on, and a label that is left out at the first token of each, since
 nothing before it in its sample predicts it. So the loss is a mean over the same tokens as that of a padded batch, and

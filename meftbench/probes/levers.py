@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from meftbench.backbones.packed import rows_read
 from meftbench.catalogue import resolve
 from meftbench.catalogue.levers import LEVERS
 from meftbench.errors import CellFailure
-from meftbench.backbones.packed import rows_read
 from meftbench.measuring.build import is_own
 from meftbench.measuring.packing import PackedStep, packing_fault
 from meftbench.measuring.step import Step, broken_loss
