@@ -194,7 +194,7 @@ def _shared(frame: DataFrame) -> str:
     parts += [
         f"{_setting_name(name)} {first[name]}"
         for name in _SETTING
-        if name not in differing and first[name] not in (None, False)
+        if name not in differing and not (first[name] is None or first[name] is False)
     ]
     return ", ".join(parts)
 
