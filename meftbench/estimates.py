@@ -165,7 +165,8 @@ def estimate(
     for_versions: such as "torch=2.4,transformers=4.48", where a rule is known to differ; empty: the newest.
     allow_code: whether the user's own functions that make models and batches may be called.
     tell: called with lines of progress.
-    axes: further values of the cell: precision, micro_batch_size, attention, head, optimizer, batch; None: the default.
+    axes: further values of the cell: precision, micro_batch_size, attention, head, optimizer, packing, batch; None: the
+        default.
 
     Raises UserError: a name is unknown, a value is out of its range, or the model or method cannot be predicted.
     """

@@ -89,6 +89,12 @@ class Versions:
         return self.torch is None or self.torch >= (2, 10)
 
     @property
+    def has_varlen_attention(self) -> bool:
+        """Whether torch has attention over sequences of different lengths with windows and shared heads of keys: since
+        torch 2.12 (torch/nn/attention/varlen.py)."""
+        return self.torch is None or self.torch >= (2, 12)
+
+    @property
     def repeats_keys(self) -> bool:
         """Whether keys and values that heads of queries share are repeated before attention: before torch 2.5, whose
         attention takes them as they are, and before transformers 4.55, which asks it to (pull request 39412)."""

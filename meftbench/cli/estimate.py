@@ -22,6 +22,7 @@ from meftbench.cli.options import (
     Model,
     Optimizer,
     Override,
+    Packing,
     Precision,
     ProfileName,
     Quiet,
@@ -43,6 +44,7 @@ def estimate(
     attention: Attention = None,
     head: Head = None,
     optimizer: Optimizer = None,
+    packing: Packing = None,
     config: Override = None,
     settings: Setting = None,
     batch: Batch = None,
@@ -78,6 +80,7 @@ def estimate(
         attention=attention,
         head=head,
         optimizer=optimizer,
+        packing=packing,
     )
     answer = prediction.to_json()
     if as_json:

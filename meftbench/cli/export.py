@@ -19,6 +19,7 @@ from meftbench.cli.options import (
     MicroBatchSize,
     Optimizer,
     Override,
+    Packing,
     Precision,
     ProfileName,
     Quiet,
@@ -78,6 +79,7 @@ def export(
     attention: Attention = None,
     head: Head = None,
     optimizer: Optimizer = None,
+    packing: Packing = None,
     config: Override = None,
     settings: Setting = None,
     batch: Batch = None,
@@ -104,7 +106,8 @@ def export(
 
     tell = progress(quiet)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
-    rest = {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer, "batch": batch}
+    rest = {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer, "packing": packing}
+    rest |= {"batch": batch}
     if (Path(what) / RECORDS).is_file():
         for name, value in {**shape, **rest, "config": config, "set": settings}.items():
             if value is not None:

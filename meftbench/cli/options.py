@@ -36,6 +36,7 @@ MicroBatchSize = Annotated[int | None, typer.Option(min=1, help=AXES["micro_batc
 Precision = Annotated[str | None, typer.Option(help=AXES["precision"].help)]
 Attention = Annotated[str | None, typer.Option(help=AXES["attention"].help)]
 Head = Annotated[str | None, typer.Option(help=AXES["head"].help)]
+Packing = Annotated[bool | None, typer.Option("--packing", help=AXES["packing"].help)]
 Optimizer = Annotated[str | None, typer.Option(help=AXES["optimizer"].help)]
 Override = Annotated[
     list[str] | None, typer.Option("--config", metavar="KEY=VALUE", help="Overrides the model's configuration.")

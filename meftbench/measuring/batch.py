@@ -59,7 +59,7 @@ def resident_batch(
         else _text_tokens(text_from, batch_size, sequence_length)
     )
     mask = torch.ones_like(ids)
-    real = max(1, round(sequence_length * (1 - padding)))
+    real = real_tokens(sequence_length, padding)
     ids[:, real:] = config.pad_token_id or 0
     mask[:, real:] = 0
     if config.is_encoder_decoder:
@@ -69,6 +69,11 @@ def resident_batch(
     else:
         labels = _classes(config, batch_size, generator)
     return {name: t.to(device) for name, t in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
+
+
+def real_tokens(sequence_length: int, padding: float) -> int:
+    """Tokens of a sample that are not padding, at least one. padding: the share that is."""
+    return max(1, round(sequence_length * (1 - padding)))
 
 
 def _classes(config: Any, batch_size: int, generator: torch.Generator) -> Tensor:

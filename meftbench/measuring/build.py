@@ -6,7 +6,7 @@ between them (device, data) is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.backbones.own import head_of_own, transformers_part
+from meftbench.backbones.packed import read_packed_rows
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
 from meftbench.measuring.batch import own_batch, resident_batch
+from meftbench.measuring.packing import STARTS, PackedStep, packed, starts_of, without_padding
 from meftbench.measuring.step import OwnStep, Step
 from meftbench.methods import Applied, prepare
 from meftbench.plan.cell import Cell
@@ -38,7 +40,7 @@ def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
     applied = with_method(cell, model)
     applied.model.to(device)
     batch, extra = batch_of(cell, model, cell.batch_size, device, padding)
-    return step_on(cell, applied, batch, device, kind=OwnStep if is_own(cell) else Step, **extra)
+    return step_on(cell, applied, batch, device, kind=kind_of_step(cell), **extra)
 
 
 def built_model(cell: Cell, name: str | None = None, *, num_labels: int | None = None) -> nn.Module:
@@ -60,6 +62,8 @@ def built_model(cell: Cell, name: str | None = None, *, num_labels: int | None =
     part = transformers_part(model)
     if part is not None:
         part.config.use_cache = False  # a training step reads no cache, and a decoder would fill one
+    if cell.packing:
+        read_packed_rows(cell.label, model)
     return model
 
 
@@ -107,6 +111,11 @@ def step_on(
     )
 
 
+def kind_of_step(cell: Cell) -> type[Step]:
+    """The class of the cell's step."""
+    return PackedStep if cell.packing else OwnStep if is_own(cell) else Step
+
+
 def is_own(cell: Cell) -> bool:
     """Whether the cell's model or its batch comes from the user's own function."""
     return cell.batch is not None or is_factory(cell.model)
@@ -120,6 +129,8 @@ def attention_used(cell: Cell, operators: Iterable[str]) -> str:
     fused = ", ".join(sorted(operators))
     if cell.attention_requested == OWN_ATTENTION:
         return f"sdpa: {fused}" if fused else "no fused kernel"
+    if cell.packing:
+        return f"sdpa, packed: {fused or 'math'}"
     return f"sdpa: {fused or 'math'}" if cell.attention_requested == "sdpa" else cell.attention_requested
 
 
@@ -133,7 +144,7 @@ def batch_of(
     text: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The resident batch for a cell's `model`, of `batch_size` samples; and further arguments of its step: `constants`
-    for an OwnStep, if the batch is the user's own.
+    for an OwnStep, if the batch is the user's own; `lengths` for a PackedStep.
 
     text: whether pre-trained weights get text, for which their tokenizer is loaded; a trace needs shapes alone.
     Raises UserError: the user's own batch is invalid, or the user's own model needs one and the cell has none.
@@ -151,12 +162,24 @@ def batch_of(
         model,
         batch_size,
         cell.sequence_length,
-        device,
+        torch.device("cpu") if cell.packing else device,
         text_from=tokenizer_of(cell.model) if text else None,
         padding=padding,
         seed=cell.seed,
     )
-    return batch, {}
+    return packed_batch(cell, without_padding(batch), device) if cell.packing else (batch, {})
+
+
+def packed_batch(
+    cell: Cell, rows: Sequence[Mapping[str, Any]], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The resident batch of a packed cell, and the further arguments of its step.
+
+    rows: input_ids and labels of each sample, without padding.
+    """
+    batch, lengths = packed(rows)
+    batch[STARTS] = starts_of(lengths, min(cell.micro_batch_size, len(lengths)))
+    return {name: tensor.to(device) for name, tensor in batch.items()}, {"lengths": lengths}
 
 
 def build_optimizer(cell: Cell, parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.Optimizer:

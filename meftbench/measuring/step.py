@@ -66,6 +66,12 @@ class Step:
         mask = self.batch.get("attention_mask")
         return self.batch_size * self.sequence_length if mask is None else int(mask.sum())
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, without padding."""
+        mask = self.batch.get("attention_mask")
+        return self.sequence_length if mask is None else int(mask.sum(1).max())
+
     def run(self, mark: Mark = _unmarked) -> float:
         """One step; the loss of the batch. `mark` is called with a phase's name when it begins, and with "end"."""
         loss = self.forward_backward(mark)
@@ -110,6 +116,16 @@ class Step:
         """The model's loss (a scalar) of some samples of the batch."""
         loss: Tensor = self.model(**samples).loss
         return loss
+
+    def whole(self) -> dict[str, Any]:
+        """The arguments of forward for the whole batch at once, and those that are the same for all samples."""
+        return {**self._samples(0, self.batch_size), **self.constants}
+
+    @property
+    def labels_at_once(self) -> int:
+        """Positions in the labels of one micro-batch; 0: there are no labels."""
+        labels = self._samples(0, self.micro_batch_size).get("labels")
+        return 0 if labels is None else labels.numel()
 
     def _samples(self, start: int, stop: int) -> dict[str, Tensor]:
         return {name: tensor[start:stop] for name, tensor in self.batch.items()}

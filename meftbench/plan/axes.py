@@ -21,24 +21,27 @@ class Axis:
     """One axis of a sweep.
 
     kind: what its values are: `named`, a name that may have settings; `size`, a whole number from 1; `natural`, a whole
-        number from 0; `positive`, a positive number; `text`; `choice`, one of `known`, which the JSON Schema lists.
+        number from 0; `positive`, a positive number; `flag`, true or false; `text`; `choice`, one of `known`, which the
+        JSON Schema lists.
     known: the allowed values with their meanings; None: any value, or the values are checked elsewhere.
     field: the field of a cell that holds the value, where it is not named like the axis.
     of_training: whether the value is a field of the cell's training, which a cell without a task does not have.
     in_grid: whether it is a key of `grid`; tasks are not, they have the key `tasks` in a suite.
     in_label: whether a cell's label names a value that is not the default.
+    word: what the label says where a flag is true.
     column: its part in tables: `shape`, a part of the shape; `setting`, something else in which cells must agree before
         their methods are compared; None: neither.
     help: of the option that the commands that predict have for it; None: no option, or one that each command declares.
     fitted: whether `fit` has this option as well.
     """
 
-    kind: Literal["named", "size", "natural", "positive", "choice", "text"] = "text"
+    kind: Literal["named", "size", "natural", "positive", "flag", "choice", "text"] = "text"
     known: Mapping[str, str] | None = None
     field: str | None = None
     of_training: bool = False
     in_grid: bool = True
     in_label: bool = False
+    word: str = ""
     column: Literal["shape", "setting"] | None = None
     help: str | None = None
     fitted: bool = False
@@ -68,6 +71,13 @@ AXES: dict[str, Axis] = {
     ),
     "optimizer": Axis(known=OPTIMIZERS, in_label=True, column="setting", help="adamw (the default) or sgd."),
     "optimizer_impl": Axis("choice", known=OPTIMIZER_IMPLEMENTATIONS, in_label=True, column="setting"),
+    "packing": Axis(
+        "flag",
+        in_label=True,
+        word="packed",
+        column="setting",
+        help="Lay samples end to end in one row, without padding.",
+    ),
     "device": Axis(column="setting"),
     "seed": Axis("natural", column="setting"),
     "task": Axis("named", of_training=True, in_grid=False, column="setting"),
@@ -78,6 +88,8 @@ AXES: dict[str, Axis] = {
 # By name of an axis, the field of a cell (or of its training) that holds the value.
 FIELDS = {name: axis.field or name for name, axis in AXES.items()}
 OF_TRAINING = tuple(name for name, axis in AXES.items() if axis.of_training)
+# By field of a flag, what a label says where it is true.
+WORDS = {FIELDS[name]: axis.word for name, axis in AXES.items() if axis.kind == "flag"}
 IN_LABEL = tuple(FIELDS[name] for name, axis in AXES.items() if axis.in_label)
 SHAPE = tuple(FIELDS[name] for name, axis in AXES.items() if axis.column == "shape")
 SETTINGS = tuple(FIELDS[name] for name, axis in AXES.items() if axis.column == "setting")

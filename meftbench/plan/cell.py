@@ -14,7 +14,7 @@ from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.models import MODELS
 from meftbench.catalogue.settings import Settings
 from meftbench.catalogue.tasks import is_own
-from meftbench.plan.axes import FIELDS, IN_LABEL, OF_TRAINING
+from meftbench.plan.axes import FIELDS, IN_LABEL, OF_TRAINING, WORDS
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
 from meftbench.plan.identity import digest, place
 from meftbench.plan.models import RANDOM, is_path, split_name
@@ -65,6 +65,7 @@ class Cell(BaseModel):
     method_params: the method's settings that differ from its defaults.
     lever_params: by lever, its settings that differ from its defaults.
     head: the model's head, a name in catalogue.backbones.HEADS; None: the first in the backbone's entry.
+    packing: whether the samples of a micro-batch are laid end to end in one row, without padding.
     batch: the user's own function that makes the batch, as `module:function`; None: a batch is made for the model.
     device: `counted`, `cuda`, or `predicted:PROFILE`.
     training: for a fine-tuning run, the task and how the cell is trained on it until it is scored; None: only steps are
@@ -87,6 +88,7 @@ class Cell(BaseModel):
     attention_requested: str = "sdpa"
     optimizer: str = "adamw"
     optimizer_impl: str | None = None
+    packing: bool = False
     device: str = "counted"
     seed: int = 0
     training: Training | None = None
@@ -145,7 +147,7 @@ class Cell(BaseModel):
         """MODEL/METHOD/bBATCH/sLENGTH, and what differs from the defaults; the globs of budgets match it."""
         fields = type(self).model_fields
         rest = [
-            str(getattr(self, name))
+            WORDS.get(name) or str(getattr(self, name))
             for name in IN_LABEL
             if getattr(self, name) not in (fields[name].default, OWN_ATTENTION)
         ]

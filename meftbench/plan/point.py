@@ -13,12 +13,13 @@ from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
 from meftbench.catalogue.settings import Settings
-from meftbench.errors import unknown
+from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
 from meftbench.plan.factories import check_arguments, check_own, is_factory
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
+from meftbench.plan.packing import check_packing
 from meftbench.plan.training import Positive
 from meftbench.strict_yaml import Document, KeyPath, name_place, named, settings_of, validated, validated_part
 
@@ -28,6 +29,7 @@ _TYPES: dict[str, Any] = {
     "size": Annotated[int, Field(ge=1)],
     "natural": Annotated[int, Field(ge=0)],
     "positive": Positive,
+    "flag": bool,
     "text": str,
 }
 
@@ -94,6 +96,11 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     taken = positions_taken(method, params)
     check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"], taken)
     attention = attention_of(document.where(place["attention"]), model, overrides, values.get("attention"))
+    if values.get("packing"):
+        where = document.where(place["packing"])
+        check_packing(where, model, overrides, values.get("head"), method, attention, batch=values.get("batch"))
+        if values.get("training") is not None and values["training"].batches == "full":
+            raise UserError(where, "rows without padding cannot be padded to batches: full", "leave one of them out")
     return Cell(
         model=model,
         model_config_overrides=overrides,

@@ -12,7 +12,7 @@ Shape suffixes: B samples, H heads, Q and K positions of queries and keys, E siz
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meftbench.backbones import packed
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.prediction.cuda_autocast import cuda_autocast
@@ -35,6 +36,7 @@ def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]
     patches: list[AbstractContextManager[Any]] = [
         mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability, versions.prefers_cudnn_attention)),
+        mock.patch.object(packed, "takes_varlen", _takes_varlen(capability, versions)),
         cuda_autocast(),
         # Triton compiles for compute capability 7.0 and later.
         as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
@@ -116,6 +118,16 @@ class _Attention:
                 query, key, value, bias, compute_log_sumexp, dropout_p, is_causal, scale=scale
             )[0]
         return _attention_of_products(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _takes_varlen(capability: tuple[int, ...], versions: Versions) -> Callable[[Tensor, float], bool]:
+    """`packed.takes_varlen` on a device of that capability: whether packed rows are read by one kernel. Its allocations
+    are those of torch's own fake operator (torch/nn/attention/varlen.py), and of scratch.py."""
+
+    def takes(query: Tensor, dropout: float) -> bool:
+        return versions.has_varlen_attention and capability >= (8, 0) and packed.fits_varlen(query, dropout)
+
+    return takes
 
 
 def attention_kernel(

@@ -136,6 +136,7 @@ def predict(
     remembered: Remembered | None = None,
     applied: Applied | None = None,
     versions: Versions = NOW,
+    padding: float = 0.0,
 ) -> Predicted:
     """The memory of `cell` on the device of `profile`. The first step is traced; later ones are derived from it.
 
@@ -143,11 +144,14 @@ def predict(
     given back after the warm-up, as it is when a cell is measured.  remembered: results of operators on meta tensors in
     other traces.  applied: of `trace.uncomputed_model`; unless the cell's precision is autocast, it may have been
     traced in another shape before. None: it is built.  versions: of torch and transformers, whose rules are taken.
+    padding: of a packed cell, the share of each sequence that is left out; others have none.
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
     on_meta = cell.precision not in AUTOCAST
-    step, mode = uncomputed_step(cell, foreach=versions.foreach_optimizer, on_meta=on_meta, applied=applied)
+    step, mode = uncomputed_step(
+        cell, foreach=versions.foreach_optimizer, on_meta=on_meta, applied=applied, padding=padding
+    )
     with ExitStack() as traced:
         for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(profile, versions)):
             traced.enter_context(region)
@@ -189,12 +193,19 @@ def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], d
 
     The replay uses the protocol's allocator settings and memory limit.
     Raises CellFailure (oom) where the device's memory does not suffice, UserError as `predict` does, and where
-    sequences are to be padded: a trace has no attention mask, and with a mask other attention kernels would run.
+    sequences are to be padded: a trace has no attention mask, and with a mask other attention kernels would run. A
+    packed cell leaves the padding out, and is predicted.
     """
     profile = find_profile(cell.device.partition(":")[2])
-    if protocol.padding and not image_tokens(known_config(cell.model, cell.model_config_overrides) or {}):
+    padded = protocol.padding and not cell.packing
+    if padded and not image_tokens(known_config(cell.model, cell.model_config_overrides) or {}):
         what = f"padding ({protocol.padding:g} of each sequence) cannot be predicted"
-        raise UserError(cell.label, what, "set `padding: 0` in the protocol, or measure it")
+        raise UserError(cell.label, what, "set `padding: 0` in the protocol, measure it, or take packing: true")
+    if cell.packing and cell.training is not None:
+        what = "rows of a task that are packed are as long as its texts, which a prediction does not read"
+        raise UserError(
+            cell.label, what, "predict it with packing: false, as the most that it takes, or without a task"
+        )
     capacity = profile.memory_bytes - profile.context_bytes
     if protocol.memory_limit is not None:
         capacity = min(capacity, protocol.memory_limit)
@@ -206,6 +217,7 @@ def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], d
         steps=max(1, protocol.steps),
         settings=settings,
         settle=True,
+        padding=protocol.padding,
     )
     if (failed := predicted.replayed.oom) is not None:
         raise CellFailure(

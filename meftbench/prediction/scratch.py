@@ -1,7 +1,8 @@
 """Scratch memory: what CUDA kernels allocate for themselves while they run, beside what their operators return.
 
 Every rule names the source that it was read from (torch 2.6 to 2.13). A rule gives the pieces that a kernel allocates,
-in order. Shape suffixes: B samples, H heads, Q and K positions of queries and keys, E size of a head.
+in order. Shape suffixes: B samples, H heads, Q and K positions of queries and keys, T tokens of all samples, E size of
+a head.
 """
 
 from __future__ import annotations
@@ -54,11 +55,33 @@ def _flash_backward(args: tuple[Any, ...], _gpu: Gpu) -> list[Piece]:
     query, key = args[1], args[2]
     batch, heads, length, size = query.shape
     rows = -(-length // 128) * 128
-    width = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
-    pieces = [Piece(batch * rows * heads * width * 4), Piece(batch * heads * rows * 4)]
+    pieces = [Piece(batch * rows * heads * _flash_width(size) * 4), Piece(batch * heads * rows * 4)]
     if heads != key.shape[1]:
         pieces += [Piece(batch * key.shape[2] * heads * size * query.dtype.itemsize)] * 2
     return pieces
+
+
+def _varlen_forward(_args: tuple[Any, ...], _gpu: Gpu) -> list[Piece]:
+    """flash_attn/flash_api.cpp, mha_varlen_fwd: what a random state would be kept in; there is no dropout. The output
+    and the log-sum-exp, one float32 for each query and head, are results of the operator."""
+    return [Piece(16), Piece(8)]
+
+
+def _varlen_backward(args: tuple[Any, ...], _gpu: Gpu) -> list[Piece]:
+    """flash_attn/flash_api.cpp, mha_varlen_bwd: as `_flash_backward`, over the tokens of all samples and 128 rows more
+    for each sample."""
+    query_THE, key_THE, starts = args[1], args[2], args[6]
+    tokens, heads, size = query_THE.shape
+    rows = tokens + 128 * (starts.numel() - 1)
+    pieces = [Piece(rows * heads * 4), Piece(rows * heads * _flash_width(size) * 4)]
+    if heads != key_THE.shape[1]:
+        pieces += [Piece(key_THE.shape[0] * heads * size * query_THE.dtype.itemsize)] * 2
+    return pieces
+
+
+def _flash_width(size: int) -> int:
+    """The size of a head, rounded up as flash attention's backward pass holds dq."""
+    return -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
 
 
 def _cudnn_backward(args: tuple[Any, ...], _gpu: Gpu) -> list[Piece]:
@@ -198,6 +221,8 @@ def _reduction(name: str) -> Rule:
 _RULES: dict[str, Rule] = {
     "_scaled_dot_product_flash_attention_backward": _flash_backward,
     "_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
+    "_varlen_attn": _varlen_forward,
+    "_varlen_attn_backward": _varlen_backward,
     "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
     "embedding_dense_backward": _embedding_backward,
     "index_put": _sorted_indices,

@@ -23,7 +23,8 @@ from meftbench.backbones.own import transformers_part
 from meftbench.backbones.quantize import STATISTICS, pack_without_values
 from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.errors import UserError, one_line
-from meftbench.measuring.build import batch_of, built_model, is_own, step_on, with_method
+from meftbench.measuring.build import batch_of, built_model, is_own, kind_of_step, step_on, with_method
+from meftbench.measuring.packing import STARTS, PackedStep
 from meftbench.measuring.step import Mark, OwnStep, Step
 from meftbench.methods import Applied
 from meftbench.own_code import blamed, load
@@ -35,14 +36,15 @@ from meftbench.prediction.peft_shapes import peft_without_values
 from meftbench.probes.memory_counted import CountedStep, Observed
 
 
-def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
+def count_uncomputed(cell: Cell, warmup: int = 1, padding: float = 0.0) -> Observed:
     """What a trace of a step of `cell` on the CPU counts, after `warmup` other steps; no sequence has padding.
 
+    padding: of a packed cell, the share of each sequence that is left out.
     Without warm-up there is no optimizer state yet, which is no part of activation memory.
 
     Raises UserError where the cell cannot be built, as `build_step` does, or where its forward reads tensors' values.
     """
-    step, mode = uncomputed_step(cell)
+    step, mode = uncomputed_step(cell, padding=padding)
     with blamed_step(cell), named_refusals(cell), mode, CountedStep(step) as counted:
         for _ in range(warmup):
             counted.run()
@@ -51,8 +53,9 @@ def count_uncomputed(cell: Cell, warmup: int = 1) -> Observed:
 
 @contextmanager
 def _without_packing() -> Iterator[None]:
-    """Within it, transformers does not read from position ids whether several texts are packed into a sequence: here
-    none are, and a trace has no values to read (it would take fake tensors for packed texts, and make a mask)."""
+    """Within it, transformers does not read from position ids whether several texts are packed into a sequence: a trace
+    has no values to read (it would take fake tensors for packed texts, and make a mask). Where a cell is packed,
+    attention is told the lengths instead (backbones/packed.py)."""
     with ExitStack() as stack:
         if hasattr(masking_utils, "find_packed_sequence_indices"):
             # Not a Mock, which would keep the tensors that it was called with.
@@ -137,7 +140,12 @@ def uncomputed_model(cell: Cell) -> Applied:
 
 
 def uncomputed_step(
-    cell: Cell, *, foreach: bool | None = None, on_meta: bool = False, applied: Applied | None = None
+    cell: Cell,
+    *,
+    foreach: bool | None = None,
+    on_meta: bool = False,
+    applied: Applied | None = None,
+    padding: float = 0.0,
 ) -> tuple[Step, AbstractContextManager[object]]:
     """The step of `cell` with fake tensors on the CPU, and the mode to enter around it.
 
@@ -145,6 +153,7 @@ def uncomputed_step(
     on_meta: with tensors on torch's meta device instead, which is ten times faster, knows no autocast, and whose
         operators are those of no device in particular: callers replace those that differ (overlay.py).
     applied: of `uncomputed_model`; with on_meta it may have been traced in another shape before. None: it is built.
+    padding: of a packed cell, the share of each sequence that is left out; others have none.
     Raises UserError: the model cannot be built, the method does not fit it, padding in the user's batch.
     """
     applied = applied or uncomputed_model(cell)
@@ -156,13 +165,16 @@ def uncomputed_step(
     else:
         _to_host(applied.model)
     # One sample with values; the whole batch might not fit this machine's memory.
-    sample, extra = batch_of(cell, model, 1, torch.device("cpu"), text=False)
+    sample, extra = batch_of(cell, model, 1, torch.device("cpu"), padding if cell.packing else 0.0, text=False)
     _check_unpadded(cell, model, sample)
+    shapes = {name: (cell.batch_size, *tensor.shape[1:]) for name, tensor in sample.items()}
+    if cell.packing:
+        extra["lengths"] *= cell.batch_size
+        shapes = dict.fromkeys(sample, (1, sum(extra["lengths"])))
+        shapes[STARTS] = (cell.batch_size // cell.micro_batch_size, cell.micro_batch_size + 1)
     with mode:
         batch = {
-            name: torch.empty(
-                (cell.batch_size, *tensor.shape[1:]), dtype=tensor.dtype, device="meta" if on_meta else "cpu"
-            )
+            name: torch.empty(shapes[name], dtype=tensor.dtype, device="meta" if on_meta else "cpu")
             for name, tensor in sample.items()
         }
     if on_meta and "constants" in extra:
@@ -170,7 +182,7 @@ def uncomputed_step(
             name: value.to("meta") if isinstance(value, Tensor) else value for name, value in extra["constants"].items()
         }
         extra = {"constants": constants}
-    device, step_class = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
+    device, step_class = torch.device("meta" if on_meta else "cpu"), _UNCOMPUTED[kind_of_step(cell)]
     step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
     return step, _entered(mode, _values_of_peft(cell), *([unfused_products()] if on_meta else []))
 
@@ -286,3 +298,10 @@ class _UncomputedOwn(_Uncomputed, OwnStep):
         # What the user's own module does with its mask is not known; it may need it.
         of_transformers = transformers_part(self.model) is getattr(self.model, "get_base_model", lambda: self.model)()
         return super()._samples(start, stop) if of_transformers else Step._samples(self, start, stop)
+
+
+class _UncomputedPacked(_Uncomputed, PackedStep):
+    """A step on packed rows whose tensors have no values."""
+
+
+_UNCOMPUTED: dict[type[Step], type[Step]] = {Step: _Uncomputed, OwnStep: _UncomputedOwn, PackedStep: _UncomputedPacked}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from meftbench.backbones import base_of
 from meftbench.errors import CellFailure
 from meftbench.measuring.build import build_step
-from meftbench.measuring.step import Step
+from meftbench.measuring.step import OwnStep, Step
 from meftbench.methods.applied import predicts_tokens
 from meftbench.plan.cell import Cell, Levers
 from meftbench.probes.subject import Subject
@@ -100,8 +100,8 @@ def _evaluating(step: Step) -> Iterator[None]:
 def last_hidden_state(step: Step) -> Tensor:
     """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
     base = base_of(_without_peft(step.model))
-    inputs = {name: value for name, value in {**step.batch, **step.constants}.items() if name != "labels"}
-    if step.constants or type(step) is not Step:  # the user's own batch may hold what only the head takes
+    inputs = {name: value for name, value in step.whole().items() if name != "labels"}
+    if isinstance(step, OwnStep):  # the user's own batch may hold what only the head takes
         accepted = inspect.signature(base.forward).parameters
         inputs = {name: value for name, value in inputs.items() if name in accepted}
     with _evaluating(step):

@@ -9,8 +9,10 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from meftbench.backbones.packed import rows_read
 from meftbench.errors import CellFailure
 from meftbench.measuring.build import is_own
+from meftbench.measuring.packing import PackedStep, packing_fault
 from meftbench.measuring.step import Step, broken_loss
 from meftbench.methods.levers.base import LeverNumber, WatchedStep, made_lever
 from meftbench.plan.cell import Cell
@@ -40,13 +42,15 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         for lever in levers.values():
             stack.enter_context(lever.watched(applied))
         runs = stack.enter_context(watched(step))
+        rows = stack.enter_context(rows_read())
         loss = float(step.forward_backward())
     ratio = (calls["forward"] + calls["backward"]) / calls["forward"] if calls["forward"] else 1.0
     zero, collapsed = _check_gradients(step, own=is_own(cell))
     collapsed = collapsed or broken_loss(loss)
     step.optimizer.zero_grad(set_to_none=True)
-    labels = step.batch.get("labels", torch.empty(0))[: step.micro_batch_size].numel()
-    watched_step = WatchedStep(applied, runs, labels)
+    if isinstance(step, PackedStep) and (fact := packing_fault(step, rows)):
+        raise _not_engaged("packing", fact)
+    watched_step = WatchedStep(applied, runs, step.labels_at_once)
     for name, lever in levers.items():
         if fact := lever.missing(watched_step):
             raise _not_engaged(name, fact)
@@ -184,9 +188,7 @@ def _truly_zero(step: Step, name: str) -> bool:
     if name.endswith(("key.bias", "k_proj.bias")):
         return True
     # A single key gets all the attention whatever its score: the gradients of queries and keys are zero then.
-    mask = step.batch.get("attention_mask")
-    one_token = mask is not None and int(mask.sum(1).max()) == 1
-    return one_token and any(part in name for part in ("query", "key", "q_proj", "k_proj", "q_norm", "k_norm"))
+    return step.longest == 1 and any(part in name for part in ("query", "key", "q_proj", "k_proj", "q_norm", "k_norm"))
 
 
 def _not_engaged(lever: str, fact: str) -> CellFailure:

@@ -95,7 +95,7 @@ class StorageCounter(TorchDispatchMode):
 
     def returned(self, name: str, result: Any) -> None:
         """Count the new storages in `result`, which the operator `name` returned."""
-        if "dot_product" in name and "backward" not in name:
+        if ("dot_product" in name or "varlen_attn" in name) and "backward" not in name:
             self.attention_kernels.add(name.partition(".")[0].strip("_"))
         category = _BORN_IN.get(self.phase, "other")
         self._op = name

@@ -282,7 +282,9 @@ def headline(record: Record) -> list[str]:
     ended = ": ".join(part for part in (record.status, message) if part) + (f" ({facts})" if facts else "")
     cell = record.cell
     names = (*with_used(IN_LABEL), "device", "weights")
-    settings = ", ".join(f"{name} {cell[name]}" for name in names if cell.get(name) is not None)
+    settings = ", ".join(
+        f"{name} {cell[name]}" for name in names if not (cell.get(name) is None or cell[name] is False)
+    )
     params = ", ".join(f"{k}={v}" for k, v in (cell.get("method_params") or {}).items() if v is not None)
     return [
         f"{ended}; {record.wall_s:.1f} s on {record.host} at {record.started_at}",

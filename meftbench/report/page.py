@@ -195,7 +195,9 @@ def _shared(frame: DataFrame) -> str:
     first, differing = next(rows_of(frame)), _differing(frame)
     parts = [str(first["model"])] if frame["model"].nunique() == 1 else []
     parts += [
-        f"{_setting_name(name)} {first[name]}" for name in _SETTING if name not in differing and first[name] is not None
+        f"{_setting_name(name)} {first[name]}"
+        for name in _SETTING
+        if name not in differing and not (first[name] is None or first[name] is False)
     ]
     return ", ".join(parts)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
-from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE
+from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE, WORDS
 from meftbench.plan.training import Training
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record
@@ -110,7 +110,8 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
         "method": last.method_label,
         "method_name": last.cell.get("method"),
     }
-    row |= {name: last.cell.get(name) for name in _CELL}
+    # A record that was written before there was a flag is of a cell without it.
+    row |= {name: last.cell.get(name, False if name in WORDS else None) for name in _CELL}
     params = last.cell.get("method_params") or {}
     row |= {name: params.get(name) for name in _REVERSIBLE} | {"side_bits": side_bits(params)}
     row |= _training(last)

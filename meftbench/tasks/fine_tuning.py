@@ -24,7 +24,8 @@ from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.backbones.own import head_of_own
 from meftbench.catalogue.tasks import Task, find_task
 from meftbench.errors import UserError, reading, reason_of
-from meftbench.measuring.build import built_model, step_on, with_method
+from meftbench.measuring.build import built_model, packed_batch, step_on, with_method
+from meftbench.measuring.packing import PackedStep
 from meftbench.measuring.step import Step
 from meftbench.methods import Applied
 from meftbench.methods.saving import save_adapter
@@ -118,9 +119,13 @@ class FineTuning:
         return applied
 
     def step(self) -> Step:
-        """The step whose memory is measured: on the first training rows, padded to the cell's sequence length."""
+        """The step whose memory is measured: on the first training rows, padded to the cell's sequence length; where
+        rows are packed, without padding."""
         cell, rows = self.cell, self.encoded.train
         picked = [rows[index % len(rows)] for index in range(cell.batch_size)]
+        if cell.packing:
+            packed_rows, extra = packed_batch(cell, picked, self.device)
+            return step_on(cell, self.applied(), packed_rows, self.device, kind=PackedStep, **extra)
         batch = self.encoded.collate(picked, pad_to=cell.sequence_length)
         batch.pop("choice_mask", None)  # the model's own loss includes choices that only fill up
         on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}

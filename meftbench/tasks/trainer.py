@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from meftbench.backbones.packed import reading_padded
 from meftbench.catalogue.tasks import Task
 from meftbench.errors import UserError
 from meftbench.measuring.build import OPTIMIZER_IMPLEMENTATIONS
+from meftbench.measuring.packing import LENGTHS, packed, starts_of, told
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.tasks.callbacks import EvaluateAt, StepClock
@@ -106,7 +108,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         with self.applied.reference_autograd() if self.cell.training.ordinary else nullcontext():  # type: ignore[union-attr]
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.cell.packing:
+            row, lengths = packed(rows)
+            return row | told(starts_of(lengths, len(lengths))[0], lengths)
         full = self.cell.training.batches == "full"  # type: ignore[union-attr]
         return self.encoded.collate(rows, pad_to=self.cell.sequence_length if full else None)
 
@@ -165,7 +170,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def scored(self, name: str) -> Scored:
         """The loss and the task's scores of the evaluation `name`, with the model's current weights."""
-        rows = self.encoded.evaluations[name]
+        with reading_padded(self.model):
+            return self._scored(self.encoded.evaluations[name])
+
+    def _scored(self, rows: Sequence[Row]) -> Scored:
         self.model.eval()
         size = self.cell.micro_batch_size * EVALUATION_BATCH
         order = np.argsort(self._lengths(rows), kind="stable").tolist()  # similar lengths in a batch: little padding
@@ -323,8 +331,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def tokens_of(inputs: Mapping[str, Tensor]) -> int:
+def tokens_of(inputs: Mapping[str, Any]) -> int:
     """Tokens of a batch that are not padding; for images the samples, because only the backbone knows their tokens."""
+    if LENGTHS in inputs:
+        return sum(inputs[LENGTHS])
     mask = inputs.get("attention_mask")
     if mask is None:
         return len(inputs["labels"])

@@ -44,11 +44,13 @@ def test_tables_tell_cells_apart_by_each_but_the_method():
 def test_a_label_says_each_value_that_is_not_the_default(data):
     """In the order of the table, after the shape; and `--where` finds the cell by it, under the name a suite has."""
     name = data.draw(st.sampled_from([name for name in AXES if FIELDS[name] in IN_LABEL]))
-    value = data.draw(st.sampled_from(sorted(AXES[name].known)))
+    is_flag = AXES[name].kind == "flag"
+    value = data.draw(st.booleans() if is_flag else st.sampled_from(sorted(AXES[name].known)))
     cell = Cell.of("lora", model="bert-tiny@random", **SHAPE_OF_ONE, **{FIELDS[name]: value})
     usual = value == Cell.model_fields[FIELDS[name]].default
 
-    assert cell.label == "bert-tiny@random/lora/b4/s16" + ("" if usual else f"/{value}")
+    word = AXES[name].word if is_flag else value
+    assert cell.label == "bert-tiny@random/lora/b4/s16" + ("" if usual else f"/{word}")
     assert value == value_on(cell, name)
     assert parse_where([f"{name}={value}"])(cell)
     assert not parse_where([f"{name}=x{value}"])(cell)

@@ -15,10 +15,11 @@ from meftbench.errors import CellFailure, UserError
 from meftbench.measuring.measurers import measure_cell
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
+from meftbench.plan.training import Training
 from meftbench.prediction.overlay import attention_kernel, cuda_semantics
 from meftbench.prediction.predict import predict
 from meftbench.prediction.trace import uncomputed_step
-from tests.models import a_cell
+from tests.models import a_cell, a_cell_of
 
 MIB = 2**20
 A100, T4 = find_profile("a100-80gb"), find_profile("t4")
@@ -235,3 +236,36 @@ def test_softmax_kept_its_input_before_torch_1_11():
 
     layers, scores = 4, cell.batch_size * 4 * 64 * 64 * 4
     assert layers * scores == pytest.approx(then.saved - now.saved, rel=0.3)
+
+
+@pytest.mark.parametrize(("profile", "kernels"), [("a100-40gb", {"varlen_attn"}), ("t4", set())])
+def test_packed_rows_are_read_by_one_kernel_where_there_is_one(profile, kernels):
+    """From Ampere on, in half precision. It keeps its output, and one float32 for each query and head, as flash
+    attention does; half of that goes with half of the tokens. Elsewhere each sample is read as in a batch."""
+    shape = {"head": "causal_lm", "batch_size": 8, "sequence_length": 256, "precision": "bf16"}
+    packed, plain = (a_cell_of("llama", "lora", packing=packing, **shape) for packing in (True, False))
+
+    whole, half = (predict(packed, find_profile(profile), padding=padding) for padding in (0.0, 0.5))
+
+    saved = whole.measured[0].saved
+    assert kernels == whole.attention == half.attention
+    assert saved == pytest.approx(predict(plain, find_profile(profile)).measured[0].saved, rel=0.03)
+    assert half.measured[0].saved == pytest.approx(saved / 2, rel=0.03) or not kernels
+
+
+def test_a_cell_with_padding_is_predicted_where_it_is_packed():
+    """A padded one is refused; so is a packed training, whose rows a prediction does not read."""
+    packed = a_cell_of("llama", "lora", head="causal_lm", packing=True, device="predicted:t4")
+    half = Protocol(padding=0.5, warmup=1, steps=1)
+
+    metrics = measure_cell(packed, half).metrics
+
+    assert (
+        metrics["activation_peak_bytes"].value
+        < measure_cell(packed, Protocol(warmup=1, steps=1)).metrics["activation_peak_bytes"].value
+    )
+    with pytest.raises(UserError, match=r"padding .* cannot be predicted.*or take packing: true"):
+        measure_cell(packed.model_copy(update={"packing": False}), half)
+    training = Training(task="sciq")
+    with pytest.raises(UserError, match="as long as its texts"):
+        measure_cell(packed.model_copy(update={"training": training}), half)

@@ -137,6 +137,17 @@ def test_threads_of_a_multiprocessor():
     assert {(7, 0): 2048, (7, 5): 1024, (8, 0): 2048, (8, 9): 1536, (9, 0): 2048, (12, 0): 1536} == found
 
 
+@pytest.mark.parametrize(("key_heads", "shared"), [(8, []), (2, [300 * 8 * 96 * 2] * 2)])
+def test_what_flash_backward_works_in_over_packed_rows(key_heads, shared):
+    """dq and the row sums of 128 rows more for each of 3 samples; dk and dv for every head where heads share keys."""
+    query, key = (a_tensor(300, heads, 96, dtype=torch.bfloat16) for heads in (8, key_heads))
+    starts = torch.empty(4, dtype=torch.int32, device="meta")
+
+    found = pieces("_varlen_attn_backward.default", None, query, key, key, query, None, starts, starts)
+
+    assert [684 * 8 * 4, 684 * 8 * 96 * 4, *shared] == [piece.nbytes for piece in found]
+
+
 def test_what_flash_backward_works_in():
     """dq in float32 for queries rounded up to 128, row sums; with shared keys, dk and dv for each head of queries."""
     q, k = a_tensor(2, 8, 130, 64, dtype=torch.bfloat16), a_tensor(2, 2, 130, 64, dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed, uncomputed_model, uncomputed_step
 from meftbench.probes.memory_counted import CountedStep
-from tests.models import a_cell
+from tests.models import a_cell, a_cell_of
 
 STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 4 bytes
 
@@ -53,8 +53,16 @@ def test_other_families_as_well(model, method):
     agree(Cell.of(method, model=model, model_config_overrides=config, batch_size=2, sequence_length=17), mask=False)
 
 
-def agree(cell, mask=True):
-    step = build_step(cell, torch.device("cpu"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast"])
+@pytest.mark.parametrize("method", ["full+chunked_loss", "lora+checkpoint", "meft3-exact"])
+def test_packed_rows_as_well(method, precision):
+    """Also of sequences of which half is padding, which a packed row leaves out; in two micro-batches."""
+    shape = {"head": "causal_lm", "packing": True, "micro_batch_size": 2}
+    agree(a_cell_of("llama", method, layers=2, precision=precision, **shape), padding=0.5)
+
+
+def agree(cell, mask=True, padding=0.0):
+    step = build_step(cell, torch.device("cpu"), padding)
     if not mask:  # a trace drops one of ones, from which decoders would compute positions
         samples = step._samples
         step._samples = lambda *place: {k: v for k, v in samples(*place).items() if k != "attention_mask"}
@@ -62,7 +70,7 @@ def agree(cell, mask=True):
         counted.run()
         expected = counted.run()
 
-    found = count_uncomputed(cell)
+    found = count_uncomputed(cell, padding=padding)
 
     # Calibrated streams have two vectors of the hidden size, 2ᵏ and 2⁻ᵏ, which a step without values does not know.
     ranges = [stack.range for stack in step.applied.stacks if stack.range is not None and stack.range.steps is not None]
