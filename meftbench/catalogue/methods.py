@@ -77,7 +77,8 @@ class Reversible(Bottleneck):
     @field_validator("strict")
     @classmethod
     def _strict_needs_exact(cls, value: bool, info: ValidationInfo) -> bool:
-        return _with_exact(value, info)
+        _check_exact(value, info)
+        return value
 
     @field_validator("stream_bits")
     @classmethod
@@ -87,10 +88,9 @@ class Reversible(Bottleneck):
         return value
 
 
-def _with_exact(value: Any, info: ValidationInfo) -> Any:
+def _check_exact(value: int | None, info: ValidationInfo) -> None:
     if value and info.data.get("arithmetic") == "float":
         raise ValueError("needs arithmetic: exact")
-    return value
 
 
 # λ = 2^-4 = 1/16: the smallest number of bits with which all three variants are close to the pre-trained model before
@@ -119,7 +119,8 @@ class Meft(Reversible):
     @field_validator("side_bits")
     @classmethod
     def _bits_need_exact(cls, value: int | None, info: ValidationInfo) -> int | None:
-        return _with_exact(value, info)
+        _check_exact(value, info)
+        return value
 
     @field_validator("lambda_", "beta")
     @classmethod
@@ -163,15 +164,22 @@ class MeftExact(Meft):
 
 
 class TwoStep(Reversible):
-    """Rules that compute a hidden state from the two before it: BDIA (Zhang, Lewis, Kleijn, arXiv:2407.09093), midpoint
-    and leapfrog (Gal et al., arXiv:2512.02056, eq. 2.4 and 2.6); docs/design.md 3.
-
-    The layers are frozen and hold an adapter in parallel with the feed-forward, as MEFT's do.
+    """Midpoint and leapfrog (Gal et al., arXiv:2512.02056, eq. 2.4 and 2.6): a hidden state is computed from the two
+    before it (docs/design.md 2). Layers are frozen and hold an adapter in parallel with the feed-forward, as MEFT's do.
     """
 
     arithmetic: Literal["exact"] = "exact"
     tiles: Pieces = "auto"
     head_groups: Pieces = "auto"
+
+
+class Bdia(TwoStep):
+    """BDIA (Zhang, Lewis, Kleijn, arXiv:2407.09093), whose γ is ±2^-side_bits: ±1/2 as published.
+
+    With more bits training starts nearer to the pre-trained model, at that many bits of each element and layer.
+    """
+
+    side_bits: int = Field(default=1, ge=1, le=8)
 
 
 @dataclass(frozen=True)
@@ -211,22 +219,19 @@ METHODS: dict[str, Method] = {
     "meft2-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft2", "meft2, its reversal exact and in tiles"),
     "meft3-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft3", "meft3, its reversal exact and in tiles"),
     "bdia": Method(
-        TwoStep,
-        "meftbench.methods.two_step:apply",
-        "reversible, exact; steps back at random in training, the pre-trained layers in evaluation",
-        ("bdia",),
+        Bdia,
+        "meftbench.methods.two_step:apply_bdia",
+        "reversible, exact; the pre-trained layers in evaluation, steps of 1/2 or 3/2 of theirs in training",
     ),
     "midpoint": Method(
         TwoStep,
-        "meftbench.methods.two_step:apply",
-        "reversible, exact, no side bits; twice a layer's step from the state before",
-        ("midpoint",),
+        "meftbench.methods.two_step:apply_midpoint",
+        "reversible, exact, without side bits; the layer before the last plus twice what a layer adds",
     ),
     "leapfrog": Method(
         TwoStep,
-        "meftbench.methods.two_step:apply",
-        "reversible, exact, no side bits; a layer's step is added to the step before",
-        ("leapfrog",),
+        "meftbench.methods.two_step:apply_leapfrog",
+        "reversible, exact, without side bits; the step before is repeated, plus what a layer adds",
     ),
 } | {
     name: Method(entry.settings, "meftbench.methods.peft_zoo:apply", entry.line, (name,))

@@ -1,4 +1,4 @@
-"""BDIA, midpoint and leapfrog: rules that compute a hidden state from the two before it (docs/design.md 3).
+"""BDIA, midpoint and leapfrog: rules that compute a hidden state from the two before it (docs/design.md 2).
 
 They are the reversible rivals of MEFT, on the same engine: a rule is a coupling of the whole pre-trained layer F, with
 h(o) = F(o) − o for what the layer adds. Each block replaces the older of two consecutive hidden states, x and o, by the
@@ -21,27 +21,33 @@ from __future__ import annotations
 from torch import nn
 
 from meftbench.backbones import Site
-from meftbench.catalogue.methods import TwoStep
+from meftbench.catalogue.methods import Bdia, TwoStep
 from meftbench.methods.applied import Applied
 from meftbench.methods.meft import WHOLE_LAYER, Arrangement, arithmetic_of, reverse_layers
 from meftbench.reversible import Coupling
 
-# (factor, centre, drawn) of each rule's coupling (reversible/coupling.py).
-RULES: dict[str, tuple[float, int, bool]] = {
-    "bdia": (1 / 2, 2, True),
-    "midpoint": (1.0, 2, False),
-    "leapfrog": (-1.0, 1, False),
-}
+
+def apply_bdia(model: nn.Module, settings: Bdia) -> Applied:
+    """The factor is γ = ±1/2 (±2^-side_bits), drawn for each sample and block in training, 0 in evaluation."""
+    return _apply(model, settings, Coupling(arithmetic_of(settings), 2.0**-settings.side_bits, 2, drawn=True))
 
 
-def apply(model: nn.Module, settings: TwoStep, rule: str) -> Applied:
-    """`model`, whose layers are frozen, have adapters in parallel with their feed-forward, and follow one of RULES."""
-    arithmetic = arithmetic_of(settings)
+def apply_midpoint(model: nn.Module, settings: TwoStep) -> Applied:
+    """The factor is 1, so that there are no side bits."""
+    return _apply(model, settings, Coupling(arithmetic_of(settings), 1.0, 2))
+
+
+def apply_leapfrog(model: nn.Module, settings: TwoStep) -> Applied:
+    """The factor is −1, so that there are no side bits."""
+    return _apply(model, settings, Coupling(arithmetic_of(settings), -1.0, 1))
+
+
+def _apply(model: nn.Module, settings: TwoStep, coupling: Coupling) -> Applied:
     arrangement = Arrangement(
         f=WHOLE_LAYER,
         g=None,
-        couplings=(Coupling(arithmetic, *RULES[rule]),),
-        start=Coupling(arithmetic, 1.0, 1),  # x − o + F(o), which is F(o) where both streams are the input
+        couplings=(coupling,),
+        start=Coupling(coupling.arithmetic, 1.0, 1),  # x − o + F(o): F(o), as both streams are the input there
         sites=(Site.BESIDE_FEED_FORWARD,),
         own_adapter=False,
         swap=True,

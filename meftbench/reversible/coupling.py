@@ -26,8 +26,8 @@ class Coupling:
         a = λ, k = 0        λ·x + f(o)                            MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3)
         a = λ, k = 1        λ·(x − o) + f(o)                      MEFT with a centre (docs/design.md 2)
         a = ±1/2, k = 2     a·x + (1 − a)·o + (1 + a)·h(o)        BDIA (Zhang, Lewis, Kleijn, arXiv:2407.09093), a = γ
-        a = 1, k = 2        x + 2·h(o)                            midpoint (Gal et al., arXiv:2512.02056, eq. 2.4, step 1)
-        a = −1, k = 1       2·o − x + h(o)                        leapfrog (ibid., eq. 2.6, step 1)
+        a = 1, k = 2        x + 2·h(o)                            midpoint (Gal et al., arXiv:2512.02056, eq. 2.4)
+        a = −1, k = 1       2·o − x + h(o)                        leapfrog (ibid., eq. 2.6)
 
     x, y, o: tiles (T, D) of streams as `arithmetic` holds them.  value: f(o), floating point (T, D).
     factor: a.  centre: k.

@@ -71,15 +71,16 @@ class ReversibleStack(nn.Module):
 
         y1 = first(x1, x2, F(x2))        y2 = second(x2, y1, G(y1))        (x1, x2) <- (y2, y1) if `swap`
 
-    where `first` and `second` are couplings (coupling.py): λ·x1 + F(x2) and β·x2 + G(y1) as published. In blocks without
-    G, `second` is None and y2 is x2; swapped, the streams are then two consecutive hidden states. The result is the mean of the last two streams, or the one that `carrier` names. Called as a layer is:
-    stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the sublayers'
-    cores; where layers are called with different ones, a `Relay` stands in the place of each block but the last.
+    where `first` and `second` are couplings (coupling.py): λ·x1 + F(x2) and β·x2 + G(y1) as published. Where blocks
+    have no G, `second` is None and y2 is x2; swapped, the streams are then two consecutive hidden states. The result is
+    the mean of the last two streams, or the one that `carrier` names. Called as a layer is: stack(h_BLD, *args,
+    **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the sublayers' cores; where layers are
+    called with different ones, a `Relay` stands in the place of each block but the last.
 
     The couplings' arithmetic (arithmetic.py) says how streams are represented between blocks: `Float` in h's dtype, as
     published, or `FixedPoint` as integers, whose reversal is exact in every precision that the sublayers compute in.
 
-    start: the coupling of F in the first block, if it is another than `first`; its arithmetic is not looked at.
+    start: the coupling of F in the first block, if it is another than `first`; of the same arithmetic.
     calibrated: the fixed-point steps are taken from the model: one per channel, from the values of the first forward
         pass (calibration.py). A later pass that leaves the range is run again with a wider one, from the same random
         numbers; `range.widenings` counts these.
@@ -133,8 +134,8 @@ class ReversibleStack(nn.Module):
         keep_last: bool = False,
     ) -> None:
         super().__init__()
-        if second is not None and first.arithmetic != second.arithmetic:
-            raise ValueError("both couplings of a stack must share one arithmetic")
+        if any(each is not None and each.arithmetic != first.arithmetic for each in (second, start)):
+            raise ValueError("all couplings of a stack must share one arithmetic")
         if strict and not first.arithmetic.exact:
             raise ValueError(f"strict verifies exact reversal, which {first.arithmetic.name} arithmetic is not")
         if calibrated and not first.arithmetic.exact:
@@ -266,8 +267,9 @@ class ReversibleStack(nn.Module):
         self.range.calibrate(largest_ND, self._limit(), self.first_layer)
 
     def _limit(self) -> float:
-        of = [*self._couplings, *([replace(self.start, arithmetic=self._fixed)] if self.start else [])]
-        return min(coupling.limit for coupling in of if coupling.limit is not None)
+        couplings: list[Coupling] = [*self._couplings, *([] if self.start is None else [self.start])]
+        limits: list[float] = [limit for coupling in couplings if (limit := coupling.limit) is not None]
+        return min(limits)
 
     def _largest(self, h_BLD: Tensor, context: Context) -> Tensor:
         """Largest |value| of each channel before each block and after the last, (blocks + 1, D), computed by the same
@@ -288,8 +290,8 @@ class ReversibleStack(nn.Module):
             return self.finish(streams, h_BLD.dtype, saved.arithmetic)
 
     def _reference(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:
-        """The hidden state after the stack by reference autograd; each block under checkpointing unless `activations` is
-        "cache"."""
+        """The hidden state after the stack by reference autograd; unless `activations` is "cache", each block is run
+        under checkpointing."""
         operations, dtype = self.arithmetic.reference, h_BLD.dtype
         couplings = tuple(coupling.in_mode(self.training) for coupling in self.couplings)
         signs = drawn_signs(couplings, len(self.blocks), h_BLD)
@@ -317,7 +319,7 @@ class ReversibleStack(nn.Module):
         self,
         index: int,
         couplings: tuple[Coupling, ...],
-        signs_SB11: Tensor | None,  # noqa: N803  # ends in the shape suffix of a tensor
+        signs_SB11: Tensor | None,
         x1_BLD: Tensor,
         x2_BLD: Tensor,
         dtype: torch.dtype,
