@@ -35,12 +35,17 @@ class Coupling:
     signs: +1 or −1 for each token, (T, 1), int8, by which a is multiplied; None: +1 for all.
     side: what the product with a loses. Fixed point, |a| = 2⁻ᵐ: m bits per element, and the inverse is exact.
         Floating point: None, and the inverse multiplies rounding errors by 1/|a|.
+    Raises ValueError: a factor that is not positive although its sign is drawn.
     """
 
     arithmetic: Arithmetic
     factor: float
     centre: int = 0
     drawn: bool = False
+
+    def __post_init__(self) -> None:
+        if self.drawn and self.factor <= 0:
+            raise ValueError(f"factor {self.factor}: where its sign is drawn, a factor is a positive number")
 
     def in_mode(self, training: bool) -> Coupling:
         """The coupling in training or in evaluation: a factor whose sign is drawn is 0, its mean, in evaluation."""
