@@ -165,7 +165,7 @@ class MeftExact(Meft):
 
 class TwoStep(Reversible):
     """Midpoint and leapfrog (Gal et al., arXiv:2512.02056, eq. 2.4 and 2.6): a hidden state is computed from the two
-    before it (docs/design.md 2). Layers are frozen and hold an adapter in parallel with the feed-forward, as MEFT's do.
+    before it (docs/design.md 1). Layers are frozen and hold an adapter in parallel with the feed-forward, as MEFT's do.
     """
 
     arithmetic: Literal["exact"] = "exact"

@@ -1,4 +1,4 @@
-"""BDIA, midpoint and leapfrog: rules that compute a hidden state from the two before it (docs/design.md 2).
+"""BDIA, midpoint and leapfrog: rules that compute a hidden state from the two before it (docs/design.md 1).
 
 They are the reversible rivals of MEFT, on the same engine: a rule is a coupling of the whole pre-trained layer F, with
 h(o) = F(o) − o for what the layer adds. Each block replaces the older of two consecutive hidden states, x and o, by the

@@ -140,8 +140,8 @@ def test_side_bits_are_an_eighth_of_a_byte_an_element_and_layer(method, settings
 
 
 def test_a_step_that_is_run_again_in_a_wider_range_draws_the_same_gamma():
-    """Calibrated on small values, a later batch leaves the range: its loss and gradients are those of reference autograd
-    at the wider range, and strict mode finds nothing."""
+    """Calibrated on small values, a later batch leaves the range: loss and gradients are those of reference autograd at
+    the wider range, and strict mode finds nothing."""
     model = a_model(backbone="llama", head="causal_lm", dtype=torch.float32)
     applied = prepare(model, "bdia", {"strict": True, "tiles": 2}, seed=1)
     batch = a_batch_for(model)
