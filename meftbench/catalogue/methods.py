@@ -51,37 +51,22 @@ Pieces = Annotated[Literal["auto"] | int, BeforeValidator(_pieces)]
 StepBits = Annotated[Literal["auto"] | int, BeforeValidator(_step_bits)]
 
 
-# λ = 2^-4 = 1/16: the smallest number of bits with which all three variants are close to the pre-trained model before
-# training, both for an encoder with post-norms and for a language model with pre-norms (reports/start).
-SIDE_BITS = 4
+class Reversible(Bottleneck):
+    """What all methods share whose layers are reversed in the backward pass.
 
-
-class Meft(Bottleneck):
-    """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); only adapter_size, lambda and beta are settings of the paper.
-
-    arithmetic: `float` as published; `exact`: fixed-point streams, whose reversal has no error. Its factors below 1
-        are 2^-side_bits, and that many bits of each element are saved in every block (side bits).
+    arithmetic: `exact`: fixed-point streams, whose reversal has no error.
     step_bits: the fixed-point step is 2^-step_bits; `auto`: one step for each channel, from the values in the first
         batch, and widened where a later batch needs more.
     stream_bits: the size of the integers that hold the streams: 32, as a float32 has; or 64, so that the fixed point
         adds no error to float32 even where a language model has values of very different size. 64 takes 8 bytes more
         for each element of a hidden state (4 in each of two streams), whatever the depth, and has no fused kernels.
-    coupling, output: how the two streams are coupled, and which one is the result (docs/design.md 2).
-    adapter_input: what the adapter reads that is a sublayer by itself (G of MEFT1, F of MEFT2): the stream, as
-        published, or the stream normed as the layer's attention reads it. In post-norm models the two are the same.
     tiles, head_groups: the pieces in which token-wise work and attention are recomputed; `auto`: chosen by the shape.
     strict: verify in every step, at three blocks, that reversal was exact.
     """
 
-    arithmetic: Literal["float", "exact"] = "float"
-    side_bits: int | None = Field(default=None, ge=1, le=8)  # None: 4 where exact
+    arithmetic: Literal["float", "exact"] = "exact"
     step_bits: StepBits = "auto"
     stream_bits: Literal[32, 64] = 32
-    lambda_: float | None = Field(default=None, gt=0, alias="lambda")  # None: the variant's value, 0.1 or 1
-    beta: float | None = Field(default=None, gt=0)
-    coupling: Literal["paper", "centred"] = "paper"
-    output: Literal["mean", "last"] = "mean"
-    adapter_input: Literal["stream", "normed"] = "stream"
     reversible_layers: Literal["all"] | int = "all"
     reversible_at: Literal["top", "bottom"] = "top"
     remaining: Literal["adapted", "frozen"] = "adapted"
@@ -89,11 +74,10 @@ class Meft(Bottleneck):
     head_groups: Pieces = 1
     strict: bool = False
 
-    @field_validator("side_bits", "strict")
+    @field_validator("strict")
     @classmethod
-    def _needs_exact(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value and info.data.get("arithmetic") == "float":
-            raise ValueError("needs arithmetic: exact")
+    def _strict_needs_exact(cls, value: bool, info: ValidationInfo) -> bool:
+        _check_exact(value, info)
         return value
 
     @field_validator("stream_bits")
@@ -101,6 +85,41 @@ class Meft(Bottleneck):
     def _wide_needs_exact(cls, value: int, info: ValidationInfo) -> int:
         if value == 64 and info.data.get("arithmetic") == "float":
             raise ValueError("64 needs arithmetic: exact")
+        return value
+
+
+def _check_exact(value: int | None, info: ValidationInfo) -> None:
+    if value and info.data.get("arithmetic") == "float":
+        raise ValueError("needs arithmetic: exact")
+
+
+# λ = 2^-4 = 1/16: the smallest number of bits with which all three variants are close to the pre-trained model before
+# training, both for an encoder with post-norms and for a language model with pre-norms (reports/start).
+SIDE_BITS = 4
+
+
+class Meft(Reversible):
+    """MEFT (Liao, Tan, Monz, NeurIPS 2023, section 3); only adapter_size, lambda and beta are settings of the paper.
+
+    arithmetic: `float` as published; `exact`: fixed-point streams, whose reversal has no error. Its factors below 1
+        are 2^-side_bits, and that many bits of each element are saved in every block (side bits).
+    coupling, output: how the two streams are coupled, and which one is the result (docs/design.md 2).
+    adapter_input: what the adapter reads that is a sublayer by itself (G of MEFT1, F of MEFT2): the stream, as
+        published, or the stream normed as the layer's attention reads it. In post-norm models the two are the same.
+    """
+
+    arithmetic: Literal["float", "exact"] = "float"
+    side_bits: int | None = Field(default=None, ge=1, le=8)  # None: 4 where exact
+    lambda_: float | None = Field(default=None, gt=0, alias="lambda")  # None: the variant's value, 0.1 or 1
+    beta: float | None = Field(default=None, gt=0)
+    coupling: Literal["paper", "centred"] = "paper"
+    output: Literal["mean", "last"] = "mean"
+    adapter_input: Literal["stream", "normed"] = "stream"
+
+    @field_validator("side_bits")
+    @classmethod
+    def _bits_need_exact(cls, value: int | None, info: ValidationInfo) -> int | None:
+        _check_exact(value, info)
         return value
 
     @field_validator("lambda_", "beta")
@@ -144,6 +163,25 @@ class MeftExact(Meft):
     head_groups: Pieces = "auto"
 
 
+class TwoStep(Reversible):
+    """Midpoint and leapfrog (Gal et al., arXiv:2512.02056, eq. 2.4 and 2.6): a hidden state is computed from the two
+    before it (docs/design.md 1). Layers are frozen and hold an adapter in parallel with the feed-forward, as MEFT's do.
+    """
+
+    arithmetic: Literal["exact"] = "exact"
+    tiles: Pieces = "auto"
+    head_groups: Pieces = "auto"
+
+
+class Bdia(TwoStep):
+    """BDIA (Zhang, Lewis, Kleijn, arXiv:2407.09093), whose γ is ±2^-side_bits: ±1/2 as published.
+
+    With more bits training starts nearer to the pre-trained model, at that many bits of each element and layer.
+    """
+
+    side_bits: int = Field(default=1, ge=1, le=8)
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to fine-tune: its settings, where it is applied, and its line in `list methods`."""
@@ -180,6 +218,21 @@ METHODS: dict[str, Method] = {
     ),
     "meft2-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft2", "meft2, its reversal exact and in tiles"),
     "meft3-exact": Method(MeftExact, "meftbench.methods.meft:apply_meft3", "meft3, its reversal exact and in tiles"),
+    "bdia": Method(
+        Bdia,
+        "meftbench.methods.two_step:apply_bdia",
+        "reversible, exact; the pre-trained layers in evaluation, steps of 1/2 or 3/2 of theirs in training",
+    ),
+    "midpoint": Method(
+        TwoStep,
+        "meftbench.methods.two_step:apply_midpoint",
+        "reversible, exact, without side bits; the layer before the last plus twice what a layer adds",
+    ),
+    "leapfrog": Method(
+        TwoStep,
+        "meftbench.methods.two_step:apply_leapfrog",
+        "reversible, exact, without side bits; the step before is repeated, plus what a layer adds",
+    ),
 } | {
     name: Method(entry.settings, "meftbench.methods.peft_zoo:apply", entry.line, (name,))
     for name, entry in PEFT_METHODS.items()

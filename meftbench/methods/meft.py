@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meftbench.backbones import Layout, Site, base_of, split_layouts
 from meftbench.backbones.quantize import is_quantized
 from meftbench.backbones.split import check_in_tiles
-from meftbench.catalogue.methods import Meft
+from meftbench.catalogue.methods import Meft, Reversible
 from meftbench.errors import UserError
 from meftbench.methods.applied import (
     LAYER_OUTPUTS,
@@ -71,7 +71,7 @@ def _layout(block: Any) -> Layout:
 # takes more memory than attention, and groups of heads would save nothing.
 PARTED_FROM = 8
 
-_WHOLE_LAYER = SubLayer(_attention_core, _layer_tokens)
+WHOLE_LAYER = SubLayer(_attention_core, _layer_tokens)
 _ATTENTION = SubLayer(_attention_core, _attention_tokens)
 _FEED_FORWARD = SubLayer(None, _feed_forward_tokens)
 _ADAPTER = SubLayer(None, _adapter_tokens)
@@ -103,7 +103,7 @@ class Variant:
 
 VARIANTS: dict[str, Variant] = {
     "meft1": Variant(
-        _WHOLE_LAYER,
+        WHOLE_LAYER,
         _ADAPTER,
         (0.1, 1.0),
         (True, False),
@@ -114,7 +114,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "meft2": Variant(
         _ADAPTER,
-        _WHOLE_LAYER,
+        WHOLE_LAYER,
         (1.0, 0.1),
         (False, True),
         (Site.BESIDE_FEED_FORWARD,),
@@ -135,22 +135,70 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """How the layers of a model become the blocks of a reversible stack.
+
+    f, g: the sublayers of a block; g None: a block replaces one stream only.
+    couplings: of F and, where there is one, of G.  start: that of F in the first block, where it is another.
+    sites, own_adapter, swap, carrier: as in `Variant`.  output: which stream, or their mean, is the result.
+    """
+
+    f: SubLayer
+    g: SubLayer | None
+    couplings: tuple[Coupling, ...]
+    start: Coupling | None
+    sites: tuple[Site, ...]
+    own_adapter: bool
+    swap: bool
+    carrier: int
+    output: Literal["mean", "last"]
+
+
+def arithmetic_of(settings: Reversible) -> Arithmetic:
+    """How the streams are represented: floating point as published, or fixed point."""
+    if settings.arithmetic == "float":
+        return Float()
+    steps = {} if settings.step_bits == "auto" else {"step_bits": settings.step_bits}
+    return FixedPoint(**steps, wide=settings.stream_bits == 64)
+
+
 def apply_meft1(model: nn.Module, settings: Meft) -> Applied:
     """F is the whole layer with a parallel adapter, G an adapter; λ→0, β=1; streams swapped."""
-    return _apply(model, settings, VARIANTS["meft1"])
+    return reverse_layers(model, settings, _arranged(VARIANTS["meft1"], settings))
 
 
 def apply_meft2(model: nn.Module, settings: Meft) -> Applied:
     """F is an adapter, G the whole layer with a parallel adapter; λ=1, β→0; streams swapped."""
-    return _apply(model, settings, VARIANTS["meft2"])
+    return reverse_layers(model, settings, _arranged(VARIANTS["meft2"], settings))
 
 
 def apply_meft3(model: nn.Module, settings: Meft) -> Applied:
     """F is the attention sublayer, G the feed-forward sublayer, with an adapter in each; λ=β→0; not swapped."""
-    return _apply(model, settings, VARIANTS["meft3"])
+    return reverse_layers(model, settings, _arranged(VARIANTS["meft3"], settings))
 
 
-def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
+def _arranged(variant: Variant, settings: Meft) -> Arrangement:
+    normed = settings.adapter_input == "normed"
+    f, g = (_NORMED_ADAPTER if normed and sublayer is _ADAPTER else sublayer for sublayer in (variant.f, variant.g))
+    return Arrangement(
+        f,
+        g,
+        _couplings(settings, variant),
+        None,
+        variant.sites,
+        variant.own_adapter,
+        variant.swap,
+        variant.carrier,
+        settings.output,
+    )
+
+
+def reverse_layers(model: nn.Module, settings: Reversible, arrangement: Arrangement) -> Applied:
+    """`model`, whose layers are frozen and get adapters, and are replaced by reversible stacks.
+
+    Raises UserError: the settings do not fit the model's layers, or it has no layout.
+    """
     layouts = split_layouts(model)
     split = [_split(list(layout.list_of(model)[2]), settings) for layout in layouts]
     for layout in layouts:
@@ -161,7 +209,7 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
         warnings.warn(f"{what}: {cure}", UserWarning, stacklevel=2)
     freeze_backbone(model)
     stacks = [
-        _replace_by_stack(model, layout, settings, variant, *layers, topmost=layout is layouts[-1])
+        _replace_by_stack(model, layout, settings, arrangement, *layers, topmost=layout is layouts[-1])
         for layout, layers in zip(layouts, split, strict=True)
     ]
     owners = [layout.list_of(model)[0] for layout in layouts]
@@ -186,8 +234,8 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
 def _replace_by_stack(
     model: nn.Module,
     layout: Layout,
-    settings: Meft,
-    variant: Variant,
+    settings: Reversible,
+    arrangement: Arrangement,
     reversible: list[nn.Module],
     below: list[nn.Module],
     above: list[nn.Module],
@@ -200,15 +248,16 @@ def _replace_by_stack(
     """
     adapted = [*reversible, *(below + above if settings.remaining == "adapted" else [])]
     for layer in adapted:
-        for site in variant.sites:
+        for site in arrangement.sites:
             layout.attach(layer, site, new_adapter(model, layout, settings))
-    sublayers = _sublayers(layout, settings, variant)
+    sublayers = _sublayers(layout, arrangement)
     stack = ReversibleStack(
-        (_block(model, layer, layout, settings, variant, sublayers) for layer in reversible),
-        *_couplings(settings, variant),
-        swap=variant.swap,
-        carrier=variant.carrier,
-        output=settings.output,
+        (_block(model, layer, layout, settings, sublayers, arrangement.own_adapter) for layer in reversible),
+        *arrangement.couplings,
+        start=arrangement.start,
+        swap=arrangement.swap,
+        carrier=arrangement.carrier,
+        output=arrangement.output,
         tiles=settings.tiles,
         parts=_head_groups(1 if is_quantized(model) else layout.head_groups(model.config), settings.head_groups),
         parts_from=PARTED_FROM if settings.head_groups == "auto" else 0,
@@ -217,7 +266,7 @@ def _replace_by_stack(
         calibrated=settings.arithmetic == "exact" and settings.step_bits == "auto",
         keep_last=topmost and not above and not predicts_tokens(model),
     )
-    if settings.output == "last" and variant.own_adapter and variant.carrier == 0:
+    if arrangement.output == "last" and arrangement.own_adapter and arrangement.carrier == 0:
         # The last block's second sublayer writes the stream that is not returned: its adapter would get no gradient.
         stack.blocks[-1].get_submodule("adapter").requires_grad_(False)
     owner, name, _ = layout.list_of(model)
@@ -226,14 +275,12 @@ def _replace_by_stack(
     return stack
 
 
-def _sublayers(layout: Layout, settings: Meft, variant: Variant) -> tuple[SubLayer, SubLayer]:
-    """F and G, with a pre-norm before attention where the layout has one."""
+def _sublayers(layout: Layout, arrangement: Arrangement) -> list[SubLayer]:
+    """F and, where there is one, G, with a pre-norm before attention where the layout has one."""
+    sublayers = [sublayer for sublayer in (arrangement.f, arrangement.g) if sublayer is not None]
     if layout.attention_before is None:
-        return variant.f, variant.g
-    adapter_sublayer = _NORMED_ADAPTER if settings.adapter_input == "normed" else _ADAPTER
-    sublayers = (adapter_sublayer if sublayer is _ADAPTER else sublayer for sublayer in (variant.f, variant.g))
-    f, g = (replace(sublayer, before=_attention_before) if sublayer.core else sublayer for sublayer in sublayers)
-    return f, g
+        return [_ADAPTER if sublayer is _NORMED_ADAPTER else sublayer for sublayer in sublayers]
+    return [replace(sublayer, before=_attention_before) if sublayer.core else sublayer for sublayer in sublayers]
 
 
 def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -259,7 +306,7 @@ def _without_cache(
     return (args, kwargs | {"use_cache": False}) if getattr(base.config, "use_cache", False) else None
 
 
-def _split(layers: list[nn.Module], settings: Meft) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+def _split(layers: list[nn.Module], settings: Reversible) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
     """Return the reversible layers, the ordinary layers below them, and those above.
 
     Raises UserError: the settings ask for more layers than there are, or for frozen layers above trained ones.
@@ -280,14 +327,14 @@ def _block(
     model: nn.Module,
     layer: nn.Module,
     layout: Layout,
-    settings: Meft,
-    variant: Variant,
-    sublayers: tuple[SubLayer, SubLayer],
+    settings: Reversible,
+    sublayers: list[SubLayer],
+    own_adapter: bool,
 ) -> Block:
     for name in layout.input_readers:
         layer.get_submodule(name).register_forward_pre_hook(fork)
     parts = {"layer": layer}
-    if variant.own_adapter:
+    if own_adapter:
         parts["adapter"] = new_adapter(model, layout, settings)
     block = Block(parts, *sublayers)
     block.layout = layout  # type: ignore[assignment]
@@ -308,14 +355,10 @@ def _head_groups(heads: int, requested: int | Literal["auto"]) -> int:
 
 
 def _couplings(settings: Meft, variant: Variant) -> tuple[Coupling, Coupling]:
-    arithmetic: Arithmetic = Float()
-    if settings.arithmetic == "exact":
-        steps = {} if settings.step_bits == "auto" else {"step_bits": settings.step_bits}
-        arithmetic = FixedPoint(**steps, wide=settings.stream_bits == 64)
-    couplings = []
+    arithmetic, couplings = arithmetic_of(settings), []
     for published, small, setting in zip(
         variant.factors, variant.small, (settings.lambda_, settings.beta), strict=True
     ):
         factor = (settings.small_factor(published) if small else published) if setting is None else setting
-        couplings.append(Coupling(arithmetic, factor, settings.coupling == "centred" and small))
+        couplings.append(Coupling(arithmetic, factor, int(settings.coupling == "centred" and small)))
     return couplings[0], couplings[1]

@@ -14,6 +14,7 @@ ADAPTERS_A_LAYER = {
     "pfeiffer": 1,
     "parallel": 1,
     **{f"meft{n}{kind}": 2 for n in (1, 2, 3) for kind in ("", "-exact")},
+    **dict.fromkeys(("bdia", "midpoint", "leapfrog"), 1),
 }
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from meftbench.reversible import bits, fused
+from meftbench.reversible.weights import Weights, weighted
 
 
 class ReferenceArithmetic(Protocol):
@@ -35,17 +36,18 @@ class ReferenceArithmetic(Protocol):
         ...
 
     def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
-        """factor · x."""
+        """factor · x, for a factor of at least 0."""
         ...
 
-    def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        """x + value: the sum of a stream and a floating-point value, as a stream."""
+    def added(self, x_BLD: Tensor, value_BLD: Tensor, weight: Tensor | float | None = None) -> Tensor:
+        """x + weight · value: the sum of a stream and a floating-point value, as a stream.  weight: None: 1."""
         ...
 
 
 class Arithmetic(Protocol):
     """The operations of a reversible stack's forward and backward pass.
 
+    factor: at least 0; there is no way back from 0.  weight: of a value, one for all tokens or (T, 1); None: 1.
     exact: whether `grow_` undoes `shrink_`, and `subtract_` undoes `add_`, bit for bit.
     limit: streams hold integers |x| < limit; None: only the range of floating point limits them.
     reference: the same operations for reference autograd.
@@ -84,25 +86,25 @@ class Arithmetic(Protocol):
         """The inverse of `shrink_`."""
         ...
 
-    def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
-        """x becomes x + value. With a `limit`, `watch` (no dimensions) is raised to the largest resulting |x|, in units
-        of the stream, if it is below that."""
+    def add_(
+        self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None, weight: Tensor | float | None = None
+    ) -> None:
+        """x becomes x + weight · value. With a `limit`, `watch` (no dimensions) is raised to the largest resulting |x|,
+        in units of the stream, if it is below that."""
         ...
 
-    def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
+    def subtract_(self, x_TD: Tensor, value_TD: Tensor, weight: Tensor | float | None = None) -> None:
         """The inverse of `add_`."""
         ...
 
     def couple_(
-        self, x_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, keep: bool, watch: Tensor | None
+        self, x_TD: Tensor, o_TD: Tensor, value_TD: Tensor, weights: Weights, keep: bool, watch: Tensor | None
     ) -> Tensor | None:
-        """x becomes factor · (x − centre) + value, by the operations above or by one kernel with the same result.
-        Returns what `uncouple_` needs to undo it; None if that is nothing, or `keep` is False.  centre: None: zero."""
+        """x becomes y by the equation of `weights`, by the operations above or by one kernel with the same result.
+        Returns what `uncouple_` needs to undo it; None if that is nothing, or `keep` is False."""
         ...
 
-    def uncouple_(
-        self, y_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, side: Tensor | None
-    ) -> None:
+    def uncouple_(self, y_TD: Tensor, o_TD: Tensor, value_TD: Tensor, weights: Weights, side: Tensor | None) -> None:
         """The inverse of `couple_`."""
         ...
 
@@ -113,30 +115,34 @@ class _StepByStep:
     def couple_(
         self: Arithmetic,
         x_TD: Tensor,
-        centre_TD: Tensor | None,
+        o_TD: Tensor,
         value_TD: Tensor,
-        factor: float,
+        weights: Weights,
         keep: bool,
         watch: Tensor | None,
     ) -> Tensor | None:
-        if centre_TD is not None:
-            x_TD.sub_(centre_TD)
-        side = self.shrink_(x_TD, factor, keep)
-        self.add_(x_TD, value_TD, watch)
+        if weights.centre:
+            x_TD.sub_(o_TD, alpha=weights.centre)
+        side = self.shrink_(x_TD, weights.factor, keep)
+        if weights.sign is not None:
+            x_TD.mul_(weights.sign)
+        self.add_(x_TD, value_TD, watch, weights.value)
         return side
 
     def uncouple_(
         self: Arithmetic,
         y_TD: Tensor,
-        centre_TD: Tensor | None,
+        o_TD: Tensor,
         value_TD: Tensor,
-        factor: float,
+        weights: Weights,
         side: Tensor | None,
     ) -> None:
-        self.subtract_(y_TD, value_TD)
-        self.grow_(y_TD, factor, side)
-        if centre_TD is not None:
-            y_TD.add_(centre_TD)
+        self.subtract_(y_TD, value_TD, weights.value)
+        if weights.sign is not None:
+            y_TD.mul_(weights.sign)
+        self.grow_(y_TD, weights.factor, side)
+        if weights.centre:
+            y_TD.add_(o_TD, alpha=weights.centre)
 
 
 @dataclass(frozen=True)
@@ -167,9 +173,9 @@ class Float(_StepByStep):
     def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
         return x_BLD if factor == 1.0 else x_BLD * factor
 
-    def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+    def added(self, x_BLD: Tensor, value_BLD: Tensor, weight: Tensor | float | None = None) -> Tensor:
         # Under autocast, the value of a sublayer may have lower precision than the stream.
-        return x_BLD + value_BLD.to(x_BLD.dtype)
+        return x_BLD + weighted(value_BLD.to(x_BLD.dtype), weight)
 
     def side_bytes(self, columns: int, factor: float) -> int:
         return 0
@@ -182,11 +188,13 @@ class Float(_StepByStep):
         if factor != 1.0:
             x_TD.div_(factor)
 
-    def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
-        x_TD.add_(value_TD.to(x_TD.dtype))
+    def add_(
+        self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None, weight: Tensor | float | None = None
+    ) -> None:
+        x_TD.add_(weighted(value_TD.to(x_TD.dtype), weight))
 
-    def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
-        x_TD.sub_(value_TD.to(x_TD.dtype))
+    def subtract_(self, x_TD: Tensor, value_TD: Tensor, weight: Tensor | float | None = None) -> None:
+        x_TD.sub_(weighted(value_TD.to(x_TD.dtype), weight))
 
 
 class ChannelSteps:
@@ -224,7 +232,8 @@ class FixedPoint(_StepByStep):
     wide: int64 instead of int32, of which values below 2⁵² are used: float64 still represents them exactly. Steps may
         then be so fine that nothing is lost of a float32.
     lift, add: a floating-point value is rounded to the step; the gradient passes straight through the rounding.
-    shrink by 2⁻ᵐ, m = 0 .. 8: x >> m, which rounds down; the m low bits of x are put aside, packed (bits.py).
+    shrink by 2⁻ᵐ, m = 0 .. 8: x >> m, which rounds down; the m low bits of x are put aside, packed (bits.py). By 0: x
+        becomes zero, which nothing undoes.
     All operations act on integers that recomputation reproduces, so the inverse is exact at any depth.
     Raises ValueError: a factor is not 2⁻ᵐ, m = 0 .. 8.
     """
@@ -270,6 +279,9 @@ class FixedPoint(_StepByStep):
         return bits.row_bytes(columns, m) if m else 0
 
     def shrink_(self, x_TD: Tensor, factor: float, keep: bool = True) -> Tensor | None:
+        if factor == 0.0:
+            x_TD.zero_()
+            return None
         m = side_bits(factor)
         if m == 0:
             return None
@@ -285,39 +297,41 @@ class FixedPoint(_StepByStep):
         assert side is not None
         x_TD.bitwise_left_shift_(m).bitwise_or_(bits.unpack(side, m, x_TD.shape[-1]))
 
-    def add_(self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None) -> None:
-        scaled_TD = self.scaled(value_TD).round_()
+    def add_(
+        self, x_TD: Tensor, value_TD: Tensor, watch: Tensor | None = None, weight: Tensor | float | None = None
+    ) -> None:
+        scaled_TD = self.scaled(value_TD, weight).round_()
         steps_TD = scaled_TD.to(self.dtype)
         if watch is not None:
             # The sum is taken once more in floating point, which does not wrap around at the end of the range.
             _raise_to(watch, scaled_TD.add_(x_TD))
         x_TD.add_(steps_TD)
 
-    def subtract_(self, x_TD: Tensor, value_TD: Tensor) -> None:
-        x_TD.sub_(self.scaled(value_TD).round_().to(self.dtype))
+    def subtract_(self, x_TD: Tensor, value_TD: Tensor, weight: Tensor | float | None = None) -> None:
+        x_TD.sub_(self.scaled(value_TD, weight).round_().to(self.dtype))
 
     def couple_(
-        self, x_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, keep: bool, watch: Tensor | None
+        self, x_TD: Tensor, o_TD: Tensor, value_TD: Tensor, weights: Weights, keep: bool, watch: Tensor | None
     ) -> Tensor | None:
-        if not fused.usable(x_TD, value_TD):
-            return super().couple_(x_TD, centre_TD, value_TD, factor, keep, watch)
-        width = self.side_bytes(x_TD.shape[-1], factor)
+        if not (weights.fusable and fused.usable(x_TD, value_TD)):
+            return super().couple_(x_TD, o_TD, value_TD, weights, keep, watch)
+        width = self.side_bytes(x_TD.shape[-1], weights.factor)
         side = x_TD.new_empty(x_TD.shape[0], width, dtype=torch.uint8) if keep and width else None
-        m, scale = side_bits(factor), self.scale(x_TD.device)
-        fused.forward_(x_TD, centre_TD, value_TD, side, m=m, scale=scale, watch=watch)
+        m, scale = side_bits(weights.factor), self.scale(x_TD.device)
+        fused.forward_(x_TD, o_TD if weights.centre else None, value_TD, side, m=m, scale=scale, watch=watch)
         return side
 
-    def uncouple_(
-        self, y_TD: Tensor, centre_TD: Tensor | None, value_TD: Tensor, factor: float, side: Tensor | None
-    ) -> None:
-        if not fused.usable(y_TD, value_TD):
-            super().uncouple_(y_TD, centre_TD, value_TD, factor, side)
+    def uncouple_(self, y_TD: Tensor, o_TD: Tensor, value_TD: Tensor, weights: Weights, side: Tensor | None) -> None:
+        if not (weights.fusable and fused.usable(y_TD, value_TD)):
+            super().uncouple_(y_TD, o_TD, value_TD, weights, side)
             return
-        fused.inverse_(y_TD, centre_TD, value_TD, side, m=side_bits(factor), scale=self.scale(y_TD.device))
+        m, scale = side_bits(weights.factor), self.scale(y_TD.device)
+        fused.inverse_(y_TD, o_TD if weights.centre else None, value_TD, side, m=m, scale=scale)
 
-    def scaled(self, value: Tensor) -> Tensor:
-        """value / step, a new tensor, in float32 (float64 where the value is)."""
-        return value.detach().to(_wide(value.dtype)) * self.scale(value.device)
+    def scaled(self, value: Tensor, weight: Tensor | float | None = None) -> Tensor:
+        """weight · value / step, a new tensor, in float32 (float64 where the value is)."""
+        scaled = value.detach().to(_wide(value.dtype)) * self.scale(value.device)
+        return scaled if weight is None else scaled.mul_(weight)
 
 
 @dataclass(frozen=True)
@@ -334,18 +348,20 @@ class StraightThrough:
         return x_BLD if dtype == torch.float64 else x_BLD.to(torch.float32).to(dtype)
 
     def shrunk(self, x_BLD: Tensor, factor: float) -> Tensor:
+        if factor == 0.0:
+            return torch.zeros_like(x_BLD)
         if side_bits(factor) == 0:
             return x_BLD
         product_BLD, unit = x_BLD * factor, self.fixed.unit(x_BLD.device)
         exact_BLD = (product_BLD.detach() / unit).floor_().mul_(unit)
         return _PassThrough.apply(product_BLD, exact_BLD)  # type: ignore[no-untyped-call, no-any-return]
 
-    def added(self, x_BLD: Tensor, value_BLD: Tensor) -> Tensor:
-        return x_BLD + self._rounded(value_BLD)
+    def added(self, x_BLD: Tensor, value_BLD: Tensor, weight: Tensor | float | None = None) -> Tensor:
+        return x_BLD + self._rounded(value_BLD, weight)
 
-    def _rounded(self, value: Tensor) -> Tensor:
-        rounded = self.fixed.scaled(value).round_().double().mul_(self.fixed.unit(value.device))
-        return _PassThrough.apply(value, rounded)  # type: ignore[no-untyped-call, no-any-return]
+    def _rounded(self, value: Tensor, weight: Tensor | float | None = None) -> Tensor:
+        rounded = self.fixed.scaled(value, weight).round_().double().mul_(self.fixed.unit(value.device))
+        return _PassThrough.apply(weighted(value, weight), rounded)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.fork import Sink, gathered_in
 from meftbench.reversible.gradients import Sums
 from meftbench.reversible.placed import Handover, Kept, PlacedSubLayer, Tile
@@ -53,7 +52,7 @@ def run_forward(
                 streams.reverse()
             _observe(saved, "forward", index, streams)
             args, kwargs, roots = saved.context.fresh(index)
-            for replaced, (coupling, sublayer) in enumerate(zip(saved.couplings, block.sublayers, strict=True)):  # type: ignore[arg-type]
+            for replaced, sublayer in enumerate(block.sublayers):  # type: ignore[arg-type]
                 if stack.unread(index, replaced):
                     saved.rng.append(None)
                     saved.sides.append(None)
@@ -65,7 +64,7 @@ def run_forward(
                 with gathered_in(handover) if keeps_graph else nullcontext():
                     placed = PlacedSubLayer(sublayer, block, streams[1 - replaced], saved, needs_grad, args, kwargs)
                 placed.keeps = keeps_graph
-                side = _replace_stream(coupling, placed, streams[replaced], index, replaced, keep)
+                side = _replace_stream(placed, streams[replaced], index, replaced, keep)
                 if keeps_graph:
                     del placed.other_BLD  # set again by the backward pass; not this tensor if streams are offloaded
                     kept = Kept(placed, roots, handover)
@@ -75,22 +74,22 @@ def run_forward(
     return streams, kept
 
 
-def _replace_stream(
-    coupling: Coupling, placed: PlacedSubLayer, stream_BLD: Tensor, index: int, replaced: int, keep: bool
-) -> Tensor | None:
+def _replace_stream(placed: PlacedSubLayer, stream_BLD: Tensor, index: int, replaced: int, keep: bool) -> Tensor | None:
     """Replace a stream by a coupling, tile by tile. Returns the packed side information of all its tokens, if any."""
-    saved, arithmetic = placed.saved, coupling.arithmetic
+    saved = placed.saved
+    coupling, signs_T1 = saved.coupling(index, replaced), saved.signs_of(index, replaced)
     watch = saved.range.of(index, replaced) if saved.range else None
     x_TD, other_TD = stream_BLD.flatten(0, 1), placed.other_BLD.flatten(0, 1)
     sides = None
-    width = arithmetic.side_bytes(x_TD.shape[-1], coupling.factor)
+    width = coupling.side_bytes(x_TD.shape[-1])
     if keep and width:
         sides = torch.empty(x_TD.shape[0], width, dtype=torch.uint8, device=x_TD.device)
     for rows in saved.tiles:
         value_TD = placed.tile(rows).value[0].detach()
         for tile_rows, stream_rows in _cache_sized_pieces(value_TD, rows):
+            signs = None if signs_T1 is None else signs_T1[stream_rows]
             side = coupling.forward_(
-                x_TD[stream_rows], other_TD[stream_rows], value_TD[tile_rows], keep=keep, watch=watch
+                x_TD[stream_rows], other_TD[stream_rows], value_TD[tile_rows], signs, keep=keep, watch=watch
             )
             if sides is not None:
                 assert side is not None
@@ -141,7 +140,7 @@ class BackwardPass:
         with modes_as(stack, saved.modes), saved.numerics.entered():
             for index in reversed(range(len(stack.blocks))):
                 trained = [parameter for parameter in stack.blocks[index].parameters() if parameter.requires_grad]
-                for replaced in (1, 0):
+                for replaced in reversed(range(len(saved.couplings))):
                     side = sides.pop()
                     if not stack.unread(index, replaced):
                         self._reverse_sublayer(index, replaced, side, trained)
@@ -155,7 +154,8 @@ class BackwardPass:
 
     def _reverse_sublayer(self, index: int, replaced: int, sides: Tensor | None, trained: list[nn.Parameter]) -> None:
         """Recompute a sublayer once, restore the stream that it replaced, and back-propagate."""
-        sublayer, coupling = self._sublayer(index, replaced), self.saved.couplings[replaced]
+        sublayer, coupling = self._sublayer(index, replaced), self.saved.coupling(index, replaced)
+        signs_T1 = self.saved.signs_of(index, replaced)
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
         dy_BLD = self.gradients[replaced]
         with self._as_in_forward(index, replaced):
@@ -164,17 +164,23 @@ class BackwardPass:
             placed, context_roots = self._placed_sublayer(index, replaced, sink)
             output_gradients: list[Tensor] = []  # of the core's parts, each (B·L, E / parts)
             if sublayer.tokens is None and dy_BLD is not None:
-                output_gradients = [dy_BLD.flatten(0, 1).to(placed.outputs[0].dtype)]
+                value_gradient_TD = coupling.value_gradient(dy_BLD.flatten(0, 1), signs_T1)
+                output_gradients = [value_gradient_TD.to(placed.outputs[0].dtype)]
+                del value_gradient_TD
             x_TD, other_TD = stream_BLD.flatten(0, 1), other_BLD.flatten(0, 1)
             for rows in self.saved.tiles:
                 tile = placed.tile(rows)
                 value_TD = tile.value[0].detach()
                 for tile_rows, stream_rows in _cache_sized_pieces(value_TD, rows):
                     side = None if sides is None else sides[stream_rows]
-                    coupling.inverse_(x_TD[stream_rows], other_TD[stream_rows], value_TD[tile_rows], side)
+                    signs = None if signs_T1 is None else signs_T1[stream_rows]
+                    coupling.inverse_(x_TD[stream_rows], other_TD[stream_rows], value_TD[tile_rows], side, signs)
                 del value_TD
                 if dy_BLD is not None and sublayer.tokens is not None:
-                    core_gradient = self._back_through(tile, rows, dy_BLD.flatten(0, 1)[rows], 1 - replaced, trained)
+                    signs = None if signs_T1 is None else signs_T1[rows]
+                    value_gradient_TD = coupling.value_gradient(dy_BLD.flatten(0, 1)[rows], signs)
+                    core_gradient = self._back_through(tile, rows, value_gradient_TD, 1 - replaced, trained)
+                    del value_gradient_TD
                     if core_gradient is not None:
                         placed.gather(core_gradient, rows, output_gradients)
                     del core_gradient
@@ -186,8 +192,8 @@ class BackwardPass:
         if sublayer.before is not None:
             with self._as_in_forward(index, replaced):
                 self._back_through_norm(placed, 1 - replaced, trained)
-        other_gradient = self._gradient_of(1 - replaced) if coupling.centred else dy_BLD
-        coupling.gradient_(dy_BLD, other_gradient)
+        other_gradient = self._gradient_of(1 - replaced) if coupling.centre else dy_BLD
+        coupling.gradient_(dy_BLD.flatten(0, 1), other_gradient.flatten(0, 1), signs_T1)
 
     def _sublayer(self, index: int, replaced: int) -> SubLayer:
         return cast(SubLayer, self.stack.blocks[index].sublayers[replaced])  # type: ignore[index]
@@ -209,7 +215,7 @@ class BackwardPass:
     @contextmanager
     def _as_in_forward(self, index: int, replaced: int) -> Iterator[None]:
         """Autocast, random numbers and gradient mode as when this sublayer ran in the forward pass."""
-        rng = self.saved.rng[2 * index + replaced]
+        rng = self.saved.rng[len(self.saved.couplings) * index + replaced]
         with (
             torch.enable_grad(),  # as in the forward pass, even where no gradient is needed
             self.saved.autocast.entered(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +77,9 @@ class _Call:
 class SavedState:
     """The saved state: what a forward pass saves for the backward pass, beside the streams.
 
-    couplings: of this pass; those of the stack may have another range by the time of the backward pass.
+    couplings: of this pass, one for each sublayer of a block; those of the stack may have another range by the time of
+        the backward pass.  start: that of F in the first block, where it has another.
+    signs: (blocks, sublayers, B), int8: by which factors are multiplied whose sign is drawn; None where none is.
     dtype, shape, device: of the hidden state.  input_wanted: whether the stack's input needs a gradient.
     tiles: rows of the B·L tokens.  parts: in which a core runs.  modes: training or evaluation, of each module.
     observers: called before each block in forward, and in the backward pass once its inputs are restored.
@@ -87,7 +89,9 @@ class SavedState:
     """
 
     context: Context
-    couplings: tuple[Coupling, Coupling]
+    couplings: tuple[Coupling, ...]
+    start: Coupling | None
+    signs: Tensor | None
     dtype: torch.dtype
     shape: torch.Size
     device: torch.device
@@ -109,17 +113,21 @@ class SavedState:
         stack: ReversibleStack,
         h_BLD: Tensor,
         context: Context,
-        couplings: tuple[Coupling, Coupling],
+        couplings: tuple[Coupling, ...],
         observer: Observer | None = None,
         strict: bool = False,
     ) -> SavedState:
         device, blocks = h_BLD.device, len(stack.blocks)
-        limits = [coupling.limit for coupling in couplings if coupling.limit is not None]
+        start = None if stack.start is None else replace(stack.start, arithmetic=couplings[0].arithmetic)
+        limits = [each.limit for each in (*couplings, start) if each is not None and each.limit is not None]
+        couplings = tuple(coupling.in_mode(stack.training) for coupling in couplings)
         fingerprints = Fingerprints(sampled(blocks)) if strict and blocks else None
         tiles = tiles_of(h_BLD.shape[:-1].numel(), stack.tiles, h_BLD.shape[-1], device)
         return SavedState(
             context=context,
             couplings=couplings,
+            start=start,
+            signs=drawn_signs(couplings, blocks, h_BLD),
             dtype=h_BLD.dtype,
             shape=h_BLD.shape,
             device=device,
@@ -141,6 +149,17 @@ class SavedState:
     def arithmetic(self) -> Arithmetic:
         return self.couplings[0].arithmetic
 
+    def coupling(self, index: int, replaced: int) -> Coupling:
+        """The coupling of sublayer `replaced` of block `index`."""
+        return self.start if self.start is not None and (index, replaced) == (0, 0) else self.couplings[replaced]
+
+    def signs_of(self, index: int, replaced: int) -> Tensor | None:
+        """The drawn signs (B·L, 1), int8, of that coupling's factor for each token; None where its sign is fixed."""
+        if not self.coupling(index, replaced).drawn:
+            return None
+        assert self.signs is not None
+        return self.signs[index, replaced, :, None].expand(self.shape[:-1]).reshape(-1, 1)
+
     def keeps(self, index: int, replaced: int) -> bool:
         """Whether the graph of sublayer `replaced` of block `index` is kept from forward instead of recomputed."""
         return (index, replaced) == self.kept_at
@@ -149,3 +168,12 @@ class SavedState:
         """Whether what sublayer `replaced` of block `index` reads needs a gradient. The lowest sublayer reads the
         stack's input, which may need none; what the others read always counts as needing one."""
         return index > 0 or replaced == 1 or self.input_wanted
+
+
+def drawn_signs(couplings: tuple[Coupling, ...], blocks: int, h_BLD: Tensor) -> Tensor | None:
+    """+1 and −1 at random, (blocks, sublayers, B), int8, from the generator that dropout draws from; None, with nothing
+    drawn, where no coupling has a sign to draw."""
+    if not any(coupling.drawn for coupling in couplings):
+        return None
+    shape = (blocks, len(couplings), h_BLD.shape[0])
+    return torch.randint(0, 2, shape, dtype=torch.int8, device=h_BLD.device).mul_(2).sub_(1)

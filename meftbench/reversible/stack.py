@@ -22,7 +22,7 @@ from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.passes import run_forward
 from meftbench.reversible.placed import Kept
 from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
-from meftbench.reversible.saved_state import Context, Observer, SavedState
+from meftbench.reversible.saved_state import Context, Observer, SavedState, drawn_signs
 from meftbench.reversible.sublayers import SubLayer, tiles_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments (args, kwargs) of a layer beside h
@@ -33,16 +33,20 @@ class Block(nn.Module):
 
     parts: submodules by name, registered as attributes of the block.
     f, g: a SubLayer, or a plain function called as f(block, h_BLD, *args, **kwargs) with what the model passes its
-        layers beside h; they find their modules through `block`, so that a copied block uses its own.
+        layers beside h; they find their modules through `block`, so that a copied block uses its own.  g: None: the
+        block replaces one of the streams only.
     """
 
     def __init__(
-        self, parts: Mapping[str, nn.Module], f: Callable[..., Tensor] | SubLayer, g: Callable[..., Tensor] | SubLayer
+        self,
+        parts: Mapping[str, nn.Module],
+        f: Callable[..., Tensor] | SubLayer,
+        g: Callable[..., Tensor] | SubLayer | None = None,
     ) -> None:
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
-        self.sublayers = (SubLayer.of(f), SubLayer.of(g))
+        self.sublayers = tuple(SubLayer.of(sublayer) for sublayer in (f, g) if sublayer is not None)
 
 
 class Relay(nn.Module):
@@ -67,14 +71,16 @@ class ReversibleStack(nn.Module):
 
         y1 = first(x1, x2, F(x2))        y2 = second(x2, y1, G(y1))        (x1, x2) <- (y2, y1) if `swap`
 
-    where `first` and `second` are couplings (coupling.py): λ·x1 + F(x2) and β·x2 + G(y1) as published. The result is
-    the mean of the last two streams, or the one that `carrier` names. Called as a layer is:
-    stack(h_BLD, *args, **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the sublayers'
-    cores; where layers are called with different ones, a `Relay` stands in the place of each block but the last.
+    where `first` and `second` are couplings (coupling.py): λ·x1 + F(x2) and β·x2 + G(y1) as published. Where blocks
+    have no G, `second` is None and y2 is x2; swapped, the streams are then two consecutive hidden states. The result is
+    the mean of the last two streams, or the one that `carrier` names. Called as a layer is: stack(h_BLD, *args,
+    **kwargs) -> (B, L, D), floating point, in h's dtype. args and kwargs go to the sublayers' cores; where layers are
+    called with different ones, a `Relay` stands in the place of each block but the last.
 
     The couplings' arithmetic (arithmetic.py) says how streams are represented between blocks: `Float` in h's dtype, as
     published, or `FixedPoint` as integers, whose reversal is exact in every precision that the sublayers compute in.
 
+    start: the coupling of F in the first block, if it is another than `first`; of the same arithmetic.
     calibrated: the fixed-point steps are taken from the model: one per channel, from the values of the first forward
         pass (calibration.py). A later pass that leaves the range is run again with a wider one, from the same random
         numbers; `range.widenings` counts these.
@@ -97,6 +103,9 @@ class ReversibleStack(nn.Module):
     observer: for probes; called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its
         inputs are restored, as the arithmetic represents them. The streams are overwritten after the call.
 
+    A coupling whose sign is drawn has no inverse in evaluation mode (its factor is 0). A backward pass in that mode is
+    run by reference autograd, each block under checkpointing.
+
     Under `no_grad`, or where nothing needs a gradient, the same equations run and nothing is kept. A second backward
     through one forward raises torch's error unless the first was called with retain_graph.
 
@@ -110,10 +119,11 @@ class ReversibleStack(nn.Module):
         self,
         blocks: Iterable[Block],
         first: Coupling,
-        second: Coupling,
+        second: Coupling | None = None,
         *,
         swap: bool,
         carrier: int,
+        start: Coupling | None = None,
         output: Literal["mean", "last"] = "mean",
         tiles: int | Literal["auto"] = 1,
         parts: int = 1,
@@ -124,16 +134,19 @@ class ReversibleStack(nn.Module):
         keep_last: bool = False,
     ) -> None:
         super().__init__()
-        if first.arithmetic != second.arithmetic:
-            raise ValueError("both couplings of a stack must share one arithmetic")
+        if any(each is not None and each.arithmetic != first.arithmetic for each in (second, start)):
+            raise ValueError("all couplings of a stack must share one arithmetic")
         if strict and not first.arithmetic.exact:
             raise ValueError(f"strict verifies exact reversal, which {first.arithmetic.name} arithmetic is not")
         if calibrated and not first.arithmetic.exact:
             raise ValueError(f"calibrated is for fixed-point streams, not for {first.arithmetic.name} ones")
-        for coupling in (first, second):
-            coupling.arithmetic.side_bytes(8, coupling.factor)  # raises ValueError for a factor that it cannot undo
+        given = (first,) if second is None else (first, second)
+        for coupling in given:
+            coupling.side_bytes(8)  # raises ValueError for a factor that the arithmetic cannot undo
         self.blocks = nn.ModuleList(blocks)
-        self._couplings = (first, second)  # as given; `couplings` has the current steps
+        if any(len(block.sublayers) != len(given) for block in self.blocks):  # type: ignore[arg-type]
+            raise ValueError("a stack has as many couplings as each of its blocks has sublayers")
+        self._couplings, self.start = given, start  # as given; `couplings` has the current steps
         self.range = CalibratedRange() if calibrated else None
         self.swap, self.carrier, self.output = swap, carrier, output
         self.tiles, self.parts, self.parts_from = tiles, parts, parts_from
@@ -143,8 +156,8 @@ class ReversibleStack(nn.Module):
         self.noted: list[Call] = []
 
     @property
-    def couplings(self) -> tuple[Coupling, Coupling]:
-        """The couplings, with the current fixed-point steps in their arithmetic."""
+    def couplings(self) -> tuple[Coupling, ...]:
+        """The couplings of F and G in training, with the current fixed-point steps in their arithmetic."""
         if self.range is None or self.range.steps is None:
             return self._couplings
         return _with_arithmetic(self._couplings, replace(self._fixed, step_bits=self.range.steps))
@@ -174,12 +187,17 @@ class ReversibleStack(nn.Module):
         inputs = [h_BLD, *context.differentiable, *trained]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             return self._without_backward(h_BLD, context)
-        if self.activations != "reverse":
+        if self.activations != "reverse" or not self._reversible:
             return self._reference(h_BLD, calls)
         passage = Passage(self, context)
         token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
         return output_BLD
+
+    @property
+    def _reversible(self) -> bool:
+        """Whether the couplings have inverses in the mode, training or evaluation, that the stack is in."""
+        return all(coupling.in_mode(self.training).reversible for coupling in self._couplings)
 
     def parts_of(self, tiles: int) -> int:
         """The number of parts that a core runs in where there are that many tiles."""
@@ -249,7 +267,9 @@ class ReversibleStack(nn.Module):
         self.range.calibrate(largest_ND, self._limit(), self.first_layer)
 
     def _limit(self) -> float:
-        return min(coupling.limit for coupling in self._couplings if coupling.limit is not None)
+        couplings: list[Coupling] = [*self._couplings, *([] if self.start is None else [self.start])]
+        limits: list[float] = [limit for coupling in couplings if (limit := coupling.limit) is not None]
+        return min(limits)
 
     def _largest(self, h_BLD: Tensor, context: Context) -> Tensor:
         """Largest |value| of each channel before each block and after the last, (blocks + 1, D), computed by the same
@@ -270,19 +290,27 @@ class ReversibleStack(nn.Module):
             return self.finish(streams, h_BLD.dtype, saved.arithmetic)
 
     def _reference(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:
-        """The hidden state after the stack by reference autograd, for `activations` "cache" and "checkpoint"."""
+        """The hidden state after the stack by reference autograd; unless `activations` is "cache", each block is run
+        under checkpointing."""
         operations, dtype = self.arithmetic.reference, h_BLD.dtype
+        couplings = tuple(coupling.in_mode(self.training) for coupling in self.couplings)
+        signs = drawn_signs(couplings, len(self.blocks), h_BLD)
         streams = [operations.lifted(h_BLD)] * 2
         for index in range(len(self.blocks)):
             if self.swap and index:
                 streams.reverse()
             if self.observer:
                 self.observer("forward", index, streams)
-            block_args = (index, streams[0], streams[1], dtype, *calls[index if len(calls) > 1 else 0])
-            if self.activations == "checkpoint":
-                streams = checkpoint(self._block, *block_args, use_reentrant=False)
-            else:
+            of_block = couplings
+            if self.start is not None and index == 0:
+                of_block = (replace(self.start, arithmetic=self.arithmetic), *couplings[1:])
+            signs_SB11 = None if signs is None else signs[index, :, :, None, None]
+            call = calls[index if len(calls) > 1 else 0]
+            block_args = (index, of_block, signs_SB11, streams[0], streams[1], dtype, *call)
+            if self.activations == "cache":
                 streams = self._block(*block_args)
+            else:
+                streams = checkpoint(self._block, *block_args, use_reentrant=False)
         if self.output == "last":
             return operations.read(streams[self.carrier], dtype)
         return (operations.read(streams[0], dtype) + operations.read(streams[1], dtype)) / 2
@@ -290,27 +318,27 @@ class ReversibleStack(nn.Module):
     def _block(
         self,
         index: int,
+        couplings: tuple[Coupling, ...],
+        signs_SB11: Tensor | None,
         x1_BLD: Tensor,
         x2_BLD: Tensor,
         dtype: torch.dtype,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> list[Tensor]:
-        block = self.blocks[index]
-        f, g = block.sublayers  # type: ignore[misc]
-        first, second = self.couplings
+        block, streams = self.blocks[index], [x1_BLD, x2_BLD]
         read = self.arithmetic.reference.read
         tiles = tiles_of(x1_BLD.shape[:-1].numel(), self.tiles, x1_BLD.shape[-1], x1_BLD.device)
         parts = self.parts_of(len(tiles))
-        f_BLD = f.reference(block, read(x2_BLD, dtype), tiles, parts, args, kwargs)
-        y1_BLD = first.reference(x1_BLD, x2_BLD, f_BLD)
-        if self.unread(index, 1):
-            return [y1_BLD, x2_BLD]
-        g_BLD = g.reference(block, read(y1_BLD, dtype), tiles, parts, args, kwargs)
-        y2_BLD = second.reference(x2_BLD, y1_BLD, g_BLD)
-        return [y1_BLD, y2_BLD]
+        for replaced, (coupling, sublayer) in enumerate(zip(couplings, block.sublayers, strict=True)):  # type: ignore[arg-type]
+            if self.unread(index, replaced):
+                continue
+            other_BLD = streams[1 - replaced]
+            value_BLD = sublayer.reference(block, read(other_BLD, dtype), tiles, parts, args, kwargs)
+            signs = signs_SB11[replaced] if signs_SB11 is not None and coupling.drawn else None
+            streams[replaced] = coupling.reference(streams[replaced], other_BLD, value_BLD, signs)
+        return streams
 
 
-def _with_arithmetic(couplings: tuple[Coupling, Coupling], arithmetic: Arithmetic) -> tuple[Coupling, Coupling]:
-    first, second = couplings
-    return replace(first, arithmetic=arithmetic), replace(second, arithmetic=arithmetic)
+def _with_arithmetic(couplings: tuple[Coupling, ...], arithmetic: Arithmetic) -> tuple[Coupling, ...]:
+    return tuple(replace(coupling, arithmetic=arithmetic) for coupling in couplings)

@@ -15,12 +15,12 @@ from meftbench.catalogue.models import MODELS
 from meftbench.methods import prepare
 from meftbench.methods.bottleneck import Bottleneck
 from meftbench.probes.fidelity import StreamErrors
-from tests.models import MEFTS, TINY, a_batch_for, a_model, gradients, worst_relative_error
+from tests.models import EXACTS, MEFTS, TINY, TWO_STEP, a_batch_for, a_model, gradients, worst_relative_error
 
 FAMILIES = list(TINY)
 
 
-EXACT = [f"{method}-exact" for method in MEFTS]
+EXACT = [*EXACTS, *TWO_STEP]
 
 
 def in_turn(methods, first):
@@ -180,7 +180,7 @@ def mismatched(applied, batch):
     return sum(observer.mismatched for observer in observers)
 
 
-@pytest.mark.parametrize(("family", "method"), in_turn(EXACT, 1))
+@pytest.mark.parametrize(("family", "method"), [*in_turn(EXACTS, 1), *in_turn(TWO_STEP, 0)])
 def test_reversal_is_exact_at_twelve_layers(family, method):
     """fp32, dropout and padding on, three tiles and all groups of heads: no element differs."""
     model = a_model(12, torch.float32, backbone=family)
@@ -230,7 +230,7 @@ def head_size(model):
 def test_trained_parameters_are_closed_formulas(family):
     """Adapters: 2·D·r + r + D each; LoRA: r·(in + out) for queries and values; and a new head, where it is new."""
     layers = 8 if family == "bart" else 4  # of two stacks
-    adapters = {"houlsby": 2, "pfeiffer": 1, "parallel": 1, "meft1": 2, "meft2": 2, "meft3": 2}
+    adapters = {"houlsby": 2, "pfeiffer": 1, "parallel": 1, "meft1": 2, "meft2": 2, "meft3": 2, "bdia": 1}
     for method, each in adapters.items():
         trained = prepare(a_model(4, backbone=family), method, seed=1).trained()
         new = sum(p.numel() for n, p in trained.items() if "classif" in n)

@@ -49,6 +49,8 @@ METHODS = [
     ("meft1", {}),
     ("meft1-exact", {}),
     ("meft3-exact", {"reversible_layers": 1}),
+    ("bdia", {}),
+    ("leapfrog", {}),
     ("lora", {}),
 ]
 # What transformers notes on an instance for itself; whether checkpointing is on is asked for.

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import meftbench
-from tests.models import EXACTS, MEFTS, a_batch, a_model
+from tests.models import EXACTS, MEFTS, TWO_STEP, a_batch, a_model
 
 LAYERS, ADAPTERS = "will not find the reversible layers in", "will not find the adapters in"
 
@@ -24,7 +24,11 @@ def without_warning(call):
 
 @pytest.mark.parametrize(
     ("method", "said"),
-    [*((method, LAYERS) for method in [*MEFTS, *EXACTS]), ("houlsby", ADAPTERS), ("parallel+checkpoint", ADAPTERS)],
+    [
+        *((method, LAYERS) for method in [*MEFTS, *EXACTS, *TWO_STEP]),
+        ("houlsby", ADAPTERS),
+        ("parallel+checkpoint", ADAPTERS),
+    ],
 )
 def test_save_pretrained_says_what_is_lost(method, said, tmp_path):
     model = meftbench.apply_method(a_model(2, torch.float32), method, seed=1).eval()

@@ -28,6 +28,7 @@ STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 
         "meft1",
         "meft1-exact",
         "meft3-exact",
+        "bdia",
     ],
 )
 def test_a_traced_step_is_a_computed_step_byte_for_byte(method, precision):

@@ -47,7 +47,7 @@ def test_what_was_met_is_held_with_room_to_spare(values, centred):
 @pytest.mark.parametrize("stream_bits", [32, 64])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("tiles", [1, 3])
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", [*EXACT, "bdia", "midpoint", "leapfrog"])
 def test_a_massive_channel_is_reversed_exactly(method, tiles, dtype, stream_bits):
     """Values of 20,000 in one channel, padding, fp32 and autocast: strict finds nothing, gradients are autograd's."""
     applied = a_decoder(method, 20_000.0, tiles=tiles, strict=True, stream_bits=stream_bits)

@@ -71,7 +71,7 @@ def assert_same(found, expected):
     assert torch.allclose(expected[1].float(), found[1].float(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["meft1-exact", "meft3"])
+@pytest.mark.parametrize("method", ["meft1-exact", "meft3", "bdia", "leapfrog"])
 @pytest.mark.parametrize("backbone", HEADS)
 def test_a_cache_changes_no_token(backbone, method):
     """Left padding, a sliding window, an encoder: greedy tokens with a cache, without, and of the plain equations."""
