@@ -45,6 +45,8 @@ BACKBONES: dict[str, Backbone] = {
         "meftbench.backbones.llama:LLAMA", "Qwen2 and 2.5: as Llama, biases at queries, keys, values", DECODER
     ),
     "qwen3": Backbone("meftbench.backbones.llama:LLAMA", "Qwen3: as Llama, normed queries and keys", DECODER),
+    "mixtral": Backbone("meftbench.backbones.llama:LLAMA", "Mixtral: as Mistral, a mixture of experts", DECODER),
+    "qwen3_moe": Backbone("meftbench.backbones.llama:LLAMA", "Qwen3-MoE: as Qwen3, a mixture of experts", DECODER),
     "gemma2": Backbone(
         "meftbench.backbones.llama:GEMMA",
         "Gemma 2: norms on both sides, sliding and full attention",

@@ -28,6 +28,7 @@ from meftbench.methods.applied import (
     predicts_tokens,
     refuse_asked,
 )
+from meftbench.methods.router_logits import pass_router_logits_on
 from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Relay, ReversibleStack, SubLayer, fork
 
 
@@ -164,6 +165,7 @@ def _apply(model: nn.Module, settings: Meft, variant: Variant) -> Applied:
         _replace_by_stack(model, layout, settings, variant, *layers, topmost=layout is layouts[-1])
         for layout, layers in zip(layouts, split, strict=True)
     ]
+    pass_router_logits_on(model)
     owners = [layout.list_of(model)[0] for layout in layouts]
     for module in dict.fromkeys([base_of(model), *owners]):  # generation calls an encoder on its own
         module.register_forward_pre_hook(_without_layer_outputs, with_kwargs=True)
@@ -237,8 +239,7 @@ def _sublayers(layout: Layout, settings: Meft, variant: Variant) -> tuple[SubLay
 
 
 def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # transformers collects these outputs by hooks on the layers, which a reversible stack does not call. They would be
-    # missing, and the loss that balances the experts of a mixture would have no gradient.
+    # transformers collects these outputs by hooks on the layers, which a reversible stack does not call.
     what, cure = (
         "a reversible model does not keep what its layers give",
         "take last_hidden_state, or ask the pre-trained model",
