@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, Site, base_of, split_layouts
+from meftbench.backbones.layout import present
 from meftbench.backbones.quantize import is_quantized
 from meftbench.backbones.split import check_in_tiles
 from meftbench.catalogue.methods import Meft
@@ -285,7 +286,7 @@ def _block(
     variant: Variant,
     sublayers: tuple[SubLayer, SubLayer],
 ) -> Block:
-    for name in layout.input_readers:
+    for name in present(layer, layout.input_readers):
         layer.get_submodule(name).register_forward_pre_hook(fork)
     parts = {"layer": layer}
     if variant.own_adapter:
