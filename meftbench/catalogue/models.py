@@ -141,9 +141,7 @@ def _gemma(
     return _decoder(model_type, hub, layers, hidden, heads, intermediate, vocabulary, positions, True, **more)
 
 
-def _qwen3_moe(
-    hub: str, layers: int, hidden: int, heads: tuple[int, int, int], intermediate: int, width: int
-) -> Model:
+def _qwen3_moe(hub: str, layers: int, hidden: int, heads: tuple[int, int, int], intermediate: int, width: int) -> Model:
     """width: of one expert, of which there are 128, eight for a token.  intermediate: of a layer without experts."""
     mixture = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": width, "norm_topk_prob": True}
     shape = (layers, hidden, heads, intermediate, 151_936, 40_960, False)

@@ -30,7 +30,7 @@ def pass_router_logits_on(model: nn.Module) -> None:
     """
     base = base_of(model)
     place = name_of_forward(base)
-    if isinstance(vars(base).get(place), partial):
+    if getattr(vars(base).get(place), "func", None) is _with_router_logits:
         return
     routers = [] if place == FORWARD and FORWARD in vars(base) else _routers(base)
     if not routers:
