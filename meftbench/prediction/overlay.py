@@ -24,6 +24,7 @@ from torch import Tensor
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.prediction.cuda_autocast import cuda_autocast
+from meftbench.prediction.experts import groups_on_cuda
 from meftbench.prediction.scratch import HALF
 from meftbench.reversible.kernels import Kernels, as_on
 
@@ -36,6 +37,7 @@ def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]
         mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability, versions.prefers_cudnn_attention)),
         cuda_autocast(),
+        groups_on_cuda(capability),
         # Triton compiles for compute capability 7.0 and later.
         as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
     ]

@@ -30,6 +30,7 @@ from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
+from meftbench.prediction.experts import products_of_groups
 from meftbench.prediction.four_bit import unfused_products
 from meftbench.prediction.peft_shapes import peft_without_values
 from meftbench.probes.memory_counted import CountedStep, Observed
@@ -172,7 +173,7 @@ def uncomputed_step(
         extra = {"constants": constants}
     device, step_class = torch.device("meta" if on_meta else "cpu"), _UncomputedOwn if is_own(cell) else _Uncomputed
     step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
-    return step, _entered(mode, _values_of_peft(cell), *([unfused_products()] if on_meta else []))
+    return step, _entered(mode, _values_of_peft(cell), products_of_groups(), *([unfused_products()] if on_meta else []))
 
 
 def _values_of_peft(cell: Cell) -> AbstractContextManager[None]:
