@@ -62,7 +62,7 @@ def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
 def check_unhooked(module: nn.Module) -> None:
     """Raises UserError where a submodule that runs without its output projection has hooks, which see and may change
     its output or the gradient. Those by which transformers collects outputs do nothing unless they are asked for."""
-    tables: list[dict[int, Any]] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]  # type: ignore[list-item]
+    tables: list[dict[int, Any]] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
     if any(_module_of(hook) != _CAPTURING for table in tables for hook in table.values()):
         what = "has hooks, which would see it without its output projection: layers are run here in parts"
         raise UserError(type(module).__name__, what, "take them off, or hook its projections")

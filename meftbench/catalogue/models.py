@@ -143,16 +143,18 @@ def _gemma(
 
 def _qwen3_moe(hub: str, layers: int, hidden: int, heads: tuple[int, int, int], intermediate: int, width: int) -> Model:
     """width: of one expert, of which there are 128, eight for a token.  intermediate: of a layer without experts."""
-    mixture = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": width, "norm_topk_prob": True}
-    shape = (layers, hidden, heads, intermediate, 151_936, 40_960, False)
-    return _with_experts(_decoder("qwen3_moe", hub, *shape, **mixture), 128, 8)
+    mixture: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": width}
+    mixture["norm_topk_prob"] = True
+    model = _decoder("qwen3_moe", hub, layers, hidden, heads, intermediate, 151_936, 40_960, False, **mixture)
+    return _with_experts(model, 128, 8)
 
 
 def _mixtral(hub: str, layers: int, hidden: int, heads: tuple[int, int, int], width: int, positions: int) -> Model:
     """width: of one expert, of which there are eight, two for a token."""
-    mixture = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
-    shape = (layers, hidden, heads, width, 32_000, positions, False)
-    return _with_experts(_decoder("mixtral", hub, *shape, **mixture), 8, 2)
+    mixture: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+    return _with_experts(
+        _decoder("mixtral", hub, layers, hidden, heads, width, 32_000, positions, False, **mixture), 8, 2
+    )
 
 
 def _with_experts(model: Model, experts: int, of_token: int) -> Model:
@@ -173,10 +175,9 @@ def _qwen3_5(
 ) -> Model:
     """heads: of queries, and of keys and values, in layers with attention.  value_heads: in gated delta nets.
     intermediate: of a feed-forward without experts; None: there is none."""
-    delta_net = {"linear_num_key_heads": 16, "linear_num_value_heads": value_heads}
-    delta_net |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}
-    shape = (layers, hidden, (*heads, 256), intermediate, vocabulary, 262_144, tied)
-    return _decoder(model_type, hub, *shape, **delta_net, **more)
+    more |= {"linear_num_key_heads": 16, "linear_num_value_heads": value_heads}
+    more |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}
+    return _decoder(model_type, hub, layers, hidden, (*heads, 256), intermediate, vocabulary, 262_144, tied, **more)
 
 
 _LLAMA3, _QWEN = (128_256, 131_072), (151_936, 32_768)

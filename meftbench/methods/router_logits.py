@@ -1,9 +1,9 @@
 """Logits of a mixture's routers, from layers that run in parts or in tiles, with their gradient.
 
-transformers collects router logits by hooks on the routers. A router inside a reversible stack, or inside a feed-forward
-in tiles, is called once a tile, and its graph does not reach the loss: the loss that balances the experts would be
-wrong, and have no gradient. Here the layers pass the logits on themselves (reversible/taps.py), all tokens of a layer
-together, and the base model's output has them where transformers would have put them.
+transformers collects router logits by hooks on the routers. A router inside a reversible stack, or inside a
+feed-forward in tiles, is called once a tile, and its graph does not reach the loss: the loss that balances the experts
+would be wrong, and have no gradient. Here the layers pass the logits on themselves (reversible/taps.py), all tokens of
+a layer together, and the base model's output has them where transformers would have put them.
 """
 
 from __future__ import annotations

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+
+EXPERTS = "_experts_implementation"  # the field of a configuration that says how experts are run
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def products_of_groups() -> Iterator[None]:
     (ATen/native/cuda/GroupedBlas.cpp, _grouped_mm_cuda; on a CPU the same). On CUDA rows of the output begin at
     multiples of 16 bytes, which those of real models do without padding.
     """
-    registrations = torch._meta_registrations  # type: ignore[attr-defined]
+    registrations = torch._meta_registrations
     with ExitStack() as stack:
         if hasattr(registrations, "_meta_grouped_mm_common"):
             stack.enter_context(mock.patch.object(registrations, "_meta_grouped_mm_common", _output_of_groups))
@@ -40,9 +43,14 @@ def _output_of_groups(
     out_dtype: torch.dtype | None = None,
     **others: Any,
 ) -> Tensor:
-    create = torch._meta_registrations._create_grouped_mm_output_tensor  # type: ignore[attr-defined]
+    create: Any = torch._meta_registrations._create_grouped_mm_output_tensor
     output: Tensor = create(mat_a, mat_b, offs, out_dtype or mat_a.dtype)
     return output
+
+
+def runs_experts(model: Any) -> bool:
+    """Whether a transformers model has experts that it runs as its configuration says."""
+    return any(hasattr(module, "_is_expert_parallel") for module in model.modules())
 
 
 @contextmanager
@@ -58,5 +66,11 @@ def groups_on_cuda(capability: tuple[int, ...]) -> Iterator[None]:
         except ImportError:  # transformers 4 has experts of other classes
             moe = None
         if hasattr(moe, "_can_use_grouped_mm"):
-            stack.enter_context(mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: capability >= (8, 0)))
+            # Not a mock's return value: a mock would keep the tensors that it was called with.
+            known = partial(_any_answers, capability >= (8, 0))
+            stack.enter_context(mock.patch.object(moe, "_can_use_grouped_mm", known))
         yield
+
+
+def _any_answers(answer: bool, *_arguments: Any) -> bool:
+    return answer

@@ -30,7 +30,7 @@ from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
-from meftbench.prediction.experts import products_of_groups
+from meftbench.prediction.experts import EXPERTS, products_of_groups
 from meftbench.prediction.four_bit import unfused_products
 from meftbench.prediction.peft_shapes import peft_without_values
 from meftbench.probes.memory_counted import CountedStep, Observed
@@ -95,6 +95,8 @@ class named_refusals:  # noqa: N801 - used as a function
             operator = getattr(error, "func", "its forward")
             what = f"{operator} looks at values, which a trace has not"
             other = "try another head (BART: seq2seq_lm), --attention eager, or count it"
+            if EXPERTS in self.cell.model_config_overrides:
+                other = f"leave {EXPERTS} out (eager runs each expert on the tokens it gets), or count it"
             cure = "count it" if is_own(self.cell) else other
             raise UserError(self.cell.label, what, cure) from None
         # An operator without a meta implementation raises one that names the backend; any other is a bug.

@@ -60,9 +60,10 @@ class Finish(torch.autograd.Function):
 
 
 class Reversal(torch.autograd.Function):
-    """From h and all trained tensors to the last two streams, and to what the sublayers pass on (taps.py). Inputs: passage, number of trained tensors, h, the
-    context's differentiable tensors, the trained tensors. Each gradient is returned once, never accumulated by a
-    backward call inside, so that hooks (of DDP, GradScaler, users) see one gradient per parameter (docs/design.md 5).
+    """From h and all trained tensors to the last two streams, and to what the sublayers pass on (taps.py). Inputs:
+    passage, number of trained tensors, h, the context's differentiable tensors, the trained tensors. Each gradient is
+    returned once, never accumulated by a backward call inside, so that hooks (of DDP, GradScaler, users) see one
+    gradient per parameter (docs/design.md 5).
 
     The first output is an empty token, to be given to `Finish`; the streams go by `passage`. The others are what was
     tapped (B·L, X), where somebody asks for it, in the order of forward.
