@@ -325,6 +325,7 @@ MODELS: dict[str, Model] = {
         8,
     ),
     "qwen3.5-0.8b": _qwen3_5("Qwen/Qwen3.5-0.8B-Base", 24, 1024, (8, 2), 3584, 16, True),
+    "qwen3.5-2b": _qwen3_5("Qwen/Qwen3.5-2B-Base", 24, 2048, (8, 2), 6144, 16, True),
     "qwen3.5-4b": _qwen3_5("Qwen/Qwen3.5-4B-Base", 32, 2560, (16, 4), 9216, 32, True),
     "qwen3.5-9b": _qwen3_5("Qwen/Qwen3.5-9B", 32, 4096, (16, 4), 12288, 32, False),
     "qwen3.5-27b": _qwen3_5("Qwen/Qwen3.5-27B", 64, 5120, (24, 4), 17408, 48, False),

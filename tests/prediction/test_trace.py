@@ -11,7 +11,7 @@ from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed, uncomputed_model, uncomputed_step
 from meftbench.probes.memory_counted import CountedStep
-from tests.models import a_cell
+from tests.models import a_cell, a_cell_of
 
 STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 4 bytes
 
@@ -51,6 +51,16 @@ def test_other_families_as_well(model, method):
         method = method.partition("+")[0]
     config = FAMILIES[model] if images else FAMILIES[model] | {"vocab_size": 800}
     agree(Cell.of(method, model=model, model_config_overrides=config, batch_size=2, sequence_length=17), mask=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "config"),
+    [("qwen3_moe", "lora+checkpoint", {"output_router_logits": True}), ("qwen3_5", "meft3-exact", {})],
+)
+def test_mixtures_and_hybrids_as_well(family, method, config):
+    """Experts, the logits of their routers, and gated delta nets."""
+    config |= a_cell_of(family, method, layers=2).model_config_overrides
+    agree(a_cell_of(family, method, model_config_overrides=config, batch_size=2, sequence_length=17), mask=False)
 
 
 def agree(cell, mask=True):
