@@ -82,7 +82,7 @@ def loss_by_hand(model, number_of_layers=2):
 
 
 @pytest.mark.parametrize("asked_by", ["call", "configuration"])
-@pytest.mark.parametrize("levers", ["+chunked_loss", "+checkpoint", "+tiled_mlp", "+checkpoint+tiled_mlp+chunked_loss"])
+@pytest.mark.parametrize("levers", ["+checkpoint", "+tiled_mlp", "+checkpoint+tiled_mlp+chunked_loss"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_of_the_router_is_kept_with_its_gradient(kind, levers, asked_by):
     said = {"output_router_logits": True} if asked_by == "configuration" else {}
@@ -113,10 +113,10 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize(("method", "settings"), SETTINGS)
-def test_layers_that_run_again_give_it_with_its_gradient(kind, method, settings):
+@pytest.mark.parametrize(("number", "method", "settings"), [(n, *both) for n, both in enumerate(SETTINGS)])
+def test_layers_that_run_again_give_it_with_its_gradient(number, method, settings):
     """Float64: 1e-12 of each tensor's gradient, against reference autograd with the routers' loss computed here."""
+    kind = ("mixtral", "qwen3_moe")[number % 2]
     applied = prepare(in_float64(a_mixture(kind, router_aux_loss_coef=10.0)), method, settings, seed=1)
     model = applied.model
     without = loss_and_gradients(model, output_router_logits=False)[0]
