@@ -34,6 +34,11 @@ _BART = {"d_model": 32, "vocab_size": 120} | {
 _IMAGES = FOUR_LAYERS | {"image_size": 32, "patch_size": 8}
 _DECODER = _TEXT | {"num_key_value_heads": 2, "head_dim": 8}
 _GEMMA = _DECODER | {"sliding_window": 5, "query_pre_attn_scalar": 8}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SHARED = _EXPERTS | {"shared_expert_intermediate_size": 16}
+_DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_HYBRID = _DECODER | _DELTA_NET | {"linear_key_head_dim": 4, "linear_value_head_dim": 8}
+_HYBRID_MOE = {key: value for key, value in _HYBRID.items() if key != "intermediate_size"} | _SHARED
 
 # A name of `list models` for each family, and what makes it small. Dropout rates are named where it has them.
 TINY: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -48,9 +53,31 @@ TINY: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "mistral": ("mistral-7b", _DECODER | {"sliding_window": 5}, ("attention_dropout",)),
     "qwen2": ("qwen2.5-0.5b", _TEXT | {"num_key_value_heads": 2}, ("attention_dropout",)),
     "qwen3": ("qwen3-0.6b", _DECODER, ("attention_dropout",)),
+    "mixtral": ("mixtral-8x7b", _DECODER | {"num_local_experts": 4}, ("attention_dropout",)),
+    "qwen3_moe": ("qwen3-30b-a3b", _DECODER | _EXPERTS, ("attention_dropout",)),
+    "qwen3_5": ("qwen3.5-0.8b", _HYBRID, ("attention_dropout",)),
+    "qwen3_5_moe": ("qwen3.5-35b-a3b", _HYBRID_MOE, ("attention_dropout",)),
+    "qwen3_next": ("qwen3-next-80b-a3b", _HYBRID | _SHARED, ("attention_dropout",)),
     "gemma2": ("gemma-2-2b", _GEMMA, ("attention_dropout",)),
     "gemma3": ("gemma-3-1b", _GEMMA, ("attention_dropout",)),
 }
+
+
+# torch's product of groups of rows, by which transformers runs experts, knows no float64.
+EXPERTS_IN_FLOAT64 = {"_experts_implementation": "batched_mm"}
+
+# Families whose layers are of two kinds, which alternate in small models.
+_TWO_KINDS = {
+    "gemma": ("sliding_attention", "full_attention"),
+    "qwen3_5": ("linear_attention", "full_attention"),
+    "qwen3_next": ("linear_attention", "full_attention"),
+}
+
+
+def _layer_types(backbone: str, layers: int) -> dict[str, list[str]]:
+    """The field of the configuration with the kind of each layer, where the family has two kinds."""
+    kinds = next((kinds for family, kinds in _TWO_KINDS.items() if backbone.startswith(family)), None)
+    return {"layer_types": [kinds[n % 2] for n in range(layers)]} if kinds else {}
 
 
 def a_model(
@@ -66,9 +93,9 @@ def a_model(
     depth = (
         {"encoder_layers": layers, "decoder_layers": layers} if backbone == "bart" else {"num_hidden_layers": layers}
     )
-    overrides = overrides | depth | dict.fromkeys(rates, dropout)
-    if backbone.startswith("gemma"):
-        overrides["layer_types"] = [("sliding_attention", "full_attention")[n % 2] for n in range(layers)]
+    overrides = overrides | depth | dict.fromkeys(rates, dropout) | _layer_types(backbone, layers)
+    if dtype == torch.float64:
+        overrides |= EXPERTS_IN_FLOAT64
     attention = "eager" if backbone == "gemma2" else "sdpa"
     model = build_model(f"{name}@random", overrides, dtype=dtype, attention=attention, head=head)
     for key, parameter in model.named_parameters():
@@ -116,9 +143,7 @@ def a_cell_of(backbone: str, method: str, layers: int = 3, **changes: Any) -> Ce
     depth = (
         {"encoder_layers": layers, "decoder_layers": layers} if backbone == "bart" else {"num_hidden_layers": layers}
     )
-    overrides = overrides | dict.fromkeys(rates, 0.0) | depth
-    if backbone.startswith("gemma"):
-        overrides["layer_types"] = [("sliding_attention", "full_attention")[n % 2] for n in range(layers)]
+    overrides = overrides | dict.fromkeys(rates, 0.0) | depth | _layer_types(backbone, layers)
     values: dict[str, Any] = {
         "model": f"{name}@random",
         "model_config_overrides": overrides,

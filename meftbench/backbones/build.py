@@ -14,6 +14,7 @@ from torch import nn
 
 from meftbench.backbones.gguf import dequantized
 from meftbench.backbones.own import build_own
+from meftbench.catalogue.backbones import BACKBONES
 from meftbench.catalogue.models import MODELS
 from meftbench.errors import UserError, reading, reason_of
 from meftbench.plan.factories import is_factory
@@ -66,7 +67,7 @@ def build_model(
             fields = {"model_type": MODELS[source].model_type} | MODELS[source].config
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
-            config = AutoConfig.from_pretrained(folder or _hub(source))
+            config = _of_text(AutoConfig.from_pretrained(folder or _hub(source)), head)
     head = head_of(config.model_type, head)
     for key, value in (overrides or {}).items():
         if not hasattr(config, key):
@@ -97,6 +98,14 @@ def build_model(
             _check_loaded(name, model, loading, head, overrides or {}, new_head)
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def _of_text(config: Any, head: str | None) -> Any:
+    """The configuration of the language model in one of images and text (Qwen3.5), where that alone is in the catalogue
+    and a language model is asked for, or nothing: transformers loads its part of the weights."""
+    of_text = config.get_text_config()
+    known = config.model_type not in BACKBONES and of_text.model_type in BACKBONES
+    return of_text if known and head in (None, "causal_lm") else config
 
 
 def _fit_layer_types(config: Any, overrides: dict[str, Any]) -> None:

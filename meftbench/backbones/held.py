@@ -21,7 +21,7 @@ from meftbench.errors import UserError
 
 # What a model calls a layer with: h (B, L, D), the other positional arguments, and the keyword arguments.
 Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
-_EXPECTED_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, ImportError)
+EXPECTED_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, ImportError)
 _HELD: set[str] = set()  # models and configurations whose layouts have passed the check
 
 
@@ -42,7 +42,7 @@ def check_held(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
         try:
             calls = calls_of(model, layers)
             outputs = {index: _layer_output(layers[index], call) for index, call in calls.items() if index in kinds}
-        except _EXPECTED_ERRORS:  # the layers themselves cannot run here, so there is nothing to compare with
+        except EXPECTED_ERRORS:  # the layers themselves cannot run here, so there is nothing to compare with
             return
         if not all(bool(expected.isfinite().all()) for expected in outputs.values()):
             return  # NaN and infinite values cannot be compared
@@ -141,7 +141,7 @@ def holds(layout: Layout, layer: nn.Module, call: Call, expected: Tensor | None 
             torch.manual_seed(0)
             output = layout.feed_forward(layer, layout.attention(layer, h_BLD, *args, **kwargs))
             alone = treats_tokens_alone(layer, layout.feed_forward, h_BLD)
-    except _EXPECTED_ERRORS:
+    except EXPECTED_ERRORS:
         return False  # running a wrong layout may raise any of these
     return alone and alike(output, expected)
 

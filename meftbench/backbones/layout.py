@@ -51,10 +51,10 @@ class Layout:
     head_groups: (configuration) -> the largest number of groups of heads that the core can be run for; any divisor of
         it is possible as well.
     run_feed_forward_by: (layer, function of h (B, L, D)): makes the layer run `function` as its feed-forward sublayer.
-    input_readers: submodules of a layer that read the input of the core directly.
+    input_readers: submodules of a layer that read the input of the core directly; a layer may lack some of them.
     attention_targets: names of the projections that LoRA adapts by default.
     refuses: (configuration) -> why its model cannot be run by sublayers, or None.
-    in_part: submodules of a layer that the core runs without their output projection.
+    in_part: submodules of a layer that the core runs without their output projection; a layer may lack some of them.
     shells: submodules whose own forward is left out, since only their submodules are called: first those of the
         attention sublayer where it runs by itself, then those of the feed-forward sublayer.
     layers_differ: (configuration) -> whether the model passes its layers different masks or positions.
@@ -89,6 +89,12 @@ class Layout:
         layers = getattr(owner, name)
         assert isinstance(layers, nn.ModuleList)
         return owner, name, layers
+
+
+def present(layer: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the submodules called `names` that the layer has."""
+    submodules = {name for name, _ in layer.named_modules()}
+    return tuple(name for name in names if name in submodules)
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from meftbench.errors import UserError
 # moving the inputs and before moving the outputs.
 FORWARD, BEHIND_HOOK = "forward", "_old_forward"
 _OF_TRANSFORMERS = "transformers.models."
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 def name_of_forward(module: nn.Module) -> str:
@@ -60,8 +61,9 @@ def check_forwards(layer: nn.Module, in_part: tuple[str, ...]) -> None:
 
 def check_unhooked(module: nn.Module) -> None:
     """Raises UserError where a submodule that runs without its output projection has hooks, which see and may change
-    its output or the gradient."""
-    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+    its output or the gradient. Those by which transformers collects outputs do nothing unless they are asked for."""
+    tables: list[dict[int, Any]] = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
+    if any(_module_of(hook) != _CAPTURING for table in tables for hook in table.values()):
         what = "has hooks, which would see it without its output projection: layers are run here in parts"
         raise UserError(type(module).__name__, what, "take them off, or hook its projections")
 
@@ -97,11 +99,16 @@ def foreign_forward(kind: type[nn.Module]) -> str | None:
 
 
 def hooked(layer: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether one of these submodules ("": the layer itself) has hooks that are not from this package."""
+    """Whether one of these submodules ("": the layer itself) has hooks that are neither from this package nor those by
+    which transformers collects outputs."""
     modules = list(map(layer.get_submodule, names))
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for module in modules for table in tables for hook in getattr(module, table).values()]
-    return any(not str(getattr(hook, "__module__", "")).startswith("meftbench.") for hook in hooks)
+    return any(not _module_of(hook).startswith(("meftbench.", _CAPTURING)) for hook in hooks)
+
+
+def _module_of(function: Any) -> str:
+    return str(getattr(function, "__module__", ""))
 
 
 def check_tokens_alone(layer: nn.Module, feed_forward: Callable[[nn.Module, Tensor], Tensor], width: int) -> None:

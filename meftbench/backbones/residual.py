@@ -56,6 +56,10 @@ class Names:
     def is_pre_norm(self, layer: Any) -> bool:
         return bool(getattr(layer, self.pre_norm)) if isinstance(self.pre_norm, str) else self.pre_norm
 
+    def projection_of(self, layer: nn.Module) -> str:
+        """The name of the layer's output projection of attention."""
+        return f"{self.attention}.{self.output}"
+
     # --- the attention sublayer ---
 
     def attention_before(self, layer: nn.Module, h_BLD: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ class Names:
         self, layer: nn.Module, name: str, x_BLD: Tensor, part: int, parts: int, kwargs: dict[str, Any]
     ) -> Tensor:
         module = layer.get_submodule(name)
-        unprojected = _without(module, self.output)
+        unprojected = without(module, self.output)
         if parts == 1:
             output_BLE: Tensor = unprojected(x_BLD, **kwargs)[0]
             return output_BLE
@@ -123,7 +127,7 @@ class Names:
         return result_BLD
 
     def _after_attention(self, layer: nn.Module, o_BLE: Tensor, h_BLD: Tensor) -> Tensor:
-        a_BLD = layer.get_submodule(f"{self.attention}.{self.output}")(o_BLE)
+        a_BLD = layer.get_submodule(self.projection_of(layer))(o_BLE)
         if self.attention_after:
             a_BLD = layer.get_submodule(self.attention_after)(a_BLD)
         added_BLD = self._dropped(layer, a_BLD)
@@ -248,7 +252,7 @@ def _runs_by_sublayers(layer: nn.Module) -> bool:
     return isinstance(function, partial) and getattr(function.func, "__func__", None) is Names._forward
 
 
-def _without(module: nn.Module, name: str) -> nn.Module:
+def without(module: nn.Module, name: str) -> nn.Module:
     """A shallow copy of the module in which the submodule `name` does nothing. It shares the module's parameters; the
     module itself is not changed."""
     view = copy.copy(module)

@@ -9,7 +9,7 @@ from torch import nn
 
 from meftbench.backbones.find import checked_layouts
 from meftbench.backbones.held import check_held, check_layers
-from meftbench.backbones.layout import Layout
+from meftbench.backbones.layout import Layout, present
 from meftbench.backbones.patched import (
     check_classes,
     check_forwards,
@@ -41,7 +41,7 @@ def check_split(model: nn.Module, layouts: tuple[Layout, ...]) -> None:
             check_classes(list(layout.list_of(model)[2]))
     for layout in layouts:
         for layer in layout.list_of(model)[2]:
-            check_forwards(layer, layout.in_part)
+            check_forwards(layer, present(layer, layout.in_part))
     if config.model_type in BACKBONES:
         check_held(model, layouts)
 

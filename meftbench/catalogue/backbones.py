@@ -45,6 +45,17 @@ BACKBONES: dict[str, Backbone] = {
         "meftbench.backbones.llama:LLAMA", "Qwen2 and 2.5: as Llama, biases at queries, keys, values", DECODER
     ),
     "qwen3": Backbone("meftbench.backbones.llama:LLAMA", "Qwen3: as Llama, normed queries and keys", DECODER),
+    "mixtral": Backbone("meftbench.backbones.llama:LLAMA", "Mixtral: as Mistral, a mixture of experts", DECODER),
+    "qwen3_moe": Backbone("meftbench.backbones.llama:LLAMA", "Qwen3-MoE: as Qwen3, a mixture of experts", DECODER),
+    "qwen3_5_text": Backbone(
+        "meftbench.backbones.hybrid:QWEN3_5", "Qwen3.5 (text): gated delta nets, every fourth layer attention", DECODER
+    ),
+    "qwen3_5_moe_text": Backbone(
+        "meftbench.backbones.hybrid:QWEN3_5", "Qwen3.5 (text): the same, a mixture of experts", ("causal_lm",)
+    ),
+    "qwen3_next": Backbone(
+        "meftbench.backbones.hybrid:QWEN3_NEXT", "Qwen3-Next: gated delta nets, a mixture of experts", DECODER
+    ),
     "gemma2": Backbone(
         "meftbench.backbones.llama:GEMMA",
         "Gemma 2: norms on both sides, sliding and full attention",

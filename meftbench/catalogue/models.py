@@ -97,13 +97,14 @@ def _decoder(
     layers: int,
     hidden: int,
     heads: tuple[int, int, int],
-    intermediate: int,
+    intermediate: int | None,
     vocabulary: int,
     positions: int,
     tied: bool,
     **more: Any,
 ) -> Model:
-    """heads: the number of query heads, of key and value heads, and the size of one head."""
+    """heads: the number of query heads, of key and value heads, and the size of one head.  intermediate: None where the
+    configuration has no such field."""
     config = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -120,6 +121,8 @@ def _decoder(
     }
     if model_type == "qwen2":
         del config["head_dim"]  # its configuration has no such field: it is hidden size / heads
+    if intermediate is None:
+        del config["intermediate_size"]
     return Model(model_type, hub, config | more, f"{layers} layers, hidden {hidden}, vocabulary {vocabulary:,}")
 
 
@@ -136,6 +139,45 @@ def _gemma(
     vocabulary, positions = (256_000, 8192) if model_type == "gemma2" else (262_144, 32768)
     more = {"sliding_window": window, "query_pre_attn_scalar": heads[2]} | more
     return _decoder(model_type, hub, layers, hidden, heads, intermediate, vocabulary, positions, True, **more)
+
+
+def _qwen3_moe(hub: str, layers: int, hidden: int, heads: tuple[int, int, int], intermediate: int, width: int) -> Model:
+    """width: of one expert, of which there are 128, eight for a token.  intermediate: of a layer without experts."""
+    mixture: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": width}
+    mixture["norm_topk_prob"] = True
+    model = _decoder("qwen3_moe", hub, layers, hidden, heads, intermediate, 151_936, 40_960, False, **mixture)
+    return _with_experts(model, 128, 8)
+
+
+def _mixtral(hub: str, layers: int, hidden: int, heads: tuple[int, int, int], width: int, positions: int) -> Model:
+    """width: of one expert, of which there are eight, two for a token."""
+    mixture: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+    return _with_experts(
+        _decoder("mixtral", hub, layers, hidden, heads, width, 32_000, positions, False, **mixture), 8, 2
+    )
+
+
+def _with_experts(model: Model, experts: int, of_token: int) -> Model:
+    return replace(model, summary=f"{model.summary}, {experts} experts, {of_token} for a token")
+
+
+def _qwen3_5(
+    hub: str,
+    layers: int,
+    hidden: int,
+    heads: tuple[int, int],
+    intermediate: int | None,
+    value_heads: int,
+    tied: bool,
+    model_type: str = "qwen3_5_text",
+    vocabulary: int = 248_320,
+    **more: Any,
+) -> Model:
+    """heads: of queries, and of keys and values, in layers with attention.  value_heads: in gated delta nets.
+    intermediate: of a feed-forward without experts; None: there is none."""
+    more |= {"linear_num_key_heads": 16, "linear_num_value_heads": value_heads}
+    more |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}
+    return _decoder(model_type, hub, layers, hidden, (*heads, 256), intermediate, vocabulary, 262_144, tied, **more)
 
 
 _LLAMA3, _QWEN = (128_256, 131_072), (151_936, 32_768)
@@ -240,6 +282,53 @@ MODELS: dict[str, Model] = {
     "qwen3-8b": _decoder("qwen3", "Qwen/Qwen3-8B-Base", 36, 4096, (32, 8, 128), 12288, *_QWEN, False),
     "qwen3-14b": _decoder("qwen3", "Qwen/Qwen3-14B-Base", 40, 5120, (40, 8, 128), 17408, *_QWEN, False),
     "qwen3-32b": _decoder("qwen3", "Qwen/Qwen3-32B", 64, 5120, (64, 8, 128), 25600, 151_936, 40_960, False),
+    "qwen3-30b-a3b": _qwen3_moe("Qwen/Qwen3-30B-A3B", 48, 2048, (32, 4, 128), 6144, 768),
+    "qwen3-235b-a22b": _qwen3_moe("Qwen/Qwen3-235B-A22B", 94, 4096, (64, 4, 128), 12288, 1536),
+    "mixtral-8x7b": _mixtral("mistralai/Mixtral-8x7B-v0.1", 32, 4096, (32, 8, 128), 14336, 32_768),
+    "mixtral-8x22b": _mixtral("mistral-community/Mixtral-8x22B-v0.1", 56, 6144, (48, 8, 128), 16384, 65_536),
+    "qwen3-next-80b-a3b": _with_experts(
+        _qwen3_5(
+            "Qwen/Qwen3-Next-80B-A3B-Instruct",
+            48,
+            2048,
+            (16, 2),
+            5120,
+            32,
+            False,
+            "qwen3_next",
+            151_936,
+            num_experts=512,
+            num_experts_per_tok=10,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+            norm_topk_prob=True,
+        ),
+        512,
+        10,
+    ),
+    "qwen3.5-35b-a3b": _with_experts(
+        _qwen3_5(
+            "Qwen/Qwen3.5-35B-A3B",
+            40,
+            2048,
+            (16, 2),
+            None,
+            32,
+            False,
+            "qwen3_5_moe_text",
+            num_experts=256,
+            num_experts_per_tok=8,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+        ),
+        256,
+        8,
+    ),
+    "qwen3.5-0.8b": _qwen3_5("Qwen/Qwen3.5-0.8B-Base", 24, 1024, (8, 2), 3584, 16, True),
+    "qwen3.5-2b": _qwen3_5("Qwen/Qwen3.5-2B-Base", 24, 2048, (8, 2), 6144, 16, True),
+    "qwen3.5-4b": _qwen3_5("Qwen/Qwen3.5-4B-Base", 32, 2560, (16, 4), 9216, 32, True),
+    "qwen3.5-9b": _qwen3_5("Qwen/Qwen3.5-9B", 32, 4096, (16, 4), 12288, 32, False),
+    "qwen3.5-27b": _qwen3_5("Qwen/Qwen3.5-27B", 64, 5120, (24, 4), 17408, 48, False),
     "gemma-2-2b": _gemma("gemma2", "google/gemma-2-2b", 26, 2304, (8, 4, 256), 9216, 4096),
     "gemma-2-9b": _gemma("gemma2", "google/gemma-2-9b", 42, 3584, (16, 8, 256), 14336, 4096),
     "gemma-2-27b": _gemma(

@@ -102,6 +102,12 @@ class Versions:
         return of_torch or (self.transformers is not None and self.transformers < (4, 55))
 
     @property
+    def groups_experts(self) -> bool:
+        """Whether all experts of a layer run by products of groups of rows, whose shapes do not depend on the routing:
+        since transformers 5 (transformers/integrations/moe.py); before, each was a module with rows of its own."""
+        return self.transformers is None or self.transformers >= (5, 0)
+
+    @property
     def shifts_logits(self) -> bool:
         """Whether a causal loss converts the logits to float32 and copies them without the last position: before
         transformers 4.50, which shifts the labels instead (transformers/loss/loss_utils.py, ForCausalLMLoss)."""

@@ -171,14 +171,19 @@ def freeze_backbone(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-LAYER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+LAYER_OUTPUTS = ("output_hidden_states", "output_attentions")
+
+
+def asks(base: Any, kwargs: dict[str, Any], name: str) -> bool:
+    """Whether a call of the base model asks for an output by its arguments or, without one, by its configuration."""
+    requested = kwargs.get(name)
+    return bool(getattr(base.config, name, False) if requested is None else requested)
 
 
 def refuse_asked(base: Any, kwargs: dict[str, Any], names: tuple[str, ...], what: str, cure: str) -> None:
     """Raises UserError where a call asks for one of `names`, by its arguments or by the model's configuration."""
     for name in names:
-        requested = kwargs.get(name)
-        if getattr(base.config, name, False) if requested is None else requested:
+        if asks(base, kwargs, name):
             raise UserError(name, what, cure)
 
 

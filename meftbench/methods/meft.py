@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.backbones import Layout, Site, base_of, split_layouts
+from meftbench.backbones.layout import present
 from meftbench.backbones.quantize import is_quantized
 from meftbench.backbones.split import check_in_tiles
 from meftbench.catalogue.methods import Meft, Reversible
@@ -28,6 +29,7 @@ from meftbench.methods.applied import (
     predicts_tokens,
     refuse_asked,
 )
+from meftbench.methods.router_logits import pass_router_logits_on
 from meftbench.reversible import Arithmetic, Block, Coupling, FixedPoint, Float, Relay, ReversibleStack, SubLayer, fork
 
 
@@ -212,6 +214,7 @@ def reverse_layers(model: nn.Module, settings: Reversible, arrangement: Arrangem
         _replace_by_stack(model, layout, settings, arrangement, *layers, topmost=layout is layouts[-1])
         for layout, layers in zip(layouts, split, strict=True)
     ]
+    pass_router_logits_on(model)
     owners = [layout.list_of(model)[0] for layout in layouts]
     for module in dict.fromkeys([base_of(model), *owners]):  # generation calls an encoder on its own
         module.register_forward_pre_hook(_without_layer_outputs, with_kwargs=True)
@@ -284,8 +287,7 @@ def _sublayers(layout: Layout, arrangement: Arrangement) -> list[SubLayer]:
 
 
 def _without_layer_outputs(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # transformers collects these outputs by hooks on the layers, which a reversible stack does not call. They would be
-    # missing, and the loss that balances the experts of a mixture would have no gradient.
+    # transformers collects these outputs by hooks on the layers, which a reversible stack does not call.
     what, cure = (
         "a reversible model does not keep what its layers give",
         "take last_hidden_state, or ask the pre-trained model",
@@ -331,7 +333,7 @@ def _block(
     sublayers: list[SubLayer],
     own_adapter: bool,
 ) -> Block:
-    for name in layout.input_readers:
+    for name in present(layer, layout.input_readers):
         layer.get_submodule(name).register_forward_pre_hook(fork)
     parts = {"layer": layer}
     if own_adapter:

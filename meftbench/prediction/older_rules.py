@@ -13,13 +13,23 @@ from torch import Tensor
 from transformers.integrations import sdpa_attention
 from transformers.loss import loss_utils
 
+from meftbench.backbones.own import transformers_part
 from meftbench.catalogue.versions import Versions
+from meftbench.errors import UserError
 from meftbench.measuring.step import Step
+from meftbench.prediction.experts import runs_experts
 
 
 @contextmanager
 def older_rules(versions: Versions, step: Step) -> Iterator[None]:
-    """Within it, what a trace of `step` saves and allocates is as in `versions`."""
+    """Within it, what a trace of `step` saves and allocates is as in `versions`.
+
+    Raises UserError: the model is a mixture of experts, whose memory depends on tensors' values in `versions`.
+    """
+    model: Any = transformers_part(step.model)
+    if not versions.groups_experts and model is not None and runs_experts(model):
+        what = "before transformers 5 the memory of a mixture's experts depends on what they are given"
+        raise UserError("--for-versions", what, "leave transformers out, or measure it")
     with ExitStack() as stack:
         for replaced in _replacements(versions):
             stack.enter_context(replaced)

@@ -25,6 +25,7 @@ from meftbench.backbones import packed
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.prediction.cuda_autocast import cuda_autocast
+from meftbench.prediction.experts import groups_on_cuda
 from meftbench.prediction.scratch import HALF
 from meftbench.reversible.kernels import Kernels, as_on
 
@@ -38,6 +39,7 @@ def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]
         mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability, versions.prefers_cudnn_attention)),
         mock.patch.object(packed, "takes_varlen", _takes_varlen(capability, versions)),
         cuda_autocast(),
+        groups_on_cuda(capability),
         # Triton compiles for compute capability 7.0 and later.
         as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
     ]

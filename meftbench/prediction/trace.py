@@ -31,6 +31,7 @@ from meftbench.own_code import blamed, load
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
+from meftbench.prediction.experts import EXPERTS, products_of_groups
 from meftbench.prediction.four_bit import unfused_products
 from meftbench.prediction.peft_shapes import peft_without_values
 from meftbench.probes.memory_counted import CountedStep, Observed
@@ -97,6 +98,8 @@ class named_refusals:  # noqa: N801 - used as a function
             operator = getattr(error, "func", "its forward")
             what = f"{operator} looks at values, which a trace has not"
             other = "try another head (BART: seq2seq_lm), --attention eager, or count it"
+            if EXPERTS in self.cell.model_config_overrides:
+                other = f"leave {EXPERTS} out (eager runs each expert on the tokens it gets), or count it"
             cure = "count it" if is_own(self.cell) else other
             raise UserError(self.cell.label, what, cure) from None
         # An operator without a meta implementation raises one that names the backend; any other is a bug.
@@ -184,7 +187,7 @@ def uncomputed_step(
         extra = {"constants": constants}
     device, step_class = torch.device("meta" if on_meta else "cpu"), _UNCOMPUTED[kind_of_step(cell)]
     step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
-    return step, _entered(mode, _values_of_peft(cell), *([unfused_products()] if on_meta else []))
+    return step, _entered(mode, _values_of_peft(cell), products_of_groups(), *([unfused_products()] if on_meta else []))
 
 
 def _values_of_peft(cell: Cell) -> AbstractContextManager[None]:

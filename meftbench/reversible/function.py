@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,17 @@ class Finish(torch.autograd.Function):
 
 
 class Reversal(torch.autograd.Function):
-    """From h and all trained tensors to the last two streams. Inputs: passage, number of trained tensors, h, the
-    context's differentiable tensors, the trained tensors. Each gradient is returned once, never accumulated by a
-    backward call inside, so that hooks (of DDP, GradScaler, users) see one gradient per parameter (docs/design.md 5).
+    """From h and all trained tensors to the last two streams, and to what the sublayers pass on (taps.py). Inputs:
+    passage, number of trained tensors, h, the context's differentiable tensors, the trained tensors. Each gradient is
+    returned once, never accumulated by a backward call inside, so that hooks (of DDP, GradScaler, users) see one
+    gradient per parameter (docs/design.md 5).
 
-    The output is an empty token, to be given to `Finish`; the streams go by `passage`.
+    The first output is an empty token, to be given to `Finish`; the streams go by `passage`. The others are what was
+    tapped (B·L, X), where somebody asks for it, in the order of forward.
     """
 
     @staticmethod
-    def forward(ctx: Any, passage: Passage, trained_count: int, h_BLD: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, passage: Passage, trained_count: int, h_BLD: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.passage, ctx.trained = passage, tensors[len(tensors) - trained_count :]
         passage.context.differentiable = []  # they are this node's inputs; a second reference would keep their graph
         streams, passage.saved, passage.kept = passage.stack.run(h_BLD, passage.context, keep=True)
@@ -77,11 +80,14 @@ class Reversal(torch.autograd.Function):
         ctx.save_for_backward(*streams, *saved.sides)
         saved.sides = []
         passage.streams = streams
-        return h_BLD.new_empty(0)
+        # They are this node's outputs; a reference from the saved state would be a cycle, freed only by gc.
+        tapped, saved.tapped = saved.tapped, []
+        ctx.tapped_counts = [len(of_sublayer) for of_sublayer in tapped]
+        return h_BLD.new_empty(0), *itertools.chain.from_iterable(tapped)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor, *of_tapped: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # kept only if the graph is retained
         streams, sides = saved[:2], saved[2:]
@@ -89,9 +95,17 @@ class Reversal(torch.autograd.Function):
             streams = [stream.clone() for stream in streams]  # the backward pass overwrites them
         del saved
         passage: Passage = ctx.passage
-        assert passage.gradients is not None
         assert passage.saved is not None
-        backward_pass = BackwardPass(passage.stack, passage.saved, streams, passage.gradients, passage.kept)
+        remaining = iter(of_tapped)
+        backward_pass = BackwardPass(
+            passage.stack,
+            passage.saved,
+            streams,
+            # None where only what was tapped has a gradient.
+            passage.gradients or [None, None],
+            [list(itertools.islice(remaining, count)) for count in ctx.tapped_counts],
+            passage.kept,
+        )
         passage.gradients = passage.kept = None  # if the graph is retained, a second backward pass recomputes all
         del streams
         backward_pass.run(sides)

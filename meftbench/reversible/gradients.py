@@ -1,4 +1,4 @@
-"""Gradients of trained parameters, summed over tiles, parts and blocks."""
+"""Gradients of trained parameters, summed over tiles, parts and blocks; and what they begin at for a tile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Sums:
@@ -31,3 +32,20 @@ class Sums:
         """The sums, each in its parameter's dtype; None where nothing was added."""
         totals = [self._totals.get(id(parameter)) for parameter in parameters]
         return [None if t is None else t.to(p.dtype) for t, p in zip(totals, parameters, strict=True)]
+
+
+def edges_of(
+    value_1TD: Tensor, dy_1TD: Tensor, tapped: Sequence[Tensor], of_tapped: Sequence[Tensor], rows: slice
+) -> tuple[list[GradientEdge], list[Tensor]]:
+    """Where the backward pass through a tile begins: the edges of its value and of what was tapped in it (taps.py), and
+    the gradient of each. By edges instead of tensors, so that a value is freed before its graph is back-propagated
+    through.
+
+    dy_1TD: the gradient of the value.  of_tapped: gradients (N, X) of what all tiles passed on.  rows: the tile's.
+    """
+    edges, gradients = [get_gradient_edge(value_1TD)], [dy_1TD.to(value_1TD.dtype)]
+    for tensor_TX, gradient_NX in zip(tapped, of_tapped, strict=True):
+        if tensor_TX.requires_grad:
+            edges.append(get_gradient_edge(tensor_TX))
+            gradients.append(gradient_NX[rows])
+    return edges, gradients

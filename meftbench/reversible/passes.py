@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from meftbench.reversible.fork import Sink, gathered_in
-from meftbench.reversible.gradients import Sums
+from meftbench.reversible.gradients import Sums, edges_of
 from meftbench.reversible.placed import Handover, Kept, PlacedSubLayer, Tile
 from meftbench.reversible.recompute import drew, modes_as, replayed_rng, rng_state, unhooked
 from meftbench.reversible.saved_state import SavedState
 from meftbench.reversible.sublayers import SubLayer
+from meftbench.reversible.taps import joined_rows
 
 if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
@@ -56,6 +57,7 @@ def run_forward(
                 if stack.unread(index, replaced):
                     saved.rng.append(None)
                     saved.sides.append(None)
+                    saved.tapped.append([])
                     continue
                 rng_before = rng_state(saved.device)
                 needs_grad = keep and saved.reads_wanted(index, replaced)
@@ -76,7 +78,7 @@ def run_forward(
 
 def _replace_stream(placed: PlacedSubLayer, stream_BLD: Tensor, index: int, replaced: int, keep: bool) -> Tensor | None:
     """Replace a stream by a coupling, tile by tile. Returns the packed side information of all its tokens, if any."""
-    saved = placed.saved
+    saved, tapped = placed.saved, []
     coupling, signs_T1 = saved.coupling(index, replaced), saved.signs_of(index, replaced)
     watch = saved.range.of(index, replaced) if saved.range else None
     x_TD, other_TD = stream_BLD.flatten(0, 1), placed.other_BLD.flatten(0, 1)
@@ -85,7 +87,10 @@ def _replace_stream(placed: PlacedSubLayer, stream_BLD: Tensor, index: int, repl
     if keep and width:
         sides = torch.empty(x_TD.shape[0], width, dtype=torch.uint8, device=x_TD.device)
     for rows in saved.tiles:
-        value_TD = placed.tile(rows).value[0].detach()
+        tile = placed.tile(rows)
+        value_TD = tile.value[0].detach()
+        tapped.append([tensor.detach() for tensor in tile.tapped])
+        del tile
         for tile_rows, stream_rows in _cache_sized_pieces(value_TD, rows):
             signs = None if signs_T1 is None else signs_T1[stream_rows]
             side = coupling.forward_(
@@ -94,6 +99,7 @@ def _replace_stream(placed: PlacedSubLayer, stream_BLD: Tensor, index: int, repl
             if sides is not None:
                 assert side is not None
                 sides[stream_rows] = side
+    saved.tapped.append(joined_rows(tapped))
     return sides
 
 
@@ -113,6 +119,7 @@ class BackwardPass:
 
     streams, gradients: [y1, y2] and their gradients (None: zero), overwritten by `run`, after which they are those of
         the stack's input.
+    of_tapped: for each sublayer, gradients of what it passed on (taps.py).
     of_context, of_trained: gradients of the context's differentiable tensors and of the trained parameters.
     """
 
@@ -122,9 +129,11 @@ class BackwardPass:
         saved: SavedState,
         streams: list[Tensor],
         gradients: list[Tensor | None],
+        of_tapped: list[list[Tensor]],
         kept: Kept | None = None,
     ) -> None:
         self.stack, self.saved, self.streams, self.gradients, self.kept = stack, saved, streams, gradients, kept
+        self.of_tapped = of_tapped
         self.of_context: list[Tensor | None] = [None] * saved.context.roots
         self.of_normed: Tensor | None = None  # gradient (B, L, D) of what a core read through a pre-norm
         self.of_trained = Sums()
@@ -157,7 +166,8 @@ class BackwardPass:
         sublayer, coupling = self._sublayer(index, replaced), self.saved.coupling(index, replaced)
         signs_T1 = self.saved.signs_of(index, replaced)
         stream_BLD, other_BLD = self.streams[replaced], self.streams[1 - replaced]
-        dy_BLD = self.gradients[replaced]
+        of_tapped = self.of_tapped[len(self.saved.couplings) * index + replaced]
+        dy_BLD = self._gradient_of(replaced) if of_tapped else self.gradients[replaced]
         with self._as_in_forward(index, replaced):
             self.of_normed = None
             sink = partial(self._add_to_gradient, 1 - replaced) if sublayer.before is None else self._add_to_normed
@@ -179,7 +189,7 @@ class BackwardPass:
                 if dy_BLD is not None and sublayer.tokens is not None:
                     signs = None if signs_T1 is None else signs_T1[rows]
                     value_gradient_TD = coupling.value_gradient(dy_BLD.flatten(0, 1)[rows], signs)
-                    core_gradient = self._back_through(tile, rows, value_gradient_TD, 1 - replaced, trained)
+                    core_gradient = self._back_through(tile, rows, value_gradient_TD, of_tapped, 1 - replaced, trained)
                     del value_gradient_TD
                     if core_gradient is not None:
                         placed.gather(core_gradient, rows, output_gradients)
@@ -224,7 +234,13 @@ class BackwardPass:
             yield
 
     def _back_through(
-        self, tile: Tile, rows: slice, dy_TD: Tensor, read_stream: int, trained: list[nn.Parameter]
+        self,
+        tile: Tile,
+        rows: slice,
+        dy_TD: Tensor,
+        of_tapped: list[Tensor],
+        read_stream: int,
+        trained: list[nn.Parameter],
     ) -> Tensor | None:
         """Back-propagate through the token-wise work of one tile. Gradients of what it read and of the trained tensors
         are added up; that of the core's output (T, E) is returned, or None where it needs none."""
@@ -233,10 +249,11 @@ class BackwardPass:
         assert tile.read is not None
         core, read = tile.core, tile.read
         leaves = [leaf for leaf in (read, core) if leaf is not None and leaf.requires_grad]
-        # By an edge instead of the tensor, so that the value is freed before its graph is back-propagated through.
-        edge, dtype = get_gradient_edge(tile.value), tile.value.dtype
+        edges, output_gradients = edges_of(tile.value, dy_TD[None], tile.tapped, of_tapped, rows)
         tile.value = tile.core = tile.read = None  # type: ignore[assignment]
-        gradients = list(torch.autograd.grad(edge, [*leaves, *trained], dy_TD[None].to(dtype), allow_unused=True))
+        tile.tapped.clear()
+        gradients = list(torch.autograd.grad(edges, [*leaves, *trained], output_gradients, allow_unused=True))
+        del edges, output_gradients
         core_gradient = None
         for leaf in leaves:
             gradient = gradients.pop(0)

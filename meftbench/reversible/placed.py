@@ -5,7 +5,7 @@ Shape suffixes as in sublayers.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,16 +15,18 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from meftbench.reversible.fork import Sink
 from meftbench.reversible.saved_state import SavedState
 from meftbench.reversible.sublayers import SubLayer, joined
+from meftbench.reversible.taps import tapped_in
 
 
 @dataclass
 class Tile:
     """A sublayer's value (1, T, D) for a tile, and what its graph begins at: the core's output (1, T, E) and the stream
-    that it read (1, T, D), if any."""
+    that it read (1, T, D), if any. tapped: what modules in it passed on (T, X), each in the same graph (taps.py)."""
 
     value: Tensor
     core: Tensor | None
     read: Tensor | None
+    tapped: list[Tensor] = field(default_factory=list)
 
 
 class Handover:
@@ -137,7 +139,10 @@ class PlacedSubLayer:
         if core_1TE is not None:
             core_1TE = core_1TE.detach().requires_grad_(grad_enabled and any(edge is not None for edge in self.edges))
         read_1TD = self.read_tile(rows).requires_grad_(grad_enabled and self.wanted)
-        return Tile(self.sublayer.tokens(self.block, core_1TE, read_1TD), core_1TE, read_1TD)
+        tapped: list[Tensor] = []
+        with tapped_in(tapped if self.saved.taps else None):
+            value_1TD = self.sublayer.tokens(self.block, core_1TE, read_1TD)
+        return Tile(value_1TD, core_1TE, read_1TD, tapped)
 
     def gather(self, core_gradient_TE: Tensor, rows: slice, output_gradients: list[Tensor]) -> None:
         """Write the gradient of the core's output for one tile into `output_gradients`, those of whole parts."""

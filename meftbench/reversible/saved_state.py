@@ -14,6 +14,7 @@ from meftbench.reversible.arithmetic import Arithmetic
 from meftbench.reversible.coupling import Coupling
 from meftbench.reversible.recompute import AutocastState, Numerics
 from meftbench.reversible.sublayers import tiles_of
+from meftbench.reversible.taps import asked
 from meftbench.reversible.watch import Fingerprints, Range, sampled
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class SavedState:
     kept_at: block and sublayer whose graph the forward pass keeps (None: all are recomputed).
     rng: for each sublayer, the state before it drew random numbers; None if it drew none.
     sides: for each sublayer, the side information of its coupling (B·L, bytes), uint8; None if there is none.
+    taps: whether somebody asked for what sublayers pass on (taps.py).
+    tapped: for each sublayer, what it passed on (B·L, X), detached.
     """
 
     context: Context
@@ -104,9 +107,11 @@ class SavedState:
     range: Range | None
     fingerprints: Fingerprints | None
     observers: list[Observer]
+    taps: bool = False
     kept_at: tuple[int, int] | None = None
     rng: list[Tensor | None] = field(default_factory=list)
     sides: list[Tensor | None] = field(default_factory=list)
+    tapped: list[list[Tensor]] = field(default_factory=list)
 
     @staticmethod
     def of(
@@ -142,6 +147,7 @@ class SavedState:
             range=Range(blocks, min(limits), couplings[0].arithmetic.unit(device), device) if limits else None,
             fingerprints=fingerprints,
             observers=[each for each in (observer, fingerprints) if each is not None],
+            taps=asked(),
             kept_at=(blocks - 1, stack.carrier) if stack.keeps_graph(len(tiles)) else None,
         )
 

@@ -6,6 +6,7 @@ Shape suffixes: B samples, L positions, D hidden size.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from meftbench.reversible.placed import Kept
 from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
 from meftbench.reversible.saved_state import Context, Observer, SavedState, drawn_signs
 from meftbench.reversible.sublayers import SubLayer, tiles_of
+from meftbench.reversible.taps import pass_on, tapped_in
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments (args, kwargs) of a layer beside h
 
@@ -190,7 +192,8 @@ class ReversibleStack(nn.Module):
         if self.activations != "reverse" or not self._reversible:
             return self._reference(h_BLD, calls)
         passage = Passage(self, context)
-        token = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
+        token, *tapped = Reversal.apply(passage, len(trained), *inputs)  # type: ignore[no-untyped-call]
+        pass_on(tapped)
         output_BLD: Tensor = Finish.apply(passage, token)  # type: ignore[no-untyped-call]
         return output_BLD
 
@@ -274,7 +277,7 @@ class ReversibleStack(nn.Module):
     def _largest(self, h_BLD: Tensor, context: Context) -> Tensor:
         """Largest |value| of each channel before each block and after the last, (blocks + 1, D), computed by the same
         equations in floating point, which has no such range."""
-        with torch.no_grad():
+        with torch.no_grad(), tapped_in(None):
             largest = Largest()
             wide_BLD = h_BLD.float() if h_BLD.dtype.itemsize < 4 else h_BLD
             saved = SavedState.of(self, h_BLD, context, _with_arithmetic(self._couplings, Float()), largest)
@@ -287,6 +290,7 @@ class ReversibleStack(nn.Module):
             streams, saved, _ = self.run(h_BLD, context, keep=False)
             if saved.range:
                 saved.range.check(self.first_layer)
+            pass_on(list(itertools.chain.from_iterable(saved.tapped)))
             return self.finish(streams, h_BLD.dtype, saved.arithmetic)
 
     def _reference(self, h_BLD: Tensor, calls: list[Call]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meftbench.reversible.kernels import taken
+from meftbench.reversible.taps import asked, joined_rows, pass_on, tapped_in
 
 # (block, h_BLD, part, parts, *args, **kwargs) -> (B, L, E / parts): a part is a group of heads.
 Core = Callable[..., Tensor]
@@ -74,7 +75,7 @@ class SubLayer:
             return outputs[0]
         flat = [output.flatten(0, 1) for output in outputs]
         h_TD = h_BLD.flatten(0, 1)
-        values = [self.tokens(block, joined(flat, rows), h_TD[rows][None]) for rows in tiles]
+        values = on_tiles(lambda rows: self.tokens(block, joined(flat, rows), h_TD[rows][None]), tiles)  # type: ignore[misc]
         return torch.cat(values, 1).view(h_BLD.shape)
 
 
@@ -86,6 +87,18 @@ class _Whole:
 
     def __call__(self, block: nn.Module, h_BLD: Tensor, part: int, parts: int, *args: Any, **kwargs: Any) -> Tensor:
         return self.function(block, h_BLD, *args, **kwargs)
+
+
+def on_tiles(function: Callable[[slice], Tensor], tiles: list[slice]) -> list[Tensor]:
+    """The value of `function` for the rows of each tile; what is tapped in it is passed on for all tiles together."""
+    values, tapped = [], []
+    for rows in tiles:
+        of_tile: list[Tensor] = []
+        with tapped_in(of_tile if asked() else None):
+            values.append(function(rows))
+        tapped.append(of_tile)
+    pass_on(joined_rows(tapped))
+    return values
 
 
 def joined(outputs: list[Tensor], rows: slice) -> Tensor | None:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
-from meftbench.reversible.gradients import Sums
+from meftbench.reversible.gradients import Sums, edges_of
 from meftbench.reversible.recompute import AutocastState, Numerics, drew, replayed_rng, rng_state
-from meftbench.reversible.sublayers import tiles_of
+from meftbench.reversible.sublayers import on_tiles, tiles_of
+from meftbench.reversible.taps import asked, pass_on, tapped_in
 
 Function = Callable[[Tensor], Tensor]  # (1, T, D) -> (1, T, D), each token alone
 
@@ -41,32 +41,38 @@ class Tiling:
         tiles = tiles_of(h_BLD.shape[:-1].numel(), self.tiles, h_BLD.shape[-1], h_BLD.device)
         if not self.recompute:
             return _on_tiles(function, h_BLD, tiles)
-        result_BLD: Tensor = _Tiled.apply(self, function, tiles, h_BLD, *trained)  # type: ignore[no-untyped-call]
+        outputs = _Tiled.apply(self, function, tiles, h_BLD, *trained)  # type: ignore[no-untyped-call]
+        pass_on(outputs[1:])
+        result_BLD: Tensor = outputs[0]
         return result_BLD
 
 
 def _on_tiles(function: Function, h_BLD: Tensor, tiles: list[slice]) -> Tensor:
     h_TD = h_BLD.flatten(0, 1)
-    return torch.cat([function(h_TD[rows][None]) for rows in tiles], 1).view(h_BLD.shape)
+    return torch.cat(on_tiles(lambda rows: function(h_TD[rows][None]), tiles), 1).view(h_BLD.shape)
 
 
 class _Tiled(torch.autograd.Function):
+    """From h and the trained tensors to the value (B, L, D), and what is tapped in it (N, X), where it is asked for."""
+
     @staticmethod
     def forward(
         ctx: Any, tiling: Tiling, function: Function, tiles: list[slice], h_BLD: Tensor, *trained: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.tiling, ctx.function, ctx.tiles, ctx.trained = tiling, function, tiles, trained
         ctx.save_for_backward(h_BLD)
         ctx.autocast, ctx.numerics = AutocastState.now(h_BLD.device.type), Numerics.now()
         rng_before = rng_state(h_BLD.device)
-        with ctx.autocast.entered():
+        tapped: list[Tensor] = []
+        ctx.taps = asked()
+        with ctx.autocast.entered(), tapped_in(tapped if ctx.taps else None):
             result_BLD = _on_tiles(function, h_BLD, tiles)
         ctx.rng = rng_before if drew(rng_before, h_BLD.device) else None
-        return result_BLD
+        return result_BLD, *tapped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_BLD: Tensor, *of_tapped: Tensor) -> tuple[Tensor | None, ...]:
         (h_BLD,) = ctx.saved_tensors
         needs_grad, sums = ctx.needs_input_grad[3], Sums()
         h_TD, dy_TD = h_BLD.flatten(0, 1), dy_BLD.flatten(0, 1)
@@ -79,11 +85,14 @@ class _Tiled(torch.autograd.Function):
         ):
             for rows in ctx.tiles:
                 leaf = h_TD[rows][None].detach().requires_grad_(needs_grad)
-                value = ctx.function(leaf)
-                edge, gradient = get_gradient_edge(value), dy_TD[rows][None].to(value.dtype)
-                del value
+                tapped: list[Tensor] = []
+                with tapped_in(tapped if ctx.taps else None):
+                    value = ctx.function(leaf)
+                edges, output_gradients = edges_of(value, dy_TD[rows][None], tapped, of_tapped, rows)
+                del value, tapped
                 roots = [*([leaf] if needs_grad else []), *ctx.trained]
-                gradients = list(torch.autograd.grad(edge, roots, gradient, allow_unused=True))
+                gradients = list(torch.autograd.grad(edges, roots, output_gradients, allow_unused=True))
+                del edges, output_gradients
                 if dh_BLD is not None:
                     dh_BLD.flatten(0, 1)[rows] = gradients.pop(0)[0]
                 sums.add(ctx.trained, gradients)

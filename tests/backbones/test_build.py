@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     T5Config,
     T5ForSequenceClassification,
 )
@@ -45,6 +47,13 @@ PUBLISHED = {
     "qwen2.5-0.5b@random": 494_032_768,
     "qwen2.5-7b@random": 7_615_616_512 - 152_064 * 3584,
     "qwen3-0.6b@random": 596_049_920,
+    "mixtral-8x7b@random": 46_702_792_704 - 32_000 * 4096,
+    "qwen3-30b-a3b@random": 30_532_122_624 - 151_936 * 2048,
+    "qwen3-next-80b-a3b@random": 79_674_391_296 - 151_936 * 2048,
+    "qwen3.5-35b-a3b@random": 34_660_610_688 - 248_320 * 2048,
+    "qwen3.5-0.8b@random": 752_393_024,
+    "qwen3.5-2b@random": 1_881_825_088,
+    "qwen3.5-27b@random": 26_895_998_464 - 248_320 * 5120,
     "gemma-2-2b@random": 2_614_341_888,
     "gemma-3-270m@random": 268_098_176,
     "gemma-3-1b@random": 999_885_952,
@@ -58,6 +67,23 @@ def test_a_random_model_has_the_published_size(name):
         model = build_model(name, attention="eager" if "gemma-2" in name else "sdpa")
 
     assert PUBLISHED[name] == sum(p.numel() for p in model.base_model.parameters())
+
+
+def test_of_a_model_of_images_and_text_the_language_model_is_taken(tmp_path):
+    """Qwen3.5 is published with an encoder of images. Its language model computes the same from its part of the
+    weights."""
+    tiny = a_model(2, torch.float32, "qwen3_5").config.to_dict()
+    images = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    whole = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=tiny, vision_config=images, tie_word_embeddings=True)
+    )
+    whole.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+
+    model = build_model(str(tmp_path))
+
+    assert "qwen3_5_text" == model.config.model_type
+    assert torch.equal(whole.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_stream_alone():

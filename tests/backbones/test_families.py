@@ -107,7 +107,7 @@ def test_groups_of_heads_are_all_heads(family):
 
 
 @pytest.mark.parametrize("site", Site)
-@pytest.mark.parametrize("family", ["bart", "opt", "opt-post", "vit", "llama", "gemma3"])
+@pytest.mark.parametrize("family", ["bart", "opt", "opt-post", "vit", "llama", "gemma3", "qwen3_5"])
 def test_an_adapter_is_read_and_one_of_zeros_changes_nothing(family, site):
     """At every site; the keys of the pre-trained weights stay, and a copy reads its own adapters.
 
@@ -238,10 +238,22 @@ def test_trained_parameters_are_closed_formulas(family):
         assert (new > 0) == ("classification" in type(a_model(1, backbone=family)).__name__.lower())
 
     lora = prepare(a_model(4, backbone=family), "lora", {"rank": 4}, seed=1).trained()
-    of_values = 16 if family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3") else 32
-    attentions = 12 if family == "bart" else 4  # four encoder layers with one, four decoder layers with two
-    expected = attentions * (4 * (32 + 32) + 4 * (32 + of_values))
+    expected = 4 * sum(32 + outputs for outputs in widths_of_lora_targets(family))
     assert expected == sum(p.numel() for n, p in lora.items() if "lora_" in n)
+
+
+def widths_of_lora_targets(family):
+    """The outputs of each projection that LoRA adapts by default, over all layers of a model of four."""
+    if family == "bart":  # four encoder layers with one attention, four decoder layers with two
+        return 12 * [32, 32]
+    if family in ("bert", "roberta", "opt", "opt-post", "vit", "deit"):
+        return 4 * [32, 32]
+    if not family.startswith(("qwen3_5", "qwen3_next")):
+        return 4 * [32, 16]
+    # Queries with their gate, and values, of two heads of keys; and a projection for both, in a gated delta net with
+    # queries and keys of 2 · 4, values of 4 · 8, and, in Qwen3-Next, their gate.
+    of_delta_net = 8 + 8 + 32 + (32 if family == "qwen3_next" else 0)
+    return 2 * [64, 16, of_delta_net]
 
 
 def test_a_wrong_layout_would_be_seen():

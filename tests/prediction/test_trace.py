@@ -62,6 +62,16 @@ def test_packed_rows_as_well(method, precision):
     agree(a_cell_of("llama", method, layers=2, precision=precision, **shape), padding=0.5)
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "config"),
+    [("qwen3_moe", "lora+checkpoint", {"output_router_logits": True}), ("qwen3_5", "meft3-exact", {})],
+)
+def test_mixtures_and_hybrids_as_well(family, method, config):
+    """Experts, the logits of their routers, and gated delta nets."""
+    config |= a_cell_of(family, method, layers=2).model_config_overrides
+    agree(a_cell_of(family, method, model_config_overrides=config, batch_size=2, sequence_length=17), mask=False)
+
+
 def agree(cell, mask=True, padding=0.0):
     step = build_step(cell, torch.device("cpu"), padding)
     if not mask:  # a trace drops one of ones, from which decoders would compute positions

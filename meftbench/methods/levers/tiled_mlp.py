@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meftbench.backbones import Layout, base_of, layouts_of
+from meftbench.backbones import Layout, layouts_of
 from meftbench.backbones.split import check_in_tiles, check_split
-from meftbench.methods.applied import Applied, refuse_asked
+from meftbench.methods.applied import Applied
 from meftbench.methods.levers.base import Lever, WatchedStep, held_at
+from meftbench.methods.router_logits import pass_router_logits_on
 from meftbench.reversible import Relay, ReversibleStack
 from meftbench.reversible.tiled import LEVER_TILES, Tiling
 
@@ -38,7 +39,7 @@ class TiledMlp(Lever):
             check_split(model, layouts)
         for layout in () if applied.stacks else layouts:
             check_in_tiles(model, layout, reversible=False)
-        base_of(model).register_forward_pre_hook(_without_router_logits, with_kwargs=True)
+        pass_router_logits_on(model)
         for stack in applied.stacks:
             stack.tiles = LEVER_TILES if stack.tiles in (1, "auto") else stack.tiles
         for layout in layouts:
@@ -64,12 +65,6 @@ class TiledMlp(Lever):
         if any(stack.tiles == 1 for stack in stacks) or not (layers or stacks) or tiles < layers:
             return f"{tiles} tiles ran again in backward, for {layers} layers"
         return None
-
-
-def _without_router_logits(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # transformers takes router logits inside the feed-forward: in tiles, they would be of one tile, without a gradient.
-    what = "the loss of a mixture's router needs its feed-forwards whole"
-    refuse_asked(base, kwargs, ("output_router_logits",), what, "leave tiled_mlp out, or do not ask for it")
 
 
 def _in_tiles(tiling: Tiling, layer: nn.Module, layout: Layout, h_BLD: Tensor) -> Tensor:
