@@ -16,6 +16,7 @@ from meftbench.cli.options import (
     Method,
     MicroBatchSize,
     Model,
+    Optimizer,
     Override,
     Quiet,
     Setting,
@@ -48,6 +49,7 @@ def finetune(
     patience: Annotated[int | None, typer.Option(min=1, help="End after so many scores without a better one.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 (the default), bf16-autocast ...")] = None,
     attention: Attention = None,
+    optimizer: Optimizer = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id.  [default: the model's own]")] = None,
     config: Override = None,
     settings: Setting = None,
@@ -94,6 +96,7 @@ def finetune(
         "sequence_length": sequence_length,
         "precision": precision,
         "attention": attention,
+        "optimizer": optimizer,
     }
     content: dict[str, Any] = {
         "schema": 1,

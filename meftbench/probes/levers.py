@@ -44,6 +44,8 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     zero, collapsed = _check_gradients(step, own=is_own(cell))
     collapsed = collapsed or broken_loss(loss)
     step.optimizer.zero_grad(set_to_none=True)
+    if any(lever.acts_in_training_step for lever in levers.values()):
+        step.run()
     labels = step.batch.get("labels", torch.empty(0))[: step.micro_batch_size].numel()
     watched_step = WatchedStep(applied, runs, labels)
     for name, lever in levers.items():
