@@ -27,7 +27,7 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list; `schema` is the JSON Schema of a suite file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List methods, models, optimizers, suites, metrics or device profiles, or print the JSON Schema of a suite file."""
+    """List methods, models, optimizers, suites, metrics or profiles, or print the JSON Schema of a suite file."""
     content = LISTINGS[kind]()
     if as_json or kind is Kind.schema:
         print(json.dumps(content, indent=2, ensure_ascii=False))
