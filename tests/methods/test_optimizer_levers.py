@@ -20,7 +20,13 @@ NEEDS_IT = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra: quantize)"
 )
 LEVERS = ["optimizer_in_backward", "optimizer_offload", "optimizer_offload+optimizer_in_backward"]
-DOUBLE = [name for name, entry in OPTIMIZERS.items() if not entry.of_bitsandbytes]
+# Paged states are not offloaded once more, and where there are none nothing is (tests/measuring/test_optimizers.py).
+PAIRS = [
+    pytest.param(name, levers, marks=[NEEDS_IT] if entry.of_bitsandbytes else [])
+    for name, entry in OPTIMIZERS.items()
+    for levers in LEVERS
+    if "offload" not in levers or (entry.keeps_state and not entry.paged)
+]
 # Weights of some MiB, and next to no activations.
 HEAVY = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 1600, "num_hidden_layers": 3} | {
     "vocab_size": 1700,
@@ -51,15 +57,9 @@ def test_weights_after_three_steps_are_the_plain_optimizers(backbone, method, le
         assert float((found[name] - weight).norm() / weight.norm()) <= 1e-12 or torch.equal(found[name], weight)
 
 
-@pytest.mark.parametrize("levers", LEVERS)
-@pytest.mark.parametrize(
-    "optimizer",
-    [pytest.param(name, marks=[] if name in DOUBLE else [NEEDS_IT]) for name in OPTIMIZERS],
-)
+@pytest.mark.parametrize(("optimizer", "levers"), PAIRS)
 def test_of_every_optimizer(optimizer, levers):
     """Bit for bit where a library runs one tensor after the other, as here."""
-    if "offload" in levers and (OPTIMIZERS[optimizer].paged or not OPTIMIZERS[optimizer].keeps_state):
-        pytest.skip("refused when the suite is read (tests/measuring/test_optimizers.py)")
     fields = {"optimizer": optimizer, "model_config_overrides": HEAVY, "batch_size": 2}
     _, expected = after_steps(a_cell("full", **fields), 2)
 

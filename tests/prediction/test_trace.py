@@ -40,8 +40,6 @@ def test_a_traced_step_is_a_computed_step_byte_for_byte(method, precision):
     [
         ("full", "adamw-8bit"),
         ("full", "paged-adamw"),
-        ("full", "sgd-momentum"),
-        ("full+optimizer_in_backward", "adamw"),
         ("full+optimizer_in_backward", "adafactor"),
         ("full+optimizer_offload", "lion-8bit"),
         ("full+optimizer_offload+optimizer_in_backward", "adamw"),
