@@ -21,6 +21,7 @@ from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
 from meftbench.catalogue.models import MODELS
+from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.catalogue.probes import PROBES
 from meftbench.catalogue.profiles import PROFILES
@@ -88,6 +89,7 @@ def catalogue() -> str:
         "Backbones": ((name, entry.summary) for name, entry in BACKBONES.items()),
         "Models": ((name, f"{entry.hub}: {entry.summary}") for name, entry in MODELS.items()),
         "Precisions": PRECISIONS.items(),
+        "Optimizers": ((name, entry.summary) for name, entry in OPTIMIZERS.items()),
         "Passes": ((name, entry.summary) for name, entry in PROBES.items()),
         "Tasks": ((name, entry.summary) for name, entry in TASKS.items()),
         "Device profiles": ((name, profile.device) for name, profile in PROFILES.items()),

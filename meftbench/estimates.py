@@ -61,6 +61,8 @@ class Estimate:
     process_device_bytes: the same with the context.  headroom_bytes: what then is left of the device's memory.
     fits: whether the step can run on the device.  retries: how often torch must give back its cached memory for that.
     activation_peak_bytes: the peak of forward and backward above what is allocated right before the step.
+    optimizer_paged_bytes: states of a paged optimizer in CUDA's unified memory, which is in none of the other numbers;
+        None: the optimizer pages nothing.
     parameters_trainable, parameters_total: numbers of parameters, counted.  attention: the attention kernels that run.
     predict_s, host_bytes: seconds and memory that the prediction took on this machine, measured.
     """
@@ -82,6 +84,7 @@ class Estimate:
     peak_phase: str
     breakdown: dict[str, int]
     activation_peak_bytes: int
+    optimizer_paged_bytes: int | None
     parameters_trainable: int
     parameters_total: int
     attention: list[str]
@@ -203,6 +206,7 @@ def _estimate_of(cell: Cell, device: Profile, rules: str, answer: dict[str, Any]
             name.removesuffix("_bytes"): values[name] for name in sorted(BREAKDOWN, key="workspace_bytes".__eq__)
         },
         activation_peak_bytes=answer["activation_peak_bytes"],
+        optimizer_paged_bytes=values.get("optimizer_paged_bytes"),
         parameters_trainable=values["parameters_trainable"],
         parameters_total=values["parameters_total"],
         attention=answer["kernels"],
@@ -238,7 +242,7 @@ def fit(
     batch_sizes: for each, the longest sequence is looked for.  jobs: how many processes predict at a time.
     ready: called when all arguments have been checked, before the predictions, which take minutes.
     profile, config, allocator, for_versions, allow_code, tell: as of `estimate`.
-    axes: precision, attention, head, batch.
+    axes: precision, attention, head, optimizer, batch.
 
     Raises UserError: as `estimate`; a card has no room even for the context of a process; every method is refused.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -60,7 +61,7 @@ def measure(
         samples; they are moved to the model's device. Lists of numbers become tensors; anything else is passed as it
         is. The model must return the loss, a single number: as `loss` of an object or a dict, as the first item of a
         tuple, or alone.
-    method: is applied to the model first, with `settings` and `module` as in `apply_method`; "offload" included.
+    method: is applied to the model first, with `settings` and `module` as in `apply_method`, but with any lever.
     optimizer: of the trained parameters; None: AdamW.
     The parameters are trained for warmup + steps steps, and for as many again if `time`: so measure a copy of the
     model, or measure before training. A method stays applied, unless an error is raised; `meftbench.unload` removes it.
@@ -93,11 +94,11 @@ def _measured(
     steps: int,
     time: bool,
 ) -> Measurement:
-    device, trained = _device_and_trained(applied)
+    device = _device_of_trained(applied)
     samples, constants = sorted_out("measure", batch, device)
     step = OwnStep(
         applied=applied,
-        optimizer=optimizer or torch.optim.AdamW(trained, lr=1e-5),
+        optimizer=optimizer or applied.optimizer(partial(torch.optim.AdamW, lr=1e-5)),
         batch=samples,
         micro_batch_size=micro_batch_size or len(next(iter(samples.values()))),
         device=device,
@@ -145,8 +146,8 @@ def _check_counts(**counts: tuple[int | None, int]) -> None:
             raise UserError("measure", f"{name} is {count!r}", f"write a whole number from {least}")
 
 
-def _device_and_trained(applied: Applied) -> tuple[torch.device, list[nn.Parameter]]:
-    """The model's device and its trained parameters. Raises UserError where it cannot be trained."""
+def _device_of_trained(applied: Applied) -> torch.device:
+    """The device of the model's trained parameters. Raises UserError where it cannot be trained."""
     model, where = applied.model, type(applied.model).__name__
     parameters = list(model.parameters())
     if not parameters:
@@ -157,4 +158,4 @@ def _device_and_trained(applied: Applied) -> tuple[torch.device, list[nn.Paramet
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise UserError(where, "all its parameters are frozen", "train some of them: requires_grad_(True), or a method")
-    return trained[0].device, trained
+    return trained[0].device

@@ -1,4 +1,4 @@
-"""Precisions, kinds of attention, and optimizers: names whose entries are only a line of help."""
+"""Precisions and kinds of attention: names whose entries are only a line of help."""
 
 from __future__ import annotations
 
@@ -13,11 +13,4 @@ PRECISIONS: dict[str, str] = {
 ATTENTIONS: dict[str, str] = {
     "sdpa": "torch's scaled_dot_product_attention",
     "eager": "matrix products and softmax, scores held",
-}
-OPTIMIZERS: dict[str, str] = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD, no momentum"}
-# How torch runs an optimizer's step: several tensors at a time, one kernel, or a loop over parameters.
-OPTIMIZER_IMPLEMENTATIONS: dict[str, str] = {
-    "foreach": "several tensors at a time; temporaries as large as the gradients",
-    "fused": "one kernel for all",
-    "loop": "one tensor after the other",
 }

@@ -50,6 +50,14 @@ LEVERS: dict[str, Lever] = {
         "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
         uncounted="compiled code allocates where the counter of a CPU does not see it",
     ),
+    "optimizer_offload": Lever(
+        "meftbench.methods.levers.optimizer_offload:OptimizerOffload",
+        "hold the optimizer's states in host memory, where weights are updated, and send gradients there",
+    ),
+    "optimizer_in_backward": Lever(
+        "meftbench.methods.levers.optimizer_in_backward:OptimizerInBackward",
+        "update each weight in backward as soon as its gradient is there, and free the gradient",
+    ),
 }
 
 

@@ -80,7 +80,14 @@ METRICS: dict[str, Kind] = {
     "device_used_bytes": _bytes("device memory in use by all processes, as the driver reports it"),
     "context_bytes": _bytes("process minus reserved after warm-up: CUDA context and kernels"),
     "host_rss_peak_bytes": _bytes("largest resident set of the worker process on the host"),
-    "host_pinned_peak_bytes": _bytes("largest sum of host memory that `+offload` holds for the device"),
+    "host_pinned_peak_bytes": _bytes(
+        "largest sum of host memory that `+offload` and `+optimizer_offload` hold for the device"
+    ),
+    "optimizer_host_bytes": _bytes("optimizer state in host memory under `+optimizer_offload`, not on the device"),
+    "optimizer_paged_bytes": _bytes(
+        "states of a paged optimizer in CUDA's unified memory: in no peak of torch's allocator; on the device while it "
+        "has room, else on the host"
+    ),
     # allocator health
     "fragmentation_ratio": Kind("ratio", "lower", "1 - allocated / reserved at the peak"),
     "alloc_retries": Kind("count", "lower", "times the allocator freed its cache and tried again; above 0: the edge"),

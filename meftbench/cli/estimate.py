@@ -117,10 +117,12 @@ def lines(answer: dict[str, Any], by_default: bool = False) -> list[str]:
     device = f"{answer['device']}, {format_bytes(answer['memory_bytes'])}"
     texts = [answer["label"], f"on {device}, profile {answer['profile']}{default}"]
     texts += [answer["validation"], f"rules of {answer['rules']}"]
+    paged = answer.get("optimizer_paged_bytes")
     texts += [
         row("peak allocated", answer["peak_allocated_bytes"], f"in {answer['peak_phase']}"),
         row("peak reserved", answer["peak_reserved_bytes"], "by torch's allocator"),
         row("process", answer["process_device_bytes"], f"context of {format_bytes(answer['context_bytes'])} included"),
+        *([] if paged is None else [row("paged states", paged, "beside: CUDA moves them to the host where it must")]),
         f"  {verdict(answer)}",
         "breakdown of the peak allocated",
         *(row(name.replace("optimizer", "optimizer state"), size) for name, size in _largest(answer["breakdown"])),

@@ -16,6 +16,7 @@ from meftbench.cli.options import (
     Method,
     MicroBatchSize,
     Model,
+    Optimizer,
     Override,
     Packing,
     Quiet,
@@ -50,6 +51,7 @@ def finetune(
     precision: Annotated[str | None, typer.Option(help="fp32 (the default), bf16-autocast ...")] = None,
     attention: Attention = None,
     packing: Packing = None,
+    optimizer: Optimizer = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id.  [default: the model's own]")] = None,
     config: Override = None,
     settings: Setting = None,
@@ -97,6 +99,7 @@ def finetune(
         "precision": precision,
         "attention": attention,
         "packing": packing,
+        "optimizer": optimizer,
     }
     content: dict[str, Any] = {
         "schema": 1,

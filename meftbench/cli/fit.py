@@ -18,6 +18,7 @@ from meftbench.cli.options import (
     ForVersions,
     Head,
     Model,
+    Optimizer,
     Override,
     Precision,
     ProfileName,
@@ -43,6 +44,7 @@ def fit(
     precision: Precision = None,
     attention: Attention = None,
     head: Head = None,
+    optimizer: Optimizer = None,
     config: Override = None,
     batch: Batch = None,
     allow_code: AllowCode = False,
@@ -80,6 +82,7 @@ def fit(
         precision=precision,
         attention=attention,
         head=head,
+        optimizer=optimizer,
         batch=batch,
     )
     answer = capacity.to_json()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class Kind(StrEnum):
     methods = "methods"
     models = "models"
+    optimizers = "optimizers"
     tasks = "tasks"
     suites = "suites"
     metrics = "metrics"
@@ -26,7 +27,7 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list; `schema` is the JSON Schema of a suite file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the methods, models, suites, metrics or device profiles, or print the JSON Schema of a suite file."""
+    """List methods, models, optimizers, suites, metrics or profiles, or print the JSON Schema of a suite file."""
     content = LISTINGS[kind]()
     if as_json or kind is Kind.schema:
         print(json.dumps(content, indent=2, ensure_ascii=False))
@@ -103,6 +104,13 @@ def suites() -> dict[str, Any]:
     }
 
 
+def optimizers() -> dict[str, Any]:
+    """Optimizers, as the axis `optimizer` and the option --optimizer name them."""
+    from meftbench.catalogue.optimizers import OPTIMIZERS
+
+    return {name: {"summary": optimizer.summary} for name, optimizer in OPTIMIZERS.items()}
+
+
 def metrics() -> dict[str, Any]:
     """Every metric of a record: its unit, which direction is better, and what it means."""
     from meftbench.catalogue.metrics import METRICS
@@ -139,6 +147,7 @@ def schema() -> dict[str, Any]:
 LISTINGS = {
     Kind.methods: methods,
     Kind.models: models,
+    Kind.optimizers: optimizers,
     Kind.tasks: tasks,
     Kind.suites: suites,
     Kind.metrics: metrics,

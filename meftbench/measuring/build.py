@@ -18,6 +18,7 @@ from meftbench.backbones.packed import read_packed_rows
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
 from meftbench.measuring.batch import own_batch, resident_batch
+from meftbench.measuring.optimizers import build_optimizer, note_embeddings
 from meftbench.measuring.packing import STARTS, PackedStep, packed, starts_of, without_padding
 from meftbench.measuring.step import OwnStep, Step
 from meftbench.methods import Applied, prepare
@@ -25,8 +26,6 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
-# Arguments of torch's optimizers for a cell's `optimizer_impl`.
-OPTIMIZER_IMPLEMENTATIONS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
 AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # over float32 weights
 
 
@@ -94,13 +93,14 @@ def step_on(
 ) -> Step:
     """The cell's step of a model that has the method applied, on a resident batch.
 
-    kind: the class of the step.  extra: further arguments of that class.  foreach: as in `build_optimizer`.
+    kind: the class of the step.  extra: further arguments of that class.  foreach: as of `build_optimizer`.
     scaled: whether a loss under fp16 autocast is scaled. A trace cannot do that: a scaler reads values.
     """
     autocast = AUTOCAST.get(cell.precision)
+    note_embeddings(applied.model)
     return kind(
         applied=applied,
-        optimizer=build_optimizer(cell, list(applied.trained().values()), foreach),
+        optimizer=applied.optimizer(lambda parameters: build_optimizer(cell, parameters, foreach)),
         batch=batch,
         micro_batch_size=cell.micro_batch_size,
         device=device,
@@ -180,14 +180,3 @@ def packed_batch(
     batch, lengths = packed(rows)
     batch[STARTS] = starts_of(lengths, min(cell.micro_batch_size, len(lengths)))
     return {name: tensor.to(device) for name, tensor in batch.items()}, {"lengths": lengths}
-
-
-def build_optimizer(cell: Cell, parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.Optimizer:
-    """The cell's optimizer; the learning rate is so small that random labels do not move weights far.
-
-    foreach: torch's argument where the cell names no implementation; None: torch chooses by the device.
-    """
-    options = OPTIMIZER_IMPLEMENTATIONS[cell.optimizer_impl] if cell.optimizer_impl else {"foreach": foreach}
-    if cell.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=1e-4, **options)
-    return torch.optim.AdamW(parameters, lr=1e-4, **options)

@@ -74,7 +74,8 @@ class Step:
 
     def run(self, mark: Mark = _unmarked) -> float:
         """One step; the loss of the batch. `mark` is called with a phase's name when it begins, and with "end"."""
-        loss = self.forward_backward(mark)
+        with self.applied.around_training_step():
+            loss = self.forward_backward(mark)
         self._enter("optimizer", mark)
         if self.scaler is None:
             self.optimizer.step()
@@ -89,7 +90,10 @@ class Step:
         return self.last_loss
 
     def forward_backward(self, mark: Mark = _unmarked) -> Tensor:
-        """Forward, loss and backward over all micro-batches; gradients are left in the parameters."""
+        """Forward, loss and backward over all micro-batches; gradients are left in the parameters.
+
+        (`run` enters `applied.around_training_step` first, in which a lever may take them.)
+        """
         total: Tensor | None = None
         for start in range(0, self.batch_size, self.micro_batch_size):
             self._enter("forward", mark)

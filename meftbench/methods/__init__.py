@@ -26,6 +26,14 @@ from meftbench.strict_yaml import settings_of
 __all__ = ["Applied", "apply_method", "prepare"]
 
 
+# Levers that act around the model: what to do without them in a training of one's own.
+_NOT_IN_A_MODEL = {
+    "offload": "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)",
+    "optimizer_in_backward": "step an optimizer of each parameter in its register_post_accumulate_grad_hook",
+    "optimizer_offload": "take an optimizer that holds its states on the host, such as torchao's CPUOffloadOptimizer",
+}
+
+
 def apply_method(
     model: nn.Module, method: str, *, seed: int | None = None, module: str | None = None, **settings: Any
 ) -> nn.Module:
@@ -39,14 +47,15 @@ def apply_method(
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
     seed: for the new weights; None: they are drawn from torch's global generator.
     module: dotted name of the transformers model in your module, needed where there are several.
-    `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu instead.
+    Levers that act around the forward pass (offload) or in the training step (optimizer_in_backward, optimizer_offload)
+    cannot be put into a model.
 
     Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
     model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
     """
-    if any(part.name == "offload" for part in split_label(method)[1:]):
-        cure = "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)"
-        raise UserError(method, "offload is not part of a model", cure)
+    for lever, _ in split_label(method)[1:]:
+        if lever in _NOT_IN_A_MODEL:
+            raise UserError(method, f"{lever} is not part of a model", _NOT_IN_A_MODEL[lever])
     return prepare(model, method, settings, seed=seed, module=module).model
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from meftbench.backbones import Layout, base_of
 from meftbench.backbones.quantize import dtype_of
 from meftbench.catalogue.methods import Bottleneck as BottleneckSettings
 from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError
-from meftbench.methods.levers.base import Lever
+from meftbench.methods.levers.base import BuildOptimizer, Lever
 from meftbench.reversible import ReversibleStack
 from meftbench.reversible.calibration import CalibratedRange
 
@@ -82,6 +83,20 @@ class Applied:
             for surrounding in self.surroundings:
                 stack.enter_context(surrounding())
             yield
+
+    @contextmanager
+    def around_training_step(self) -> Iterator[None]:
+        """Entered around forward and backward of a step whose gradients the optimizer then takes."""
+        with ExitStack() as stack:
+            for lever in self.levers.values():
+                stack.enter_context(lever.in_training_step())
+            yield
+
+    def optimizer(self, build: BuildOptimizer) -> Optimizer:
+        """The optimizer of the trained parameters, as the levers hold it. build: makes one of given parameters."""
+        for lever in self.levers.values():
+            build = lever.optimizer_of(build)
+        return build(list(self.trained().values()))
 
     def zero_adapters(self) -> None:
         """Make every adapter's output zero, where the method has adapters."""

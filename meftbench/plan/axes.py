@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meftbench.catalogue.backbones import HEADS
-from meftbench.catalogue.choices import ATTENTIONS, OPTIMIZER_IMPLEMENTATIONS, OPTIMIZERS, PRECISIONS
+from meftbench.catalogue.choices import ATTENTIONS, PRECISIONS
+from meftbench.catalogue.optimizers import OPTIMIZER_IMPLEMENTATIONS, OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ AXES: dict[str, Axis] = {
         help="sdpa or eager.",
         fitted=True,
     ),
-    "optimizer": Axis(known=OPTIMIZERS, in_label=True, column="setting", help="adamw (the default) or sgd."),
+    "optimizer": Axis(
+        known={name: optimizer.summary for name, optimizer in OPTIMIZERS.items()},
+        in_label=True,
+        column="setting",
+        help="A name of `meftbench list optimizers`: adamw (the default), adamw-8bit ...",
+        fitted=True,
+    ),
     "optimizer_impl": Axis("choice", known=OPTIMIZER_IMPLEMENTATIONS, in_label=True, column="setting"),
     "packing": Axis(
         "flag",

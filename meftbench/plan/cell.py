@@ -178,8 +178,6 @@ class Cell(BaseModel):
         full["method_params"] = self.settings().in_full()
         full["model_config"] = full.pop("model_config_overrides")
         full["lever_params"] = {name: settings.in_full() for name, settings in self.lever_settings().items()}
-        # Programs that read records expect this name, though there is no such lever yet.
-        full["levers"].setdefault("optimizer_in_backward", False)
         return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
 
 

@@ -19,6 +19,7 @@ from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
 from meftbench.plan.factories import check_arguments, check_own, is_factory
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
+from meftbench.plan.optimizing import check_optimizer
 from meftbench.plan.packing import check_packing
 from meftbench.plan.training import Positive
 from meftbench.strict_yaml import Document, KeyPath, name_place, named, settings_of, validated, validated_part
@@ -85,6 +86,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     if method == "full" and values.get("precision") == "nf4":
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
+    check_optimizer(document, place, values, levers.names())
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
     check_model(model_place, model, overrides)

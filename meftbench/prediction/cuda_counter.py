@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.measuring.step import Step
+from meftbench.methods.levers.optimizer_in_backward import stepping
 from meftbench.prediction.reductions import Multiprocessors, threads_of
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.scratch import Gpu, Piece, Rule, scratch_rule
@@ -48,6 +49,7 @@ class CudaCounter(StorageCounter):
         capability = tuple(map(int, profile.compute_capability.split(".")))
         self._gpu = Gpu(capability, Multiprocessors(profile.multiprocessors, threads_of(capability)))
         self._workspaces: dict[tuple[str, bool], Tensor] = {}
+        self._from_device = False  # whether the operator that runs reads what is on the device for sure
         self._known: dict[Any, tuple[Rule | None, bool]] = {}  # by operator: scratch memory, whether it is a product
 
     def __torch_dispatch__(
@@ -60,7 +62,9 @@ class CudaCounter(StorageCounter):
             self._op = name  # of what its kernel allocates
         if result is None:
             result = self._call(func, args, kwargs)
+            self._from_device = self._in_optimizer and self._reads_device(args)
             self.returned(name, result)
+            self._from_device = False
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = (scratch_rule(name), name.partition(".")[0] in _PRODUCTS)
@@ -95,9 +99,20 @@ class CudaCounter(StorageCounter):
             self._see(workspace, WORKSPACE)
 
     def _see(self, tensor: Tensor, category: str) -> None:
-        if self.phase == "optimizer" and tensor.dim() == 0:
+        if tensor.dim() == 0 and not self._from_device and self._in_optimizer:
             return  # optimizers keep their step count, a scalar, on the host
         super()._see(tensor, category)
+
+    @property
+    def _in_optimizer(self) -> bool:
+        return self.phase == "optimizer" or stepping.get()
+
+    def _reads_device(self, value: Any) -> bool:
+        """Whether an operator's arguments have a tensor that is on the device for sure: one of a dimension or more, or
+        a scalar that was made from one."""
+        if isinstance(value, Tensor):
+            return value.dim() > 0 or value.untyped_storage()._cdata in self._storages
+        return isinstance(value, tuple | list) and any(self._reads_device(item) for item in value)
 
 
 class PredictedStep(CountedStep):

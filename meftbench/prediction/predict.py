@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.catalogue.profiles import Profile, find_profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.errors import CellFailure, UserError
@@ -27,7 +28,7 @@ from meftbench.prediction.partitioned import partitioned_instead_of_compiled
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.repeated import step_after, tell
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
-from meftbench.probes.counted_metrics import parameter_counts, step_metrics
+from meftbench.probes.counted_metrics import paged_metrics, parameter_counts, step_metrics
 from meftbench.probes.memory_counted import Observed
 from meftbench.records.record import Metric
 from meftbench.units import format_bytes
@@ -138,7 +139,8 @@ def predict(
     versions: Versions = NOW,
     padding: float = 0.0,
 ) -> Predicted:
-    """The memory of `cell` on the device of `profile`. The first step is traced; later ones are derived from it.
+    """The memory of `cell` on the device of `profile`. The first step is traced; later ones are derived from it, unless
+    the optimizer replaces its state in each: then each is traced.
 
     settings: of the allocator; None: torch's defaults, within the device's memory.  settle: whether cached memory is
     given back after the warm-up, as it is when a cell is measured.  remembered: results of operators on meta tensors in
@@ -161,17 +163,20 @@ def predict(
         counted = traced.enter_context(PredictedStep(step, remembered or Remembered(), profile, versions))
         assert counted.counter.events is not None
         before = len(counted.counter.events)
-        first = counted.run()
-        gc.collect()  # what the step leaves alive after this stays alive
+        starts, observed = [], []
+        for _ in range(warmup + steps if OPTIMIZERS[cell.optimizer].replaces_state else 1):
+            starts.append(_allocations(counted.counter.events))
+            observed.append(counted.run())
+            gc.collect()  # what the step leaves alive after this stays alive
     events = [Event(*event) for event in counted.counter.events]
     counted.counter.events = None
-    later_events = step_after(events[before:])
-    later = counted.observe(lambda mark: tell(later_events, counted.counter, mark))
-    later.host_peak = first.host_peak
-    observed = [first, *[later] * (warmup + steps - 1)]
     all_events = [event for event in events if event.kind != "book"]
-    starts = [sum(event.kind != "book" for event in events[:before])]
-    for _ in range(warmup + steps - 1):
+    if len(observed) < warmup + steps:
+        later_events = step_after(events[before:])
+        later = counted.observe(lambda mark: tell(later_events, counted.counter, mark))
+        later.host_peak = observed[0].host_peak
+    while len(observed) < warmup + steps:
+        observed.append(later)
         starts.append(len(all_events))
         all_events += [event for event in later_events if event.kind != "book"]
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
@@ -182,10 +187,15 @@ def predict(
         all_events,
         starts,
         replay(all_events, settings, starts, starts[warmup] if settle and warmup < len(starts) else -1),
-        parameter_counts(step.model),
+        parameter_counts(step.model) | paged_metrics(step, "predicted"),
         time.perf_counter() - begin,
         set(counted.counter.attention_kernels),
     )
+
+
+def _allocations(events: list[tuple[str, int, int, str, str]]) -> int:
+    """How many events are not only changes of a category, which the allocator does not see."""
+    return sum(event[0] != "book" for event in events)
 
 
 def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:

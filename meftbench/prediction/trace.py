@@ -24,6 +24,7 @@ from meftbench.backbones.quantize import STATISTICS, pack_without_values
 from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.errors import UserError, one_line
 from meftbench.measuring.build import batch_of, built_model, is_own, kind_of_step, step_on, with_method
+from meftbench.measuring.optimizers import tables_without_values
 from meftbench.measuring.packing import STARTS, PackedStep
 from meftbench.measuring.step import Mark, OwnStep, Step
 from meftbench.methods import Applied
@@ -187,6 +188,8 @@ def uncomputed_step(
         extra = {"constants": constants}
     device, step_class = torch.device("meta" if on_meta else "cpu"), _UNCOMPUTED[kind_of_step(cell)]
     step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
+    if isinstance(mode, FakeTensorMode):
+        tables_without_values(step.optimizer, mode)
     return step, _entered(mode, _values_of_peft(cell), products_of_groups(), *([unfused_products()] if on_meta else []))
 
 
@@ -281,7 +284,8 @@ class _Uncomputed(Step):
     """A step whose tensors have no values."""
 
     def run(self, mark: Mark = lambda phase: None) -> float:
-        loss = self.forward_backward(mark)
+        with self.applied.around_training_step():
+            loss = self.forward_backward(mark)
         self._enter("optimizer", mark)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

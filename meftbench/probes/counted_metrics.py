@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from meftbench.measuring.optimizers import paged_bytes
 from meftbench.measuring.step import Step
 from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, warmup_steps
 from meftbench.records.record import Metric, Source
@@ -25,7 +26,14 @@ def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) 
         "host_pinned_peak_bytes": Metric(max(o.host_peak for o in measured), "counted"),
         "paper_meft_activation_bytes": Metric(peak - total_after, "counted"),
         "paper_lst_memory": Metric(peak, "counted"),
+        **paged_metrics(step, "counted"),
     }
+
+
+def paged_metrics(step: Step, source: Source) -> dict[str, Metric]:
+    """The bytes of states in CUDA's unified memory, where the step's optimizer has such. After the first step."""
+    paged = paged_bytes(step.optimizer)
+    return {} if paged is None else {"optimizer_paged_bytes": Metric(paged, source)}
 
 
 def peak_buffers(measured: list[Observed]) -> Metric:

@@ -50,6 +50,8 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     step.optimizer.zero_grad(set_to_none=True)
     if isinstance(step, PackedStep) and (fact := packing_fault(step, rows)):
         raise _not_engaged("packing", fact)
+    if any(lever.acts_in_training_step for lever in levers.values()):
+        step.run()
     watched_step = WatchedStep(applied, runs, step.labels_at_once)
     for name, lever in levers.items():
         if fact := lever.missing(watched_step):

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meftbench.backbones.quantize import statistics_of
 from meftbench.errors import CellFailure
+from meftbench.measuring.optimizers import allocating_paged, keeps_state, states_of
 from meftbench.measuring.step import Mark, Step
 from meftbench.methods.levers.offload import copying_to_host
 from meftbench.probes.gradients_alive import GradientsAlive
@@ -107,7 +108,7 @@ class StorageCounter(TorchDispatchMode):
                     self._see(item, category)
 
     def book(self, tensor: Tensor, category: str) -> None:
-        """Count a storage that exists already, or move it to another category."""
+        """Count a storage that exists already, or move it to another category; one in host memory stays there."""
         entry = self._storages.get(tensor.untyped_storage()._cdata)
         if entry is None:
             self._see(tensor, category)
@@ -150,7 +151,7 @@ class StorageCounter(TorchDispatchMode):
         self.gradients.forget_ended()
 
     def _see(self, tensor: Tensor, category: str) -> None:
-        if tensor.device.type != self.device_type:
+        if tensor.device.type != self.device_type or allocating_paged.get():
             return
         if tensor.layout is torch.sparse_coo:
             for part in (tensor._indices(), tensor._values()):
@@ -333,13 +334,11 @@ class CountedStep:
             self.counter.book(parameter.grad, "gradients")
 
     def _book_optimizer(self) -> None:
-        for state in self.step.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    self.counter.book(value, "optimizer")
+        for state, place in states_of(self.step.optimizer):
+            if place != "paged":
+                self.counter.book(state, place)
 
 
 def warmup_steps(step: Step, requested: int) -> int:
     """Steps before the measured ones: at least one where the optimizer keeps state, which the first step creates."""
-    keeps_state = not isinstance(step.optimizer, torch.optim.SGD)
-    return max(requested, int(keeps_state))
+    return max(requested, int(keeps_state(step.optimizer)))

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from meftbench.measuring.step import PHASES, Step
+from meftbench.probes.counted_metrics import paged_metrics
 from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, warmup_steps
 from meftbench.probes.nvml import DeviceReading
 from meftbench.records.record import Metric
@@ -128,7 +129,7 @@ def measure_memory(
         "paper_meft_activation_bytes": _measured(peak_allocated - statistics[ALLOCATED]),
         "paper_lst_memory": _measured(peak_allocated),
     }
-    metrics |= _outside_torch(statistics[RESERVED], read_device)
+    metrics |= paged_metrics(step, "measured") | _outside_torch(statistics[RESERVED], read_device)
     with CountedStep(step) as counted:
         metrics |= breakdown(counted.run(), worst.baseline, peak_allocated)
     return metrics

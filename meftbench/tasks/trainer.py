@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from meftbench.backbones.packed import reading_padded
+from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.catalogue.tasks import Task
 from meftbench.errors import UserError
-from meftbench.measuring.build import OPTIMIZER_IMPLEMENTATIONS
+from meftbench.measuring.optimizers import class_of, note_embeddings, ready
 from meftbench.measuring.packing import LENGTHS, packed, starts_of, told
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
@@ -88,6 +89,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=encoded.evaluations[self.first],
             data_collator=self._collate,
             callbacks=callbacks,
+            optimizer_cls_and_kwargs=_optimizer_of(cell),
         )
         # Only for a loss over tokens must Trainer know their number in a batch; a classifier's is a mean over samples.
         self.model_accepts_loss_kwargs = self._predicts_answers
@@ -125,12 +127,9 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         return [1] * len(rows) if self.task.kind == "images" else [_length(row) for row in rows]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimizer of transformers, in the implementation that the cell names."""
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.cell.optimizer_impl is not None:
-            for group in optimizer.param_groups:
-                group |= OPTIMIZER_IMPLEMENTATIONS[self.cell.optimizer_impl]
-        return optimizer
+        """The cell's optimizer; Trainer divides the parameters into those that decay and those that do not."""
+        note_embeddings(self.applied.model)
+        return ready(super().create_optimizer(*args, **kwargs))
 
     # --- loss ---
 
@@ -275,6 +274,16 @@ def total_steps(cell: Cell, rows: int) -> int:
     return training.max_steps or max(1, round(training.epochs * -(-rows // cell.batch_size)))
 
 
+def _optimizer_of(cell: Cell) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """The class and the arguments of the optimizer of a training."""
+    training = cell.training
+    assert training is not None
+    kind, arguments = class_of(cell)
+    adam = {"betas": training.adam_betas, "eps": training.adam_epsilon}
+    taken = {name: adam[name] for name in OPTIMIZERS[cell.optimizer].adam}
+    return kind, {"lr": training.learning_rate, **taken, **arguments}
+
+
 def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArguments:
     training = cell.training
     assert training is not None
@@ -288,11 +297,7 @@ def _arguments(cell: Cell, folder: Path, steps: int, cuda: bool) -> TrainingArgu
         lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
         warmup_steps=round(training.warmup_ratio * steps),
         weight_decay=training.weight_decay,
-        adam_beta1=training.adam_betas[0],
-        adam_beta2=training.adam_betas[1],
-        adam_epsilon=training.adam_epsilon,
         max_grad_norm=training.clip or 0.0,
-        optim="adamw_torch" if cell.optimizer == "adamw" else cell.optimizer,
         bf16=cell.precision == "bf16-autocast",
         fp16=cell.precision == "fp16-autocast",
         seed=cell.seed,

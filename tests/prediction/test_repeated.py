@@ -35,10 +35,18 @@ CELLS = {
     "meft3-exact": {},
     "a decoder": {"method": "meft1-exact+chunked_loss", "model": "opt-125m@random", "model_config_overrides": OPT},
 }
+# Whatever makes the first step another than those after it.
+OPTIMIZERS = {
+    "adamw-8bit in backward": {"method": "full+optimizer_in_backward", "optimizer": "adamw-8bit"},
+    "adafactor in backward": {"method": "full+optimizer_in_backward", "optimizer": "adafactor"},
+    "momentum on the host": {"method": "full+optimizer_offload", "optimizer": "sgd-momentum"},
+    "paged-adamw-8bit": {"method": "full", "optimizer": "paged-adamw-8bit", "precision": "bf16-autocast"},
+    "adamw in backward": {"method": "full+optimizer_in_backward", "precision": "bf16-autocast"},
+}
 
 
 def a_small_cell(name):
-    given = {"method": name, "model": "bert-tiny@random"} | SMALL | CELLS[name]
+    given = {"method": name, "model": "bert-tiny@random"} | SMALL | (CELLS | OPTIMIZERS)[name]
     given.setdefault("micro_batch_size", given["batch_size"])
     return a_cell(**given)
 
@@ -76,7 +84,7 @@ def by_birth(events):
     return ordered
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, *OPTIMIZERS])
 def test_steps_told_again_are_steps_traced(name):
     """Three of them: every event in its order, peaks by phase, breakdown, and what torch would reserve."""
     cell = a_small_cell(name)

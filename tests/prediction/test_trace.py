@@ -36,6 +36,22 @@ def test_a_traced_step_is_a_computed_step_byte_for_byte(method, precision):
     agree(a_cell(method, precision=precision))
 
 
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [
+        ("full", "adamw-8bit"),
+        ("full", "paged-adamw"),
+        ("full+optimizer_in_backward", "adafactor"),
+        ("full+optimizer_offload", "lion-8bit"),
+        ("full+optimizer_offload+optimizer_in_backward", "adamw"),
+    ],
+)
+def test_whatever_holds_the_optimizers_states(method, optimizer):
+    """Some tensors are large enough for states of 8 bits, and for paged ones."""
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 1600}
+    agree(a_cell(method, optimizer=optimizer, model_config_overrides=config | {"vocab_size": 120}))
+
+
 FAMILIES = {
     "opt-125m@random": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "word_embed_proj_dim": 32},
     "smollm2-135m@random": {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "head_dim": 16},

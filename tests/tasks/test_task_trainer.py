@@ -3,16 +3,20 @@
 import errno
 import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.errors import UserError
-from meftbench.plan.training import CELL_FOLDER
+from meftbench.plan.point import Point, cell_at
+from meftbench.plan.training import CELL_FOLDER, Training
+from meftbench.strict_yaml import Document
 from meftbench.tasks.callbacks import StepClock
 from meftbench.tasks.trainer import TaskTrainer, last_checkpoint
 from trainings import (
@@ -581,3 +585,75 @@ def test_dropout_is_off_where_it_is_scored(tmp_path):
 
     assert trainer.scored("validation") == trainer.scored("validation")
     assert NO_DROPOUT.keys() <= set(trainer.model.config.to_dict())
+
+
+OF_TRAINER = {
+    "adamw": "adamw_torch",
+    "adamw-8bit": "adamw_8bit",
+    "paged-adamw": "paged_adamw_32bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+    "lion": "lion_32bit",
+    "lion-8bit": "lion_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+    "sgd-momentum": "sgd",
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_the_one_that_trainer_makes(tmp_path, name):
+    """Asked by Trainer's own name for it: the same kind of steps, with the same settings in every group."""
+    if OPTIMIZERS[name].of_bitsandbytes:
+        pytest.importorskip("bitsandbytes")
+    cell = a_training(a_classification(tmp_path / "mood"), "lora", model_config_overrides=TINY, optimizer=name)
+    trainer = a_trainer(cell, tmp_path)
+    training = cell.training
+    arguments = TrainingArguments(
+        str(tmp_path / "own"),
+        optim=OF_TRAINER[name],
+        optim_args="momentum=0.9" if name == "sgd-momentum" else None,
+        learning_rate=training.learning_rate,
+        adam_beta1=training.adam_betas[0],
+        adam_beta2=training.adam_betas[1],
+        adam_epsilon=training.adam_epsilon,
+        report_to=[],
+    )
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    expected = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
+
+    found = trainer.create_optimizer()
+
+    own = {"params", "weight_decay"}
+    for group in found.param_groups:
+        given = {key: value for key, value in group.items() if key not in own}
+        assert given == {key: value for key, value in expected.param_groups[0].items() if key not in own}
+    assert getattr(expected, "optimizer_name", kind.__name__) == getattr(found, "optimizer_name", type(found).__name__)
+    assert getattr(expected, "is_paged", None) == getattr(found, "is_paged", None)
+    for setting in ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros"):
+        assert getattr(getattr(expected, "args", None), setting, None) == getattr(
+            getattr(found, "args", None), setting, None
+        )
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "adafactor"])
+def test_a_training_by_another_optimizer_is_taken_up_again(tmp_path, monkeypatch, cell_folder, name):
+    """Its states are in the checkpoint."""
+    pytest.importorskip("bitsandbytes")
+    fields = {"model_config_overrides": TINY, "max_steps": 4, "optimizer": name}
+    cell = a_training(a_classification(tmp_path / "mood"), "full", **fields)
+    whole, _ = trained(cell)
+    killed_at(4, cell, monkeypatch)
+
+    rest, _ = trained(cell)
+
+    assert timeless(whole) == timeless(rest)
+
+
+@pytest.mark.parametrize("lever", ["optimizer_in_backward", "optimizer_offload"])
+def test_levers_of_the_optimizer_are_refused(lever):
+    """Trainer steps the optimizer itself, after it has clipped the gradients."""
+    point = {"model": "bert-tiny@random", "method": f"full+{lever}", "batch_size": 4, "sequence_length": 16}
+    document = Document(Path("suite"), point | {"training": {}}, {})
+
+    with pytest.raises(UserError, match=f"{lever} is not part of a training on a task; leave it out"):
+        cell_at(document, {name: (name,) for name in Point.model_fields}, point | {"training": Training(task="rte")})

@@ -1,24 +1,30 @@
 """The interface of a lever: a memory optimisation that is added to any method by `+`.
 
-A lever changes how activations are held, never what is computed. Each model has lever objects of its own. A lever puts
-itself into the model, can be switched off for the reference run, and says whether it had an effect in a step.
+A lever changes how activations, gradients or optimizer states are held, never what is computed. Each model has lever
+objects of its own. A lever puts itself into the model or the training step, can be switched off for the reference run,
+and says whether it had an effect in a step.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 from meftbench.catalogue import resolve
 from meftbench.catalogue.levers import LEVERS, settings_for
 
 if TYPE_CHECKING:
     from meftbench.methods.applied import Applied
+
+
+# Makes the optimizer of some parameters.
+BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 @dataclass
@@ -92,6 +98,8 @@ class Lever(ABC):
 
     # Whether the pre-trained model, with which a method is compared before training, is run under the lever as well.
     on_reference_model = False
+    # Whether the lever has its effect in the training step as a whole, and none in forward and backward alone.
+    acts_in_training_step = False
 
     @abstractmethod
     def apply(self, applied: Applied) -> None:
@@ -103,6 +111,15 @@ class Lever(ABC):
     @abstractmethod
     def without(self) -> AbstractContextManager[object]:
         """Entered for the reference run, to switch the lever off: reference autograd, everything held on the device."""
+
+    def optimizer_of(self, build: BuildOptimizer) -> BuildOptimizer:
+        """How the optimizer is made under the lever. build: how it is made without it, or under other levers."""
+        return build
+
+    def in_training_step(self) -> AbstractContextManager[object]:
+        """Entered around forward and backward of a step whose gradients the optimizer then takes. Other passes read
+        the gradients, and do not enter it."""
+        return nullcontext()
 
     def in_evaluation(self) -> AbstractContextManager[object]:
         """Entered where a loss is computed without gradients, for a lever that would have no effect there otherwise."""

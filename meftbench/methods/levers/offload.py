@@ -15,7 +15,7 @@ from meftbench.methods.levers.base import Lever, LeverNumber, WatchedStep, held_
 # True while a copy to the host is made. Without an accelerator, host and device share one memory, and the probe that
 # counts device bytes must be able to leave the copies out (probes/memory_counted.py).
 copying_to_host: ContextVar[bool] = ContextVar("copying_to_host", default=False)
-_MEMORYLESS = ("cpu", "meta")  # devices without a memory of their own
+MEMORYLESS = ("cpu", "meta")  # devices without a memory of their own
 
 
 class Offload(Lever):
@@ -70,7 +70,7 @@ class HostMemory:
                 return None, tensor
             token = copying_to_host.set(True)
             try:
-                pinned, host_device = tensor.device.type not in _MEMORYLESS, "meta" if tensor.is_meta else "cpu"
+                pinned, host_device = tensor.device.type not in MEMORYLESS, "meta" if tensor.is_meta else "cpu"
                 host = torch.empty(tensor.size(), dtype=tensor.dtype, device=host_device, pin_memory=pinned)
                 host.copy_(tensor, non_blocking=pinned)
             finally:
@@ -82,6 +82,6 @@ class HostMemory:
             device, tensor = packed
             if device is None:
                 return tensor
-            return tensor.clone() if device.type in _MEMORYLESS else tensor.to(device, non_blocking=True)
+            return tensor.clone() if device.type in MEMORYLESS else tensor.to(device, non_blocking=True)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
