@@ -27,6 +27,15 @@ class Lora(Settings):
     targets: list[str] | None = None  # None: the backbone's query and value projections
 
 
+class LoraFA(Lora):
+    """LoRA with its first factor A frozen at its random start (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303v1).
+
+    Only B is trained, with the cell's own optimizer, so that the projection A·x of `rank` numbers a token is kept for
+    the backward pass and x is not. The correction of B's gradient that version 2 of the paper adds belongs to an
+    optimizer (peft's LoraFAOptimizer), and is no part of the method here.
+    """
+
+
 class Bottleneck(Settings):
     """Bottleneck adapters: down-projection to `adapter_size`, activation, up-projection."""
 
@@ -157,6 +166,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "full": Method(Full, "meftbench.methods.full:apply", "every weight is trained that is not frozen"),
     "lora": Method(Lora, "meftbench.methods.lora:apply", "low-rank updates beside frozen weights (HF peft)"),
+    "lora-fa": Method(
+        LoraFA, "meftbench.methods.lora:apply_fa", "lora, of which only B is trained, A frozen (HF peft)"
+    ),
     "houlsby": Method(
         Bottleneck, "meftbench.methods.adapters:apply_houlsby", "an adapter after attention and one after feed-forward"
     ),
