@@ -91,18 +91,20 @@ def step_on(
     """The cell's step of a model that has the method applied, on a resident batch.
 
     kind: the class of the step.  extra: further arguments of that class.  foreach: as in `build_optimizer`.
-    scaled: whether a loss under fp16 autocast is scaled. A trace cannot do that: a scaler reads values.
+    scaled: whether a loss under fp16 autocast is scaled. A trace cannot do that: a scaler reads values. A method's own
+        optimizer has no gradients that could underflow.
     """
     autocast = AUTOCAST.get(cell.precision)
+    trained, own = list(applied.trained().values()), applied.optimizer
     return kind(
         applied=applied,
-        optimizer=build_optimizer(cell, list(applied.trained().values()), foreach),
+        optimizer=build_optimizer(cell, trained, foreach) if own is None else own(trained, seed=cell.seed),
         batch=batch,
         micro_batch_size=cell.micro_batch_size,
         device=device,
         sequence_length=cell.sequence_length,
         autocast=autocast,
-        scaler=torch.amp.GradScaler(device.type) if scaled and autocast == torch.float16 else None,
+        scaler=torch.amp.GradScaler(device.type) if scaled and autocast == torch.float16 and own is None else None,
         **extra,
     )
 

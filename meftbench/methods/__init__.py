@@ -12,7 +12,7 @@ from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
 from meftbench.catalogue.levers import LEVERS
-from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.methods import METHODS, why_refused
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
@@ -36,7 +36,8 @@ def apply_method(
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
     seed: for the new weights; None: they are drawn from torch's global generator.
     module: dotted name of the transformers model in your module, needed where there are several.
-    `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu instead.
+    `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu instead. `mezo` is
+    an optimizer: use meftbench.methods.mezo.ForwardOnly.
 
     Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
     model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
@@ -44,6 +45,10 @@ def apply_method(
     if "offload" in method.split("+")[1:]:
         cure = "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)"
         raise UserError(method, "offload is not part of a model", cure)
+    name = method.partition("+")[0]
+    if name in METHODS and not METHODS[name].backward:
+        cure = "take meftbench.methods.mezo.ForwardOnly(parameters, lr=...) and its step(closure)"
+        raise UserError(method, f"{name} is an optimizer, and no part of a model", cure)
     return prepare(model, method, settings, seed=seed, module=module).model
 
 
@@ -69,6 +74,8 @@ def prepare(
     for lever in levers:
         if lever not in LEVERS:
             raise unknown("apply_method", "lever", lever, LEVERS)
+        if reason := why_refused(name, lever):
+            raise UserError(method, reason, f"leave {lever} out")
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
     trunk = trunk_of(model, module)
@@ -81,13 +88,11 @@ def prepare(
             if seed is not None:
                 torch.manual_seed(seed)
             applied = resolve(entry.home)(trunk.model, checked, *entry.given)
-        if name == "full":
+        if checked.whole:
             check_some_trained(model)
         setattr(applied.model, NOTE, note)
         for lever in LEVERS:
             if lever in levers:
-                if lever in applied.refuses:
-                    raise UserError(method, applied.refuses[lever], f"leave {lever} out")
                 applied.levers[lever] = resolve(LEVERS[lever].home)()
                 applied.levers[lever].apply(applied)
                 note["levers"].append(lever)

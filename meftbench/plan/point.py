@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.levers import LEVERS
-from meftbench.catalogue.methods import METHODS
-from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
+from meftbench.catalogue.methods import METHODS, why_refused
+from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
 from meftbench.errors import unknown
 from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
@@ -78,11 +78,13 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     if values.get("seed", 0) > MOST_SEED:
         raise document.error(place["seed"], f"{values['seed']:,} is no seed of torch", f"write at most {MOST_SEED:,}")
     refuse_unknown(document, place, values)
-    if method == "full" and values.get("precision") == "nf4":
+    if METHODS[method].settings.model_validate(params).whole and values.get("precision") == "nf4":
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
+    if not METHODS[method].backward:
+        _check_own_optimizer(document, place, values, method)
     check_model(model_place, model, overrides)
     check_own(document, place, model, values)
     if not is_factory(model):
@@ -113,6 +115,24 @@ def _check_training(document: Document, place: Places, values: dict[str, Any], d
         raise document.error(place["device"], "a training cannot be predicted", "write device: counted or cuda")
     elif values.get("precision") == "fp16-autocast" and device == "counted":
         raise document.error(place["precision"], "fp16 is not trained in on a CPU", "write precision: bf16-autocast")
+
+
+# The optimizers of a suite that may have methods with an optimizer of their own beside others: the default, and the
+# one that theirs resembles.
+_BESIDE_OWN_OPTIMIZER = ("adamw", "sgd")
+
+
+def _check_own_optimizer(document: Document, place: Places, values: dict[str, Any], method: str) -> None:
+    """Raises UserError: an optimizer that a method without a backward pass cannot take, or a training in fp16."""
+    if values.get("optimizer", _BESIDE_OWN_OPTIMIZER[0]) not in _BESIDE_OWN_OPTIMIZER:
+        what = f"{method} has an optimizer of its own, and no gradients for {values['optimizer']}"
+        raise document.error(place["optimizer"], what, "leave it out, or write sgd, which its own resembles")
+    if "optimizer_impl" in values:
+        what = f"{method} has an optimizer of its own, which goes tensor by tensor"
+        raise document.error(place["optimizer_impl"], what, "leave it out")
+    if values.get("training") is not None and values.get("precision") == "fp16-autocast":
+        what = f"trainings in fp16 scale gradients, and {method} has none"
+        raise document.error(place["precision"], what, "write precision: bf16-autocast")
 
 
 def cell_of(verb: str, values: dict[str, Any]) -> Cell:
@@ -169,8 +189,8 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
             raise unknown(document.where(place), "lever", lever, LEVERS)
         if levers.count(lever) > 1:
             raise document.error(place, f"lever {lever!r} is named twice", "name it once")
-        if name in PEFT_METHODS and lever in PEFT_METHODS[name].refuses:
-            raise document.error(place, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
+        if reason := why_refused(name, lever):
+            raise document.error(place, f"{text}: {reason}", f"leave {lever} out")
     schema = METHODS[name].settings
     checked = validated_part(document, path, settings, schema)
     changed_settings = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)

@@ -24,6 +24,7 @@ from meftbench.backbones.quantize import statistics_of
 from meftbench.errors import CellFailure
 from meftbench.measuring.step import Mark, Step
 from meftbench.methods.levers.offload import copying_to_host
+from meftbench.methods.mezo import ForwardOnly
 from meftbench.probes.gradients_alive import GradientsAlive
 from meftbench.units import format_bytes
 
@@ -338,5 +339,5 @@ class CountedStep:
 
 def warmup_steps(step: Step, requested: int) -> int:
     """Steps before the measured ones: at least one where the optimizer keeps state, which the first step creates."""
-    keeps_state = not isinstance(step.optimizer, torch.optim.SGD)
+    keeps_state = not isinstance(step.optimizer, torch.optim.SGD | ForwardOnly)
     return max(requested, int(keeps_state))

@@ -29,6 +29,8 @@ CELLS = {
     "lora, autocast": {"method": "lora", "precision": "bf16-autocast"},
     "lora+checkpoint": {},
     "lora+offload": {},
+    "mezo": {},
+    "mezo, autocast": {"method": "mezo", "precision": "bf16-autocast"},
     "parallel": {},
     "meft1": {},
     "meft1-exact": {},
