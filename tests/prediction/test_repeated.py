@@ -30,7 +30,6 @@ CELLS = {
     "lora+checkpoint": {},
     "lora+offload": {},
     "mezo": {},
-    "mezo, autocast": {"method": "mezo", "precision": "bf16-autocast"},
     "parallel": {},
     "meft1": {},
     "meft1-exact": {},
