@@ -62,7 +62,7 @@ def measure(
         is. The model must return the loss, a single number: as `loss` of an object or a dict, as the first item of a
         tuple, or alone.
     method: is applied to the model first, with `settings` and `module` as in `apply_method`, but with any lever.
-    optimizer: of the trained parameters; None: AdamW.
+    optimizer: of the trained parameters; None: AdamW, or the method's own.
     The parameters are trained for warmup + steps steps, and for as many again if `time`: so measure a copy of the
     model, or measure before training. A method stays applied, unless an error is raised; `meftbench.unload` removes it.
     Where the loss is NaN or infinite, a warning says so, and so does the metric `collapse`.
@@ -98,7 +98,7 @@ def _measured(
     samples, constants = sorted_out("measure", batch, device)
     step = OwnStep(
         applied=applied,
-        optimizer=optimizer or applied.optimizer(partial(torch.optim.AdamW, lr=1e-5)),
+        optimizer=optimizer or applied.optimizer(applied.own_optimizer or partial(torch.optim.AdamW, lr=1e-5)),
         batch=samples,
         micro_batch_size=micro_batch_size or len(next(iter(samples.values()))),
         device=device,

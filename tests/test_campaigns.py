@@ -201,6 +201,25 @@ def test_published_in_miniature(tmp_path, capsys, monkeypatch):
     assert printed.rstrip().endswith("What it means.")
 
 
+def test_lora_fa_in_miniature(tmp_path, capsys, monkeypatch):
+    """A frozen factor keeps less, one that peft has let go again as much as LoRA; published figures stand beside."""
+    script = runpy.run_path(str(CAMPAIGNS / "lora_fa.py"))
+    names = script["main"].__globals__
+    monkeypatch.setitem(names, "CELLS", (("smollm2-135m", "bf16", None, 1, 128),))
+    monkeypatch.setitem(names, "LEVERS", ("", "+chunked_loss"))
+    monkeypatch.setitem(names, "published_table", lambda *_: script["published_table"]("smollm2-135m", 1, 128))
+
+    assert 0 == script["main"]([str(tmp_path)])
+
+    kept = pd.read_csv(tmp_path / "table.csv").pivot_table(index="levers", columns="kind", values="kept")
+    lora, frozen, thawed = (kept[kind] for kind in ("lora", "lora-fa", "peft's, after disable_adapter"))
+    assert (lora - frozen == 30 * 128 * 576 * 2 * 4).all()
+    assert (lora == thawed).all()
+    printed = capsys.readouterr().out
+    assert "| 2026-07-15, peft 0.19.2.dev0 | 22.29 | 22.24 | 0.2% |" in printed
+    assert printed.strip() == (tmp_path / "table.md").read_text().strip()
+
+
 def test_decoders_in_miniature(tmp_path, capsys, monkeypatch):
     """On a CPU, tiny: every kernel that runs is exact; without a GPU the whole is refused in a line."""
     script = runpy.run_path(str(CAMPAIGNS / "decoders.py"))

@@ -18,6 +18,8 @@ class Lever:
     instead_of_reversal: whether it takes the place of reversal, and so adds nothing to a reversible method.
     settings: what can be set in brackets, as in `checkpoint(every=2)`; None: nothing. A class with settings is given
         them when it is made.
+    in_forward: whether it has its effect in forward passes without gradients, too. Methods that have no backward pass
+        refuse the others.
     """
 
     home: str  # "module:Class", a subclass of methods.levers.base.Lever
@@ -25,6 +27,7 @@ class Lever:
     uncounted: str | None = None
     settings: type[Settings] | None = None
     instead_of_reversal: bool = False
+    in_forward: bool = False
 
 
 LEVERS: dict[str, Lever] = {
@@ -40,15 +43,18 @@ LEVERS: dict[str, Lever] = {
     "tiled_mlp": Lever(
         "meftbench.methods.levers.tiled_mlp:TiledMlp",
         "run feed-forwards in tiles of tokens, again in backward; on MEFT: in the tiles of its own passes",
+        in_forward=True,
     ),
     "chunked_loss": Lever(
         "meftbench.methods.levers.chunked_loss:ChunkedLossLever",
         "cross-entropy over chunks of tokens, never the whole logits; for models that predict tokens",
+        in_forward=True,
     ),
     "compile": Lever(
         "meftbench.methods.levers.compiled:Compile",
         "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
         uncounted="compiled code allocates where the counter of a CPU does not see it",
+        in_forward=True,
     ),
     "optimizer_offload": Lever(
         "meftbench.methods.levers.optimizer_offload:OptimizerOffload",

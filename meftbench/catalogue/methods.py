@@ -5,17 +5,22 @@ A new one needs a settings class and an entry here, and a file with the function
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.catalogue.settings import Settings
 
 
 class Full(Settings):
     """Full fine-tuning has no hyper-parameters of its own."""
+
+    @property
+    def whole(self) -> bool:
+        return True
 
 
 class Lora(Settings):
@@ -25,6 +30,50 @@ class Lora(Settings):
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | None = None  # None: the backbone's query and value projections
+
+
+class LoraFA(Lora):
+    """LoRA with its first factor A frozen at its random start (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303v1).
+
+    Only B is trained, with the cell's own optimizer, so that the projection A·x of `rank` numbers a token is kept for
+    the backward pass and x is not. The correction of B's gradient that version 2 of the paper adds belongs to an
+    optimizer (peft's LoraFAOptimizer), and is no part of the method here.
+    """
+
+
+class Mezo(Settings):
+    """MeZO (Malladi et al., NeurIPS 2023): two forward passes a step, and no backward pass.
+
+    epsilon: how far weights are moved along a random direction to either side, times a standard normal number each.
+    trained: `full`: every weight that is not frozen; `lora`: low-rank updates.
+    rank, alpha, targets: of the updates, as for `lora`; None: its defaults.
+    """
+
+    epsilon: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    trained: Literal["full", "lora"] = "full"
+    rank: int | None = Field(default=None, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    targets: list[str] | None = None
+
+    @field_validator("rank", "alpha", "targets")
+    @classmethod
+    def _needs_lora(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("trained") == "full":
+            raise ValueError("needs trained: lora")
+        return value
+
+    @property
+    def whole(self) -> bool:
+        return self.trained == "full"
+
+    def of_lora(self) -> Lora:
+        """The settings of the low-rank updates."""
+        given = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        return Lora.model_validate({name: value for name, value in given.items() if value is not None})
+
+    def in_full(self) -> dict[str, Any]:
+        defaults = {} if self.whole else {name: getattr(self.of_lora(), name) for name in ("rank", "alpha")}
+        return super().in_full() | defaults
 
 
 class Bottleneck(Settings):
@@ -184,17 +233,30 @@ class Bdia(TwoStep):
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune: its settings, where it is applied, and its line in `list methods`."""
+    """A way to fine-tune: its settings, where it is applied, and its line in `list methods`.
+
+    given: further arguments of the function, after the model and the settings.
+    refuses: memory optimisations (levers) that do not work with the method, and why.
+    backward: whether a step has a backward pass; without one, the method has an optimizer of its own.
+    """
 
     settings: type[Settings]
     home: str  # "module:function", imported when the method is applied
     summary: str
-    given: tuple[str, ...] = ()  # further arguments of the function, after the model and the settings
+    given: tuple[str, ...] = ()
+    refuses: dict[str, str] = field(default_factory=dict)
+    backward: bool = True
 
 
 METHODS: dict[str, Method] = {
     "full": Method(Full, "meftbench.methods.full:apply", "every weight is trained that is not frozen"),
     "lora": Method(Lora, "meftbench.methods.lora:apply", "low-rank updates beside frozen weights (HF peft)"),
+    "lora-fa": Method(
+        LoraFA, "meftbench.methods.lora:apply_fa", "lora, of which only B is trained, A frozen (HF peft)"
+    ),
+    "mezo": Method(
+        Mezo, "meftbench.methods.mezo:apply", "two forward passes a step, no backward pass: the floor", backward=False
+    ),
     "houlsby": Method(
         Bottleneck, "meftbench.methods.adapters:apply_houlsby", "an adapter after attention and one after feed-forward"
     ),
@@ -234,6 +296,14 @@ METHODS: dict[str, Method] = {
         "reversible, exact, without side bits; the step before is repeated, plus what a layer adds",
     ),
 } | {
-    name: Method(entry.settings, "meftbench.methods.peft_zoo:apply", entry.line, (name,))
+    name: Method(entry.settings, "meftbench.methods.peft_zoo:apply", entry.line, (name,), entry.refuses)
     for name, entry in PEFT_METHODS.items()
 }
+
+
+def why_refused(method: str, lever: str) -> str | None:
+    """Why the method does not work with the lever; None: it does."""
+    entry = METHODS[method]
+    if not entry.backward and not LEVERS[lever].in_forward:
+        return f"{lever} saves memory for a backward pass, and {method} has none"
+    return entry.refuses.get(lever)

@@ -12,6 +12,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the weights of the pre-trained model are trained themselves, so that there is no adapter."""
+        return False
+
     def in_full(self) -> dict[str, Any]:
         """All settings, defaults included, as plain values under their names in a suite; a record holds these."""
         return self.model_dump(mode="json", by_alias=True)

@@ -7,6 +7,7 @@ between them (device, data) is an argument.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from meftbench.measuring.optimizers import build_optimizer, note_embeddings
 from meftbench.measuring.packing import STARTS, PackedStep, packed, starts_of, without_padding
 from meftbench.measuring.step import OwnStep, Step
 from meftbench.methods import Applied, prepare
+from meftbench.methods.levers.base import BuildOptimizer
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import OWN_ATTENTION, is_factory
 
@@ -94,19 +96,25 @@ def step_on(
     """The cell's step of a model that has the method applied, on a resident batch.
 
     kind: the class of the step.  extra: further arguments of that class.  foreach: as of `build_optimizer`.
-    scaled: whether a loss under fp16 autocast is scaled. A trace cannot do that: a scaler reads values.
+    scaled: whether a loss under fp16 autocast is scaled. A trace cannot do that: a scaler reads values. A method's own
+        optimizer has no gradients that could underflow.
     """
     autocast = AUTOCAST.get(cell.precision)
     note_embeddings(applied.model)
+    build: BuildOptimizer = partial(build_optimizer, cell, foreach=foreach)
+    if applied.own_optimizer is not None:
+        build = partial(applied.own_optimizer, seed=cell.seed)
     return kind(
         applied=applied,
-        optimizer=applied.optimizer(lambda parameters: build_optimizer(cell, parameters, foreach)),
+        optimizer=applied.optimizer(build),
         batch=batch,
         micro_batch_size=cell.micro_batch_size,
         device=device,
         sequence_length=cell.sequence_length,
         autocast=autocast,
-        scaler=torch.amp.GradScaler(device.type) if scaled and autocast == torch.float16 else None,
+        scaler=torch.amp.GradScaler(device.type)
+        if scaled and autocast == torch.float16 and applied.own_optimizer is None
+        else None,
         **extra,
     )
 

@@ -22,6 +22,7 @@ from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.errors import UserError
 from meftbench.methods.levers.optimizer_in_backward import OptimizerPerParameter
 from meftbench.methods.levers.optimizer_offload import OffloadedOptimizer
+from meftbench.methods.mezo import ForwardOnly
 from meftbench.plan.cell import Cell
 
 # Arguments of torch's optimizers for a cell's `optimizer_impl`.
@@ -143,7 +144,10 @@ def paged_bytes(optimizer: Optimizer) -> int | None:
 
 def keeps_state(optimizer: Optimizer) -> bool:
     """Whether the first step makes states, which the steps after it find."""
-    return not all(isinstance(part, torch.optim.SGD) and not part.defaults["momentum"] for part in _parts(optimizer))
+    return not all(
+        isinstance(part, ForwardOnly) or (isinstance(part, torch.optim.SGD) and not part.defaults["momentum"])
+        for part in _parts(optimizer)
+    )
 
 
 def _parts(optimizer: Optimizer) -> Iterator[Optimizer]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from meftbench.errors import UserError, one_line
 from meftbench.methods import Applied
+from meftbench.methods.mezo import ForwardOnly
 
 PHASES = ("forward", "backward", "optimizer")
 Mark = Callable[[str], None]
@@ -93,7 +94,15 @@ class Step:
         """Forward, loss and backward over all micro-batches; gradients are left in the parameters.
 
         (`run` enters `applied.around_training_step` first, in which a lever may take them.)
+
+        An optimizer that needs none (MeZO's) gets its estimate from forward passes; the backward phase is empty then.
         """
+        if isinstance(self.optimizer, ForwardOnly):
+            self._enter("forward", mark)
+            with self.applied.without_gradients():
+                estimate = self.optimizer.estimate(self._total)
+            self._enter("backward", mark)
+            return estimate
         total: Tensor | None = None
         for start in range(0, self.batch_size, self.micro_batch_size):
             self._enter("forward", mark)
@@ -107,7 +116,12 @@ class Step:
 
     def loss(self) -> float:
         """Loss of the batch from forward passes alone, over all micro-batches, in the mode the model is in."""
-        return float(sum(float(self._forward(start)) for start in range(0, self.batch_size, self.micro_batch_size)))
+        return float(self._total())
+
+    def _total(self) -> Tensor:
+        """The same as a tensor (a scalar)."""
+        starts = range(0, self.batch_size, self.micro_batch_size)
+        return torch.stack([self._forward(start).detach() for start in starts]).sum()
 
     def _forward(self, start: int) -> Tensor:
         stop = min(start + self.micro_batch_size, self.batch_size)

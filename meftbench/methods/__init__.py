@@ -13,7 +13,7 @@ from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
 from meftbench.catalogue.labels import read_label, split_label
 from meftbench.catalogue.levers import LEVERS
-from meftbench.catalogue.methods import METHODS
+from meftbench.catalogue.methods import METHODS, why_refused
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
@@ -48,14 +48,18 @@ def apply_method(
     seed: for the new weights; None: they are drawn from torch's global generator.
     module: dotted name of the transformers model in your module, needed where there are several.
     Levers that act around the forward pass (offload) or in the training step (optimizer_in_backward, optimizer_offload)
-    cannot be put into a model.
+    cannot be put into a model. `mezo` is an optimizer: use meftbench.methods.mezo.ForwardOnly.
 
     Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
     model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
     """
-    for lever, _ in split_label(method)[1:]:
+    (name, _), *levers = split_label(method)
+    for lever, _ in levers:
         if lever in _NOT_IN_A_MODEL:
             raise UserError(method, f"{lever} is not part of a model", _NOT_IN_A_MODEL[lever])
+    if name in METHODS and not METHODS[name].backward:
+        cure = "take meftbench.methods.mezo.ForwardOnly(parameters, lr=...) and its step(closure)"
+        raise UserError(method, f"{name} is an optimizer, and no part of a model", cure)
     return prepare(model, method, settings, seed=seed, module=module).model
 
 
@@ -84,6 +88,8 @@ def prepare(
     for lever in levers:
         if lever not in LEVERS:
             raise unknown("apply_method", "lever", lever, LEVERS)
+        if reason := why_refused(name, lever):
+            raise UserError(method, reason, f"leave {lever} out")
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, in_brackets | (settings or {}))
     lever_objects = {lever: made_lever("apply_method", lever, levers[lever]) for lever in LEVERS if lever in levers}
@@ -97,12 +103,10 @@ def prepare(
             if seed is not None:
                 torch.manual_seed(seed)
             applied = resolve(entry.home)(trunk.model, checked, *entry.given)
-        if name == "full":
+        if checked.whole:
             check_some_trained(model)
         setattr(applied.model, NOTE, note)
         for lever, made in lever_objects.items():
-            if lever in applied.refuses:
-                raise UserError(method, applied.refuses[lever], f"leave {lever} out")
             applied.levers[lever] = made
             made.apply(applied)
             note["levers"].append(lever)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ from meftbench.errors import UserError
 from meftbench.methods.levers.base import BuildOptimizer, Lever
 from meftbench.reversible import ReversibleStack
 from meftbench.reversible.calibration import CalibratedRange
+from meftbench.reversible.recompute import modes_as
 
 from .bottleneck import Bottleneck
 
@@ -34,8 +36,9 @@ class Applied:
     recomputes: whether layers or parts of them run again in the backward pass.
     levers: the memory optimisations (levers) that are on, by name.
     layouts: the layouts by which the method has split the layers; empty where it leaves them whole.
-    refuses: levers that the method does not work with, each with the reason.
     no_gradient: names of trained tensors whose true gradient is zero, whatever the batch.
+    own_optimizer: makes the method's own optimizer from parameters or groups of them, lr, weight_decay and seed; None:
+        any optimizer trains it.
     """
 
     model: nn.Module
@@ -44,8 +47,8 @@ class Applied:
     recomputes: bool = False
     levers: dict[str, Lever] = field(default_factory=dict)
     layouts: tuple[Layout, ...] = ()
-    refuses: dict[str, str] = field(default_factory=dict)
     no_gradient: frozenset[str] = frozenset()
+    own_optimizer: Callable[..., Optimizer] | None = None
 
     @property
     def stacks(self) -> list[ReversibleStack]:
@@ -98,6 +101,16 @@ class Applied:
             build = lever.optimizer_of(build)
         return build(list(self.trained().values()))
 
+    @contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """Entered where a loss is computed without gradients: in evaluation mode, with levers in effect."""
+        with ExitStack() as stack:
+            for lever in self.levers.values():
+                stack.enter_context(lever.in_evaluation())
+            stack.enter_context(modes_as(self.model, [False for _ in self.model.modules()]))
+            stack.enter_context(torch.no_grad())
+            yield
+
     def zero_adapters(self) -> None:
         """Make every adapter's output zero, where the method has adapters."""
         for module in self.model.modules():
@@ -143,11 +156,12 @@ NOTE = "meftbench_adapter"
 def note_before(model: nn.Module, method: str, settings: Settings) -> dict[str, Any]:
     """The value of the attribute NOTE, made before a method is applied.
 
-    It holds the method, its settings, and what `unload` must know of the model as it was: the frozen parameters, the
-    modules that were checkpointed, and the arguments of torch's checkpoint.
+    It holds the method, whether it trains the whole model, its settings, and what `unload` must know of the model as it
+    was: the frozen parameters, the modules that were checkpointed, and the arguments of torch's checkpoint.
     """
     return {
         "method": method,
+        "whole": settings.whole,
         "settings": json.loads(json.dumps(settings.in_full(), default=str)),
         "levers": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],

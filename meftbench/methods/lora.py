@@ -1,4 +1,4 @@
-"""LoRA through HF peft (Hu et al. 2021)."""
+"""LoRA through HF peft (Hu et al. 2021), and LoRA-FA, which freezes its first factor (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from meftbench.backbones import base_of, checked_layouts
-from meftbench.catalogue.methods import Lora
+from meftbench.catalogue.methods import Lora, LoraFA
 from meftbench.errors import UserError, one_line
 from meftbench.methods.applied import Applied, predicts_tokens
-from meftbench.methods.peft_model import wrapped_by_peft
+from meftbench.methods.peft_model import freeze_first_factors, wrapped_by_peft
 
 
 def apply(model: nn.Module, settings: Lora) -> Applied:
@@ -35,6 +35,16 @@ def apply(model: nn.Module, settings: Lora) -> Applied:
             "lora", f"peft refuses it on {type(model).__name__}: {one_line(error).rstrip('.')}", "change its settings"
         ) from None
     return Applied(wrapped)
+
+
+def apply_fa(model: nn.Module, settings: LoraFA) -> Applied:
+    """As `apply`, with the first factor A of every update frozen: B and a new task head are trained.
+
+    Raises UserError as `apply` does.
+    """
+    applied = apply(model, settings)
+    freeze_first_factors(applied.model)
+    return applied
 
 
 def _targets(model: Any, requested: list[str] | None) -> list[str]:

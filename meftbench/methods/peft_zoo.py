@@ -59,7 +59,7 @@ def apply(model: nn.Module, settings: Peft, name: str) -> Applied:
             model.get_submodule(child).requires_grad_(True)
     for parameter in _unread_parameters(wrapped):
         parameter.requires_grad_(False)
-    return Applied(wrapped, refuses=row.refuses, no_gradient=frozenset(_factors_of_zero_biases(wrapped)))
+    return Applied(wrapped, no_gradient=frozenset(_factors_of_zero_biases(wrapped)))
 
 
 def _config_class(row: PeftMethod, name: str) -> Any:

@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     """
     _check_no_own_module(model, "save_adapter")
     note = note_of(model)
-    if note.get("method") == "full":
+    if note.get("whole"):
         cure = "save the whole model: model.save_pretrained(folder)"
         raise UserError(type(model).__name__, "full fine-tuning has no adapter", cure)
     write(Path(folder), files_by_peft(model) if is_peft(model) else _files(model, note))

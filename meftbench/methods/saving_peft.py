@@ -29,7 +29,7 @@ from meftbench.methods.adapter_files import (
     warn_of_base,
 )
 from meftbench.methods.applied import NOTE, check_untouched, note_before, vocabulary_of
-from meftbench.methods.peft_model import wrapped_by_peft
+from meftbench.methods.peft_model import freeze_first_factors, wrapped_by_peft
 from meftbench.methods.unloading import (
     changes_weights,
     in_new_head,
@@ -40,6 +40,8 @@ from meftbench.methods.unloading import (
 
 # Key in the metadata of the tensors' file: rows of the embeddings of the model that it was saved from.
 VOCABULARY = "meftbench_vocabulary"
+# Another: the method that was applied. peft's configuration does not say which factors of LoRA are frozen.
+METHOD = "meftbench_method"
 _MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 
 
@@ -61,7 +63,8 @@ def files_by_peft(model: Any) -> dict[str, bytes]:
     base = model.get_base_model()
     embeddings = base.get_input_embeddings().weight if vocabulary_of(base) else None
     check_saved_vocabulary(base, note_of(model).get("vocabulary"), embeddings is not None and embeddings.requires_grad)
-    metadata = {"format": "pt", VOCABULARY: str(vocabulary_of(base) or "")}
+    method = note_of(model).get("method", "")
+    metadata = {"format": "pt", VOCABULARY: str(vocabulary_of(base) or ""), METHOD: method}
     weights = safetensors.torch.save(tensors, metadata=metadata)
     for key, value in base_of_config(model.get_base_model()).items():
         config[key] = config.get(key) or value
@@ -123,7 +126,8 @@ def load_by_peft(
         check_same(folder, method, vars(model)[NOTE]["method"], {}, {}, ())
     check_untouched(model)
     warn_of_base(model, config)
-    note = note_before(model, method, Settings())
+    frozen = metadata.get(METHOD) == "lora-fa"
+    note = note_before(model, "lora-fa" if frozen else method, Settings())
     saved.inference_mode, saved.base_model_name_or_path = False, None
     try:
         with torch.random.fork_rng(devices=[]), _weights_restored(model, changes_weights(saved)):
@@ -133,6 +137,8 @@ def load_by_peft(
     except Exception as error:  # peft raises errors of any type for a configuration that does not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(str(folder), f"does not fit the model ({reason})", "load it into its own base model") from error
+    if frozen:
+        freeze_first_factors(wrapped)
     return wrapped if model.training else wrapped.eval()
 
 

@@ -36,7 +36,7 @@ def unload(model: nn.Module) -> nn.Module:
         replace(model, inside, unload(inside))
         return model
     note = note_of(model)
-    if note.get("method") == "full":
+    if note.get("whole"):
         cure = "load the pre-trained model afresh"
         raise UserError(type(model).__name__, "full fine-tuning changed the weights themselves", cure)
     _check_vocabulary(model, note)

@@ -9,6 +9,9 @@ from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.plan.cell import Cell
 from meftbench.strict_yaml import Document, KeyPath
 
+# The optimizers of a suite that may have methods with an optimizer of their own beside others: the default, and the
+# one that theirs resembles.
+_BESIDE_OWN_OPTIMIZER = ("adamw", "sgd")
 IN_BACKWARD, OFFLOAD = "optimizer_in_backward", "optimizer_offload"
 
 
@@ -49,3 +52,18 @@ def _check_in_backward(document: Document, place: Mapping[str, KeyPath], values:
     if values.get("precision") == "fp16-autocast":
         what = f"{IN_BACKWARD}: scaled gradients of fp16 are checked all together before a step"
         raise document.error(place["precision"], what, "write precision: bf16-autocast, or leave the lever out")
+
+
+def check_own_optimizer(
+    document: Document, place: Mapping[str, KeyPath], values: Mapping[str, Any], method: str
+) -> None:
+    """Raises UserError: an optimizer that a method without a backward pass cannot take, or a training in fp16."""
+    if values.get("optimizer", _BESIDE_OWN_OPTIMIZER[0]) not in _BESIDE_OWN_OPTIMIZER:
+        what = f"{method} has an optimizer of its own, and no gradients for {values['optimizer']}"
+        raise document.error(place["optimizer"], what, "leave it out, or write sgd, which its own resembles")
+    if "optimizer_impl" in values:
+        what = f"{method} has an optimizer of its own, which goes tensor by tensor"
+        raise document.error(place["optimizer_impl"], what, "leave it out")
+    if values.get("training") is not None and values.get("precision") == "fp16-autocast":
+        what = f"trainings in fp16 scale gradients, and {method} has none"
+        raise document.error(place["precision"], what, "write precision: bf16-autocast")

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.labels import read_label
 from meftbench.catalogue.levers import LEVERS, settings_for
-from meftbench.catalogue.methods import METHODS
-from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
+from meftbench.catalogue.methods import METHODS, why_refused
+from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
 from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError, unknown
@@ -19,7 +19,7 @@ from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
 from meftbench.plan.factories import check_arguments, check_own, is_factory
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
-from meftbench.plan.optimizing import check_optimizer
+from meftbench.plan.optimizing import check_optimizer, check_own_optimizer
 from meftbench.plan.packing import check_packing
 from meftbench.plan.training import Positive
 from meftbench.strict_yaml import Document, KeyPath, name_place, named, settings_of, validated, validated_part
@@ -83,12 +83,14 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     if values.get("seed", 0) > MOST_SEED:
         raise document.error(place["seed"], f"{values['seed']:,} is no seed of torch", f"write at most {MOST_SEED:,}")
     refuse_unknown(document, place, values)
-    if method == "full" and values.get("precision") == "nf4":
+    if METHODS[method].settings.model_validate(params).whole and values.get("precision") == "nf4":
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     check_optimizer(document, place, values, levers.names())
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
+    if not METHODS[method].backward:
+        check_own_optimizer(document, place, values, method)
     check_model(model_place, model, overrides)
     check_own(document, place, model, values)
     if not is_factory(model):
@@ -185,8 +187,8 @@ def parse_method(
             raise unknown(document.where(place), "lever", lever, LEVERS)
         if lever_names.count(lever) > 1:
             raise document.error(place, f"lever {lever!r} is named twice", "name it once")
-        if name in PEFT_METHODS and lever in PEFT_METHODS[name].refuses:
-            raise document.error(place, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
+        if reason := why_refused(name, lever):
+            raise document.error(place, f"{text}: {reason}", f"leave {lever} out")
     for key in in_brackets.keys() & settings.keys():
         raise document.error((*path, key), f"is also in the brackets of {text!r}", "name it once")
     schema = METHODS[name].settings

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,18 +83,6 @@ def starting_point_shift(h_BLD: Tensor, reference_BLD: Tensor) -> float:
     return float((h_BLD.double() - reference_BLD.double()).norm()) / size
 
 
-@contextmanager
-def _evaluating(step: Step) -> Iterator[None]:
-    """The step's model in evaluation mode, in the cell's precision, without gradients; afterwards as it was."""
-    training = step.model.training
-    step.model.eval()
-    try:
-        with torch.no_grad(), step.autocast_region():
-            yield
-    finally:
-        step.model.train(training)
-
-
 def last_hidden_state(step: Step) -> Tensor:
     """The base model's output (B, L, D) for the step's batch, in evaluation mode, without gradients."""
     base = base_of(_without_peft(step.model))
@@ -104,7 +90,7 @@ def last_hidden_state(step: Step) -> Tensor:
     if isinstance(step, OwnStep):  # the user's own batch may hold what only the head takes
         accepted = inspect.signature(base.forward).parameters
         inputs = {name: value for name, value in inputs.items() if name in accepted}
-    with _evaluating(step):
+    with step.applied.without_gradients(), step.autocast_region():
         hidden: Tensor = base(**inputs).last_hidden_state
     return hidden
 
@@ -114,10 +100,7 @@ def untrained_loss(step: Step) -> float:
 
     Under `+chunked_loss` the complete logits, which may not fit the device, are never in memory here either.
     """
-    with ExitStack() as entered:
-        for lever in step.applied.levers.values():
-            entered.enter_context(lever.in_evaluation())
-        entered.enter_context(_evaluating(step))
+    with step.applied.without_gradients():
         return step.loss()
 
 
@@ -137,7 +120,8 @@ def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
     if not isinstance(_without_peft(step.model), PreTrainedModel):
         reason = "what a module of one's own holds between its layers and its loss is not known"
         return {name: Metric(None, "measured", absent=reason) for name in (*START_LOSSES, "starting_point_shift")}
-    if cell.method == "full" and not predicts_tokens(_without_peft(step.model)):
+    whole = cell.settings().whole  # then there are no adapters
+    if whole and not predicts_tokens(_without_peft(step.model)):
         return {"starting_point_shift": Metric(0.0, "measured")} | _no_losses()
     levers = Levers.of(name for name, lever in step.applied.levers.items() if lever.on_reference_model)
     plain = cell.model_copy(update={"method": "full", "method_params": {}, "levers": levers})
@@ -146,7 +130,7 @@ def measure_start(cell: Cell, step: Step, padding: float) -> dict[str, Metric]:
     if predicts:
         losses["pretrained_loss"] = losses["starting_loss"] = untrained_loss(pretrained)
     shift = 0.0
-    if cell.method != "full":
+    if not whole:
         reference = last_hidden_state(pretrained)
         del pretrained
         untrained = build_step(cell, step.device, padding)
@@ -171,8 +155,8 @@ def measure_fidelity(step: Step) -> dict[str, Metric]:
     streams leave the range of their arithmetic, or an exact reversal does not restore them.
     """
     applied, stacks = step.applied, step.applied.stacks
-    if not applied.recomputes:
-        reason = "nothing is recomputed in backward"
+    if applied.own_optimizer or not applied.recomputes:
+        reason = "there is no backward pass" if applied.own_optimizer else "nothing is recomputed in backward"
         names = ("reconstruction_rel_max", "gradient_rel_max", "gradient_cosine_min")
         return {name: Metric(None, "measured", absent=reason) for name in names}
     observers = [StreamErrors(stack) for stack in stacks]

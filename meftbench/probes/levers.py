@@ -15,7 +15,9 @@ from meftbench.measuring.build import is_own
 from meftbench.measuring.packing import PackedStep, packing_fault
 from meftbench.measuring.step import Step, broken_loss
 from meftbench.methods.levers.base import LeverNumber, WatchedStep, made_lever
+from meftbench.methods.mezo import ForwardOnly
 from meftbench.plan.cell import Cell
+from meftbench.probes.forward_only import ForwardOnlyStep
 from meftbench.probes.ran_again import watched
 from meftbench.records.record import Metric
 
@@ -23,11 +25,14 @@ from meftbench.records.record import Metric
 def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     """What one forward and backward pass shows of the cell's levers; gradients are left cleared.
 
+    A method without a backward pass takes its optimizer's step, too, which has no gradients that show what it will do.
+
     To be called after the first step of the optimizer: until then the gradient of LoRA's first factor is zero.
     Raises CellFailure (error: lever-not-engaged) where the step contradicts the cell.
     """
     applied = step.applied
     # A lever that the cell has and the model lacks is checked all the same: the step shows that it is missing.
+    forward_only = ForwardOnlyStep(step) if isinstance(step.optimizer, ForwardOnly) else None
     levers = {
         name: applied.levers.get(name) or made_lever(cell.label, name, cell.lever_params.get(name, {}))
         for name in cell.levers.names()
@@ -43,23 +48,30 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
             stack.enter_context(lever.watched(applied))
         runs = stack.enter_context(watched(step))
         rows = stack.enter_context(rows_read())
+        if forward_only:
+            stack.enter_context(forward_only)
         loss = float(step.forward_backward())
-    ratio = (calls["forward"] + calls["backward"]) / calls["forward"] if calls["forward"] else 1.0
-    zero, collapsed = _check_gradients(step, own=is_own(cell))
+    if forward_only is None:
+        ratio = (calls["forward"] + calls["backward"]) / calls["forward"] if calls["forward"] else 1.0
+        zero, collapsed = _check_gradients(step, own=is_own(cell))
+    else:
+        if fact := forward_only.missing():
+            raise _not_engaged(cell.method, fact)
+        ratio, zero, collapsed = forward_only.passes, None, None
     collapsed = collapsed or broken_loss(loss)
     step.optimizer.zero_grad(set_to_none=True)
     if isinstance(step, PackedStep) and (fact := packing_fault(step, rows)):
         raise _not_engaged("packing", fact)
     if any(lever.acts_in_training_step for lever in levers.values()):
         step.run()
-    watched_step = WatchedStep(applied, runs, step.labels_at_once)
+    watched_step = WatchedStep(applied, runs, step.labels_at_once, backward=forward_only is None)
     for name, lever in levers.items():
         if fact := lever.missing(watched_step):
             raise _not_engaged(name, fact)
     layers_run_again = [layer.name for layer in runs.layers if layer.again]
     if layers_run_again and "checkpoint" not in levers:
         raise _not_engaged("checkpoint", f"{layers_run_again[0]} ran again in backward although it is off")
-    if applied.recomputes and calls["backward"] == 0 and not _kept_whole(step):
+    if applied.recomputes and forward_only is None and calls["backward"] == 0 and not _kept_whole(step):
         raise _not_engaged(cell.method, "no layer ran again in backward")
     if not applied.recomputes and calls["backward"]:
         raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")
@@ -68,7 +80,7 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
         numbers |= lever.numbers()
     return {
         "forward_calls_ratio": Metric(ratio, "measured"),
-        "zero_grad_tensors": Metric(zero, "measured"),
+        "zero_grad_tensors": Metric(zero, "measured", absent="there is no backward pass" if zero is None else None),
         **{name: Metric(number.value, number.source) for name, number in numbers.items()},
         **({"collapse": Metric(collapsed, "measured")} if collapsed else {}),
     }

@@ -30,15 +30,17 @@ LEVER_TILES = 16
 @dataclass
 class Tiling:
     """tiles: as in `tiles_of`.  recompute: False: autograd keeps activations as usual, of the same tiles.
-    recomputed: the number of tiles that were run again in backward."""
+    ran, recomputed: the number of tiles that were run in forward, and again in backward."""
 
     tiles: int | Literal["auto"] = LEVER_TILES
     recompute: bool = True
+    ran: int = 0
     recomputed: int = 0
 
     def run(self, function: Function, h_BLD: Tensor, trained: list[Tensor]) -> Tensor:
         """`function` applied to tiles of the tokens of h (B, L, D). trained: tensors in it that need a gradient."""
         tiles = tiles_of(h_BLD.shape[:-1].numel(), self.tiles, h_BLD.shape[-1], h_BLD.device)
+        self.ran += len(tiles)
         if not self.recompute:
             return _on_tiles(function, h_BLD, tiles)
         outputs = _Tiled.apply(self, function, tiles, h_BLD, *trained)  # type: ignore[no-untyped-call]

@@ -293,7 +293,7 @@ def _save_best(applied: Applied, cell: Cell, folder: Path) -> None:
     Raises UserError: when they cannot be written.
     """
     try:
-        if cell.method == "full":
+        if cell.settings().whole:
             applied.model.save_pretrained(folder)  # type: ignore[operator]
         else:
             save_adapter(applied.model, folder)

@@ -127,17 +127,40 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         return [1] * len(rows) if self.task.kind == "images" else [_length(row) for row in rows]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The cell's optimizer; Trainer divides the parameters into those that decay and those that do not."""
+        """The cell's optimizer, or the method's own; Trainer makes groups of the parameters that decay and of others."""
         note_embeddings(self.applied.model)
-        return ready(super().create_optimizer(*args, **kwargs))
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.applied.own_optimizer is None:
+            return ready(optimizer)
+        # In the groups that transformers has made: only one of them decays.
+        groups = [{name: group[name] for name in ("params", "weight_decay")} for group in optimizer.param_groups]
+        self.optimizer = self.applied.own_optimizer(groups, lr=self.args.learning_rate, seed=self.cell.seed)
+        return self.optimizer
 
     # --- loss ---
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The loss of a micro-batch, whose gradients are left in the parameters; or, of an optimizer that needs none,
+        whose estimate is left in the optimizer."""
+        self.clock.tokens += tokens_of(inputs)
+        if self.applied.own_optimizer is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        optimizer: Any = self.optimizer
+        inputs, parts = self._prepare_inputs(inputs), self.current_gradient_accumulation_steps
+
+        def loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                whole = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            assert isinstance(whole, Tensor)
+            return whole if self.model_accepts_loss_kwargs and num_items_in_batch is not None else whole / parts
+
+        with self.applied.without_gradients():
+            estimate: Tensor = getattr(optimizer, "optimizer", optimizer).estimate(loss)  # accelerate wraps it
+        return estimate
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        if model.training:
-            self.clock.tokens += tokens_of(inputs)
         if self.offset:
             inputs = {**inputs, "labels": inputs["labels"] - self.offset}
         with self.applied.around_forward():

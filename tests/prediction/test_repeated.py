@@ -29,6 +29,7 @@ CELLS = {
     "lora, autocast": {"method": "lora", "precision": "bf16-autocast"},
     "lora+checkpoint": {},
     "lora+offload": {},
+    "mezo": {},
     "parallel": {},
     "meft1": {},
     "meft1-exact": {},

@@ -81,7 +81,7 @@ def kill_at(monkeypatch, step):
 # --- cut short ---
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "meft1-exact"])
+@pytest.mark.parametrize("method", ["full", "lora", "meft1-exact", "mezo"])
 def test_a_training_taken_up_again_is_the_one_that_was_not_cut(tmp_path, monkeypatch, cell_folder, method):
     """Losses, curve, scores and tokens, to the last bit, with dropout: as if nothing had happened."""
     cell = a_training(a_classification(tmp_path / "mood"), method, model_config_overrides=TINY, max_steps=6)
@@ -275,6 +275,19 @@ def test_micro_batches_give_the_losses_of_the_batch(tmp_path, head):
 
 
 # --- loss and scores of each head ---
+
+
+def test_micro_batches_give_the_losses_of_the_batch_without_a_backward_pass(tmp_path):
+    """MeZO goes along one direction for all parts of a batch, whose slopes add up; and both kinds of head are trained
+    by it."""
+    task, fields = a_classification(tmp_path / "mood"), {"learning_rate": 1e-3, "max_steps": 3}
+    whole, parts = (
+        trained(a_training(task, "mezo", method_params={"trained": "lora"}, micro_batch_size=size, **fields))[0]
+        for size in (4, 2)
+    )
+
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-5)
+    assert whole["training_tokens"] == parts["training_tokens"]
 
 
 def test_dummies_of_uneven_choices_have_no_effect(tmp_path):

@@ -54,11 +54,13 @@ class WatchedStep:
     """What was observed in one training step, from which a lever tells whether it engaged (had an effect).
 
     runs: which layers ran again in the backward pass.  labels: positions in the labels of one micro-batch.
+    backward: whether the step has a backward pass.
     """
 
     applied: Applied
     runs: Runs
     labels: int
+    backward: bool = True
 
 
 @dataclass(frozen=True)

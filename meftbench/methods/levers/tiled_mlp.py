@@ -28,7 +28,7 @@ class TiledMlp(Lever):
 
     def __init__(self) -> None:
         self.tiling = Tiling()
-        self._recomputed_before = 0
+        self._ran_before = self._recomputed_before = 0
 
     def apply(self, applied: Applied) -> None:
         model: Any = applied.model
@@ -54,12 +54,15 @@ class TiledMlp(Lever):
 
     @contextmanager
     def watched(self, applied: Applied) -> Iterator[None]:
-        self._recomputed_before = self.tiling.recomputed
+        self._ran_before, self._recomputed_before = self.tiling.ran, self.tiling.recomputed
         yield
 
     def missing(self, seen: WatchedStep) -> str | None:
         # At least one tile for each ordinary layer must have run again, and every stack must have several tiles.
         stacks = seen.applied.stacks
+        if not seen.backward:
+            tiles, layers = self.tiling.ran - self._ran_before, len(seen.runs.layers)
+            return None if tiles > layers else f"{tiles} tiles ran, of {layers} layers"
         layers = sum(layer.wanted for layer in seen.runs.layers)
         tiles = self.tiling.recomputed - self._recomputed_before
         if any(stack.tiles == 1 for stack in stacks) or not (layers or stacks) or tiles < layers:
