@@ -11,7 +11,7 @@ from meftbench.backbones.patched import check_trainable
 from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
-from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.levers import LEVERS, exclude_each_other
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
@@ -69,6 +69,8 @@ def prepare(
     for lever in levers:
         if lever not in LEVERS:
             raise unknown("apply_method", "lever", lever, LEVERS)
+    if exclusion := exclude_each_other(levers):
+        raise UserError("apply_method", exclusion, "leave one of them out")
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, settings or {})
     trunk = trunk_of(model, module)

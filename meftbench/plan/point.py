@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.levers import LEVERS, exclude_each_other
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
@@ -81,6 +81,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     if method == "full" and values.get("precision") == "nf4":
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
+    _check_precision(document, place["precision" if "precision" in values else "method"], levers, values)
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
     check_model(model_place, model, overrides)
@@ -102,6 +103,15 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         **{FIELDS[name]: value for name, value in values.items() if name in _UNCHANGED_AXES}
         | {"micro_batch_size": micro, "attention_requested": attention},
     )
+
+
+def _check_precision(document: Document, place: KeyPath, levers: Levers, values: dict[str, Any]) -> None:
+    """Raises UserError: a lever does not work in the cell's precision."""
+    precision = values.get("precision", Cell.model_fields["precision"].default)
+    for lever in levers.names():
+        known = LEVERS[lever].precisions
+        if known is not None and precision not in known:
+            raise document.error(place, f"{lever} does not work in {precision}", f"write one of: {', '.join(known)}")
 
 
 def _check_training(document: Document, place: Places, values: dict[str, Any], device: str) -> None:
@@ -171,6 +181,8 @@ def parse_method(document: Document, path: KeyPath, value: Any) -> tuple[str, Le
             raise document.error(place, f"lever {lever!r} is named twice", "name it once")
         if name in PEFT_METHODS and lever in PEFT_METHODS[name].refuses:
             raise document.error(place, f"{text}: {PEFT_METHODS[name].refuses[lever]}", f"leave {lever} out")
+    if exclusion := exclude_each_other(levers):
+        raise document.error(place, f"{text}: {exclusion}", "leave one of them out")
     schema = METHODS[name].settings
     checked = validated_part(document, path, settings, schema)
     changed_settings = checked.model_dump(mode="json", by_alias=True, exclude_defaults=True)

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
+from meftbench.methods.levers import fused_loss
 from meftbench.prediction.cuda_autocast import cuda_autocast
+from meftbench.prediction.fused_losses import LigerRule, cut_sum
 from meftbench.prediction.scratch import HALF
 from meftbench.reversible.kernels import Kernels, as_on
 
@@ -35,6 +37,8 @@ def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]
     patches: list[AbstractContextManager[Any]] = [
         mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability, versions.prefers_cudnn_attention)),
+        mock.patch.object(fused_loss, "sum_by_liger", LigerRule.of(versions, capability).summed),
+        mock.patch.object(fused_loss, "sum_by_cut", cut_sum),
         cuda_autocast(),
         # Triton compiles for compute capability 7.0 and later.
         as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
