@@ -1,4 +1,4 @@
-"""What the fused losses of liger-kernel and cut-cross-entropy allocate on CUDA, for a step that is traced without values.
+"""What the fused losses of liger-kernel and cut-cross-entropy allocate on CUDA, for a step traced without values.
 
 They take the place of the libraries' own functions (methods/levers/fused_loss.py) in a trace: Triton's kernels have no
 implementation for tensors without values. Every rule names the source that it was read from. A kernel itself allocates
@@ -74,7 +74,8 @@ class _Liger(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD) if with_gradients and ctx.needs_input_grad[1] else None
         dbias_V = torch.zeros_like(bias_V) if with_gradients and bias_V is not None else None
         losses_N = torch.zeros(tokens, dtype=torch.float32, device=h_ND.device)
-        (labels_N != ignored).sum()
+        labelled_N = labels_N != ignored  # alive until the loss is there
+        labelled_N.sum()
         # Operators with `out` are not autocast: they are taken where their result would be the same.
         reuses = rule.reuses and h_ND.dtype == weight_VD.dtype and autocast in (None, h_ND.dtype)
         buffer_TV = h_ND.new_empty(rows, len(weight_VD)) if reuses and bias_V is None else None
@@ -106,8 +107,7 @@ class _Liger(torch.autograd.Function):
                     dweight_VD += torch.mm(logits_TV.t(), h_TD.to(logits_TV.dtype)).float()
             if dbias_V is not None:
                 dbias_V.add_(logits_TV.sum(dim=0))
-            if not rule.widens:
-                del logits_TV, shared_TV  # since 0.8.5; before, until the next chunk's are there, which is no more
+        # Without the buffer, logits are given back when the next chunk's are there.
         del buffer_TV
         ctx.save_for_backward(dh_ND, dweight_VD, dbias_V)
         return losses_N.sum()

@@ -41,8 +41,8 @@ def a_cell(method, **changes):
     return Cell.of(method, **(values | changes))
 
 
-def a_head(dtype, *, trained=False):
-    module = torch.nn.Linear(32, 120, bias=False, dtype=dtype).requires_grad_(trained)
+def a_head(dtype, *, trained=False, hidden=32):
+    module = torch.nn.Linear(hidden, 120, bias=False, dtype=dtype).requires_grad_(trained)
     return Head(module, bias=None, cap=None, in_float32=True)
 
 
@@ -224,7 +224,7 @@ def test_chunks():
 
 def test_room_of_a_trained_head_is_less():
     """Beside a chunk's logits there is a gradient as large as the weight."""
-    head = a_head(torch.float32, trained=True)
+    head = a_head(torch.float32, trained=True, hidden=4096)
     weight = head.module.weight.nbytes
     row = 4 * len(head.module.weight)
 

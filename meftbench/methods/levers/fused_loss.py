@@ -1,10 +1,10 @@
-"""`+liger_loss`, `+cut_loss` (levers): linear and cross-entropy in one function of a library of Triton kernels, on CUDA.
+"""`+liger_loss`, `+cut_loss` (levers): linear layer and cross-entropy in one function of a library of Triton kernels.
 
 liger: LigerFusedLinearCrossEntropyFunction of liger-kernel (Hsu et al. 2024) makes the logits a chunk of tokens at a
-time, and all gradients in the forward pass, in the dtype of the weight. Source: liger_kernel/ops/
-fused_linear_cross_entropy.py.
-cut: linear_cross_entropy of cut-cross-entropy (Wijmans et al. 2025) never has logits in memory. By default it leaves out
-of gradients what is below the rounding of 16 bits. Source: cut_cross_entropy/cce.py.
+time, and all gradients in the forward pass, in the dtype of the weight.
+Source: liger_kernel/ops/fused_linear_cross_entropy.py.
+cut: linear_cross_entropy of cut-cross-entropy (Wijmans et al. 2025) never has logits in memory. By default, it leaves
+out of gradients what is below the rounding of 16 bits. Source: cut_cross_entropy/cce.py.
 
 A prediction takes the place of `sum_by_liger` and `sum_by_cut` with functions that allocate as these do
 (prediction/fused_losses.py).
