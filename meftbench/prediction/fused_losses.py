@@ -113,7 +113,7 @@ class _Liger(torch.autograd.Function):
         return losses_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         torch.empty_like(gradient)  # the number 1, with which the gradient of the loss is compared
         dh_ND, dweight_VD, dbias_V = ctx.saved_tensors
         return dh_ND, dweight_VD, None, dbias_V, None, None
@@ -151,7 +151,7 @@ class _Cut(torch.autograd.Function):
         return losses_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         h_ND, weight_VD, _, _, numbers_N, means_V = ctx.saved_tensors
         order_V = torch.argsort(means_V).to(torch.int32)
         dh_ND = torch.zeros_like(h_ND)
