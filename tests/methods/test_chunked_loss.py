@@ -320,3 +320,28 @@ def test_a_class_whose_loss_was_patched_is_held_against_itself(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     with pytest.raises(UserError, match="its loss is not the cross-entropy of its head's output"):
         prepare(a_predictor("llama", torch.float32), "full+chunked_loss")
+
+
+SHAPES = {
+    "opt-125m": SMALL_OPT | {"hidden_size": 64, "ffn_dim": 256, "word_embed_proj_dim": 64},
+    "llama-3.2-1b": {**TINY["llama"][1], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256},
+}
+
+
+@pytest.mark.parametrize("method", ["lora+checkpoint", "meft1-exact"])
+@pytest.mark.parametrize("model", SHAPES)
+def test_a_larger_chunk_costs_no_memory(model, method, monkeypatch):
+    """Of few classes a chunk has more than a sixteenth of the tokens, and the peak is that of chunks of eight."""
+    found = []
+    for rows in (None, 8):
+        if rows:
+            monkeypatch.setattr("meftbench.methods.levers.chunked_loss.chunk_rows", lambda *_: rows)
+        overrides = SHAPES[model] | {"vocab_size": 500}
+        cell = a_cell(f"{method}+chunked_loss", model=f"{model}@random", model_config_overrides=overrides)
+        step = build_step(cell.model_copy(update={"sequence_length": 256}), torch.device("cpu"))
+        peak = count_memory(step, steps=1, warmup=1)["activation_peak_bytes"].value
+        found.append((peak, step.applied.levers["chunked_loss"].numbers()["loss_chunk_rows"].value))
+    (peak, rows), (peak_of_small, _) = found
+
+    assert rows > 4 * 256 // CHUNKS
+    assert peak <= peak_of_small
