@@ -1,4 +1,4 @@
-"""Losses over a vocabulary that others measured on an A100 and an H100 are predicted to what rounding leaves of them."""
+"""Losses over a vocabulary that others measured on an A100 and an H100, predicted to the rounding of the figures."""
 
 from __future__ import annotations
 

@@ -335,7 +335,7 @@ def test_a_larger_chunk_costs_no_memory(model, method, monkeypatch):
     found = []
     for rows in (None, 8):
         if rows:
-            monkeypatch.setattr("meftbench.methods.levers.chunked_loss.chunk_rows", lambda *_: rows)
+            monkeypatch.setattr("meftbench.methods.levers.chunked_loss.chunk_rows", lambda *_, rows=rows: rows)
         overrides = SHAPES[model] | {"vocab_size": 500}
         cell = a_cell(f"{method}+chunked_loss", model=f"{model}@random", model_config_overrides=overrides)
         step = build_step(cell.model_copy(update={"sequence_length": 256}), torch.device("cpu"))
