@@ -134,6 +134,7 @@ def test_what_predictions_were_held_against_is_the_table():
         "peaks of training steps": "peak_allocated",
         "memory between steps": "allocated_after_step",
         "peaks of single operators": "operator_peak",
+        "peaks of a loss over a vocabulary": "loss_peak",
     }
     for name, quantity in quantities.items():
         errors = (table[(table.setting == "complete") & (table.quantity == quantity)].ratio - 1).abs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ class Lever:
         them when it is made.
     in_forward: whether it has its effect in forward passes without gradients, too. Methods that have no backward pass
         refuse the others.
+    needs_gpu: why it does not run on a CPU at all; None: it does.
+    replaces: what it puts in the place of the model's own; of two levers that replace the same, one is refused.
+    precisions: in which it works; None: in all.
     """
 
     home: str  # "module:Class", a subclass of methods.levers.base.Lever
@@ -28,6 +32,13 @@ class Lever:
     settings: type[Settings] | None = None
     instead_of_reversal: bool = False
     in_forward: bool = False
+    needs_gpu: str | None = None
+    replaces: str | None = None
+    precisions: tuple[str, ...] | None = None
+
+
+_LOSS = "the loss over the vocabulary"
+_KERNELS = "its Triton kernels run on CUDA only"
 
 
 LEVERS: dict[str, Lever] = {
@@ -49,6 +60,20 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers.chunked_loss:ChunkedLossLever",
         "cross-entropy over chunks of tokens, never the whole logits; for models that predict tokens",
         in_forward=True,
+        replaces=_LOSS,
+    ),
+    "liger_loss": Lever(
+        "meftbench.methods.levers.fused_loss:LigerLossLever",
+        "Liger's fused linear cross-entropy: logits in chunks, gradients in forward; on CUDA",
+        needs_gpu=_KERNELS,
+        replaces=_LOSS,
+    ),
+    "cut_loss": Lever(
+        "meftbench.methods.levers.fused_loss:CutLossLever",
+        "cut cross-entropy: logits never leave the kernel; on CUDA, in 16 bits",
+        needs_gpu=_KERNELS,
+        replaces=_LOSS,
+        precisions=("bf16", "bf16-autocast", "fp16-autocast", "nf4"),
     ),
     "compile": Lever(
         "meftbench.methods.levers.compiled:Compile",
@@ -73,3 +98,13 @@ def settings_for(where: str, lever: str, given: dict[str, Any]) -> Settings:
     if schema is None:
         raise UserError(where, f"lever {lever!r} has no settings", f"write +{lever} without brackets")
     return settings_of(where, schema, given)
+
+
+def exclude_each_other(levers: Iterable[str]) -> str | None:
+    """A sentence on two of `levers` that replace the same part of the model; None: no two do."""
+    replacing: dict[str, str] = {}
+    for name in levers:
+        part = LEVERS[name].replaces
+        if part is not None and replacing.setdefault(part, name) != name:
+            return f"{replacing[part]} and {name} both replace {part}"
+    return None

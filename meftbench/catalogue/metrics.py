@@ -138,6 +138,7 @@ METRICS: dict[str, Kind] = {
     "compiled_graphs": Kind("count", "neither", "graphs that torch.compile has made, of all passes of the cell"),
     "graph_breaks": Kind("count", "lower", "places where torch.compile had to leave a graph and go on in Python"),
     "forward_calls_ratio": Kind("ratio", "neither", "layer forwards a step divided by those of a forward pass alone"),
+    "loss_chunk_rows": Kind("count", "neither", "tokens of a chunk of the loss, in the last forward pass"),
     "offloaded_bytes": Kind("byte", "neither", "bytes moved to the host in one step"),
     # conditions
     "device_shared": Kind("flag", "lower", "1: another process used the device"),

@@ -128,6 +128,7 @@ ONLY = {
 
 R = ("r",)
 _CACHE = {"checkpoint": "its prompt is a cache, which a layer that runs again would extend again"}
+_LOSSES = ("chunked_loss", "liger_loss", "cut_loss")
 _WRAPS = {"tiled_mlp": "peft puts a module of its own around what would run in tiles"}
 
 PEFT_METHODS: dict[str, PeftMethod] = {
@@ -147,7 +148,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         ("adapter_len",),
         targets="peft",
         only="llama",
-        refuses=_WRAPS | {"chunked_loss": "peft calls the forward that the model had before the lever"},
+        refuses=_WRAPS | dict.fromkeys(_LOSSES, "peft calls the forward that the model had before the lever"),
     ),
     "beft": PeftMethod("BEFT", Targeted, "the bias of value projections", targets="value"),
     "boft": PeftMethod("BOFT", Butterflies, "weights turned by butterfly factors", ("boft_block_size",)),
@@ -224,7 +225,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         R,
         targets="peft",
         only="decoders",
-        refuses=_WRAPS | {"chunked_loss": "a loss of its own takes the whole logits"},
+        refuses=_WRAPS | dict.fromkeys(_LOSSES, "a loss of its own takes the whole logits"),
     ),
     "shira": PeftMethod("SHIRA", Ranked, "sparse updates, as many as a lora of this rank", R),
     "supertuning": PeftMethod("SUPERTUNING", Targeted, "the largest weights, a hundredth of them"),

@@ -16,7 +16,11 @@ Version = tuple[int, int]
 
 RULES = "torch 2.10 to 2.13, transformers 4.55 to 5.23"
 # Of these versions any rule is known; outside of them a prediction would say what nobody has looked at.
-KNOWN: dict[str, tuple[Version, Version]] = {"torch": ((1, 10), (2, 13)), "transformers": ((4, 15), (5, 23))}
+KNOWN: dict[str, tuple[Version, Version]] = {
+    "torch": ((1, 10), (2, 13)),
+    "transformers": ((4, 15), (5, 23)),
+    "liger": ((0, 4), (0, 8)),  # of liger-kernel; read from 0.4.2 to 0.8.5 (prediction/fused_losses.py)
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Versions:
 
     torch: Version | None = None
     transformers: Version | None = None
+    liger: Version | None = None
 
     @staticmethod
     def parse(text: str) -> Versions:
@@ -35,7 +40,8 @@ class Versions:
         found: dict[str, Version] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             matched = re.fullmatch(
-                r"(torch|transformers)\s*={1,2}\s*([0-9]{1,4})\.([0-9]{1,4})(?:\.[0-9]+)?(?:[.+a-z][.+a-z0-9]*)?", part
+                r"(torch|transformers|liger)\s*={1,2}\s*([0-9]{1,4})\.([0-9]{1,4})(?:\.[0-9]+)?(?:[.+a-z][.+a-z0-9]*)?",
+                part,
             )
             if matched is None or matched[1] in found:
                 what = f"{part!r} is no version" if matched is None else f"{matched[1]} is given twice"
@@ -51,7 +57,7 @@ class Versions:
 
     def __str__(self) -> str:
         """The versions whose rules are taken, as a prediction says it."""
-        given = {"torch": self.torch, "transformers": self.transformers}
+        given = {"torch": self.torch, "transformers": self.transformers, "liger": self.liger}
         named = ", ".join(f"{name} {version[0]}.{version[1]}" for name, version in given.items() if version)
         return f"{named} where they are known to differ from those of {RULES}" if named else RULES
 

@@ -28,7 +28,12 @@ class Counted:
     """On a CPU: memory is the bytes of live tensors, counted; time is that of this machine."""
 
     def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
-        """Raises UserError, too, for a memory optimisation (lever) under which memory cannot be counted."""
+        """Raises UserError, too, for a memory optimisation (lever) that needs a GPU, or under which memory cannot be
+        counted."""
+        for lever in cell.levers.names():
+            if LEVERS[lever].needs_gpu is not None:
+                cure = "use --device cuda or predicted:PROFILE, or leave it out"
+                raise UserError(cell.label, f"{lever}: {LEVERS[lever].needs_gpu}", cure)
         if "memory" in protocol.passes:
             for lever in cell.levers.names():
                 if LEVERS[lever].uncounted is not None:

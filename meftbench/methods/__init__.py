@@ -12,7 +12,7 @@ from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
 from meftbench.catalogue.labels import read_label, split_label
-from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.levers import LEVERS, exclude_each_other
 from meftbench.catalogue.methods import METHODS, why_refused
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
@@ -90,6 +90,8 @@ def prepare(
             raise unknown("apply_method", "lever", lever, LEVERS)
         if reason := why_refused(name, lever):
             raise UserError(method, reason, f"leave {lever} out")
+    if exclusion := exclude_each_other(levers):
+        raise UserError("apply_method", exclusion, "leave one of them out")
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, in_brackets | (settings or {}))
     lever_objects = {lever: made_lever("apply_method", lever, levers[lever]) for lever in LEVERS if lever in levers}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.labels import read_label
-from meftbench.catalogue.levers import LEVERS, settings_for
+from meftbench.catalogue.levers import LEVERS, exclude_each_other, settings_for
 from meftbench.catalogue.methods import METHODS, why_refused
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
@@ -87,6 +87,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     check_optimizer(document, place, values, levers.names())
+    _check_precision(document, place["precision" if "precision" in values else "method"], levers, values)
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
     if not METHODS[method].backward:
@@ -116,6 +117,15 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         **{FIELDS[name]: value for name, value in values.items() if name in _UNCHANGED_AXES}
         | {"micro_batch_size": micro, "attention_requested": attention},
     )
+
+
+def _check_precision(document: Document, place: KeyPath, levers: Levers, values: dict[str, Any]) -> None:
+    """Raises UserError: a lever does not work in the cell's precision."""
+    precision = values.get("precision", Cell.model_fields["precision"].default)
+    for lever in levers.names():
+        known = LEVERS[lever].precisions
+        if known is not None and precision not in known:
+            raise document.error(place, f"{lever} does not work in {precision}", f"write one of: {', '.join(known)}")
 
 
 def _check_training(document: Document, place: Places, values: dict[str, Any], device: str) -> None:
@@ -189,6 +199,8 @@ def parse_method(
             raise document.error(place, f"lever {lever!r} is named twice", "name it once")
         if reason := why_refused(name, lever):
             raise document.error(place, f"{text}: {reason}", f"leave {lever} out")
+    if exclusion := exclude_each_other(lever_names):
+        raise document.error(place, f"{text}: {exclusion}", "leave one of them out")
     for key in in_brackets.keys() & settings.keys():
         raise document.error((*path, key), f"is also in the brackets of {text!r}", "name it once")
     schema = METHODS[name].settings

@@ -24,8 +24,10 @@ from torch import Tensor
 from meftbench.backbones import packed
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
+from meftbench.methods.levers import fused_loss
 from meftbench.prediction.cuda_autocast import cuda_autocast
 from meftbench.prediction.experts import groups_on_cuda
+from meftbench.prediction.fused_losses import LigerRule, cut_sum
 from meftbench.prediction.scratch import HALF
 from meftbench.reversible.kernels import Kernels, as_on
 
@@ -38,6 +40,8 @@ def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]
         mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability, versions.prefers_cudnn_attention)),
         mock.patch.object(packed, "takes_varlen", _takes_varlen(capability, versions)),
+        mock.patch.object(fused_loss, "sum_by_liger", LigerRule.of(versions, capability).summed),
+        mock.patch.object(fused_loss, "sum_by_cut", cut_sum),
         cuda_autocast(),
         groups_on_cuda(capability),
         # Triton compiles for compute capability 7.0 and later.

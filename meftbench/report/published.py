@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _QUANTITIES = {
     "peak_allocated": "peak allocated",
     "operator_peak": "peak allocated of one operator",
+    "loss_peak": "peak allocated of a loss over a vocabulary",
     "allocated_after_step": "allocated between steps",
     "reserved": "peak reserved",
     "device_used": "memory of the process",

@@ -127,7 +127,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         return [1] * len(rows) if self.task.kind == "images" else [_length(row) for row in rows]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The cell's optimizer, or the method's own; Trainer makes groups of the parameters that decay and of others."""
+        """The cell's optimizer, or the method's own; Trainer groups the parameters by whether they decay."""
         note_embeddings(self.applied.model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.applied.own_optimizer is None:

@@ -3,7 +3,8 @@
     python reports/campaigns/published.py reports/published
 
 Reads figures.yaml of reports/published (or --figures) and predicts each figure on its device (meftbench.prediction):
-the same quantity, from one trace a cell; and the operators of published_operators.py. Writes table.csv, statistics.csv
+the same quantity, from one trace a cell; and the operators of published_operators.py and losses of published_losses.py.
+Writes table.csv, statistics.csv
 and table.md, which is also printed and ends with reading.md, if OUT has one: what we make of the differences. With
 --summary it also writes what the package carries of it (meftbench/catalogue/validated.yaml).
 """
@@ -20,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import pandas as pd
+import published_losses
 import published_operators
 import published_traces
 import torch
@@ -194,9 +196,29 @@ def operators() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).astype({"predicted_bytes": "Int64", "ratio": float})
 
 
+def losses() -> pd.DataFrame:
+    """The rows of published_losses.py in the form of the table."""
+    rows = [
+        {
+            "id": row["id"],
+            "setting": "complete",
+            "quantity": "loss_peak",
+            "published_bytes": row["measured_bytes"],
+            "predicted_bytes": row["predicted_bytes"],
+            "ratio": row["predicted_bytes"] / row["measured_bytes"],
+            "profile": row["profile"],
+            "rules": row["rules"],
+            "source": row["source"],
+            "notes": "A head in bfloat16 and its loss, forward and backward; gradients of the one before are alive.",
+        }
+        for row in published_losses.predicted_losses()
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"predicted_bytes": "Int64", "ratio": float})
+
+
 LIGER = {
     "title": "Liger-Kernel, benchmark/data/all_benchmark_data.csv",
-    "where": "kernel_provider huggingface or torch, metric memory",
+    "where": "metric memory; kernel_provider huggingface or torch, and liger of fused_linear_cross_entropy",
     "url": "https://github.com/linkedin/Liger-Kernel/blob/ead96b618e5c/benchmark/data/all_benchmark_data.csv",
     "licence": "BSD-2-Clause",
     "read": "the file at that commit, and the scripts that wrote it (tests/groundtruth/data/README-operators.md)",
@@ -243,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--figures", type=Path, default=FIGURES)
     parser.add_argument("--only", nargs="+", metavar="ID", help="these rows")
-    parser.add_argument("--no-operators", action="store_true", help="leave the single operators out")
+    parser.add_argument("--no-operators", action="store_true", help="leave the single operators and losses out")
     parser.add_argument("--summary", action="store_true", help="write meftbench/catalogue/validated.yaml, too")
     options = parser.parse_args(arguments)
     try:
@@ -256,7 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     if not options.only and not options.no_operators:
-        frame = pd.concat([frame[frame.setting == "complete"], operators(), frame[frame.setting != "complete"]])
+        complete = frame.setting == "complete"
+        frame = pd.concat([frame[complete], operators(), losses(), frame[~complete]])
     frame.to_csv(options.out / "table.csv", index=False)
     spreads = statistics(frame)
     spreads.to_csv(options.out / "statistics.csv", index=False)

@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 from meftbench.errors import CellFailure, UserError
 from meftbench.measuring.build import build_step
 from meftbench.methods import prepare
-from meftbench.methods.levers.chunked_loss import CHUNKS, FEWEST, LARGEST, ChunkedLoss, chunk_rows
+from meftbench.methods.levers.chunked_loss import CHUNKS, FEWEST, InChunks, chunk_rows
+from meftbench.methods.levers.vocabulary_loss import Head, VocabularyLoss
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.counted_metrics import count_memory
@@ -38,6 +39,11 @@ def a_predictor(backbone="opt", dtype=torch.float64):
 def a_cell(method, **changes):
     values = {"model": "opt-125m@random", "model_config_overrides": SMALL_OPT, "batch_size": 4, "sequence_length": 16}
     return Cell.of(method, **(values | changes))
+
+
+def a_head(dtype, *, trained=False, hidden=32):
+    module = torch.nn.Linear(hidden, 120, bias=False, dtype=dtype).requires_grad_(trained)
+    return Head(module, bias=None, cap=None, in_float32=True)
 
 
 def assert_same(found, expected, rel=1e-12):
@@ -108,7 +114,7 @@ def test_torchs_own_function(backbone):
     model = a_predictor(backbone, torch.float32)
     chunked = prepare(deepcopy(model), "full+chunked_loss").model
     batch = a_batch_for(model)
-    chunked.forward.fused = True
+    chunked.forward.loss.fused = True
     assert_same(gradients(chunked, batch), gradients(model, batch), rel=1e-4)
 
     loss = chunked(**batch).loss
@@ -133,9 +139,10 @@ def test_torchs_own_function_hides_its_chunks():
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    chunked = ChunkedLoss(a_predictor(dtype=torch.float32))
+    loss = InChunks()
+    loss.fused = True
     with Watch():
-        chunked._fused(torch.randn(16, 32, requires_grad=True), torch.arange(16), -100, 4)
+        loss(a_head(torch.float32), torch.randn(16, 32, requires_grad=True), torch.arange(16), -100)
     assert any("linear_cross_entropy" in name for name in seen)
     assert not any(".mm." in name or ".addmm" in name for name in seen)
 
@@ -198,16 +205,31 @@ def test_families_that_are_not_listed_are_tried(scale, agrees):
     torch.manual_seed(0)
     model = CohereForCausalLM(config).train()
     model.lm_head.weight.data.normal_()
-    assert agrees == ChunkedLoss(model).agrees()
+    assert agrees == VocabularyLoss(model, InChunks()).agrees()
     assert model.model.training
 
 
 def test_chunks():
-    """A sixteenth of the tokens; of a large vocabulary fewer, but enough to keep a device busy."""
-    assert 4096 // CHUNKS == chunk_rows(4096, 50_272)
-    assert LARGEST // (4 * 50_272) == chunk_rows(65_536, 50_272)
-    assert FEWEST == chunk_rows(65_536, 256_000)
-    assert 1 == chunk_rows(3, 120)
+    """As many tokens as there is room for, but never all; a sixteenth where the room is not known; not too few."""
+    head = a_head(torch.float32)
+    row = 3 * 4 * len(head.module.weight)
+
+    assert 1000 == chunk_rows(65_536, 1000 * row, head)
+    assert 65_536 // 2 == chunk_rows(65_536, 10**12, head)
+    assert FEWEST == chunk_rows(65_536, 0, head)
+    assert 1024 // CHUNKS == chunk_rows(1024, 0, head)
+    assert 65_536 // CHUNKS == chunk_rows(65_536, None, head)
+    assert 1 == chunk_rows(3, None, head)
+
+
+def test_room_of_a_trained_head_is_less():
+    """Beside a chunk's logits there is a gradient as large as the weight."""
+    head = a_head(torch.float32, trained=True, hidden=4096)
+    weight = head.module.weight.nbytes
+    row = 4 * len(head.module.weight)
+
+    assert FEWEST == chunk_rows(65_536, weight, head)
+    assert 300 == chunk_rows(65_536, weight + 300 * row, head)
 
 
 @pytest.mark.parametrize("method", ["full", "lora+checkpoint", "meft1-exact"])
@@ -298,3 +320,28 @@ def test_a_class_whose_loss_was_patched_is_held_against_itself(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     with pytest.raises(UserError, match="its loss is not the cross-entropy of its head's output"):
         prepare(a_predictor("llama", torch.float32), "full+chunked_loss")
+
+
+SHAPES = {
+    "opt-125m": SMALL_OPT | {"hidden_size": 64, "ffn_dim": 256, "word_embed_proj_dim": 64},
+    "llama-3.2-1b": {**TINY["llama"][1], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256},
+}
+
+
+@pytest.mark.parametrize("method", ["lora+checkpoint", "meft1-exact"])
+@pytest.mark.parametrize("model", SHAPES)
+def test_a_larger_chunk_costs_no_memory(model, method, monkeypatch):
+    """Of few classes a chunk has more than a sixteenth of the tokens, and the peak is that of chunks of eight."""
+    found = []
+    for rows in (None, 8):
+        if rows:
+            monkeypatch.setattr("meftbench.methods.levers.chunked_loss.chunk_rows", lambda *_, rows=rows: rows)
+        overrides = SHAPES[model] | {"vocab_size": 500}
+        cell = a_cell(f"{method}+chunked_loss", model=f"{model}@random", model_config_overrides=overrides)
+        step = build_step(cell.model_copy(update={"sequence_length": 256}), torch.device("cpu"))
+        peak = count_memory(step, steps=1, warmup=1)["activation_peak_bytes"].value
+        found.append((peak, step.applied.levers["chunked_loss"].numbers()["loss_chunk_rows"].value))
+    (peak, rows), (peak_of_small, _) = found
+
+    assert rows > 4 * 256 // CHUNKS
+    assert peak <= peak_of_small
