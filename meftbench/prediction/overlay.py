@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from meftbench.backbones import packed
 from meftbench.catalogue.profiles import Profile
@@ -38,6 +39,8 @@ def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]
     capability = tuple(map(int, profile.compute_capability.split(".")))
     patches: list[AbstractContextManager[Any]] = [
         mock.patch.object(F, "dropout", _dropout),
+        mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", _with_meta),
+        mock.patch.object(torch, "_fused_sgd_", _in_place),
         mock.patch.object(F, "scaled_dot_product_attention", _Attention(capability, versions.prefers_cudnn_attention)),
         mock.patch.object(packed, "takes_varlen", _takes_varlen(capability, versions)),
         mock.patch.object(fused_loss, "sum_by_liger", LigerRule.of(versions, capability).summed),
@@ -58,6 +61,15 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if not training or p == 0:
         return input
     return torch.native_dropout(input, p, True)[0]
+
+
+def _with_meta() -> list[str]:
+    """torch/optim/optimizer.py: the devices whose optimizers have one kernel for a step, and the device of a trace."""
+    return [*_get_fused_kernels_supported_devices(), "meta"]
+
+
+def _in_place(*_: Any, **__: Any) -> None:
+    """ATen/native/cuda/FusedSgdKernel.cu: writes to what it is given and allocates nothing. It has no meta kernel."""
 
 
 def _wide(value: Any) -> Any:
