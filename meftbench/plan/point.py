@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.labels import read_label
-from meftbench.catalogue.levers import LEVERS, settings_for
+from meftbench.catalogue.levers import LEVERS, check_combination, settings_for
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
@@ -94,6 +94,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     taken = positions_taken(method, params)
     check_sequence_length(document.where(place["sequence_length"]), model, overrides, values["sequence_length"], taken)
     attention = attention_of(document.where(place["attention"]), model, overrides, values.get("attention"))
+    check_combination(method_place, {lever: lever_params.get(lever, {}) for lever in levers.names()}, attention)
     return Cell(
         model=model,
         model_config_overrides=overrides,

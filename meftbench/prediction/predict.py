@@ -157,6 +157,9 @@ def predict(
         before = len(counted.counter.events)
         first = counted.run()
         gc.collect()  # what the step leaves alive after this stays alive
+    for lever, made in step.applied.levers.items():
+        if fact := made.missing_in_trace(counted.counter.attention_kernels):
+            raise UserError(cell.label, f"{lever}: {fact} on {profile.device}", f"change the settings of {lever}")
     events = [Event(*event) for event in counted.counter.events]
     counted.counter.events = None
     later_events = step_after(events[before:])

@@ -86,7 +86,9 @@ class ReversibleStack(nn.Module):
         "reverse": each block's inputs are recomputed from its outputs; the last two streams and the saved state
             (side information, RNG states; saved_state.py) are kept.
         "cache": reference autograd: the same equations under torch's autograd, nothing recomputed.
-        "checkpoint": as "cache", but each block under non-reentrant checkpointing.
+        "checkpoint": as "cache", but each block of `checkpointed` under non-reentrant checkpointing.
+    checkpointed: with "checkpoint", the indices of the blocks that run again in backward; None: all.
+    checkpoint_options: with "checkpoint", further keyword arguments of torch's checkpoint, such as context_fn.
     strict: with "reverse", verify at the lowest, the middle and the top block that the inputs are restored bit for
         bit; StreamError is raised at the end of backward otherwise. This costs sums over the streams of these blocks.
     keep_last: keep the graph of the sublayer that the backward pass begins with, which forward builds anyway, instead
@@ -139,6 +141,8 @@ class ReversibleStack(nn.Module):
         self.tiles, self.parts, self.parts_from = tiles, parts, parts_from
         self.strict, self.first_layer, self.keep_last = strict, first_layer, keep_last
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
+        self.checkpointed: frozenset[int] | None = None
+        self.checkpoint_options: dict[str, Any] = {}
         self.observer: Observer | None = None
         self.noted: list[Call] = []
 
@@ -279,8 +283,8 @@ class ReversibleStack(nn.Module):
             if self.observer:
                 self.observer("forward", index, streams)
             block_args = (index, streams[0], streams[1], dtype, *calls[index if len(calls) > 1 else 0])
-            if self.activations == "checkpoint":
-                streams = checkpoint(self._block, *block_args, use_reentrant=False)
+            if self.activations == "checkpoint" and (self.checkpointed is None or index in self.checkpointed):
+                streams = checkpoint(self._block, *block_args, use_reentrant=False, **self.checkpoint_options)
             else:
                 streams = self._block(*block_args)
         if self.output == "last":

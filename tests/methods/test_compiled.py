@@ -20,8 +20,7 @@ from tests.models import a_batch_for, a_cell, a_model, gradients, worst_relative
 @pytest.fixture(autouse=True)
 def eagerly(monkeypatch):
     """Graphs are traced, differentiated, and run by torch: inductor would take a compiler and a minute."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **said: real(function, backend="aot_eager", **said))
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     compiled._compiled.cache_clear()
     yield

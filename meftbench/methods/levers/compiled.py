@@ -3,6 +3,11 @@
 Of a reversible layer, the token-wise work and the pre-norm are compiled, as one function that all layers share. The
 core of attention is not compiled, because its hooks pass gradients on one by one (reversible/fork.py). Forward pass and
 recomputation call the same compiled function on the same shapes, so that reversal stays exact.
+
+With a budget, what a compiled function saves for its backward is limited to a share of torch's default, and the rest is
+computed again in its backward (torch._functorch.config.activation_memory_budget). Each layer is compiled by itself, so
+that 0 is checkpointing of each layer; of a reversible layer it limits what one tile holds. The peak of a step does not
+always fall with the budget (reports/compile-budget).
 """
 
 from __future__ import annotations
@@ -15,11 +20,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 
 from meftbench.backbones import layouts_of
+from meftbench.catalogue.levers import CompileSettings
 from meftbench.methods.applied import Applied
 from meftbench.methods.levers.base import Lever, LeverNumber, WatchedStep
 from meftbench.reversible import Block, Relay, ReversibleStack, SubLayer
+
+BACKEND = "inductor"  # of torch.compile
+
+
+@dataclass(frozen=True)
+class WithinBudget:
+    """BACKEND under a memory budget: a backend of torch.compile, called with the graph of each compiled region."""
+
+    budget: float
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        # The forward pass is what asks for a graph, and with it forward and backward are parted from each other.
+        with torch._functorch.config.patch(activation_memory_budget=self.budget):
+            return lookup_backend(BACKEND)(graph, inputs, **options)
+
+
+def _backend(budget: float | None) -> str | WithinBudget:
+    return BACKEND if budget is None else WithinBudget(budget)
 
 
 @dataclass(frozen=True)
@@ -27,36 +52,40 @@ class Compiled:
     """A module-level function, compiled at its first call. It can be pickled, unlike the result of torch.compile."""
 
     function: Callable[..., Tensor]
+    budget: float | None = None
 
     def __call__(self, *args: Any) -> Tensor:
-        result: Tensor = _compiled(self.function)(*args)
+        result: Tensor = _compiled(self.function, self.budget)(*args)
         return result
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Tensor], budget: float | None) -> Callable[..., Tensor]:
     # One graph for each input size: a graph for all sizes may round differently, and torch would switch to it when it
     # meets a second size.
-    compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+    compiled: Callable[..., Tensor] = torch.compile(function, backend=_backend(budget), dynamic=False)
     return compiled
 
 
 class Compile(Lever):
     """The sublayers of reversible blocks, and all other layers as a whole, are compiled at their first call."""
 
+    def __init__(self, settings: CompileSettings) -> None:
+        self._budget = settings.budget
+
     def apply(self, applied: Applied) -> None:
         for stack in applied.stacks:
             for block in stack.blocks:
                 assert isinstance(block, Block)
                 f, g = block.sublayers
-                block.sublayers = (_with_compiled_work(f), _with_compiled_work(g))
+                block.sublayers = (_with_compiled_work(f, self._budget), _with_compiled_work(g, self._budget))
         model: Any = applied.model
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()  # the model inside peft's wrapper
         for layout in applied.layouts or layouts_of(model):
             for layer in layout.list_of(model)[2]:
                 if not isinstance(layer, ReversibleStack | Relay):
-                    layer.compile(dynamic=False)
+                    layer.compile(backend=_backend(self._budget), dynamic=False)
 
     def without(self) -> AbstractContextManager[object]:
         # The reference run uses the same compiled kernels: uncompiled code rounds differently, which is no error of the
@@ -78,10 +107,10 @@ def _counters() -> Any:
     return torch._dynamo.utils.counters
 
 
-def _with_compiled_work(sublayer: SubLayer) -> SubLayer:
+def _with_compiled_work(sublayer: SubLayer, budget: float | None) -> SubLayer:
     """The sublayer with its token-wise work and its pre-norm compiled."""
     return replace(
         sublayer,
-        tokens=None if sublayer.tokens is None else Compiled(sublayer.tokens),
-        before=None if sublayer.before is None else Compiled(sublayer.before),
+        tokens=None if sublayer.tokens is None else Compiled(sublayer.tokens, budget),
+        before=None if sublayer.before is None else Compiled(sublayer.before, budget),
     )
