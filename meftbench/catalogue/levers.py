@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class Lever:
     """A memory optimisation (lever) that composes with any method by `+`.
 
     uncounted: why memory cannot be counted on a CPU where it is used; None: it can.
+    untraced: why a step that has it cannot be traced, as predictions do; None: it can.
     settings: what can be set in brackets, as in `checkpoint(every=2)`; None: nothing. A class with settings is given
         them when it is made.
     """
@@ -46,6 +47,7 @@ class Lever:
     home: str  # "module:Class", a subclass of methods.levers.base.Lever
     summary: str
     uncounted: str | None = None
+    untraced: str | None = None
     settings: type[Settings] | None = None
 
 
@@ -71,6 +73,7 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers.compiled:Compile",
         "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
         uncounted="compiled code allocates where the counter of a CPU does not see it",
+        untraced="what compiled code allocates is not predicted",
         settings=CompileSettings,
     ),
 }
@@ -96,3 +99,10 @@ def check_combination(where: str, levers: Mapping[str, Mapping[str, Any]], atten
     if attention == "eager" and levers.get("checkpoint", {}).get("keep") == "attention":
         what = "checkpoint(keep=attention) keeps what a fused operator gives, and eager attention runs plain products"
         raise UserError(where, what, "take attention: sdpa, or keep=layer_input")
+
+
+def check_traced(where: str, levers: Iterable[str]) -> None:
+    """Raises UserError: a step with one of these levers cannot be traced, and so not predicted."""
+    for lever in levers:
+        if (why := LEVERS[lever].untraced) is not None:
+            raise UserError(where, f"{lever}: {why}", f"leave {lever} out, or measure it with --device cuda")

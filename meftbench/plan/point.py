@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.labels import read_label
-from meftbench.catalogue.levers import LEVERS, check_combination, settings_for
+from meftbench.catalogue.levers import LEVERS, check_combination, check_traced, settings_for
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
@@ -84,6 +84,8 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         cure = "choose another method, or precision: bf16"
         raise document.error(place["precision"], "4-bit weights cannot be trained", cure)
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
+    if device.startswith(PREDICTED):
+        check_traced(method_place, levers.names())
     _check_training(document, place, values, device)
     check_model(model_place, model, overrides)
     check_own(document, place, model, values)

@@ -21,6 +21,7 @@ from transformers import masking_utils
 
 from meftbench.backbones.own import transformers_part
 from meftbench.backbones.quantize import STATISTICS, pack_without_values
+from meftbench.catalogue.levers import check_traced
 from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.errors import UserError, one_line
 from meftbench.measuring.build import batch_of, built_model, is_own, step_on, with_method
@@ -110,6 +111,7 @@ def uncomputed_model(cell: Cell) -> Applied:
 
     Raises UserError as `uncomputed_step` does.
     """
+    check_traced(cell.label, cell.levers.names())
     from_function = is_factory(cell.model)
     if from_function:
         load(cell.model)  # not on the meta device: tensors that the module makes when imported must have values

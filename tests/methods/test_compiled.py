@@ -48,6 +48,32 @@ def test_reversal_of_compiled_sublayers_is_exact(family, method):
     pickle.loads(pickle.dumps(applied.model))
 
 
+@pytest.mark.parametrize("method", ["parallel", "meft1-exact"])
+def test_a_budget_changes_what_is_saved_and_no_gradient(method):
+    """A budget of 0 keeps the inputs of what is compiled: of a layer, the hidden state; of a reversible layer, what one
+    tile of its token-wise work reads. The streams come back exactly, or strict reversal would raise."""
+    model = a_model(2, torch.float64, dropout=0.0)
+    settings = {"tiles": 2, "strict": True} if "meft" in method else {}
+    eager = prepare(copy.deepcopy(model), method, settings, seed=1).model
+    batch, saved, found = a_batch_for(model), {}, {}
+    for budget in (0.0, 1.0):
+        applied = prepare(copy.deepcopy(model), f"{method}+compile(budget={budget})", settings, seed=1).model
+        saved[budget] = 0
+
+        def pack(tensor, budget=budget):
+            saved[budget] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, found[budget] = gradients(applied, batch)
+
+    _, expected = gradients(eager, batch)
+    assert all(worst_relative_error(gradient, expected) <= 1e-12 for gradient in found.values())
+    if method == "parallel":
+        assert saved[0.0] < 0.5 * saved[1.0]
+    pickle.loads(pickle.dumps(applied))
+
+
 def test_a_cell_reports_graphs_and_breaks():
     """Time and fidelity of a compiled cell; its lever is seen to have engaged."""
     cell = a_cell("meft1-exact+compile")
@@ -63,6 +89,13 @@ def test_counted_memory_is_refused():
     """A count would miss what compiled code allocates: one line says what to ask for."""
     with pytest.raises(UserError, match="allocates where the counter of a CPU does not see it; write passes"):
         measure_cell(a_cell("lora+compile"), Protocol(warmup=1, steps=1))
+
+
+def test_a_prediction_is_refused():
+    """What compiled code would allocate is not predicted."""
+    cell = a_cell("lora+compile(budget=0.5)", device="predicted:a100-80gb")
+    with pytest.raises(UserError, match=r"compile\(budget=0\.5\).*compiled code allocates is not predicted"):
+        measure_cell(cell, Protocol(warmup=1, steps=1))
 
 
 def test_unload_takes_it_off():

@@ -154,7 +154,7 @@ def test_attention_in_plain_products_is_named():
 
 @pytest.mark.parametrize("profile", ["a100-80gb", "h200"])
 def test_a_gpu_would_keep_the_same(profile):
-    """Flash attention and cuDNN's, predicted in bf16: output and log-sum-exp, and two blocks of random numbers' state."""
+    """Flash attention and cuDNN's, predicted in bf16: output and log-sum-exp, and two blocks for random numbers."""
 
     def saved(lever):
         cell = a_cell_of("llama", f"lora+checkpoint{lever}", layers=4, sequence_length=256, precision="bf16")

@@ -64,7 +64,7 @@ def attention_watched(layers: Mapping[str, nn.Module]) -> Iterator[AttentionRuns
                     runs.running = name
 
                 watching.callback(leaf.register_forward_pre_hook(enter).remove)
-        watching.enter_context(_Noting(runs))  # type: ignore[no-untyped-call]
+        watching.enter_context(_Noting(runs))
         yield runs
 
 
