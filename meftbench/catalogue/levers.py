@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError
 from meftbench.strict_yaml import settings_of
+
+
+class CheckpointSettings(Settings):
+    """Which layers run again in the backward pass, and what of a layer is kept for that.
+
+    keep: `layer_input`, or `attention`: beside it what the fused attention operator gave, so that it runs once.
+    every: the first of every so many layers runs again, the others keep all that they save (transformers'
+        every_n_layers, torchtitan's selective_ac_option).
+    layers: only the first so many layers run again (Megatron's block recomputation); `every` counts among these.
+    """
+
+    keep: Literal["layer_input", "attention"] = "layer_input"
+    every: int = Field(1, ge=1)
+    layers: int | Literal["all"] = "all"
+
+
+class CompileSettings(Settings):
+    """budget: torch's activation_memory_budget, the share that a compiled region may save for backward of what torch
+    saves by default; 0: only its inputs. None: torch's default."""
+
+    budget: float | None = Field(None, ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,7 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers.checkpoint:Checkpoint",
         "keep only layer inputs and run each layer again in backward (non-reentrant); on MEFT: instead of reversal",
         instead_of_reversal=True,
+        settings=CheckpointSettings,
     ),
     "offload": Lever(
         "meftbench.methods.levers.offload:Offload",
@@ -80,6 +104,7 @@ LEVERS: dict[str, Lever] = {
         "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
         uncounted="compiled code allocates where the counter of a CPU does not see it",
         in_forward=True,
+        settings=CompileSettings,
     ),
     "optimizer_offload": Lever(
         "meftbench.methods.levers.optimizer_offload:OptimizerOffload",
@@ -108,3 +133,17 @@ def exclude_each_other(levers: Iterable[str]) -> str | None:
         if part is not None and replacing.setdefault(part, name) != name:
             return f"{replacing[part]} and {name} both replace {part}"
     return None
+
+
+def check_combination(where: str, levers: Mapping[str, Mapping[str, Any]], attention: str | None) -> None:
+    """Refuse settings of levers that do not work with each other, or with the model's attention.
+
+    levers: the settings of each lever that is on.  attention: implementation in transformers, as far as it is known.
+    Raises UserError.
+    """
+    if "checkpoint" in levers and levers.get("compile", {}).get("budget") is not None:
+        what = "compile(budget) and checkpoint both decide what a layer keeps, and checkpoint would have its way"
+        raise UserError(where, what, "leave one of the two out")
+    if attention == "eager" and levers.get("checkpoint", {}).get("keep") == "attention":
+        what = "checkpoint(keep=attention) keeps what a fused operator gives, and eager attention runs plain products"
+        raise UserError(where, what, "take attention: sdpa, or keep=layer_input")

@@ -12,7 +12,7 @@ from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
 from meftbench.catalogue.labels import read_label, split_label
-from meftbench.catalogue.levers import LEVERS, exclude_each_other
+from meftbench.catalogue.levers import LEVERS, check_combination, exclude_each_other
 from meftbench.catalogue.methods import METHODS, why_refused
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
@@ -96,6 +96,7 @@ def prepare(
     checked = settings_of(name, entry.settings, in_brackets | (settings or {}))
     lever_objects = {lever: made_lever("apply_method", lever, levers[lever]) for lever in LEVERS if lever in levers}
     trunk = trunk_of(model, module)
+    check_combination(method, levers, getattr(trunk.model.config, "_attn_implementation", None))
     check_trainable(model)
     check_untouched(model)
     with all_or_nothing(model):

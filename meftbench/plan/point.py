@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.labels import read_label
-from meftbench.catalogue.levers import LEVERS, exclude_each_other, settings_for
+from meftbench.catalogue.levers import LEVERS, check_combination, exclude_each_other, settings_for
 from meftbench.catalogue.methods import METHODS, why_refused
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
@@ -106,6 +106,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         check_packing(where, model, overrides, values.get("head"), method, attention, batch=values.get("batch"))
         if values.get("training") is not None and values["training"].batches == "full":
             raise UserError(where, "rows without padding cannot be padded to batches: full", "leave one of them out")
+    check_combination(method_place, {lever: lever_params.get(lever, {}) for lever in levers.names()}, attention)
     return Cell(
         model=model,
         model_config_overrides=overrides,

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from meftbench.methods import Applied
 from meftbench.methods.levers import compiled
 from meftbench.methods.levers.base import held_at
 
@@ -43,11 +44,12 @@ class _Called(nn.Module):
 class Partitioned:
     """A function (of modules, tensors and constants) that keeps for backward what torch.compile would.
 
+    budget: as of `+compile(budget=...)`; None: torch's default.
     Each set of shapes is traced at its first call, without counting; modules of one kind share the trace.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], budget: float | None = None) -> None:
+        self.function, self.budget = function, budget
         self._graphs: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +66,7 @@ class Partitioned:
             torch.is_autocast_enabled("cpu"),
         )
         if key not in self._graphs:
-            self._graphs[key] = _partition(called, own, tensors)
+            self._graphs[key] = _partition(called, own, tensors, self.budget)
         return self._graphs[key](own, tensors)
 
 
@@ -83,7 +85,9 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _partition(called: _Called, own: dict[str, Tensor], tensors: dict[int, Tensor]) -> Callable[..., Any]:
+def _partition(
+    called: _Called, own: dict[str, Tensor], tensors: dict[int, Tensor], budget: float | None
+) -> Callable[..., Any]:
     # Imported here: they take seconds.
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.compilers import nop
@@ -100,7 +104,13 @@ def _partition(called: _Called, own: dict[str, Tensor], tensors: dict[int, Tenso
         partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table(),
     )
-    with _disable_current_modes(), _fake_mode_of(tensors), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    limited = {} if budget is None else {"activation_memory_budget": budget}
+    with (
+        torch._functorch.config.patch(limited),
+        _disable_current_modes(),
+        _fake_mode_of(tensors),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+    ):
         graphs(own, tensors)
     return graphs
 
@@ -121,13 +131,15 @@ def _call_checkpointed(shared: Partitioned, layer: Any, *args: Any, **kwargs: An
 
 
 @contextmanager
-def partitioned_instead_of_compiled(model: nn.Module) -> Iterator[None]:
-    """Within it, the layers of `model` and the functions that `+compile` compiles are partitioned instead."""
-    layers = [module for module in model.modules() if module._compiled_call_impl is not None]
+def partitioned_instead_of_compiled(applied: Applied) -> Iterator[None]:
+    """Within it, the layers of the model and the functions that `+compile` compiles are partitioned instead."""
+    layers = [module for module in applied.model.modules() if module._compiled_call_impl is not None]
+    lever = applied.levers.get("compile")
+    budget = lever.budget if isinstance(lever, compiled.Compile) else None
     by_kind: dict[type, Partitioned] = {}
     before = [layer._compiled_call_impl for layer in layers]
     for layer in layers:
-        shared = by_kind.setdefault(type(layer), Partitioned(_call_of_layer))
+        shared = by_kind.setdefault(type(layer), Partitioned(_call_of_layer, budget))
         layer._compiled_call_impl = partial(_call_checkpointed, shared, layer)
     token = compiled.compiler.set(Partitioned)
     try:

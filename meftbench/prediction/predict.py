@@ -158,7 +158,7 @@ def predict(
         for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(profile, versions)):
             traced.enter_context(region)
         traced.enter_context(older_rules(versions, step))
-        traced.enter_context(partitioned_instead_of_compiled(step.model))
+        traced.enter_context(partitioned_instead_of_compiled(step.applied))
         traced.enter_context(mode)
         counted = traced.enter_context(PredictedStep(step, remembered or Remembered(), profile, versions))
         assert counted.counter.events is not None
@@ -168,6 +168,9 @@ def predict(
             starts.append(_allocations(counted.counter.events))
             observed.append(counted.run())
             gc.collect()  # what the step leaves alive after this stays alive
+    for lever, made in step.applied.levers.items():
+        if fact := made.missing_in_trace(counted.counter.attention_kernels):
+            raise UserError(cell.label, f"{lever}: {fact} on {profile.device}", f"change the settings of {lever}")
     events = [Event(*event) for event in counted.counter.events]
     counted.counter.events = None
     all_events = [event for event in events if event.kind != "book"]

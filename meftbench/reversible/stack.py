@@ -94,7 +94,9 @@ class ReversibleStack(nn.Module):
         "reverse": each block's inputs are recomputed from its outputs; the last two streams and the saved state
             (side information, RNG states; saved_state.py) are kept.
         "cache": reference autograd: the same equations under torch's autograd, nothing recomputed.
-        "checkpoint": as "cache", but each block under non-reentrant checkpointing.
+        "checkpoint": as "cache", but each block of `checkpointed` under non-reentrant checkpointing.
+    checkpointed: with "checkpoint", the indices of the blocks that run again in backward; None: all.
+    checkpoint_options: with "checkpoint", further keyword arguments of torch's checkpoint, such as context_fn.
     strict: with "reverse", verify at the lowest, the middle and the top block that the inputs are restored bit for
         bit; StreamError is raised at the end of backward otherwise. This costs sums over the streams of these blocks.
     keep_last: keep the graph of the sublayer that the backward pass begins with, which forward builds anyway, instead
@@ -154,6 +156,8 @@ class ReversibleStack(nn.Module):
         self.tiles, self.parts, self.parts_from = tiles, parts, parts_from
         self.strict, self.first_layer, self.keep_last = strict, first_layer, keep_last
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
+        self.checkpointed: frozenset[int] | None = None
+        self.checkpoint_options: dict[str, Any] = {}
         self.observer: Observer | None = None
         self.noted: list[Call] = []
 
@@ -311,13 +315,17 @@ class ReversibleStack(nn.Module):
             signs_SB11 = None if signs is None else signs[index, :, :, None, None]
             call = calls[index if len(calls) > 1 else 0]
             block_args = (index, of_block, signs_SB11, streams[0], streams[1], dtype, *call)
-            if self.activations == "cache":
+            if self.activations == "cache" or not self._checkpoints(index):
                 streams = self._block(*block_args)
             else:
-                streams = checkpoint(self._block, *block_args, use_reentrant=False)
+                streams = checkpoint(self._block, *block_args, use_reentrant=False, **self.checkpoint_options)
         if self.output == "last":
             return operations.read(streams[self.carrier], dtype)
         return (operations.read(streams[0], dtype) + operations.read(streams[1], dtype)) / 2
+
+    def _checkpoints(self, index: int) -> bool:
+        """Whether a block is one of those that are checkpointed, if not all are."""
+        return self.activations != "checkpoint" or self.checkpointed is None or index in self.checkpointed
 
     def _block(
         self,

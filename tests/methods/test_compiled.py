@@ -20,8 +20,7 @@ from tests.models import a_batch_for, a_cell, a_model, gradients, worst_relative
 @pytest.fixture(autouse=True)
 def eagerly(monkeypatch):
     """Graphs are traced, differentiated, and run by torch: inductor would take a compiler and a minute."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **said: real(function, backend="aot_eager", **said))
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     compiled._compiled.cache_clear()
     yield
@@ -47,6 +46,32 @@ def test_reversal_of_compiled_sublayers_is_exact(family, method):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
     pickle.loads(pickle.dumps(applied.model))
+
+
+@pytest.mark.parametrize("method", ["parallel", "meft1-exact"])
+def test_a_budget_changes_what_is_saved_and_no_gradient(method):
+    """A budget of 0 keeps the inputs of what is compiled: of a layer, the hidden state; of a reversible layer, what one
+    tile of its token-wise work reads. The streams come back exactly, or strict reversal would raise."""
+    model = a_model(2, torch.float64, dropout=0.0)
+    settings = {"tiles": 2, "strict": True} if "meft" in method else {}
+    eager = prepare(copy.deepcopy(model), method, settings, seed=1).model
+    batch, saved, found = a_batch_for(model), {}, {}
+    for budget in (0.0, 1.0):
+        applied = prepare(copy.deepcopy(model), f"{method}+compile(budget={budget})", settings, seed=1).model
+        saved[budget], resident = 0, {parameter.data_ptr() for parameter in applied.parameters()}
+
+        def pack(tensor, budget=budget, resident=resident):
+            saved[budget] += tensor.nbytes * (tensor.data_ptr() not in resident)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, found[budget] = gradients(applied, batch)
+
+    _, expected = gradients(eager, batch)
+    assert all(worst_relative_error(gradient, expected) <= 1e-12 for gradient in found.values())
+    if method == "parallel":
+        assert saved[0.0] < 0.5 * saved[1.0]
+    pickle.loads(pickle.dumps(applied))
 
 
 def test_a_cell_reports_graphs_and_breaks():

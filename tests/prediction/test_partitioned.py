@@ -86,7 +86,9 @@ def predicted(method, name, model, config, precision):
 def test_a_compiled_model_holds_less_after_forward(model, config, precision):
     whole, compiled = (predicted(m, "saved_bytes", model, config, precision) for m in ("full", "full+compile"))
 
-    assert compiled < whole
+    limited = predicted("full+compile(budget=0.5)", "saved_bytes", model, config, precision)
+
+    assert limited < compiled < whole
 
 
 @pytest.mark.parametrize("method", ["lora+checkpoint", "meft1-exact"])

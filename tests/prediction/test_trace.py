@@ -24,6 +24,8 @@ STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 
         "lora",
         "lora+checkpoint",
         "lora+checkpoint+tiled_mlp",
+        "lora+checkpoint(every=2)",
+        "full+checkpoint(keep=attention)",
         "lora+offload",
         "mezo",
         "meft1",

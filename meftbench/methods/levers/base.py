@@ -139,6 +139,13 @@ class Lever(ABC):
     def missing(self, seen: WatchedStep) -> str | None:
         """The fact that shows that the lever had no effect, or not all of it, in the watched step; None: it engaged."""
 
+    def missing_in_trace(self, attention: set[str]) -> str | None:
+        """The same for a step that is predicted, which is traced and not observed.
+
+        attention: names of the fused attention operators that ran in it.
+        """
+        return None
+
     def numbers(self) -> dict[str, LeverNumber]:
         """Metrics of the watched step for the record, by name."""
         return {}
