@@ -80,7 +80,7 @@ METRICS: dict[str, Kind] = {
     "device_used_bytes": _bytes("device memory in use by all processes, as the driver reports it"),
     "context_bytes": _bytes("process minus reserved after warm-up: CUDA context and kernels"),
     "host_rss_peak_bytes": _bytes("largest resident set of the worker process on the host"),
-    "host_pinned_peak_bytes": _bytes("largest sum of host memory that `+offload` holds for the device"),
+    "host_pinned_peak_bytes": _bytes("largest sum of host memory that levers hold for the device"),
     # allocator health
     "fragmentation_ratio": Kind("ratio", "lower", "1 - allocated / reserved at the peak"),
     "alloc_retries": Kind("count", "lower", "times the allocator freed its cache and tried again; above 0: the edge"),
@@ -132,6 +132,8 @@ METRICS: dict[str, Kind] = {
     "graph_breaks": Kind("count", "lower", "places where torch.compile had to leave a graph and go on in Python"),
     "forward_calls_ratio": Kind("ratio", "neither", "layer forwards a step divided by those of a forward pass alone"),
     "offloaded_bytes": Kind("byte", "neither", "bytes moved to the host in one step"),
+    "returned_bytes": Kind("byte", "neither", "bytes of those moved back to the device, each time counted"),
+    "weights_moved_bytes": Kind("byte", "neither", "bytes of frozen weights moved to the device in one step"),
     # conditions
     "device_shared": Kind("flag", "lower", "1: another process used the device"),
     "cpu_wait_share": Kind(

@@ -12,7 +12,7 @@ from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
 from meftbench.catalogue.labels import read_label, split_label
-from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.levers import LEVERS, check_together
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
@@ -39,14 +39,18 @@ def apply_method(
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
     seed: for the new weights; None: they are drawn from torch's global generator.
     module: dotted name of the transformers model in your module, needed where there are several.
-    `+offload` acts around the forward pass and cannot be put into a model: use torch's save_on_cpu instead.
+    `+offload` and `+weight_offload` act around the forward pass and cannot be put into a model: use torch's save_on_cpu
+    instead of the first.
 
     Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
     model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
     """
-    if any(part.name == "offload" for part in split_label(method)[1:]):
+    named = [part.name for part in split_label(method)[1:]]
+    if "offload" in named:
         cure = "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)"
         raise UserError(method, "offload is not part of a model", cure)
+    if "weight_offload" in named:
+        raise UserError(method, "weight_offload is not part of a model", "measure it, or leave it out")
     return prepare(model, method, settings, seed=seed, module=module).model
 
 
@@ -75,6 +79,7 @@ def prepare(
     for lever in levers:
         if lever not in LEVERS:
             raise unknown("apply_method", "lever", lever, LEVERS)
+    check_together("apply_method", name, levers)
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, in_brackets | (settings or {}))
     lever_objects = {lever: made_lever("apply_method", lever, levers[lever]) for lever in LEVERS if lever in levers}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.labels import read_label
-from meftbench.catalogue.levers import LEVERS, settings_for
+from meftbench.catalogue.levers import LEVERS, check_together, settings_for
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, PEFT_METHODS, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
@@ -186,6 +186,7 @@ def parse_method(
         settings_of(where, schema, in_brackets)
     checked = validated_part(document, path, in_brackets | settings, schema)
     lever_params = {lever: _changed(settings_for(where, lever, given)) for lever, given in levers if given}
+    check_together(where, name, {lever: lever_params.get(lever, {}) for lever in lever_names})
     return (
         name,
         _changed(checked),

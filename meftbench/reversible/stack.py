@@ -22,7 +22,7 @@ from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.passes import run_forward
 from meftbench.reversible.placed import Kept
 from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
-from meftbench.reversible.saved_state import Context, Observer, SavedState
+from meftbench.reversible.saved_state import Context, Observer, SavedState, SideMemory
 from meftbench.reversible.sublayers import SubLayer, tiles_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments (args, kwargs) of a layer beside h
@@ -96,6 +96,8 @@ class ReversibleStack(nn.Module):
     first_layer: number of the first block in error messages.
     observer: for probes; called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its
         inputs are restored, as the arithmetic represents them. The streams are overwritten after the call.
+    side_memory: holds the side information of each sublayer as soon as it is made; None: it stays on the device.
+    entered: called with n before block n runs, in forward and in the backward pass.
 
     Under `no_grad`, or where nothing needs a gradient, the same equations run and nothing is kept. A second backward
     through one forward raises torch's error unless the first was called with retain_graph.
@@ -140,6 +142,8 @@ class ReversibleStack(nn.Module):
         self.strict, self.first_layer, self.keep_last = strict, first_layer, keep_last
         self.activations: Literal["reverse", "cache", "checkpoint"] = "reverse"
         self.observer: Observer | None = None
+        self.side_memory: SideMemory | None = None
+        self.entered: Callable[[int], None] | None = None
         self.noted: list[Call] = []
 
     @property
@@ -296,6 +300,8 @@ class ReversibleStack(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> list[Tensor]:
+        if self.entered:
+            self.entered(index)
         block = self.blocks[index]
         f, g = block.sublayers  # type: ignore[misc]
         first, second = self.couplings
