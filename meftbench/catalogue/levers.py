@@ -53,10 +53,6 @@ LEVERS: dict[str, Lever] = {
         "hold what backward needs in host memory; with checkpoint: the checkpoints",
         settings=Offload,
     ),
-    "weight_offload": Lever(
-        "meftbench.methods.levers.weight_offload:WeightOffload",
-        "hold frozen weights in host memory, and bring those of two layers at a time to the device",
-    ),
     "tiled_mlp": Lever(
         "meftbench.methods.levers.tiled_mlp:TiledMlp",
         "run feed-forwards in tiles of tokens, again in backward; on MEFT: in the tiles of its own passes",
@@ -69,6 +65,11 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers.compiled:Compile",
         "torch.compile of what layers compute; on MEFT: of its token-wise work; not on counted memory",
         uncounted="compiled code allocates where the counter of a CPU does not see it",
+    ),
+    # After all levers that try layers when they are applied.
+    "weight_offload": Lever(
+        "meftbench.methods.levers.weight_offload:WeightOffload",
+        "hold frozen weights in host memory, and bring those of two layers at a time to the device",
     ),
 }
 

@@ -87,9 +87,11 @@ def transfers_of(device: torch.device) -> Transfers:
     return AtOnce() if device.type in _WITHOUT_MEMORY else OnStream(device, getattr(torch, device.type))
 
 
-def on_host(tensor: Tensor) -> Tensor:
-    """A frozen tensor in host memory, pinned for its device: on a device without memory of its own, the tensor."""
-    return tensor if tensor.device.type in _WITHOUT_MEMORY else tensor.cpu().pin_memory()
+def on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A frozen tensor in host memory, pinned if it is to be copied to an accelerator; `tensor` itself where it is not."""
+    if device.type in _WITHOUT_MEMORY:
+        return tensor
+    return tensor.cpu() if tensor.is_pinned() else tensor.cpu().pin_memory()
 
 
 class HostBuffers:
