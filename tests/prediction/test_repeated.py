@@ -29,6 +29,8 @@ CELLS = {
     "lora, autocast": {"method": "lora", "precision": "bf16-autocast"},
     "lora+checkpoint": {},
     "lora+offload": {},
+    "lora+checkpoint+offload+weight_offload": {},
+    "meft1-exact+offload+weight_offload": {},
     "parallel": {},
     "meft1": {},
     "meft1-exact": {},

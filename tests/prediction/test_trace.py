@@ -25,6 +25,7 @@ STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 
         "lora+checkpoint",
         "lora+checkpoint+tiled_mlp",
         "lora+offload",
+        "lora+checkpoint+offload(what=checkpoints)+weight_offload",
         "meft1",
         "meft1-exact",
         "meft3-exact",

@@ -182,7 +182,7 @@ class HostMemory:
         """The copy's content on the device: what it was made from, if that is still there, or on its way back."""
         if copy.leaving is not None:
             return copy.leaving[0]
-        flat = copy.present()
+        flat: Tensor | None = copy.present()
         if flat is None:
             assert self._transfers is not None
             flat = torch.empty(copy.host.shape, dtype=copy.host.dtype, device=copy.device)

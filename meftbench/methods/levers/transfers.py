@@ -88,7 +88,7 @@ def transfers_of(device: torch.device) -> Transfers:
 
 
 def on_host(tensor: Tensor, device: torch.device) -> Tensor:
-    """A frozen tensor in host memory, pinned if it is to be copied to an accelerator; `tensor` itself where it is not."""
+    """A frozen tensor in host memory, pinned if `device` is an accelerator; `tensor` itself where it is none."""
     if device.type in _WITHOUT_MEMORY:
         return tensor
     return tensor.cpu() if tensor.is_pinned() else tensor.cpu().pin_memory()

@@ -136,7 +136,7 @@ class HostWeights:
         return self._enabled
 
     def take_over(self) -> None:
-        """Move the weights to the host, those that are not there yet: at the first step, or where they were replaced."""
+        """Move those weights to the host that are not there: all at the first step, later any that were replaced."""
         device = next(p.device for p in self._model.parameters() if p.requires_grad)
         if self._transfers is None or device != self._device:
             self._device, self._transfers = device, transfers_of(device)
@@ -156,7 +156,7 @@ class HostWeights:
         return empty.expand(parameter.shape)
 
     def enter(self, number: int) -> None:
-        """Layer `number` computes next: its weights are on the device when this returns, and no others but the next's."""
+        """Layer `number` computes next. When this returns, its weights are on the device, of others only the next's."""
         if not self._enabled:
             return
         if self._transfers is None:  # called outside of a step
@@ -212,7 +212,7 @@ class HostWeights:
         self._leaving = True
         # As torch's own DistributedDataParallel and FSDP do. It belongs to the pass that asks first: not to one that an
         # autograd function runs inside of it.
-        torch.autograd.Variable._execution_engine.queue_callback(self._all_leave)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._all_leave)
 
     def _all_leave(self) -> None:
         self._leaving = False
@@ -224,7 +224,7 @@ class HostWeights:
         slot = self._of_storage.get(tensor.untyped_storage()._cdata)
         if slot is None:
             return None
-        return partial(self._view, slot, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+        return partial(self._view, slot, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
     def _view(self, slot: Slot, size: torch.Size, stride: tuple[int, ...], offset: int, dtype: torch.dtype) -> Tensor:
         self.enter(slot.layer)
