@@ -134,6 +134,25 @@ def test_exact_memory_in_miniature(tmp_path, capsys, monkeypatch):
     assert "Longest sample on 24 GiB" in capsys.readouterr().out
 
 
+def test_offload_in_miniature(tmp_path, capsys, monkeypatch):
+    """More in flight, and repeated storages that stay, leave more on the device; the summary names what needs more
+    than checkpointing."""
+    script = runpy.run_path(str(CAMPAIGNS / "offload.py"))
+    levers = ("lora+checkpoint", "lora+offload(in_flight=1)", "lora+offload(in_flight=5)")
+    levers += ("lora+offload(in_flight=5), repeats stay", "lora+offload(in_flight=1000000)")
+    monkeypatch.setitem(script["main"].__globals__, "LEVERS", levers)
+
+    assert 0 == script["main"]([str(tmp_path), "--layers", "3", "--length", "512"])
+
+    table = pd.read_csv(tmp_path / "table.csv")
+    checkpointed, *offloaded = table.backward_bytes
+    assert offloaded == sorted(offloaded)
+    assert offloaded[0] < checkpointed < offloaded[-1]
+    for name in ("offload.png", "offload.svg", "summary.md"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "More than checkpointing alone" in capsys.readouterr().out
+
+
 def test_backbones_in_miniature(tmp_path, capsys, monkeypatch):
     """A row a model, method and kind of loss, in bytes; the table is printed and written."""
     script = runpy.run_path(str(CAMPAIGNS / "backbones.py"))

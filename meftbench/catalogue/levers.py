@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,6 +63,21 @@ _LOSS = "the loss over the vocabulary"
 _KERNELS = "its Triton kernels run on CUDA only"
 
 
+class Offload(Settings):
+    """Hold what the backward pass needs in host memory; copies to the host and back run beside the computation.
+
+    what: "all" saved tensors; or "checkpoints", those from which something is recomputed: the inputs of checkpointed
+        layers, and the last streams and side information of reversible stacks.
+    minimum_bytes: smaller tensors stay on the device.
+    in_flight: tensors whose copies to the host may be under way before computation waits for the first of them; in the
+        backward pass, one fewer are brought back before they are needed. 1: no copy runs beside the computation.
+    """
+
+    what: Literal["all", "checkpoints"] = "all"
+    minimum_bytes: int = Field(1024, ge=1)  # as torchtune's and TRL's OffloadActivations
+    in_flight: int = Field(2, ge=1)
+
+
 LEVERS: dict[str, Lever] = {
     "checkpoint": Lever(
         "meftbench.methods.levers.checkpoint:Checkpoint",
@@ -74,6 +88,7 @@ LEVERS: dict[str, Lever] = {
     "offload": Lever(
         "meftbench.methods.levers.offload:Offload",
         "hold what backward needs in host memory; with checkpoint: the checkpoints",
+        settings=Offload,
     ),
     "tiled_mlp": Lever(
         "meftbench.methods.levers.tiled_mlp:TiledMlp",
@@ -114,6 +129,11 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers.optimizer_in_backward:OptimizerInBackward",
         "update each weight in backward as soon as its gradient is there, and free the gradient",
     ),
+    # After all levers that try layers when they are applied.
+    "weight_offload": Lever(
+        "meftbench.methods.levers.weight_offload:WeightOffload",
+        "hold frozen weights in host memory, and bring those of two layers at a time to the device",
+    ),
 }
 
 
@@ -123,27 +143,3 @@ def settings_for(where: str, lever: str, given: dict[str, Any]) -> Settings:
     if schema is None:
         raise UserError(where, f"lever {lever!r} has no settings", f"write +{lever} without brackets")
     return settings_of(where, schema, given)
-
-
-def exclude_each_other(levers: Iterable[str]) -> str | None:
-    """A sentence on two of `levers` that replace the same part of the model; None: no two do."""
-    replacing: dict[str, str] = {}
-    for name in levers:
-        part = LEVERS[name].replaces
-        if part is not None and replacing.setdefault(part, name) != name:
-            return f"{replacing[part]} and {name} both replace {part}"
-    return None
-
-
-def check_combination(where: str, levers: Mapping[str, Mapping[str, Any]], attention: str | None) -> None:
-    """Refuse settings of levers that do not work with each other, or with the model's attention.
-
-    levers: the settings of each lever that is on.  attention: implementation in transformers, as far as it is known.
-    Raises UserError.
-    """
-    if "checkpoint" in levers and levers.get("compile", {}).get("budget") is not None:
-        what = "compile(budget) and checkpoint both decide what a layer keeps, and checkpoint would have its way"
-        raise UserError(where, what, "leave one of the two out")
-    if attention == "eager" and levers.get("checkpoint", {}).get("keep") == "attention":
-        what = "checkpoint(keep=attention) keeps what a fused operator gives, and eager attention runs plain products"
-        raise UserError(where, what, "take attention: sdpa, or keep=layer_input")

@@ -80,9 +80,7 @@ METRICS: dict[str, Kind] = {
     "device_used_bytes": _bytes("device memory in use by all processes, as the driver reports it"),
     "context_bytes": _bytes("process minus reserved after warm-up: CUDA context and kernels"),
     "host_rss_peak_bytes": _bytes("largest resident set of the worker process on the host"),
-    "host_pinned_peak_bytes": _bytes(
-        "largest sum of host memory that `+offload` and `+optimizer_offload` hold for the device"
-    ),
+    "host_pinned_peak_bytes": _bytes("largest sum of host memory that levers hold for the device"),
     "optimizer_host_bytes": _bytes("optimizer state in host memory under `+optimizer_offload`, not on the device"),
     "optimizer_paged_bytes": _bytes(
         "states of a paged optimizer in CUDA's unified memory: in no peak of torch's allocator; on the device while it "
@@ -140,6 +138,8 @@ METRICS: dict[str, Kind] = {
     "forward_calls_ratio": Kind("ratio", "neither", "layer forwards a step divided by those of a forward pass alone"),
     "loss_chunk_rows": Kind("count", "neither", "tokens of a chunk of the loss, in the last forward pass"),
     "offloaded_bytes": Kind("byte", "neither", "bytes moved to the host in one step"),
+    "returned_bytes": Kind("byte", "neither", "bytes of those moved back to the device, each time counted"),
+    "weights_moved_bytes": Kind("byte", "neither", "bytes of frozen weights moved to the device in one step"),
     # conditions
     "device_shared": Kind("flag", "lower", "1: another process used the device"),
     "cpu_wait_share": Kind(

@@ -11,9 +11,10 @@ from meftbench.backbones.patched import check_trainable
 from meftbench.backbones.quantize import keep_layout
 from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
+from meftbench.catalogue.combinations import check_attention, check_together
 from meftbench.catalogue.labels import read_label, split_label
-from meftbench.catalogue.levers import LEVERS, check_combination, exclude_each_other
-from meftbench.catalogue.methods import METHODS, why_refused
+from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
 from meftbench.methods.all_or_nothing import all_or_nothing
@@ -31,6 +32,7 @@ _NOT_IN_A_MODEL = {
     "offload": "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)",
     "optimizer_in_backward": "step an optimizer of each parameter in its register_post_accumulate_grad_hook",
     "optimizer_offload": "take an optimizer that holds its states on the host, such as torchao's CPUOffloadOptimizer",
+    "weight_offload": "measure it by meftbench, or leave it out",
 }
 
 
@@ -47,8 +49,8 @@ def apply_method(
     settings: the method's hyper-parameters, as in a suite (lambda is written `lambda_`).
     seed: for the new weights; None: they are drawn from torch's global generator.
     module: dotted name of the transformers model in your module, needed where there are several.
-    Levers that act around the forward pass (offload) or in the training step (optimizer_in_backward, optimizer_offload)
-    cannot be put into a model. `mezo` is an optimizer: use meftbench.methods.mezo.ForwardOnly.
+    Levers that act around the forward pass (offload, weight_offload) or in the training step (optimizer_in_backward,
+    optimizer_offload) cannot be put into a model. `mezo` is an optimizer: use meftbench.methods.mezo.ForwardOnly.
 
     Raises UserError: unknown name or setting, a model without a layout, a method applied twice, a wrapper around the
     model (DataParallel, DistributedDataParallel, FSDP, torch.compile).
@@ -88,15 +90,12 @@ def prepare(
     for lever in levers:
         if lever not in LEVERS:
             raise unknown("apply_method", "lever", lever, LEVERS)
-        if reason := why_refused(name, lever):
-            raise UserError(method, reason, f"leave {lever} out")
-    if exclusion := exclude_each_other(levers):
-        raise UserError("apply_method", exclusion, "leave one of them out")
+    check_together(method, name, levers)
     entry = METHODS[name]
     checked = settings_of(name, entry.settings, in_brackets | (settings or {}))
     lever_objects = {lever: made_lever("apply_method", lever, levers[lever]) for lever in LEVERS if lever in levers}
     trunk = trunk_of(model, module)
-    check_combination(method, levers, getattr(trunk.model.config, "_attn_implementation", None))
+    check_attention(method, levers, getattr(trunk.model.config, "_attn_implementation", None))
     check_trainable(model)
     check_untouched(model)
     with all_or_nothing(model):

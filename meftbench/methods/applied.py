@@ -19,6 +19,7 @@ from meftbench.catalogue.methods import Bottleneck as BottleneckSettings
 from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError
 from meftbench.methods.levers.base import BuildOptimizer, Lever
+from meftbench.methods.levers.saved import SavedTensors
 from meftbench.reversible import ReversibleStack
 from meftbench.reversible.calibration import CalibratedRange
 from meftbench.reversible.recompute import modes_as
@@ -31,7 +32,8 @@ class Applied:
     """A model with a method applied.
 
     model: what is called and trained (for LoRA peft's wrapper; otherwise the model that was given).
-    surroundings: entered, in this order, around forward and loss of every step; levers such as offload add to them.
+    surroundings: entered, in this order, around forward and loss of every step; levers may add to them.
+    saving: what levers such as offload do with the tensors that autograd saves; entered before the surroundings.
     reference_switches: entered so that the method's own layers run under reference autograd.
     recomputes: whether layers or parts of them run again in the backward pass.
     levers: the memory optimisations (levers) that are on, by name.
@@ -43,6 +45,7 @@ class Applied:
 
     model: nn.Module
     surroundings: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
+    saving: SavedTensors = field(default_factory=SavedTensors)
     reference_switches: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     recomputes: bool = False
     levers: dict[str, Lever] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class Applied:
     def around_forward(self) -> Iterator[None]:
         """Entered around forward and loss of a step."""
         with ExitStack() as stack:
+            stack.enter_context(self.saving())
             for surrounding in self.surroundings:
                 stack.enter_context(surrounding())
             yield

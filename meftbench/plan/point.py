@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from meftbench.catalogue.combinations import check_attention, check_together
 from meftbench.catalogue.labels import read_label
-from meftbench.catalogue.levers import LEVERS, check_combination, exclude_each_other, settings_for
-from meftbench.catalogue.methods import METHODS, why_refused
+from meftbench.catalogue.levers import LEVERS, settings_for
+from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
 from meftbench.catalogue.profiles import PREDICTED, find_profile
 from meftbench.catalogue.settings import Settings
@@ -106,7 +107,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
         check_packing(where, model, overrides, values.get("head"), method, attention, batch=values.get("batch"))
         if values.get("training") is not None and values["training"].batches == "full":
             raise UserError(where, "rows without padding cannot be padded to batches: full", "leave one of them out")
-    check_combination(method_place, {lever: lever_params.get(lever, {}) for lever in levers.names()}, attention)
+    check_attention(method_place, {lever: lever_params.get(lever, {}) for lever in levers.names()}, attention)
     return Cell(
         model=model,
         model_config_overrides=overrides,
@@ -198,10 +199,6 @@ def parse_method(
             raise unknown(document.where(place), "lever", lever, LEVERS)
         if lever_names.count(lever) > 1:
             raise document.error(place, f"lever {lever!r} is named twice", "name it once")
-        if reason := why_refused(name, lever):
-            raise document.error(place, f"{text}: {reason}", f"leave {lever} out")
-    if exclusion := exclude_each_other(lever_names):
-        raise document.error(place, f"{text}: {exclusion}", "leave one of them out")
     for key in in_brackets.keys() & settings.keys():
         raise document.error((*path, key), f"is also in the brackets of {text!r}", "name it once")
     schema = METHODS[name].settings
@@ -210,6 +207,8 @@ def parse_method(
         settings_of(where, schema, in_brackets)
     checked = validated_part(document, path, in_brackets | settings, schema)
     lever_params = {lever: _changed(settings_for(where, lever, given)) for lever, given in levers if given}
+    settings_of_levers = {lever: lever_params.get(lever, {}) for lever in lever_names}
+    check_together(f"{where}: {text}" if levers else where, name, settings_of_levers)
     return (
         name,
         _changed(checked),

@@ -24,7 +24,7 @@ from meftbench.backbones.quantize import statistics_of
 from meftbench.errors import CellFailure
 from meftbench.measuring.optimizers import allocating_paged, keeps_state, states_of
 from meftbench.measuring.step import Mark, Step
-from meftbench.methods.levers.offload import copying_to_host
+from meftbench.methods.levers.transfers import allocating_as
 from meftbench.probes.gradients_alive import GradientsAlive
 from meftbench.units import format_bytes
 
@@ -165,8 +165,8 @@ class StorageCounter(TorchDispatchMode):
                 return
             self._forget(key, entry[0])  # resized in place
             category = entry[2]
-        elif copying_to_host.get():
-            category = "host"
+        else:
+            category = allocating_as.get() or category
         if size == 0:
             return
         reference = weakref.ref(storage, lambda dead: self._forget(key, dead))
@@ -279,6 +279,9 @@ class CountedStep:
     def __enter__(self) -> CountedStep:
         gc.collect()
         counter, model = self.counter, self.step.model
+        for lever in self.step.applied.levers.values():
+            for tensor in lever.on_host():
+                counter.book(tensor, "host")
         for parameter in [*model.parameters(), *statistics_of(model)]:
             counter.book(parameter, "parameters")
         for buffer in model.buffers():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.levers import LEVERS
-from meftbench.catalogue.methods import METHODS, Meft
+from meftbench.catalogue.methods import METHODS, Reversible
 from meftbench.report.tables import Group, count, groups, rows_of, shape_text, sources, wrong_gradient
 from meftbench.units import format_bytes
 
@@ -135,7 +135,7 @@ def _unequal(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _open(lever: str, method: str) -> bool:
-    reverses = method in METHODS and issubclass(METHODS[method].settings, Meft)
+    reverses = method in METHODS and issubclass(METHODS[method].settings, Reversible)
     return not (reverses and lever in LEVERS and LEVERS[lever].instead_of_reversal)
 
 

@@ -77,7 +77,9 @@ class Reversal(torch.autograd.Function):
         saved = passage.saved
         if saved.range:
             saved.range.begin_copy()
-        ctx.save_for_backward(*streams, *saved.sides)
+        # What a side memory gave is no tensor, and goes to backward by the context alone.
+        ctx.save_for_backward(*streams, *(side if isinstance(side, Tensor) else None for side in saved.sides))
+        ctx.sides = [None if isinstance(side, Tensor) else side for side in saved.sides]
         saved.sides = []
         passage.streams = streams
         # They are this node's outputs; a reference from the saved state would be a cycle, freed only by gc.
@@ -90,9 +92,12 @@ class Reversal(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, *of_tapped: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # kept only if the graph is retained
-        streams, sides = saved[:2], saved[2:]
+        streams = saved[:2]
+        sides = [tensor if held is None else held for tensor, held in zip(saved[2:], ctx.sides, strict=True)]
         if _retained(ctx):
             streams = [stream.clone() for stream in streams]  # the backward pass overwrites them
+        else:
+            ctx.sides = []
         del saved
         passage: Passage = ctx.passage
         assert passage.saved is not None

@@ -52,6 +52,8 @@ def run_forward(
             if stack.swap and index:
                 streams.reverse()
             _observe(saved, "forward", index, streams)
+            if stack.entered:
+                stack.entered(index)
             args, kwargs, roots = saved.context.fresh(index)
             for replaced, sublayer in enumerate(block.sublayers):  # type: ignore[arg-type]
                 if stack.unread(index, replaced):
@@ -71,7 +73,8 @@ def run_forward(
                     del placed.other_BLD  # set again by the backward pass; not this tensor if streams are offloaded
                     kept = Kept(placed, roots, handover)
                 saved.rng.append(rng_before if drew(rng_before, saved.device) else None)
-                saved.sides.append(side)
+                memory = stack.side_memory
+                saved.sides.append(side if side is None or memory is None else memory.side(side))
                 del placed, side
     return streams, kept
 
@@ -138,8 +141,9 @@ class BackwardPass:
         self.of_normed: Tensor | None = None  # gradient (B, L, D) of what a core read through a pre-norm
         self.of_trained = Sums()
 
-    def run(self, sides: list[Tensor | None]) -> None:
-        """Take the blocks from the last to the first. sides: one per sublayer, in the order of forward; emptied.
+    def run(self, sides: list[Any]) -> None:
+        """Take the blocks from the last to the first. sides: one per sublayer, in the order of forward; emptied. Those
+        that are no tensors were given by the stack's side memory.
 
         Raises StreamError: a stream left its range; or, in strict mode, inputs were not restored.
         """
@@ -148,9 +152,14 @@ class BackwardPass:
             saved.range.check(stack.first_layer)  # what left the range cannot be restored
         with modes_as(stack, saved.modes), saved.numerics.entered():
             for index in reversed(range(len(stack.blocks))):
+                if stack.entered:
+                    stack.entered(index)
                 trained = [parameter for parameter in stack.blocks[index].parameters() if parameter.requires_grad]
                 for replaced in reversed(range(len(saved.couplings))):
                     side = sides.pop()
+                    if side is not None and not isinstance(side, Tensor):
+                        assert stack.side_memory is not None
+                        side = stack.side_memory.given_back(side)
                     if not stack.unread(index, replaced):
                         self._reverse_sublayer(index, replaced, side, trained)
                     del side

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from meftbench.reversible.stack import ReversibleStack
 
 Observer = Callable[[str, int, list[Tensor]], None]
+
+
+class SideMemory(Protocol):
+    """Where the side information of sublayers waits for the backward pass, other than on the device."""
+
+    def side(self, tensor: Tensor) -> Any:
+        """Hold side information. Returns an object that is kept in its place for as long as it is needed."""
+        ...
+
+    def given_back(self, held: Any) -> Tensor:
+        """The side information of such an object, on the device."""
+        ...
 
 
 @dataclass
@@ -86,7 +98,8 @@ class SavedState:
     observers: called before each block in forward, and in the backward pass once its inputs are restored.
     kept_at: block and sublayer whose graph the forward pass keeps (None: all are recomputed).
     rng: for each sublayer, the state before it drew random numbers; None if it drew none.
-    sides: for each sublayer, the side information of its coupling (B·L, bytes), uint8; None if there is none.
+    sides: for each sublayer, the side information of its coupling (B·L, bytes), uint8, or what the stack's side memory
+        gave for it; None if there is none.
     taps: whether somebody asked for what sublayers pass on (taps.py).
     tapped: for each sublayer, what it passed on (B·L, X), detached.
     """
@@ -110,7 +123,7 @@ class SavedState:
     taps: bool = False
     kept_at: tuple[int, int] | None = None
     rng: list[Tensor | None] = field(default_factory=list)
-    sides: list[Tensor | None] = field(default_factory=list)
+    sides: list[Any] = field(default_factory=list)
     tapped: list[list[Tensor]] = field(default_factory=list)
 
     @staticmethod

@@ -23,7 +23,7 @@ from meftbench.reversible.function import Finish, Passage, Reversal
 from meftbench.reversible.passes import run_forward
 from meftbench.reversible.placed import Kept
 from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, set_rng_state
-from meftbench.reversible.saved_state import Context, Observer, SavedState, drawn_signs
+from meftbench.reversible.saved_state import Context, Observer, SavedState, SideMemory, drawn_signs
 from meftbench.reversible.sublayers import SubLayer, tiles_of
 from meftbench.reversible.taps import pass_on, tapped_in
 
@@ -106,6 +106,8 @@ class ReversibleStack(nn.Module):
     first_layer: number of the first block in error messages.
     observer: for probes; called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its
         inputs are restored, as the arithmetic represents them. The streams are overwritten after the call.
+    side_memory: holds the side information of each sublayer as soon as it is made; None: it stays on the device.
+    entered: called with n before block n runs, in forward and in the backward pass.
 
     A coupling whose sign is drawn has no inverse in evaluation mode (its factor is 0). A backward pass in that mode is
     run by reference autograd, each block under checkpointing.
@@ -159,6 +161,8 @@ class ReversibleStack(nn.Module):
         self.checkpointed: frozenset[int] | None = None
         self.checkpoint_options: dict[str, Any] = {}
         self.observer: Observer | None = None
+        self.side_memory: SideMemory | None = None
+        self.entered: Callable[[int], None] | None = None
         self.noted: list[Call] = []
 
     @property
@@ -338,6 +342,8 @@ class ReversibleStack(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> list[Tensor]:
+        if self.entered:
+            self.entered(index)
         block, streams = self.blocks[index], [x1_BLD, x2_BLD]
         read = self.arithmetic.reference.read
         tiles = tiles_of(x1_BLD.shape[:-1].numel(), self.tiles, x1_BLD.shape[-1], x1_BLD.device)

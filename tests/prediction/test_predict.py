@@ -114,7 +114,7 @@ def test_auto_tiles_are_those_of_the_device():
         assert 9 == len(tiles_of(65536, "auto", 256, torch.device("cpu")))  # 4·108·128²/1024 = 6912
 
 
-@pytest.mark.parametrize("method", ["full", "lora+checkpoint", "meft1-exact", "lora+offload"])
+@pytest.mark.parametrize("method", ["full", "lora+checkpoint", "meft1-exact", "lora+offload+weight_offload"])
 def test_meta_and_fake_tensors_tell_one_story(method, monkeypatch):
     """The fast trace, on the meta device, and the one with fake CPU tensors count the same step."""
     from meftbench.prediction import predict as module

@@ -30,6 +30,8 @@ CELLS = {
     "lora+checkpoint": {},
     "lora+offload": {},
     "mezo": {},
+    "lora+checkpoint+offload+weight_offload": {},
+    "meft1-exact+offload+weight_offload": {},
     "parallel": {},
     "meft1": {},
     "meft1-exact": {},

@@ -28,6 +28,7 @@ STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 
         "full+checkpoint(keep=attention)",
         "lora+offload",
         "mezo",
+        "lora+checkpoint+offload(what=checkpoints)+weight_offload",
         "meft1",
         "meft1-exact",
         "meft3-exact",

@@ -119,7 +119,8 @@ def test_offloaded_bytes_are_the_hosts():
     """+offload moves what was held on the device to the host; both are counted, apart."""
     plain, offloaded = (count_memory(a_step(m, sequence_length=64), 1, 1) for m in ("lora", "lora+offload"))
 
-    assert offloaded["saved_bytes"].value == 0
+    # What is left are the two tensors of which copies may still be under way, and those below 1024 bytes.
+    assert offloaded["saved_bytes"].value < 0.02 * plain["saved_bytes"].value
     assert offloaded["host_pinned_peak_bytes"].value > 0.9 * plain["saved_bytes"].value
     assert plain["host_pinned_peak_bytes"].value == 0
 

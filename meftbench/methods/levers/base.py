@@ -8,12 +8,12 @@ and says whether it had an effect in a step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meftbench.catalogue import resolve
@@ -130,6 +130,10 @@ class Lever(ABC):
     def watched(self, applied: Applied) -> AbstractContextManager[object]:
         """Entered around the watched step, in which the lever may count what it does."""
         return nullcontext()
+
+    def on_host(self) -> Iterable[Tensor]:
+        """Tensors that are in host memory from now on, also between steps, on whatever device they seem to be."""
+        return ()
 
     def called_in_pieces(self, applied: Applied) -> list[Any]:
         """Modules that the lever runs several times in one forward pass: the probes do not count their calls."""

@@ -8,8 +8,7 @@ optimizer is left, neither states nor the temporaries of its step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,17 +17,7 @@ from torch.optim import Optimizer
 
 from meftbench.methods.applied import Applied
 from meftbench.methods.levers.base import BuildOptimizer, Lever, LeverNumber, WatchedStep
-from meftbench.methods.levers.offload import MEMORYLESS, copying_to_host
-
-
-@contextmanager
-def _on_host() -> Iterator[None]:
-    """Within it, what is allocated is host memory, also where host and device share one memory."""
-    token = copying_to_host.set(True)
-    try:
-        yield
-    finally:
-        copying_to_host.reset(token)
+from meftbench.methods.levers.transfers import WITHOUT_MEMORY, allocations_as
 
 
 class OffloadedOptimizer(Optimizer):
@@ -41,7 +30,7 @@ class OffloadedOptimizer(Optimizer):
 
     def __init__(self, parameters: list[nn.Parameter], build: BuildOptimizer) -> None:
         super().__init__(parameters, {})
-        with _on_host():
+        with allocations_as("host"):
             self._copies = {parameter: _copied(parameter) for parameter in parameters}
             self.inner = build(list(self._copies.values()))
         self._versions = {parameter: parameter._version for parameter in parameters}
@@ -54,13 +43,13 @@ class OffloadedOptimizer(Optimizer):
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({name: value for name, value in group.items() if name != "params"})
         moved = {parameter: copy for parameter, copy in self._copies.items() if parameter.grad is not None}
-        with _on_host():
+        with allocations_as("host"):
             for parameter, copy in moved.items():
                 if parameter._version != self._versions[parameter]:
                     copy.copy_(parameter)
                 assert parameter.grad is not None
                 copy.grad = _to_host(parameter.grad)
-            for device in {parameter.device for parameter in moved if parameter.device.type not in MEMORYLESS}:
+            for device in {parameter.device for parameter in moved if parameter.device.type not in WITHOUT_MEMORY}:
                 torch.accelerator.current_stream(device).synchronize()
             self.inner.step()
             self.inner.zero_grad(set_to_none=True)
@@ -77,7 +66,7 @@ def _copied(parameter: nn.Parameter) -> nn.Parameter:
 
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy of `tensor` in host memory, perhaps still on its way."""
-    if tensor.device.type in MEMORYLESS:
+    if tensor.device.type in WITHOUT_MEMORY:
         return tensor.clone(memory_format=torch.contiguous_format)
     host = torch.empty(tensor.size(), dtype=tensor.dtype, device="cpu", pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
