@@ -33,7 +33,7 @@ def a_stack(layers: int, width: int) -> ReversibleStack:
         parts = {"norm": nn.LayerNorm(width), "feed_forward": feed_forward, "projection": nn.Linear(width, width)}
         blocks.append(Block(parts, f, g))
     exact = FixedPoint()
-    centred, plain = Coupling(exact, 1 / 8, centred=True), Coupling(exact, 1.0)
+    centred, plain = Coupling(exact, 1 / 8, centre=1), Coupling(exact, 1.0)
     return ReversibleStack(blocks, centred, plain, swap=True, carrier=0, output="last", calibrated=True, strict=True)
 
 

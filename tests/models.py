@@ -20,7 +20,8 @@ gc.freeze()
 MEFTS = ["meft1", "meft2", "meft3"]
 EXACTS = ["meft1-exact", "meft2-exact", "meft3-exact"]
 TWO_STEP = ["bdia", "midpoint", "leapfrog"]
-METHODS = ["full", "lora", "houlsby", "pfeiffer", "parallel", *MEFTS, *EXACTS, *TWO_STEP]
+REVERSIBLE = [*MEFTS, *EXACTS, *TWO_STEP]
+METHODS = ["full", "lora", "houlsby", "pfeiffer", "parallel", *REVERSIBLE]
 FOUR_LAYERS = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 

@@ -95,7 +95,7 @@ def prepare(
     checked = settings_of(name, entry.settings, in_brackets | (settings or {}))
     lever_objects = {lever: made_lever("apply_method", lever, levers[lever]) for lever in LEVERS if lever in levers}
     trunk = trunk_of(model, module)
-    check_attention(method, levers, getattr(trunk.model.config, "_attn_implementation", None))
+    check_attention(method, levers, getattr(getattr(trunk.model, "config", None), "_attn_implementation", None))
     check_trainable(model)
     check_untouched(model)
     with all_or_nothing(model):

@@ -17,7 +17,7 @@ _COUNTS = re.compile(
     r"(^num_.*|.*_(size|layers|heads|dim|positions|position_embeddings|rank|experts|channels)|^(n_embd|d_model)$)"
 )
 _MAY_BE_NONE = re.compile(r".*(window|vocab_size_per_layer|head_dim|key_value_heads|_embed_proj_dim|chunk).*")
-_PROBABILITIES = re.compile(r".*(dropout|dropout_prob|_prob|layerdrop)$")
+_PROBABILITIES = re.compile(r"(?!norm_).*(dropout|dropout_prob|_prob|layerdrop)$")
 _NUMBERS = re.compile(r".*(_eps|_epsilon|initializer_range|_theta|_coef|_scalar|_multiplier|softcapping)$")
 # The training step reads the loss by its name, which needs return_dict; problem_type decides what the labels are.
 _ALLOWED: dict[str, tuple[Any, ...]] = {

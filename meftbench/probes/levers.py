@@ -71,7 +71,8 @@ def check_levers(step: Step, cell: Cell) -> dict[str, Metric]:
     layers_run_again = [layer.name for layer in runs.layers if layer.again]
     if layers_run_again and "checkpoint" not in levers:
         raise _not_engaged("checkpoint", f"{layers_run_again[0]} ran again in backward although it is off")
-    if applied.recomputes and forward_only is None and calls["backward"] == 0 and not _kept_whole(step):
+    # Levers that make layers run again look for that themselves; experts of a mixture are no `nn.Linear`.
+    if applied.stacks and applied.recomputes and calls["backward"] == 0 and not _kept_whole(step):
         raise _not_engaged(cell.method, "no layer ran again in backward")
     if not applied.recomputes and calls["backward"]:
         raise _not_engaged("checkpoint", f"{calls['backward']} layers ran again in backward although it is off")

@@ -62,9 +62,9 @@ def test_a_traced_step_of_it_is_a_computed_step_byte_for_byte(name, model, monke
     test_trace.agree(a_cell(name, model), mask=False)
 
 
-def a_moved_step(cell, device):
+def a_moved_step(cell, device, padding):
     """The cell's step after a move to another device, as in a trace: OFT's buffers no longer share memory."""
-    step = build_step(cell, device)
+    step = build_step(cell, device, padding)
     for module in step.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.clone()

@@ -17,7 +17,7 @@ from meftbench.plan.protocol import Protocol
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.counted_metrics import count_memory
 from meftbench.probes.levers import check_levers
-from tests.models import FOUR_LAYERS, METHODS, TINY, a_cell, a_cell_of, a_step
+from tests.models import FOUR_LAYERS, METHODS, REVERSIBLE, TINY, a_cell, a_cell_of, a_step
 
 LEVERS = ["", "+checkpoint", "+offload", "+checkpoint+offload"]
 
@@ -34,7 +34,7 @@ def test_every_lever_engages_on_every_method(method, levers):
     """Forwards run again exactly where they should, bytes move exactly where they should, every gradient is there."""
     metrics = check_levers(trained_once(method + levers), a_cell(method + levers))
 
-    recomputes = "checkpoint" in levers or method.startswith("meft")
+    recomputes = "checkpoint" in levers or method in REVERSIBLE
     assert recomputes == (metrics["forward_calls_ratio"].value > 1.5)
     assert metrics["forward_calls_ratio"].value <= 2.0
     assert ("offload" in levers) == (metrics["offloaded_bytes"].value > 0)
@@ -132,6 +132,9 @@ def test_images_are_measured(method):
 CPU = torch.device("cpu")
 
 
+PEAKS_IN_MIXERS = {"gemma2", "qwen3_5", "qwen3_5_moe", "qwen3_next"}
+
+
 def peak_of(backbone, method):
     """Counted activation peak of a cell whose levers were seen to do what they are for."""
     cell = a_cell_of(backbone, method)
@@ -149,10 +152,10 @@ def test_checkpointing_and_tiles_save_what_they_must_on_every_backbone(backbone,
     both = peak_of(backbone, f"{method}+checkpoint+tiled_mlp")
     without = peak_of(backbone, method)
 
-    assert alone < 0.75 * without
+    assert alone < (0.8 if backbone in PEAKS_IN_MIXERS else 0.75) * without
     assert tiled < 0.95 * without
-    # Gemma 2 without fused attention peaks there, whatever the feed-forward does.
-    assert both < min(alone, tiled) or (both == alone and backbone == "gemma2")
+    # Gemma 2 without fused attention, and delta nets in torch's operators, peak there, whatever the feed-forward does.
+    assert both < min(alone, tiled) or (both == alone and backbone in PEAKS_IN_MIXERS)
 
 
 @given(
@@ -162,11 +165,11 @@ def test_checkpointing_and_tiles_save_what_they_must_on_every_backbone(backbone,
 )
 @settings(max_examples=25)
 def test_levers_in_pairs_are_seen_to_engage(backbone, method, levers):
-    """Any backbone, any method; on an ordinary method none of them raises the peak. On MEFT `checkpoint` stands in the
+    """Any backbone, any method; on an ordinary method none of them raises the peak. On reversible ones `checkpoint` stands in the
     place of reversal, and offloading does not reach into a layer that runs again."""
     peak = peak_of(backbone, "+".join([method, *sorted(levers)]))
 
-    if not method.startswith("meft"):
+    if method not in REVERSIBLE:
         assert peak < peak_of(backbone, method)
 
 
