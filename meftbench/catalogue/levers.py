@@ -38,7 +38,7 @@ class Lever:
     """A memory optimisation (lever) that composes with any method by `+`.
 
     uncounted: why memory cannot be counted on a CPU where it is used; None: it can.
-    instead_of_reversal: whether it takes the place of reversal, and so adds nothing to a reversible method.
+    adds_to_reversal: whether it saves memory beside reversal; not if it takes its place, or does what reversal does.
     settings: what can be set in brackets, as in `checkpoint(every=2)`; None: nothing. A class with settings is given
         them when it is made.
     in_forward: whether it has its effect in forward passes without gradients, too. Methods that have no backward pass
@@ -52,7 +52,7 @@ class Lever:
     summary: str
     uncounted: str | None = None
     settings: type[Settings] | None = None
-    instead_of_reversal: bool = False
+    adds_to_reversal: bool = True
     in_forward: bool = False
     needs_gpu: str | None = None
     replaces: str | None = None
@@ -82,7 +82,7 @@ LEVERS: dict[str, Lever] = {
     "checkpoint": Lever(
         "meftbench.methods.levers.checkpoint:Checkpoint",
         "keep only layer inputs and run each layer again in backward (non-reentrant); on MEFT: instead of reversal",
-        instead_of_reversal=True,
+        adds_to_reversal=False,
         settings=CheckpointSettings,
     ),
     "offload": Lever(
@@ -94,6 +94,7 @@ LEVERS: dict[str, Lever] = {
         "meftbench.methods.levers.tiled_mlp:TiledMlp",
         "run feed-forwards in tiles of tokens, again in backward; on MEFT: in the tiles of its own passes",
         in_forward=True,
+        adds_to_reversal=False,
     ),
     "chunked_loss": Lever(
         "meftbench.methods.levers.chunked_loss:ChunkedLossLever",

@@ -39,5 +39,24 @@ def matching_rank(config: dict[str, Any], method: str = "meft1-exact", adapter_s
     stacks = 2 if config.get("is_encoder_decoder") or "decoder_layers" in config else 1
     untrained = stacks if method == "meft1-exact" else 0
     adapters = (layers * ADAPTERS_A_LAYER[method] - untrained) * (2 * hidden * adapter_size + adapter_size + hidden)
-    parameters_per_rank = attentions * ((hidden + queries) + (hidden + values))
+    if "linear_num_key_heads" in config:
+        parameters_per_rank = _of_hybrid(config, hidden, queries, values)
+    else:
+        parameters_per_rank = attentions * ((hidden + queries) + (hidden + values))
     return max(1, round(adapters / parameters_per_rank))
+
+
+def _of_hybrid(config: dict[str, Any], hidden: int, queries: int, values: int) -> int:
+    """Parameters of LoRA for each rank where most layers have a delta net (Qwen3-Next, Qwen3.5) instead of attention.
+
+    There the projection to queries, keys and values is adapted, which in Qwen3-Next gives the gate as well; attention's
+    projection to queries gives a gate, too. Where the configuration names no kinds, every fourth layer has attention.
+    """
+    layers = int(config["num_hidden_layers"])
+    kinds = config.get("layer_types") or ["full_attention" if n % 4 == 3 else "linear_attention" for n in range(layers)]
+    attentions = kinds.count("full_attention")
+    keys = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
+    of_values = int(config["linear_num_value_heads"]) * int(config["linear_value_head_dim"])
+    gates = of_values if str(config.get("model_type", "")).startswith("qwen3_next") else 0
+    delta_net = hidden + 2 * keys + of_values + gates
+    return attentions * ((hidden + 2 * queries) + (hidden + values)) + (layers - attentions) * delta_net

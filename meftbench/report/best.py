@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.levers import LEVERS
-from meftbench.catalogue.methods import METHODS, Reversible
+from meftbench.catalogue.methods import METHODS, Reversible, why_refused
 from meftbench.report.tables import Group, count, groups, rows_of, shape_text, sources, wrong_gradient
 from meftbench.units import format_bytes
 
@@ -127,16 +127,26 @@ def _unequal(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     run_with: dict[str, set[str]] = {}
     for row in rows:
         for part in split_label(row["method"])[1:]:
-            run_with.setdefault(part.name, set()).add(row["method_name"])
+            run_with.setdefault(_part_of(part.name), set()).add(row["method_name"])
     for lever, having in run_with.items():
-        open_to = [method for method in dict.fromkeys(row["method_name"] for row in rows) if _open(lever, method)]
-        if lacking := [method for method in open_to if method not in having]:
-            yield f"+{lever} was not tried with {', '.join(lacking)}"
+        methods = dict.fromkeys(row["method_name"] for row in rows)
+        if lacking := [method for method in methods if method not in having and _open(lever, method)]:
+            yield f"{lever} was not tried with {', '.join(lacking)}"
+
+
+def _part_of(lever: str) -> str:
+    """What a lever is said to be: of levers that replace the same part of the model, that part."""
+    replaced = LEVERS[lever].replaces if lever in LEVERS else None
+    return f"+{lever}" if replaced is None else f"a lever for {replaced}"
 
 
 def _open(lever: str, method: str) -> bool:
-    reverses = method in METHODS and issubclass(METHODS[method].settings, Reversible)
-    return not (reverses and lever in LEVERS and LEVERS[lever].instead_of_reversal)
+    """Whether a method can take the lever, and may gain by it."""
+    name = lever.removeprefix("+")
+    if method not in METHODS or name not in LEVERS:
+        return True
+    reverses = issubclass(METHODS[method].settings, Reversible)
+    return why_refused(method, name) is None and (LEVERS[name].adds_to_reversal or not reverses)
 
 
 def _known(value: Any) -> bool:

@@ -146,7 +146,7 @@ def _saves(lever: str, method: str, row: Any, plain: Any) -> bool:
     if metric is None:
         return True  # of +compile only what layers keep for backward falls, which need not be the peak
     reversible = issubclass(METHODS[method].settings, Reversible)
-    if reversible and (LEVERS[lever].instead_of_reversal or lever in ("offload", "tiled_mlp")):
+    if reversible and (lever == "offload" or not LEVERS[lever].adds_to_reversal):
         return True  # reversal has done it already
     if method == "mezo":
         return bool(getattr(row, metric) <= getattr(plain, metric))

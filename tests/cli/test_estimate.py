@@ -38,6 +38,7 @@ def an_answer(**fields):
         "parameters_trainable": 7,
         "parameters_total": 1000,
         "attention": ["flash"],
+        "optimizer_paged_bytes": None,
         "predict_s": 2.0,
         "host_bytes": GiB,
     }

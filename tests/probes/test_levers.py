@@ -165,8 +165,8 @@ def test_checkpointing_and_tiles_save_what_they_must_on_every_backbone(backbone,
 )
 @settings(max_examples=25)
 def test_levers_in_pairs_are_seen_to_engage(backbone, method, levers):
-    """Any backbone, any method; on an ordinary method none of them raises the peak. On reversible ones `checkpoint` stands in the
-    place of reversal, and offloading does not reach into a layer that runs again."""
+    """Any backbone, any method; on an ordinary method none of them raises the peak. On reversible ones `checkpoint`
+    stands in the place of reversal, and offloading does not reach into a layer that runs again."""
     peak = peak_of(backbone, "+".join([method, *sorted(levers)]))
 
     if method not in REVERSIBLE:
