@@ -28,6 +28,9 @@ from meftbench.catalogue.profiles import PROFILES
 from meftbench.catalogue.tasks import TASKS
 from meftbench.cli import app
 from meftbench.plan.suite import SuiteFile
+from meftbench.records.store import load_run
+from meftbench.report.best import BEST_HEAD, all_best_levers
+from meftbench.report.tables import frame_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"<!-- generated: (\w+) -->")
@@ -65,6 +68,16 @@ def commands() -> str:
         usage = " ".join(command.collect_usage_pieces(context))
         about = " ".join((command.help or "").split())
         parts.append(f"## meftbench {name}\n\n`meftbench {name} {usage}`\n\n{about}\n\n{table(['', ''], rows)}")
+    return "\n\n".join(parts)
+
+
+def best() -> str:
+    """Each method with its best levers at each shape, of the runs that compare them so."""
+    parts = []
+    for name, title in (("best-levers", "All on the device"), ("best-levers-host", "With host memory")):
+        for found in all_best_levers(frame_of(load_run(ROOT / "reports" / name))):
+            rows = [texts for comparison in found.comparisons for texts in comparison.texts()]
+            parts.append(f"### {title}\n\n{table(BEST_HEAD, rows)}")
     return "\n\n".join(parts)
 
 
@@ -118,4 +131,5 @@ GENERATED: dict[str, Callable[[], str]] = {
     "schema": schema,
     "catalogue": catalogue,
     "memory": memory,
+    "best": best,
 }

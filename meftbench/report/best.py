@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.combinations import check_together
 from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.levers import LEVERS
-from meftbench.catalogue.methods import METHODS, Reversible, why_refused
+from meftbench.catalogue.methods import METHODS, Reversible
+from meftbench.errors import UserError
 from meftbench.report.tables import Group, count, groups, rows_of, shape_text, sources, wrong_gradient
 from meftbench.units import format_bytes
 
@@ -145,8 +147,11 @@ def _open(lever: str, method: str) -> bool:
     name = lever.removeprefix("+")
     if method not in METHODS or name not in LEVERS:
         return True
-    reverses = issubclass(METHODS[method].settings, Reversible)
-    return why_refused(method, name) is None and (LEVERS[name].adds_to_reversal or not reverses)
+    try:
+        check_together("", method, {name: {}})
+    except UserError:
+        return False
+    return LEVERS[name].adds_to_reversal or not issubclass(METHODS[method].settings, Reversible)
 
 
 def _known(value: Any) -> bool:

@@ -129,7 +129,9 @@ class HostMemory:
         items, odd = divmod(storage.nbytes(), tensor.itemsize)
         key = (storage._cdata, tensor._version, tensor.dtype)
         whole = not odd and 2 * tensor.numel() >= items
-        if whole or key in self._copies:
+        known = self._copies.get(key)
+        # A storage that has died may have left its address to this one, and its copy may still be there.
+        if whole or (known is not None and known.source() is storage):
             return key, tensor.detach().as_strided((items,), (1,), 0)
         part = (*key, tensor.size(), tensor.stride(), tensor.storage_offset())
         return part, tensor.detach().reshape(-1)
