@@ -261,3 +261,33 @@ def test_the_step_times_it_names_are_those_of_the_records():
     assert f"beside LoRA of rank 8, which trains an eighth of that, {usual[0]}, {usual[1]} and {usual[2]};" in said
     spread = max(float(row["highest"]) - float(row["lowest"]) for row in rows)
     assert f"rounds differ by up to {round(100 * spread)} %" in said
+
+
+def least_peaks(run):
+    """By tokens and method, the least peak over its levers and settings, bytes."""
+    found = {}
+    with (ROOT / "reports" / run / "table.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["status"] == "ok":
+                peak = float(row["peak_allocated_bytes [byte]"])
+                key = int(row["sequence_length"]), row["method_name"]
+                found[key] = min(peak, found.get(key, peak))
+    return {tokens: {m: p for (t, m), p in found.items() if t == tokens} for tokens in (2048, 16384, 65536)}
+
+
+def test_where_rivals_win_is_what_the_tables_say():
+    """docs/choosing.md, sentence by sentence."""
+    on_device, with_host = least_peaks("best-levers"), least_peaks("best-levers-host")
+    exact, without_reversal = ("meft1-exact", "meft2-exact", "meft3-exact"), ("lora", "lora-fa", "parallel", "full")
+
+    for tokens, peaks in on_device.items():
+        assert "mezo" == min(peaks, key=peaks.get)
+        assert max(peaks["midpoint"], peaks["leapfrog"]) <= peaks["bdia"] < min(peaks[m] for m in exact)
+        assert peaks["meft1-exact"] < min(peaks[m] for m in without_reversal), tokens
+    frozen = {method: peak for method, peak in on_device[2048].items() if method != "full"}
+    assert max(frozen.values()) < 1.06 * min(frozen.values())
+    assert "lora-fa" == min(with_host[2048], key=with_host[2048].get)
+    for tokens in (16384, 65536):
+        reversible = [with_host[tokens][m] for m in (*exact, "bdia", "midpoint", "leapfrog")]
+        assert max(reversible) < 1.02 * min(reversible)
+        assert max(reversible) < min(with_host[tokens][m] for m in without_reversal)

@@ -29,7 +29,7 @@ WIDTH, HEADS = 32, 4
 
 @given(
     backbone=st.sampled_from(sorted(TINY)),
-    method=st.sampled_from(["full", "lora", "houlsby", "meft2", "meft3-exact", "ia3"]),
+    method=st.sampled_from(["full", "lora", "houlsby", "meft2", "meft3-exact", "lora-fa"]),
     keep=st.sampled_from(["layer_input", "attention"]),
     every=st.integers(1, 3),
     layers=st.sampled_from(["all", 1, 2]),

@@ -101,7 +101,7 @@ class InChunks(SummedLoss):
         self._outputs = {}
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output is not args[0]:
+            if isinstance(output, Tensor) and not any(output is given for given in args):
                 self._outputs[module] = max(self._outputs.get(module, 0), output.nbytes)
 
         with ExitStack() as hooks:
