@@ -294,12 +294,19 @@ def dominated(points: list[tuple[float, float]]) -> list[bool]:
 
 
 def named(method: str, besides: str = "") -> str:
-    """The legend text of a method, with `besides` behind it; long settings go below, so that the axes stay wide."""
+    """The legend text of a method, with `besides` behind it; what is long goes below, so that the axes stay wide."""
     name, settings, levers = parts_of(method)
-    if len(method) + len(besides) <= LABEL_WIDTH or not settings:
+    if len(method) + len(besides) <= LABEL_WIDTH:
         return method + besides
+    lines = [name]
+    for lever in levers:
+        if len(lines[-1]) + len(lever) < LABEL_WIDTH:
+            lines[-1] += f"+{lever}"
+        else:
+            lines.append(f"  +{lever}")
+    lines[-1] += besides
     below = textwrap.wrap(", ".join(settings), LABEL_WIDTH, break_long_words=False)
-    return "\n".join(["+".join([name, *levers]) + besides, *(f"  {line}" for line in below)])
+    return "\n".join([*lines, *(f"  {line}" for line in below)])
 
 
 def height_of_labels(frame: DataFrame) -> float:

@@ -113,7 +113,9 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
     # A record that was written before there was a flag is of a cell without it.
     row |= {name: last.cell.get(name, False if name in WORDS else None) for name in _CELL}
     params = last.cell.get("method_params") or {}
-    row |= {name: params.get(name) for name in _REVERSIBLE} | {"side_bits": side_bits(params)}
+    row |= {name: params.get(name) for name in _REVERSIBLE}
+    # Of rivals that keep side bits the number is a setting like others: they are no sweep over MEFT's couplings.
+    row |= {"side_bits": side_bits(params) if str(row["method_name"]).startswith("meft") else None}
     row |= _training(last)
     row |= {"levers": "+".join(parts_of(last.method_label)[2])}
     row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}

@@ -163,7 +163,7 @@ def test_checkpointing_and_tiles_save_what_they_must_on_every_backbone(backbone,
     st.sampled_from(METHODS),
     st.sets(st.sampled_from(["checkpoint", "offload", "tiled_mlp"]), min_size=1, max_size=2),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_levers_in_pairs_are_seen_to_engage(backbone, method, levers):
     """Any backbone, any method; on an ordinary method none of them raises the peak. On reversible ones `checkpoint`
     stands in the place of reversal, and offloading does not reach into a layer that runs again."""
