@@ -117,6 +117,14 @@ def tried(case: Case) -> dict[str, Any]:
     return row | {"outcome": "runs"} | {name: metrics[name].value for name in (PEAK, ACTIVATIONS, BETWEEN, UPDATE)}
 
 
+def read_grid(file: Path) -> pd.DataFrame:
+    """grid.csv; bytes are 0 where a cell has none."""
+    grid = pd.read_csv(file, keep_default_na=False)
+    for name in (PEAK, ACTIVATIONS, BETWEEN, UPDATE):
+        grid[name] = pd.to_numeric(grid[name]).fillna(0)
+    return grid
+
+
 def broken(grid: pd.DataFrame) -> list[str]:
     """A sentence for each cell that ended in a fault, and for each lever or pair that does not save what it must."""
     rows = {(r.backbone, r.method, r.levers): r for r in grid.itertuples()}
@@ -217,10 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
                 stream.flush()
     if parts > 1:
         return DONE
-    grid = pd.read_csv(file, keep_default_na=False).replace("", 0)
-    grid["levers"] = grid["levers"].replace(0, "")
-    for name in (PEAK, ACTIVATIONS, BETWEEN, UPDATE):
-        grid[name] = grid[name].astype(float)
+    grid = read_grid(file)
     faults = broken(grid)
     write_whole(options.out / "summary.md", summary(grid, faults))
     print(summary(grid, faults))

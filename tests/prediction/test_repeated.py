@@ -9,6 +9,7 @@ from operator import itemgetter
 import pytest
 
 from builders import a_cell
+from meftbench.catalogue import optimizers
 from meftbench.catalogue.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, Event, replay
 from meftbench.prediction.cuda_counter import PredictedStep
@@ -91,6 +92,8 @@ def by_birth(events):
 def test_steps_told_again_are_steps_traced(name):
     """Three of them: every event in its order, peaks by phase, breakdown, and what torch would reserve."""
     cell = a_small_cell(name)
+    if optimizers.OPTIMIZERS[cell.optimizer].of_bitsandbytes:
+        pytest.importorskip("bitsandbytes")
     observed, events, last = traced(cell, 3)
 
     found = predict(cell, PROFILE, warmup=1, steps=2, settings=ENDLESS)

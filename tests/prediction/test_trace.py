@@ -7,6 +7,7 @@ import resource
 import pytest
 import torch
 
+from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
 from meftbench.prediction.trace import count_uncomputed, uncomputed_model, uncomputed_step
@@ -52,6 +53,8 @@ def test_a_traced_step_is_a_computed_step_byte_for_byte(method, precision):
 )
 def test_whatever_holds_the_optimizers_states(method, optimizer):
     """Some tensors are large enough for states of 8 bits, and for paged ones."""
+    if OPTIMIZERS[optimizer].of_bitsandbytes:
+        pytest.importorskip("bitsandbytes")
     config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 1600}
     agree(a_cell(method, optimizer=optimizer, model_config_overrides=config | {"vocab_size": 120}))
 

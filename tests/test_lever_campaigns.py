@@ -1,0 +1,67 @@
+"""The committed grid of levers and the published stack hold, and the grid sees what does not."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def campaign(name):
+    """The script of reports/campaigns as a module."""
+    spec = importlib.util.spec_from_file_location(f"campaign_{name}", ROOT / "reports" / "campaigns" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+lever_grid, published_stack = campaign("lever_grid"), campaign("published_stack")
+
+
+@pytest.mark.parametrize("row", [row for row in published_stack.ROWS if row.name == "optimizer in backward"])
+def test_a_row_of_the_published_stack_is_predicted_again(row):
+    """To the byte of reports/published/stack.csv, and within 3 % of what was published."""
+    with (ROOT / "reports" / "published" / "stack.csv").open(encoding="utf-8", newline="") as file:
+        recorded = {line["added"]: int(line["predicted_bytes"]) for line in csv.DictReader(file)}
+
+    assert recorded[row.name] == published_stack.predicted(row)
+    assert recorded[row.name] == pytest.approx(row.gib * 2**30, rel=0.03)
+
+
+def test_the_grid_of_levers_holds():
+    """No cell of the committed grid ended in a fault, and every lever alone saves what it is for; one pair anew."""
+    grid = lever_grid.read_grid(ROOT / "reports" / "lever-grid" / "grid.csv")
+    case = lever_grid.Case("decoder (llama)", "lora", "checkpoint+chunked_loss")
+    committed = grid[(grid.backbone == case.backbone) & (grid.method == case.method) & (grid.levers == case.levers)]
+
+    assert [] == lever_grid.broken(grid)
+    assert len(grid) == len(list(lever_grid.cases()))
+    assert lever_grid.tried(case)["peak_allocated_bytes"] == int(committed.peak_allocated_bytes.iloc[0])
+
+
+def test_the_grid_sees_what_does_not_save():
+    """A lever that saves nothing, a pair that is worse than both, and a fault are each a sentence."""
+    rows = [
+        {"levers": "", "outcome": "runs", "peak": 100},
+        {"levers": "checkpoint", "outcome": "runs", "peak": 100},
+        {"levers": "tiled_mlp", "outcome": "runs", "peak": 80},
+        {"levers": "checkpoint+tiled_mlp", "outcome": "runs", "peak": 120},
+        {"levers": "offload", "outcome": "error", "peak": 0},
+    ]
+    numbers = ("peak_allocated_bytes", "activation_peak_bytes", "baseline_allocated_bytes", "optimizer_peak_bytes")
+    grid = pd.DataFrame(
+        {"backbone": "b", "method": "lora", "levers": row["levers"], "outcome": row["outcome"], "reason": "no"}
+        | dict.fromkeys(numbers, row["peak"])
+        for row in rows
+    )
+
+    assert ["b: lora+offload: no", "b: lora+checkpoint: activation", "b: lora+checkpoint+tiled_mlp: peak"] == [
+        fault.split("_peak_bytes")[0].split(" 1")[0] for fault in lever_grid.broken(grid)
+    ]
