@@ -20,9 +20,12 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from meftbench.errors import UserError
 from meftbench.methods import Applied
 from meftbench.methods.levers import compiled
 from meftbench.methods.levers.base import held_at
+
+_HIDDEN = "convert all Tensors to FakeTensors"  # in torch's message about a tensor that is no argument of a graph
 
 
 class _Called(nn.Module):
@@ -66,7 +69,13 @@ class Partitioned:
             torch.is_autocast_enabled("cpu"),
         )
         if key not in self._graphs:
-            self._graphs[key] = _partition(called, own, tensors, self.budget)
+            try:
+                self._graphs[key] = _partition(called, own, tensors, self.budget)
+            except AssertionError as error:
+                if _HIDDEN not in str(error):
+                    raise
+                what = "what it compiles reads tensors that are no arguments: a cache, or tiles that run again"
+                raise UserError("compile", what, "leave compile out, or measure it with --device cuda") from None
         return self._graphs[key](own, tensors)
 
 

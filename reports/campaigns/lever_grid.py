@@ -68,6 +68,7 @@ SAVES = {
 }
 PEAK = "peak_allocated_bytes"
 TOLERANCE = 0.02  # of a pair: what is in flight, and rounding to blocks
+OF_COMPILED = 0.2  # with compile, of which a prediction holds the temporaries of uncompiled operators
 COLUMNS = ("backbone", "method", "levers", "outcome", "reason", PEAK, ACTIVATIONS, BETWEEN, UPDATE)
 
 
@@ -143,7 +144,8 @@ def broken(grid: pd.DataFrame) -> list[str]:
             )
         if len(names) == 2 and all(other.outcome == "runs" for other in alone):
             worse = max(other.peak_allocated_bytes for other in alone)
-            if row.peak_allocated_bytes > (1 + TOLERANCE) * worse:
+            tolerance = OF_COMPILED if "compile" in names else TOLERANCE
+            if row.peak_allocated_bytes > (1 + tolerance) * worse:
                 found.append(f"{where}: peak {row.peak_allocated_bytes:,.0f}, the worse lever alone {worse:,.0f}")
     return found
 
