@@ -38,8 +38,6 @@ def broken_run(folder, source, words, share, seed=1):
     ("name", "words", "share"),
     [
         ("minilm-cpu", ("Infinity",), 1.0),
-        ("minilm-cpu", WORDS, 0.5),
-        ("quality-minilm", ("NaN",), 1.0),
         ("quality-minilm", WORDS, 0.5),
     ],
 )

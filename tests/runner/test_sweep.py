@@ -397,7 +397,7 @@ def test_an_interrupted_sweep_keeps_what_has_finished(tmp_path, told_file):
     wait_until(lambda: not any(alive(int(pid)) for _, pid in told(told_file)))
 
 
-@pytest.mark.parametrize("seed", range(2023, 2025))
+@pytest.mark.parametrize("seed", range(2023, 2024))
 def test_kill_9_at_10_random_moments_loses_no_finished_record_and_repeats_none(tmp_path, seed):
     """Whenever the sweep dies: every record that was on the disk stays, and no cell has two."""
     chance = random.Random(seed)
