@@ -39,10 +39,12 @@ def read_label(where: str, label: str) -> list[tuple[str, dict[str, Any]]]:
     """The method and then each lever of a label, with the values of its settings.
 
     A value is a Python literal (2, 0.5, True, None, ['q_proj']); whatever is none, such as `auto`, is text.
-    Raises UserError: a setting is no `key=value`, or is named twice.
+    Raises UserError: a setting is no `key=value`, or is named twice; a bracket is not closed.
     """
     parts = []
     for name, texts in split_label(label):
+        if {"(", ")"} & set(name):
+            raise UserError(where, f"{label!r} has a bracket that is not closed", "write name(key=value)")
         settings: dict[str, Any] = {}
         for text in texts:
             key, equals, value = (part.strip() for part in text.partition("="))
