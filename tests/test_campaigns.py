@@ -14,6 +14,7 @@ from meftbench.plan.gguf_files import gguf_file_of
 from meftbench.plan.suite import load_suite
 from meftbench.records.store import load_run
 
+pytestmark = pytest.mark.slow
 CAMPAIGNS = Path(__file__).resolve().parents[1] / "reports" / "campaigns"
 MINIATURE = """\
 schema: 1
