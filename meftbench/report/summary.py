@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.metrics import METRICS, SHARED_CORES
 from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.outcome import as_number, outcomes
@@ -173,7 +174,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
     # A column without any value is left out, since it would take the room of the others.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
-    method_width = min(max(15, widest), _METHOD_WIDTH)
+    method_width = min(max(15, widest), _METHOD_WIDTH + 1)  # the longest name of a lever, and its indent
     method_width = max(NARROWEST, min(method_width, width - 12))  # beside the activation memory, whatever the width
     lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
     widths = {i: max(map(len, lines[i])) for i in shown}
@@ -209,7 +210,11 @@ def _in_lines(method: str) -> str:
     """A method's settings under its name, so that a long label does not push the numbers off the screen."""
     name, settings, levers = parts_of(method)
     beside = levers[:1] if len(" +".join([name, *levers[:1]])) <= _METHOD_WIDTH else []
-    lines = ["+".join([name, *beside]), *(f"  +{lever}" for lever in levers[len(beside) :])]
+    lines = ["+".join([name, *beside])]
+    for lever in levers[len(beside) :]:
+        whole, part = f"  +{lever}", split_label(lever)[0]
+        below = part.settings if len(whole) >= _METHOD_WIDTH else []
+        lines += [f"  +{part.name}", *(f"   {setting}" for setting in below)] if below else [whole]
     return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in settings)])
 
 

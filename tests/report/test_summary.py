@@ -187,3 +187,16 @@ def test_a_metric_that_is_newer_than_the_run_is_not_there(monkeypatch, tmp_path)
     with pytest.raises(KeyError):
         row["swap_peek_bytes"]
     assert printed(run) == printed(load_run(REPORTS / "minilm-cpu"))
+
+
+def test_levers_with_settings_stand_whole(tmp_path):
+    """On 80 columns: the longest name of a lever, and settings of one below its name."""
+    method = "full+checkpoint(keep=attention)+optimizer_in_backward"
+    run = a_run(tmp_path, a_record(method=method, metrics={"peak_allocated_bytes": 2**20}))
+
+    lines = [line.split("  1.0")[0].rstrip() for line in printed(run, 80).splitlines()]
+
+    first = next(number for number, line in enumerate(lines) if line.startswith(" full"))
+    assert "   +checkpoint" == lines[first + 1]
+    assert "    keep=attention" == lines[first + 2]
+    assert "   +optimizer_in_backward" == lines[first + 3]
