@@ -55,25 +55,12 @@ def build_model(
     not fit the configuration.
     """
     import transformers
-    from transformers import AutoConfig
 
     if is_factory(name):
         return build_own(name, overrides or {}, attention=attention, dtype=dtype, seed=seed)
-    source, random = split_name(name)
-    published = random and source in MODELS
-    folder = None if published and MODELS[source].gguf else _folder(source)
-    with reading(partial(_not_loaded, name)):
-        if published and folder is None:
-            fields = {"model_type": MODELS[source].model_type} | MODELS[source].config
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        else:
-            config = _of_text(AutoConfig.from_pretrained(folder or _hub(source)), head)
+    config = configuration_of(name, head, overrides)
     head = head_of(config.model_type, head)
-    for key, value in (overrides or {}).items():
-        if not hasattr(config, key):
-            raise UserError(name, f"its configuration has no field {key!r}", "see the model's configuration class")
-        setattr(config, key, value)
-    _fit_layer_types(config, overrides or {})
+    random = split_name(name)[1]
     new_head = False
     if head.endswith("classification"):
         new_head = num_labels is not None and num_labels != config.num_labels
@@ -94,10 +81,42 @@ def build_model(
             # With these options weights of other sizes are reported and not raised: `_check_loaded` raises for them,
             # except for those of a new head, which are expected to differ.
             options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, loading = auto_class.from_pretrained(folder or _hub(source), config=config, dtype=dtype, **options)
+            model, loading = auto_class.from_pretrained(_loaded_from(name), config=config, dtype=dtype, **options)
             _check_loaded(name, model, loading, head, overrides or {}, new_head)
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def configuration_of(name: str, head: str | None, overrides: dict[str, Any] | None = None) -> Any:
+    """The configuration of the model called `name`, no function of the user's own, with the fields in `overrides`.
+
+    Raises UserError: it cannot be loaded, or has no such field.
+    """
+    from transformers import AutoConfig
+
+    with reading(partial(_not_loaded, name)):
+        source = _loaded_from(name)
+        if source is None:
+            published = MODELS[split_name(name)[0]]
+            fields = {"model_type": published.model_type} | published.config
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            config = _of_text(AutoConfig.from_pretrained(source), head)
+    for key, value in (overrides or {}).items():
+        if not hasattr(config, key):
+            raise UserError(name, f"its configuration has no field {key!r}", "see the model's configuration class")
+        setattr(config, key, value)
+    _fit_layer_types(config, overrides or {})
+    return config
+
+
+def _loaded_from(name: str) -> str | Path | None:
+    """The folder or hub id that a model is loaded from; None: the catalogue has its configuration, and random weights
+    are asked for."""
+    source, random = split_name(name)
+    published = random and source in MODELS
+    folder = None if published and MODELS[source].gguf else _folder(source)
+    return None if published and folder is None else folder or _hub(source)
 
 
 def _of_text(config: Any, head: str | None) -> Any:

@@ -13,13 +13,10 @@ from typing import Literal
 
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
-from meftbench.measuring.build import AUTOCAST
-from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.predict import Predicted, predict
-from meftbench.prediction.remembered import Remembered
-from meftbench.prediction.trace import uncomputed_model
+from meftbench.prediction.tracer import Tracer
 
 Axis = Literal["batch_size", "sequence_length"]
 CLOSE = 2
@@ -63,8 +60,7 @@ class Shapes:
     def __init__(self, cell: Cell, profile: Profile, settings: AllocatorSettings, versions: Versions = NOW) -> None:
         self._cell, self._profile, self._settings, self._versions = cell, profile, settings, versions
         self._known: dict[tuple[int, int], Shape] = {}
-        self._remembered = Remembered()
-        self._applied: Applied | None = None
+        self._tracer = Tracer(profile, versions)
 
     @property
     def traced(self) -> int:
@@ -78,16 +74,7 @@ class Shapes:
             cell = self._cell.model_copy(update=sizes)
             # Without a capacity: `Shape.fits` replays the trace with those of the cards.
             unlimited = replace(self._settings, capacity=None)
-            if self._applied is None and cell.precision not in AUTOCAST:
-                self._applied = uncomputed_model(cell)
-            predicted = predict(
-                cell,
-                self._profile,
-                settings=unlimited,
-                remembered=self._remembered,
-                applied=self._applied,
-                versions=self._versions,
-            )
+            predicted = predict(cell, self._profile, settings=unlimited, tracer=self._tracer, versions=self._versions)
             self._known[key] = Shape(predicted, self._settings)
             gc.collect()
             gc.freeze()  # so that no collection in a later trace goes through the kept events

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, compress
 from typing import Any
 
-from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.catalogue.profiles import Profile, find_profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.errors import CellFailure, UserError
-from meftbench.measuring.build import AUTOCAST, attention_used, is_own
+from meftbench.measuring.build import attention_used, is_own
 from meftbench.measuring.step import PHASES
-from meftbench.methods import Applied
 from meftbench.own_code import digests_of
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of
 from meftbench.plan.models import image_tokens, known_config
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, StepLevels, replay
-from meftbench.prediction.cuda_counter import PredictedStep
-from meftbench.prediction.older_rules import older_rules
-from meftbench.prediction.overlay import cuda_semantics
-from meftbench.prediction.partitioned import partitioned_instead_of_compiled
-from meftbench.prediction.remembered import Remembered
-from meftbench.prediction.repeated import step_after, tell
-from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
-from meftbench.probes.counted_metrics import paged_metrics, parameter_counts, step_metrics
+from meftbench.prediction.repeated import step_after, told_steps
+from meftbench.prediction.tracer import Traced, Tracer
+from meftbench.probes.counted_metrics import step_metrics
 from meftbench.probes.memory_counted import Observed
 from meftbench.records.record import Metric
 from meftbench.units import format_bytes
@@ -134,8 +126,7 @@ def predict(
     steps: int = 1,
     settings: AllocatorSettings | None = None,
     settle: bool = False,
-    remembered: Remembered | None = None,
-    applied: Applied | None = None,
+    tracer: Tracer | None = None,
     versions: Versions = NOW,
     padding: float = 0.0,
 ) -> Predicted:
@@ -143,62 +134,57 @@ def predict(
     the optimizer replaces its state in each: then each is traced.
 
     settings: of the allocator; None: torch's defaults, within the device's memory.  settle: whether cached memory is
-    given back after the warm-up, as it is when a cell is measured.  remembered: results of operators on meta tensors in
-    other traces.  applied: of `trace.uncomputed_model`; unless the cell's precision is autocast, it may have been
-    traced in another shape before. None: it is built.  versions: of torch and transformers, whose rules are taken.
+    given back after the warm-up, as it is when a cell is measured.  tracer: of the same profile and versions, which has
+    traced other cells before.  versions: of torch and transformers, whose rules are taken.
     padding: of a packed cell, the share of each sequence that is left out; others have none.
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
-    on_meta = cell.precision not in AUTOCAST
-    step, mode = uncomputed_step(
-        cell, foreach=versions.foreach_optimizer, on_meta=on_meta, applied=applied, padding=padding
-    )
-    with ExitStack() as traced:
-        for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(profile, versions)):
-            traced.enter_context(region)
-        traced.enter_context(older_rules(versions, step))
-        traced.enter_context(partitioned_instead_of_compiled(step.applied))
-        traced.enter_context(mode)
-        counted = traced.enter_context(PredictedStep(step, remembered or Remembered(), profile, versions))
-        assert counted.counter.events is not None
-        before = len(counted.counter.events)
-        starts, observed = [], []
-        for _ in range(warmup + steps if OPTIMIZERS[cell.optimizer].replaces_state else 1):
-            starts.append(_allocations(counted.counter.events))
-            observed.append(counted.run())
-            gc.collect()  # what the step leaves alive after this stays alive
-    for lever, made in step.applied.levers.items():
-        if fact := made.missing_in_trace(counted.counter.attention_kernels):
-            raise UserError(cell.label, f"{lever}: {fact} on {profile.device}", f"change the settings of {lever}")
-    events = [Event(*event) for event in counted.counter.events]
-    counted.counter.events = None
-    all_events = [event for event in events if event.kind != "book"]
-    if len(observed) < warmup + steps:
-        later_events = step_after(events[before:])
-        later = counted.observe(lambda mark: tell(later_events, counted.counter, mark))
-        later.host_peak = observed[0].host_peak
-    while len(observed) < warmup + steps:
-        observed.append(later)
-        starts.append(len(all_events))
-        all_events += [event for event in later_events if event.kind != "book"]
+    traced = (tracer or Tracer(profile, versions))(cell, warmup + steps, padding)
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
+    return predicted_from(traced, profile, settings, warmup, steps, settle=settle, begin=begin)
+
+
+def predicted_from(
+    traced: Traced,
+    profile: Profile,
+    settings: AllocatorSettings,
+    warmup: int = 1,
+    steps: int = 1,
+    *,
+    settle: bool = False,
+    begin: float | None = None,
+) -> Predicted:
+    """The memory of what was traced, as of `predict`. begin: when the prediction began; None: now."""
+    begin = time.perf_counter() if begin is None else begin
+    events, starts = traced.trace.events()
+    if len(starts) < warmup + steps:
+        first = len(starts)
+        later = step_after(events[starts[0] :])
+        while len(starts) < warmup + steps:
+            starts.append(len(events))
+            events += later
+        observed = told_steps(events[: starts[first]] + later, starts[: first + 1])
+        observed += [observed[-1]] * (len(starts) - len(observed))
+    else:
+        observed = told_steps(events, starts)
+    # The allocator sees neither host memory nor changes of a category.
+    on_host = {event.key for event in events if event.category == "host"}
+    seen = [event.kind == "phase" or (event.kind != "book" and event.key not in on_host) for event in events]
+    before = list(accumulate(seen, initial=0))
+    starts = [before[start] for start in starts]
+    events = list(compress(events, seen))
     return Predicted(
         profile,
         observed[:warmup],
         observed[warmup:],
-        all_events,
+        events,
         starts,
-        replay(all_events, settings, starts, starts[warmup] if settle and warmup < len(starts) else -1),
-        parameter_counts(step.model) | paged_metrics(step, "predicted"),
+        replay(events, settings, starts, starts[warmup] if settle and warmup < len(starts) else -1),
+        traced.sizes,
         time.perf_counter() - begin,
-        set(counted.counter.attention_kernels),
+        set(traced.attention),
     )
-
-
-def _allocations(events: list[tuple[str, int, int, str, str]]) -> int:
-    """How many events are not only changes of a category, which the allocator does not see."""
-    return sum(event[0] != "book" for event in events)
 
 
 def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""Derives the events of a later step from those of the first: the same, but for what the first step leaves alive.
+"""Tells steps by their events alone: what a counter sees in them, and the events of a later step from those of the
+first, which are the same but for what the first step leaves alive.
 
 What it leaves alive is the optimizer's state, which later steps do not allocate again. (tests/prediction/
 test_repeated.py compares this with steps that were traced one after the other.)
@@ -7,9 +8,11 @@ test_repeated.py compares this with steps that were traced one after the other.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from meftbench.prediction.allocator import Event
-from meftbench.probes.memory_counted import GRADIENT, StorageCounter
+from meftbench.prediction.cuda_counter import WORKSPACE
+from meftbench.probes.memory_counted import GRADIENT, Observed, StorageCounter, observe
 
 
 def step_after(first: list[Event]) -> list[Event]:
@@ -38,16 +41,33 @@ def step_after(first: list[Event]) -> list[Event]:
     return later
 
 
-def tell(events: list[Event], counter: StorageCounter, mark: Callable[[str], None]) -> None:
-    """Counts a step that is given by its events alone. mark: called with the name of each phase that begins."""
+def told_steps(events: list[Event], starts: list[int]) -> list[Observed]:
+    """What a counter would have seen in each of the steps that begin with the events of the numbers `starts`."""
+    counter = StorageCounter()
+    counter.live[WORKSPACE] = 0
     storages: dict[int, tuple[int, str]] = {}
+    _tell(events[: starts[0]], counter, storages, counter.mark)
+    return [
+        observe(counter, partial(_tell, events[start:end], counter, storages), lambda: None)
+        for start, end in zip(starts, [*starts[1:], None], strict=True)
+    ]
+
+
+def _tell(
+    events: list[Event], counter: StorageCounter, storages: dict[int, tuple[int, str]], mark: Callable[[str], None]
+) -> None:
+    """Counts `events`. mark: called with the name of each phase that begins.
+
+    storages: sizes in whole blocks, and categories, of what is alive, by key; changed here.
+    """
     for kind, key, nbytes, category, origin in events:
         if kind == "phase":
             mark(category)
         elif kind == "alloc":
-            storages[key] = -(-nbytes // counter.block) * counter.block, category
-            counter.gain(*storages[key])
-            counter.gradients.born(key)
+            storages[key] = size, _ = -(-nbytes // counter.block) * counter.block, category
+            counter.gain(size, category)
+            if category != "host":
+                counter.gradients.born(key)
         else:
             size, old_category = storages.pop(key)
             counter.lose(size, old_category)

@@ -67,7 +67,8 @@ class StorageCounter(TorchDispatchMode):
         total, `explained` lists (bytes, category, origin) of what is alive then.
     gradients: lifetimes of gradients.  busiest_at: the number of the allocation that led to `busiest`.
     events: None, or a list to which every allocation, end and change of category of a storage is appended:
-        ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator).
+        ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator). Storages of the
+        category `host` are among them.
     """
 
     def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
@@ -174,17 +175,18 @@ class StorageCounter(TorchDispatchMode):
         if self.events is None:
             dtype = str(tensor.dtype).removeprefix("torch.")
             self._origins[key] = Origin(self._op, tuple(tensor.shape), dtype, _place())
-        elif category != "host":
+        else:
             self.events.append(("alloc", key, storage.nbytes(), category, self._op))
+        self.gain(size, category)
+        if category != "host":
+            self.gradients.born(key)
+
+    def gain(self, size: int, category: str) -> None:
+        """Count `size` more bytes, already rounded. Raises CellFailure (oom) above the limit."""
         if category == "host":
             self.host += size
             self.host_peak = max(self.host_peak, self.host)
             return
-        self.gain(size, category)
-        self.gradients.born(key)
-
-    def gain(self, size: int, category: str) -> None:
-        """Count `size` more bytes, already rounded. Raises CellFailure (oom) above the limit."""
         self.live[category] += size
         self.total += size
         self.gradients.clock += 1
@@ -192,6 +194,9 @@ class StorageCounter(TorchDispatchMode):
 
     def lose(self, size: int, category: str) -> None:
         """Count `size` bytes less, already rounded."""
+        if category == "host":
+            self.host -= size
+            return
         self.live[category] -= size
         self.total -= size
 
@@ -202,12 +207,9 @@ class StorageCounter(TorchDispatchMode):
         _, size, category = self._storages.pop(key)
         self._origins.pop(key, None)
         self.gradients.ended(key)
-        if self.events is not None and category != "host":
+        if self.events is not None:
             self.events.append(("free", key, 0, "", ""))
-        if category == "host":
-            self.host -= size
-        else:
-            self.lose(size, category)
+        self.lose(size, category)
 
     def _raise_peaks(self, requested: int) -> None:
         if self.total > self.phase_peaks.get(self.phase, 0):
@@ -306,30 +308,7 @@ class CountedStep:
         """One step, observed."""
         # Contexts of autograd functions form cycles, which gc would free at a random moment (docs/measuring.md 4).
         gc.collect()
-        return self.observe(self.step.run)
-
-    def observe(self, run: Callable[[Mark], object]) -> Observed:
-        """What the counter sees while `run` runs, which calls its argument with the name of each phase of a step."""
-        counter = self.counter
-        baseline, saved = counter.total, 0
-        counter.mark("forward")
-        counter.reset()
-
-        def mark(phase: str) -> None:
-            nonlocal saved
-            if phase == "backward":
-                # The loss is the only output that is alive; it is not saved for the backward pass.
-                saved = max(saved, counter.total - baseline - counter.block)
-            if phase == "end":
-                self._book_optimizer()
-            counter.mark(phase)
-
-        run(mark)
-        counter.phase_peaks.pop("end", None)
-        counter.explain_from = counter.busiest
-        peaks, buffers = dict(counter.phase_peaks), counter.explained
-        gradients = counter.gradients.bytes_at(counter.busiest_at)
-        return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, gradients, buffers)
+        return observe(self.counter, self.step.run, self._book_optimizer)
 
     def _book_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -340,6 +319,32 @@ class CountedStep:
         for state, place in states_of(self.step.optimizer):
             if place != "paged":
                 self.counter.book(state, place)
+
+
+def observe(counter: StorageCounter, run: Callable[[Mark], object], at_end: Callable[[], None]) -> Observed:
+    """What `counter` sees while `run` runs, which calls its argument with the name of each phase of a step.
+
+    at_end: called when the phase "end" begins.
+    """
+    baseline, saved = counter.total, 0
+    counter.mark("forward")
+    counter.reset()
+
+    def mark(phase: str) -> None:
+        nonlocal saved
+        if phase == "backward":
+            # The loss is the only output that is alive; it is not saved for the backward pass.
+            saved = max(saved, counter.total - baseline - counter.block)
+        if phase == "end":
+            at_end()
+        counter.mark(phase)
+
+    run(mark)
+    counter.phase_peaks.pop("end", None)
+    counter.explain_from = counter.busiest
+    peaks, buffers = dict(counter.phase_peaks), counter.explained
+    gradients = counter.gradients.bytes_at(counter.busiest_at)
+    return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, gradients, buffers)
 
 
 def warmup_steps(step: Step, requested: int) -> int:

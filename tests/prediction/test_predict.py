@@ -117,7 +117,7 @@ def test_auto_tiles_are_those_of_the_device():
 @pytest.mark.parametrize("method", ["full", "lora+checkpoint", "meft1-exact", "lora+offload+weight_offload"])
 def test_meta_and_fake_tensors_tell_one_story(method, monkeypatch):
     """The fast trace, on the meta device, and the one with fake CPU tensors count the same step."""
-    from meftbench.prediction import predict as module
+    from meftbench.prediction import tracer as module
 
     cell = a_cell(method)
     fast = predict(cell, A100)

@@ -11,12 +11,14 @@ import pytest
 from builders import a_cell
 from meftbench.catalogue import optimizers
 from meftbench.catalogue.profiles import find_profile
-from meftbench.prediction.allocator import AllocatorSettings, Event, replay
+from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.cuda_counter import PredictedStep
+from meftbench.prediction.deepened import Trace
 from meftbench.prediction.overlay import cuda_semantics
-from meftbench.prediction.predict import predict
+from meftbench.prediction.predict import predict, predicted_from
 from meftbench.prediction.remembered import Remembered
-from meftbench.prediction.trace import named_refusals, uncomputed_model, uncomputed_step
+from meftbench.prediction.trace import named_refusals, uncomputed_step
+from meftbench.prediction.tracer import Tracer
 
 PROFILE = find_profile("rtx4090")
 ENDLESS = AllocatorSettings()
@@ -68,9 +70,13 @@ def traced(cell, steps):
     with named_refusals(cell), cuda_semantics(PROFILE), mode, PredictedStep(step, Asking(), PROFILE) as counted:
         observed, starts = [], []
         for _ in range(steps):
-            starts.append(sum(event[0] != "book" for event in counted.counter.events))
+            starts.append(len(counted.counter.events))
             observed.append(counted.run())
-        events = [Event(*event) for event in counted.counter.events if event[0] != "book"]
+        events, starts = Trace.of(counted.counter.events, starts).events()
+    on_host = {event.key for event in events if event.category == "host"}
+    seen = [event.kind == "phase" or (event.kind != "book" and event.key not in on_host) for event in events]
+    starts = [sum(seen[:start]) for start in starts]
+    events = [event for event, kept in zip(events, seen, strict=True) if kept]
     return observed, events, starts[-1]
 
 
@@ -115,20 +121,23 @@ def test_the_first_step_is_not_the_second():
 @pytest.mark.parametrize("method", ["lora+checkpoint", "meft1-exact"])
 def test_what_is_remembered_of_other_shapes_changes_no_event(method):
     """Traces share what operators gave; most were not asked again."""
-    remembered = Remembered()
+    tracer = Tracer(PROFILE)
+    remembered = tracer.remembered
     cell = a_small_cell(method)
-    for length in (32, 64, 64):
-        asked = remembered.asked
-        again = predict(cell.model_copy(update={"sequence_length": length}), PROFILE, remembered=remembered)
+    for length in (32, 128, 64):
+        predict(cell.model_copy(update={"sequence_length": length}), PROFILE, tracer=tracer)
+    asked = remembered.asked
 
-    assert by_birth(traced(cell, 2)[1]) == by_birth(again.events)
+    again = tracer.directly(cell)
+
+    assert predict(cell, PROFILE).events == predicted_from(again, PROFILE, AllocatorSettings()).events
     assert 10 * (remembered.asked - asked) < remembered.hits
 
 
 @pytest.mark.parametrize("name", [name for name, given in CELLS.items() if given.get("precision", "bf16") == "bf16"])
 def test_a_model_traced_in_other_shapes_is_as_good_as_new(name):
     """Larger, smaller, longer, shorter, and back: each trace is that of a model built for it, byte for byte."""
-    cell, applied, remembered = a_small_cell(name), None, Remembered()
+    cell, tracer = a_small_cell(name), Tracer(PROFILE)
     for batch, length in ((6, 64), (12, 32), (6, 128), (6, 64)):
         shaped = cell.model_copy(
             update={
@@ -137,9 +146,7 @@ def test_a_model_traced_in_other_shapes_is_as_good_as_new(name):
                 "sequence_length": length,
             }
         )
-        applied = applied or uncomputed_model(shaped)
-
-        again = predict(shaped, PROFILE, settings=ENDLESS, remembered=remembered, applied=applied)
+        again = predict(shaped, PROFILE, settings=ENDLESS, tracer=tracer)
 
         fresh = predict(shaped, PROFILE, settings=ENDLESS)
         assert fresh.replayed == again.replayed

@@ -11,9 +11,11 @@ from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
 from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
+from meftbench.prediction.allocator import AllocatorSettings
 from meftbench.prediction.peft_shapes import peft_without_values
-from meftbench.prediction.predict import predict
+from meftbench.prediction.predict import predict, predicted_from
 from meftbench.prediction.trace import count_uncomputed, uncomputed_model
+from meftbench.prediction.tracer import Tracer
 from tests.prediction import test_trace
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
@@ -89,13 +91,13 @@ def test_those_that_look_at_values_are_predicted_in_every_precision(name, precis
 def test_a_second_trace_of_a_model_finds_its_indices_on_the_host_again():
     """SHiRA moves its indices to the device in the first step, and they stay there: 2 of 4 bytes a trained number."""
     cell = a_cell("shira", "llama", method_params={"rank": 4})
-    applied = uncomputed_model(cell)
+    tracer = Tracer(A100)
 
-    first, second = (predict(cell, A100, applied=applied) for _ in range(2))
+    first, second = (predicted_from(tracer.directly(cell), A100, AllocatorSettings()) for _ in range(2))
 
     assert first.measured[-1].baseline == second.measured[-1].baseline
     trained = first.sizes["parameters_trainable"].value
-    weights = sum(p.nbytes for p in applied.model.parameters())
+    weights = sum(p.nbytes for p in uncomputed_model(cell).model.parameters())
     assert weights + 2 * 4 * trained + 2 * 4 * trained <= first.measured[-1].baseline - A100.cublas_workspace_bytes
 
 
@@ -135,7 +137,7 @@ def test_what_is_held_between_steps_is_what_was_measured(name):
     applied = uncomputed_model(cell)
     on_host = sum(b.nbytes for n, b in applied.model.named_buffers() if any(name in n.split(".") for name in ON_HOST))
 
-    predicted = predict(cell, A100, applied=applied)
+    predicted = predict(cell, A100)
 
     assert trained == predicted.sizes["parameters_trainable"].value
     held = (predicted.measured[-1].baseline - on_host + 4 * trained) / 2**20

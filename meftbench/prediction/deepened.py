@@ -1,0 +1,305 @@
+"""The trace of a deep model told from those of three shallow ones, which are equally many layers apart.
+
+Layers of one kind allocate alike. So the trace of a model with one layer more is that of the shallower one with some
+blocks of events inserted: one where layers run forward, one where they run backward, one among the parameters, and so
+on. Each further layer inserts the same blocks again. Which storage an event means, and how large it is, changes from
+layer to layer and from depth to depth by a constant: three depths say by which, and whether that is so.
+
+`deepened` raises IrregularError where it is not; then the whole model is to be traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meftbench.prediction.allocator import Event
+
+START = "start"  # kind of an event: a step begins. The allocator knows no such event.
+
+Ints = NDArray[np.int64]
+
+
+class IrregularError(Exception):
+    """Layers do not allocate alike, or their number changes more than how often their events occur."""
+
+
+class What(NamedTuple):
+    """What events have in common wherever they occur: as of `Event`."""
+
+    kind: str
+    category: str
+    origin: str
+
+
+_known: dict[What, int] = {}  # numbers of `What`s, the same in all traces of this process
+_whats: list[What] = []
+
+
+def _number(what: What) -> int:
+    if what not in _known:
+        _known[what] = len(_whats)
+        _whats.append(what)
+    return _known[what]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Events in columns, in order of time.
+
+    what: numbers of `What`s.  storage: of an allocation, how many came before it; of a free or a change of category,
+    that of the allocation which it means; others: -1.  nbytes: of an allocation, others: 0.
+    """
+
+    what: Ints
+    storage: Ints
+    nbytes: Ints
+
+    def __len__(self) -> int:
+        return len(self.what)
+
+    @classmethod
+    def of(cls, events: Iterable[tuple[str, int, int, str, str]], starts: Iterable[int] = ()) -> Trace:
+        """events: (kind, key, bytes, category, origin), as a storage counter lists them; keys may be used again.
+        starts: the numbers of those with which steps begin.
+
+        Storages that end one after the other, or change their category, are put into the order of their allocation:
+        autocast, for one, empties its cache in the order of addresses, and autograd gives gradients to parameters in
+        that of a heap. To the allocator that makes no difference.
+        """
+        begins = set(starts)
+        what: list[int] = []
+        storage: list[int] = []
+        nbytes: list[int] = []
+        alive: dict[int, int] = {}
+        born = 0
+        start = _number(What(START, "", ""))
+        for number, (kind, key, size, category, origin) in enumerate(events):
+            if number in begins:
+                what.append(start)
+                storage.append(-1)
+                nbytes.append(0)
+            what.append(_number(What(kind, category, origin)))
+            nbytes.append(size)
+            if kind == "alloc":
+                alive[key] = born
+                born += 1
+            storage.append(-1 if kind == "phase" else alive[key])
+            if kind == "free":
+                del alive[key]
+        columns = [np.array(column, dtype=np.int64) for column in (what, storage, nbytes)]
+        trace = cls(*columns)
+        frees, books = trace.is_kind("free"), trace.is_kind("book")
+        group = np.where(frees, 1, np.where(books, 2, 0))
+        run = np.cumsum(np.diff(group, prepend=0) != 0)  # the same number: frees in a row, changes, or others
+        order = np.lexsort((np.where(group > 0, trace.storage, np.arange(len(trace))), run))
+        return cls(*(column[order] for column in columns))
+
+    def events(self) -> tuple[list[Event], list[int]]:
+        """The events, and the numbers of those with which steps begin."""
+        events: list[Event] = []
+        starts: list[int] = []
+        for number, key, size in zip(self.what.tolist(), self.storage.tolist(), self.nbytes.tolist(), strict=True):
+            kind, category, origin = _whats[number]
+            if kind == START:
+                starts.append(len(events))
+            else:
+                events.append(Event(kind, key, size, category, origin))
+        return events, starts
+
+    def symbols(self, sizes: Ints) -> Ints:
+        """A number for each event, the same for events that are alike: in `What`, and in bytes where `sizes` has those
+        (`_sizes`); frees and changes of category also in those of the allocation which they mean."""
+        own, allocations = self.what * _SPREAD, self.is_kind("alloc")
+        sized = _sizes(self)
+        own[allocations] += np.where(np.isin(sized, sizes), self.nbytes[allocations] + 1, 0)
+        later = self.is_kind("free", "book")
+        own[later] = own[later] * _SPREAD + own[allocations][self.storage[later]]
+        return own
+
+    def is_kind(self, *kinds: str) -> NDArray[np.bool_]:
+        numbers = [number for what, number in _known.items() if what.kind in kinds]
+        return np.isin(self.what, numbers)
+
+
+_SPREAD = 1_000_003  # a prime: symbols are hashes, in 64 bits that overflow
+
+
+def deepened(first: Trace, second: Trace, third: Trace, times: int) -> Trace:
+    """The trace of `times` units of layers more than `first`; `second` has one unit more, and `third` two.
+
+    Raises IrregularError: what the second unit adds does not follow from what the first adds, or the result is no
+    trace.
+    """
+    traces = (first, second, third)
+    # A size may depend on the depth, as that of a tensor with a part for each layer does; those tell no layer's kind.
+    sizes = np.intersect1d(np.intersect1d(_sizes(first), _sizes(second)), _sizes(third))
+    symbols = [trace.symbols(sizes) for trace in traces]
+    rule = _Rule.of(symbols[0], symbols[1])
+    if not np.array_equal(rule.repeated(symbols[0], symbols[1], 2), symbols[2]):
+        raise IrregularError("a second unit of layers adds other events than the first")
+    rule = rule.placed([[trace.storage, trace.nbytes] for trace in traces])
+    result = Trace(
+        rule.repeated(first.what, second.what, times),
+        rule.continued([trace.storage for trace in traces], times),
+        rule.continued([trace.nbytes for trace in traces], times),
+    )
+    _check(result, rule.repeated(symbols[0], symbols[1], times), sizes)
+    return result
+
+
+def _sizes(trace: Trace) -> Ints:
+    """A number for each allocation, the same for those that are alike in `What` and in bytes."""
+    allocations = trace.is_kind("alloc")
+    return trace.what[allocations] * _SPREAD * _SPREAD + trace.nbytes[allocations]
+
+
+def _check(trace: Trace, symbols: Ints, sizes: Ints) -> None:
+    """Raises IrregularError where the events do not mean storages of the kind and size that their symbols say, or free
+    one before it is allocated or twice."""
+    allocated = np.flatnonzero(trace.is_kind("alloc"))
+    later = np.flatnonzero(trace.is_kind("free", "book"))
+    frees = trace.storage[trace.is_kind("free")]
+    if not np.array_equal(trace.storage[allocated], np.arange(len(allocated))) or (trace.nbytes < 0).any():
+        raise IrregularError("storages are not numbered as they are allocated")
+    if len(later) and (trace.storage[later].min() < 0 or trace.storage[later].max() >= len(allocated)):
+        raise IrregularError("a storage ends that was not allocated")
+    if (allocated[trace.storage[later]] > later).any() or len(np.unique(frees)) != len(frees):
+        raise IrregularError("a storage ends before it is allocated, or twice")
+    if not np.array_equal(trace.symbols(sizes), symbols):
+        raise IrregularError("a storage ends as one of another kind")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Where the blocks of events of one unit of layers are inserted.
+
+    blocks: (place in the shallowest trace, number of events), in order.  length: of that trace.
+    slack: for each block, by how many events it can be inserted earlier, so that the same symbols result.
+    """
+
+    blocks: list[tuple[int, int]]
+    slack: list[int]
+    length: int
+
+    @classmethod
+    def of(cls, first: Ints, second: Ints) -> _Rule:
+        """Each block as late as possible. Raises IrregularError: no blocks lead from `first` to `second`, symbols."""
+        blocks: list[tuple[int, int]] = []
+        slack: list[int] = []
+        at_first = at_second = earlier = 0
+        while True:
+            alike = _alike(first[at_first:], second[at_second:])
+            at_first, at_second = at_first + alike, at_second + alike
+            if at_first == len(first) and at_second == len(second):
+                return cls(blocks, slack, len(first))
+            size = _size_of_block(first, second, at_first, at_second)
+            room = first[earlier:at_first]
+            slack.append(_alike(room[::-1], second[at_second + size - len(room) : at_second + size][::-1]))
+            blocks.append((at_first, size))
+            earlier = at_first
+            at_second += size
+
+    def placed(self, columns: list[list[Ints]]) -> _Rule:
+        """The same blocks where the events on both sides mean the storages that their neighbours mean: in the middle of
+        a row of alike blocks, as the first and the last layer may mean others; of layers of one stretch, where another
+        stretch of the stack has the same events in this place.
+
+        columns: of the three traces, those whose values change by constants.
+        """
+        blocks, shift = [], 0
+        for (place, size), slack in zip(self.blocks, self.slack, strict=True):
+            begin = place - slack
+            before = self._steady(columns, begin, place, shift)
+            after = self._steady(columns, begin, place, shift + size)
+            most = slack // size
+            fitting = [
+                back
+                for back in range(most + 1)
+                if before[: slack - back * size].all() and after[slack - back * size :].all()
+            ]
+            back = min(fitting, key=lambda back: abs(2 * back - fitting[0] - fitting[-1])) if fitting else most // 2
+            blocks.append((place - back * size, size))
+            shift += size
+        return replace(self, blocks=blocks)
+
+    def _steady(self, columns: list[list[Ints]], begin: int, end: int, shift: int) -> NDArray[np.bool_]:
+        """Which of the events from `begin` to `end` in the first trace have values that change by constants, where the
+        deeper traces have `shift` more events before them for each unit."""
+        steady = np.ones(end - begin, dtype=np.bool_)
+        for first, second, third in zip(*columns, strict=True):
+            own, two = first[begin:end], third[begin + 2 * shift : end + 2 * shift]
+            steady &= two - own == 2 * (second[begin + shift : end + shift] - own)
+        return steady
+
+    def repeated(self, first: Ints, second: Ints, times: int) -> Ints:
+        """A column of the trace with `times` units more, in which each of them has the same values."""
+        parts, begin, shift = [], 0, 0
+        for place, size in self.blocks:
+            block = second[place + shift : place + shift + size]
+            parts += [first[begin:place], *[block] * times]
+            begin, shift = place, shift + size
+        return np.concatenate([*parts, first[begin:]])
+
+    def continued(self, columns: list[Ints], times: int) -> Ints:
+        """A column of the trace with `times` units more, whose values change by constants with the depth, and from one
+        unit to the next.
+
+        columns: of the three traces. Raises IrregularError: between these a value changes by different amounts.
+        """
+        first, second, third = columns
+        parts, begin, shift = [], 0, 0
+        numbers = np.arange(times)[:, None]
+        for place, size in [*self.blocks, (self.length, 0)]:
+            own = first[begin:place]
+            change = second[begin + shift : place + shift] - own
+            if not np.array_equal(third[begin + 2 * shift : place + 2 * shift] - own, 2 * change):
+                raise IrregularError("a value does not change by the same amount with each unit of layers")
+            parts.append(own + times * change)
+            # Of `times` units, the one with number n has value(1, 0) + n · by_unit + (times - 1) · by_depth.
+            one = second[place + shift : place + shift + size]
+            two = third[place + 2 * shift : place + 2 * shift + 2 * size].reshape(2, size)
+            by_depth, by_unit = two[0] - one, two[1] - two[0]
+            parts.append((one + numbers * by_unit + (times - 1) * by_depth).reshape(-1))
+            begin, shift = place, shift + size
+        return np.concatenate(parts)
+
+
+def _alike(left: Ints, right: Ints) -> int:
+    """How many elements two arrays have in common at their beginnings."""
+    most, done = min(len(left), len(right)), 0
+    while done < most:  # in pieces, as commonly a short one tells
+        end = min(done + 4096, most)
+        different = np.flatnonzero(left[done:end] != right[done:end])
+        if len(different):
+            return done + int(different[0])
+        done = end
+    return done
+
+
+def _size_of_block(first: Ints, second: Ints, at_first: int, at_second: int) -> int:
+    """The number of events that are inserted at a place: after them, the traces are alike for longest. What is inserted
+    is what stands right before: a unit of layers that the shallower trace has, too.
+
+    Raises IrregularError: nothing inserted there makes them alike.
+    """
+    most = min(len(second) - len(first) - (at_second - at_first), at_second)
+    sizes: Iterable[int]
+    if at_first == len(first):
+        sizes = [most]
+    else:
+        sizes = np.flatnonzero(second[at_second : at_second + most + 1] == first[at_first]).tolist()
+    best, longest = 0, 0
+    for size in sizes:
+        block = second[at_second : at_second + size]
+        if size and np.array_equal(block, second[at_second - size : at_second]):
+            alike = _alike(first[at_first:], second[at_second + size :])
+            if alike > longest or at_first == len(first):
+                best, longest = size, alike
+    if not best:
+        raise IrregularError("a unit of layers adds events that no layer before has")
+    return best

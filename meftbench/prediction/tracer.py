@@ -1,0 +1,146 @@
+"""Traces cells on the device of a profile: a few layers and micro-batches of each, from which the rest is told."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import cast
+
+from meftbench.catalogue.optimizers import OPTIMIZERS
+from meftbench.catalogue.profiles import Profile
+from meftbench.catalogue.versions import NOW, Versions
+from meftbench.errors import UserError
+from meftbench.measuring.build import AUTOCAST
+from meftbench.methods import Applied
+from meftbench.plan.cell import Cell
+from meftbench.prediction.cuda_counter import PredictedStep
+from meftbench.prediction.deepened import IrregularError, Trace, deepened
+from meftbench.prediction.older_rules import older_rules
+from meftbench.prediction.overlay import cuda_semantics
+from meftbench.prediction.partitioned import partitioned_instead_of_compiled
+from meftbench.prediction.remembered import Remembered
+from meftbench.prediction.repeating import repeated_by
+from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_model, uncomputed_step
+from meftbench.probes.counted_metrics import paged_metrics, parameter_counts
+from meftbench.records.record import Metric
+
+FEWEST = 3  # of what repeats: traced with these numbers of units, the next, and the one after that
+GAIN = 3  # further units from which on a rule is looked for
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A cell's making and its first step; the further ones, too, where the optimizer replaces its state in each.
+
+    sizes: numbers of parameters, and of bytes that are in no event.  attention: fused attention operators that ran.
+    """
+
+    trace: Trace
+    sizes: dict[str, Metric]
+    attention: frozenset[str]
+
+
+class Tracer:
+    """Traces cells. What they have in common is kept: models, what operators gave.
+
+    traced: how many cells were traced, those of fewer layers among them.  remembered: what operators gave.
+    """
+
+    def __init__(self, profile: Profile, versions: Versions = NOW, *, extrapolate: bool = True) -> None:
+        self.profile, self.versions = profile, versions
+        self.traced = 0
+        self._extrapolate = extrapolate
+        self.remembered = Remembered()
+        self._models: dict[str, Applied] = {}
+        self._known: dict[tuple[str, int, float], Traced] = {}
+
+    def __call__(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
+        """A cell with any number of layers and micro-batches. What it allocates is that of `directly`, in fewer layers
+        where layers allocate alike. steps: of which `trace` has the first alone, unless the optimizer makes them
+        differ.  padding: of a packed cell, the share of each sequence that is left out.
+
+        Raises UserError: the cell cannot be built, or a trace cannot follow it.
+        """
+        if not self._extrapolate or (cell.packing and cell.micro_batch_size < cell.batch_size):
+            return self.directly(cell, steps, padding)
+        repeating = repeated_by(cell)
+
+        def traced(counts: tuple[int, ...]) -> Traced:
+            fewer = repeating.cell_with(counts)
+            key = (fewer.cell_id, steps, padding)
+            if key not in self._known:
+                self._known[key] = self.directly(fewer, steps, padding)
+            return self._known[key]
+
+        for together in (1, 2):  # where layers take turns with two buffers, two of them are a unit
+            with suppress(IrregularError):
+                return _told(repeating.counts, tuple(together * unit for unit in repeating.units), traced)
+        return traced(repeating.counts)
+
+    def directly(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
+        """Every layer and micro-batch of a cell. Arguments and errors: as above."""
+        self.traced += 1
+        on_meta = cell.precision not in AUTOCAST
+        step, mode = uncomputed_step(
+            cell,
+            foreach=self.versions.foreach_optimizer,
+            on_meta=on_meta,
+            applied=self._model(cell) if on_meta else None,
+            padding=padding,
+        )
+        with ExitStack() as entered:
+            for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(self.profile, self.versions)):
+                entered.enter_context(region)
+            entered.enter_context(older_rules(self.versions, step))
+            entered.enter_context(partitioned_instead_of_compiled(step.applied))
+            entered.enter_context(mode)
+            counted = entered.enter_context(PredictedStep(step, self.remembered, self.profile, self.versions))
+            counter = counted.counter
+            assert counter.events is not None
+            starts = []
+            for _ in range(steps if OPTIMIZERS[cell.optimizer].replaces_state else 1):
+                starts.append(len(counter.events))
+                counted.run()
+                gc.collect()  # what the step leaves alive after this stays alive
+        for lever, made in step.applied.levers.items():
+            if fact := made.missing_in_trace(counter.attention_kernels):
+                what = f"{lever}: {fact} on {self.profile.device}"
+                raise UserError(cell.label, what, f"change the settings of {lever}")
+        trace, counter.events = Trace.of(counter.events, starts), None
+        sizes = parameter_counts(step.model) | paged_metrics(step, "predicted")
+        gc.freeze()  # so that no collection in a later trace goes through the models and what is remembered
+        return Traced(trace, sizes, frozenset(counter.attention_kernels))
+
+    def _model(self, cell: Cell) -> Applied:
+        """The cell's model with its method, which does not depend on the shape of the batch."""
+        key = cell.model_copy(update=dict.fromkeys(("batch_size", "micro_batch_size", "sequence_length"), 1)).cell_id
+        if key not in self._models:
+            self._models[key] = uncomputed_model(cell)
+        return self._models[key]
+
+
+def _told(counts: tuple[int, ...], units: tuple[int, ...], traced: Callable[[tuple[int, ...]], Traced]) -> Traced:
+    """The trace with `counts` of what repeats, by `traced` or from those of three smaller counts."""
+    for place, (count, unit) in enumerate(zip(counts, units, strict=True)):
+        fewest = max(2, -(-FEWEST // unit)) * unit + count % unit
+        times = (count - fewest) // unit
+        if times >= GAIN:
+            three = [
+                _told((*counts[:place], fewest + more * unit, *counts[place + 1 :]), units, traced) for more in range(3)
+            ]
+            return _continued(three[0], three[1], three[2], times)
+    return traced(counts)
+
+
+def _continued(first: Traced, second: Traced, third: Traced, times: int) -> Traced:
+    if not first.attention == second.attention == third.attention or not first.sizes.keys() == third.sizes.keys():
+        raise IrregularError("other kernels run in further layers")
+    sizes = {}
+    for name, metric in first.sizes.items():
+        values = [cast(int, traced.sizes[name].value) for traced in (first, second, third)]
+        if values[2] - values[1] != values[1] - values[0]:
+            raise IrregularError(f"{name} does not grow by the same number with each unit of layers")
+        sizes[name] = replace(metric, value=values[0] + times * (values[1] - values[0]))
+    return Traced(deepened(first.trace, second.trace, third.trace, times), sizes, first.attention)
