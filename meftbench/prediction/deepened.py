@@ -5,7 +5,7 @@ blocks of events inserted: one where layers run forward, one where they run back
 on. Each further layer inserts the same blocks again. Which storage an event means, and how large it is, changes from
 layer to layer and from depth to depth by a constant: three depths say by which, and whether that is so.
 
-`deepened` raises IrregularError where it is not; then the whole model is to be traced.
+`Growth` raises IrregularError where it is not; then the whole model is to be traced.
 """
 
 from __future__ import annotations
@@ -121,6 +121,10 @@ class Trace:
         own[later] = own[later] * _SPREAD + own[allocations][self.storage[later]]
         return own
 
+    def has_events_of(self, other: Trace) -> bool:
+        """Whether the events are those of the other trace, apart from sizes."""
+        return np.array_equal(self.what, other.what) and np.array_equal(self.storage, other.storage)
+
     def is_kind(self, *kinds: str) -> NDArray[np.bool_]:
         numbers = [number for what, number in _known.items() if what.kind in kinds]
         return np.isin(self.what, numbers)
@@ -129,27 +133,51 @@ class Trace:
 _SPREAD = 1_000_003  # a prime: symbols are hashes, in 64 bits that overflow
 
 
-def deepened(first: Trace, second: Trace, third: Trace, times: int) -> Trace:
-    """The trace of `times` units of layers more than `first`; `second` has one unit more, and `third` two.
+class Growth:
+    """How a trace grows with the number of units of layers, from those of three models. first: of the shallowest.
+    `second` has one unit more, and `third` two.
 
-    Raises IrregularError: what the second unit adds does not follow from what the first adds, or the result is no
-    trace.
+    Raises IrregularError: what the second unit adds does not follow from what the first adds.
     """
-    traces = (first, second, third)
-    # A size may depend on the depth, as that of a tensor with a part for each layer does; those tell no layer's kind.
-    sizes = np.intersect1d(np.intersect1d(_sizes(first), _sizes(second)), _sizes(third))
-    symbols = [trace.symbols(sizes) for trace in traces]
-    rule = _Rule.of(symbols[0], symbols[1])
-    if not np.array_equal(rule.repeated(symbols[0], symbols[1], 2), symbols[2]):
-        raise IrregularError("a second unit of layers adds other events than the first")
-    rule = rule.placed([[trace.storage, trace.nbytes] for trace in traces])
-    result = Trace(
-        rule.repeated(first.what, second.what, times),
-        rule.continued([trace.storage for trace in traces], times),
-        rule.continued([trace.nbytes for trace in traces], times),
-    )
-    _check(result, rule.repeated(symbols[0], symbols[1], times), sizes)
-    return result
+
+    def __init__(self, first: Trace, second: Trace, third: Trace) -> None:
+        self.first, self._second, self._third = first, second, third
+        traces = (first, second, third)
+        # A size may depend on the depth, as that of a tensor with a part for each layer does; those tell no layer's
+        # kind.
+        self._sizes = np.intersect1d(np.intersect1d(_sizes(first), _sizes(second)), _sizes(third))
+        self._symbols = [trace.symbols(self._sizes) for trace in traces]
+        rule = _Rule.of(self._symbols[0], self._symbols[1])
+        if not np.array_equal(rule.repeated(self._symbols[0], self._symbols[1], 2), self._symbols[2]):
+            raise IrregularError("a second unit of layers adds other events than the first")
+        self._rule = rule.placed([[trace.storage, trace.nbytes] for trace in traces])
+        self._grown: dict[int, Trace] = {}
+
+    def by(self, times: int) -> Trace:
+        """The trace of `times` units more than the first. Raises IrregularError: values do not change by constants, or
+        the result is no trace."""
+        if times not in self._grown:
+            rule, traces = self._rule, (self.first, self._second, self._third)
+            grown = Trace(
+                rule.repeated(self.first.what, self._second.what, times),
+                rule.continued([trace.storage for trace in traces], times),
+                rule.continued([trace.nbytes for trace in traces], times),
+            )
+            _check(grown, rule.repeated(self._symbols[0], self._symbols[1], times), self._sizes)
+            self._grown[times] = grown
+        return self._grown[times]
+
+    def alike(self, trace: Trace, times: int) -> Trace | None:
+        """The trace of `times` units more than `trace`, which is of as many as the first, but in another shape of the
+        batch. None: its events are not those of the first in other sizes, or it cannot be told from them."""
+        if not trace.has_events_of(self.first):
+            return None
+        grown, source = self.by(times), self._rule.sources(times)
+        own, other = self.first.nbytes[source], trace.nbytes[source]
+        grows = grown.nbytes != own  # sizes that depend on the depth: known only where the shape does not matter
+        if (other[grows] != own[grows]).any() or not self._rule.alike_around(self.first.nbytes, trace.nbytes):
+            return None
+        return Trace(grown.what, grown.storage, np.where(grows, grown.nbytes, other))
 
 
 def _sizes(trace: Trace) -> Ints:
@@ -244,6 +272,25 @@ class _Rule:
             parts += [first[begin:place], *[block] * times]
             begin, shift = place, shift + size
         return np.concatenate([*parts, first[begin:]])
+
+    def sources(self, times: int) -> Ints:
+        """For each event with `times` units more, the one in the first trace that is like it: that of the layer before,
+        where it is inserted."""
+        numbers, parts, begin = np.arange(self.length), [], 0
+        for place, size in self.blocks:
+            parts += [numbers[begin:place], *[numbers[place - size : place]] * times]
+            begin = place
+        return np.concatenate([*parts, numbers[begin:]])
+
+    def alike_around(self, known: Ints, column: Ints) -> bool:
+        """Whether the layers before and after the places where units are inserted have the same values in `column`
+        wherever they have them in `known`, of another shape."""
+        for place, size in self.blocks:
+            size_after = min(size, self.length - place)
+            before, after = slice(place - size, place - size + size_after), slice(place, place + size_after)
+            if ((known[before] == known[after]) & (column[before] != column[after])).any():
+                return False
+        return True
 
     def continued(self, columns: list[Ints], times: int) -> Ints:
         """A column of the trace with `times` units more, whose values change by constants with the depth, and from one

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.catalogue.profiles import Profile
@@ -16,7 +16,7 @@ from meftbench.measuring.build import AUTOCAST
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.prediction.cuda_counter import PredictedStep
-from meftbench.prediction.deepened import IrregularError, Trace, deepened
+from meftbench.prediction.deepened import Growth, IrregularError, Trace
 from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.partitioned import partitioned_instead_of_compiled
@@ -55,6 +55,8 @@ class Tracer:
         self.remembered = Remembered()
         self._models: dict[str, Applied] = {}
         self._known: dict[tuple[str, int, float], Traced] = {}
+        self._growths: dict[Any, list[_Growth]] = {}
+        self._irregular: set[Any] = set()
 
     def __call__(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
         """A cell with any number of layers and micro-batches. What it allocates is that of `directly`, in fewer layers
@@ -75,9 +77,41 @@ class Tracer:
             return self._known[key]
 
         for together in (1, 2):  # where layers take turns with two buffers, two of them are a unit
-            with suppress(IrregularError):
-                return _told(repeating.counts, tuple(together * unit for unit in repeating.units), traced)
+            units = tuple(together * unit for unit in repeating.units)
+            if (family := (self._family(cell), units)) in self._irregular:
+                continue
+            try:
+                return self._told(family, repeating.counts, traced)
+            except IrregularError:
+                self._irregular.add(family)
         return traced(repeating.counts)
+
+    def _told(
+        self,
+        family: tuple[str, tuple[int, ...]],
+        counts: tuple[int, ...],
+        traced: Callable[[tuple[int, ...]], Traced],
+    ) -> Traced:
+        """The trace with `counts` of what repeats: by `traced`, or from those of smaller counts."""
+        units = family[1]
+        for place, (count, unit) in enumerate(zip(counts, units, strict=True)):
+            fewest = max(2, -(-FEWEST // unit)) * unit + count % unit
+            times = (count - fewest) // unit
+            if times < GAIN:
+                continue
+
+            def fewer(more: int, place: int = place, fewest: int = fewest, unit: int = unit) -> Traced:
+                return self._told(family, (*counts[:place], fewest + more * unit, *counts[place + 1 :]), traced)
+
+            first = fewer(0)
+            others = (*counts[:place], fewest, *counts[place + 1 :])
+            known = self._growths.setdefault((*family, place, others), [])
+            for growth in known:
+                if (trace := growth.of_trace.alike(first.trace, times)) is not None:
+                    return Traced(trace, growth.sizes(times), first.attention)
+            known.append(_Growth.of(first, fewer(1), fewer(2)))
+            return Traced(known[-1].of_trace.by(times), known[-1].sizes(times), first.attention)
+        return traced(counts)
 
     def directly(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
         """Every layer and micro-batch of a cell. Arguments and errors: as above."""
@@ -113,34 +147,40 @@ class Tracer:
         gc.freeze()  # so that no collection in a later trace goes through the models and what is remembered
         return Traced(trace, sizes, frozenset(counter.attention_kernels))
 
+    def _family(self, cell: Cell) -> str:
+        """What cells have in common that differ in the shape of the batch alone."""
+        return cell.model_copy(update=dict.fromkeys(("batch_size", "micro_batch_size", "sequence_length"), 1)).cell_id
+
     def _model(self, cell: Cell) -> Applied:
         """The cell's model with its method, which does not depend on the shape of the batch."""
-        key = cell.model_copy(update=dict.fromkeys(("batch_size", "micro_batch_size", "sequence_length"), 1)).cell_id
+        key = self._family(cell)
         if key not in self._models:
             self._models[key] = uncomputed_model(cell)
         return self._models[key]
 
 
-def _told(counts: tuple[int, ...], units: tuple[int, ...], traced: Callable[[tuple[int, ...]], Traced]) -> Traced:
-    """The trace with `counts` of what repeats, by `traced` or from those of three smaller counts."""
-    for place, (count, unit) in enumerate(zip(counts, units, strict=True)):
-        fewest = max(2, -(-FEWEST // unit)) * unit + count % unit
-        times = (count - fewest) // unit
-        if times >= GAIN:
-            three = [
-                _told((*counts[:place], fewest + more * unit, *counts[place + 1 :]), units, traced) for more in range(3)
-            ]
-            return _continued(three[0], three[1], three[2], times)
-    return traced(counts)
+@dataclass(frozen=True)
+class _Growth:
+    """How a trace and numbers of parameters grow with the number of units of layers."""
 
+    of_trace: Growth
+    numbers: dict[str, tuple[Metric, int]]
 
-def _continued(first: Traced, second: Traced, third: Traced, times: int) -> Traced:
-    if not first.attention == second.attention == third.attention or not first.sizes.keys() == third.sizes.keys():
-        raise IrregularError("other kernels run in further layers")
-    sizes = {}
-    for name, metric in first.sizes.items():
-        values = [cast(int, traced.sizes[name].value) for traced in (first, second, third)]
-        if values[2] - values[1] != values[1] - values[0]:
-            raise IrregularError(f"{name} does not grow by the same number with each unit of layers")
-        sizes[name] = replace(metric, value=values[0] + times * (values[1] - values[0]))
-    return Traced(deepened(first.trace, second.trace, third.trace, times), sizes, first.attention)
+    @classmethod
+    def of(cls, first: Traced, second: Traced, third: Traced) -> _Growth:
+        """Raises IrregularError: they do not grow by a rule."""
+        if not first.attention == second.attention == third.attention or first.sizes.keys() != third.sizes.keys():
+            raise IrregularError("other kernels run in further layers")
+        numbers = {}
+        for name, metric in first.sizes.items():
+            one, two, three = (cast(int, traced.sizes[name].value) for traced in (first, second, third))
+            if three - two != two - one:
+                raise IrregularError(f"{name} does not grow by the same number with each unit of layers")
+            numbers[name] = (metric, two - one)
+        return cls(Growth(first.trace, second.trace, third.trace), numbers)
+
+    def sizes(self, times: int) -> dict[str, Metric]:
+        return {
+            name: replace(metric, value=cast(int, metric.value) + times * by)
+            for name, (metric, by) in self.numbers.items()
+        }
