@@ -1,7 +1,7 @@
 """What other libraries call the methods, levers, precisions and optimizers of this one: the one table of equivalents.
 
-The flags were looked up in the sources of the versions in `VERSIONS`, and nothing is listed that is not there. A flag of
-the same purpose is not always the same arithmetic: where it differs, a note says how.
+The flags were looked up in the sources of the versions in `VERSIONS`, and nothing is listed that is not there. A flag
+of the same purpose is not always the same arithmetic: where it differs, a note says how.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Elsewhere:
 _NON_REENTRANT = {"use_reentrant": False}
 _CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": _NON_REENTRANT}
 _ALL_OF_LIGER = "all of Liger's kernels, not its loss alone"
+_ALWAYS_CHUNKED = "the loss over the vocabulary is in chunks there, by default"
 _WHOLE_STEP = "compiles the whole model, not its layers one by one"
 
 # By a lever, with the settings that need flags of their own. `checkpoint+offload` is what the two are together.
@@ -74,7 +75,11 @@ LEVERS_ELSEWHERE: dict[str, Elsewhere] = {
         notes={TRAINER: "copies run on the stream of the computation, so that the step is slower than predicted"},
     ),
     "tiled_mlp": Elsewhere(axolotl={"tiled_mlp": True}, unsloth={"unsloth_tiled_mlp": True}),
-    "chunked_loss": Elsewhere(trl={"loss_type": "chunked_nll"}),
+    "chunked_loss": Elsewhere(
+        trl={"loss_type": "chunked_nll"},
+        unsloth={},
+        notes={UNSLOTH: "on by default, by kernels of its own"},
+    ),
     "liger_loss": Elsewhere(
         trainer={"use_liger_kernel": True},
         trl={"use_liger_kernel": True},
@@ -111,9 +116,12 @@ METHOD_NOTES = {
 # Projections that `lora` adapts where no targets are named, by model type; peft's own choice for these is the same.
 _QUERY_VALUE = ["q_proj", "v_proj"]
 LORA_TARGETS: dict[str, list[str]] = {
-    name: _QUERY_VALUE
-    for name in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "opt")
-} | {"bert": ["query", "value"], "roberta": ["query", "value"]}
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "opt"), _QUERY_VALUE
+    ),
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+}
 
 # By precision: the dtype in which a model is loaded, and what the libraries are told. nf4 quantises while loading.
 PRECISIONS_ELSEWHERE: dict[str, tuple[str, Elsewhere]] = {
@@ -168,12 +176,18 @@ def levers_in(library: str, levers: Mapping[str, Mapping[str, Any]]) -> Equivale
         flags |= off.get("checkpoint", {})
     if not {"chunked_loss", "liger_loss", "cut_loss"} & levers.keys():
         flags |= off.get("loss", {})
+    if library == UNSLOTH and "chunked_loss" not in levers:
+        notes.append(_ALWAYS_CHUNKED)
     for key, settings in _keys(levers):
         entry = LEVERS_ELSEWHERE[key]
         found = entry.of(library)
         if found is None:
             missing.append(key)
-            continue
+            if not key.startswith("checkpoint("):
+                continue
+            # The nearest that is offered, or its default would decide.
+            found = LEVERS_ELSEWHERE["checkpoint"].of(library) or {}
+            notes.append("every layer is checkpointed instead")
         for name, value in _filled(found, settings).items():
             # Plugins of several levers stand in one list.
             flags[name] = [*flags.get(name, []), *value] if isinstance(value, list) else value
