@@ -158,7 +158,9 @@ def _forms(
         known = {lever for (_, levers), _ in forms for lever in levers}
         forms = [form for form in forms if form[0][1].keys() <= wanted and (wanted or form[0][0] == settings)]
         # A lever that is in none of the default sets is tried on each of those that are left.
-        for extra in [lever for lever in LEVERS if lever in wanted - known]:
+        reversible = issubclass(METHODS[method].settings, Reversible)
+        extras = [name for name in LEVERS if name in wanted - known]
+        for extra in [name for name in extras if LEVERS[name].adds_to_reversal or not reversible]:
             forms += [((own, {**levers, extra: {}}), optimizer) for (own, levers), optimizer in forms]
     for (own, levers), optimizer in forms:
         yield [(method, own), *levers.items()], optimizer

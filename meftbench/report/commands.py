@@ -125,7 +125,8 @@ def _outside(levers: list[str]) -> list[str]:
 
 def _of_the_step(row: Row, about: Row) -> list[str]:
     micro, batch = micro_batch_of(row), batch_of(row, about)
-    lines = [f"# a step: {batch // micro:,} micro-batches of {micro:,} × {row['sequence_length']:,} tokens"]
+    pieces = f"{batch // micro:,} micro-batches of " if batch > micro else ""
+    lines = [f"# a step: {pieces}{micro:,} × {row['sequence_length']:,} tokens"]
     if row["precision"] in _AUTOCAST:
         lines.append(f'# forward and loss under torch.autocast("cuda", dtype={_AUTOCAST[row["precision"]]})')
     return lines

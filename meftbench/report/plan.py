@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Row = Mapping[str, Any]
+NARROWEST = 24  # characters of the first column, whose labels take several lines
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -78,10 +80,11 @@ def tables(answer: Row) -> Iterator[Table]:
     """Title, head and rows of each table; every title names the source of its numbers."""
     if answer["best"]:
         yield "best lever set of each method, memory predicted", *_rows(answer["best"], answer)
-    frontier = sorted((row for row in answer["rows"] if row["on_frontier"]), key=_memory_of(answer))
+    frontier = sorted((row for row in answer["rows"] if row["on_frontier"]), key=_smallest_first)
     if frontier:
-        against = "tokens/s, both predicted" if answer["has_time"] else "counted arithmetic, memory at micro-batch 1"
-        yield f"no other is smaller and no slower (Pareto set): memory against {against}", *_rows(frontier, answer)
+        against = "predicted tokens/s" if answer["has_time"] else "counted arithmetic"
+        title = f"Pareto set (no other is smaller and no slower): memory at micro-batch 1, predicted, against {against}"
+        yield title, *_rows(frontier, answer)
     if answer["explained"]:
         yield _explained(answer)
     if answer["needs"]:
@@ -96,9 +99,8 @@ def tables(answer: Row) -> Iterator[Table]:
         yield _map(answer)
 
 
-def _memory_of(answer: Row) -> Any:
-    key = "process_device_bytes" if answer["has_time"] else "least_device_bytes"
-    return lambda row: (row[key], row["method"])
+def _smallest_first(row: Row) -> Any:
+    return row["least_device_bytes"], row["method"]
 
 
 def _gib(size: float | None) -> str:
@@ -138,11 +140,11 @@ def _explained(answer: Row) -> Table:
         present = chosen.get(pair["lever"])
         if present is None or _closeness(pair, best) > _closeness(present, best):
             chosen[pair["lever"]] = pair
-    head = ["lever", "on", "micro-batch", "GiB without", "GiB with", "saves GiB", "arithmetic"]
+    head = ["method", "lever", "micro-batch", "without", "with", "saves", "arithmetic"]
     body = [
         [
-            f"+{pair['lever']}",
             name_of({**pair, "method": pair["without"]}, answer),
+            f"+{pair['lever']}",
             f"{pair['micro_batch_size']:,}",
             _gib(pair["without_bytes"]),
             _gib(pair["with_bytes"]),
@@ -151,7 +153,7 @@ def _explained(answer: Row) -> Table:
         ]
         for pair in sorted(chosen.values(), key=lambda pair: -pair["saves_bytes"])
     ]
-    return "what each lever saves here, at equal micro-batch, memory predicted, arithmetic counted", head, body
+    return "what each lever saves here: GiB at equal micro-batch, predicted, and arithmetic, counted", head, body
 
 
 def _closeness(pair: Row, best: Row | None) -> int:
@@ -188,7 +190,7 @@ def larger_lines(answer: Row) -> list[str]:
         gain = "" if card["speedup"] is None else f" ({card['speedup']:.2f} times the speed)"
         line = f"a card of {size}: {name_of(best, answer)}, {shape_of(best, answer)}, {speed_of(best, answer)}{gain}"
         new = card["newly_fits"]
-        lines.append(line + (f"; {', '.join(new)} fit as well" if new else "; no other method fits"))
+        lines.append(line + (f"; {', '.join(new)}, too large here, fit there" if new else ""))
     for entry in answer["too_large"] if answer["fastest"] else []:
         needed, missing = format_bytes(entry["least_device_bytes"]), format_bytes(entry["missing_bytes"])
         needs = f"needs {needed} at micro-batch 1, {missing} too much, predicted"
@@ -231,13 +233,13 @@ def print_plan(answer: Row, console: Console | None = None) -> None:
     for title, head, body in tables(answer):
         out.print(Text(f"\n{title}", style="bold"))
         widths = [max(len(row[index]) for row in [head, *body]) for index in range(len(head))]
-        first = max(8, min(widths[0], out.width - sum(2 + width for width in widths[1:])))
+        first = min(widths[0], max(NARROWEST, out.width - sum(2 + width for width in widths[1:])))
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
         table.add_column(head[0], overflow="fold", width=first)
         for index in range(1, len(head)):
             table.add_column(head[index], justify="right", overflow="fold", width=widths[index])
-        for row in body:
-            table.add_row(*map(Text, row))
+        for label, *numbers in body:
+            table.add_row(Text(broken(label, first)), *map(Text, numbers))
         print_table(table, out, first + sum(2 + width for width in widths[1:]))
     for line in ["", *larger_lines(answer)]:
         out.print(Text(line, overflow="fold"))
@@ -249,6 +251,16 @@ def print_plan(answer: Row, console: Console | None = None) -> None:
             out.print(Text(text), soft_wrap=True)
     for line in ["", *notes(answer), last_line(answer)]:
         out.print(Text(line, overflow="fold"))
+
+
+def broken(label: str, width: int) -> str:
+    """A label in lines of at most `width` characters, broken before `+` or a bracket where there is one."""
+    lines = [""]
+    for piece in re.split(r"(?=[+(])|(?<=[ ,])", label):
+        if lines[-1] and len(lines[-1] + piece) > width:
+            lines.append(" ")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def markdown(answer: Row) -> str:

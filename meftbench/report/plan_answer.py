@@ -53,7 +53,7 @@ def as_plan(
         "smallest": min(
             comparable or fitting, key=lambda row: (row["least_device_bytes"], row["method"]), default=None
         ),
-        "best": list({method_of(row["method"]): row for row in reversed(fitting)}.values())[::-1],
+        "best": [of_method[0] for of_method in _by_method(fitting).values()],
         "larger": [_larger(full, fitting, index, about) for index in range(1, len(about["cards"]))],
         "too_large": _too_large(answers, about),
         "levers": lever_pairs(own),
@@ -81,20 +81,18 @@ def _with_meaning(row: Mapping[str, Any], about: Mapping[str, Any], price: Price
 
 
 def on_frontier(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """For each row whether no other takes no more memory, costs no more, and is better in one of the two.
-
-    With predicted times these are the memory of the process and the speed at the row's micro-batch. Without, they are
-    the memory at micro-batch 1 and the arithmetic per token, neither of which depends on the micro-batch.
-    """
+    """For each row whether no other takes no more memory, is no slower, and is better in one of them (`point_of`)."""
     timed = by_time(rows)
     return [not beaten for beaten in dominated([point_of(row, timed) for row in rows])]
 
 
 def point_of(row: Mapping[str, Any], timed: bool) -> tuple[float, float]:
-    """Memory (bytes), and what is the better the larger it is: tokens per second, or less arithmetic."""
-    if timed:
-        return row["process_device_bytes"], row["tokens_per_s"]
-    return row["least_device_bytes"], -row["relative_cost"]
+    """Memory in bytes, and what is the better the larger it is: tokens per second, or less arithmetic a token.
+
+    Memory is that at micro-batch 1, the least with which the lever set runs: at the largest micro-batch that fits,
+    every row fills the card, and memory would say nothing.
+    """
+    return row["least_device_bytes"], row["tokens_per_s"] if timed else -row["relative_cost"]
 
 
 def _larger(rows: list[Row], fitting: list[Row], index: int, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,28 +153,33 @@ def _needs(rows: list[Row]) -> list[dict[str, Any]]:
 def lever_pairs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For each two rows that differ in one lever alone, what the lever saves; the most saved first.
 
-    Compared at the micro-batch of both where they have the same, else at micro-batch 1.
+    Compared at the largest micro-batch for which both have a row that fits, else at micro-batch 1.
     """
-    by_choice = {(_parts(row["method"]), row["precision"], row["optimizer"]): row for row in rows}
+    by_choice: dict[Any, dict[int, Row]] = {}
+    for row in rows:
+        choice = (_parts(row["method"]), row["precision"], row["optimizer"])
+        by_choice.setdefault(choice, {})[row["micro_batch_size"] if row["fits"] else 0] = row
     found = []
-    for ((method, levers), precision, optimizer), row in by_choice.items():
+    for ((method, levers), precision, optimizer), sized in by_choice.items():
         for lever in levers:
-            partner = by_choice.get(((method, levers - {lever}), precision, optimizer))
-            if partner is not None:
-                found.append(_pair(lever, row, partner))
+            partners = by_choice.get(((method, levers - {lever}), precision, optimizer))
+            if partners is not None:
+                found.append(_pair(lever, sized, partners))
     return sorted(found, key=lambda pair: (-pair["saves_bytes"], pair["with"], pair["lever"]))
 
 
-def _pair(lever: str, row: Row, partner: Row) -> dict[str, Any]:
-    same = row["fits"] and partner["fits"] and row["micro_batch_size"] == partner["micro_batch_size"]
-    key = "process_device_bytes" if same else "least_device_bytes"
+def _pair(lever: str, sized: dict[int, Row], partners: dict[int, Row]) -> dict[str, Any]:
+    """What the lever saves. sized, partners: rows with and without it, by their micro-batch (0: does not fit)."""
+    micro = max((sized.keys() & partners.keys()) - {0}, default=0)
+    row, partner = (rows[micro] if micro else next(iter(rows.values())) for rows in (sized, partners))
+    key = "process_device_bytes" if micro else "least_device_bytes"
     return {
         "lever": lever,
         "with": row["method"],
         "without": partner["method"],
         "precision": row["precision"],
         "optimizer": row["optimizer"],
-        "micro_batch_size": row["micro_batch_size"] if same else 1,
+        "micro_batch_size": micro or 1,
         "without_bytes": partner[key],
         "with_bytes": row[key],
         "saves_bytes": partner[key] - row[key],

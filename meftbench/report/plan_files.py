@@ -93,8 +93,8 @@ def _saved(draw: Any, size: tuple[float, float], kind: str) -> bytes:
 def plot_plan(answer: Row, ax: Axes) -> None:
     """Memory (GiB) against speed, a point for each row that fits; a line joins the Pareto set, the answer has a ring.
 
-    With predicted times: memory at the row's micro-batch, against tokens per second. Without: memory at micro-batch 1,
-    against arithmetic per token, whose axis is turned so that right is better in both.
+    Memory is that at micro-batch 1, and speed that at the largest micro-batch that fits: predicted tokens per second;
+    where no time is predicted, arithmetic per token, on an axis that is turned so that right is better in both.
     """
     timed = answer["has_time"]
     rows = [
@@ -116,12 +116,13 @@ def plot_plan(answer: Row, ax: Axes) -> None:
                 label=f"the answer:\n{name_of(best, answer)}")  # fmt: skip
     card = answer["cards"][0]
     ax.axhline(card / GiB, color="#D55E00", linewidth=1, linestyle="--", label=f"the card, {format_bytes(card)}")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.05 * max([card / GiB, *(memory for memory, _ in places.values())]))
+    ax.set_ylabel("memory at micro-batch 1 (GiB, predicted)")
     if timed:
-        ax.set(xlabel="speed (tokens/s, predicted)", ylabel="memory of the process (GiB, predicted)")
+        ax.set_xlabel("speed at the largest micro-batch that fits (tokens/s, predicted)")
+        ax.xaxis.set_major_formatter("{x:,.10g}")
     else:
-        ax.set(xlabel="operations a token over the least of all candidates (counted)",
-               ylabel="memory at micro-batch 1 (GiB, predicted)")  # fmt: skip
+        ax.set_xlabel("operations a token over the least of all candidates (counted)")
         ax.invert_xaxis()
     ax.grid(True, color="#DDDDDD", linewidth=0.6)
     legend_beside(ax)
