@@ -217,8 +217,11 @@ def notes(answer: Row) -> list[str]:
 
 
 def last_line(answer: Row) -> str:
-    traced = f"{answer['traced']:,} shapes traced" if answer["traced"] else "nothing traced"
-    return f"{answer['candidates']:,} candidates, {traced}, in {format_duration(answer['predict_s'])}, measured"
+    candidates, shapes = (
+        f"{answer[key]:,} {word}{'s' * (answer[key] != 1)}"
+        for key, word in (("candidates", "candidate"), ("traced", "shape"))
+    )
+    return f"{candidates}, {shapes} traced, in {format_duration(answer['predict_s'])}, measured"
 
 
 def print_plan(answer: Row, console: Console | None = None) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from meftbench.catalogue.labels import label_of, read_label
+from meftbench.catalogue.labels import label_of, read_label, split_label
 from meftbench.catalogue.profiles import PROFILES
+from meftbench.plan.optimizing import IN_BACKWARD
 from meftbench.plan.planning import Candidate
 from meftbench.plan.prices import Price
 from meftbench.plan.ranking import by_time, fastest_first, has_backward, method_of
@@ -22,21 +23,21 @@ Row = dict[str, Any]
 def as_plan(
     about: Mapping[str, Any],
     rows: Iterable[Mapping[str, Any]],
-    explained: Iterable[Candidate] = (),
+    only_for_pairs: Iterable[Candidate] = (),
     price: Price | None = None,
     needs: bool = False,
 ) -> dict[str, Any]:
     """`about` (what was asked for) with the answer.
 
     about: among others `cards` (bytes: the card asked about, then larger ones) and `context_bytes`.
-    rows: of the search, one for each candidate and card (`capacity_index`); those of the candidates `explained` only
-        stand beside others that differ in a lever.
+    rows: of the search, one for each candidate and card (`capacity_index`); those of the candidates
+        `only_for_pairs` are no answers, and stand beside others that differ in a lever.
 
     Keys that are added: rows (each with what it means for its card), fastest and smallest (rows; None: nothing fits),
     best (of each method the best row that fits), larger (what each larger card buys), too_large (of each method that
     does not fit, what is missing), levers (what each saves), needs (of each method the smallest card), has_time.
     """
-    only_explained = {(candidate.label, candidate.precision, candidate.optimizer) for candidate in explained}
+    only_explained = {(candidate.label, candidate.precision, candidate.optimizer) for candidate in only_for_pairs}
     full = [_with_meaning(row, about, price, only_explained) for row in rows]
     own = [row for row in full if row["capacity_index"] == 0]
     fitting = fastest_first([row for row in own if row["fits"] and not row["only_explains"]])
@@ -65,7 +66,7 @@ def _with_meaning(row: Mapping[str, Any], about: Mapping[str, Any], price: Price
     """The row with the card's memory, whether it fits, what is left, and its least memory, at micro-batch 1."""
     card = about["cards"][row["capacity_index"]]
     least = row["smallest_reserved_bytes"] + about["context_bytes"]
-    fits = bool(row["micro_batch_size"]) and row["process_device_bytes"] <= card
+    fits = bool(row["micro_batch_size"]) and row["process_device_bytes"] <= card and _is_possible(row, about)
     timed = price is not None and row["tokens_per_s"] is not None
     return dict(row) | {
         "memory_bytes": card,
@@ -78,6 +79,12 @@ def _with_meaning(row: Mapping[str, Any], about: Mapping[str, Any], price: Price
         "cost_per_million_tokens": price.per_million_tokens(row["tokens_per_s"]) if timed and price else None,
         "currency": price.currency if price else None,
     }
+
+
+def _is_possible(row: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+    """Whether the batch that was asked for can be run: gradients that are taken in backward are not summed up."""
+    in_backward = any(lever.name == IN_BACKWARD for lever in split_label(row["method"]))
+    return not in_backward or about["batch_size"] in (None, row["micro_batch_size"])
 
 
 def on_frontier(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
