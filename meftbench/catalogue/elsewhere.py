@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from meftbench.catalogue.backbones import BACKBONES
+
 Flags = Mapping[str, Any]
 
 TRAINER, TRL, AXOLOTL, UNSLOTH = "transformers.Trainer", "TRL", "axolotl", "unsloth"
@@ -113,15 +115,32 @@ METHOD_NOTES = {
     "lora-fa": "peft's create_lorafa_optimizer also corrects the gradient of B (version 2 of the paper), which this "
     "method does not",
 }
-# Projections that `lora` adapts where no targets are named, by model type; peft's own choice for these is the same.
-_QUERY_VALUE = ["q_proj", "v_proj"]
+# Projections that `lora` adapts where no targets are named, by model type: attention_targets of the backbones' layouts.
 LORA_TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "opt"), _QUERY_VALUE
-    ),
-    "bert": ["query", "value"],
-    "roberta": ["query", "value"],
+    **{name: ["q_proj", "v_proj"] for name in BACKBONES},
+    **{name: ["query", "value"] for name in ("bert", "roberta")},
+    **{name: ["q_proj", "v_proj", "in_proj_qkv"] for name in ("qwen3_5_text", "qwen3_5_moe_text")},
+    "qwen3_next": ["q_proj", "v_proj", "in_proj_qkvz"],
 }
+# By head, the fields of LoraConfig with which peft trains a new task head as well.
+LORA_HEADS: dict[str, dict[str, Any]] = {
+    "causal_lm": {"task_type": "CAUSAL_LM"},
+    "seq2seq_lm": {"task_type": "SEQ_2_SEQ_LM"},
+    "classification": {"task_type": "SEQ_CLS"},
+    "multiple_choice": {"modules_to_save": ["classifier"]},
+    "image_classification": {"modules_to_save": ["classifier"]},
+}
+# The name of a new head where it is none that peft finds by the task type, by model type.
+OTHER_HEADS = {"bart": "classification_head"}
+
+
+def lora_fields(model_type: str | None, head: str | None) -> dict[str, Any]:
+    """The fields of LoraConfig about the head of a model of `model_type`; None: not known, so a language model's."""
+    fields = LORA_HEADS[head or "causal_lm"]
+    if head == "classification" and model_type in OTHER_HEADS:
+        return {**fields, "modules_to_save": [OTHER_HEADS[model_type]]}
+    return fields
+
 
 # By precision: the dtype in which a model is loaded, and what the libraries are told. nf4 quantises while loading.
 PRECISIONS_ELSEWHERE: dict[str, tuple[str, Elsewhere]] = {
@@ -179,7 +198,7 @@ def levers_in(library: str, levers: Mapping[str, Mapping[str, Any]]) -> Equivale
     if library == UNSLOTH and "chunked_loss" not in levers:
         notes.append(_ALWAYS_CHUNKED)
     for key, settings in _keys(levers):
-        entry = LEVERS_ELSEWHERE[key]
+        entry = LEVERS_ELSEWHERE.get(key, Elsewhere())  # a lever that was added and is not in the table
         found = entry.of(library)
         if found is None:
             missing.append(key)

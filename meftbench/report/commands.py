@@ -18,6 +18,7 @@ from meftbench.catalogue.elsewhere import (
     UNSLOTH,
     VERSIONS,
     levers_in,
+    lora_fields,
 )
 from meftbench.catalogue.labels import label_of, read_label
 from meftbench.catalogue.levers import NOT_IN_A_MODEL
@@ -196,11 +197,15 @@ def _call(name: str, arguments: Mapping[str, Any]) -> str:
 def _lora(settings: Mapping[str, Any], about: Row) -> dict[str, Any]:
     """The arguments of peft's LoraConfig for `lora` with these settings."""
     lora = Lora.model_validate(settings)
-    kind = (known_config(about["model_name"], about["config"]) or {}).get("model_type")
-    targets = lora.targets or LORA_TARGETS.get(str(kind))
+    targets = lora.targets or LORA_TARGETS.get(str(_type_of(about)))
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     arguments: dict[str, Any] = {"r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout}
     return arguments | ({"target_modules": targets} if targets else {})
+
+
+def _type_of(about: Row) -> str | None:
+    """The model's type as transformers calls it; None: not known, as of a model on the hub."""
+    return (known_config(about["model_name"], about["config"]) or {}).get("model_type")
 
 
 def _is_lora(row: Row) -> bool:
@@ -221,7 +226,8 @@ def _for_trainer(row: Row, about: Row, settings: Mapping[str, Any]) -> str:
     lines = [f"# {VERSIONS[TRAINER]}", "import torch", *_loaded(row, about, "TrainingArguments")]
     if _is_lora(row):
         lines.insert(2, "from peft import LoraConfig, get_peft_model")
-        lines.append(f"model = get_peft_model(model, {_call('LoraConfig', _lora(settings, about))})")
+        head = lora_fields(_type_of(about), about["head"])
+        lines.append(f"model = get_peft_model(model, {_call('LoraConfig', {**_lora(settings, about), **head})})")
     return "\n".join([*lines, *comments, _arguments({**_sizes(row, about), **optim, **flags})])
 
 
@@ -237,7 +243,9 @@ def _for_trl(row: Row, about: Row, settings: Mapping[str, Any]) -> str:
     lines += ["from trl import SFTConfig", *comments, f"arguments = {_call('SFTConfig', given)}"]
     if _is_lora(row):
         lines.insert(2, "from peft import LoraConfig")
-        lines.append(f"peft_config = {_call('LoraConfig', {**_lora(settings, about), 'task_type': 'CAUSAL_LM'})}")
+        lines.append(
+            f"peft_config = {_call('LoraConfig', {**_lora(settings, about), **lora_fields(None, 'causal_lm')})}"
+        )
     return "\n".join(lines)
 
 

@@ -10,8 +10,7 @@ import typer.main
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from meftbench.catalogue.backbones import BACKBONES
@@ -38,7 +37,7 @@ from meftbench.plan.ranking import method_of
 from meftbench.plan.suite import parse_suite
 from meftbench.report.commands import elsewhere, estimate_command, snippet, suite_of
 from meftbench.strict_yaml import read
-from models import a_model
+from models import TINY, a_model
 from planned_rows import a_row, about
 
 CANDIDATES = candidates(precisions=["bf16", "fp32", "bf16-autocast", "nf4"], depth=28, explain=True)
@@ -150,7 +149,7 @@ def test_the_table_has_everything_that_can_be_chosen():
     assert set(LEVERS) <= set(LEVERS_ELSEWHERE)
     assert set(PRECISIONS) == set(PRECISIONS_ELSEWHERE)
     assert set(OPTIMIZERS) == set(OPTIMIZERS_ELSEWHERE)
-    assert set(LORA_TARGETS) <= set(BACKBONES)
+    assert set(LORA_TARGETS) == set(BACKBONES)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -169,20 +168,24 @@ def test_transformers_makes_the_optimizer_of_that_name(name):
         assert OPTIMIZERS[name].arguments.items() <= given_arguments.items()
 
 
-@pytest.mark.parametrize("kind", LORA_TARGETS)
-def test_lora_adapts_the_projections_that_are_named(kind):
-    """Where peft has a choice of its own, it is the same."""
-    theirs = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    assert sorted(LORA_TARGETS[kind]) == sorted(theirs.get(kind, LORA_TARGETS[kind]))
+@pytest.mark.parametrize("head", [None, "classification"])
+@pytest.mark.parametrize("backbone", TINY)
+def test_peft_trains_the_parameters_that_lora_trains_here(backbone, head):
+    """By the LoraConfig that is printed, on every backbone: the same projections, and a new head."""
+    theirs, ours = a_model(backbone=backbone, layers=4), a_model(backbone=backbone, layers=4)
+    kind = ours.config.model_type
+    if head is not None:
+        if head not in BACKBONES[kind].heads:
+            pytest.skip(f"{kind} has no {head} head")
+        theirs, ours = (a_model(backbone=backbone, layers=4, head=head) for _ in range(2))
+    asked = about(model_name=f"{TINY[backbone][0]}@random", head=head or BACKBONES[kind].heads[0])
+    (config,) = calls(elsewhere(a_row("lora(rank=4)"), asked)[TRAINER], "LoraConfig")
+
+    assert trained(get_peft_model(theirs, LoraConfig(**config))) == trained(prepare(ours, "lora(rank=4)").model)
 
 
-@pytest.mark.parametrize("model", ["llama", "bert"])
-def test_lora_here_adapts_the_same(model):
-    """The modules that meftbench's own `lora` wraps."""
-    applied = prepare(a_model(backbone=model), "lora").model
-    names = {name.split(".")[-1] for name, module in applied.named_modules() if hasattr(module, "lora_A")}
-
-    assert set(LORA_TARGETS[model]) == names
+def trained(model):
+    return sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
 
 
 def test_the_label_of_a_snippet_is_applied():
