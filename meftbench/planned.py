@@ -33,7 +33,7 @@ from meftbench.plan.axes import FITTED_OPTIONS
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import PROFILE
 from meftbench.plan.models import known_config
-from meftbench.plan.planning import ALL, OPTIMIZER, PLANNED_METHODS, Candidate, candidates
+from meftbench.plan.planning import ALL, OPTIMIZER, PLANNED_METHODS, Candidate, candidates, canonical
 from meftbench.plan.prices import price_of
 from meftbench.plan.ranking import method_of
 from meftbench.report.plan_answer import as_plan
@@ -207,7 +207,9 @@ def plan_for(
         "map": shape_map,
     }
     ready()
-    answer = ask("plan", request, tell or silent, allow_code)
+    tell = tell or silent
+    tell(f"candidates: {len(cells):,}, of {', '.join(dict.fromkeys(method_of(one.label) for one in cells))}")
+    answer = ask("plan", request, tell, allow_code)
     refused |= answer["refused"]
     if not answer["rows"]:
         what, _, cure = next(iter(refused.values()), "nothing could be predicted").rpartition("; ")
@@ -255,22 +257,22 @@ def _cells(
 ) -> tuple[dict[Candidate, Cell], dict[str, str]]:
     """The cell of each candidate; and by label why others have none.
 
-    Raises UserError: a label that the user typed is refused, or all are.
+    Raises UserError: a label that the user typed is refused in every precision, or all are.
     """
     cells: dict[Candidate, Cell] = {}
-    refused: dict[str, str] = {}
-    first: UserError | None = None
+    errors: dict[str, UserError] = {}
     for candidate in wanted:
         try:
             cells[candidate] = cell_for(candidate)
         except UserError as error:
-            if candidate.label in typed:
-                raise
-            first = first or error
-            refused[candidate.label] = f"{error.what}; {error.cure}"
-    if not cells and first is not None:
-        raise first
-    return cells, refused
+            errors.setdefault(candidate.label, error)
+    known = {candidate.label for candidate in cells}
+    for label in map(canonical, typed):
+        if label in errors and label not in known:
+            raise errors[label]
+    if not cells:
+        raise next(iter(errors.values()))
+    return cells, {label: f"{error.what}; {error.cure}" for label, error in errors.items()}
 
 
 def _dumped(candidate: Candidate, cell: Cell) -> dict[str, Any]:

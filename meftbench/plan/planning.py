@@ -91,6 +91,11 @@ def candidates(
     return list(found)
 
 
+def canonical(label: str) -> str:
+    """The label with its levers in the order of the catalogue, as a cell's own. Raises UserError: a name is unknown."""
+    return _joined(_parts("plan: method", label))
+
+
 def _names_of(levers: str | Sequence[str]) -> set[str] | None:
     """The names of levers that may be taken; None: any of the default lever sets."""
     if levers == ALL:

@@ -111,6 +111,29 @@ def test_labels_are_accepted_as_they_are_printed(cli, asked):
     assert ("full", "nf4") not in found
 
 
+def test_what_a_precision_refuses_is_a_note_where_another_takes_it(cli, asked):
+    """And an error where none does, whatever the order of the levers that were typed."""
+    base = ("plan", "qwen2.5-1.5b@random", "--methods", "full+chunked_loss+checkpoint", "--precision")
+    code, out, err = cli(*base, "bf16,nf4")
+    assert 0 == code
+    assert "not looked at: full+checkpoint+chunked_loss: 4-bit weights cannot be trained" in out.replace(" \n", " ")
+    assert "candidates: 1, of full\n" in err
+
+    code, out, err = cli(*base, "nf4")
+    assert (2, "") == (code, out)
+    assert "plan: precision: 4-bit weights cannot be trained; choose another method, or precision: bf16" in err
+
+
+def test_a_model_of_which_nothing_is_known_here_is_taken_for_a_language_model(asked):
+    """A hub id: shares of layers cannot be told, levers of the loss are tried, and the search refuses what it must."""
+    found = meftbench.plan_for("somebody/some-model", methods=["lora", "meft1-exact"])
+    labels = {row["method"] for row in found.rows}
+
+    assert ["bf16"] == found.precisions
+    assert {"lora+checkpoint+chunked_loss", "meft1-exact+chunked_loss"} <= labels
+    assert not any("layers=" in label for label in labels)
+
+
 def test_prices_of_ones_own(cli, asked):
     Path("prices.yaml").write_text("schema: 1\ncards: {rtx4090: {per_hour: 0.36, currency: EUR}}\n")
     base = ("plan", "qwen2.5-1.5b@random", "--memory", "24GiB", "--methods", "lora", "--levers", "none", "--json")
