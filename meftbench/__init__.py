@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from meftbench.methods.saving import save_adapter as save_adapter
     from meftbench.methods.unloading import unload as unload
     from meftbench.own_model import measure as measure
+    from meftbench.planned import plan_for as plan_for
     from meftbench.records.store import load_run as load_run
     from meftbench.runner import run_suite as run_suite
 
@@ -28,6 +29,7 @@ _MODULES = {
     "measure": "meftbench.own_model",
     "estimate": "meftbench.estimates",
     "fit": "meftbench.estimates",
+    "plan_for": "meftbench.planned",
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",
 }

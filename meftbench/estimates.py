@@ -40,11 +40,11 @@ _PARTS = sorted(BREAKDOWN, key="workspace_bytes".__eq__)
 Tell = Callable[[str], None]
 
 
-def _silent(line: str) -> None:
+def silent(line: str) -> None:
     """The default of `tell`: shows no progress."""
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """The default of `ready`: does nothing."""
 
 
@@ -173,14 +173,14 @@ def estimate(
 
     Raises UserError: a name is unknown, a value is out of its range, or the model or method cannot be predicted.
     """
-    _check_names("estimate", axes, PREDICTED_OPTIONS)
-    profile, allocator = _text("profile", profile), _text("allocator", allocator)
+    check_names("estimate", axes, PREDICTED_OPTIONS)
+    profile, allocator = text_of("profile", profile), text_of("allocator", allocator)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     cell = asked_cell("estimate", model, method, profile, config, settings, allow_code, **shape, **axes)
-    rules = str(Versions.parse(_text("for_versions", for_versions)))
+    rules = str(Versions.parse(text_of("for_versions", for_versions)))
     request = {"cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
     request["versions"] = for_versions
-    return _estimate_of(cell, find_profile(profile), rules, ask("estimate", request, tell or _silent, allow_code))
+    return _estimate_of(cell, find_profile(profile), rules, ask("estimate", request, tell or silent, allow_code))
 
 
 def _estimate_of(cell: Cell, device: Profile, rules: str, answer: dict[str, Any]) -> Estimate:
@@ -229,7 +229,7 @@ def fit(
     jobs: int | None = None,
     allow_code: bool = False,
     tell: Tell | None = None,
-    ready: Callable[[], object] = _nothing,
+    ready: Callable[[], object] = nothing,
     **axes: Any,
 ) -> Capacity:
     """Predict the largest batch and the longest sequence with which fine-tuning a model fits a card, for each method.
@@ -246,20 +246,18 @@ def fit(
 
     Raises UserError: as `estimate`; a card has no room even for the context of a process; every method is refused.
     """
-    _check_names("fit", axes, FITTED_OPTIONS)
-    chosen, allocator = _text("profile", profile or PROFILE), _text("allocator", allocator)
-    rules = str(Versions.parse(_text("for_versions", for_versions)))
+    check_names("fit", axes, FITTED_OPTIONS)
+    chosen, allocator = text_of("profile", profile or PROFILE), text_of("allocator", allocator)
+    rules = str(Versions.parse(text_of("for_versions", for_versions)))
     device = find_profile(chosen, "fit: profile")
     if isinstance(methods, str) or not methods:
         raise UserError("methods", f"{methods!r} is not a list of methods", 'give names, ["lora", "meft1-exact"]')
     if jobs is not None:
-        _check_jobs(jobs)
+        check_jobs(jobs)
     sizes = list(memory) if isinstance(memory, Sequence) and not isinstance(memory, str) else [memory]
-    cards = sorted({_bytes(size) for size in sizes}) or [device.memory_bytes]
-    if cards[0] <= device.context_bytes:
-        what = f"{format_bytes(cards[0])} is no more than the context of a process takes"
-        raise UserError("memory", f"{what} ({format_bytes(device.context_bytes)})", "write more, such as 24GiB")
-    longest, of_image = _positions(model, _mapping("config", config))
+    cards = sorted({bytes_of(size) for size in sizes}) or [device.memory_bytes]
+    check_room(cards[0], device)
+    longest, of_image = positions_of("fit", model, mapping_of("config", config))
     lengths = _sizes("sequence_lengths", sequence_lengths) or _lengths(longest, of_image)
     # Every length is checked, and one cell of each method is kept: `fit` varies its shape.
     cells = [
@@ -282,7 +280,7 @@ def fit(
         "jobs": min(jobs or min(2, os.cpu_count() or 1), len(cells)),
     }
     ready()
-    answer = ask("fit", request, tell or _silent, allow_code)
+    answer = ask("fit", request, tell or silent, allow_code)
     answers = answer["methods"]
     if all(entry["refused"] for entry in answers):
         raise UserError("", answers[0]["refused"].rpartition("; ")[0], answers[0]["refused"].rpartition("; ")[2])
@@ -312,28 +310,38 @@ def asked_cell(
     find_profile(profile, f"{verb}: profile")
     fields: dict[str, Any] = {"device": PREDICTED + profile}
     # As in a suite, a name, or a mapping that has it beside the settings.
-    overrides = {"config": _mapping("config", config)} if config else {}
+    overrides = {"config": mapping_of("config", config)} if config else {}
     fields["model"] = {**(model if isinstance(model, Mapping) else {"name": model}), **overrides}
     named = method if isinstance(method, Mapping) else {"name": method}
-    fields["method"] = {**named, **_mapping("settings", settings)}
+    fields["method"] = {**named, **mapping_of("settings", settings)}
     cell = cell_of(verb, fields | {key: value for key, value in values.items() if value is not None})
     check_allowed(places_of(cell, f"{verb}: model", f"{verb}: batch"), [cell], allow_code)
     return cell
 
 
-def _check_names(verb: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+def check_room(memory_bytes: int, device: Profile) -> None:
+    """Raises UserError: a card with so much memory has no room even for the context of a process."""
+    if memory_bytes <= device.context_bytes:
+        what = f"{format_bytes(memory_bytes)} is no more than the context of a process takes"
+        raise UserError("memory", f"{what} ({format_bytes(device.context_bytes)})", "write more, such as 24GiB")
+
+
+def check_names(verb: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises UserError: an argument is none of `known`."""
     for name in arguments:
         if name not in known:
             raise unknown(verb, "argument", name, known)
 
 
-def _text(name: str, value: Any) -> str:
+def text_of(name: str, value: Any) -> str:
+    """`value`, a text or a path, as text. Raises UserError: it is neither."""
     if not isinstance(value, str | os.PathLike):
         raise UserError(name, f"{value!r} is not a text", "give one, or leave it out")
     return os.fspath(value)
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def mapping_of(name: str, value: Any) -> dict[str, Any]:
+    """`value` as a dictionary, empty for None. Raises UserError: it is no mapping."""
     if value is not None and not isinstance(value, Mapping):
         raise UserError(name, f"{value!r} is not a mapping", "give a dictionary, or leave it out")
     return dict(value or {})
@@ -347,12 +355,14 @@ def _sizes(name: str, sizes: Any) -> list[int]:
     return sorted(set(sizes))
 
 
-def _check_jobs(jobs: Any) -> None:
+def check_jobs(jobs: Any) -> None:
+    """Raises UserError: `jobs` is no number of processes."""
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
         raise UserError("jobs", f"{jobs!r} is no number of processes", "give a whole number from 1")
 
 
-def _bytes(size: Any) -> int:
+def bytes_of(size: Any) -> int:
+    """The bytes of "24GiB" or of a number. Raises UserError: it is no amount of memory."""
     try:
         return parse_bytes(size)
     except ValueError as error:
@@ -360,10 +370,10 @@ def _bytes(size: Any) -> int:
         raise UserError("memory", what, cure) from None
 
 
-def _positions(model: str, overrides: dict[str, Any]) -> tuple[int | None, int | None]:
+def positions_of(verb: str, model: str, overrides: dict[str, Any]) -> tuple[int | None, int | None]:
     """The longest sequence of `model` (None: not known), and the tokens of an image where it reads images, its only
     length (else None)."""
-    check_model("fit: model", model, overrides)
+    check_model(f"{verb}: model", model, overrides)
     of_image = image_tokens(known_config(model, overrides) or {})
     return of_image or max_positions(model, overrides), of_image
 

@@ -100,6 +100,7 @@ def test_every_command_it_shows_is_one():
         "doctor",
         "estimate",
         "fit",
+        "plan",
         "inspect",
         "validate",
         "export",

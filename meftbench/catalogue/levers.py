@@ -137,6 +137,14 @@ LEVERS: dict[str, Lever] = {
     ),
 }
 
+# Levers that act around the model: what to do without them in a training of one's own.
+NOT_IN_A_MODEL: dict[str, str] = {
+    "offload": "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)",
+    "optimizer_in_backward": "step an optimizer of each parameter in its register_post_accumulate_grad_hook",
+    "optimizer_offload": "take an optimizer that holds its states on the host, such as torchao's CPUOffloadOptimizer",
+    "weight_offload": "measure it by meftbench, or leave it out",
+}
+
 
 def settings_for(where: str, lever: str, given: dict[str, Any]) -> Settings:
     """The settings of a lever of LEVERS, checked. Raises UserError: one is unknown or wrong, or the lever has none."""

@@ -13,7 +13,7 @@ from meftbench.backbones.trunk import trunk_of
 from meftbench.catalogue import resolve
 from meftbench.catalogue.combinations import check_attention, check_together
 from meftbench.catalogue.labels import read_label, split_label
-from meftbench.catalogue.levers import LEVERS
+from meftbench.catalogue.levers import LEVERS, NOT_IN_A_MODEL
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE
 from meftbench.errors import UserError, unknown
@@ -25,15 +25,6 @@ from meftbench.methods.whole_model import check_not_held_twice, warn_on_save
 from meftbench.strict_yaml import settings_of
 
 __all__ = ["Applied", "apply_method", "prepare"]
-
-
-# Levers that act around the model: what to do without them in a training of one's own.
-_NOT_IN_A_MODEL = {
-    "offload": "run forward and loss under torch.autograd.graph.save_on_cpu(pin_memory=True)",
-    "optimizer_in_backward": "step an optimizer of each parameter in its register_post_accumulate_grad_hook",
-    "optimizer_offload": "take an optimizer that holds its states on the host, such as torchao's CPUOffloadOptimizer",
-    "weight_offload": "measure it by meftbench, or leave it out",
-}
 
 
 def apply_method(
@@ -57,8 +48,8 @@ def apply_method(
     """
     (name, _), *levers = split_label(method)
     for lever, _ in levers:
-        if lever in _NOT_IN_A_MODEL:
-            raise UserError(method, f"{lever} is not part of a model", _NOT_IN_A_MODEL[lever])
+        if lever in NOT_IN_A_MODEL:
+            raise UserError(method, f"{lever} is not part of a model", NOT_IN_A_MODEL[lever])
     if name in METHODS and not METHODS[name].backward:
         cure = "take meftbench.methods.mezo.ForwardOnly(parameters, lr=...) and its step(closure)"
         raise UserError(method, f"{name} is an optimizer, and no part of a model", cure)
