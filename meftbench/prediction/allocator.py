@@ -16,10 +16,15 @@ from meftbench.prediction.caching_allocator import CachingAllocator, Levels, Rec
 __all__ = ["AllocatorSettings", "Event", "Levels", "Replayed", "StepLevels", "replay", "snapshot"]
 
 
+# Kinds of events that end the first and the second of several rounds that are all alike (loops.py).
+ONCE, AGAIN = "once", "again"
+
+
 class Event(NamedTuple):
     """One entry of a trace, which lists its events in order of time.
 
-    kind: "alloc", "free" or "phase" (a phase of the step begins).
+    kind: "alloc", "free" or "phase" (a phase of the step begins); ONCE, with the number of storages that a round
+        allocates in `nbytes`; AGAIN, with the number of further rounds, which are not in the trace.
     key: identifies the storage (alloc, free). A key may be used again after it was freed.
     nbytes: requested bytes (alloc). A storage of 0 bytes takes no block of the allocator.
     category: what the bytes are, e.g. "activations" (alloc); the name of the phase that begins (phase).
@@ -90,7 +95,7 @@ _DEFAULT = AllocatorSettings()
 
 
 def replay(
-    events: Iterable[Event], settings: AllocatorSettings = _DEFAULT, starts: Sequence[int] = (), settled: int = -1
+    events: Sequence[Event], settings: AllocatorSettings = _DEFAULT, starts: Sequence[int] = (), settled: int = -1
 ) -> Replayed:
     """The statistics of torch's allocator after `events`, from an empty device.
 
@@ -100,6 +105,8 @@ def replay(
     a negative size, an unknown kind of event.
     """
     allocator = CachingAllocator(settings)
+    recent: list[int] = []  # keys in the order of allocation
+    loop = _Loop(0, 0)
     live: dict[int, Block | None] = {}
     steps: list[StepLevels] = []
     phase = ""
@@ -121,9 +128,17 @@ def replay(
         if event.kind == "phase":
             end_phase()
             phase = event.category
+        elif event.kind == ONCE:
+            loop = _Loop(number + 1, event.nbytes)
+            loop.states.append(loop.state(allocator, live, recent))
+        elif event.kind == AGAIN:
+            if (oom := loop.repeated(events[loop.begin : number], event.nbytes, allocator, live, recent)) is not None:
+                break
         elif not _apply(event, allocator, live):
             oom = event
             break
+        elif event.kind == "alloc":
+            recent.append(event.key)
     end_phase()
     peak = allocator.reserved_peak
     return Replayed(
@@ -139,6 +154,53 @@ def replay(
         steps=steps,
         oom=oom,
     )
+
+
+@dataclass
+class _Loop:
+    """Rounds of events that are all alike. begin: number of the first event of the second round.  storages: that a
+    round allocates.  states: of the allocator, after each round."""
+
+    begin: int
+    storages: int
+    states: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def state(self, allocator: CachingAllocator, live: dict[int, Block | None], recent: list[int]) -> tuple[Any, ...]:
+        """What decides on later blocks: which are free, and where those of the last round are that are alive."""
+        blocks = [live.get(key) for key in recent[len(recent) - self.storages :]]
+        return (*allocator.free_blocks(), [block and (block.address, block.size) for block in blocks])
+
+    def repeated(
+        self,
+        events: Sequence[Event],
+        rounds: int,
+        allocator: CachingAllocator,
+        live: dict[int, Block | None],
+        recent: list[int],
+    ) -> Event | None:
+        """Carry out the second round `rounds` times more, until the allocator's states repeat themselves: then further
+        rounds change nothing. Returns the event that does not fit; None: all do."""
+        before, last = recent[-2 * self.storages : -self.storages], recent[-self.storages :]
+        while rounds:
+            self.states.append(self.state(allocator, live, recent))
+            for ago in range(1, min(_ROUNDS_AGO, len(self.states) - 1) + 1):
+                if self.states[-1] == self.states[-1 - ago]:
+                    rounds %= ago
+                    break
+            if not rounds:
+                break
+            # In a round, storages of the round before have its keys; these are free, as each round frees them.
+            for earlier, key in zip(before, last, strict=True):
+                if key in live:
+                    live[earlier] = live.pop(key)
+            for event in events:
+                if not _apply(event, allocator, live):
+                    return event
+            rounds -= 1
+        return None
+
+
+_ROUNDS_AGO = 4  # with so many rounds before, the state after a round is compared
 
 
 def _apply(event: Event, allocator: CachingAllocator, live: dict[int, Block | None]) -> bool:

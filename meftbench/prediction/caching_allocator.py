@@ -125,6 +125,11 @@ class CachingAllocator:
         self.merge(block, block.following)
         block.pool.insert(block)
 
+    def free_blocks(self) -> tuple[object, ...]:
+        """Sizes and addresses of the free blocks, the unmapped ranges, and bytes in use and reserved."""
+        pools = [(tuple(pool.order), tuple(pool.unmapped)) for pool in (self.small, self.large)]
+        return (*pools, self.allocated, self.reserved, self.next_address)
+
     def segments(self) -> Iterator[list[Block]]:
         """The blocks of each segment, by address; of an expandable segment, those of each range without a gap."""
         blocks = [*self.live.values(), *self.small.at.values(), *self.large.at.values()]

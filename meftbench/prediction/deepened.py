@@ -12,125 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meftbench.prediction.allocator import Event
-
-START = "start"  # kind of an event: a step begins. The allocator knows no such event.
-
-Ints = NDArray[np.int64]
+from meftbench.prediction.columns import Ints, Trace, sizes_of
 
 
 class IrregularError(Exception):
     """Layers do not allocate alike, or their number changes more than how often their events occur."""
-
-
-class What(NamedTuple):
-    """What events have in common wherever they occur: as of `Event`."""
-
-    kind: str
-    category: str
-    origin: str
-
-
-_known: dict[What, int] = {}  # numbers of `What`s, the same in all traces of this process
-_whats: list[What] = []
-
-
-def _number(what: What) -> int:
-    if what not in _known:
-        _known[what] = len(_whats)
-        _whats.append(what)
-    return _known[what]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Events in columns, in order of time.
-
-    what: numbers of `What`s.  storage: of an allocation, how many came before it; of a free or a change of category,
-    that of the allocation which it means; others: -1.  nbytes: of an allocation, others: 0.
-    """
-
-    what: Ints
-    storage: Ints
-    nbytes: Ints
-
-    def __len__(self) -> int:
-        return len(self.what)
-
-    @classmethod
-    def of(cls, events: Iterable[tuple[str, int, int, str, str]], starts: Iterable[int] = ()) -> Trace:
-        """events: (kind, key, bytes, category, origin), as a storage counter lists them; keys may be used again.
-        starts: the numbers of those with which steps begin.
-
-        Storages that end one after the other, or change their category, are put into the order of their allocation:
-        autocast, for one, empties its cache in the order of addresses, and autograd gives gradients to parameters in
-        that of a heap. To the allocator that makes no difference.
-        """
-        begins = set(starts)
-        what: list[int] = []
-        storage: list[int] = []
-        nbytes: list[int] = []
-        alive: dict[int, int] = {}
-        born = 0
-        start = _number(What(START, "", ""))
-        for number, (kind, key, size, category, origin) in enumerate(events):
-            if number in begins:
-                what.append(start)
-                storage.append(-1)
-                nbytes.append(0)
-            what.append(_number(What(kind, category, origin)))
-            nbytes.append(size)
-            if kind == "alloc":
-                alive[key] = born
-                born += 1
-            storage.append(-1 if kind == "phase" else alive[key])
-            if kind == "free":
-                del alive[key]
-        columns = [np.array(column, dtype=np.int64) for column in (what, storage, nbytes)]
-        trace = cls(*columns)
-        frees, books = trace.is_kind("free"), trace.is_kind("book")
-        group = np.where(frees, 1, np.where(books, 2, 0))
-        run = np.cumsum(np.diff(group, prepend=0) != 0)  # the same number: frees in a row, changes, or others
-        order = np.lexsort((np.where(group > 0, trace.storage, np.arange(len(trace))), run))
-        return cls(*(column[order] for column in columns))
-
-    def events(self) -> tuple[list[Event], list[int]]:
-        """The events, and the numbers of those with which steps begin."""
-        events: list[Event] = []
-        starts: list[int] = []
-        for number, key, size in zip(self.what.tolist(), self.storage.tolist(), self.nbytes.tolist(), strict=True):
-            kind, category, origin = _whats[number]
-            if kind == START:
-                starts.append(len(events))
-            else:
-                events.append(Event(kind, key, size, category, origin))
-        return events, starts
-
-    def symbols(self, sizes: Ints) -> Ints:
-        """A number for each event, the same for events that are alike: in `What`, and in bytes where `sizes` has those
-        (`_sizes`); frees and changes of category also in those of the allocation which they mean."""
-        own, allocations = self.what * _SPREAD, self.is_kind("alloc")
-        sized = _sizes(self)
-        own[allocations] += np.where(np.isin(sized, sizes), self.nbytes[allocations] + 1, 0)
-        later = self.is_kind("free", "book")
-        own[later] = own[later] * _SPREAD + own[allocations][self.storage[later]]
-        return own
-
-    def has_events_of(self, other: Trace) -> bool:
-        """Whether the events are those of the other trace, apart from sizes."""
-        return np.array_equal(self.what, other.what) and np.array_equal(self.storage, other.storage)
-
-    def is_kind(self, *kinds: str) -> NDArray[np.bool_]:
-        numbers = [number for what, number in _known.items() if what.kind in kinds]
-        return np.isin(self.what, numbers)
-
-
-_SPREAD = 1_000_003  # a prime: symbols are hashes, in 64 bits that overflow
 
 
 class Growth:
@@ -145,7 +35,7 @@ class Growth:
         traces = (first, second, third)
         # A size may depend on the depth, as that of a tensor with a part for each layer does; those tell no layer's
         # kind.
-        self._sizes = np.intersect1d(np.intersect1d(_sizes(first), _sizes(second)), _sizes(third))
+        self._sizes = np.intersect1d(np.intersect1d(sizes_of(first), sizes_of(second)), sizes_of(third))
         self._symbols = [trace.symbols(self._sizes) for trace in traces]
         rule = _Rule.of(self._symbols[0], self._symbols[1])
         if not np.array_equal(rule.repeated(self._symbols[0], self._symbols[1], 2), self._symbols[2]):
@@ -178,12 +68,6 @@ class Growth:
         if (other[grows] != own[grows]).any() or not self._rule.alike_around(self.first.nbytes, trace.nbytes):
             return None
         return Trace(grown.what, grown.storage, np.where(grows, grown.nbytes, other))
-
-
-def _sizes(trace: Trace) -> Ints:
-    """A number for each allocation, the same for those that are alike in `What` and in bytes."""
-    allocations = trace.is_kind("alloc")
-    return trace.what[allocations] * _SPREAD * _SPREAD + trace.nbytes[allocations]
 
 
 def _check(trace: Trace, symbols: Ints, sizes: Ints) -> None:

@@ -11,7 +11,7 @@ from meftbench.catalogue.versions import Versions
 from meftbench.measuring.build import attention_used
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import OWN_ATTENTION
-from meftbench.prediction.allocator import AllocatorSettings, replay
+from meftbench.prediction.allocator import AllocatorSettings
 from meftbench.prediction.predict import predict
 from meftbench.probes.host_memory import host_peak
 from meftbench.records.record import Metric
@@ -30,7 +30,7 @@ def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, 
     settings = AllocatorSettings.parse(request["allocator"])
     tell(f"predicting {cell.label} on {profile.device}")
     predicted = predict(cell, profile, settings=settings, versions=Versions.parse(request["versions"]))
-    on_card = replay(predicted.events, replace(settings, capacity=profile.memory_bytes - profile.context_bytes))
+    on_card = predicted.replayed_in(replace(settings, capacity=profile.memory_bytes - profile.context_bytes))
     # The first step has the highest peak where the optimizer then allocates temporaries that later steps do not.
     peaks = [step.peak.allocated for step in predicted.replayed.steps]
     highest = peaks.index(max(peaks))

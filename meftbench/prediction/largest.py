@@ -14,7 +14,7 @@ from typing import Literal
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.plan.cell import Cell
-from meftbench.prediction.allocator import AllocatorSettings, replay
+from meftbench.prediction.allocator import AllocatorSettings, Replayed
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.tracer import Tracer
 
@@ -31,7 +31,7 @@ class Shape:
     """
 
     def __init__(self, predicted: Predicted, settings: AllocatorSettings) -> None:
-        self._events, self._settings = predicted.events, settings
+        self.predicted, self._settings = predicted, settings
         self.needed, self.least = predicted.replayed.reserved_peak, predicted.replayed.allocated_peak
         self._fits: dict[int, bool] = {}
 
@@ -42,8 +42,12 @@ class Shape:
         if self.least > capacity:
             return False
         if capacity not in self._fits:
-            self._fits[capacity] = replay(self._events, replace(self._settings, capacity=capacity)).oom is None
+            self._fits[capacity] = self.on_card(capacity).oom is None
         return self._fits[capacity]
+
+    def on_card(self, capacity: int) -> Replayed:
+        """The allocator's statistics where torch may reserve `capacity` bytes."""
+        return self.predicted.replayed_in(replace(self._settings, capacity=capacity))
 
     def enough(self, tolerance: int) -> int:
         """Nearly the smallest capacity that fits, at most `tolerance` bytes more: for guesses; `fits` decides."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, compress
 from typing import Any
 
@@ -17,7 +18,15 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of
 from meftbench.plan.models import image_tokens, known_config
 from meftbench.plan.protocol import Protocol
-from meftbench.prediction.allocator import AllocatorSettings, Event, Replayed, StepLevels, replay
+from meftbench.prediction.allocator import (
+    AllocatorSettings,
+    Event,
+    Replayed,
+    StepLevels,
+    replay,
+)
+from meftbench.prediction.columns import Trace
+from meftbench.prediction.loops import expanded
 from meftbench.prediction.repeated import step_after, told_steps
 from meftbench.prediction.tracer import Traced, Tracer
 from meftbench.probes.counted_metrics import step_metrics
@@ -25,26 +34,128 @@ from meftbench.probes.memory_counted import Observed
 from meftbench.records.record import Metric
 from meftbench.units import format_bytes
 
+_NO_REPLAY = replay([])
+
+
+@dataclass
+class _Steps:
+    """Steps by their events. seen: those that the allocator sees, which are neither changes of a category nor in host
+    memory.  starts: the numbers of those with which steps begin.
+
+    told: the events of the steps that differ, and one step that all later ones are like.  told_starts: as `starts`.
+    """
+
+    seen: list[Event]
+    starts: list[int]
+    told: list[Event]
+    told_starts: list[int]
+
+    @classmethod
+    def of(cls, trace: Trace, steps: int) -> _Steps:
+        """`steps` steps: those of the trace, and later ones that follow from its first."""
+        events, starts = trace.events()
+        later = step_after(events[starts[0] :]) if len(starts) < steps else []
+        told, told_starts = events + later, [*starts, len(events)] if later else starts[:]
+        while len(starts) < steps:
+            starts.append(len(events))
+            events = events + later
+        on_host = {event.key for event in events if event.category == "host"}
+        seen = [event.kind != "book" and (event.key == -1 or event.key not in on_host) for event in events]
+        before = list(accumulate(seen, initial=0))
+        return cls(list(compress(events, seen)), [before[start] for start in starts], told, told_starts)
+
+    def replayed(self, settings: AllocatorSettings, settled: int | None) -> Replayed:
+        """settled: the number of the step before which cached memory is given back; None: it is not."""
+        settles = settled is not None and settled < len(self.starts)
+        return replay(self.seen, settings, self.starts, self.starts[settled or 0] if settles else -1)
+
+    def observed(self) -> list[Observed]:
+        observed = told_steps(self.told, self.told_starts)
+        return observed + [observed[-1]] * (len(self.starts) - len(observed))
+
 
 @dataclass
 class Predicted:
     """The result of predicting a cell.
 
-    warm, measured: the warm-up steps and those after them, as counted; sizes are rounded up to blocks of 512 bytes.
-    events: of all these steps, for the allocator's replay.  starts: numbers of the events with which they begin.
-    replayed: the allocator's statistics after them.  sizes: numbers of parameters.  seconds: that the prediction took.
-    attention: fused attention operators that ran.
+    warmup: the number of warm-up steps.  traced: from which all follows.  replayed: the allocator's statistics after
+    all steps.  seconds: that the prediction took.
     """
 
     profile: Profile
-    warm: list[Observed]
-    measured: list[Observed]
-    events: list[Event]
-    starts: list[int]
+    warmup: int
+    steps: int
+    traced: Traced
     replayed: Replayed
-    sizes: dict[str, Metric]
     seconds: float
-    attention: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(
+        cls,
+        traced: Traced,
+        profile: Profile,
+        settings: AllocatorSettings,
+        warmup: int = 1,
+        steps: int = 1,
+        *,
+        settle: bool = False,
+        begin: float | None = None,
+    ) -> Predicted:
+        """The memory of what was traced, as of `predict`. begin: when the prediction began; None: now."""
+        begin = time.perf_counter() if begin is None else begin
+        predicted = cls(profile, warmup, steps, traced, _NO_REPLAY, 0.0)
+        predicted.replayed = predicted.replayed_in(settings, settle)
+        predicted.seconds = time.perf_counter() - begin
+        return predicted
+
+    @cached_property
+    def _shortened(self) -> _Steps:
+        """The steps without the rounds of loops that change nothing."""
+        return _Steps.of(self.traced.trace, self.warmup + self.steps)
+
+    @cached_property
+    def _whole(self) -> _Steps:
+        trace = expanded(self.traced.trace)
+        return self._shortened if trace is self.traced.trace else _Steps.of(trace, self.warmup + self.steps)
+
+    @property
+    def events(self) -> list[Event]:
+        """Of all steps, what the allocator sees."""
+        return self._whole.seen
+
+    @property
+    def starts(self) -> list[int]:
+        """Numbers of the events with which the steps begin."""
+        return self._whole.starts
+
+    @property
+    def sizes(self) -> dict[str, Metric]:
+        """Numbers of parameters."""
+        return self.traced.sizes
+
+    @property
+    def attention(self) -> set[str]:
+        """Fused attention operators that ran."""
+        return set(self.traced.attention)
+
+    def replayed_in(self, settings: AllocatorSettings, settle: bool = False) -> Replayed:
+        """The allocator's statistics with other settings, such as another capacity. settle: as of `predict`."""
+        if not settings.garbage_collection_threshold:  # it goes by how often the allocator was asked
+            return self._shortened.replayed(settings, self.warmup if settle else None)
+        return self._whole.replayed(settings, self.warmup if settle else None)
+
+    @cached_property
+    def observed(self) -> list[Observed]:
+        """What a counter would have seen in each step; sizes are rounded up to blocks of 512 bytes."""
+        return self._shortened.observed()
+
+    @property
+    def warm(self) -> list[Observed]:
+        return self.observed[: self.warmup]
+
+    @property
+    def measured(self) -> list[Observed]:
+        return self.observed[self.warmup :]
 
     @property
     def step_from(self) -> int:
@@ -55,8 +166,9 @@ class Predicted:
     def peak(self) -> int:
         """Peak allocated, bytes: what torch.cuda.max_memory_allocated would report. Where the device's memory does not
         suffice, what the step would need beside it is counted in blocks of 512 bytes."""
-        counted = max(observed.peak.total for observed in [*self.warm, *self.measured])
-        return self.replayed.allocated_peak if self.replayed.oom is None else max(counted, self.replayed.allocated_peak)
+        if self.replayed.oom is None:
+            return self.replayed.allocated_peak
+        return max(self.replayed.allocated_peak, *(observed.peak.total for observed in self.observed))
 
     @property
     def process(self) -> int:
@@ -142,49 +254,7 @@ def predict(
     begin = time.perf_counter()
     traced = (tracer or Tracer(profile, versions))(cell, warmup + steps, padding)
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
-    return predicted_from(traced, profile, settings, warmup, steps, settle=settle, begin=begin)
-
-
-def predicted_from(
-    traced: Traced,
-    profile: Profile,
-    settings: AllocatorSettings,
-    warmup: int = 1,
-    steps: int = 1,
-    *,
-    settle: bool = False,
-    begin: float | None = None,
-) -> Predicted:
-    """The memory of what was traced, as of `predict`. begin: when the prediction began; None: now."""
-    begin = time.perf_counter() if begin is None else begin
-    events, starts = traced.trace.events()
-    if len(starts) < warmup + steps:
-        first = len(starts)
-        later = step_after(events[starts[0] :])
-        while len(starts) < warmup + steps:
-            starts.append(len(events))
-            events += later
-        observed = told_steps(events[: starts[first]] + later, starts[: first + 1])
-        observed += [observed[-1]] * (len(starts) - len(observed))
-    else:
-        observed = told_steps(events, starts)
-    # The allocator sees neither host memory nor changes of a category.
-    on_host = {event.key for event in events if event.category == "host"}
-    seen = [event.kind == "phase" or (event.kind != "book" and event.key not in on_host) for event in events]
-    before = list(accumulate(seen, initial=0))
-    starts = [before[start] for start in starts]
-    events = list(compress(events, seen))
-    return Predicted(
-        profile,
-        observed[:warmup],
-        observed[warmup:],
-        events,
-        starts,
-        replay(events, settings, starts, starts[warmup] if settle and warmup < len(starts) else -1),
-        traced.sizes,
-        time.perf_counter() - begin,
-        set(traced.attention),
-    )
+    return Predicted.of(traced, profile, settings, warmup, steps, settle=settle, begin=begin)
 
 
 def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:

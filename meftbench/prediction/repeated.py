@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from meftbench.prediction.allocator import Event
+from meftbench.prediction.allocator import AGAIN, ONCE, Event
 from meftbench.prediction.cuda_counter import WORKSPACE
 from meftbench.probes.memory_counted import GRADIENT, Observed, StorageCounter, observe
 
@@ -28,7 +28,7 @@ def step_after(first: list[Event]) -> list[Event]:
     later_alive: set[int] = set()
     for index, event in enumerate(first):
         kind, key, nbytes, category, origin = event
-        if kind == "phase":
+        if kind in ("phase", ONCE, AGAIN):
             later.append(event)
         elif kind == "alloc" and index not in left_alive:
             # ~key is a new key: the old one, freed in the first step, may have passed to the optimizer's state.
@@ -63,6 +63,8 @@ def _tell(
     for kind, key, nbytes, category, origin in events:
         if kind == "phase":
             mark(category)
+        elif kind in (ONCE, AGAIN):
+            continue
         elif kind == "alloc":
             storages[key] = size, _ = -(-nbytes // counter.block) * counter.block, category
             counter.gain(size, category)

@@ -15,8 +15,10 @@ from meftbench.errors import UserError
 from meftbench.measuring.build import AUTOCAST
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
+from meftbench.prediction.columns import Trace
 from meftbench.prediction.cuda_counter import PredictedStep
-from meftbench.prediction.deepened import Growth, IrregularError, Trace
+from meftbench.prediction.deepened import Growth, IrregularError
+from meftbench.prediction.loops import shortened
 from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.partitioned import partitioned_instead_of_compiled
@@ -142,7 +144,7 @@ class Tracer:
             if fact := made.missing_in_trace(counter.attention_kernels):
                 what = f"{lever}: {fact} on {self.profile.device}"
                 raise UserError(cell.label, what, f"change the settings of {lever}")
-        trace, counter.events = Trace.of(counter.events, starts), None
+        trace, counter.events = shortened(Trace.of(counter.events, starts)), None
         sizes = parameter_counts(step.model) | paged_metrics(step, "predicted")
         gc.freeze()  # so that no collection in a later trace goes through the models and what is remembered
         return Traced(trace, sizes, frozenset(counter.attention_kernels))

@@ -15,7 +15,7 @@ from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.cuda_counter import PredictedStep
 from meftbench.prediction.deepened import Trace
 from meftbench.prediction.overlay import cuda_semantics
-from meftbench.prediction.predict import predict, predicted_from
+from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.trace import named_refusals, uncomputed_step
 from meftbench.prediction.tracer import Tracer
@@ -130,7 +130,7 @@ def test_what_is_remembered_of_other_shapes_changes_no_event(method):
 
     again = tracer.directly(cell)
 
-    assert predict(cell, PROFILE).events == predicted_from(again, PROFILE, AllocatorSettings()).events
+    assert predict(cell, PROFILE).events == Predicted.of(again, PROFILE, AllocatorSettings()).events
     assert 10 * (remembered.asked - asked) < remembered.hits
 
 

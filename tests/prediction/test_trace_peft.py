@@ -13,7 +13,7 @@ from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
 from meftbench.prediction.allocator import AllocatorSettings
 from meftbench.prediction.peft_shapes import peft_without_values
-from meftbench.prediction.predict import predict, predicted_from
+from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.trace import count_uncomputed, uncomputed_model
 from meftbench.prediction.tracer import Tracer
 from tests.prediction import test_trace
@@ -93,7 +93,7 @@ def test_a_second_trace_of_a_model_finds_its_indices_on_the_host_again():
     cell = a_cell("shira", "llama", method_params={"rank": 4})
     tracer = Tracer(A100)
 
-    first, second = (predicted_from(tracer.directly(cell), A100, AllocatorSettings()) for _ in range(2))
+    first, second = (Predicted.of(tracer.directly(cell), A100, AllocatorSettings()) for _ in range(2))
 
     assert first.measured[-1].baseline == second.measured[-1].baseline
     trained = first.sizes["parameters_trainable"].value

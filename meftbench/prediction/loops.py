@@ -1,0 +1,135 @@
+"""Loops in a trace, such as those over tiles of tokens: three rounds of each are kept, and the number of others noted.
+
+A round that allocates what the round before it did, and frees that, leaves the allocator as it was: more rounds change
+nothing. `shortened` marks the end of the first round and of the second; a replay compares the allocator's states there
+(allocator.py), and carries out the second round again until they repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from meftbench.prediction.allocator import AGAIN, ONCE
+from meftbench.prediction.columns import SPREAD, Ints, Trace, What, number_of
+
+_WINDOW = 8  # events that are compared at once, to find where a trace repeats itself
+_FEWEST = 5  # rounds from which on some are left out
+
+
+class _Loop(NamedTuple):
+    """begin: number of the first event.  size: events of a round.  rounds: how many there are in a row."""
+
+    begin: int
+    size: int
+    rounds: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.rounds * self.size
+
+
+def shortened(trace: Trace) -> Trace:
+    """The trace with three rounds of each loop: the first, the second and the last."""
+    born = trace.born
+    last_meant = np.zeros(int(trace.is_kind("alloc").sum()), dtype=np.int64)
+    named = trace.storage >= 0
+    last_meant[trace.storage[named]] = np.flatnonzero(named)  # of several, the last one stays
+    loops: list[_Loop] = []
+    for loop in _loops(trace, born):
+        if (not loops or loop.begin >= loops[-1].end) and _is_closed(trace, born, last_meant, loop):
+            loops.append(loop)
+    if not loops:
+        return trace
+    kept = np.ones(len(trace), dtype=np.bool_)
+    left_out = np.zeros(len(last_meant) + 1, dtype=np.int64)
+    for loop in loops:
+        second, last = loop.begin + 2 * loop.size, loop.end - loop.size
+        kept[second:last] = False
+        left_out[born[second] : born[last]] = 1
+    before = np.cumsum(left_out) - left_out  # of each storage, how many before it are left out
+    fewer = np.where(named, before[trace.storage], 0)
+    for loop in loops:  # its last round means storages of the one before, and then those of the second
+        last = loop.end - loop.size
+        fewer[last : loop.end] = np.where(named[last : loop.end], before[born[last]], 0)
+    first_ends = np.array([loop.begin + loop.size for loop in loops])
+    storages = [int(born[loop.begin + loop.size] - born[loop.begin]) for loop in loops]
+    places = np.cumsum(kept)
+    at = np.concatenate([places[first_ends - 1], places[[loop.begin + 2 * loop.size - 1 for loop in loops]]])
+    whats = np.repeat([number_of(What(ONCE)), number_of(What(AGAIN))], len(loops))
+    values = np.array([*storages, *(loop.rounds - 3 for loop in loops)])
+    return Trace(
+        np.insert(trace.what[kept], at, whats),
+        np.insert((trace.storage - fewer)[kept], at, -1),
+        np.insert(trace.nbytes[kept], at, values),
+    )
+
+
+def expanded(trace: Trace) -> Trace:
+    """The trace with all rounds of its loops, and without marks."""
+    ends = [np.flatnonzero(trace.what == number_of(What(kind))).tolist() for kind in (ONCE, AGAIN)]
+    if not ends[0]:
+        return trace
+    born = trace.born
+    numbers: list[Ints] = []  # of events of this trace, in the order of the whole one
+    later: list[Ints] = []  # how many storages of left out rounds stand between an event and the storage that it means
+    begins: list[int] = []  # numbers of the storages from which on more were allocated before
+    added: list[int] = [0]
+    begin = 0
+
+    def take(events: Ints, storages: Ints | int) -> None:
+        numbers.append(events)
+        later.append(np.broadcast_to(np.asarray(storages, dtype=np.int64), events.shape))
+
+    for first, second in zip(*ends, strict=True):
+        rounds, of_round = int(trace.nbytes[second]), int(trace.nbytes[first])
+        events = np.arange(first + 1, second)
+        take(np.arange(begin, first), 0)
+        take(events, 0)
+        for number in range(1, rounds + 1):
+            take(events, number * of_round)
+        last = np.arange(second + 1, second + 1 + len(events))
+        take(last, np.where(trace.storage[last] < born[second], rounds * of_round, 0))
+        begins.append(int(born[second]))
+        added.append(added[-1] + rounds * of_round)
+        begin = second + 1 + len(events)
+    take(np.arange(begin, len(trace)), 0)
+    source, more = np.concatenate(numbers), np.concatenate(later)
+    storage = trace.storage[source]
+    of_storage = np.array(added)[np.searchsorted(begins, storage, side="right")]
+    return Trace(trace.what[source], np.where(storage < 0, storage, storage + of_storage + more), trace.nbytes[source])
+
+
+def _loops(trace: Trace, born: Ints) -> Iterator[_Loop]:
+    """Where at least `_FEWEST` rounds of the same events stand in a row; storages are the same where they were
+    allocated equally many allocations before."""
+    if len(trace) < _FEWEST * _WINDOW:
+        return
+    own = (trace.what * SPREAD + trace.nbytes) * SPREAD + np.where(trace.storage < 0, 0, born - trace.storage)
+    windows = np.zeros(len(trace) - _WINDOW + 1, dtype=np.int64)
+    for shift in range(_WINDOW):
+        windows = windows * SPREAD + own[shift : shift + len(windows)]
+    order = np.argsort(windows, kind="stable")
+    alike = windows[order[:-1]] == windows[order[1:]]
+    distance = np.zeros(len(windows), dtype=np.int64)  # from each window to the next that is the same
+    distance[order[:-1][alike]] = (order[1:] - order[:-1])[alike]
+    borders = np.flatnonzero(np.diff(distance)) + 1
+    for begin, end in zip([0, *borders.tolist()], [*borders.tolist(), len(windows)], strict=True):
+        size = int(distance[begin])
+        # Where windows that begin in a row have their like `size` later, so have all events of the last of them.
+        if size and (rounds := (end - begin + _WINDOW - 1) // size + 1) >= _FEWEST:
+            yield _Loop(begin, size, rounds)
+
+
+def _is_closed(trace: Trace, born: Ints, last_meant: Ints, loop: _Loop) -> bool:
+    """Whether each round frees as many storages as it allocates, its own or those of the round before, and none of
+    those that would be left out is meant by an event elsewhere."""
+    second = slice(loop.begin + loop.size, loop.begin + 2 * loop.size)
+    kinds = Trace(trace.what[second], trace.storage[second], trace.nbytes[second])
+    if kinds.is_kind("alloc").sum() != kinds.is_kind("free").sum() or kinds.is_kind("phase", "start").any():
+        return False
+    named = kinds.storage[kinds.storage >= 0]
+    left_out = last_meant[born[loop.begin + 2 * loop.size] : born[loop.end - loop.size]]
+    return bool((named >= born[loop.begin]).all() and (left_out < loop.end).all())
