@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from meftbench.catalogue.operations import Work
 from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.catalogue.profiles import Profile, find_profile
 from meftbench.catalogue.versions import NOW, Versions
@@ -41,7 +42,7 @@ class Predicted:
     warm, measured: the warm-up steps and those after them, as counted; sizes are rounded up to blocks of 512 bytes.
     events: of all these steps, for the allocator's replay.  starts: numbers of the events with which they begin.
     replayed: the allocator's statistics after them.  sizes: numbers of parameters.  seconds: that the prediction took.
-    attention: fused attention operators that ran.
+    attention: fused attention operators that ran.  work: what the last traced step does, as a later one does it.
     """
 
     profile: Profile
@@ -53,6 +54,7 @@ class Predicted:
     sizes: dict[str, Metric]
     seconds: float
     attention: set[str] = field(default_factory=set)
+    work: Work = field(default_factory=Work)
 
     @property
     def step_from(self) -> int:
@@ -162,12 +164,14 @@ def predict(
         traced.enter_context(mode)
         counted = traced.enter_context(PredictedStep(step, remembered or Remembered(), profile, versions))
         assert counted.counter.events is not None
+        traced.enter_context(counted.counter.work.entered())
         before = len(counted.counter.events)
         starts, observed = [], []
         for _ in range(warmup + steps if OPTIMIZERS[cell.optimizer].replaces_state else 1):
             starts.append(_allocations(counted.counter.events))
             observed.append(counted.run())
             gc.collect()  # what the step leaves alive after this stays alive
+    work = counted.counter.work.work
     for lever, made in step.applied.levers.items():
         if fact := made.missing_in_trace(counted.counter.attention_kernels):
             raise UserError(cell.label, f"{lever}: {fact} on {profile.device}", f"change the settings of {lever}")
@@ -193,6 +197,7 @@ def predict(
         parameter_counts(step.model) | paged_metrics(step, "predicted"),
         time.perf_counter() - begin,
         set(counted.counter.attention_kernels),
+        work,
     )
 
 
