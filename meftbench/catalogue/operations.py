@@ -12,9 +12,9 @@ class Operator(NamedTuple):
     """An operator on tensors of one size.
 
     kind: "matrix" (a product of two matrices, or of a batch of them), "attention", "attention backward", "fused
-        product" (a kernel that multiplies matrices and does more); of those that only move bytes: "elementwise",
-        "permuted" (a copy in another order of dimensions), "softmax", "norm", "activation", "random", "reduction",
-        "gather".
+        product" (a kernel that multiplies matrices and does more); of those that only move bytes: "elementwise"
+        (with a new tensor as its result), "in place", "permuted" (a copy in another order of dimensions), "softmax", "norm", "activation", "random", "reduction",
+        "gather"; and "fresh" (pages of memory that a CPU's kernel clears when they are first touched).
     dtype: of what is computed with, such as "float32".
     size: of a product: batch, rows, inner dimension, columns; of attention: samples, heads, positions of queries and of
         keys, size of a head, and 1 where it is causal; else empty.

@@ -1,4 +1,4 @@
-"""The prediction of one cell, compared with the memory of its card."""
+"""The prediction of one cell: its memory, compared with that of its card, and the time of a step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from meftbench.catalogue.profiles import find_profile
+from meftbench.catalogue.operations import Work
+from meftbench.catalogue.profiles import CpuProfile, find_device
+from meftbench.catalogue.speeds import Speeds
 from meftbench.catalogue.versions import Versions
 from meftbench.measuring.build import attention_used
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.prediction.allocator import AllocatorSettings, replay
+from meftbench.prediction.on_cpu import trace_on_cpu
 from meftbench.prediction.predict import predict
+from meftbench.prediction.seconds import missing_rate, step_time
 from meftbench.probes.host_memory import host_peak
 from meftbench.records.record import Metric
 
@@ -44,7 +48,41 @@ def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, 
         "fits": on_card.oom is None,
         "activation_peak_bytes": predicted.replayed.steps[-1].activation_peak,
         "kernels": _kernels(cell, predicted.attention),
+        "time": time_of(predicted.work, profile.speeds, predicted.tokens),
     }
+
+
+def _on_cpu(cell: Cell, profile: CpuProfile, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The answer for a CPU: what a trace by its operators counts."""
+    tell(f"predicting {cell.label} on {profile.device}")
+    traced = trace_on_cpu(cell)
+    metrics = traced.metrics | {"passes_s": Metric(traced.seconds, "measured"), "host_rss_peak_bytes": host_peak()}
+    return {
+        "metrics": {name: metric.to_json(name) for name, metric in metrics.items()},
+        "observed": {"attention_used": attention_used(cell, traced.attention)},
+        "fits": traced.observed[-1].peak.total <= profile.memory_bytes,
+        "activation_peak_bytes": traced.observed[-1].activation_peak,
+        "kernels": _kernels(cell, traced.attention),
+        "time": time_of(traced.work, profile.speeds, traced.tokens),
+    }
+
+
+def time_of(work: Work, speeds: Speeds | None, tokens: int) -> dict[str, Any]:
+    """What a step costs: `recomputed_flops_share` and `host_transfer_bytes`, known for every device; `step_s`,
+    `tokens_per_s`, `time_parts` (seconds, which add up to `step_s`) and `recomputed_s` where its speeds are known, else
+    None, with the reason in `time_absent`."""
+    cost = {
+        "recomputed_flops_share": work.recomputed_flops_share,
+        "host_transfer_bytes": work.host_transfer_bytes,
+        "flops": work.flops,
+    }
+    dtype = None if speeds is None else missing_rate(work, speeds)
+    if speeds is None or dtype is not None:
+        absent = f"the profile has no speed for {dtype}" if dtype else "the profile has no speeds"
+        return cost | dict.fromkeys(("step_s", "tokens_per_s", "time_parts", "recomputed_s")) | {"time_absent": absent}
+    time = step_time(work, speeds)
+    answer = {"step_s": time.step_s, "tokens_per_s": tokens / time.step_s, "time_parts": time.parts}
+    return cost | answer | {"recomputed_s": time.recomputed_s, "time_absent": None}
 
 
 def _kernels(cell: Cell, operators: set[str]) -> list[str]:

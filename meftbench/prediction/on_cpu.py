@@ -10,9 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from meftbench.catalogue.operations import Work
+from meftbench.catalogue.operations import Operator, Work
 from meftbench.measuring.step import Step
 from meftbench.plan.cell import Cell
+from meftbench.prediction.allocator import Event
+from meftbench.prediction.host_heap import fresh_bytes
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
 from meftbench.prediction.work import WorkCounter
@@ -27,6 +29,7 @@ class _CpuCounter(StorageCounter):
     def __init__(self, device_type: str) -> None:
         super().__init__(device_type)
         self.work = WorkCounter()
+        self.events = []
         self._call = Remembered()  # remembers nothing of tensors on a CPU, but says which calls are alike
 
     def __torch_dispatch__(
@@ -80,9 +83,14 @@ def trace_on_cpu(cell: Cell) -> OnCpu:
     step, mode = uncomputed_step(cell)
     traced = _TracedStep(step)
     with blamed_step(cell), named_refusals(cell), mode, traced, traced.counter.work.entered():
-        observed = [traced.run(), traced.run()]
+        observed = [traced.run()]
+        assert traced.counter.events is not None
+        first_events = len(traced.counter.events)
+        observed.append(traced.run())
     counter = traced.counter
+    counter.work.phase = "forward"
+    fresh = fresh_bytes([Event(*event) for event in counter.events], first_events)
+    counter.work.add(Operator("pages", "fresh", "", (), 0, 0, fresh, 0.0))
     seconds = time.perf_counter() - begin
-    return OnCpu(
-        observed, counter.work.work, step.tokens, parameter_counts(step.model), seconds, counter.attention_kernels
-    )
+    tokens = cell.batch_size * step.sequence_length
+    return OnCpu(observed, counter.work.work, tokens, parameter_counts(step.model), seconds, counter.attention_kernels)

@@ -43,6 +43,7 @@ class Predicted:
     events: of all these steps, for the allocator's replay.  starts: numbers of the events with which they begin.
     replayed: the allocator's statistics after them.  sizes: numbers of parameters.  seconds: that the prediction took.
     attention: fused attention operators that ran.  work: what the last traced step does, as a later one does it.
+    tokens: of a batch.
     """
 
     profile: Profile
@@ -55,6 +56,7 @@ class Predicted:
     seconds: float
     attention: set[str] = field(default_factory=set)
     work: Work = field(default_factory=Work)
+    tokens: int = 0
 
     @property
     def step_from(self) -> int:
@@ -198,6 +200,7 @@ def predict(
         time.perf_counter() - begin,
         set(counted.counter.attention_kernels),
         work,
+        cell.batch_size * step.sequence_length,
     )
 
 

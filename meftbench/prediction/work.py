@@ -208,10 +208,24 @@ def _operators_of(
     elif name in _WRITES_ROWS:
         source = given[-2] if len(given) > 1 and given[-1] is written[0] else given[0]
         read_bytes, written_bytes = 2 * source.nbytes, source.nbytes
+    if name == "_safe_softmax":
+        return _of_safe_softmax(args[0], result)
     flops = _flops(func, name, args, kwargs, result)
     kind, size = _kind_and_size(name, args, kwargs, returned, flops)
     dtype = _name_of(next((t.dtype for t in (*given, *returned, *written) if t.is_floating_point()), torch.int64))
     return (Operator(name, kind, dtype, size, flops, read_bytes, written_bytes, 1.0),)
+
+
+def _of_safe_softmax(scores: Tensor, result: Tensor) -> tuple[Operator, ...]:
+    """One operator of torch, but four kernels: a softmax; whether scores are -inf; whether all of a row are; zeros there
+    (aten/src/ATen/native/transformers/attention.cpp, _safe_softmax)."""
+    whole, marks, dtype = result.nbytes, scores.numel(), _name_of(result.dtype)
+    return (
+        Operator("_softmax", "softmax", dtype, (), 0, scores.nbytes, whole, 1.0),
+        Operator("eq", "elementwise", dtype, (), 0, scores.nbytes, marks, 1.0),
+        Operator("all", "reduction", "bool", (), 0, marks, marks // max(1, scores.shape[-1]), 1.0),
+        Operator("where", "elementwise", dtype, (), 0, whole, whole, 1.0),
+    )
 
 
 def _of_lists(name: str, values: list[tuple[Any, bool]], result: Any) -> tuple[Operator, ...]:
@@ -220,13 +234,14 @@ def _of_lists(name: str, values: list[tuple[Any, bool]], result: Any) -> tuple[O
     lists = [(value, write) for value, write in values if isinstance(value, list | tuple) and _tensors(value)]
     returned = result if isinstance(result, list | tuple) else []
     most = _TENSORS_OF_KERNEL[min(len(lists) + bool(returned), len(_TENSORS_OF_KERNEL)) - 1]
+    list_kind = "elementwise" if returned else "in place"
     operators = []
     for number, first in enumerate(lists[0][0]):
         tensors = [(value[number], write) for value, write in lists if number < len(value)]
         written = _bytes([tensor for tensor, write in tensors if write] + list(returned[number : number + 1]))
         read = _bytes([tensor for tensor, write in tensors if not write or name not in ("_foreach_copy_",)])
         launches = max(1 / most, first.numel() / _ELEMENTS_OF_KERNEL)
-        operators.append(Operator(name, "elementwise", _name_of(first.dtype), (), 0, read, written, launches))
+        operators.append(Operator(name, list_kind, _name_of(first.dtype), (), 0, read, written, launches))
     return tuple(operators)
 
 
@@ -339,7 +354,7 @@ def _kind_and_size(
         return "matrix", (1, output.numel() // columns, int(filter_size), columns)
     if name in ("clone", "copy_", "_to_copy", "cat") and not all(t.is_contiguous() for t in _sources(name, args)):
         return "permuted", ()
-    return _KIND_OF.get(name, "elementwise"), ()
+    return _KIND_OF.get(name, "elementwise" if returned else "in place"), ()
 
 
 def _sources(name: str, args: tuple[Any, ...]) -> list[Tensor]:
