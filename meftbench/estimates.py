@@ -211,7 +211,7 @@ def _estimate_of(cell: Cell, device: Profile | CpuProfile, rules: str, answer: d
         label=cell.label,
         profile=device.name,
         device=device.device,
-        verified=on_gpu and device.verified,
+        verified=isinstance(device, Profile) and device.verified,
         validation=about_validation(device) if isinstance(device, Profile) else _OF_CPU,
         rules=rules,
         memory_bytes=device.memory_bytes,

@@ -12,9 +12,10 @@ class Operator(NamedTuple):
     """An operator on tensors of one size.
 
     kind: "matrix" (a product of two matrices, or of a batch of them), "attention", "attention backward", "fused
-        product" (a kernel that multiplies matrices and does more); of those that only move bytes: "elementwise"
-        (with a new tensor as its result), "in place", "permuted" (a copy in another order of dimensions), "softmax", "norm", "activation", "random", "reduction",
-        "gather"; and "fresh" (pages of memory that a CPU's kernel clears when they are first touched).
+        product" (a kernel that multiplies matrices and does more). Of those that only move bytes: "elementwise" (with
+        a new tensor as its result), "in place", "permuted" (a copy in another order of dimensions), "softmax", "norm",
+        "activation", "random", "reduction", "gather"; "fresh" (pages of memory that a CPU's kernel clears when they
+        are first touched).
     dtype: of what is computed with, such as "float32".
     size: of a product: batch, rows, inner dimension, columns; of attention: samples, heads, positions of queries and of
         keys, size of a head, and 1 where it is causal; else empty.
@@ -93,12 +94,8 @@ class Work:
     @classmethod
     def from_json(cls, rows: list[list[Any]]) -> Work:
         """The inverse of `to_json`."""
-        return cls(
-            {
-                Operation(Operator(*row[:3], tuple(row[3]), *row[4:8]), row[8], row[9], row[10]): row[11]
-                for row in rows
-            }
-        )
+        operations = (Operation(Operator(row[0], row[1], row[2], tuple(row[3]), *row[4:8]), *row[8:11]) for row in rows)
+        return cls({operation: row[11] for operation, row in zip(operations, rows, strict=True)})
 
 
 def extrapolated(first: Work, second: Work, times: int) -> Work:

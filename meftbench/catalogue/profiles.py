@@ -35,9 +35,7 @@ Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str)
 Room = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1, le=_MOST)]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-Device = Annotated[
-    str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{1,200}$")
-]
+Device = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{1,200}$")]
 
 
 class OwnCells(BaseModel):

@@ -12,6 +12,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, le=1e20)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+Curve = Annotated[list[Annotated[list[Positive], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -71,7 +74,7 @@ class Speeds(_Part):
     matrix: dict[str, Rate] = Field(min_length=1)
     attention: dict[str, Rate] = {}
     attention_backward: dict[str, Rate] = {}
-    memory: dict[str, Annotated[list[Annotated[list[Positive], Field(min_length=2, max_length=2)]], Field(min_length=1)]]
+    memory: dict[str, Curve]
     launch_s: float = Field(ge=0, le=1)
     asynchronous: bool
     fresh_bytes_per_s: Positive | None = None

@@ -23,7 +23,9 @@ def doctor(
     device: Annotated[
         str | None, typer.Option(help="With --calibrate: cpu or cuda. Default: cuda where there is one.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="With --calibrate: of the CPU. Default: its cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With --calibrate: of the CPU. Default: its cores.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Say what this machine can measure. A missing GPU is a fact, not a failure: exits 0.

@@ -1,8 +1,8 @@
 """Measures how fast a device is (`meftbench doctor --calibrate`): the `speeds` of a profile.
 
 What each measurement reads, writes and computes is counted by the counter that counts a traced step (work.py), so that
-both sides of a prediction mean the same by a byte. Every time is the median of several calls, in an order that goes
-round all of them, so that what else the machine does falls on all alike.
+both sides of a prediction mean the same by a byte. Every time is the least of several, as what else the machine does
+can only add to it; measurements take turns, so that a busy minute does not fall on one of them alone.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import math
 import mmap
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
-from statistics import median
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ _FRESH_FROM = 2**25  # bytes: on a CPU larger results are new pages in each call
 _GPU_SIZES = [2**exponent for exponent in range(16, 31, 2)]
 _COLUMNS = 512
 _RING = 2**26
-_ROUNDS = 5
+_ROUNDS = 8
 
 Tell = Callable[[str], None]
 
@@ -63,13 +62,14 @@ class _Counting(TorchDispatchMode):
 
 def work_of(run: Callable[[], object]) -> Work:
     """What a call does, by the operators that it runs."""
-    with _Counting() as counting:
+    counting = _Counting()
+    with counting:
         run()
     return counting.counter.work
 
 
 def timed(runs: list[Callable[[], object]], device: torch.device, budget: float) -> list[float]:
-    """Seconds of one call of each, the medians of `_ROUNDS` rounds in turn. budget: seconds for all of it, about."""
+    """Seconds of one call of each, the least of `_ROUNDS` rounds in turn. budget: seconds for all of it, about."""
     each = budget / (_ROUNDS * len(runs))
     repeats = []
     for run in runs:
@@ -80,7 +80,7 @@ def timed(runs: list[Callable[[], object]], device: torch.device, budget: float)
     for _ in range(_ROUNDS):
         for number, run in enumerate(runs):
             found[number].append(_elapsed(run, repeats[number], device) / repeats[number])
-    return [median(times) for times in found]
+    return [min(times) for times in found]
 
 
 def _elapsed(run: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -188,7 +188,7 @@ def _gradients_of(output: Tensor, leaves: list[Tensor], gradient: Tensor) -> Cal
     return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
 
 
-def fitted(sizes: list[tuple[float, ...]], rates: list[float]) -> Rate:
+def fitted(sizes: Sequence[tuple[float, ...]], rates: list[float]) -> Rate:
     """The `Rate` whose logarithms are nearest to those of the rates at the sizes, by the sum of squares.
 
     Found by going through the sizes' dimensions in turn and taking the best of some values of `half`: the sum has few
@@ -203,7 +203,7 @@ def fitted(sizes: list[tuple[float, ...]], rates: list[float]) -> Rate:
     return Rate(rate=math.exp(_spread(sizes, rates, half)[1]), half=half)
 
 
-def _spread(sizes: list[tuple[float, ...]], rates: list[float], half: list[float]) -> tuple[float, float]:
+def _spread(sizes: Sequence[tuple[float, ...]], rates: list[float], half: list[float]) -> tuple[float, float]:
     """The sum of squares of what is left of the rates' logarithms, and their mean: the rate without limits."""
     logs = [
         math.log(rate) - sum(math.log(d / (d + h)) for d, h in zip(size, half, strict=True))

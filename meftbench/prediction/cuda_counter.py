@@ -133,7 +133,7 @@ class PredictedStep(CountedStep):
 
     def __init__(self, step: Step, remembered: Remembered, profile: Profile, versions: Versions = NOW) -> None:
         super().__init__(step)
-        self.counter = CudaCounter(step.device.type, remembered, profile, versions)
+        self.counter: CudaCounter = CudaCounter(step.device.type, remembered, profile, versions)
 
 
 # --- what autograd's engine does in place ---

@@ -22,15 +22,18 @@ from meftbench.records.record import Metric
 
 
 def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """The memory of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it;
+    """Memory and step time of one cell. request: `cell`; `profile`, a name; `allocator`, as PYTORCH_ALLOC_CONF has it;
     `versions`, as Versions.parse reads them.
 
     The answer has the `metrics` of a predicted cell's record, and of its `observed` the attention, for the step with
     the highest peak, which is the first or a later one; `alloc_retries` is how often torch must give back its cached
     memory on this card. Beside them: `fits`, whether the card has enough memory; `activation_peak_bytes` of the last
-    step; `kernels`, those of attention.
+    step; `kernels`, those of attention; `time` (see `time_of`). Where the profile is that of a CPU, memory is that of
+    the tensors, and no allocator is replayed.
     """
-    cell, profile = Cell.model_validate(request["cell"]), find_profile(request["profile"])
+    cell, profile = Cell.model_validate(request["cell"]), find_device(request["profile"])
+    if isinstance(profile, CpuProfile):
+        return _on_cpu(cell, profile, tell)
     settings = AllocatorSettings.parse(request["allocator"])
     tell(f"predicting {cell.label} on {profile.device}")
     predicted = predict(cell, profile, settings=settings, versions=Versions.parse(request["versions"]))

@@ -84,12 +84,12 @@ def trace_on_cpu(cell: Cell) -> OnCpu:
     traced = _TracedStep(step)
     with blamed_step(cell), named_refusals(cell), mode, traced, traced.counter.work.entered():
         observed = [traced.run()]
-        assert traced.counter.events is not None
-        first_events = len(traced.counter.events)
+        first_events = len(traced.counter.events or [])
         observed.append(traced.run())
-    counter = traced.counter
+    counter, events = traced.counter, traced.counter.events
     counter.work.phase = "forward"
-    fresh = fresh_bytes([Event(*event) for event in counter.events], first_events)
+    assert events is not None
+    fresh = fresh_bytes([Event(*event) for event in events], first_events)
     counter.work.add(Operator("pages", "fresh", "", (), 0, 0, fresh, 0.0))
     seconds = time.perf_counter() - begin
     tokens = cell.batch_size * step.sequence_length

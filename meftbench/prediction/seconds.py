@@ -98,8 +98,7 @@ def _computing(operator: Operator, speeds: Speeds) -> float:
         return 0.0
     rate, flops = _rate(operator, speeds), float(operator.flops)
     if operator.kind == "matrix":
-        batch, rows, inner, columns = operator.size
-        return flops / (rate.at((rows, inner, columns)) * speeds.matrix_efficiency)
+        return flops / (rate.at(operator.size[1:]) * speeds.matrix_efficiency)
     if operator.kind in _ATTENTION:
         queries, keys, head, causal = operator.size[2:]
         # Kernels leave out blocks above the diagonal, which torch counts.

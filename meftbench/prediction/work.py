@@ -25,7 +25,7 @@ from meftbench.catalogue.operations import Operation, Operator, Work
 from meftbench.methods.levers.transfers import allocating_as, moving
 
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
-_APPLY = torch.autograd.Function.apply.__func__.__code__
+_APPLY = torch.autograd.Function.__dict__["apply"].__func__.__code__
 
 # Where an operator finds the two factors of its matrix product.
 _FACTORS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1, "_addmm_activation": 1, "_grouped_mm": 0}
@@ -185,9 +185,7 @@ def _base(func: Any) -> str:
     return str(func.__name__).partition(".")[0]
 
 
-def _operators_of(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-) -> tuple[Operator, ...]:
+def _operators_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> tuple[Operator, ...]:
     name = _base(func)
     values = _by_argument(func, args, kwargs)
     if name.startswith(("_foreach_", "_fused_")) and isinstance(args[0], list | tuple):
@@ -217,8 +215,8 @@ def _operators_of(
 
 
 def _of_safe_softmax(scores: Tensor, result: Tensor) -> tuple[Operator, ...]:
-    """One operator of torch, but four kernels: a softmax; whether scores are -inf; whether all of a row are; zeros there
-    (aten/src/ATen/native/transformers/attention.cpp, _safe_softmax)."""
+    """One operator of torch, but four kernels: a softmax; whether scores are -inf; whether all of a row are; zeros
+    there (aten/src/ATen/native/transformers/attention.cpp, _safe_softmax)."""
     whole, marks, dtype = result.nbytes, scores.numel(), _name_of(result.dtype)
     return (
         Operator("_softmax", "softmax", dtype, (), 0, scores.nbytes, whole, 1.0),
