@@ -14,8 +14,8 @@ class Operator(NamedTuple):
     kind: "matrix" (a product of two matrices, or of a batch of them), "attention", "attention backward", "fused
         product" (a kernel that multiplies matrices and does more). Of those that only move bytes: "elementwise" (with
         a new tensor as its result), "in place", "permuted" (a copy in another order of dimensions), "softmax", "norm",
-        "activation", "random", "reduction", "gather"; "fresh" (pages of memory that a CPU's kernel clears when they
-        are first touched).
+        "activation", "random", "normal", "reduction", "gather"; "fresh" (pages of memory that a CPU's kernel clears
+        when they are first touched).
     dtype: of what is computed with, such as "float32".
     size: of a product: batch, rows, inner dimension, columns; of attention: samples, heads, positions of queries and of
         keys, size of a head, and 1 where it is causal; else empty.

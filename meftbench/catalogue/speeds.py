@@ -24,9 +24,12 @@ class Rate(_Part):
 
     rate: flop/s of the largest products.  half: for each dimension the size at which that alone halves the rate; 0: it
     has no influence. The rate at sizes d is  rate · ∏ d / (d + half).
+    loading_bytes_per_s: of a product's factors and result, where a processor waits for them beside computing; None: it
+        computes meanwhile, and the longer of both counts.
     """
 
     rate: Positive
+    loading_bytes_per_s: Positive | None = None
     half: list[Annotated[float, Field(ge=0, allow_inf_nan=False, le=1e9)]] = []
 
     def at(self, size: tuple[int, ...]) -> float:

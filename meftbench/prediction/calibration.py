@@ -32,6 +32,7 @@ _PRODUCTS = [
     *((1024, 384, 64), (1024, 64, 384), (1024, 384, 8), (1024, 8, 384), (2048, 768, 8), (2048, 8, 768)),
     *((384, 1024, 8), (8, 1024, 384), (64, 1024, 384), (384, 1024, 384), (1536, 2048, 768)),
     *((128, 32, 128), (128, 128, 32), (512, 64, 512)),
+    *((16, 576, 8192), (16, 2048, 4096), (64, 576, 8192), (256, 576, 8192), (32, 8192, 576), (16, 384, 1536)),
 ]
 _LARGE_PRODUCTS = [(4096, 4096, 4096), (8192, 4096, 4096), (4096, 64, 4096), (4096, 4096, 64), (4096, 4096, 16)]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -47,7 +48,9 @@ _ROUNDS = 8
 Tell = Callable[[str], None]
 
 
-class _Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):
+    """Counts what operators do while it is entered, in `counter`."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counter = WorkCounter()
@@ -62,7 +65,7 @@ class _Counting(TorchDispatchMode):
 
 def work_of(run: Callable[[], object]) -> Work:
     """What a call does, by the operators that it runs."""
-    counting = _Counting()
+    counting = Counting()
     with counting:
         run()
     return counting.counter.work
@@ -151,14 +154,39 @@ def measured_speeds(device: torch.device, tell: Tell, budget: float = 45.0) -> d
 
 def _matrix(dtype: torch.dtype, device: torch.device, budget: float) -> dict[str, Any]:
     sizes = [*_PRODUCTS, *(_LARGE_PRODUCTS if device.type == "cuda" else [])]
-    factors = [(_random(m, k, dtype, device), _random(n, k, dtype, device)) for m, k, n in sizes]
-    times = timed([_product(*pair) for pair in factors], device, budget)
-    rates = [2.0 * math.prod(size) / seconds for size, seconds in zip(sizes, times, strict=True)]
-    return _content(fitted([tuple(map(float, size)) for size in sizes], rates))
+    times = timed([_product(*size, dtype, device) for size in sizes], device, budget)
+    moved = [dtype.itemsize * (m * k + k * n + m * n) for m, k, n in sizes]
+    return _content(_fitted_with_loading(sizes, times, moved) if device.type == "cpu" else _fitted_to(sizes, times))
 
 
-def _product(first: Tensor, second: Tensor) -> Callable[[], object]:
-    return lambda: first @ second.t()
+def _product(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """What was computed last with a weight that was used some time ago, as in a step."""
+    first, weight_bytes = _random(rows, inner, dtype, device), columns * inner * dtype.itemsize
+    weights = cycle([_random(columns, inner, dtype, device) for _ in range(max(1, min(64, _RING // weight_bytes)))])
+    return lambda: first @ next(weights).t()
+
+
+def _fitted_to(sizes: Sequence[tuple[int, ...]], times: list[float]) -> Rate:
+    return fitted(
+        [tuple(map(float, size)) for size in sizes], [2.0 * math.prod(s) / t for s, t in zip(sizes, times, strict=True)]
+    )
+
+
+def _fitted_with_loading(sizes: Sequence[tuple[int, ...]], times: list[float], moved: list[int]) -> Rate:
+    """The same with the best of some speeds of loading, whose share of the times is taken off before."""
+    best, least = _fitted_to(sizes, times), math.inf
+    for loading in (5e9, 8e9, 12e9, 18e9, 27e9, 40e9, 60e9, 90e9):
+        computing = [seconds - nbytes / loading for seconds, nbytes in zip(times, moved, strict=True)]
+        if min(left / seconds for left, seconds in zip(computing, times, strict=True)) < 0.2:
+            continue  # slower than some were measured to be
+        rate = _fitted_to(sizes, computing)
+        told = [
+            2 * math.prod(size) / rate.at(size) + nbytes / loading for size, nbytes in zip(sizes, moved, strict=True)
+        ]
+        spread = sum(math.log(ours / theirs) ** 2 for ours, theirs in zip(told, times, strict=True))
+        if spread < least:
+            best, least = rate.model_copy(update={"loading_bytes_per_s": loading}), spread
+    return best
 
 
 def _attention(dtype: torch.dtype, device: torch.device, budget: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -249,6 +277,7 @@ def _movers(nbytes: int, device: torch.device) -> Iterator[tuple[str, Callable[[
     yield "permuted", lambda: _by_heads(next(first)).contiguous()
     yield "reduction", lambda: next(first).sum(0)
     yield "random", lambda: next(third).bernoulli_(0.9)
+    yield "normal", lambda: next(third).normal_()
     yield "gather", lambda: F.embedding(numbers, table)
     for kind, function in (("softmax", _softmax), ("norm", norm), ("activation", F.gelu)):
         yield kind, _both(function, first, second)
@@ -292,7 +321,7 @@ def _fresh(budget: float) -> float:
     old = torch.zeros(nbytes, dtype=torch.uint8)
 
     def first_time() -> None:
-        torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).fill_(1)
+        torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8).fill_(1)
 
     first, again = timed([first_time, lambda: old.fill_(1)], old.device, budget)
     return _rounded(nbytes / max(first - again, 1e-9))
@@ -320,7 +349,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _content(rate: Rate) -> dict[str, Any]:
-    return {"rate": _rounded(rate.rate), "half": rate.half}
+    content: dict[str, Any] = {"rate": _rounded(rate.rate), "half": rate.half}
+    return content | {name: value for name in ("loading_bytes_per_s",) if (value := getattr(rate, name)) is not None}
 
 
 def _rounded(number: float) -> float:

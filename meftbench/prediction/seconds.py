@@ -1,6 +1,6 @@
 """Time of a step from what it does (`Work`) and what a device does in a second (`Speeds`): a roofline.
 
-    an operator:   max(flops / rate, bytes / bandwidth)
+    an operator:   max(flops / rate, bytes / bandwidth), or their sum where a processor waits for memory
     a GPU:         max(Σ operators, Σ launches), as kernels are started while others run
     a CPU:         Σ operators + Σ launches
 
@@ -88,15 +88,16 @@ def _seconds(operation: Operation, speeds: Speeds) -> float:
         return operator.written / speeds.fresh_bytes_per_s if speeds.fresh_bytes_per_s is not None else 0.0
     if operator.kind not in _PRODUCTS:
         return operator.moved / speeds.bandwidth(operator.kind, operator.written)
+    loading = _rate(operator, speeds).loading_bytes_per_s
+    if loading is not None:
+        return _computing(operator, speeds) + operator.moved / loading
     moving = operator.moved / speeds.bandwidth("elementwise", operator.written)
     return max(_computing(operator, speeds), moving)
 
 
 def _computing(operator: Operator, speeds: Speeds) -> float:
     """Seconds of the operations of a product."""
-    if not operator.flops:
-        return 0.0
-    rate, flops = _rate(operator, speeds), float(operator.flops)
+    rate, flops = _rate(operator, speeds), operator.flops
     if operator.kind == "matrix":
         return flops / (rate.at(operator.size[1:]) * speeds.matrix_efficiency)
     if operator.kind in _ATTENTION:

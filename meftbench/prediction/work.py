@@ -42,7 +42,8 @@ _KINDS = {
         *("gelu", "gelu_backward", "silu", "silu_backward", "silu_", "tanh", "tanh_", "sigmoid", "sigmoid_backward"),
         *("erf", "exp", "exp_", "log", "sin", "cos", "pow", "softplus", "softplus_backward"),
     ),
-    "random": ("native_dropout", "bernoulli", "bernoulli_", "normal_", "randn", "rand", "uniform_", "randint"),
+    "random": ("native_dropout", "bernoulli", "bernoulli_", "rand", "uniform_", "randint"),
+    "normal": ("normal_", "randn"),
     "reduction": ("sum", "mean", "amax", "amin", "max", "min", "argmax", "linalg_vector_norm", "norm", "any", "all"),
     "gather": (
         *("embedding", "embedding_dense_backward", "index", "index_select", "gather", "index_put", "index_put_"),

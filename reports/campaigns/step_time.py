@@ -237,7 +237,10 @@ def _summary(table: pd.DataFrame, published: pd.DataFrame, profile: CpuProfile, 
         for row in published.itertuples()
     ]
     parts += ["", "## Published throughputs, predicted from data sheets", ""]
-    parts += ["Samples a second. Speeds are those of data sheets, with assumed efficiencies: nothing was calibrated.", ""]
+    parts += [
+        "Samples a second. Speeds are those of data sheets, with assumed efficiencies: nothing was calibrated.",
+        "",
+    ]
     parts.append(markdown_table(["device", "cell", "published", "predicted", "error", "source"], shown))
     return "\n".join(parts) + "\n"
 
