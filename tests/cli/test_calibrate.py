@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from meftbench.catalogue.profiles import PROFILES, CpuProfile, Profile, find_device, find_profile
+from meftbench.catalogue.operations import Operation, Operator, Work
+from meftbench.catalogue.profiles import PROFILES, CpuProfile, find_device, find_profile
 from meftbench.catalogue.speeds import Speeds
+from meftbench.cli.estimate import lines, times
 from meftbench.errors import UserError
 from meftbench.prediction import calibration
 from meftbench.prediction.calibration import measured_speeds
+from meftbench.prediction.estimate import time_of
 
 SPEEDS = {
     "calibrated": True,
@@ -90,9 +92,10 @@ def test_a_profile_of_this_cpu_is_written_and_predicts_a_step(cli, measuring):
     assert found["peak_allocated_bytes"] == sum(found["breakdown"].values())
     assert found["peak_reserved_bytes"] is found["process_device_bytes"] is None
     assert 0.2 < found["recomputed_flops_share"] < 0.4
-    text = cli("estimate", "bert-tiny@random", "lora+checkpoint", *shape)[1]
+    text = " ".join(lines(found))
     assert "tokens a second" in text
-    assert "not validated there" in " ".join(text.split())
+    assert "not validated there" in text
+    assert "peak reserved" not in text
 
 
 def test_the_profile_of_a_card_is_the_shipped_one_with_what_was_measured(cli, measuring):
@@ -158,15 +161,18 @@ def test_a_cpus_profile_is_no_cards(cli, measuring):
     assert "is the profile of a CPU" in err
 
 
-def test_a_profile_without_speeds_predicts_no_time_but_says_what_runs_twice(cli):
-    content = PROFILES["a10"].model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"speeds"})
-    Path("old.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    shape = ("--batch-size", "2", "--sequence-length", "16", "--profile", "./old.yaml")
+def test_where_no_time_can_be_predicted_the_answer_says_what_runs_twice():
+    """A profile without speeds, or without a speed for the precision."""
+    again = Operation(Operator("mm", "matrix", "float32", (1, 8, 8, 8), 100, 0, 0, 1.0), "backward", True, "device")
+    once = again._replace(phase="forward", recomputed=False)
+    work = Work({again: 1, once: 3})
+    halves = Speeds.model_validate(SPEEDS | {"matrix": {"bfloat16": {"rate": 1e11}}})
 
-    found = json.loads(cli("estimate", "bert-tiny@random", "lora+checkpoint", *shape, "--json", "-q")[1])
-    text = cli("estimate", "bert-tiny@random", "lora+checkpoint", *shape, "-q")[1]
-
-    assert found["step_s"] is found["time_parts"] is None
-    assert found["recomputed_flops_share"] > 0.2
-    assert "not predicted: the profile has no speeds" in text
-    assert isinstance(find_profile(str(Path("old.yaml").absolute())), Profile)
+    for speeds, reason in ((None, "the profile has no speeds"), (halves, "the profile has no speed for float32")):
+        found = time_of(work, speeds, tokens=8)
+        assert found["step_s"] is found["time_parts"] is None
+        assert 0.25 == found["recomputed_flops_share"]
+        assert reason == found["time_absent"]
+        text = " ".join(times(found | {"time_validation": ""}))
+        assert f"not predicted: {reason}" in text
+        assert "25.0% of operations" in text
