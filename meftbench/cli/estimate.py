@@ -153,7 +153,7 @@ def times(answer: dict[str, Any]) -> list[str]:
     texts.append(f"  {'recomputed':<22}{answer['recomputed_flops_share']:.1%} of operations, predicted")
     if answer["host_transfer_bytes"]:
         moved = format_bytes(answer["host_transfer_bytes"])
-        texts.append(f"  {'moved':<22}{moved:>12}  predicted, between the device and host memory")
+        texts.append(f"  {'moved':<22}{moved:>12}  predicted, to host memory and back")
     return texts
 
 
