@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import BREAKDOWN
-from meftbench.catalogue.profiles import PREDICTED, Profile, find_profile
-from meftbench.catalogue.validated import about_validation
+from meftbench.catalogue.profiles import PREDICTED, CpuProfile, Profile, find_device, find_profile
+from meftbench.catalogue.validated import about_times, about_validation
 from meftbench.catalogue.versions import Versions
 from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import FITTED_OPTIONS, PREDICTED_OPTIONS
@@ -37,6 +37,8 @@ MOST_SAMPLES = 2**16
 # The parts of the peak in the order in which they are printed, the workspace last.
 _PARTS = sorted(BREAKDOWN, key="workspace_bytes".__eq__)
 
+_OF_CPU = "memory of the step's tensors on a CPU, counted by a trace"
+
 Tell = Callable[[str], None]
 
 
@@ -50,7 +52,9 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted memory of one training step. Sizes are in bytes.
+    """The predicted memory and time of one training step. Sizes are in bytes.
+
+    On a CPU, `peak_reserved_bytes` and `process_device_bytes` are None: memory is that of tensors alone.
 
     device, memory_bytes: name and memory of the device.  context_bytes: what a process takes there before any tensor.
     verified: whether a run on this device agreed with predictions.  validation: what predictions were held against, and
@@ -64,6 +68,11 @@ class Estimate:
     optimizer_paged_bytes: states of a paged optimizer in CUDA's unified memory, which is in none of the other numbers;
         None: the optimizer pages nothing.
     parameters_trainable, parameters_total: numbers of parameters, counted.  attention: the attention kernels that run.
+    step_s, tokens_per_s: predicted time of a step after the first, and its tokens a second; None: see `time_absent`.
+        time_parts: seconds of `step_s` by what they are spent on (prediction/seconds.py), which add up to it.
+        time_validation: how far off predicted times were, as a sentence.
+    recomputed_flops_share: share of a step's operations that run forward again in the backward pass, predicted.
+    host_transfer_bytes: copied between the device and host memory in a step, predicted.
     predict_s, host_bytes: seconds and memory that the prediction took on this machine, measured.
     """
 
@@ -76,8 +85,8 @@ class Estimate:
     memory_bytes: int
     context_bytes: int
     peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    process_device_bytes: int
+    peak_reserved_bytes: int | None
+    process_device_bytes: int | None
     headroom_bytes: int
     fits: bool
     retries: int
@@ -90,17 +99,25 @@ class Estimate:
     attention: list[str]
     predict_s: float
     host_bytes: int
+    step_s: float | None = None
+    tokens_per_s: float | None = None
+    time_parts: dict[str, float] | None = None
+    time_absent: str | None = None
+    time_validation: str = ""
+    recomputed_flops_share: float = 0.0
+    host_transfer_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `meftbench estimate --json` prints."""
         return asdict(self)
 
     def to_frame(self) -> DataFrame:
-        """One row. The parts of the breakdown are columns: `breakdown_parameters` and so on."""
+        """One row. The parts of breakdown and time are columns: `breakdown_parameters`, `time_matrix` and so on."""
         from pandas import DataFrame
 
         row = self.to_json()
         parts = {f"breakdown_{name}": size for name, size in row.pop("breakdown").items()}
+        parts |= {f"time_{name}": seconds for name, seconds in (row.pop("time_parts") or {}).items()}
         return DataFrame([row | parts | {"attention": ", ".join(self.attention), "source": "predicted"}])
 
 
@@ -159,12 +176,13 @@ def estimate(
     tell: Tell | None = None,
     **axes: Any,
 ) -> Estimate:
-    """Predict the memory of fine-tuning a model by a method on a GPU. Nothing is computed, and no GPU is needed.
+    """Predict memory and step time of fine-tuning a model by a method on a GPU. Nothing is computed; no GPU is needed.
 
     model, method: as in a suite, such as "llama-3.2-1b@random" and "lora+checkpoint", or {"name": "lora", "rank": 4}.
         config: overrides of the model's configuration.  settings: of the method.
     batch_size: samples per step.  sequence_length: tokens per sample.
-    profile: a name of `meftbench list profiles`, or a file.  allocator: settings in the form of PYTORCH_ALLOC_CONF.
+    profile: a name of `meftbench list profiles`, or a file; one that `meftbench doctor --calibrate` wrote on a CPU is
+        for a step on that CPU.  allocator: settings in the form of PYTORCH_ALLOC_CONF.
     for_versions: such as "torch=2.4,transformers=4.48", where a rule is known to differ; empty: the newest.
     allow_code: whether the user's own functions that make models and batches may be called.
     tell: called with lines of progress.
@@ -180,30 +198,35 @@ def estimate(
     rules = str(Versions.parse(text_of("for_versions", for_versions)))
     request = {"cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
     request["versions"] = for_versions
-    return _estimate_of(cell, find_profile(profile), rules, ask("estimate", request, tell or silent, allow_code))
+    return _estimate_of(cell, find_device(profile), rules, ask("estimate", request, tell or silent, allow_code))
 
 
-def _estimate_of(cell: Cell, device: Profile, rules: str, answer: dict[str, Any]) -> Estimate:
+def _estimate_of(cell: Cell, device: Profile | CpuProfile, rules: str, answer: dict[str, Any]) -> Estimate:
     """The answer of meftbench.prediction.estimate, which has metrics as in a record, with the facts of the device."""
     values = {name: metric["value"] for name, metric in answer["metrics"].items()}
+    cost = answer["time"]
+    on_gpu = isinstance(device, Profile)
+    process = values["process_device_bytes"] if on_gpu else None
     return Estimate(
         label=cell.label,
         profile=device.name,
         device=device.device,
-        verified=device.verified,
-        validation=about_validation(device),
+        verified=isinstance(device, Profile) and device.verified,
+        validation=about_validation(device) if isinstance(device, Profile) else _OF_CPU,
         rules=rules,
         memory_bytes=device.memory_bytes,
-        context_bytes=values["context_bytes"],
+        context_bytes=values["context_bytes"] if on_gpu else 0,
         peak_allocated_bytes=values["peak_allocated_bytes"],
-        peak_reserved_bytes=values["peak_reserved_bytes"],
-        process_device_bytes=values["process_device_bytes"],
-        headroom_bytes=device.memory_bytes - values["process_device_bytes"],
+        peak_reserved_bytes=values["peak_reserved_bytes"] if on_gpu else None,
+        process_device_bytes=process,
+        headroom_bytes=device.memory_bytes - (process or values["peak_allocated_bytes"]),
         fits=answer["fits"],
-        retries=values["alloc_retries"],
+        retries=values["alloc_retries"] if on_gpu else 0,
         peak_phase=values["peak_phase"],
         breakdown={
-            name.removesuffix("_bytes"): values[name] for name in sorted(BREAKDOWN, key="workspace_bytes".__eq__)
+            name.removesuffix("_bytes"): values[name]
+            for name in sorted(BREAKDOWN, key="workspace_bytes".__eq__)
+            if name in values
         },
         activation_peak_bytes=answer["activation_peak_bytes"],
         optimizer_paged_bytes=values.get("optimizer_paged_bytes"),
@@ -212,6 +235,13 @@ def _estimate_of(cell: Cell, device: Profile, rules: str, answer: dict[str, Any]
         attention=answer["kernels"],
         predict_s=values["passes_s"],
         host_bytes=values["host_rss_peak_bytes"],
+        step_s=cost["step_s"],
+        tokens_per_s=cost["tokens_per_s"],
+        time_parts=cost["time_parts"],
+        time_absent=cost["time_absent"],
+        time_validation=about_times(device),
+        recomputed_flops_share=cost["recomputed_flops_share"],
+        host_transfer_bytes=cost["host_transfer_bytes"],
     )
 
 
@@ -307,8 +337,8 @@ def asked_cell(
     verb: the command or function, for messages.  values: further fields by axis; None: not given.
     Raises UserError: a value is wrong, or the user's own code is needed and not allowed.
     """
-    find_profile(profile, f"{verb}: profile")
-    fields: dict[str, Any] = {"device": PREDICTED + profile}
+    named_device = (find_device if verb == "estimate" else find_profile)(profile, f"{verb}: profile")
+    fields: dict[str, Any] = {"device": "counted" if isinstance(named_device, CpuProfile) else PREDICTED + profile}
     # As in a suite, a name, or a mapping that has it beside the settings.
     overrides = {"config": mapping_of("config", config)} if config else {}
     fields["model"] = {**(model if isinstance(model, Mapping) else {"name": model}), **overrides}

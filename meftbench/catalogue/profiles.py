@@ -1,4 +1,6 @@
-"""GPUs by name, to predict memory on one that is not present: its memory, and what is used before any tensor."""
+"""Devices by name, to predict memory and time on one that is not present. Those of the package are GPUs; the file of a
+CPU is what `meftbench doctor --calibrate` writes on one.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meftbench.errors import unknown
+from meftbench.catalogue.speeds import Speeds
+from meftbench.errors import UserError, unknown
 from meftbench.strict_yaml import read, validated
 from meftbench.units import parse_bytes
 
@@ -30,6 +33,9 @@ def _capability(value: Any) -> Any:
 _MOST = 2**50  # bytes: no device has a PiB
 Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=0, le=_MOST)]
 Room = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1, le=_MOST)]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+Device = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{1,200}$")]
 
 
 class OwnCells(BaseModel):
@@ -66,14 +72,15 @@ class Profile(BaseModel):
     thread that multiplies matrices (the backward pass has its own thread) on each stream.
     cublaslt_workspace_bytes: the same for cuBLASLt; 0 where it shares cuBLAS's, torch's default on CUDA.
     verified: whether a run of this program on the device agreed.  validated: with how many cells, and how well.
+    speeds: what step times are predicted from; None: they cannot be.
     sources: where each number is from.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     schema_: Literal[1] = Field(alias="schema")
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    device: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{1,200}$")
+    name: Name
+    device: Device
     memory_bytes: Room
     usable_bytes: Room | None = None
     compute_capability: Annotated[str, BeforeValidator(_capability), Field(pattern=r"^[1-9][0-9]?\.[0-9]$")]
@@ -83,7 +90,24 @@ class Profile(BaseModel):
     cublaslt_workspace_bytes: Bytes
     verified: bool
     validated: OwnCells | None = None
+    speeds: Speeds | None = None
     sources: list[str] = Field(min_length=1)
+
+
+class CpuProfile(BaseModel):
+    """A machine whose CPU trains: what `meftbench doctor --calibrate` writes on one.
+
+    kind: tells it from the profile of a GPU.  device: the processor's name.  memory_bytes: of the machine.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    schema_: Literal[1] = Field(alias="schema")
+    kind: Literal["cpu"]
+    name: Name
+    device: Device
+    memory_bytes: Room
+    speeds: Speeds
 
 
 class _Shipped(Mapping[str, Profile]):
@@ -104,17 +128,28 @@ class _Shipped(Mapping[str, Profile]):
 PROFILES: Mapping[str, Profile] = _Shipped()
 
 
-def find_profile(name: str, where: str = "") -> Profile:
+def find_device(name: str, where: str = "") -> Profile | CpuProfile:
     """The profile in the package that is called `name`, or that of the YAML file at the path `name`.
 
     Raises UserError: when there is no such profile (at `where`, with the nearest name), or the file has a fault.
     """
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") or "/" in name:
-        return validated(read(path), Profile)
+        document = read(path)
+        of_cpu = isinstance(document.content, dict) and "kind" in document.content
+        return validated(document, CpuProfile) if of_cpu else validated(document, Profile)
     if name not in PROFILES:
         raise unknown(where, "profile", name, PROFILES)
     return PROFILES[name]
+
+
+def find_profile(name: str, where: str = "") -> Profile:
+    """The same of a GPU. Raises UserError also where the file is that of a CPU."""
+    profile = find_device(name, where)
+    if isinstance(profile, CpuProfile):
+        what = f"is the profile of a CPU ({profile.device}), which `meftbench estimate` alone takes"
+        raise UserError(name, what, "name the profile of a GPU: meftbench list profiles")
+    return profile
 
 
 @cache

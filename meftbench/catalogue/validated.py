@@ -13,10 +13,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from meftbench.catalogue.profiles import Profile
+from meftbench.catalogue.profiles import CpuProfile, Profile
+from meftbench.catalogue.speeds import TimesFound
 from meftbench.strict_yaml import read, validated
 
 FILE = Path(__file__).with_name("validated.yaml")
+TIMES = Path(__file__).with_name("step_times.yaml")
 STEP_PEAKS = ("peak_allocated", "reserved", "device_used")
 BETWEEN_STEPS = ("allocated_after_step",)
 OPERATOR_PEAKS = ("operator_peak",)
@@ -90,6 +92,21 @@ def about_validation(profile: Profile) -> str:
     cards = {group.profile for group in validated_figures().groups if group.setting == "complete"}
     names = ", ".join(sorted(name.partition("-")[0].upper() for name in cards))
     return f"not validated on {profile.device}; rules held against published measurements on {names}: {_figures()}"
+
+
+def about_times(profile: Profile | CpuProfile) -> str:
+    """A sentence: where the speeds of a device are from, and how far off step times were that were predicted so."""
+    speeds = profile.speeds
+    if speeds is None:
+        return "no step time is predicted: its profile has no speeds"
+    if speeds.validated is not None:
+        return f"speeds measured on it; {_times(speeds.validated)}"
+    where = "speeds measured on it" if speeds.calibrated else "speeds of its data sheet, with assumed efficiency"
+    return f"{where}, not validated there; of a calibrated CPU: {_times(validated(read(TIMES), TimesFound))}"
+
+
+def _times(found: TimesFound) -> str:
+    return f"{found.of} of {found.cells} cells, median error {found.median:.1%}, worst {found.worst:.1%}"
 
 
 def _figures(profile: str | None = None) -> str:

@@ -1,19 +1,57 @@
-"""`meftbench doctor`: what this machine can measure."""
+"""`meftbench doctor`: what this machine can measure, and how fast it is."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from meftbench.cli.options import Quiet, progress
+from meftbench.errors import UserError
+
 NEEDED = ("torch", "transformers", "peft", "safetensors")
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Say what this machine can measure. A missing GPU is a fact, not a failure: exits 0."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure how fast the device is, about a minute, and write a profile.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="With --calibrate: the file, for --profile.")] = Path("calibrated.yaml"),
+    device: Annotated[
+        str | None, typer.Option(help="With --calibrate: cpu or cuda. Default: cuda where there is one.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With --calibrate: of the CPU. Default: its cores.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what this machine can measure. A missing GPU is a fact, not a failure: exits 0.
+
+    With --calibrate, step times can then be predicted for this device: meftbench estimate ... --profile FILE.
+    """
+    if calibrate:
+        from meftbench.runner.calibrate import calibrate as write_profile
+
+        profile = write_profile(out, device, threads, progress(quiet))
+        print(json.dumps(profile, ensure_ascii=False) if as_json else _calibrated(out, profile))
+        return
+    if given := [name for name, value in (("--device", device), ("--threads", threads)) if value is not None]:
+        raise UserError(f"doctor {given[0]}", "only measuring takes it", "add --calibrate, or leave it out")
     result = findings()
     print(json.dumps(result, indent=2, ensure_ascii=False, default=str) if as_json else rendered(result))
+
+
+def _calibrated(out: Path, profile: dict[str, Any]) -> str:
+    """Some of the speeds of a profile that was written to `out`, as lines of text."""
+    speeds = profile["speeds"]
+    lines = [f"{profile['device']}, measured:"]
+    lines += [f"  {dtype:<20}{rate['rate'] / 1e9:12,.0f} GFLOP/s" for dtype, rate in speeds["matrix"].items()]
+    lines += [f"  {'memory':<20}{max(rate for _, rate in speeds['memory']['elementwise']) / 1e9:12,.0f} GB/s"]
+    lines += [f"  {'start of a kernel':<20}{speeds['launch_s'] * 1e6:12,.1f} µs"]
+    return "\n".join([*lines, f"written to {out}: meftbench estimate MODEL METHOD ... --profile {out}"])
 
 
 def findings(nvml: Any = None) -> dict[str, Any]:

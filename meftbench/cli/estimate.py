@@ -1,4 +1,4 @@
-"""`meftbench estimate`: predicts the memory of one cell on a GPU that need not be present."""
+"""`meftbench estimate`: predicts memory and step time of one cell on a device that need not be present."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def estimate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Predict the memory of fine-tuning MODEL by METHOD on a GPU. Nothing is computed, and no GPU is needed.
+    """Predict memory and step time of fine-tuning MODEL by METHOD on a GPU. Nothing is computed, and no GPU is needed.
 
     Exits 0 whether or not it fits; with --fail-if-too-big, 1 if it does not.
     """
@@ -117,11 +117,12 @@ def lines(answer: dict[str, Any], by_default: bool = False) -> list[str]:
     device = f"{answer['device']}, {format_bytes(answer['memory_bytes'])}"
     texts = [answer["label"], f"on {device}, profile {answer['profile']}{default}"]
     texts += [answer["validation"], f"rules of {answer['rules']}"]
-    paged = answer.get("optimizer_paged_bytes")
+    paged, context = answer.get("optimizer_paged_bytes"), format_bytes(answer["context_bytes"])
+    of_process = {"peak reserved": "by torch's allocator", "process": f"context of {context} included"}
+    sizes = {"peak reserved": answer["peak_reserved_bytes"], "process": answer["process_device_bytes"]}
     texts += [
         row("peak allocated", answer["peak_allocated_bytes"], f"in {answer['peak_phase']}"),
-        row("peak reserved", answer["peak_reserved_bytes"], "by torch's allocator"),
-        row("process", answer["process_device_bytes"], f"context of {format_bytes(answer['context_bytes'])} included"),
+        *(row(name, size, of_process[name]) for name, size in sizes.items() if size is not None),
         *([] if paged is None else [row("paged states", paged, "beside: CUDA moves them to the host where it must")]),
         f"  {verdict(answer)}",
         "breakdown of the peak allocated",
@@ -130,8 +131,29 @@ def lines(answer: dict[str, Any], by_default: bool = False) -> list[str]:
         row("activation peak", answer["activation_peak_bytes"], "above the level before the step"),
         f"  {'parameters':<22}{answer['parameters_trainable']:,} trained of {answer['parameters_total']:,}, counted",
         f"  {'attention':<22}{', '.join(answer['attention'])}, predicted",
+        *times(answer),
         f"predicted in {format_duration(answer['predict_s'])} with {format_bytes(answer['host_bytes'])} of host memory",
     ]
+    return texts
+
+
+def times(answer: dict[str, Any]) -> list[str]:
+    """What a step costs: its predicted time and where that goes, or why there is none; what it does twice or moves."""
+    from meftbench.units import format_bytes, format_duration
+
+    texts = []
+    if answer["step_s"] is None:
+        texts.append(f"  {'time':<22}not predicted: {answer['time_absent']}")
+    else:
+        speed = f"predicted, {answer['tokens_per_s']:,.0f} tokens a second"
+        texts.append(f"  {'time':<22}{format_duration(answer['step_s']):>12}  {speed}")
+        spent = sorted(answer["time_parts"].items(), key=lambda part: -part[1])
+        shares = ", ".join(f"{name} {part / answer['step_s']:.0%}" for name, part in spent if part > 0)
+        texts += [f"  {'of it':<22}{shares}", f"  {'its error':<22}{answer['time_validation']}"]
+    texts.append(f"  {'recomputed':<22}{answer['recomputed_flops_share']:.1%} of operations, predicted")
+    if answer["host_transfer_bytes"]:
+        moved = format_bytes(answer["host_transfer_bytes"])
+        texts.append(f"  {'moved':<22}{moved:>12}  predicted, to host memory and back")
     return texts
 
 

@@ -24,6 +24,7 @@ from meftbench.plan.factories import CALLS
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import PRELOAD
 from meftbench.prediction.allocations import allocations
+from meftbench.prediction.calibration import calibrate
 from meftbench.prediction.capacity import fit
 from meftbench.prediction.estimate import estimate
 from meftbench.prediction.timeline import export
@@ -49,6 +50,7 @@ VERBS: dict[str, Verb] = {
     "fit": fit,
     "export": export,
     "allocations": allocations,
+    "calibrate": calibrate,
 }
 
 

@@ -17,6 +17,7 @@ from meftbench.methods.levers.optimizer_in_backward import stepping
 from meftbench.prediction.reductions import Multiprocessors, threads_of
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.scratch import Gpu, Piece, Rule, scratch_rule
+from meftbench.prediction.work import WorkCounter
 from meftbench.probes.memory_counted import CountedStep, StorageCounter
 from meftbench.units import MiB
 
@@ -44,6 +45,7 @@ class CudaCounter(StorageCounter):
         _of_engine_alone()  # worked out before the mode is entered
         self.live[WORKSPACE] = 0
         self.events = []
+        self.work = WorkCounter()
         self._call = remembered
         self._profile, self._versions = profile, versions
         capability = tuple(map(int, profile.compute_capability.split(".")))
@@ -60,11 +62,14 @@ class CudaCounter(StorageCounter):
         if name in _IN_PLACE and sys._getframe(1).f_code is _ENGINE and not torch.is_grad_enabled():
             result = _IN_PLACE[name](args)
             self._op = name  # of what its kernel allocates
+            if result is not None:
+                self.work.count(_in_place_of(func), args, {}, result)
         if result is None:
             result = self._call(func, args, kwargs)
             self._from_device = self._in_optimizer and self._reads_device(args)
             self.returned(name, result)
             self._from_device = False
+            self.work.count(func, args, kwargs or {}, result, self._call.key)
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = (scratch_rule(name), name.partition(".")[0] in _PRODUCTS)
@@ -74,6 +79,14 @@ class CudaCounter(StorageCounter):
         if is_product:
             self._take_workspace(name, args)
         return result
+
+    def mark(self, phase: str) -> None:
+        super().mark(phase)
+        self.work.phase = phase
+
+    def reset(self) -> None:
+        super().reset()
+        self.work.begin_step()
 
     def _use(self, pieces: list[Piece]) -> None:
         """Count scratch memory that a kernel allocates, and gives back when it ends or earlier."""
@@ -120,7 +133,7 @@ class PredictedStep(CountedStep):
 
     def __init__(self, step: Step, remembered: Remembered, profile: Profile, versions: Versions = NOW) -> None:
         super().__init__(step)
-        self.counter = CudaCounter(step.device.type, remembered, profile, versions)
+        self.counter: CudaCounter = CudaCounter(step.device.type, remembered, profile, versions)
 
 
 # --- what autograd's engine does in place ---
@@ -162,6 +175,13 @@ _IN_PLACE = {
     "scatter.src": _scattered_by_engine,
     "scatter_add.default": _gathered_back_by_engine,
 }
+
+
+@cache
+def _in_place_of(func: Any) -> Any:
+    """The operator that does in place what `func` does: aten::add_.Tensor for aten::add.Tensor."""
+    name, _, overload = func.__name__.partition(".")
+    return getattr(getattr(torch.ops.aten, f"{name}_"), overload)
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from meftbench.catalogue.versions import Versions
 from meftbench.prediction.scratch import HALF
+from meftbench.prediction.work import kernel
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,18 @@ class _Liger(torch.autograd.Function):
                 shared_TV = logits_TV * 1.0
             else:
                 shared_TV = logits_TV
-            # The kernel has written losses and gradients of the logits in place.
+            # The kernel writes losses, and in place of the logits their gradients.
+            kernel("liger cross-entropy", [shared_TV], [shared_TV])
             if with_gradients:
                 dh_ND[start : start + rows] = shared_TV @ weight_VD
             if dweight_VD is not None:
                 in_place = logits_TV.dtype in HALF and dweight_VD.dtype in (logits_TV.dtype, torch.float32)
                 if in_place and not rule.adds_products:
                     # addmm into the sum; of a float32 one, too. It takes no memory but for the hidden states' copy.
-                    h_TD.to(logits_TV.dtype)
+                    copy_TD = h_TD.to(logits_TV.dtype)
+                    flops = 2 * logits_TV.numel() * hidden
+                    kernel("addmm into the sum", [logits_TV, copy_TD, dweight_VD], [dweight_VD], flops)
+                    del copy_TD
                 else:
                     dweight_VD += torch.mm(logits_TV.t(), h_TD.to(logits_TV.dtype)).float()
             if dbias_V is not None:
@@ -131,6 +136,11 @@ def cut_sum(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignored: int, cap
     return loss
 
 
+def _product(h_ND: Tensor, weight_VD: Tensor) -> int:
+    """Operations of the product that gives all logits."""
+    return 2 * h_ND.numel() * len(weight_VD)
+
+
 class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -142,6 +152,9 @@ class _Cut(torch.autograd.Function):
         with_gradients = any(ctx.needs_input_grad)
         # The mean of each class's logits, by which blocks of classes are sorted in the backward pass.
         means_V = h_ND.new_empty(vocabulary, dtype=torch.float32) if with_gradients else None
+        # Logits are made a block at a time, and never written.
+        kernel("cut logsumexp", [h_ND, weight_VD], [normalizers_N, means_V], _product(h_ND, weight_VD))
+        kernel("cut indexed product", [h_ND, h_ND], [normalizers_N])
         del locks
         losses_N = h_ND.new_zeros(tokens, dtype=torch.float32)
         if cap is not None:
@@ -160,5 +173,10 @@ class _Cut(torch.autograd.Function):
         locks = [
             h_ND.new_zeros(-(-rows // columns), columns, dtype=torch.int32) for rows in (len(h_ND), len(weight_VD))
         ]
+        # The logits once more, and a product for each gradient. Blocks whose gradients are too small to count are left
+        # out by the kernel; how many depends on values, so all are counted.
+        products = 2 + (dweight_VD is not None)
+        flops = products * _product(h_ND, weight_VD)
+        kernel("cut backward", [h_ND, weight_VD, order_V], [dh_ND, dweight_VD], flops)
         del locks, order_V, numbers_N
         return dh_ND, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype), None, None, None

@@ -30,6 +30,7 @@ from meftbench.prediction.cuda_autocast import cuda_autocast
 from meftbench.prediction.experts import groups_on_cuda
 from meftbench.prediction.fused_losses import LigerRule, cut_sum
 from meftbench.prediction.scratch import HALF
+from meftbench.prediction.work import kernel
 from meftbench.reversible.kernels import Kernels, as_on
 
 
@@ -48,7 +49,7 @@ def cuda_semantics(profile: Profile, versions: Versions = NOW) -> Iterator[None]
         cuda_autocast(),
         groups_on_cuda(capability),
         # Triton compiles for compute capability 7.0 and later.
-        as_on(Kernels(multiprocessors=profile.multiprocessors, fused_assumed=capability >= (7, 0))),
+        as_on(Kernels(profile.multiprocessors, fused_assumed=capability >= (7, 0), assumed_run=kernel)),
     ]
     with ExitStack() as stack:
         for patch in patches:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, compress
 from typing import Any
 
+from meftbench.catalogue.operations import Work
 from meftbench.catalogue.profiles import Profile, find_profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.errors import CellFailure, UserError
@@ -79,7 +81,7 @@ class Predicted:
     """The result of predicting a cell.
 
     warmup: the number of warm-up steps.  traced: from which all follows.  replayed: the allocator's statistics after
-    all steps.  seconds: that the prediction took.
+    all steps.  seconds: that the prediction took.  tokens: of a step.  work_of: gives what a step does.
     """
 
     profile: Profile
@@ -88,6 +90,8 @@ class Predicted:
     traced: Traced
     replayed: Replayed
     seconds: float
+    tokens: int = 0
+    work_of: Callable[[], Work] = Work
 
     @classmethod
     def of(
@@ -143,6 +147,11 @@ class Predicted:
         if not settings.garbage_collection_threshold:  # it goes by how often the allocator was asked
             return self._shortened.replayed(settings, self.warmup if settle else None)
         return self._whole.replayed(settings, self.warmup if settle else None)
+
+    @cached_property
+    def work(self) -> Work:
+        """What the last step does, as every later one does it."""
+        return self.work_of()
 
     @cached_property
     def observed(self) -> list[Observed]:
@@ -252,9 +261,13 @@ def predict(
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
-    traced = (tracer or Tracer(profile, versions))(cell, warmup + steps, padding)
+    tracer = tracer or Tracer(profile, versions)
+    traced = tracer(cell, warmup + steps, padding)
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
-    return Predicted.of(traced, profile, settings, warmup, steps, settle=settle, begin=begin)
+    predicted = Predicted.of(traced, profile, settings, warmup, steps, settle=settle, begin=begin)
+    predicted.tokens = cell.batch_size * traced.tokens
+    predicted.work_of = partial(tracer.work, cell, warmup + steps, padding)
+    return predicted
 
 
 def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:

@@ -34,15 +34,17 @@ class Remembered:
     """Calls operators, those on meta tensors once for each set of shapes. Those that return views are always called.
 
     For a mode that counts storages: a remembered result is a new tensor, which it counts as any other.
+    key: of the last call, the same for every call with arguments of the same shapes; None: it has none (a view).
     hits, asked: how often the result of an operator was remembered, and how often the operator was called for it.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
         self.hits = self.asked = 0
+        self.key: Any = None
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-        kind = _kind(func)
+        kind, self.key = _kind(func), None
         if kind is None:
             return func(*args, **kwargs or {})
         tensors: list[Tensor] = []
@@ -51,6 +53,7 @@ class Remembered:
             known = self._known.get(key)
         except TypeError:  # an argument cannot be hashed
             return func(*args, **kwargs or {})
+        self.key = key
         if known is None or not tensors:
             self.asked += 1
             result = func(*args, **kwargs or {})

@@ -6,8 +6,10 @@ import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
+from meftbench.catalogue.operations import Work, extrapolated
 from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
@@ -23,7 +25,7 @@ from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.partitioned import partitioned_instead_of_compiled
 from meftbench.prediction.remembered import Remembered
-from meftbench.prediction.repeating import repeated_by
+from meftbench.prediction.repeating import Repeating, repeated_by
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_model, uncomputed_step
 from meftbench.probes.counted_metrics import paged_metrics, parameter_counts
 from meftbench.records.record import Metric
@@ -37,11 +39,14 @@ class Traced:
     """A cell's making and its first step; the further ones, too, where the optimizer replaces its state in each.
 
     sizes: numbers of parameters, and of bytes that are in no event.  attention: fused attention operators that ran.
+    tokens: of a sample.  work: what the last step does, as a later one does it; None: only `Tracer.work` tells.
     """
 
     trace: Trace
     sizes: dict[str, Metric]
     attention: frozenset[str]
+    tokens: int
+    work: Work | None = None
 
 
 class Tracer:
@@ -70,23 +75,37 @@ class Tracer:
         if not self._extrapolate or (cell.packing and cell.micro_batch_size < cell.batch_size):
             return self.directly(cell, steps, padding)
         repeating = repeated_by(cell)
-
-        def traced(counts: tuple[int, ...]) -> Traced:
-            fewer = repeating.cell_with(counts)
-            key = (fewer.cell_id, steps, padding)
-            if key not in self._known:
-                self._known[key] = self.directly(fewer, steps, padding)
-            return self._known[key]
-
-        for together in (1, 2):  # where layers take turns with two buffers, two of them are a unit
-            units = tuple(together * unit for unit in repeating.units)
-            if (family := (self._family(cell), units)) in self._irregular:
-                continue
+        traced = partial(self._with, repeating, steps, padding)
+        for family in self._families(cell, repeating):
             try:
                 return self._told(family, repeating.counts, traced)
             except IrregularError:
                 self._irregular.add(family)
         return traced(repeating.counts)
+
+    def work(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Work:
+        """What a step of a cell does that was traced before. Arguments: as above."""
+        if not self._extrapolate or (cell.packing and cell.micro_batch_size < cell.batch_size):
+            return self.directly(cell, steps, padding).work or Work()
+        repeating = repeated_by(cell)
+        families = self._families(cell, repeating)
+        traced = partial(self._with, repeating, steps, padding)
+        return _work(families[0][1] if families else None, repeating.counts, traced)
+
+    def _with(self, repeating: Repeating, steps: int, padding: float, counts: tuple[int, ...]) -> Traced:
+        """The cell with other numbers of what repeats, traced directly, once."""
+        cell = repeating.cell_with(counts)
+        key = (cell.cell_id, steps, padding)
+        if key not in self._known:
+            self._known[key] = self.directly(cell, steps, padding)
+        return self._known[key]
+
+    def _families(self, cell: Cell, repeating: Repeating) -> list[tuple[str, tuple[int, ...]]]:
+        """What cells have in common that differ in shape alone, and units of what repeats, for which no irregularity is
+        known. Where layers take turns with two buffers, two of them are a unit."""
+        units = [tuple(together * unit for unit in repeating.units) for together in (1, 2)]
+        families = [(self._family(cell), unit) for unit in units]
+        return [family for family in families if family not in self._irregular]
 
     def _told(
         self,
@@ -97,8 +116,7 @@ class Tracer:
         """The trace with `counts` of what repeats: by `traced`, or from those of smaller counts."""
         units = family[1]
         for place, (count, unit) in enumerate(zip(counts, units, strict=True)):
-            fewest = max(2, -(-FEWEST // unit)) * unit + count % unit
-            times = (count - fewest) // unit
+            fewest, times = _fewest(count, unit)
             if times < GAIN:
                 continue
 
@@ -110,9 +128,9 @@ class Tracer:
             known = self._growths.setdefault((*family, place, others), [])
             for growth in known:
                 if (trace := growth.of_trace.alike(first.trace, times)) is not None:
-                    return Traced(trace, growth.sizes(times), first.attention)
+                    return Traced(trace, growth.sizes(times), first.attention, first.tokens)
             known.append(_Growth.of(first, fewer(1), fewer(2)))
-            return Traced(known[-1].of_trace.by(times), known[-1].sizes(times), first.attention)
+            return Traced(known[-1].of_trace.by(times), known[-1].sizes(times), first.attention, first.tokens)
         return traced(counts)
 
     def directly(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
@@ -135,6 +153,7 @@ class Tracer:
             counted = entered.enter_context(PredictedStep(step, self.remembered, self.profile, self.versions))
             counter = counted.counter
             assert counter.events is not None
+            entered.enter_context(counter.work.entered())
             starts = []
             for _ in range(steps if OPTIMIZERS[cell.optimizer].replaces_state else 1):
                 starts.append(len(counter.events))
@@ -147,7 +166,7 @@ class Tracer:
         trace, counter.events = shortened(Trace.of(counter.events, starts)), None
         sizes = parameter_counts(step.model) | paged_metrics(step, "predicted")
         gc.freeze()  # so that no collection in a later trace goes through the models and what is remembered
-        return Traced(trace, sizes, frozenset(counter.attention_kernels))
+        return Traced(trace, sizes, frozenset(counter.attention_kernels), step.sequence_length, counter.work.work)
 
     def _family(self, cell: Cell) -> str:
         """What cells have in common that differ in the shape of the batch alone."""
@@ -159,6 +178,24 @@ class Tracer:
         if key not in self._models:
             self._models[key] = uncomputed_model(cell)
         return self._models[key]
+
+
+def _fewest(count: int, unit: int) -> tuple[int, int]:
+    """The smallest number that is traced in place of `count`, and by how many units it is smaller."""
+    fewest = max(2, -(-FEWEST // unit)) * unit + count % unit
+    return fewest, (count - fewest) // unit
+
+
+def _work(units: tuple[int, ...] | None, counts: tuple[int, ...], traced: Callable[[tuple[int, ...]], Traced]) -> Work:
+    """The work with `counts` of what repeats: that of the smallest numbers, and what a unit more adds to it."""
+    for place, (count, unit) in enumerate(zip(counts, units or (), strict=bool(units))):
+        fewest, times = _fewest(count, unit)
+        if times >= GAIN:
+            first, second = (
+                _work(units, (*counts[:place], fewest + more, *counts[place + 1 :]), traced) for more in (0, unit)
+            )
+            return extrapolated(first, second, times)
+    return traced(counts).work or Work()
 
 
 @dataclass(frozen=True)

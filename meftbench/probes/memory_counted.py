@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -278,7 +278,7 @@ class CountedStep:
         self.counter = StorageCounter(step.device.type, block, limit)
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> CountedStep:
+    def __enter__(self) -> Self:
         gc.collect()
         counter, model = self.counter, self.step.model
         for lever in self.step.applied.levers.values():

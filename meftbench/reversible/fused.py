@@ -91,6 +91,11 @@ def _launch(
     **watch: Tensor | None,
 ) -> None:
     if taken().fused_assumed:
+        if (assumed_run := taken().assumed_run) is not None:
+            # Side bits are written in the forward pass, and read in the backward pass.
+            sides: tuple[list[Tensor | None], list[Tensor | None]] = ([], [side])
+            written, read = sides if kernel is _inverse else sides[::-1]
+            assumed_run("reversible coupling", [x_TD, o_TD, value_TD, *read], [x_TD, *written])
         return
     rows, columns = x_TD.shape
     channel_scale, common_scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)

@@ -28,19 +28,20 @@ def ask(
     tell: Callable[[str], None] = lambda line: None,
     allow_code: bool = False,
     requests: str | None = None,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """The answer to `request`, as meftbench.measuring.requests defines it for `verb`.
 
     tell: called with lines of progress.  allow_code: whether the user's own code (models, batches) may be imported.
-    requests: another module that defines verbs, such as one that needs no torch.
+    requests: another module that defines verbs, such as one that needs no torch.  threads: of the CPU.
 
     Raises UserError: the one that the worker raised; RuntimeError, with its traceback or the end of its log: it failed
     in another way.
     """
-    environment = worker_environment(Protocol(), 1, os.environ)
+    environment = worker_environment(Protocol(), threads, os.environ)
     if allow_code:
         environment[FOLDER] = os.getcwd()
-    job = {"id": 1, "verb": verb, "request": request, "result": None, "log": None, "threads": 1}
+    job = {"id": 1, "verb": verb, "request": request, "result": None, "log": None, "threads": threads}
     job |= {"memory_bytes": None, "environment": {}, "ends_with_asker": True}
     content = _result_of(job, environment, tell, () if requests is None else ("--requests", requests))
     if "user_error" in content:

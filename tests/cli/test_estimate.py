@@ -41,6 +41,13 @@ def an_answer(**fields):
         "optimizer_paged_bytes": None,
         "predict_s": 2.0,
         "host_bytes": GiB,
+        "step_s": 0.25,
+        "tokens_per_s": 32.0,
+        "time_parts": {"matrix": 0.2, "memory": 0.05, "transfers": 0.0},
+        "time_absent": None,
+        "time_validation": "not validated",
+        "recomputed_flops_share": 0.25,
+        "host_transfer_bytes": GiB,
     }
     return given | fields
 

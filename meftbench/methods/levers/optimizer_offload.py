@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from meftbench.methods.applied import Applied
 from meftbench.methods.levers.base import BuildOptimizer, Lever, LeverNumber, WatchedStep
-from meftbench.methods.levers.transfers import WITHOUT_MEMORY, allocations_as
+from meftbench.methods.levers.transfers import WITHOUT_MEMORY, allocations_as, moved
 
 
 class OffloadedOptimizer(Optimizer):
@@ -42,19 +42,21 @@ class OffloadedOptimizer(Optimizer):
         """Update the parameters that have a gradient."""
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({name: value for name, value in group.items() if name != "params"})
-        moved = {parameter: copy for parameter, copy in self._copies.items() if parameter.grad is not None}
+        updated = {parameter: copy for parameter, copy in self._copies.items() if parameter.grad is not None}
         with allocations_as("host"):
-            for parameter, copy in moved.items():
-                if parameter._version != self._versions[parameter]:
-                    copy.copy_(parameter)
+            for parameter, copy in updated.items():
                 assert parameter.grad is not None
-                copy.grad = _to_host(parameter.grad)
-            for device in {parameter.device for parameter in moved if parameter.device.type not in WITHOUT_MEMORY}:
+                with moved():
+                    if parameter._version != self._versions[parameter]:
+                        copy.copy_(parameter)
+                    copy.grad = _to_host(parameter.grad)
+            for device in {parameter.device for parameter in updated if parameter.device.type not in WITHOUT_MEMORY}:
                 torch.accelerator.current_stream(device).synchronize()
             self.inner.step()
             self.inner.zero_grad(set_to_none=True)
-        for parameter, copy in moved.items():
-            parameter.copy_(copy, non_blocking=True)
+        for parameter, copy in updated.items():
+            with moved():
+                parameter.copy_(copy, non_blocking=True)
             self._versions[parameter] = parameter._version
 
 

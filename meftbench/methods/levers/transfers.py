@@ -19,6 +19,8 @@ from torch import Tensor
 # The category in which the probe that counts storages (probes/memory_counted.py) books what is allocated now: "host"
 # for memory of the host, "parameters" for copies of weights; None: that of the phase.
 allocating_as: ContextVar[str | None] = ContextVar("allocating_as", default=None)
+# Whether what is copied now goes to host memory or comes from there: without an accelerator it looks like any copy.
+moving: ContextVar[bool] = ContextVar("moving", default=False)
 ALIGNED = 512  # bytes: sizes of buffers are multiples, so that tensors of almost the same size share them
 WITHOUT_MEMORY = ("cpu", "meta")  # devices whose tensors are in the host's memory, or in none
 
@@ -31,6 +33,16 @@ def allocations_as(category: str) -> Iterator[None]:
         yield
     finally:
         allocating_as.reset(token)
+
+
+@contextmanager
+def moved() -> Iterator[None]:
+    """Within it, copies are counted as transfers between the device and host memory."""
+    token = moving.set(True)
+    try:
+        yield
+    finally:
+        moving.reset(token)
 
 
 class Transfers(Protocol):
@@ -52,7 +64,8 @@ class AtOnce:
     """Where there is no accelerator: a copy is done when `begin` returns."""
 
     def begin(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
+        with moved():
+            target.copy_(source)
 
     def wait(self, begun: None) -> None:
         pass
