@@ -27,6 +27,7 @@ from meftbench.prediction.allocations import allocations
 from meftbench.prediction.calibration import calibrate
 from meftbench.prediction.capacity import fit
 from meftbench.prediction.estimate import estimate
+from meftbench.prediction.search import plan
 from meftbench.prediction.timeline import export
 
 Verb = Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]]
@@ -48,6 +49,7 @@ VERBS: dict[str, Verb] = {
     "measure": measure,
     "estimate": estimate,
     "fit": fit,
+    "plan": plan,
     "export": export,
     "allocations": allocations,
     "calibrate": calibrate,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -59,22 +59,34 @@ class Shape:
 
 
 class Shapes:
-    """The shapes of one method, each traced once. cell: everything but the shape is taken from it."""
+    """The shapes of one method, each traced once. cell: everything but the shape is taken from it.
 
-    def __init__(self, cell: Cell, profile: Profile, settings: AllocatorSettings, versions: Versions = NOW) -> None:
+    tracer: of the same profile and versions, which may have traced other cells; None: a new one.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        profile: Profile,
+        settings: AllocatorSettings,
+        versions: Versions = NOW,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._cell, self._profile, self._settings, self._versions = cell, profile, settings, versions
-        self._known: dict[tuple[int, int], Shape] = {}
-        self._tracer = Tracer(profile, versions)
+        self._known: dict[tuple[int, int, int], Shape] = {}
+        self._tracer = tracer or Tracer(profile, versions)
+        self._traced_before = self._tracer.traced
 
     @property
     def traced(self) -> int:
-        return len(self._known)
+        """How many cells were traced, those of fewer layers among them."""
+        return self._tracer.traced - self._traced_before
 
-    def at(self, batch_size: int, sequence_length: int) -> Shape:
-        """Raises UserError as `predict` does."""
-        key = (batch_size, sequence_length)
+    def at(self, batch_size: int, sequence_length: int, micro_batch_size: int | None = None) -> Shape:
+        """micro_batch_size: None: that of the batch. Raises UserError as `predict` does."""
+        key = (batch_size, sequence_length, micro_batch_size or batch_size)
         if key not in self._known:
-            sizes = {"batch_size": batch_size, "micro_batch_size": batch_size, "sequence_length": sequence_length}
+            sizes = dict(zip(("batch_size", "sequence_length", "micro_batch_size"), key, strict=True))
             cell = self._cell.model_copy(update=sizes)
             # Without a capacity: `Shape.fits` replays the trace with those of the cards.
             unlimited = replace(self._settings, capacity=None)
@@ -89,8 +101,14 @@ class Shapes:
         return (lambda size: self.at(size, at)) if axis == "batch_size" else (lambda size: self.at(at, size))
 
 
-def largest(shape: Callable[[int], Shape], capacities: Iterable[int], limit: int) -> list[int]:
+def largest(
+    shape: Callable[[int], Shape], capacities: Iterable[int], limit: int, first: Sequence[int] | None = None
+) -> list[int]:
     """For each capacity the size n, up to `limit`, with which the shape fits and with n + 1 does not; 0: none fits.
+
+
+    first: sizes that are predicted first, for a line through them; None: the limit is one of them where it is small,
+    as most cards that fit it need no other.
 
     Both were predicted, if between 1 and `limit`. Where memory does not grow with size everywhere, there may be more
     such sizes than one.
@@ -102,9 +120,8 @@ def largest(shape: Callable[[int], Shape], capacities: Iterable[int], limit: int
             insort(known, size)
         return shape(size)
 
-    # Two sizes for the first line. A small limit is one of them: most cards that fit it need no other.
-    for first in (1, min(4, limit)) if limit > NEAR else (max(1, limit // 4), limit):
-        predict_at(first)
+    for size in first or ((1, min(4, limit)) if limit > NEAR else (max(1, limit // 4), limit)):
+        predict_at(size)
     sizes = []
     for capacity in capacities:
         low = max((size for size in known if shape(size).fits(capacity)), default=0)

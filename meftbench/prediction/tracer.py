@@ -104,7 +104,8 @@ class Tracer:
         """What cells have in common that differ in shape alone, and units of what repeats, for which no irregularity is
         known. Where layers take turns with two buffers, two of them are a unit."""
         units = [tuple(together * unit for unit in repeating.units) for together in (1, 2)]
-        families = [(self._family(cell), unit) for unit in units]
+        family = self._family(repeating.cell_with(repeating.units))
+        families = [(family, unit) for unit in units]
         return [family for family in families if family not in self._irregular]
 
     def _told(
