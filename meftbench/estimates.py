@@ -20,10 +20,12 @@ from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import FITTED_OPTIONS, PREDICTED_OPTIONS
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import FITTED_LENGTHS, FITTED_METHODS, PROFILE
-from meftbench.plan.factories import check_allowed, places_of
+from meftbench.plan.factories import check_allowed, is_factory, places_of
 from meftbench.plan.models import check_model, image_tokens, known_config, max_positions
 from meftbench.plan.point import cell_of
+from meftbench.plan.sensible import sensible_length, sensible_precision
 from meftbench.report.fit import as_answer
+from meftbench.runner.kept import ask_kept
 from meftbench.runner.predictions import ask
 from meftbench.units import format_bytes, parse_bytes
 
@@ -165,8 +167,8 @@ def estimate(
     model: str | Mapping[str, Any],
     method: str | Mapping[str, Any],
     *,
-    batch_size: int,
-    sequence_length: int,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
     profile: str | Path = PROFILE,
     config: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -180,20 +182,25 @@ def estimate(
 
     model, method: as in a suite, such as "llama-3.2-1b@random" and "lora+checkpoint", or {"name": "lora", "rank": 4}.
         config: overrides of the model's configuration.  settings: of the method.
-    batch_size: samples per step.  sequence_length: tokens per sample.
+    batch_size: samples per step.  sequence_length: tokens per sample; None: the model's longest, 2,048 at most.
     profile: a name of `meftbench list profiles`, or a file; one that `meftbench doctor --calibrate` wrote on a CPU is
         for a step on that CPU.  allocator: settings in the form of PYTORCH_ALLOC_CONF.
     for_versions: such as "torch=2.4,transformers=4.48", where a rule is known to differ; empty: the newest.
     allow_code: whether the user's own functions that make models and batches may be called.
     tell: called with lines of progress.
     axes: further values of the cell: precision, micro_batch_size, attention, head, optimizer, packing, batch; None: the
-        default.
+        default, which is bf16 for language models and fp32 for others where it is that of the precision.
 
     Raises UserError: a name is unknown, a value is out of its range, or the model or method cannot be predicted.
     """
     check_names("estimate", axes, PREDICTED_OPTIONS)
     profile, allocator = text_of("profile", profile), text_of("allocator", allocator)
-    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
+    name = model if isinstance(model, str) else str(model.get("name", ""))
+    overrides = mapping_of("config", config if isinstance(model, str) else config or model.get("config"))
+    if not is_factory(name) or sequence_length is None:
+        check_model("estimate: model", name, overrides)
+        axes["precision"] = axes.get("precision") or sensible_precision(name, overrides, axes.get("head"))
+    shape = {"batch_size": batch_size, "sequence_length": sequence_length or sensible_length(name, overrides)}
     cell = asked_cell("estimate", model, method, profile, config, settings, allow_code, **shape, **axes)
     rules = str(Versions.parse(text_of("for_versions", for_versions)))
     request = {"cell": cell.model_dump(mode="json"), "profile": profile, "allocator": allocator}
@@ -257,6 +264,7 @@ def fit(
     allocator: str = "",
     for_versions: str = "",
     jobs: int | None = None,
+    resume: bool = False,
     allow_code: bool = False,
     tell: Tell | None = None,
     ready: Callable[[], object] = nothing,
@@ -270,6 +278,7 @@ def fit(
     methods: with memory optimisations (levers), such as "lora+checkpoint".
     sequence_lengths: for each, the largest batch is looked for; empty: 512, or the model's longest where that is less.
     batch_sizes: for each, the longest sequence is looked for.  jobs: how many processes predict at a time.
+    resume: whether what an interrupted search for the same has found is taken up.
     ready: called when all arguments have been checked, before the predictions, which take minutes.
     profile, config, allocator, for_versions, allow_code, tell: as of `estimate`.
     axes: precision, attention, head, optimizer, batch.
@@ -310,7 +319,7 @@ def fit(
         "jobs": min(jobs or min(2, os.cpu_count() or 1), len(cells)),
     }
     ready()
-    answer = ask("fit", request, tell or silent, allow_code)
+    answer = ask_kept("fit", request, tell or silent, allow_code, resume)
     answers = answer["methods"]
     if all(entry["refused"] for entry in answers):
         raise UserError("", answers[0]["refused"].rpartition("; ")[0], answers[0]["refused"].rpartition("; ")[2])

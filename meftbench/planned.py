@@ -25,24 +25,23 @@ from meftbench.estimates import (
     check_room,
     mapping_of,
     nothing,
-    positions_of,
     silent,
     text_of,
 )
 from meftbench.plan.axes import FITTED_OPTIONS
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import PROFILE
-from meftbench.plan.models import known_config
+from meftbench.plan.models import check_model, known_config
 from meftbench.plan.planning import ALL, OPTIMIZER, PLANNED_METHODS, Candidate, candidates, canonical
 from meftbench.plan.prices import price_of
 from meftbench.plan.ranking import method_of
+from meftbench.plan.sensible import sensible_length, sensible_precision
 from meftbench.report.plan_answer import as_plan
-from meftbench.runner.predictions import ask
+from meftbench.runner.kept import ask_kept
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-LONGEST = 2048  # tokens: the default, or the model's longest where that is less
 # A card counts as the next larger one from this ratio on: cards of one size differ by a little.
 _LARGER = 1.1
 _AXES = tuple(name for name in FITTED_OPTIONS if name not in ("precision", "optimizer"))
@@ -135,6 +134,7 @@ def plan_for(
     allocator: str = "",
     for_versions: str = "",
     jobs: int | None = None,
+    resume: bool = False,
     allow_code: bool = False,
     tell: Tell | None = None,
     ready: Callable[[], object] = nothing,
@@ -153,7 +153,7 @@ def plan_for(
     larger: memory of larger cards, to say what they buy; None: the next that a shipped profile has.
     explain: predict what is missing to say what each lever saves.  needs: say the smallest card of each method.
         shape_map: memory of the first answer by batch and length.  prices: a file (docs/plan.md).
-    profile, config, allocator, for_versions, jobs, allow_code, tell, ready: as of meftbench.estimates.fit.
+    profile, config, allocator, for_versions, jobs, resume, allow_code, tell, ready: as of meftbench.estimates.fit.
     axes: attention, head, batch.
 
     Raises UserError: as meftbench.estimates.fit; a price is missing, or the file of prices has a fault.
@@ -169,11 +169,12 @@ def plan_for(
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
         raise UserError("batch_size", f"{batch_size!r} is no number of samples", "give a whole number from 1")
     overrides = mapping_of("config", config)
-    longest, of_image = positions_of("plan", model, overrides)
-    length = sequence_length or of_image or min(longest or LONGEST, LONGEST)
+    check_model("plan: model", model, overrides)
+    length = sequence_length or sensible_length(model, overrides)
     head = axes.get("head") or _head_of(model, overrides)
     language = head in (None, "causal_lm")
-    precisions = [precision] if isinstance(precision, str) else list(precision or ["bf16" if language else "fp32"])
+    sensible = sensible_precision(model, overrides, head)
+    precisions = [precision] if isinstance(precision, str) else list(precision or [sensible])
     wanted = candidates(
         methods=PLANNED_METHODS if methods is None else methods,
         levers=levers,
@@ -209,7 +210,7 @@ def plan_for(
     ready()
     tell = tell or silent
     tell(f"candidates: {len(cells):,}, of {', '.join(dict.fromkeys(method_of(one.label) for one in cells))}")
-    answer = ask("plan", request, tell, allow_code)
+    answer = ask_kept("plan", request, tell, allow_code, resume)
     refused |= answer["refused"]
     if not answer["rows"]:
         what, _, cure = next(iter(refused.values()), "nothing could be predicted").rpartition("; ")

@@ -37,8 +37,10 @@ from meftbench.plan.defaults import PROFILE
 def estimate(
     model: Model,
     method: Method,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")],
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens a sample.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a sample. Default: the model's longest, at most 2048.")
+    ] = None,
     micro_batch_size: MicroBatchSize = None,
     precision: Precision = None,
     attention: Attention = None,
@@ -86,7 +88,7 @@ def estimate(
     if as_json:
         print(json.dumps(answer, ensure_ascii=False))
     else:
-        print("\n".join(folded(lines(answer, by_default=profile is None))))
+        print("\n".join(folded([*lines(answer, by_default=profile is None), *next_steps(model, answer)])))
     raise typer.Exit(OVER_BUDGET if fail_if_too_big and not answer["fits"] else DONE)
 
 
@@ -167,6 +169,21 @@ def verdict(answer: dict[str, Any]) -> str:
     if answer["headroom_bytes"] < 0:
         return f"fits only as torch gives back what it has cached: {answer['retries']} times, predicted"
     return f"fits, headroom {format_bytes(answer['headroom_bytes'])}, predicted"
+
+
+def next_steps(model: str, answer: dict[str, Any]) -> list[str]:
+    """What to try where the step does not fit; nothing where it does."""
+    if answer["fits"]:
+        return []
+    from meftbench.units import format_bytes
+
+    memory = format_bytes(answer["memory_bytes"]).replace(" ", "")
+    asked = f"--memory {memory} --profile {answer['profile']}"
+    return [
+        "what to try next",
+        f"  which methods, levers and micro-batches fit: meftbench plan {model} {asked}",
+        f"  which card is needed: meftbench plan {model} --needs --profile {answer['profile']}",
+    ]
 
 
 def _largest(breakdown: dict[str, int]) -> list[tuple[str, int]]:

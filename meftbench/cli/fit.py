@@ -23,6 +23,7 @@ from meftbench.cli.options import (
     Precision,
     ProfileName,
     Quiet,
+    Resume,
     pairs,
     progress,
 )
@@ -52,6 +53,7 @@ def fit(
     for_versions: ForVersions = "",
     jobs: Annotated[int | None, typer.Option(min=1, help="Methods at a time. Default: cores, at most 2.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown, PNG and SVG.")] = None,
+    resume: Resume = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -76,6 +78,7 @@ def fit(
         allocator=allocator,
         for_versions=for_versions,
         jobs=jobs,
+        resume=resume,
         allow_code=allow_code,
         tell=progress(quiet),
         ready=lambda: None if out is None else made(out),

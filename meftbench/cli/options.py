@@ -15,6 +15,9 @@ from meftbench.plan.axes import AXES
 from meftbench.plan.defaults import PROFILE
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `meftbench run` wrote.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Take up what the same command had found when it was interrupted.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

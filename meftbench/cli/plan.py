@@ -21,6 +21,7 @@ from meftbench.cli.options import (
     Override,
     ProfileName,
     Quiet,
+    Resume,
     pairs,
     progress,
 )
@@ -65,6 +66,7 @@ def plan(
     for_versions: ForVersions = "",
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: cores, at most 2.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for plan.md, plan.csv, plots and a suite.")] = None,
+    resume: Resume = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -98,6 +100,7 @@ def plan(
         allocator=allocator,
         for_versions=for_versions,
         jobs=jobs,
+        resume=resume,
         allow_code=allow_code,
         tell=progress(quiet),
         ready=lambda: None if out is None else made(out),

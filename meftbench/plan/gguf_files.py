@@ -71,11 +71,15 @@ def cache_folder(file: Path) -> Path:
     """
     status = file.stat()
     digest = _digest(file.resolve(), status.st_size, status.st_mtime_ns)
+    return cache_root() / "gguf" / f"{file.stem}-{digest}"
+
+
+def cache_root() -> Path:
+    """The folder for what is kept between commands, and may be deleted: MEFTBENCH_CACHE, or one in XDG_CACHE_HOME or
+    ~/.cache."""
     if cache := os.environ.get("MEFTBENCH_CACHE"):
-        root = Path(cache).expanduser()
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meftbench"
-    return root / "gguf" / f"{file.stem}-{digest}"
+        return Path(cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meftbench"
 
 
 @lru_cache(maxsize=64)

@@ -68,7 +68,7 @@ def test_what_is_wrong_is_one_line_before_anything_is_predicted(cli, given, said
 
 def test_a_method_that_does_not_apply_is_a_note_and_an_error_where_none_does(cli, monkeypatch):
     def answering(*entries):
-        monkeypatch.setattr("meftbench.estimates.ask", lambda *_: {"methods": entries, "seconds": 3})
+        monkeypatch.setattr("meftbench.estimates.ask_kept", lambda *_: {"methods": entries, "seconds": 3})
         return cli("fit", "bert-tiny@random", "--methods", "full,lora+chunked_loss", "--memory", "8GiB")
 
     bad = an_entry("lora+chunked_loss", refused="bert: needs a head over a vocabulary; leave it out")

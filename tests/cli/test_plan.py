@@ -24,11 +24,11 @@ def asked(monkeypatch):
     """The requests that reach the search, which the stand-in answers."""
     requests = []
 
-    def ask(verb, request, tell, allow_code):
+    def ask(verb, request, tell, allow_code, resume):
         requests.append({"verb": verb, "allow_code": allow_code, **json.loads(json.dumps(request))})
         return answering(requests[-1])
 
-    monkeypatch.setattr("meftbench.planned.ask", ask)
+    monkeypatch.setattr("meftbench.planned.ask_kept", ask)
     return requests
 
 
@@ -193,12 +193,12 @@ def test_a_wrong_argument_is_one_line(asked, changes, said):
 
 
 def test_a_method_that_the_search_refuses_is_a_note_and_an_error_where_all_are(cli, monkeypatch):
-    def ask(verb, request, tell, allow_code):
+    def ask(verb, request, tell, allow_code, resume):
         answer = answering(request)
         kept = [row for row in answer["rows"] if row["method"].startswith("lora")]
         return answer | {"rows": kept, "refused": {"full": "needs what is not there; leave it out"}}
 
-    monkeypatch.setattr("meftbench.planned.ask", ask)
+    monkeypatch.setattr("meftbench.planned.ask_kept", ask)
     base = ("plan", "qwen2.5-1.5b@random", "--levers", "none", "--methods")
     code, out, _ = cli(*base, "full,lora")
     assert 0 == code
