@@ -570,3 +570,44 @@ def test_a_point_of_the_compile_budget_is_counted_again(monkeypatch):
     assert (row.saved_bytes, row.activation_peak_bytes) == pytest.approx((found.saved, found.activation_peak), rel=0.01)
     rising = campaign["rises"](table).set_index(["model", "compiled"])["less saved and a higher peak"]
     assert "0.1 to 0" in rising[model, "model"]
+
+
+@pytest.fixture
+def plan_on_gpu():
+    """The names of the script that plans for a card and runs what it planned."""
+    return runpy.run_path(str(CAMPAIGNS / "plan_on_gpu.py"))
+
+
+def test_the_plan_for_a_gpu_in_miniature(tmp_path, capsys, plan_on_gpu, monkeypatch):
+    """Planned by a data sheet; without a GPU, measuring is refused with exit 4."""
+    names = plan_on_gpu["main"].__globals__
+    monkeypatch.setitem(names, "METHODS", ("lora", "meft1-exact"))
+    monkeypatch.setitem(names, "MODEL", "smollm2-135m@random")
+    monkeypatch.setitem(names, "LENGTH", 256)
+
+    assert 0 == plan_on_gpu["main"]([str(tmp_path), "--planned-only", "--memory", "4GiB"])
+    table = pd.read_csv(tmp_path / "plan.csv")
+    assert {"lora", "meft1-exact"} == {label.partition("+")[0].partition("(")[0] for label in table.method}
+    assert (table.predicted_bytes < 4 * 2**30).all()
+    if not torch.cuda.is_available():
+        assert 4 == plan_on_gpu["main"]([str(tmp_path / "measured")])
+
+
+def test_what_a_plan_got_wrong_on_a_gpu_is_said(plan_on_gpu):
+    """Memory, time and order, each by a row that is off; within the limits nothing is said."""
+    right = ["lora", 4, 1000, 1010, 1.0, 1.1, ""]
+    columns = list(plan_on_gpu["COLUMNS"])
+    rows = [
+        right,
+        ["full", 4, 1100, 1000, 2.0, 2.0, ""],
+        ["parallel", 4, 1000, 1000, 3.0, 2.2, ""],
+        ["meft1-exact", 4, 1000, 1000, 4.0, 2.0, ""],
+        ["meft3-exact", 1, 1000, None, 1.0, None, "oom: no memory"],
+    ]
+    said = plan_on_gpu["faults"](pd.DataFrame(rows, columns=columns))
+
+    assert [] == plan_on_gpu["faults"](pd.DataFrame([right], columns=columns))
+    assert "meft3-exact: oom: no memory" == said[0]
+    assert {"full: memory is +10.0% off", "parallel: time is +36.4% off"} <= set(said)
+    assert "parallel and meft1-exact are in the wrong order" in said
+    assert 4 == len(said)
