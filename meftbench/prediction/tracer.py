@@ -53,6 +53,7 @@ class Tracer:
     """Traces cells. What they have in common is kept: models, what operators gave.
 
     traced: how many cells were traced, those of fewer layers among them.  remembered: what operators gave.
+    irregular: of cells that differ in shape alone, and units of what they repeat, why more of these cannot be told.
     """
 
     def __init__(self, profile: Profile, versions: Versions = NOW, *, extrapolate: bool = True) -> None:
@@ -63,7 +64,7 @@ class Tracer:
         self._models: dict[str, Applied] = {}
         self._known: dict[tuple[str, int, float], Traced] = {}
         self._growths: dict[Any, list[_Growth]] = {}
-        self._irregular: set[Any] = set()
+        self.irregular: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def __call__(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
         """A cell with any number of layers and micro-batches. What it allocates is that of `directly`, in fewer layers
@@ -79,8 +80,10 @@ class Tracer:
         for family in self._families(cell, repeating):
             try:
                 return self._told(family, repeating.counts, traced)
-            except IrregularError:
-                self._irregular.add(family)
+            except IrregularError as irregular:
+                self.irregular[family] = str(irregular)
+            except UserError:  # names a cell with fewer layers, which nobody asked for
+                break
         return traced(repeating.counts)
 
     def work(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Work:
@@ -106,7 +109,7 @@ class Tracer:
         units = [tuple(together * unit for unit in repeating.units) for together in (1, 2)]
         family = self._family(repeating.cell_with(repeating.units))
         families = [(family, unit) for unit in units]
-        return [family for family in families if family not in self._irregular]
+        return [family for family in families if family not in self.irregular]
 
     def _told(
         self,
