@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def campaign(name):
-    """The script of reports/campaigns as a module."""
-    spec = importlib.util.spec_from_file_location(f"campaign_{name}", ROOT / "reports" / "campaigns" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
+from campaigns import ROOT, campaign
 
 lever_grid, published_stack = campaign("lever_grid"), campaign("published_stack")
 

@@ -148,6 +148,8 @@ class Tracer:
             applied=self._model(cell) if on_meta else None,
             padding=padding,
         )
+        for lever in step.applied.levers.values():
+            lever.forget_steps()  # of the model in another shape
         with ExitStack() as entered:
             for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(self.profile, self.versions)):
                 entered.enter_context(region)
@@ -163,10 +165,10 @@ class Tracer:
                 starts.append(len(counter.events))
                 counted.run()
                 gc.collect()  # what the step leaves alive after this stays alive
-        for lever, made in step.applied.levers.items():
+        for name, made in step.applied.levers.items():
             if fact := made.missing_in_trace(counter.attention_kernels):
-                what = f"{lever}: {fact} on {self.profile.device}"
-                raise UserError(cell.label, what, f"change the settings of {lever}")
+                what = f"{name}: {fact} on {self.profile.device}"
+                raise UserError(cell.label, what, f"change the settings of {name}")
         trace, counter.events = shortened(Trace.of(counter.events, starts)), None
         sizes = parameter_counts(step.model) | paged_metrics(step, "predicted")
         gc.freeze()  # so that no collection in a later trace goes through the models and what is remembered
