@@ -20,7 +20,7 @@ from meftbench.plan.cell import Cell
 from meftbench.prediction.columns import Trace
 from meftbench.prediction.cuda_counter import PredictedStep
 from meftbench.prediction.deepened import Growth, IrregularError
-from meftbench.prediction.loops import shortened
+from meftbench.prediction.loops import expanded, shortened
 from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.partitioned import partitioned_instead_of_compiled
@@ -131,10 +131,10 @@ class Tracer:
             others = (*counts[:place], fewest, *counts[place + 1 :])
             known = self._growths.setdefault((*family, place, others), [])
             for growth in known:
-                if (trace := growth.of_trace.alike(first.trace, times)) is not None:
+                if (trace := growth.alike(first.trace, times)) is not None:
                     return Traced(trace, growth.sizes(times), first.attention, first.tokens)
             known.append(_Growth.of(first, fewer(1), fewer(2)))
-            return Traced(known[-1].of_trace.by(times), known[-1].sizes(times), first.attention, first.tokens)
+            return Traced(known[-1].by(times), known[-1].sizes(times), first.attention, first.tokens)
         return traced(counts)
 
     def directly(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
@@ -206,10 +206,15 @@ def _work(units: tuple[int, ...] | None, counts: tuple[int, ...], traced: Callab
 
 @dataclass(frozen=True)
 class _Growth:
-    """How a trace and numbers of parameters grow with the number of units of layers."""
+    """How a trace and numbers of parameters grow with the number of units of layers.
+
+    whole: whether `of_trace` is of traces with all rounds of their loops. Layers that keep nothing, as where there is
+    no backward pass, are themselves rounds, of which few are no loop yet.
+    """
 
     of_trace: Growth
     numbers: dict[str, tuple[Metric, int]]
+    whole: bool
 
     @classmethod
     def of(cls, first: Traced, second: Traced, third: Traced) -> _Growth:
@@ -222,7 +227,24 @@ class _Growth:
             if three - two != two - one:
                 raise IrregularError(f"{name} does not grow by the same number with each unit of layers")
             numbers[name] = (metric, two - one)
-        return cls(Growth(first.trace, second.trace, third.trace), numbers)
+        traces = [first.trace, second.trace, third.trace]
+        try:
+            return cls(Growth(*traces), numbers, whole=False)
+        except IrregularError:
+            whole = [expanded(trace) for trace in traces]
+            if all(one is trace for one, trace in zip(whole, traces, strict=True)):
+                raise
+        return cls(Growth(*whole), numbers, whole=True)
+
+    def by(self, times: int) -> Trace:
+        """As of `Growth`."""
+        told = self.of_trace.by(times)
+        return shortened(told) if self.whole else told
+
+    def alike(self, trace: Trace, times: int) -> Trace | None:
+        """As of `Growth`."""
+        told = self.of_trace.alike(expanded(trace) if self.whole else trace, times)
+        return shortened(told) if self.whole and told is not None else told
 
     def sizes(self, times: int) -> dict[str, Metric]:
         return {

@@ -22,26 +22,27 @@ extrapolation = campaign("extrapolation")
 FOURTH = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 # By name: backbone, method, layers, and further fields of the cell. Each takes at least as many layers as a rule needs.
 CASES = {
-    "full": ("bert", "full", 8, {}),
-    "seq2seq": ("bart", "full", 8, {"head": "seq2seq_lm", "attention_requested": "eager"}),
-    "checkpoint": ("llama", "lora+checkpoint", 8, {}),
+    "full": ("bert", "full", 6, {}),
+    "seq2seq": ("bart", "full", 6, {"head": "seq2seq_lm", "attention_requested": "eager"}),
+    "checkpoint": ("llama", "lora+checkpoint", 6, {}),
     "some layers checkpointed": ("bert", "lora+checkpoint(layers=6)", 12, {}),
     "every second layer checkpointed": ("qwen2", "lora+checkpoint(every=2)", 11, {}),
-    "reversible": ("vit", "meft1-exact", 8, {}),
     "some layers reversible": ("llama", "meft3-exact(reversible_layers=6)", 12, {}),
-    "loss in chunks": ("opt", "meft1-exact+chunked_loss", 8, {}),
-    "optimizer in backward": ("opt", "full+optimizer_in_backward", 8, {}),
-    "offload": ("vit", "lora+offload", 8, {}),
+    "loss in chunks": ("opt", "meft1-exact+chunked_loss", 6, {}),
+    "optimizer in backward": ("opt", "full+optimizer_in_backward", 6, {}),
+    "offload": ("vit", "lora+offload", 6, {}),
     "windows take turns": ("gemma2", "lora", 10, {}),
-    "experts": ("qwen3_moe", "meft1-exact", 8, {}),
+    "experts": ("qwen3_moe", "meft1-exact", 6, {}),
     "every fourth layer attends": ("qwen3_next", "lora", 20, {"layer_types": FOURTH * 5}),
-    "a cache": ("bert", "prefix-tuning", 8, {}),
-    "adafactor": ("llama", "full", 8, {"optimizer": "adafactor"}),
-    "micro-batches": ("bert", "lora", 3, {"batch_size": 16, "micro_batch_size": 2}),
-    "layers and micro-batches": ("opt", "lora", 8, {"batch_size": 16, "micro_batch_size": 2}),
-    "autocast": ("bert", "lora", 8, {"precision": "bf16-autocast"}),
+    "a cache": ("bert", "prefix-tuning", 6, {}),
+    "adafactor": ("llama", "full", 6, {"optimizer": "adafactor"}),
+    "micro-batches": ("bert", "lora", 3, {"batch_size": 12, "micro_batch_size": 2}),
+    "autocast": ("bert", "lora", 6, {"precision": "bf16-autocast"}),
     "no backward": ("opt", "mezo", 8, {}),
 }
+
+# Of these the campaign in reports/extrapolation says the same, or another case does.
+SLOW = ("seq2seq", "some layers checkpointed", "adafactor", "every fourth layer attends", "experts", "checkpoint")
 
 
 def a_deep_cell(name):
@@ -66,9 +67,9 @@ def totals(work):
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_what_is_told_of_a_deep_model_is_its_trace(name):
-    """In the shape that came first, and in another one after it; the whole cell is never traced."""
+    """In the shape that came first, of which all layers are never traced, and in another one after it."""
     few, whole = extrapolation.WatchedTracer(), extrapolation.WatchedTracer(extrapolate=False)
     cell = a_deep_cell(name)
     micro_batch = 2 * cell.micro_batch_size
@@ -77,25 +78,23 @@ def test_what_is_told_of_a_deep_model_is_its_trace(name):
     )
 
     for shape in (cell, another):
+        assert cell not in few.cells
         assert [] == extrapolation.differences(few(shape), whole(shape))
         assert totals(few.work(shape)) == pytest.approx(totals(whole(shape).work))
-
-    assert cell not in few.cells
-    assert few.traced < 18
 
 
 def test_state_in_eight_bits_is_told():
     """Of an optimizer whose small states are kept whole: every step is traced, in few layers."""
     pytest.importorskip("bitsandbytes")
     few, whole = extrapolation.WatchedTracer(), extrapolation.WatchedTracer(extrapolate=False)
-    cell = a_cell_of("llama", "lora", 8, precision="bf16", device="predicted:a100-80gb", optimizer="adamw-8bit")
+    cell = a_cell_of("llama", "lora", 6, precision="bf16", device="predicted:a100-80gb", optimizer="adamw-8bit")
 
     assert [] == extrapolation.differences(few(cell), whole(cell))
     assert cell not in few.cells
 
 
 def test_another_shape_is_told_from_one_trace():
-    """What the first shape told of deeper models holds for it, too: 3 layers are traced of 8, once."""
+    """What the first shape told of deeper models holds for it, too: 3 layers are traced of 6, once."""
     tracer = extrapolation.WatchedTracer()
     cell = a_deep_cell("full")
     tracer(cell)
@@ -140,7 +139,7 @@ def test_an_irregular_growth_falls_back_to_the_whole_trace(monkeypatch):
 
 def test_a_refusal_names_the_cell_that_was_asked_for():
     """Not the one with fewer layers that was traced in its place."""
-    cell = a_cell_of("bart", "lora", 8, precision="bf16", device="predicted:a100-80gb")
+    cell = a_cell_of("bart", "lora", 6, precision="bf16", device="predicted:a100-80gb")
 
     with pytest.raises(UserError) as refused:
         extrapolation.WatchedTracer()(cell)
