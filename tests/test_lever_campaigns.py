@@ -1,4 +1,4 @@
-"""The committed grid of levers and the published stack hold, and the grid sees what does not."""
+"""The committed grids and the published stack hold, and the grids see what does not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from campaigns import ROOT, campaign
 
 lever_grid, published_stack = campaign("lever_grid"), campaign("published_stack")
+extrapolation = campaign("extrapolation")
 
 
 @pytest.mark.parametrize("row", [row for row in published_stack.ROWS if row.name == "optimizer in backward"])
@@ -52,3 +53,39 @@ def test_the_grid_sees_what_does_not_save():
     assert ["b: lora+offload: no", "b: lora+checkpoint: activation", "b: lora+checkpoint+tiled_mlp: peak"] == [
         fault.split("_peak_bytes")[0].split(" 1")[0] for fault in lever_grid.broken(grid)
     ]
+
+
+def test_few_layers_tell_what_all_layers_give():
+    """Of every backbone and method of the catalogue, in both shapes; one case anew."""
+    grid = extrapolation.read_grid(ROOT / "reports" / "extrapolation" / "grid.csv")
+    case = extrapolation.Case("opt", "meft1-exact")
+    committed = grid[(grid.backbone == case.backbone) & (grid.method == case.method)]
+
+    assert [] == extrapolation.broken(grid)
+    assert set(grid.outcome) <= {"same", "refused"}
+    assert {(one.backbone, one.method) for one in extrapolation.cases()} == set(
+        zip(grid.backbone, grid.method, strict=True)
+    )
+    assert len(extrapolation.SHAPES) * len(list(extrapolation.cases())) == len(grid)
+    again = extrapolation.tried(case)
+    assert ["same", "same"] == [row["outcome"] for row in again]
+    assert list(committed.events) == [row["events"] for row in again]
+
+
+def test_the_grid_of_few_layers_sees_what_differs(monkeypatch):
+    """A size that is told wrongly is a row that says what differs, and a sentence."""
+    directly = extrapolation.WatchedTracer.directly
+
+    def wrong(self, cell, *arguments):
+        traced = directly(self, cell, *arguments)
+        if cell.model_config_overrides["num_hidden_layers"] == 12:
+            traced.trace.nbytes[traced.trace.nbytes > 0] += 512
+        return traced
+
+    monkeypatch.setattr(extrapolation.WatchedTracer, "directly", wrong)
+    rows = extrapolation.tried(extrapolation.Case("bert", "lora"))
+
+    assert ["different", "different"] == [row["outcome"] for row in rows]
+    assert rows[0]["reason"].startswith("nbytes of the events")
+    found = extrapolation.broken(pd.DataFrame(rows))
+    assert found[0].startswith("bert: lora at 2x64: different: nbytes of the events")

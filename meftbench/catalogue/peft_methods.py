@@ -109,7 +109,7 @@ class PeftMethod:
     size: tuple[str, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     targets: Literal["attention", "value", "norms", "peft"] = "attention"
-    only: Literal["text", "llama", "decoders", "named"] | None = None
+    only: Literal["text", "cached", "llama", "decoders", "named"] | None = None
     positions: bool = False
     refuses: dict[str, str] = field(default_factory=dict)
 
