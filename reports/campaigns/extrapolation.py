@@ -238,6 +238,7 @@ def summary(grid: pd.DataFrame, faults: list[str]) -> str:
             )
         )
     head = ("backbone", "layers", "cells", "the same", "traced directly", "layers traced", "in the second shape")
+    to_do = len(SHAPES) * len(list(cases())) - len(grid)
     parts = [
         "# Few layers and all of them",
         f"{len(grid):,} cells, small models predicted for an A100 in bfloat16 (samples × tokens: "
@@ -245,7 +246,8 @@ def summary(grid: pd.DataFrame, faults: list[str]) -> str:
         + f"): {counts.get('same', 0):,} the same both ways, {counts.get('different', 0):,} different, "
         f"{counts.get('refused', 0):,} refused in one line, {counts.get('error', 0):,} ended in a fault. "
         f"{compared.events.sum():,} events were compared. Of {len(compared):,} compared cells "
-        f"{(compared.rule == 'direct').sum():,} were traced directly, as they do not follow from fewer layers.",
+        f"{(compared.rule == 'direct').sum():,} were traced directly, as they do not follow from fewer layers."
+        + (f" {to_do:,} are still to be compared." if to_do else ""),
         "## By backbone",
         markdown_table(head, lines),
         "Layers traced are those of all traces of a cell together, the median over methods.",

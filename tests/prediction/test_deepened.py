@@ -106,6 +106,15 @@ def test_another_shape_is_told_from_one_trace():
     assert 3 == tracer.cells[-1].model_config_overrides["num_hidden_layers"]
 
 
+def test_a_trace_is_that_of_a_new_model_whatever_was_traced_before():
+    """Buffers in host memory that another shape left are not used again: events say where each is from."""
+    cell = a_deep_cell("offload")
+    used, new = (extrapolation.WatchedTracer(extrapolate=False) for _ in range(2))
+    used(cell.model_copy(update={"batch_size": 8, "micro_batch_size": 8}))
+
+    assert [] == extrapolation.differences(used(cell), new(cell))
+
+
 def test_layers_that_are_not_alike_are_all_traced():
     """A model in which a layer's index decides on its experts: no rule is looked for, or none is found."""
     few, whole = extrapolation.WatchedTracer(), extrapolation.WatchedTracer(extrapolate=False)

@@ -116,8 +116,9 @@ def test_loops_are_shortened_without_a_trace(trace, expandable, max_split, share
     assert replayed(trace, less) == replayed(short, less)
 
 
-def a_loop(number, sizes, before=(), carried=False):
-    """A round allocates `sizes` and frees them; with `carried` the last of them in the round after."""
+def a_loop(number, sizes, before=(), carried=False, one_by_one=False):
+    """A round allocates `sizes` and frees them: with `carried` the last of them in the round after, with `one_by_one`
+    each before the next is allocated."""
     events = [("alloc", key, size, "activations", "before") for key, size in enumerate(before)]
     keys = iter(range(len(before), 10**9))
     last = None
@@ -127,6 +128,10 @@ def a_loop(number, sizes, before=(), carried=False):
         events.append(("alloc", last, sizes[-1], "activations", "before"))
     for _ in range(number):
         own = [next(keys) for _ in sizes]
+        if one_by_one:
+            for key, size in zip(own, sizes, strict=True):
+                events += [("alloc", key, size, "activations", "tile"), ("free", key, 0, "", "")]
+            continue
         events += [("alloc", key, size, "activations", "tile") for key, size in zip(own, sizes, strict=True)]
         if carried:
             events.append(("free", last, 0, "", ""))
@@ -168,3 +173,17 @@ def test_a_loop_whose_rounds_keep_something_stays_whole():
     trace = Trace.of(events, [0])
 
     assert shortened(trace) is trace
+
+
+def test_rounds_that_each_find_the_device_full_are_counted():
+    """Small and large storages take turns on a device that has no room for segments of both: the rounds that are left
+    out have given memory back, and taken it, as often as those that are replayed."""
+    allocator = AllocatorSettings(expandable_segments=True, capacity=20 * MiB)
+    for number in (20, 21, 40):
+        trace = a_loop(number, (512, 10 * MiB, 12 * MiB, 12 * MiB), one_by_one=True)
+        short = shortened(trace)
+
+        assert len(short) < len(trace)
+        whole = replayed(trace, allocator)
+        assert whole == replayed(short, allocator)
+        assert (None, 2 * number - 1) == (whole.oom, whole.retries)
