@@ -56,17 +56,17 @@ def test_the_grid_sees_what_does_not_save():
 
 
 def test_few_layers_tell_what_all_layers_give():
-    """Of every backbone and method of the catalogue, in both shapes; one case anew."""
+    """Of every backbone of the catalogue, and every method on one of them at least, in both shapes; one case anew."""
     grid = extrapolation.read_grid(ROOT / "reports" / "extrapolation" / "grid.csv")
     case = extrapolation.Case("opt", "meft1-exact")
     committed = grid[(grid.backbone == case.backbone) & (grid.method == case.method)]
+    known = {(row.backbone, row.method, row.shape) for row in grid.itertuples()}
 
     assert [] == extrapolation.broken(grid)
-    assert set(grid.outcome) <= {"same", "refused"}
-    assert {(one.backbone, one.method) for one in extrapolation.cases()} == set(
-        zip(grid.backbone, grid.method, strict=True)
-    )
-    assert len(extrapolation.SHAPES) * len(list(extrapolation.cases())) == len(grid)
+    assert {"same", "refused"} == set(grid.outcome)
+    assert len(known) == len(grid)
+    assert {one.backbone for one in extrapolation.cases()} == set(grid.backbone[grid.rule == "extrapolated"])
+    assert {one.method for one in extrapolation.cases()} == set(grid.method)
     again = extrapolation.tried(case)
     assert ["same", "same"] == [row["outcome"] for row in again]
     assert list(committed.events) == [row["events"] for row in again]
