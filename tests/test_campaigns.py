@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from campaigns import campaign
 from meftbench.methods.levers import compiled
 from meftbench.plan.gguf_files import gguf_file_of
 from meftbench.plan.suite import load_suite
@@ -611,3 +612,22 @@ def test_what_a_plan_got_wrong_on_a_gpu_is_said(plan_on_gpu):
     assert {"full: memory is +10.0% off", "parallel: time is +36.4% off"} <= set(said)
     assert "parallel and meft1-exact are in the wrong order" in said
     assert 4 == len(said)
+
+
+def test_the_extrapolation_campaign_in_miniature(tmp_path, capsys):
+    """Two methods on two backbones in two shapes: few layers and all are the same, and nothing is done twice."""
+    script = campaign("extrapolation").main
+    options = [str(tmp_path), "--backbones", "bert", "vit", "--methods", "lora", "prefix-tuning"]
+
+    assert 0 == script(options)
+    grid = (tmp_path / "grid.csv").read_bytes()
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.strip() == capsys.readouterr().out.strip()
+    assert 0 == script(options)
+
+    assert grid == (tmp_path / "grid.csv").read_bytes()
+    found = pd.read_csv(tmp_path / "grid.csv").set_index(["backbone", "method", "shape"])
+    assert ["same"] * 6 + ["refused"] * 2 == list(found.outcome)
+    assert {"extrapolated"} == set(found.rule[:, "lora"])
+    assert [3 + 4 + 5, 3] == list(found.traced_layers["bert", "lora"])
+    assert "6 the same both ways, 0 different, 2 refused" in summary

@@ -1,28 +1,16 @@
-"""The committed grid of levers and the published stack hold, and the grid sees what does not."""
+"""The committed grids and the published stack hold, and the grids see what does not."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def campaign(name):
-    """The script of reports/campaigns as a module."""
-    spec = importlib.util.spec_from_file_location(f"campaign_{name}", ROOT / "reports" / "campaigns" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
+from campaigns import ROOT, campaign
 
 lever_grid, published_stack = campaign("lever_grid"), campaign("published_stack")
+extrapolation = campaign("extrapolation")
 
 
 @pytest.mark.parametrize("row", [row for row in published_stack.ROWS if row.name == "optimizer in backward"])
@@ -65,3 +53,39 @@ def test_the_grid_sees_what_does_not_save():
     assert ["b: lora+offload: no", "b: lora+checkpoint: activation", "b: lora+checkpoint+tiled_mlp: peak"] == [
         fault.split("_peak_bytes")[0].split(" 1")[0] for fault in lever_grid.broken(grid)
     ]
+
+
+def test_few_layers_tell_what_all_layers_give():
+    """Of every backbone of the catalogue, and every method on one of them at least, in both shapes; one case anew."""
+    grid = extrapolation.read_grid(ROOT / "reports" / "extrapolation" / "grid.csv")
+    case = extrapolation.Case("opt", "meft1-exact")
+    committed = grid[(grid.backbone == case.backbone) & (grid.method == case.method)]
+    known = {(row.backbone, row.method, row.shape) for row in grid.itertuples()}
+
+    assert [] == extrapolation.broken(grid)
+    assert {"same", "refused"} == set(grid.outcome)
+    assert len(known) == len(grid)
+    assert {one.backbone for one in extrapolation.cases()} == set(grid.backbone[grid.rule == "extrapolated"])
+    assert {one.method for one in extrapolation.cases()} == set(grid.method)
+    again = extrapolation.tried(case)
+    assert ["same", "same"] == [row["outcome"] for row in again]
+    assert list(committed.events) == [row["events"] for row in again]
+
+
+def test_the_grid_of_few_layers_sees_what_differs(monkeypatch):
+    """A size that is told wrongly is a row that says what differs, and a sentence."""
+    directly = extrapolation.WatchedTracer.directly
+
+    def wrong(self, cell, *arguments):
+        traced = directly(self, cell, *arguments)
+        if cell.model_config_overrides["num_hidden_layers"] == 12:
+            traced.trace.nbytes[traced.trace.nbytes > 0] += 512
+        return traced
+
+    monkeypatch.setattr(extrapolation.WatchedTracer, "directly", wrong)
+    rows = extrapolation.tried(extrapolation.Case("bert", "lora"))
+
+    assert ["different", "different"] == [row["outcome"] for row in rows]
+    assert rows[0]["reason"].startswith("nbytes of the events")
+    found = extrapolation.broken(pd.DataFrame(rows))
+    assert found[0].startswith("bert: lora at 2x64: different: nbytes of the events")

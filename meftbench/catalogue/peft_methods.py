@@ -109,7 +109,7 @@ class PeftMethod:
     size: tuple[str, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     targets: Literal["attention", "value", "norms", "peft"] = "attention"
-    only: Literal["text", "llama", "decoders", "named"] | None = None
+    only: Literal["text", "cached", "llama", "decoders", "named"] | None = None
     positions: bool = False
     refuses: dict[str, str] = field(default_factory=dict)
 
@@ -121,6 +121,7 @@ class PeftMethod:
 
 ONLY = {
     "text": "text, of encoder-decoders seq2seq_lm",
+    "cached": "text, of encoder-decoders seq2seq_lm, where every layer attends",
     "llama": "Llama and Mistral",
     "decoders": "decoders",
     "named": "backbones of the catalogue, unless config names the modules",
@@ -159,7 +160,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         "a trained cache of keys and values",
         ("num_virtual_tokens",),
         targets="peft",
-        only="text",
+        only="cached",
         positions=True,
         refuses=_CACHE,
     ),
@@ -201,7 +202,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         "trained keys and values before every layer's own",
         ("num_virtual_tokens",),
         targets="peft",
-        only="text",
+        only="cached",
         positions=True,
         refuses=_CACHE,
     ),
@@ -266,8 +267,11 @@ def refusal(method: str, model_type: str, head: str, heads: tuple[str, ...]) -> 
         encoder-decoders apart.
     """
     row = PEFT_METHODS.get(method)
+    text = "image_classification" not in heads and (head == "seq2seq_lm" or "seq2seq_lm" not in heads)
     fits = {
-        "text": "image_classification" not in heads and (head == "seq2seq_lm" or "seq2seq_lm" not in heads),
+        "text": text,
+        # Gated delta nets have no keys and values before which others can be put.
+        "cached": text and not model_type.startswith(("qwen3_5", "qwen3_next")),
         "llama": model_type in ("llama", "mistral"),
         "decoders": "causal_lm" in heads,
     }

@@ -130,7 +130,7 @@ def replay(
             phase = event.category
         elif event.kind == ONCE:
             loop = _Loop(number + 1, event.nbytes)
-            loop.states.append(loop.state(allocator, live, recent))
+            loop.note(allocator, live, recent)
         elif event.kind == AGAIN:
             if (oom := loop.repeated(events[loop.begin : number], event.nbytes, allocator, live, recent)) is not None:
                 break
@@ -159,16 +159,22 @@ def replay(
 @dataclass
 class _Loop:
     """Rounds of events that are all alike. begin: number of the first event of the second round.  storages: that a
-    round allocates.  states: of the allocator, after each round."""
+    round allocates.  states: of the allocator, after each round.  counts: of its calls of the device and retries, too,
+    of which rounds that leave everything as it was may have some each, where the device is almost full."""
 
     begin: int
     storages: int
     states: list[tuple[Any, ...]] = field(default_factory=list)
 
-    def state(self, allocator: CachingAllocator, live: dict[int, Block | None], recent: list[int]) -> tuple[Any, ...]:
-        """What decides on later blocks: which are free, and where those of the last round are that are alive."""
+    counts: list[tuple[int, int]] = field(default_factory=list)
+
+    def note(self, allocator: CachingAllocator, live: dict[int, Block | None], recent: list[int]) -> None:
+        """Keep, after a round, what decides on later blocks (which are free, and where those of the round are that are
+        alive) and the counts."""
         blocks = [live.get(key) for key in recent[len(recent) - self.storages :]]
-        return (*allocator.free_blocks(), [block and (block.address, block.size) for block in blocks])
+        places = [block and (block.address, block.size) for block in blocks]
+        self.states.append((*allocator.free_blocks(), places))
+        self.counts.append((allocator.device_allocs, allocator.retries))
 
     def repeated(
         self,
@@ -182,10 +188,13 @@ class _Loop:
         rounds change nothing. Returns the event that does not fit; None: all do."""
         before, last = recent[-2 * self.storages : -self.storages], recent[-self.storages :]
         while rounds:
-            self.states.append(self.state(allocator, live, recent))
+            self.note(allocator, live, recent)
             for ago in range(1, min(_ROUNDS_AGO, len(self.states) - 1) + 1):
                 if self.states[-1] == self.states[-1 - ago]:
-                    rounds %= ago
+                    times, rounds = divmod(rounds, ago)
+                    (allocs, retries), (allocs_ago, retries_ago) = self.counts[-1], self.counts[-1 - ago]
+                    allocator.device_allocs += times * (allocs - allocs_ago)
+                    allocator.retries += times * (retries - retries_ago)
                     break
             if not rounds:
                 break

@@ -20,7 +20,7 @@ from meftbench.plan.cell import Cell
 from meftbench.prediction.columns import Trace
 from meftbench.prediction.cuda_counter import PredictedStep
 from meftbench.prediction.deepened import Growth, IrregularError
-from meftbench.prediction.loops import shortened
+from meftbench.prediction.loops import expanded, shortened
 from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.partitioned import partitioned_instead_of_compiled
@@ -53,6 +53,7 @@ class Tracer:
     """Traces cells. What they have in common is kept: models, what operators gave.
 
     traced: how many cells were traced, those of fewer layers among them.  remembered: what operators gave.
+    irregular: of cells that differ in shape alone, and units of what they repeat, why more of these cannot be told.
     """
 
     def __init__(self, profile: Profile, versions: Versions = NOW, *, extrapolate: bool = True) -> None:
@@ -63,7 +64,7 @@ class Tracer:
         self._models: dict[str, Applied] = {}
         self._known: dict[tuple[str, int, float], Traced] = {}
         self._growths: dict[Any, list[_Growth]] = {}
-        self._irregular: set[Any] = set()
+        self.irregular: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def __call__(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
         """A cell with any number of layers and micro-batches. What it allocates is that of `directly`, in fewer layers
@@ -79,8 +80,10 @@ class Tracer:
         for family in self._families(cell, repeating):
             try:
                 return self._told(family, repeating.counts, traced)
-            except IrregularError:
-                self._irregular.add(family)
+            except IrregularError as irregular:
+                self.irregular[family] = str(irregular)
+            except UserError:  # names a cell with fewer layers, which nobody asked for
+                break
         return traced(repeating.counts)
 
     def work(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Work:
@@ -106,7 +109,7 @@ class Tracer:
         units = [tuple(together * unit for unit in repeating.units) for together in (1, 2)]
         family = self._family(repeating.cell_with(repeating.units))
         families = [(family, unit) for unit in units]
-        return [family for family in families if family not in self._irregular]
+        return [family for family in families if family not in self.irregular]
 
     def _told(
         self,
@@ -128,10 +131,10 @@ class Tracer:
             others = (*counts[:place], fewest, *counts[place + 1 :])
             known = self._growths.setdefault((*family, place, others), [])
             for growth in known:
-                if (trace := growth.of_trace.alike(first.trace, times)) is not None:
+                if (trace := growth.alike(first.trace, times)) is not None:
                     return Traced(trace, growth.sizes(times), first.attention, first.tokens)
             known.append(_Growth.of(first, fewer(1), fewer(2)))
-            return Traced(known[-1].of_trace.by(times), known[-1].sizes(times), first.attention, first.tokens)
+            return Traced(known[-1].by(times), known[-1].sizes(times), first.attention, first.tokens)
         return traced(counts)
 
     def directly(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
@@ -145,6 +148,8 @@ class Tracer:
             applied=self._model(cell) if on_meta else None,
             padding=padding,
         )
+        for lever in step.applied.levers.values():
+            lever.forget_steps()  # of the model in another shape
         with ExitStack() as entered:
             for region in (blamed_step(cell), named_refusals(cell), cuda_semantics(self.profile, self.versions)):
                 entered.enter_context(region)
@@ -160,10 +165,10 @@ class Tracer:
                 starts.append(len(counter.events))
                 counted.run()
                 gc.collect()  # what the step leaves alive after this stays alive
-        for lever, made in step.applied.levers.items():
+        for name, made in step.applied.levers.items():
             if fact := made.missing_in_trace(counter.attention_kernels):
-                what = f"{lever}: {fact} on {self.profile.device}"
-                raise UserError(cell.label, what, f"change the settings of {lever}")
+                what = f"{name}: {fact} on {self.profile.device}"
+                raise UserError(cell.label, what, f"change the settings of {name}")
         trace, counter.events = shortened(Trace.of(counter.events, starts)), None
         sizes = parameter_counts(step.model) | paged_metrics(step, "predicted")
         gc.freeze()  # so that no collection in a later trace goes through the models and what is remembered
@@ -201,10 +206,15 @@ def _work(units: tuple[int, ...] | None, counts: tuple[int, ...], traced: Callab
 
 @dataclass(frozen=True)
 class _Growth:
-    """How a trace and numbers of parameters grow with the number of units of layers."""
+    """How a trace and numbers of parameters grow with the number of units of layers.
+
+    whole: whether `of_trace` is of traces with all rounds of their loops. Layers that keep nothing, as where there is
+    no backward pass, are themselves rounds, of which few are no loop yet.
+    """
 
     of_trace: Growth
     numbers: dict[str, tuple[Metric, int]]
+    whole: bool
 
     @classmethod
     def of(cls, first: Traced, second: Traced, third: Traced) -> _Growth:
@@ -217,7 +227,24 @@ class _Growth:
             if three - two != two - one:
                 raise IrregularError(f"{name} does not grow by the same number with each unit of layers")
             numbers[name] = (metric, two - one)
-        return cls(Growth(first.trace, second.trace, third.trace), numbers)
+        traces = [first.trace, second.trace, third.trace]
+        try:
+            return cls(Growth(*traces), numbers, whole=False)
+        except IrregularError:
+            whole = [expanded(trace) for trace in traces]
+            if all(one is trace for one, trace in zip(whole, traces, strict=True)):
+                raise
+        return cls(Growth(*whole), numbers, whole=True)
+
+    def by(self, times: int) -> Trace:
+        """As of `Growth`."""
+        told = self.of_trace.by(times)
+        return shortened(told) if self.whole else told
+
+    def alike(self, trace: Trace, times: int) -> Trace | None:
+        """As of `Growth`."""
+        told = self.of_trace.alike(expanded(trace) if self.whole else trace, times)
+        return shortened(told) if self.whole and told is not None else told
 
     def sizes(self, times: int) -> dict[str, Metric]:
         return {

@@ -39,6 +39,7 @@ MODELS = {
 }
 FITS = {
     "text": {"bert", "llama", "llama-classifier", "bart-lm"},
+    "cached": {"bert", "llama", "llama-classifier", "bart-lm"},
     "llama": {"llama", "llama-classifier"},
     "decoders": {"llama", "llama-classifier"},
 }
@@ -190,6 +191,8 @@ def test_what_does_not_apply_says_why(tmp_path, name):
 def test_a_method_that_does_not_fit_the_backbone_is_refused_before_anything_runs(tmp_path):
     assert "prompt-tuning fits only text" in refused(tmp_path, "prompt-tuning", "vit-tiny@random", 197)
     assert "Llama and Mistral, not bert" in refused(tmp_path, "adaption-prompt")
+    for method in ("prefix-tuning", "cartridge"):
+        assert "every layer attends, not qwen3_next" in refused(tmp_path, method, "qwen3-next-80b-a3b@random")
 
 
 def test_virtual_tokens_need_positions(tmp_path):

@@ -150,6 +150,9 @@ class Lever(ABC):
         """
         return None
 
+    def forget_steps(self) -> None:  # noqa: B027  most levers keep nothing from step to step
+        """Drop what earlier steps left for later ones to use again: the next step runs as the first one did."""
+
     def numbers(self) -> dict[str, LeverNumber]:
         """Metrics of the watched step for the record, by name."""
         return {}

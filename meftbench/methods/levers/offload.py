@@ -48,6 +48,10 @@ class Offload(Lever):
             self._host.moved_bytes = self._host.returned_bytes = 0
         yield
 
+    def forget_steps(self) -> None:
+        if self._host is not None:
+            self._host.buffers = HostBuffers()
+
     def missing(self, seen: WatchedStep) -> str | None:
         return None if self._host and self._host.moved_bytes else "no byte was moved to the host"
 
