@@ -2,7 +2,9 @@
 
 Between the points where a kernel, a tile count or a chunk count changes, two shapes have the same events, and the bytes
 of each event are a polynomial in batch size b and length l: of degree 1 in b, as samples do not know of each other, and
-of degree 2 in l, as attention compares pairs of positions. A few traced shapes determine it exactly.
+of degree 2 in l, as attention compares pairs of positions. Kernels that take tokens in parts of a fixed number have
+buffers for the number of whole parts, b · l / n rounded down, which is one more term. A few traced shapes determine the
+coefficients exactly.
 
 Which shapes have the same events is not known beforehand. It is assumed of all shapes of a band where its outermost
 ones have the same events, and the polynomials through some of the traced shapes give the bytes of the others. A band in
@@ -27,6 +29,8 @@ from meftbench.prediction.tracer import Traced
 Sizes = tuple[int, int]  # batch size, and length of a sample
 ROUNDED = 128  # flash attention pads lengths to a multiple of it, efficient attention to one of 32, which divides it
 _DEGREES = (1, 2)  # in the length, of the polynomials that are tried
+# Tokens of a part: of the gradient of an embedding (scratch.py), and of what locks of a fused loss hold.
+_PARTS = (10, 128)
 
 
 class Interpolated:
@@ -100,11 +104,11 @@ class Interpolated:
 class _Band:
     """Shapes with the same events, whose bytes are polynomials through those of the samples.
 
-    samples: traced shapes whose monomials are a basis of those of the band.  degree: in the length.
+    samples: traced shapes whose terms are a basis of those of the band.  degree: in the length.
     """
 
     def __init__(self, samples: dict[Sizes, Traced], degree: int) -> None:
-        self._basis, self._degree = [_monomials(shape, degree) for shape in samples], degree
+        self._basis, self._degree = [_terms(shape, degree) for shape in samples], degree
         self._first, *_ = samples.values()
         # The length of a sample follows the same rule as bytes do. Few events differ in what they have in all samples.
         columns = np.stack([np.append(traced.trace.nbytes, traced.tokens) for traced in samples.values()], axis=1)
@@ -114,8 +118,8 @@ class _Band:
     def told(self, shape: Sizes) -> Traced | None:
         """What tracing the shape gives. None: a value would be no whole number, or negative, so that it is no
         polynomial."""
-        weights = _weights(self._basis, _monomials(shape, self._degree))
-        assert weights is not None, "the monomials of the samples are a basis of those of the band"
+        weights = _weights(self._basis, _terms(shape, self._degree))
+        assert weights is not None, "the terms of the samples are a basis of those of the band"
         divisor = lcm(*(weight.denominator for weight in weights))
         factors = [int(weight * divisor) for weight in weights]
         values = []
@@ -140,9 +144,11 @@ def _tokens(shape: Sizes) -> int:
     return shape[0] * shape[1]
 
 
-def _monomials(shape: Sizes, degree: int) -> list[int]:
+def _terms(shape: Sizes, degree: int) -> list[int]:
+    """The terms of the polynomials, each without its coefficient."""
     batch_size, length = shape
-    return [batch_size**of_batch * length**of_length for of_batch in (0, 1) for of_length in range(degree + 1)]
+    powers = [batch_size**of_batch * length**of_length for of_batch in (0, 1) for of_length in range(degree + 1)]
+    return powers + [_tokens(shape) // part for part in _PARTS]
 
 
 def _chosen(shapes: list[Sizes], degree: int) -> tuple[list[Sizes], list[Sizes]]:
@@ -160,14 +166,14 @@ def _chosen(shapes: list[Sizes], degree: int) -> tuple[list[Sizes], list[Sizes]]
     samples: list[Sizes] = []
     basis: list[list[int]] = []
     for shape in [*outermost, *inside]:
-        monomials = _monomials(shape, degree)
-        if _weights(basis, monomials) is None:
+        terms = _terms(shape, degree)
+        if _weights(basis, terms) is None:
             samples.append(shape)
-            basis.append(monomials)
-        if len(basis) == len(monomials):
+            basis.append(terms)
+        if len(basis) == len(terms):
             break
-    # Where tiles or chunks leave a rest, that of a number of tokens with few factors of two tells it best.
-    oddest = min(by_tokens, key=lambda shape: _tokens(shape) & -_tokens(shape))
+    # Where tiles or chunks leave a rest, a large number of tokens with few factors of two shows it.
+    oddest = min(by_tokens, key=lambda shape: (_tokens(shape) & -_tokens(shape), -_tokens(shape)))
     left = [shape for shape in inside if shape not in samples]
     checked = dict.fromkeys([*outermost, *left[:1], oddest])
     return samples, [shape for shape in checked if shape not in samples]

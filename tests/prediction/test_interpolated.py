@@ -27,8 +27,8 @@ CELLS = {
     ("bert", "meft1-exact"): {},
     ("bert", "lora, eager"): {"attention_requested": "eager"},
 }
-BATCHES = [1, *range(2, 33)]
-LENGTHS = [*range(128, 1025, 128), 300, 300 + 128, 300 + 256, 300 + 384, 77]
+BATCHES = [1, 2, 3, 4, 5, 7, 8, 12, 16]
+LENGTHS = [128, 256, 384, 512, 640, 768, 1024, 300, 300 + 128, 300 + 256, 77]
 
 
 def a_cell(backbone: str, method: str) -> Cell:
@@ -57,7 +57,7 @@ def assert_same(told: Traced, traced: Traced) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "method"), CELLS, ids=" ".join)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(batch_size=st.sampled_from(BATCHES), length=st.sampled_from(LENGTHS))
 def test_a_told_shape_is_the_traced_one(backbone, method, batch_size, length):
     cell, interpolated, tracer = told_and_tracer(backbone, method)
