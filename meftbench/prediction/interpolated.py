@@ -165,7 +165,8 @@ def _chosen(shapes: list[Sizes], degree: int) -> tuple[list[Sizes], list[Sizes]]
     )
     samples: list[Sizes] = []
     basis: list[list[int]] = []
-    for shape in [*outermost, *inside]:
+    # The outermost are checked, not fitted: where a size ceases to be a polynomial within the band, they differ.
+    for shape in [*inside, *outermost]:
         terms = _terms(shape, degree)
         if _weights(basis, terms) is None:
             samples.append(shape)
