@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from meftbench.catalogue.metrics import BREAKDOWN
@@ -18,14 +20,17 @@ from meftbench.plan.optimizing import IN_BACKWARD
 from meftbench.plan.ranking import fastest_first
 from meftbench.prediction.allocator import AllocatorSettings
 from meftbench.prediction.estimate import time_of
+from meftbench.prediction.interpolated import Interpolated
 from meftbench.prediction.largest import Shape, Shapes, largest
 from meftbench.prediction.pool import Kept, Pool, Task
+from meftbench.prediction.predict import Predicted
 from meftbench.prediction.tracer import Tracer
 from meftbench.units import format_bytes
 
 MOST_TOKENS = 2**14  # of a micro-batch that is tried: a larger one computes no faster to speak of
 MOST_MAPPED = 2**22  # tokens of a shape in a map
 MAPPED = 8  # sizes on each axis of a map
+BANDS = 3  # of shapes of several samples, in a map: so that processes end at about the same time
 _SHORTEST = 64  # tokens: no shorter samples are mapped
 
 
@@ -264,13 +269,25 @@ def _mapped(
     cell = Cell.model_validate(task["cell"])
     lengths = _lengths(task["sequence_length"], max_positions(cell.model, cell.model_config_overrides))
     batches = [2**power for power in range(MAPPED)]
-    columns: list[list[int | None]] = [[] for _ in lengths]
-    # The longest begin, as they take longest.
-    of_lengths = [task | {"lengths": [length], "batches": batches} for length in lengths[::-1]]
-    for place, column in pool.results(column_of_map, of_lengths):
-        columns[len(lengths) - 1 - place] = column
-    sizes = [[column[index] for column in columns] for index in range(len(batches))]
-    return {"method": cell.method_label, "batch_sizes": batches, "lengths": lengths, "process_device_bytes": sizes}
+    bands = _bands([(batch, length) for batch in batches for length in lengths if batch * length <= MOST_MAPPED])
+    known: dict[tuple[int, int], int] = {}
+    for place, sizes in pool.results(band_of_map, [task | {"shapes": band} for band in bands]):
+        known |= zip(bands[place], sizes, strict=True)
+    table = [[known.get((batch, length)) for length in lengths] for batch in batches]
+    return {"method": cell.method_label, "batch_sizes": batches, "lengths": lengths, "process_device_bytes": table}
+
+
+def _bands(shapes: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Shapes in bands, for one process each, those with the most tokens first, as they take longest. Shapes that are
+    likely to be told from the same ones are in one band: those with as many tokens, and those of one sample."""
+    single = [shape for shape in shapes if shape[0] == 1]
+    rest = sorted((shape for shape in shapes if shape[0] > 1), key=lambda shape: -shape[0] * shape[1])
+    bands: list[list[tuple[int, int]]] = []
+    for _, alike in groupby(rest, key=lambda shape: shape[0] * shape[1]):
+        if not bands or len(bands[-1]) * BANDS >= len(rest):
+            bands.append([])
+        bands[-1] += alike
+    return [band for band in [*bands, single] if band]
 
 
 def _lengths(length: int, longest: int | None) -> list[int]:
@@ -282,11 +299,17 @@ def _lengths(length: int, longest: int | None) -> list[int]:
     return [each for each in lengths if longest is None or each <= longest] or [length]
 
 
-def column_of_map(task: Task) -> list[int | None]:
-    """Bytes of the process for each of `batches`, each in one micro-batch, with samples of the length in `lengths`;
-    None: more tokens than are looked at."""
-    _, shapes, profile = _shapes_of(task)
-    (length,) = task["lengths"]
-    context = profile.context_bytes
-    at = partial(shapes.at, sequence_length=length)
-    return [at(batch).needed + context if batch * length <= MOST_MAPPED else None for batch in task["batches"]]
+def band_of_map(task: Task) -> list[int]:
+    """Bytes of the process for each of `shapes`, pairs of a batch size, in one micro-batch, and a length."""
+    cell, profile = Cell.model_validate(task["cell"]), find_profile(task["profile"])
+    tracer = _tracer_of_map(task["profile"], task["versions"])
+    interpolated = Interpolated(tracer, cell, task["shapes"])
+    unlimited = replace(AllocatorSettings.parse(task["allocator"]), capacity=None)
+    predicted = (Predicted.of(interpolated.at(*shape), profile, unlimited) for shape in task["shapes"])
+    return [each.replayed.reserved_peak + profile.context_bytes for each in predicted]
+
+
+@lru_cache(maxsize=1)
+def _tracer_of_map(profile: str, versions: str) -> Tracer:
+    """The tracer of this process, which is kept from one band to the next."""
+    return Tracer(find_profile(profile), Versions.parse(versions))
