@@ -56,10 +56,17 @@ class Tracer:
     irregular: of cells that differ in shape alone, and units of what they repeat, why more of these cannot be told.
     """
 
-    def __init__(self, profile: Profile, versions: Versions = NOW, *, extrapolate: bool = True) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        versions: Versions = NOW,
+        *,
+        extrapolate: bool = True,
+        made: Callable[[Cell], Applied] = uncomputed_model,
+    ) -> None:
         self.profile, self.versions = profile, versions
         self.traced = 0
-        self._extrapolate = extrapolate
+        self._extrapolate, self._made = extrapolate, made
         self.remembered = Remembered()
         self._models: dict[str, Applied] = {}
         self._known: dict[tuple[str, int, float], Traced] = {}
@@ -145,7 +152,7 @@ class Tracer:
             cell,
             foreach=self.versions.foreach_optimizer,
             on_meta=on_meta,
-            applied=self._model(cell) if on_meta else None,
+            applied=self._model(cell) if on_meta else self._made(cell),
             padding=padding,
         )
         for lever in step.applied.levers.values():
@@ -182,7 +189,7 @@ class Tracer:
         """The cell's model with its method, which does not depend on the shape of the batch."""
         key = self._family(cell)
         if key not in self._models:
-            self._models[key] = uncomputed_model(cell)
+            self._models[key] = self._made(cell)
         return self._models[key]
 
 

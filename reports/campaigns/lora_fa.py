@@ -27,6 +27,7 @@ from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.prediction.predict import predict
 from meftbench.prediction.trace import uncomputed_model
+from meftbench.prediction.tracer import Tracer
 from meftbench.records.store import made
 
 GB = 10**9
@@ -65,8 +66,8 @@ def as_peft_left_it(cell: Cell) -> Applied:
 
 def predicted(cell: Cell, kind: str, profile: Profile) -> dict[str, int]:
     """Bytes that are kept for the backward pass, of activations at their peak, and reserved at most."""
-    applied = as_peft_left_it(cell) if kind == KINDS[2] else None
-    metrics = predict(cell, profile, applied=applied).metrics()
+    made = as_peft_left_it if kind == KINDS[2] else uncomputed_model
+    metrics = predict(cell, profile, tracer=Tracer(profile, made=made)).metrics()
     return {
         short: int(metrics[name].value)  # type: ignore[arg-type]
         for short, name in (

@@ -30,10 +30,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
+from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.prediction.allocator import AllocatorSettings
 from meftbench.prediction.predict import predict
 from meftbench.prediction.trace import uncomputed_model
+from meftbench.prediction.tracer import Tracer
 from meftbench.records.store import made, write_whole
 from meftbench.report.formats import markdown_table
 
@@ -130,18 +132,24 @@ def as_in_torchtune(loss: str) -> Iterator[None]:
         yield
 
 
+def in_half(cell: Cell) -> Applied:
+    """The cell's model, whose adapters are in bfloat16 as torchtune's are."""
+    applied = uncomputed_model(cell)
+    for name, parameter in applied.trained().items():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return applied
+
+
 def predicted(row: Row) -> int:
     """Peak allocated in bytes. Raises UserError: the cell cannot be traced."""
     fields = {"precision": "bf16", "optimizer_impl": "fused"} | row.fields
     cell = Cell.of(
         row.method, model="llama-3.2-3b@random", batch_size=2, sequence_length=4096, head="causal_lm", **fields
     )
-    applied = uncomputed_model(cell)
-    for name, parameter in applied.trained().items():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    profile = find_profile("a100-80gb")
     with as_in_torchtune(row.loss):
-        found = predict(cell, find_profile("a100-80gb"), applied=applied, settings=AllocatorSettings())
+        found = predict(cell, profile, tracer=Tracer(profile, made=in_half), settings=AllocatorSettings())
     return found.replayed.steps[-1].peak.allocated
 
 
