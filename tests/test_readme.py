@@ -126,6 +126,32 @@ def test_the_estimate_is_what_the_program_prints(capsys):
     assert block[:-1] == printed[:-1]
 
 
+def test_the_plan_it_shows_is_the_committed_one():
+    """The table of each method's best lever set, and the command that is typed for it, whose answer was verified."""
+    folder = ROOT / "reports" / "plan" / "qwen2.5-1.5b"
+    block = re.search(r"<!-- plan:.*?-->\n(.*?)\n<!-- end of plan", README, re.DOTALL)[1]
+    rows = pd.read_csv(folder / "plan.csv")
+    [best] = rows[(rows.method == "parallel+liger_loss") & (rows.capacity_index == 0)].itertuples()
+
+    assert 9 + 2 == len(block.splitlines())
+    assert block in (folder / "plan.md").read_text(encoding="utf-8")
+    assert "meftbench plan qwen2.5-1.5b@random --memory 24GiB --sequence-length 4096 --profile rtx4090" in README
+    assert best.verified
+    assert f"| {best.method} | {best.micro_batch_size} | {best.process_device_bytes / 2**30:.1f} |" in block
+
+
+@pytest.mark.slow
+def test_a_committed_plan_is_what_the_command_writes(tmp_path):
+    """But for the last line: how long it took."""
+    asked = ("--memory", "24GiB", "--sequence-length", "4096", "--profile", "rtx4090")
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "mistral-7b@random", *asked, "--out", str(tmp_path), "--quiet"])
+    written = (tmp_path / "plan.md").read_text(encoding="utf-8").splitlines()
+
+    assert 0 == ended.value.code
+    assert (ROOT / "reports" / "plan" / "mistral-7b" / "plan.md").read_text("utf-8").splitlines()[:-1] == written[:-1]
+
+
 def test_what_predictions_were_held_against_is_the_table():
     """Figures with complete settings: how many, the median and the worst error."""
     from pandas import read_csv
@@ -163,8 +189,8 @@ def test_its_budgets_are_accepted(tmp_path):
 
 
 def test_it_is_short():
-    """What it is for, how to install it, a table, a picture, three commands, links: the rest is in docs/."""
-    assert len(README.splitlines()) <= 130
+    """What it is for, how to install it, two tables, a picture, four commands, links: the rest is in docs/."""
+    assert len(README.splitlines()) <= 160
 
 
 def test_ci_runs_its_test_command():
