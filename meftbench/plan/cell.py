@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializationInfo, field_validator, model_serializer
 
@@ -106,12 +106,6 @@ class Cell(BaseModel):
             "micro_batch_size": fields.get("batch_size"),
         }
         return cls(**(defaults | fields))
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with other values of some fields, and so with another id: pydantic copies cached properties, too."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("cell_id", None)
-        return copied
 
     @cached_property
     def cell_id(self) -> str:

@@ -58,10 +58,10 @@ def shortened(trace: Trace) -> Trace:
     storages = [int(born[loop.begin + loop.size] - born[loop.begin]) for loop in loops]
     places = np.cumsum(kept)
     at = np.concatenate([places[first_ends - 1], places[[loop.begin + 2 * loop.size - 1 for loop in loops]]])
-    whats = np.repeat([number_of(What(ONCE)), number_of(What(AGAIN))], len(loops))
+    kinds_of_marks = np.repeat([number_of(What(ONCE)), number_of(What(AGAIN))], len(loops))
     values = np.array([*storages, *(loop.rounds - 3 for loop in loops)])
     return Trace(
-        np.insert(trace.what[kept], at, whats),
+        np.insert(trace.what[kept], at, kinds_of_marks),
         np.insert((trace.storage - fewer)[kept], at, -1),
         np.insert(trace.nbytes[kept], at, values),
     )

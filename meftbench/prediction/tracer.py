@@ -105,7 +105,7 @@ class Tracer:
     def _with(self, repeating: Repeating, steps: int, padding: float, counts: tuple[int, ...]) -> Traced:
         """The cell with other numbers of what repeats, traced directly, once."""
         cell = repeating.cell_with(counts)
-        key = (cell.cell_id, steps, padding)
+        key = (cell.model_dump_json(), steps, padding)
         if key not in self._known:
             self._known[key] = self.directly(cell, steps, padding)
         return self._known[key]
@@ -183,7 +183,7 @@ class Tracer:
 
     def _family(self, cell: Cell) -> str:
         """What cells have in common that differ in the shape of the batch alone."""
-        return cell.model_copy(update=dict.fromkeys(("batch_size", "micro_batch_size", "sequence_length"), 1)).cell_id
+        return cell.model_dump_json(exclude={"batch_size", "micro_batch_size", "sequence_length"})
 
     def _model(self, cell: Cell) -> Applied:
         """The cell's model with its method, which does not depend on the shape of the batch."""

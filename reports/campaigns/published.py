@@ -35,11 +35,12 @@ from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import FOLDER
 from meftbench.plan.point import cell_of
-from meftbench.prediction import predict as predict_module
+from meftbench.prediction import tracer as tracer_module
 from meftbench.prediction.allocator import AllocatorSettings, replay
 from meftbench.prediction.cuda_counter import WORKSPACE
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.trace import uncomputed_step
+from meftbench.prediction.tracer import Tracer
 from meftbench.records.store import made, write_whole
 from meftbench.strict_yaml import read
 from meftbench.verdicts.published import COLUMNS, statistics
@@ -84,9 +85,10 @@ def held(cell: Cell, versions: Versions) -> Held:
         return step, mode
 
     profile = find_profile(cell.device.removeprefix(PREDICTED))
-    with mock.patch.object(predict_module, "uncomputed_step", watched):
+    tracer = Tracer(profile, versions, extrapolate=False)  # the level is that of a step of all layers
+    with mock.patch.object(tracer_module, "uncomputed_step", watched):
         # Without a limit: a cell that fills its card is to be compared nevertheless.
-        found = predict(cell, profile, versions=versions, settings=AllocatorSettings())
+        found = predict(cell, profile, tracer=tracer, versions=versions, settings=AllocatorSettings())
     capacity = profile.memory_bytes - profile.context_bytes
     within = replay(found.events, AllocatorSettings(capacity=capacity))
     # The first step is the one that is traced; those after it follow from its events.

@@ -36,7 +36,7 @@ def test_the_largest_batch_and_the_longest_sequence_of_each_method(cli):
     frame = pd.read_csv("found/fit.csv")
 
     assert 0 == code
-    assert 2 == len([line for line in err.splitlines() if "cells predicted" in line])
+    assert 2 == len([line for line in err.splitlines() if "tokens at a batch of 2, predicted in" in line])
     assert 8 == len(by) == len(frame)
     assert 0 < by["full", "batch_size", 550 * MiB] <= by["lora", "batch_size", 550 * MiB]
     assert by["lora", "batch_size", 550 * MiB] < by["lora", "batch_size", 700 * MiB]

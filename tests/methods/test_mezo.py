@@ -22,7 +22,7 @@ from meftbench.plan.point import cell_of
 from meftbench.plan.protocol import Protocol
 from meftbench.probes.counted_metrics import count_memory
 from meftbench.probes.levers import check_levers
-from meftbench.probes.memory_counted import CountedStep
+from meftbench.probes.memory_counted import CountedStep, observe
 from tests.models import a_batch_for, a_cell, a_cell_of, a_model, a_step
 
 SETTINGS = [{}, {"trained": "lora", "rank": 4}]
@@ -147,7 +147,7 @@ def forward_peak(step):
             step.model(**step.batch)
 
     with CountedStep(step) as counted:
-        return counted.observe(inferred).activation_peak
+        return observe(counted.counter, inferred, lambda: None).activation_peak
 
 
 @pytest.mark.parametrize("method", ["mezo", "mezo+tiled_mlp"])
