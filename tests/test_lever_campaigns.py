@@ -67,6 +67,7 @@ def test_few_layers_tell_what_all_layers_give():
     assert len(known) == len(grid)
     assert {one.backbone for one in extrapolation.cases()} == set(grid.backbone[grid.rule == "extrapolated"])
     assert {one.method for one in extrapolation.cases()} == set(grid.method)
+    assert len(grid) == len(extrapolation.SHAPES) * len(list(extrapolation.cases()))
     again = extrapolation.tried(case)
     assert ["same", "same"] == [row["outcome"] for row in again]
     assert list(committed.events) == [row["events"] for row in again]
