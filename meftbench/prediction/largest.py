@@ -6,7 +6,7 @@ A trace does not depend on how much memory a card has, so cards share it.
 from __future__ import annotations
 
 import gc
-from bisect import bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -19,7 +19,7 @@ from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.tracer import Tracer
 
 Axis = Literal["batch_size", "sequence_length"]
-CLOSE = 2
+NARROWS = 32  # beside a guess, so small a part of what is open is left aside
 NEAR = 4096  # a limit up to here is one of the first sizes predicted
 
 
@@ -48,14 +48,6 @@ class Shape:
     def on_card(self, capacity: int) -> Replayed:
         """The allocator's statistics where torch may reserve `capacity` bytes."""
         return self.predicted.replayed_in(replace(self._settings, capacity=capacity))
-
-    def enough(self, tolerance: int) -> int:
-        """Nearly the smallest capacity that fits, at most `tolerance` bytes more: for guesses; `fits` decides."""
-        low, high = self.least, self.needed
-        while high - low > tolerance:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.fits(middle) else (middle, high)
-        return high
 
 
 class Shapes:
@@ -126,32 +118,33 @@ def largest(
     for capacity in capacities:
         low = max((size for size in known if shape(size).fits(capacity)), default=0)
         high = min((size for size in known if size > low), default=limit + 1)
-        tries = 0
+        tries, fitted = 0, False
         while high - low > 1:
-            size = _guess(known, shape, capacity)
-            if high <= limit and tries % 4 == 3:
-                size = (low + high) // 2  # each fourth size bisects, in case the lines do not close in
-            elif low in known and size - low <= CLOSE:
-                size = low + 1  # so close to a known size the guess is right, or nearly
-            elif high <= limit and high - size <= CLOSE:
-                size = high - 1
+            near = max(1, (high - low) // NARROWS)
+            if high > limit:  # with memory given back under way, more may fit than the line says
+                size = max(_guess(known, shape, capacity, low, high), low + 1 + low // 8)
+            elif tries % 3 == 0:
+                size = _guess(known, shape, capacity, low, high)
+            elif tries % 3 == 1:  # a guess is right, or nearly: the other side of it is looked at
+                size = low + near if fitted else high - near
+            else:
+                size = (low + high) // 2
             size = min(max(size, low + 1), high - 1)
-            low, high = (size, high) if predict_at(size).fits(capacity) else (low, size)
+            fitted = predict_at(size).fits(capacity)
+            low, high = (size, high) if fitted else (low, size)
             tries += 1
         sizes.append(low)
     return sizes
 
 
-def _guess(known: list[int], shape: Callable[[int], Shape], capacity: int) -> int:
-    """The size at which a line through the two nearest sizes meets the capacity: the memory needed is nearly linear."""
+def _guess(known: list[int], shape: Callable[[int], Shape], capacity: int, low: int, high: int) -> int:
+    """The size at which a line through two sizes meets the capacity: the memory needed is nearly linear. They are
+    `low`, which fits, and `high`, which does not, or else the nearest that are known."""
     if len(known) == 1:
         return known[0]
-    first, last = shape(known[0]), shape(known[-1])
-    tolerance = max((last.needed - first.needed) // (known[-1] - known[0]) // 4, 1)
-    after = bisect_right(known, capacity, key=lambda size: shape(size).enough(tolerance))
-    after = min(max(after, 1), len(known) - 1)
+    after = min(max(bisect_left(known, high), 1), len(known) - 1)
     left, right = known[after - 1], known[after]
-    at_left, at_right = shape(left).enough(tolerance), shape(right).enough(tolerance)
+    at_left, at_right = shape(left).needed, shape(right).needed
     if at_right <= at_left:  # the peak lies in the optimizer, whose memory does not depend on the size
-        return 4 * right if capacity >= at_right else 0
+        return 4 * right if capacity >= at_right else low
     return left + (right - left) * (capacity - at_left) // (at_right - at_left)

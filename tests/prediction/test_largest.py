@@ -21,9 +21,6 @@ class AShape:
     def fits(self, capacity):
         return self.needed <= capacity
 
-    def enough(self, within):
-        return self.needed
-
 
 @pytest.mark.parametrize("needed", [lambda n: 10 + 3 * n, lambda n: 10 + n * n, lambda n: 40 + 3 * n + n // 7 * 9])
 def test_the_largest_fits_and_one_more_does_not(needed):
