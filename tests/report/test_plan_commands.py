@@ -155,6 +155,8 @@ def test_the_table_has_everything_that_can_be_chosen():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_transformers_makes_the_optimizer_of_that_name(name):
     """Of bitsandbytes' Trainer takes the general class, and says by arguments which it is."""
+    if OPTIMIZERS[name].of_bitsandbytes:
+        pytest.importorskip("bitsandbytes")
     arguments = TrainingArguments("out", use_cpu=True, **OPTIMIZERS_ELSEWHERE[name])
     made, given_arguments = Trainer.get_optimizer_cls_and_kwargs(arguments)
 
