@@ -65,11 +65,14 @@ Places = dict[str, KeyPath]
 def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     """The cell of a point. Raises UserError: a value is wrong or missing, with the place of the first such value."""
     root = places.get("", ("grid",))
-    require(document, root, values, "model", "method", "batch_size", "sequence_length")
+    require(document, root, values, "model", "method", "batch_size")
     place = {name: places.get(name, (*root, name)) for name in Point.model_fields}
     model, model_settings = named(document, place["model"], values["model"], "model")
     overrides = config_of(document, place["model"], model_settings)
     check_arguments(document.where((*place["model"], "config")), overrides)
+    if "sequence_length" not in values and not is_factory(model):  # that of an image follows from its configuration
+        check_values(document, (*place["model"], "config"), overrides)
+    require(document, root, values, "sequence_length")
     method, params, levers, lever_params = parse_method(document, place["method"], values["method"])
     model_place = document.where(name_place(place["model"], values["model"]))
     method_place = document.where(name_place(place["method"], values["method"]))

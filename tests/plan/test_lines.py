@@ -125,6 +125,17 @@ def test_a_bad_value_anywhere_in_a_good_suite(tmp_path_factory, data, comments):
     assert line == line_in(the_error(load_suite, file, text))
 
 
+def test_a_size_of_an_image_that_is_none_is_said_before_its_tokens_are_missed(tmp_path):
+    """The length of an image's sequence follows from its sizes, so none is asked for."""
+    text = Path(shipped_suites()["quality-images"]).read_text(encoding="utf-8")
+    text = text.replace("image_size: 32", "image_size: {no_such: 1}")
+
+    said = the_error(load_suite, tmp_path / "toy.yaml", text)
+
+    assert text[: text.index("{no_such")].count("\n") + 1 == line_in(said)
+    assert "image_size" in said
+
+
 def test_the_line_of_an_alias_is_where_its_value_is_written(tmp_path):
     """Mended there, it is mended wherever it is used; what is written beside a merge key stands before it."""
     file = tmp_path / "a.yaml"
