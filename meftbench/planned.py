@@ -11,12 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.catalogue.backbones import BACKBONES
-from meftbench.catalogue.profiles import PROFILES, Profile, find_profile
-from meftbench.catalogue.validated import about_validation
-from meftbench.catalogue.versions import Versions
-from meftbench.errors import UserError
-from meftbench.estimates import (
+from meftbench.asked import (
     Tell,
     asked_cell,
     bytes_of,
@@ -28,6 +23,11 @@ from meftbench.estimates import (
     silent,
     text_of,
 )
+from meftbench.catalogue.backbones import BACKBONES
+from meftbench.catalogue.profiles import PROFILES, Profile, find_profile
+from meftbench.catalogue.validated import about_validation
+from meftbench.catalogue.versions import Versions
+from meftbench.errors import UserError
 from meftbench.plan.axes import FITTED_OPTIONS
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import PROFILE

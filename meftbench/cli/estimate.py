@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 from typing import Annotated, Any
@@ -29,6 +28,7 @@ from meftbench.cli.options import (
     Setting,
     pairs,
     progress,
+    say,
 )
 from meftbench.errors import DONE, OVER_BUDGET
 from meftbench.plan.defaults import PROFILE
@@ -84,11 +84,12 @@ def estimate(
         optimizer=optimizer,
         packing=packing,
     )
-    answer = prediction.to_json()
-    if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
-    else:
+
+    def printed(answer: dict[str, Any]) -> None:
         print("\n".join(folded([*lines(answer, by_default=profile is None), *next_steps(model, answer)])))
+
+    answer = prediction.to_json()
+    say(answer, as_json, printed)
     raise typer.Exit(OVER_BUDGET if fail_if_too_big and not answer["fits"] else DONE)
 
 

@@ -100,7 +100,7 @@ def export(
     memory_viz is a snapshot for pytorch.org/memory_viz: every allocation of one cell since
     its model was built. timeline is a figure: live bytes by category, a panel a cell.
     """
-    from meftbench.estimates import asked_cell
+    from meftbench.asked import asked_cell
     from meftbench.plan.factories import check_allowed
     from meftbench.records.store import RECORDS
 

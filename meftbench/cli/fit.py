@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +25,7 @@ from meftbench.cli.options import (
     Resume,
     pairs,
     progress,
+    say,
 )
 from meftbench.errors import UserError
 from meftbench.plan.defaults import FITTED_METHODS
@@ -89,10 +89,7 @@ def fit(
         batch=batch,
     )
     answer = capacity.to_json()
-    if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
-    else:
-        print_fit(answer)
+    say(answer, as_json, print_fit)
     if out is not None:
         write_fit(answer, out)
         progress(quiet)(f"{out}: written")

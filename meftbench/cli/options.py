@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -84,6 +85,14 @@ def pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
 def progress(quiet: bool) -> Callable[[str], None]:
     """A function that prints a line on stderr; it does nothing if `quiet`."""
     return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def say(answer: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]], None]) -> None:
+    """Print an answer: as one JSON object, or by `printed`."""
+    if as_json:
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        printed(answer)
 
 
 def emit(text: str, output: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from meftbench.cli.options import (
     Resume,
     pairs,
     progress,
+    say,
 )
 from meftbench.errors import DONE, OVER_BUDGET
 
@@ -109,10 +109,7 @@ def plan(
         batch=batch,
     )
     answer = found.to_json()
-    if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
-    else:
-        print_plan(answer)
+    say(answer, as_json, print_plan)
     if out is not None:
         progress(quiet)(f"{out}: {', '.join(write_plan(answer, out))} written")
     if needs and memory is None:

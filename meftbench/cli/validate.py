@@ -150,9 +150,9 @@ def _snapshot(
     as_json: bool,
     tell: Callable[[str], None],
 ) -> None:
+    from meftbench.asked import asked_cell
     from meftbench.catalogue.versions import Versions
     from meftbench.cli.estimate import folded
-    from meftbench.estimates import asked_cell
     from meftbench.report.validation import snapshot_validation_lines
     from meftbench.runner.predictions import ask
     from meftbench.verdicts.snapshot_validation import validate_snapshot

@@ -17,8 +17,8 @@ from meftbench.methods.levers.optimizer_in_backward import stepping
 from meftbench.prediction.reductions import Multiprocessors, threads_of
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.scratch import Gpu, Piece, Rule, scratch_rule
-from meftbench.prediction.work import WorkCounter
-from meftbench.probes.memory_counted import CountedStep, StorageCounter
+from meftbench.prediction.working_counter import WorkingCounter
+from meftbench.probes.memory_counted import CountedStep
 from meftbench.units import MiB
 
 WORKSPACE = "workspace"
@@ -28,7 +28,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 
 
-class CudaCounter(StorageCounter):
+class CudaCounter(WorkingCounter):
     """A storage counter that keeps a list of its events, and also counts what a trace does not allocate: scratch memory
     of kernels (scratch.py), and the workspaces of cuBLAS, which torch takes once for each thread and never gives back
     (the forward pass has one thread, the backward pass another; CublasHandlePool.cpp).
@@ -41,12 +41,9 @@ class CudaCounter(StorageCounter):
         return False  # nothing is compiled here, and skipping the compiler takes longer than counting
 
     def __init__(self, device_type: str, remembered: Remembered, profile: Profile, versions: Versions = NOW) -> None:
-        super().__init__(device_type)
+        super().__init__(device_type, remembered)
         _of_engine_alone()  # worked out before the mode is entered
         self.live[WORKSPACE] = 0
-        self.events = []
-        self.work = WorkCounter()
-        self._call = remembered
         self._profile, self._versions = profile, versions
         capability = tuple(map(int, profile.compute_capability.split(".")))
         self._gpu = Gpu(capability, Multiprocessors(profile.multiprocessors, threads_of(capability)))
@@ -79,14 +76,6 @@ class CudaCounter(StorageCounter):
         if is_product:
             self._take_workspace(name, args)
         return result
-
-    def mark(self, phase: str) -> None:
-        super().mark(phase)
-        self.work.phase = phase
-
-    def reset(self) -> None:
-        super().reset()
-        self.work.begin_step()
 
     def _use(self, pieces: list[Piece]) -> None:
         """Count scratch memory that a kernel allocates, and gives back when it ends or earlier."""

@@ -17,20 +17,14 @@ from meftbench.prediction.allocator import Event
 from meftbench.prediction.host_heap import fresh_bytes
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
-from meftbench.prediction.work import WorkCounter
+from meftbench.prediction.working_counter import WorkingCounter
 from meftbench.probes.counted_metrics import parameter_counts, step_metrics
-from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter
+from meftbench.probes.memory_counted import CountedStep, Observed
 from meftbench.records.record import Metric
 
 
-class _CpuCounter(StorageCounter):
+class _CpuCounter(WorkingCounter):
     """A storage counter that also counts what operators do."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__(device_type)
-        self.work = WorkCounter()
-        self.events = []
-        self._call = Remembered()  # remembers nothing of tensors on a CPU, but says which calls are alike
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,19 +34,14 @@ class _CpuCounter(StorageCounter):
         self.work.count(func, args, kwargs or {}, result, self._call.key)
         return result
 
-    def mark(self, phase: str) -> None:
-        super().mark(phase)
-        self.work.phase = phase
-
-    def reset(self) -> None:
-        super().reset()
-        self.work.begin_step()
-
 
 class _TracedStep(CountedStep):
     def __init__(self, step: Step) -> None:
         super().__init__(step)
-        self.counter: _CpuCounter = _CpuCounter(step.device.type)
+        self.counter: _CpuCounter = _CpuCounter(
+            step.device.type,
+            Remembered(),  # remembers nothing of tensors on a CPU, but says which calls are alike
+        )
 
 
 @dataclass(frozen=True)

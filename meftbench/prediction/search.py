@@ -215,19 +215,24 @@ def _verify(pool: Pool, tasks: list[Task], entries: list[dict[str, Any]], only_e
 
 def _first_answers(entries: list[dict[str, Any]], only_explains: list[bool]) -> list[int]:
     """Numbers of the candidates that are to be taken first, or are the smallest, on a card, and are not verified."""
-    rows = [
-        row | {"number": number}
+    rows = _fitting(entries, only_explains)
+    numbers = set()
+    for index in {row["capacity_index"] for row in rows}:
+        of_card = [row for row in rows if row["capacity_index"] == index]
+        firsts = [fastest_first(of_card)[0], min(of_card, key=lambda row: row["smallest_reserved_bytes"])]
+        numbers |= {row["number"] for row in firsts if not row["verified"]}
+    return sorted(numbers)
+
+
+def _fitting(entries: list[dict[str, Any]], only_explains: list[bool]) -> list[dict[str, Any]]:
+    """The rows that fit, and may be the answer, each with the `number` of its candidate and a cost to compare it by."""
+    return [
+        row | {"number": number, "relative_cost": row["flops_per_token"]}
         for number, entry in enumerate(entries)
         if not only_explains[number]
         for row in entry["rows"]
         if row["fitted"]
     ]
-    numbers = set()
-    for index in {row["capacity_index"] for row in rows}:
-        of_card = [row | {"relative_cost": row["flops_per_token"]} for row in rows if row["capacity_index"] == index]
-        firsts = [fastest_first(of_card)[0], min(of_card, key=lambda row: row["smallest_reserved_bytes"])]
-        numbers |= {row["number"] for row in firsts if not row["verified"]}
-    return sorted(numbers)
 
 
 def _boundaries(entry: dict[str, Any]) -> list[list[Any]]:
@@ -257,12 +262,7 @@ def _mapped(
     pool: Pool, tasks: list[Task], entries: list[dict[str, Any]], only_explains: list[bool]
 ) -> dict[str, Any] | None:
     """The memory of the first answer by batch and length; None: nothing fits."""
-    rows = [
-        row | {"number": number, "relative_cost": row["flops_per_token"]}
-        for number, entry in enumerate(entries)
-        for row in entry["rows"]
-        if row["fitted"] and row["capacity_index"] == 0 and not only_explains[number]
-    ]
+    rows = [row for row in _fitting(entries, only_explains) if row["capacity_index"] == 0]
     if not rows:
         return None
     task = tasks[fastest_first(rows)[0]["number"]]

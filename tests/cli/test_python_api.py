@@ -9,8 +9,8 @@ import sys
 import pytest
 
 import meftbench
+from meftbench.asked import asked_cell
 from meftbench.errors import UserError
-from meftbench.estimates import asked_cell
 
 SHAPE = {"batch_size": 2, "sequence_length": 16}
 

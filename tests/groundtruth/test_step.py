@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from real_traces import TRACES, as_pickled
 
+from meftbench.asked import asked_cell
 from meftbench.catalogue.profiles import find_profile
-from meftbench.estimates import asked_cell
 from meftbench.plan.factories import FOLDER
 from meftbench.prediction.predict import Predicted, predict
 from meftbench.snapshots.replay import replay

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meftbench.asked import asked_cell
 from meftbench.catalogue.combinations import check_together
 from meftbench.catalogue.labels import read_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.errors import UserError
-from meftbench.estimates import asked_cell
 from meftbench.plan.planning import PLANNED_METHODS, candidates
 from meftbench.plan.prices import price_of
 from meftbench.plan.ranking import fastest_first, method_of

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from meftbench.asked import asked_cell
 from meftbench.catalogue.backbones import BACKBONES
 from meftbench.catalogue.choices import PRECISIONS
 from meftbench.catalogue.elsewhere import (
@@ -30,7 +31,6 @@ from meftbench.catalogue.labels import read_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.cli import app
-from meftbench.estimates import asked_cell
 from meftbench.methods import prepare
 from meftbench.plan.planning import candidates
 from meftbench.plan.ranking import method_of
