@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Row = Mapping[str, Any]
-NARROWEST = 24  # characters of the first column, whose labels take several lines
+LABELS = ("method", "lever", "smallest card")  # columns of texts, which may take several lines
+NARROWEST = 16  # characters of such a column
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -235,15 +236,16 @@ def print_plan(answer: Row, console: Console | None = None) -> None:
         out.print(Text(line, overflow="fold"))
     for title, head, body in tables(answer):
         out.print(Text(f"\n{title}", style="bold"))
-        widths = [max(len(row[index]) for row in [head, *body]) for index in range(len(head))]
-        first = min(widths[0], max(NARROWEST, out.width - sum(2 + width for width in widths[1:])))
+        widths = _columns_in(head, body, out.width)
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-        table.add_column(head[0], overflow="fold", width=first)
-        for index in range(1, len(head)):
-            table.add_column(head[index], justify="right", overflow="fold", width=widths[index])
-        for label, *numbers in body:
-            table.add_row(Text(broken(label, first)), *map(Text, numbers))
-        print_table(table, out, first + sum(2 + width for width in widths[1:]))
+        names = [_stacked(name) for name in head]
+        most = max(name.count("\n") for name in names)
+        for index, (name, width) in enumerate(zip(names, widths, strict=True)):
+            lowered = "\n" * (most - name.count("\n")) + name
+            table.add_column(lowered, justify="left" if index == 0 else "right", overflow="fold", width=width)
+        for row in body:
+            table.add_row(*(Text(broken(cell, width)) for cell, width in zip(row, widths, strict=True)))
+        print_table(table, out, sum(2 + width for width in widths))
     for line in ["", *larger_lines(answer)]:
         out.print(Text(line, overflow="fold"))
     if answer["fastest"]:
@@ -254,6 +256,27 @@ def print_plan(answer: Row, console: Console | None = None) -> None:
             out.print(Text(text), soft_wrap=True)
     for line in ["", *notes(answer), last_line(answer)]:
         out.print(Text(line, overflow="fold"))
+
+
+def _columns_in(head: list[str], body: list[list[str]], room: int) -> list[int]:
+    """The width of each column, such that all stand in `room` characters where they can: labels are broken, numbers
+    never."""
+    widths = [
+        max(len(text) for cell in [_stacked(name), *(row[index] for row in body)] for text in cell.split("\n"))
+        for index, name in enumerate(head)
+    ]
+    labels = [index for index, name in enumerate(head) if name in LABELS]
+    over = sum(2 + width for width in widths) - 2 - room
+    for index in labels:  # the method first, which is broken most easily
+        shrunk = max(min(NARROWEST, widths[index]), widths[index] - max(over, 0))
+        over -= widths[index] - shrunk
+        widths[index] = shrunk
+    return widths
+
+
+def _stacked(name: str) -> str:
+    """The name of a column in two lines, where it has two words."""
+    return re.sub(r"(?<=-)|\s", "\n", name, count=1)
 
 
 def broken(label: str, width: int) -> str:

@@ -130,17 +130,21 @@ def plot_plan(answer: Row, ax: Axes) -> None:
 
 def plot_map(answer: Row, ax: Axes) -> None:
     """Memory (GiB) by batch and length as a heat map with its numbers; what does not fit the card is in brackets."""
+    from matplotlib.colors import LogNorm
+
     grid = answer["map"]
     values = [[nan if size is None else size / GiB for size in row] for row in grid["process_device_bytes"]]
-    image = ax.imshow(values, cmap="viridis", aspect="auto", origin="lower", vmin=0)
+    sizes_GiB = [size for row in values for size in row if size == size]
+    smallest, largest = min(sizes_GiB, default=1.0), max(sizes_GiB, default=2.0)
+    norm = LogNorm(smallest, max(largest, 1.01 * smallest))
+    image = ax.imshow(values, cmap="viridis", aspect="auto", origin="lower", norm=norm)
     ax.set_xticks(range(len(grid["lengths"])), [f"{length:,}" for length in grid["lengths"]])
     ax.set_yticks(range(len(grid["batch_sizes"])), [f"{batch:,}" for batch in grid["batch_sizes"]])
-    largest = max((size for sizes in values for size in sizes if size == size), default=0.0)
     for row, sizes in enumerate(values):
         for column, size in enumerate(sizes):
             text = f"{size:,.1f}" if size * GiB <= answer["cards"][0] else f"({size:,.1f})"
             ax.text(column, row, text if size == size else "-", ha="center", va="center", fontsize=8,
-                    color="black" if size > 0.6 * largest else "white")  # fmt: skip
+                    color="black" if size > (smallest * largest**2) ** (1 / 3) else "white")  # fmt: skip
     ax.set(xlabel="sequence length (tokens)", ylabel="batch (samples)")
     ax.set_title(f"GiB; in brackets: does not fit {format_bytes(answer['cards'][0])}", loc="left", fontsize=9)
-    ax.figure.colorbar(image, ax=ax, label="memory of the process (GiB)")
+    ax.figure.colorbar(image, ax=ax, label="memory of the process (GiB, logarithmic)")

@@ -30,20 +30,23 @@ tokens 6.5 GiB, 1,000 tokens/s predicted
 --precision bf16 --profile rtx4090
 
 best lever set of each method, memory predicted
-method                  micro-batch  GiB  GiB at 1  tokens/s  arithmetic  run again
-lora+checkpoint                   4  6.5       3.5     2,000        1.33        25%
-meft1-exact                       8  6.5       1.5     1,000        1.00         0%
-mezo (many more steps)            4  6.5       3.5     9,000        1.00         0%
+                        micro-        GiB                          run
+method                   batch  GiB  at 1  tokens/s  arithmetic  again
+lora+checkpoint              4  6.5   3.5     2,000        1.33    25%
+meft1-exact                  8  6.5   1.5     1,000        1.00     0%
+mezo (many more steps)       4  6.5   3.5     9,000        1.00     0%
 
 Pareto set (no other is smaller and no slower): memory at micro-batch 1, predicted, against
 predicted tokens/s
-method           micro-batch  GiB  GiB at 1  tokens/s  arithmetic  run again
-meft1-exact                8  6.5       1.5     1,000        1.00         0%
-lora+checkpoint            4  6.5       3.5     2,000        1.33        25%
+                 micro-        GiB                          run
+method            batch  GiB  at 1  tokens/s  arithmetic  again
+meft1-exact           8  6.5   1.5     1,000        1.00     0%
+lora+checkpoint       4  6.5   3.5     2,000        1.33    25%
 
 what each lever saves here: GiB at equal micro-batch, predicted, and arithmetic, counted
-method        lever  micro-batch  without  with  saves   arithmetic
-lora    +checkpoint            4      7.5   6.5   1.00  1.00 → 1.33
+                     micro-
+method        lever   batch  without  with  saves   arithmetic
+lora    +checkpoint       4      7.5   6.5   1.00  1.00 → 1.33
 
 a card of 16.0 GiB: lora, micro-batch 9 × 512 tokens, 3,000 tokens/s predicted (1.50 times the
 speed); full, too large here, fit there
@@ -232,6 +235,21 @@ def test_a_label_is_broken_at_its_levers_and_nothing_is_lost(label, width):
 def test_at_any_width_numbers_are_whole(width):
     text = printed(of_golden(explained=True), width)
     assert {"2,000", "9,000", "1.33"} <= set(text.split())
+
+
+def test_the_tables_stand_in_80_columns():
+    """With the longest labels, all columns of numbers, and a card's price: labels take several lines."""
+    long = "meft1-exact(reversible_layers=14)+chunked_loss+offload(what=checkpoints)"
+    rows = [
+        a_row("meft1-exact(reversible_layers=14)+chunked_loss", tokens_per_s=12_345.0, relative_cost=1.33),
+        a_row(
+            long, tokens_per_s=13_000.0, relative_cost=1.33, host_transfer_bytes=99 * GiB, peak_reserved_bytes=4 * GiB
+        ),
+    ]
+    lines = printed(a_plan(*rows, explained=True, needs=True), 80).partition("in Python")[0].splitlines()
+
+    assert [] == [line for line in lines if len(line) > 80]
+    assert {"+offload", "12,345", "2.00"} <= set(" ".join(lines).split())
 
 
 def test_the_files_have_every_row_and_what_to_type(tmp_path):
