@@ -18,6 +18,8 @@ from meftbench.prediction.largest import Axis, Shapes, largest
 from meftbench.prediction.pool import Kept, Pool
 from meftbench.prediction.trace import uncomputed_model
 
+FIRST = (2048, 8192)  # tokens of the shapes that are predicted first
+
 
 def fit(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """The largest shapes of several methods. request: `cells`, one for each method, whatever their shapes; `profile`, a
@@ -75,7 +77,8 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
             for at, limit in points:
                 if axis == "sequence_length" and longest is not None:
                     limit = min(limit, longest)
-                sizes = largest(shapes.along(axis, at), request["capacities"], limit)
+                first = sorted({min(limit, max(1, tokens // at)) for tokens in FIRST})
+                sizes = largest(shapes.along(axis, at), request["capacities"], limit, first)
                 lines.append({"axis": axis, "at": at, "limit": limit, "largest": sizes})
     except UserError as error:
         refused = str(error)

@@ -19,7 +19,7 @@ from meftbench.prediction.predict import Predicted, predict
 from meftbench.prediction.tracer import Tracer
 
 Axis = Literal["batch_size", "sequence_length"]
-NARROWS = 32  # beside a guess, so small a part of what is open is left aside
+PARTS = 16  # of the sizes between which a boundary must lie: the first step from a guess
 NEAR = 4096  # a limit up to here is one of the first sizes predicted
 
 
@@ -98,53 +98,87 @@ def largest(
 ) -> list[int]:
     """For each capacity the size n, up to `limit`, with which the shape fits and with n + 1 does not; 0: none fits.
 
-
     first: sizes that are predicted first, for a line through them; None: the limit is one of them where it is small,
     as most cards that fit it need no other.
 
     Both were predicted, if between 1 and `limit`. Where memory does not grow with size everywhere, there may be more
     such sizes than one.
     """
-    known: list[int] = []
-
-    def predict_at(size: int) -> Shape:
-        if size not in known:
-            insort(known, size)
-        return shape(size)
-
-    for size in first or ((1, min(4, limit)) if limit > NEAR else (max(1, limit // 4), limit)):
-        predict_at(size)
-    sizes = []
+    sizes = list(dict.fromkeys(first or ((1, min(4, limit)) if limit > NEAR else (max(1, limit // 4), limit))))
+    known = _Known({size: shape(size) for size in sorted(sizes)})
+    found = []
+    share = 1.0  # of cached memory that a card must have room for, as it was on the card before
     for capacity in capacities:
-        low = max((size for size in known if shape(size).fits(capacity)), default=0)
-        high = min((size for size in known if size > low), default=limit + 1)
-        tries, fitted = 0, False
-        while high - low > 1:
-            near = max(1, (high - low) // NARROWS)
-            if high > limit:  # with memory given back under way, more may fit than the line says
-                size = max(_guess(known, shape, capacity, low, high), low + 1 + low // 8)
-            elif tries % 3 == 0:
-                size = _guess(known, shape, capacity, low, high)
-            elif tries % 3 == 1:  # a guess is right, or nearly: the other side of it is looked at
-                size = low + near if fitted else high - near
-            else:
-                size = (low + high) // 2
-            size = min(max(size, low + 1), high - 1)
-            fitted = predict_at(size).fits(capacity)
-            low, high = (size, high) if fitted else (low, size)
-            tries += 1
-        sizes.append(low)
-    return sizes
+
+        def fits(size: int, capacity: int = capacity) -> bool:
+            if size not in known.shapes:
+                known.add(size, shape(size))
+            return known.shapes[size].fits(capacity)
+
+        low = max((size for size in known.sizes if fits(size)), default=0)
+        high = min((size for size in known.sizes if size > low), default=limit + 1)
+        more = 0
+        while low < limit < high:  # no size that does not fit is known yet
+            size = min(max(known.meeting(capacity, share, high), low + 1 + more), limit)
+            low, high = (size, high) if fits(size) else (low, size)
+            more = low // 8
+        low = _boundary(fits, low, high, known.meeting(capacity, share, high), known.spread(capacity, high))
+        if 0 < low < limit:
+            share = known.share(capacity, low)
+        found.append(low)
+    return found
 
 
-def _guess(known: list[int], shape: Callable[[int], Shape], capacity: int, low: int, high: int) -> int:
-    """The size at which a line through two sizes meets the capacity: the memory needed is nearly linear. They are
-    `low`, which fits, and `high`, which does not, or else the nearest that are known."""
-    if len(known) == 1:
-        return known[0]
-    after = min(max(bisect_left(known, high), 1), len(known) - 1)
-    left, right = known[after - 1], known[after]
-    at_left, at_right = shape(left).needed, shape(right).needed
-    if at_right <= at_left:  # the peak lies in the optimizer, whose memory does not depend on the size
-        return 4 * right if capacity >= at_right else low
-    return left + (right - left) * (capacity - at_left) // (at_right - at_left)
+def _boundary(fits: Callable[[int], bool], low: int, high: int, guess: int, spread: int) -> int:
+    """The size, from `low`, which fits, to `high`, which does not, with which a shape fits, and with the next does not.
+
+    It is looked for at the guess, then away from it in steps that double until it is passed, then by halves. spread: by
+    how much the guess may be wrong.
+    """
+    step, upwards, passed = max(1, spread // PARTS), None, False
+    while high - low > 1:
+        size = guess if low < guess < high and not passed else (low + high) // 2
+        fitted = fits(size)
+        low, high = (size, high) if fitted else (low, size)
+        passed = upwards not in (None, fitted)
+        upwards = fitted if upwards is None else upwards
+        guess = size + step if upwards else size - step
+        step *= 2
+    return low
+
+
+class _Known:
+    """The shapes that were predicted, by size."""
+
+    def __init__(self, shapes: dict[int, Shape]) -> None:
+        self.shapes, self.sizes = shapes, sorted(shapes)
+
+    def add(self, size: int, shape: Shape) -> None:
+        self.shapes[size] = shape
+        insort(self.sizes, size)
+
+    def meeting(self, capacity: int, share: float, high: int) -> int:
+        """The size at which a line through two sizes meets the capacity: memory is nearly linear. They are `high`,
+        which does not fit, and the one before it, or else the nearest that are known.
+
+        share: of the memory that the allocator would have cached, the part that the card must have room for.
+        """
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        after = min(max(bisect_left(self.sizes, high), 1), len(self.sizes) - 1)
+        left, right = self.sizes[after - 1], self.sizes[after]
+        at_left, at_right = (
+            shape.least + share * (shape.needed - shape.least) for shape in (self.shapes[left], self.shapes[right])
+        )
+        if at_right <= at_left:  # the peak lies in the optimizer, whose memory does not depend on the size
+            return 4 * right if capacity >= at_right else left
+        return left + int((right - left) * (capacity - at_left) / (at_right - at_left))
+
+    def spread(self, capacity: int, high: int) -> int:
+        """Between how many sizes the boundary must lie, if memory is linear."""
+        return self.meeting(capacity, 0.0, high) - self.meeting(capacity, 1.0, high)
+
+    def share(self, capacity: int, low: int) -> float:
+        """That of `meeting`, of a card on which `low` is the largest."""
+        shape = self.shapes[low]
+        return min(1.0, max(0.0, (capacity - shape.least) / max(1, shape.needed - shape.least)))

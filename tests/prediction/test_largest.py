@@ -16,7 +16,7 @@ ENDLESS = AllocatorSettings()
 
 class AShape:
     def __init__(self, needed):
-        self.needed = needed
+        self.needed = self.least = needed
 
     def fits(self, capacity):
         return self.needed <= capacity
