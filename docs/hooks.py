@@ -29,8 +29,8 @@ from meftbench.catalogue.tasks import TASKS
 from meftbench.cli import app
 from meftbench.plan.suite import SuiteFile
 from meftbench.records.store import load_run
-from meftbench.report.best import BEST_HEAD, all_best_levers
-from meftbench.report.tables import frame_of
+from meftbench.report.results import frame_of
+from meftbench.report.views.best import BEST_HEAD, all_best_levers
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"<!-- generated: (\w+) -->")

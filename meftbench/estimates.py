@@ -36,7 +36,7 @@ from meftbench.plan.defaults import FITTED_LENGTHS, FITTED_METHODS, PROFILE
 from meftbench.plan.factories import is_factory
 from meftbench.plan.models import check_model
 from meftbench.plan.sensible import sensible_length, sensible_precision
-from meftbench.report.fit import as_answer
+from meftbench.report.views.fit import as_answer
 from meftbench.runner.kept import ask_kept
 from meftbench.runner.predictions import ask
 

@@ -36,7 +36,7 @@ from meftbench.plan.planning import ALL, OPTIMIZER, PLANNED_METHODS, Candidate, 
 from meftbench.plan.prices import price_of
 from meftbench.plan.ranking import method_of
 from meftbench.plan.sensible import sensible_length, sensible_precision
-from meftbench.report.plan_answer import as_plan
+from meftbench.report.views.plan_answer import as_plan
 from meftbench.runner.kept import ask_kept
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from meftbench.plan.cell import Cell
-from meftbench.report.plan_answer import as_plan
+from meftbench.report.views.plan_answer import as_plan
 
 GiB = 2**30
 CONTEXT = GiB // 2

@@ -8,8 +8,8 @@ import pytest
 
 from meftbench.plan.suite import load_suite
 from meftbench.records.store import load_run
-from meftbench.report.claims import claim_tables
-from meftbench.report.tables import frame_of
+from meftbench.report.results import frame_of
+from meftbench.report.views.claims import claim_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "reports" / "paper-memory-predicted"

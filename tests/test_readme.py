@@ -15,7 +15,7 @@ import pytest
 from meftbench.cli import _VERBS, main
 from meftbench.plan.suite import parse_suite, shipped_suites
 from meftbench.records.store import load_run
-from meftbench.report.summary import print_summary
+from meftbench.report.render.terminal import print_summary
 from meftbench.strict_yaml import read
 from meftbench.verdicts.budgets import load_budgets
 

@@ -50,7 +50,7 @@ def check(
     failed, 4 if a row is for another environment, 5 if a row matches no cell or a number is missing.
     """
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.formats import append_step_summary, render_verdicts, verdicts_markdown
+    from meftbench.report.render.verdicts import append_step_summary, render_verdicts, verdicts_markdown
     from meftbench.verdicts.budgets import load_budgets
     from meftbench.verdicts.judge import exit_code, judge
     from meftbench.verdicts.update import updated

@@ -46,7 +46,7 @@ def compare(
     5 without a common cell.
     """
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.formats import COMPARISON_FORMATS, append_step_summary, comparison_markdown
+    from meftbench.report.render.verdicts import COMPARISON_FORMATS, append_step_summary, comparison_markdown
     from meftbench.verdicts.compare import compare as compared
     from meftbench.verdicts.compare import exit_code
 

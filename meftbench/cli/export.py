@@ -146,7 +146,7 @@ def _selected_run(folder: Path, which: list[str]) -> Run:
     from dataclasses import replace
 
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.detail import find_records
+    from meftbench.report.views.detail import find_records
 
     run = load_run(folder)
     warn_if_torn(run)
@@ -158,24 +158,24 @@ def _selected_run(folder: Path, which: list[str]) -> Run:
 
 def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str] | None) -> None:
     from meftbench.catalogue.metrics import METRICS
-    from meftbench.report import run_formats
+    from meftbench.report.render import trackers
 
     for name in metric or []:
         if name not in METRICS:
             raise unknown("--metric", "metric", name, METRICS)
-    metrics = metric or run_formats.TRACKED
+    metrics = metric or trackers.TRACKED
     if format_ is Format.parquet:
         file = output or Path(f"{run.path.resolve().name}.parquet")
-        table = run_formats.run_parquet(run)
+        table = trackers.run_parquet(run)
         _written(file, lambda: file.write_bytes(table))
     elif format_ is Format.github_action_benchmark:
         base = output or Path("benchmark.json")
-        for side, text in run_formats.github_action_benchmark(run, metrics).items():
+        for side, text in trackers.github_action_benchmark(run, metrics).items():
             part = base.with_name(f"{base.stem}-{side}{base.suffix or '.json'}")
             _write_text(part, text)
             print(f"  tool: custom{side.title()}IsBetter")
     else:
-        whole, of_metrics = run_formats.WHOLE.get(format_), run_formats.OF_METRICS.get(format_)
+        whole, of_metrics = trackers.WHOLE.get(format_), trackers.OF_METRICS.get(format_)
         text = whole(run) if whole else of_metrics(run, metrics) if of_metrics else ""
         if output is None or str(output) == "-":
             print(text)
@@ -222,7 +222,7 @@ def _write_predicted(
     allow_code: bool,
 ) -> None:
     from meftbench.catalogue.versions import Versions
-    from meftbench.report.timeline import timeline_picture
+    from meftbench.report.figures.timeline import timeline_picture
     from meftbench.runner.predictions import ask
 
     maximum = 1 if format_ is Format.memory_viz else _PANELS

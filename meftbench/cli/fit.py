@@ -64,7 +64,7 @@ def fit(
     from meftbench.catalogue.labels import split_list
     from meftbench.estimates import fit as predict
     from meftbench.records.store import made
-    from meftbench.report.fit import print_fit, write_fit
+    from meftbench.report.views.fit import print_fit, write_fit
 
     sizes = [size for text in memory or [] for size in _sizes(text)]
     capacity = predict(

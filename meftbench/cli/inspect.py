@@ -39,7 +39,7 @@ def inspect(
 
     Its trace is replayed by the rules of torch's CUDA allocator. No GPU is needed, and nothing in the file is run.
     """
-    from meftbench.report.snapshot import snapshot_lines
+    from meftbench.report.views.snapshot import snapshot_lines
     from meftbench.runner.predictions import ask
 
     kind = None if output is None else _kind_of(output)
@@ -55,14 +55,14 @@ def inspect(
     else:
         print("\n".join(folded(snapshot_lines(answer))))
     if output is not None and kind is not None:
-        from meftbench.report.snapshot import snapshot_picture
+        from meftbench.report.views.snapshot import snapshot_picture
 
         _write(output, snapshot_picture(answer, kind))
         progress(quiet)(f"{output}: written")
 
 
 def _kind_of(output: Path) -> str:
-    from meftbench.report.snapshot import FORMATS
+    from meftbench.report.views.snapshot import FORMATS
 
     kind = output.suffix.removeprefix(".").lower()
     if kind not in FORMATS:

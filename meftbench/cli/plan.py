@@ -78,8 +78,8 @@ def plan(
     from meftbench.catalogue.labels import split_list
     from meftbench.planned import plan_for
     from meftbench.records.store import made
-    from meftbench.report.plan import print_plan
-    from meftbench.report.plan_files import write_plan
+    from meftbench.report.render.plan_files import write_plan
+    from meftbench.report.views.plan import print_plan
 
     found = plan_for(
         model,

@@ -213,7 +213,7 @@ def _summary(run: Run, code: int) -> dict[str, Any]:
 
 def _print_run(run: Run) -> None:
     from meftbench.records.store import BUDGETS
-    from meftbench.report.summary import print_summary
+    from meftbench.report.render.terminal import print_summary
 
     print_summary(run)
     print(f"\nrun folder: {run.path}")

@@ -18,8 +18,8 @@ def show(
 ) -> None:
     """Show the table of RUN, or everything about one CELL of it."""
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.detail import find_records, print_records
-    from meftbench.report.summary import print_summary
+    from meftbench.report.render.terminal import print_summary
+    from meftbench.report.views.detail import find_records, print_records
 
     loaded = load_run(run)
     warn_if_torn(loaded)

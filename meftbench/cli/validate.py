@@ -123,7 +123,7 @@ def _run(
 ) -> None:
     from meftbench.catalogue.profiles import find_profile
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.validation import validation_text
+    from meftbench.report.views.validation import validation_text
     from meftbench.verdicts import validation
 
     loaded = load_run(folder)
@@ -153,7 +153,7 @@ def _snapshot(
     from meftbench.asked import asked_cell
     from meftbench.catalogue.versions import Versions
     from meftbench.cli.estimate import folded
-    from meftbench.report.validation import snapshot_validation_lines
+    from meftbench.report.views.validation import snapshot_validation_lines
     from meftbench.runner.predictions import ask
     from meftbench.verdicts.snapshot_validation import validate_snapshot
 
@@ -172,7 +172,7 @@ def _snapshot(
 def _published(table: Path | None, as_json: bool) -> None:
     from meftbench.catalogue.validated import validated_figures
     from meftbench.cli.estimate import folded
-    from meftbench.report.published import figure_lines, published_lines
+    from meftbench.report.views.published import figure_lines, published_lines
     from meftbench.verdicts.published import TABLE, read_table
 
     content = validated_figures()

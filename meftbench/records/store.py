@@ -52,9 +52,9 @@ class Run:
         return str(self.suite["run_id"])
 
     def to_frame(self) -> DataFrame:
-        """One row for each cell, as tables and plots use them (report.tables.frame_of)."""
+        """One row for each cell, as tables and plots use them (report.results.frame_of)."""
         # Imported by name, because records may not import reports (the import layers in pyproject.toml).
-        frame: DataFrame = import_module("meftbench.report.tables").frame_of(self)
+        frame: DataFrame = import_module("meftbench.report.results").frame_of(self)
         return frame
 
 

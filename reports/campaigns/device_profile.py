@@ -34,7 +34,7 @@ from meftbench.errors import DONE, NOT_COMPARABLE, OVER_BUDGET, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.suite import load_suite
 from meftbench.records.store import Run, load_run, made, write_whole
-from meftbench.report.validation import validation_text
+from meftbench.report.views.validation import validation_text
 from meftbench.runner import run_suite
 from meftbench.verdicts import validation
 from meftbench.verdicts.limits import Limited, limited

@@ -38,7 +38,7 @@ from meftbench.errors import UserError
 from meftbench.measuring.requests import describe
 from meftbench.methods import Applied, prepare
 from meftbench.records.store import made
-from meftbench.report.figures import Picture
+from meftbench.report.figures.pictures import Picture
 from meftbench.runner import gpus, host
 from meftbench.runner.environment import environment
 

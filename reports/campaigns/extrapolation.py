@@ -37,7 +37,7 @@ from meftbench.prediction.loops import expanded
 from meftbench.prediction.predict import Predicted
 from meftbench.prediction.tracer import Traced, Tracer
 from meftbench.records.store import made, write_whole
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 
 PROFILE = find_profile("a100-80gb")
 _SMALL = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}

@@ -30,7 +30,7 @@ from meftbench.measuring.batch import PASSAGE
 from meftbench.methods import Applied, prepare
 from meftbench.probes.fidelity import StreamErrors
 from meftbench.records.store import made
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 
 METHODS = ("meft1-exact", "meft2-exact", "meft3-exact")
 PRECISIONS = {"fp32": (torch.float32, False), "bf16-autocast": (torch.float32, True), "bf16": (torch.bfloat16, False)}

@@ -30,7 +30,7 @@ from meftbench.plan.point import cell_of
 from meftbench.prediction.allocator import AllocatorSettings
 from meftbench.prediction.predict import predict
 from meftbench.records.store import made, write_whole
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 
 METHOD_NAMES = (
     *("full", "lora", "lora-fa", "houlsby", "parallel", "prefix-tuning", "mezo", "meft1", "meft1-exact"),

@@ -29,7 +29,7 @@ from meftbench.methods.levers import offload
 from meftbench.plan.cell import Cell
 from meftbench.prediction.predict import predict
 from meftbench.records.store import made
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 
 MiB = 2**20
 REPEATS_STAY = ", repeats stay"

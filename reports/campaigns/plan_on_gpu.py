@@ -27,7 +27,7 @@ from meftbench.plan.protocol import Protocol
 from meftbench.plan.suite import Suite
 from meftbench.planned import plan_for
 from meftbench.records.store import made, write_whole
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 from meftbench.runner import run_suite
 from meftbench.runner.calibrate import calibrate
 

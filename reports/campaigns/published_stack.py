@@ -37,7 +37,7 @@ from meftbench.prediction.predict import predict
 from meftbench.prediction.trace import uncomputed_model
 from meftbench.prediction.tracer import Tracer
 from meftbench.records.store import made, write_whole
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 
 GiB = 2**30
 CHUNKS = 8  # of torchtune's CEWithChunkedOutputLoss

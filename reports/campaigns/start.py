@@ -27,7 +27,7 @@ from meftbench.measuring.batch import PASSAGE
 from meftbench.methods import Applied, prepare
 from meftbench.probes.fidelity import starting_point_shift
 from meftbench.records.store import made
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 
 TOKENS = 81
 PAPER: dict[str, Any] = {"coupling": "paper", "output": "mean", "side_bits": 3, "adapter_input": "stream"}

@@ -37,7 +37,7 @@ from meftbench.prediction.on_cpu import trace_on_cpu
 from meftbench.prediction.predict import predict
 from meftbench.prediction.seconds import StepTime, step_time
 from meftbench.records.store import made, write_whole
-from meftbench.report.formats import markdown_table
+from meftbench.report.render.verdicts import markdown_table
 from meftbench.runner.calibrate import calibrate
 
 REFERENCE = "lora+checkpoint"

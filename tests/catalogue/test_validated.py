@@ -12,7 +12,7 @@ from meftbench.catalogue.validated import (
     errors_of,
     validated_figures,
 )
-from meftbench.report.published import figure_lines, published_lines
+from meftbench.report.views.published import figure_lines, published_lines
 
 
 def test_a_card_that_was_measured_says_how_well():

@@ -14,7 +14,7 @@ import pytest
 from builders import a_record, a_run, measured, step_time
 from meftbench.catalogue.profiles import find_profile
 from meftbench.plan.cell import Cell
-from meftbench.report.timeline import timeline_picture
+from meftbench.report.figures.timeline import timeline_picture
 
 TINY = {"model": "bert-tiny@random", "batch_size": 2, "sequence_length": 16}
 SHAPE = ("--batch-size", "2", "--sequence-length", "16", "--profile", "t4")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from meftbench.report.fit import as_answer, markdown, notes, plot_fit, print_fit
+from meftbench.report.views.fit import as_answer, markdown, notes, plot_fit, print_fit
 
 MiB, GiB = 2**20, 2**30
 ABOUT = {"model": "opt", "precision": "bf16", "profile": "a100-80gb", "device": "A100", "verified": False}

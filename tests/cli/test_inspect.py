@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from meftbench.prediction.allocator import AllocatorSettings, Event, snapshot
-from meftbench.report.snapshot import plot_snapshot, snapshot_lines
+from meftbench.report.views.snapshot import plot_snapshot, snapshot_lines
 from meftbench.snapshots.inspection import inspect
 from snapshots import MiB, a_block, a_segment, a_snapshot, a_step, an_entry, written
 
@@ -244,7 +244,7 @@ def test_what_is_wrong_is_one_line_and_exit_2(tmp_path, cli, given, line):
 
 def test_nothing_of_it_imports_torch():
     """A snapshot is told in the time that it takes to read it."""
-    modules = "meftbench.worker, meftbench.snapshots.inspection, meftbench.cli.inspect, meftbench.report.snapshot"
+    modules = "meftbench.worker, meftbench.snapshots.inspection, meftbench.cli.inspect, meftbench.report.views.snapshot"
     code = f"import sys, {modules}; print(sorted({{'torch', 'pandas', 'matplotlib'}} & set(sys.modules)))"
 
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

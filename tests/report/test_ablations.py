@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from builders import a_run
 from meftbench.records.record import Metric
-from meftbench.report.ablations import draws_for, plot_score_by_shift, shifted, sweeps
-from meftbench.report.figures import pictures
-from meftbench.report.tables import frame_of
+from meftbench.report.figures.pictures import pictures
+from meftbench.report.results import frame_of
+from meftbench.report.views.ablations import draws_for, plot_score_by_shift, shifted, sweeps
 from scored_runs import a_score
 
 

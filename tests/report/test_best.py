@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from builders import a_record, a_run, counted, measured
-from meftbench.report.best import all_best_levers
-from meftbench.report.page import markdown, page
-from meftbench.report.tables import frame_of
+from meftbench.report.render.html import markdown, page
+from meftbench.report.results import frame_of
+from meftbench.report.views.best import all_best_levers
 
 MiB = 2**20
 

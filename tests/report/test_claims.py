@@ -11,9 +11,9 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.plan.claims import among, paper_claims
 from meftbench.plan.training import Training
 from meftbench.records.record import Metric
-from meftbench.report.claims import claim_tables
-from meftbench.report.page import write_report
-from meftbench.report.tables import frame_of
+from meftbench.report.render.html import write_report
+from meftbench.report.results import frame_of
+from meftbench.report.views.claims import claim_tables
 
 ACTIVATION, PEFT = "Activation memory up to 84 % below full fine-tuning", "Earlier parameter-efficient methods"
 # Beside the fields of a cell, what a comparison knows.

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from meftbench.records.record import Metric
-from meftbench.report.detail import print_records, sections
+from meftbench.report.views.detail import print_records, sections
 from tests.builders import MiB, a_measured_cell, a_run, measured
 
 BUFFERS = [

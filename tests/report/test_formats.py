@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from meftbench.report import formats
+from meftbench.report.render import verdicts as verdict_formats
 from meftbench.verdicts.compare import Change, Comparison
 from meftbench.verdicts.judge import Verdict
 
@@ -23,7 +23,7 @@ def a_verdict(state="over", value=11, bound=10, **fields):
 
 def test_github_annotations_are_nine_and_a_rest():
     """GitHub shows ten of a kind: the tenth says how many more there are."""
-    lines = formats.verdicts_github([a_verdict(value=30 - i) for i in range(12)]).splitlines()
+    lines = verdict_formats.verdicts_github([a_verdict(value=30 - i) for i in range(12)]).splitlines()
 
     assert 11 == len(lines)
     assert (
@@ -36,7 +36,7 @@ def test_github_annotations_are_nine_and_a_rest():
 
 def test_github_annotations_cannot_be_broken_out_of():
     """A label with a line end may not start a command of its own; properties escape `:` and `,` too."""
-    text = formats.verdicts_github([a_verdict(label=HOSTILE, file=Path("a,b:c%\n.yaml"))])
+    text = verdict_formats.verdicts_github([a_verdict(label=HOSTILE, file=Path("a,b:c%\n.yaml"))])
 
     assert 2 == len(text.splitlines())
     assert text.startswith("::error file=a%2Cb%3Ac%25%0A.yaml,line=4,")
@@ -45,7 +45,7 @@ def test_github_annotations_cannot_be_broken_out_of():
 
 def test_warnings_are_warnings():
     """What does not fail is not an error."""
-    assert formats.verdicts_github([a_verdict("warned")]).startswith("::warning file=b.yaml")
+    assert verdict_formats.verdicts_github([a_verdict("warned")]).startswith("::warning file=b.yaml")
 
 
 def test_held_verdicts_are_counted_with_the_least_headroom():
@@ -53,13 +53,13 @@ def test_held_verdicts_are_counted_with_the_least_headroom():
     verdicts = [a_verdict("held", 9, 10, message=""), a_verdict("held", 50, 100, message="", label="other")]
 
     assert "2 verdicts: 2 held; least headroom 1 B (10.0%, counted) in activation_peak_bytes of m/full/b1/s1" == (
-        formats.verdicts_text(verdicts)
+        verdict_formats.verdicts_text(verdicts)
     )
 
 
 def test_json_holds_every_field_and_stays_json():
     """inf and nan are the words that records use."""
-    content = json.loads(formats.verdicts_json([a_verdict(value=float("inf"))]), parse_constant=pytest.fail)
+    content = json.loads(verdict_formats.verdicts_json([a_verdict(value=float("inf"))]), parse_constant=pytest.fail)
 
     assert ("over", "Infinity", "-Infinity", "byte", True) == tuple(
         content[0][key] for key in ("state", "value", "headroom", "unit", "fails")
@@ -71,7 +71,7 @@ def test_junit_sorts_verdicts_into_failures_errors_and_skipped():
     states = ("over", "failed", "waived", "held")
     verdicts = [a_verdict(state, label=f"{HOSTILE}\x00{state}", wall_s=2.0) for state in states]
 
-    root = ElementTree.fromstring(formats.verdicts_junit(verdicts, "toy"))
+    root = ElementTree.fromstring(verdict_formats.verdicts_junit(verdicts, "toy"))
 
     assert ("4", "1", "1", "1") == tuple(root.attrib[name] for name in ("tests", "failures", "errors", "skipped"))
     assert ["failure", "error", "skipped", None] == [
@@ -85,7 +85,7 @@ def test_junit_sorts_verdicts_into_failures_errors_and_skipped():
 
 def test_markdown_cells_cannot_end_the_table_or_become_markup():
     """Pipes, line ends and tags are text."""
-    row = formats.verdicts_markdown([a_verdict(label=HOSTILE)]).splitlines()[-1]
+    row = verdict_formats.verdicts_markdown([a_verdict(label=HOSTILE)]).splitlines()[-1]
 
     assert "<script>" not in row
     assert 8 == row.replace("\\|", "").count("|")
@@ -97,7 +97,7 @@ def test_the_step_summary_is_cut_at_a_line_below_the_limit(tmp_path, monkeypatch
     file.write_text("x" * 999_900)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(file))
 
-    formats.append_step_summary("\n".join(["y" * 49] * 100), "t")
+    verdict_formats.append_step_summary("\n".join(["y" * 49] * 100), "t")
 
     added = file.read_text()[999_900:]
     assert "## t\n\n" + ("y" * 49 + "\n") == added
@@ -107,12 +107,12 @@ def test_no_summary_file_no_summary(monkeypatch):
     """Outside of GitHub nothing is written."""
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
-    assert formats.append_step_summary("text", "t") is None
+    assert verdict_formats.append_step_summary("text", "t") is None
 
 
 def test_a_table_of_many_rows_shows_the_worst_200():
     """A summary that nobody can read is none."""
-    table = formats.markdown_table(("a",), [(str(i),) for i in range(250)])
+    table = verdict_formats.markdown_table(("a",), [(str(i),) for i in range(250)])
 
     assert table.endswith("| 199 |\n\nand 50 more")
 
@@ -121,7 +121,7 @@ def test_comparison_annotations_name_only_what_is_worse():
     """A better number needs no annotation."""
     changes = [Change("m", "c", "activation_peak_bytes", j, "counted", 1, 2) for j in ("worse", "better")]
 
-    text = formats.comparison_github(Comparison(changes, [], [], 1, []))
+    text = verdict_formats.comparison_github(Comparison(changes, [], [], 1, []))
 
     assert [
         "::error title=regressed::worse: m: activation_peak_bytes 1 B -> 2 B counted (+1 B, +100.00%25)",

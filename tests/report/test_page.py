@@ -8,7 +8,7 @@ import pytest
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, an_exact_cell, measured
 from meftbench.errors import UserError
-from meftbench.report.page import write_report
+from meftbench.report.render.html import write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}'
 

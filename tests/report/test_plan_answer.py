@@ -14,9 +14,9 @@ from rich.console import Console
 from meftbench.catalogue.profiles import PROFILES
 from meftbench.plan.planning import Candidate
 from meftbench.plan.prices import Price
-from meftbench.report.plan import answer_lines, broken, larger_lines, markdown, notes, print_plan
-from meftbench.report.plan_answer import on_frontier
-from meftbench.report.plan_files import plot_map, plot_plan, write_plan
+from meftbench.report.render.plan_files import plot_map, plot_plan, write_plan
+from meftbench.report.views.plan import answer_lines, broken, larger_lines, markdown, notes, print_plan
+from meftbench.report.views.plan_answer import on_frontier
 from planned_rows import CONTEXT, GiB, a_plan, a_row, too_large
 
 GOLDEN = """\

@@ -35,7 +35,7 @@ from meftbench.methods import prepare
 from meftbench.plan.planning import candidates
 from meftbench.plan.ranking import method_of
 from meftbench.plan.suite import parse_suite
-from meftbench.report.commands import elsewhere, estimate_command, snippet, suite_of
+from meftbench.report.views.commands import elsewhere, estimate_command, snippet, suite_of
 from meftbench.strict_yaml import read
 from models import TINY, a_model
 from planned_rows import a_row, about

@@ -22,9 +22,9 @@ from builders import (
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.records.record import Metric
-from meftbench.report import plots, side_bits
-from meftbench.report.figures import pictures
-from meftbench.report.tables import frame_of, wrong_gradient
+from meftbench.report.figures import plots, side_bits
+from meftbench.report.figures.pictures import pictures
+from meftbench.report.results import frame_of, wrong_gradient
 
 MiB = 2**20
 

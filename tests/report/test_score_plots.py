@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 
 from builders import a_measured_cell, a_run
 from meftbench.records.record import Metric
-from meftbench.report.figures import pictures
-from meftbench.report.score_plots import plot_learning_curves, plot_score_by_memory, plot_score_by_time
-from meftbench.report.tables import frame_of
+from meftbench.report.figures.pictures import pictures
+from meftbench.report.figures.score_plots import plot_learning_curves, plot_score_by_memory, plot_score_by_time
+from meftbench.report.results import frame_of
 from scored_runs import METHODS, a_score, scored_run
 
 

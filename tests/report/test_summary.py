@@ -12,9 +12,9 @@ from rich.console import Console
 from builders import a_measured_cell, a_record, a_run, a_sweep, measured
 from meftbench.catalogue.metrics import METRICS, Kind
 from meftbench.records.store import load_run
-from meftbench.report import summary
-from meftbench.report.summary import count, error, print_summary
-from meftbench.report.tables import frame_of, rows_of
+from meftbench.report.render import terminal
+from meftbench.report.render.terminal import count, error, print_summary
+from meftbench.report.results import frame_of, rows_of
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"
 
@@ -179,7 +179,7 @@ def test_a_setting_says_its_number_whatever_the_width(width):
 def test_a_metric_that_is_newer_than_the_run_is_not_there(monkeypatch, tmp_path):
     """A stranger's column over records from before it: as a metric that a cell has not, everywhere it is shown."""
     monkeypatch.setitem(METRICS, "swap_peak_bytes", Kind("byte", "lower", "of a stranger"))
-    monkeypatch.setattr(summary, "SHOWN", (*summary.SHOWN, "swap_peak_bytes"))
+    monkeypatch.setattr(terminal, "SHOWN", (*terminal.SHOWN, "swap_peak_bytes"))
     run = load_run(REPORTS / "minilm-cpu")
     (row, *_) = rows_of(frame_of(run))
 

@@ -8,7 +8,7 @@ import pytest
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, counted, measured
 from meftbench.records.record import Metric
-from meftbench.report.tables import (
+from meftbench.report.results import (
     frame_of,
     groups,
     methods_in_order,

@@ -6,8 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from builders import a_measured_cell, a_record, a_run
-from meftbench.report.page import write_report
-from meftbench.report.validation import plot_errors_by_method, plot_predicted_against_measured, validation_picture
+from meftbench.report.render.html import write_report
+from meftbench.report.views.validation import plot_errors_by_method, plot_predicted_against_measured, validation_picture
 from meftbench.verdicts.validation import METRICS, Error, Validation, save
 
 GiB = 2**30

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meftbench.errors import UserError
-from meftbench.report.validation import snapshot_validation_lines
+from meftbench.report.views.validation import snapshot_validation_lines
 from meftbench.verdicts.snapshot_validation import validate_snapshot
 
 MiB = 2**20

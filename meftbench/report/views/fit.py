@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.plots import colour, legend_beside, plain_numbers
-from meftbench.report.tables import NARROWEST, parts_of, print_table
+from meftbench.report.figures.plots import colour, legend_beside, plain_numbers
+from meftbench.report.results import NARROWEST, parts_of, print_table
 from meftbench.units import format_bytes, format_duration
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.axes import SHAPE
-from meftbench.report import ablations, plots, score_plots, side_bits
-from meftbench.report.scores import COMPARED, differing_settings, results, trained, untrained
-from meftbench.report.tables import (
+from meftbench.report.figures import plots, score_plots, side_bits
+from meftbench.report.results import (
     WRONG_GRADIENT,
     Group,
     groups,
@@ -25,6 +24,8 @@ from meftbench.report.tables import (
     without_side_bits,
     wrong_gradient,
 )
+from meftbench.report.views import ablations
+from meftbench.report.views.scores import COMPARED, differing_settings, results, trained, untrained
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

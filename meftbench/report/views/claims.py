@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.axes import SHAPE
 from meftbench.plan.claims import Claim, Reason, among, matches, paper_claims
-from meftbench.report.scores import Result, Spread, results
-from meftbench.report.tables import SETTING, rows_of, shape_text
+from meftbench.report.results import SETTING, rows_of, shape_text
+from meftbench.report.views.scores import Result, Spread, results
 from meftbench.units import MiB
 
 if TYPE_CHECKING:

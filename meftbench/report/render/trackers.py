@@ -18,8 +18,8 @@ from meftbench.catalogue.profiles import PREDICTED
 from meftbench.errors import UserError
 from meftbench.records.outcome import Figure, Outcome, as_number, outcomes
 from meftbench.records.store import Run
-from meftbench.report.formats import Case, junit
-from meftbench.report.tables import as_csv, detail_of, frame_of
+from meftbench.report.render.verdicts import Case, junit
+from meftbench.report.results import as_csv, detail_of, frame_of
 from meftbench.verdicts.environment import machine
 
 if TYPE_CHECKING:

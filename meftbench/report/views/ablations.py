@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.plots import legend_beside
-from meftbench.report.scores import Result, results
-from meftbench.report.side_bits import SWEEP
-from meftbench.report.tables import parts_of
+from meftbench.report.figures.plots import legend_beside
+from meftbench.report.figures.side_bits import SWEEP
+from meftbench.report.results import parts_of
+from meftbench.report.views.scores import Result, results
 from meftbench.units import MiB
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from meftbench.report.plots import colour, legend_beside, markers
-from meftbench.report.scores import Result, results
-from meftbench.report.tables import methods_in_order
+from meftbench.report.figures.plots import colour, legend_beside, markers
+from meftbench.report.results import methods_in_order
+from meftbench.report.views.scores import Result, results
 from meftbench.units import MiB
 
 if TYPE_CHECKING:

@@ -7,8 +7,16 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.plots import LABEL_WIDTH, LINE, SETTING_MARKERS, legend_beside, named, plain_numbers, unit_of
-from meftbench.report.tables import parts_of, rows_of, without_side_bits
+from meftbench.report.figures.plots import (
+    LABEL_WIDTH,
+    LINE,
+    SETTING_MARKERS,
+    legend_beside,
+    named,
+    plain_numbers,
+    unit_of,
+)
+from meftbench.report.results import parts_of, rows_of, without_side_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.errors import UserError
 from meftbench.plan.ranking import method_of
-from meftbench.report.commands import suite_of
-from meftbench.report.plan import map_label, markdown, name_of
-from meftbench.report.plan_answer import point_of
-from meftbench.report.plots import colour, legend_beside
+from meftbench.report.figures.plots import colour, legend_beside
+from meftbench.report.views.commands import suite_of
+from meftbench.report.views.plan import map_label, markdown, name_of
+from meftbench.report.views.plan_answer import point_of
 from meftbench.units import GiB, format_bytes
 
 if TYPE_CHECKING:

@@ -131,7 +131,7 @@ def _plain(text: str) -> str:
 
 def plot_snapshot(answer: dict[str, Any], ax: Axes) -> None:
     """Draw allocated bytes over the entries of the trace, stacked by category, and reserved bytes as a line."""
-    from meftbench.report.plots import legend_beside, unit_of
+    from meftbench.report.figures.plots import legend_beside, unit_of
 
     timeline = answer["timeline"]
     size, unit = unit_of([answer["peak_reserved_bytes"]])

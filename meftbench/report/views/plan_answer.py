@@ -15,7 +15,7 @@ from meftbench.plan.optimizing import IN_BACKWARD
 from meftbench.plan.planning import Candidate
 from meftbench.plan.prices import Price
 from meftbench.plan.ranking import by_time, fastest_first, has_backward, method_of
-from meftbench.report.plots import dominated
+from meftbench.report.figures.plots import dominated
 
 Row = dict[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.figures import Picture
-from meftbench.report.plots import CATEGORY, legend_beside, unit_of
+from meftbench.report.figures.pictures import Picture
+from meftbench.report.figures.plots import CATEGORY, legend_beside, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

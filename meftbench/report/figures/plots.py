@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.catalogue.peft_methods import PEFT_METHODS
-from meftbench.report.tables import methods_in_order, parts_of, rows_of, wrong_gradient
+from meftbench.report.results import methods_in_order, parts_of, rows_of, wrong_gradient
 from meftbench.units import GiB, MiB
 
 if TYPE_CHECKING:

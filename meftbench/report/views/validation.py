@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meftbench.records.store import Run
-from meftbench.report.figures import Picture
-from meftbench.report.plots import colour, legend_beside, unit_of
+from meftbench.report.figures.pictures import Picture
+from meftbench.report.figures.plots import colour, legend_beside, unit_of
 from meftbench.units import format_bytes
 from meftbench.verdicts.snapshot_validation import SnapshotValidation
 from meftbench.verdicts.validation import METRICS, Error, Validation, saved, spreads

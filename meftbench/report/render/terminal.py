@@ -12,9 +12,7 @@ from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.outcome import as_number, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run
-from meftbench.report.best import best_levers
-from meftbench.report.scores import print_quality, untrained
-from meftbench.report.tables import (
+from meftbench.report.results import (
     NARROWEST,
     Group,
     count,
@@ -30,6 +28,8 @@ from meftbench.report.tables import (
     sources,
     taken,
 )
+from meftbench.report.views.best import best_levers
+from meftbench.report.views.scores import print_quality, untrained
 from meftbench.units import GiB, MiB, format_bytes
 
 if TYPE_CHECKING:

@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run, unwritable, write_whole
-from meftbench.report import claims
-from meftbench.report.best import BEST_HEAD, all_best_levers
-from meftbench.report.detail import NOISE, command, headline, sections, warnings
-from meftbench.report.figures import Picture, pictures
-from meftbench.report.formats import markdown_table
-from meftbench.report.scores import Table as ScoreTable
-from meftbench.report.scores import results, untrained
-from meftbench.report.scores import tables as score_tables
-from meftbench.report.summary import SHOWN, ending, error, failures, loss, number
-from meftbench.report.tables import (
+from meftbench.report.figures.pictures import Picture, pictures
+from meftbench.report.render.terminal import SHOWN, ending, error, failures, loss, number
+from meftbench.report.render.verdicts import markdown_table
+from meftbench.report.results import (
     SETTING,
     WRONG_GRADIENT,
     count,
@@ -33,7 +27,13 @@ from meftbench.report.tables import (
     taken,
     write_csv,
 )
-from meftbench.report.validation import validation_pictures, validation_text
+from meftbench.report.views import claims
+from meftbench.report.views.best import BEST_HEAD, all_best_levers
+from meftbench.report.views.detail import NOISE, command, headline, sections, warnings
+from meftbench.report.views.scores import Table as ScoreTable
+from meftbench.report.views.scores import results, untrained
+from meftbench.report.views.scores import tables as score_tables
+from meftbench.report.views.validation import validation_pictures, validation_text
 from meftbench.units import MiB
 from meftbench.verdicts.environment import checkout, machines
 from meftbench.verdicts.validation import predicted_for, saved
@@ -98,7 +98,10 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("meftbench.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("meftbench.report.render", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     names = run_names(runs)
     return environment.get_template("page.html.j2").render(

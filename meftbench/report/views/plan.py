@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.ranking import method_of
-from meftbench.report.commands import elsewhere, estimate_command, snippet
-from meftbench.report.tables import print_table
+from meftbench.report.results import print_table
+from meftbench.report.views.commands import elsewhere, estimate_command, snippet
 from meftbench.units import format_bytes, format_duration
 
 if TYPE_CHECKING:

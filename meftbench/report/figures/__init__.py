@@ -1,0 +1,1 @@
+"""Pictures by matplotlib: results in, a Figure out."""

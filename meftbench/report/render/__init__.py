@@ -1,0 +1,1 @@
+"""Results and tables as the terminal, pages, files and other programs take them."""
