@@ -278,7 +278,11 @@ def write_csv(frame: DataFrame, file: Path) -> None:
 
 
 def as_csv(frame: DataFrame) -> str:
-    """The table as CSV: the unit in each metric's heading, its source in a column beside it."""
+    """The table as CSV: the unit in each metric's heading, its source in a column beside it.
+
+    What is alive at the peak, a table of its own in every cell, is left to the records.
+    """
+    frame = frame.drop(columns=["peak_buffers", "peak_buffers_source"], errors="ignore")
     headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
     # A measured nan is written as a value: an empty field is a number that was not taken.
     table = frame.map(lambda value: "NaN" if value != value else value).rename(columns=headings)
@@ -311,16 +315,6 @@ def rows_of(frame: DataFrame) -> Iterator[dict[str, Any]]:
     """The rows as mappings from column to value."""
     for row in frame.to_dict("records"):
         yield Row({str(key): value for key, value in row.items()})
-
-
-def count(value: float | None) -> str:
-    """A count for a narrow column: 1,234 or 12.3k or 109.5M."""
-    if value is None:
-        return "-"
-    for limit, size, letter in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
-        if value >= limit:
-            return f"{value / size:,.1f}{letter}"
-    return f"{value:,.0f}"
 
 
 def left_out(widths: Mapping[int, int], omittable: Mapping[str, int], room: int) -> list[str]:

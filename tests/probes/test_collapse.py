@@ -16,7 +16,8 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.probes.levers import check_levers
 from meftbench.records.record import Metric
-from meftbench.report.render.terminal import error, print_summary
+from meftbench.report.columns import error
+from meftbench.report.render.terminal import print_summary
 from tests.models import TINY, a_step
 
 NAME, SMALL, _ = TINY["llama"]

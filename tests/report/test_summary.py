@@ -12,8 +12,9 @@ from rich.console import Console
 from builders import a_measured_cell, a_record, a_run, a_sweep, measured
 from meftbench.catalogue.metrics import METRICS, Kind
 from meftbench.records.store import load_run
+from meftbench.report.columns import count, error
 from meftbench.report.render import terminal
-from meftbench.report.render.terminal import count, error, print_summary
+from meftbench.report.render.terminal import print_summary
 from meftbench.report.results import frame_of, rows_of
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"

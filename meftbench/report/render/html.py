@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run, unwritable, write_whole
+from meftbench.report.columns import SHOWN, count, error, loss, number
 from meftbench.report.figures.pictures import Picture, pictures
-from meftbench.report.render.terminal import SHOWN, ending, error, failures, loss, number
+from meftbench.report.render.terminal import ending, failures
 from meftbench.report.render.verdicts import markdown_table
 from meftbench.report.results import (
     SETTING,
     WRONG_GRADIENT,
-    count,
     frame_of,
     groups,
     parts_of,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,10 @@ from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.outcome import as_number, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run
+from meftbench.report.columns import BY_METRIC, COLUMNS, SHOWN, error, number, start_of, unit_of_bytes
 from meftbench.report.results import (
     NARROWEST,
     Group,
-    count,
     detail_of,
     frame_of,
     groups,
@@ -30,7 +29,7 @@ from meftbench.report.results import (
 )
 from meftbench.report.views.best import best_levers
 from meftbench.report.views.scores import print_quality, untrained
-from meftbench.units import GiB, MiB, format_bytes
+from meftbench.units import format_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -140,18 +139,27 @@ def _why(record: Record) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-# Columns that a narrow terminal leaves out, in this order, with their index: at equal batch and length tokens/s repeats
-# the step time, and the share the activation memory. A number is never cut: its column is there or it is not.
+_SHARE = "share"  # the column that has the share of `full`, which is no metric
+_SHARE_HEAD = "% of\nfull"
+_HEADS = {column.metric: column.narrow_head("{bytes}") for column in COLUMNS if "terminal" in column.views}
+_HEADS["starting_loss"] = "start loss\n(pre-tr.)"
+# The columns in their order: the share beside the memory that it is of, the losses before what is trained.
+_PLACES = list(_HEADS)
+_PLACES.remove("starting_loss")
+_PLACES.insert(_PLACES.index("peak_allocated_bytes"), _SHARE)
+_PLACES.insert(_PLACES.index("parameters_trainable"), "starting_loss")
+# Columns that a narrow terminal leaves out, in this order: at equal batch and length tokens/s repeats the step time,
+# and the share the activation memory. A number is never cut: its column is there or it is not.
 _OMITTABLE = {
-    "tokens/s": 5,
-    "% of full": 2,
-    "peak": 3,
-    "trained": 9,
-    "of it grads": 1,
-    "start loss": 8,
-    "step": 4,
-    "gradient error": 7,
-    "recon. error": 6,
+    "tokens/s": "tokens_per_s",
+    "% of full": _SHARE,
+    "peak": "peak_allocated_bytes",
+    "trained": "parameters_trainable",
+    "of it grads": "activation_gradients_bytes",
+    "start loss": "starting_loss",
+    "step": "step_time_s",
+    "gradient error": "gradient_rel_max",
+    "recon. error": "reconstruction_rel_max",
 }
 
 
@@ -162,10 +170,10 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
 
     frame = group.frame
     size, unit = unit_of(frame)
-    heads = [f"activation\n{unit}", "of it\ngrads", "% of\nfull", f"peak\n{unit}", "step\nms", "tokens\n/s"]
-    heads += ["recon.\nerror", "gradient\nerror", "start loss\n(pre-tr.)", "trained"]
+    heads = [_SHARE_HEAD if name == _SHARE else _HEADS[name].format(bytes=unit) for name in _PLACES]
     of_metrics = metrics_with_columns()
-    omittable = {METRICS[name].column or name: len(heads) + place for place, name in enumerate(of_metrics)} | _OMITTABLE
+    omittable = {METRICS[name].column or name: len(heads) + place for place, name in enumerate(of_metrics)}
+    omittable |= {name: _PLACES.index(metric) for name, metric in _OMITTABLE.items()}
     heads += [_heading(name, unit) for name in of_metrics]
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
@@ -232,41 +240,26 @@ def _within(width: int, lines: str) -> str:
     return "\n".join(fitted)
 
 
-SHOWN = (
-    "activation_peak_bytes",
-    "peak_allocated_bytes",
-    "step_time_s",
-    "tokens_per_s",
-    "reconstruction_rel_max",
-    "gradient_rel_max",
-)
-
-
 def unit_of(frame: DataFrame) -> tuple[int, str]:
     """GiB where the largest peak is 10 GiB or more, else MiB: one unit for a whole column, so that it compares."""
-    largest = frame["peak_allocated_bytes"].astype(float).max()
-    return (GiB, "GiB") if largest >= 10 * GiB else (MiB, "MiB")
+    return unit_of_bytes(frame["peak_allocated_bytes"].astype(float).max())
 
 
 def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str]) -> Sequence[str]:
     if row["status"] != "ok":
-        return [row["status"], *[""] * (9 + len(metrics_with_columns()))]
-
-    def marked(metric: str, text: str) -> str:
-        return f"{text} {_MARK[row[f'{metric}_source']]}" if metric in mixed and row[metric] is not None else text
-
+        return [row["status"], *[""] * (len(_PLACES) - 1 + len(metrics_with_columns()))]
     share = shares.get(row["cell_id"])
+    texts = {
+        _SHARE: f"{share:.1%}".rstrip("%") if share is not None else "-",
+        "starting_loss": start_of(row),
+    }
+    for name in _PLACES:
+        if name not in texts:
+            text = BY_METRIC[name].text(row.get(name), size)
+            marked = name in mixed and row[name] is not None
+            texts[name] = f"{text} {_MARK[row[f'{name}_source']]}" if marked else text
     return [
-        marked("activation_peak_bytes", number(row["activation_peak_bytes"], size)),
-        number(row.get("activation_gradients_bytes"), size),
-        f"{share:.1%}".rstrip("%") if share is not None else "-",
-        marked("peak_allocated_bytes", number(row["peak_allocated_bytes"], size)),
-        marked("step_time_s", number(row["step_time_s"], 1e-3)),
-        marked("tokens_per_s", "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
-        marked("reconstruction_rel_max", error(row["reconstruction_rel_max"])),
-        marked("gradient_rel_max", error(row["gradient_rel_max"])),
-        start_of(row),
-        count(row["parameters_trainable"]),
+        *(texts[name] for name in _PLACES),
         *(_value(row.get(name), METRICS[name].unit, size) for name in metrics_with_columns()),
     ]
 
@@ -289,40 +282,3 @@ def _value(value: Any, unit: str, size: int) -> str:
     if unit in ("byte", "second"):
         return number(value, size if unit == "byte" else 1e-3)
     return f"{value:,}" if isinstance(value, int) else error(value)
-
-
-def number(value: float | None, size: float) -> str:
-    """A value in units of `size`, with as many digits as it needs; "-" where there is none."""
-    if value is None:
-        return "-"
-    scaled = value / size
-    if scaled >= 1000:
-        return f"{scaled:,.0f}"
-    return f"{scaled:,.1f}" if scaled >= 10 else f"{scaled:.2f}"
-
-
-def loss(value: float | None) -> str:
-    """A loss to two decimals; "-" where it was not taken."""
-    return f"{value:.2f}" if value is not None and math.isfinite(value) else error(value)
-
-
-def start_of(row: dict[str, Any]) -> str:
-    """`15.26 (3.08)`: the loss before training, and in brackets that of the pre-trained model; "-" where not taken."""
-    if row.get("starting_loss") is None:
-        return "-"
-    return f"{loss(row['starting_loss'])} ({loss(row.get('pretrained_loss'))})"
-
-
-def error(value: float | None) -> str:
-    """A relative error: "0" is exactly zero, "-" not taken; values that are not finite are shown as "∞" and "NaN"."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    if value == 0:
-        return "0"
-    return (
-        f"{value:.3g}"
-        if 0.01 <= value < 1000
-        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-    )

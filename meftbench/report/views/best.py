@@ -15,7 +15,8 @@ from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS, Reversible
 from meftbench.errors import UserError
-from meftbench.report.results import Group, count, groups, rows_of, shape_text, sources, wrong_gradient
+from meftbench.report.columns import count
+from meftbench.report.results import Group, groups, rows_of, shape_text, sources, wrong_gradient
 from meftbench.units import format_bytes
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.axes import SETTINGS, SHAPE
-from meftbench.report.results import NARROWEST, count, left_out, methods_in_order, print_table, rows_of, setting_text
+from meftbench.report.columns import count
+from meftbench.report.results import NARROWEST, left_out, methods_in_order, print_table, rows_of, setting_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame

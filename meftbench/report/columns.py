@@ -1,0 +1,147 @@
+"""The numbers that tables of steps show, each declared once: its heading, its unit, how it is written, and where.
+
+A metric that is not here may have a column by `Kind.column` of the catalogue; all of them are in the detail of a cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from meftbench.catalogue.metrics import METRICS
+from meftbench.units import GiB, MiB
+
+View = Literal["page", "markdown", "terminal"]
+
+
+def number(value: float | None, size: float) -> str:
+    """A value in units of `size`, with as many digits as it needs; "-" where there is none."""
+    if value is None:
+        return "-"
+    scaled = value / size
+    if scaled >= 1000:
+        return f"{scaled:,.0f}"
+    return f"{scaled:,.1f}" if scaled >= 10 else f"{scaled:.2f}"
+
+
+def loss(value: float | None) -> str:
+    """A loss to two decimals; "-" where it was not taken."""
+    return f"{value:.2f}" if value is not None and math.isfinite(value) else error(value)
+
+
+def error(value: float | None) -> str:
+    """A relative error: "0" is exactly zero, "-" not taken; values that are not finite are shown as "∞" and "NaN"."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    return (
+        f"{value:.3g}"
+        if 0.01 <= value < 1000
+        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    )
+
+
+def count(value: float | None) -> str:
+    """A count for a narrow column: 1,234 or 12.3k or 109.5M."""
+    if value is None:
+        return "-"
+    for limit, size, letter in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if value >= limit:
+            return f"{value / size:,.1f}{letter}"
+    return f"{value:,.0f}"
+
+
+def start_of(row: Mapping[str, Any]) -> str:
+    """`15.26 (3.08)`: the loss before training, and in brackets that of the pre-trained model; "-" where not taken."""
+    if row.get("starting_loss") is None:
+        return "-"
+    return f"{loss(row['starting_loss'])} ({loss(row.get('pretrained_loss'))})"
+
+
+def _size(value: float | None, size: float) -> str:
+    return number(value, size)
+
+
+def _milliseconds(value: float | None, _: float) -> str:
+    return number(value, 1e-3)
+
+
+def _speed(value: float | None, _: float) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _error(value: float | None, _: float) -> str:
+    return error(value)
+
+
+def _shift(value: float | None, _: float) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _loss(value: float | None, _: float) -> str:
+    return loss(value)
+
+
+def _count(value: float | None, _: float) -> str:
+    return count(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number's place in tables.
+
+    heading: its words.  unit: how the values are written; "" where they have none, "bytes" where the table chooses MiB
+    or GiB.  text: a value as text; the second argument is the table's unit of bytes.  views: the tables that show it,
+    in their order.  narrow: the heading on the terminal, on two lines; None: as in other views.  optional: it is shown
+    only where some cell has a value.
+    """
+
+    metric: str
+    heading: str
+    unit: str
+    text: Callable[[Any, float], str]
+    views: frozenset[View]
+    narrow: str | None = None
+    optional: bool = False
+
+    @property
+    def meaning(self) -> str:
+        return METRICS[self.metric].meaning
+
+    def head(self, unit_of_bytes: str) -> str:
+        """The heading with its unit, as in `activation MiB`."""
+        return f"{self.heading} {unit_of_bytes if self.unit == 'bytes' else self.unit}".rstrip()
+
+    def narrow_head(self, unit_of_bytes: str) -> str:
+        """The heading on two lines of the terminal."""
+        return (self.narrow or self.heading.replace(" ", "\n", 1)).format(bytes=unit_of_bytes)
+
+
+_ALL: frozenset[View] = frozenset(("page", "markdown", "terminal"))
+_WRITTEN: frozenset[View] = frozenset(("page", "markdown"))
+
+COLUMNS = (
+    Column("activation_peak_bytes", "activation", "bytes", _size, _ALL, "activation\n{bytes}"),
+    Column("activation_gradients_bytes", "of it gradients", "bytes", _size, _ALL, "of it\ngrads", optional=True),
+    Column("peak_allocated_bytes", "peak", "bytes", _size, _ALL, "peak\n{bytes}"),
+    Column("step_time_s", "step", "ms", _milliseconds, _ALL, "step\nms"),
+    Column("tokens_per_s", "tokens/s", "", _speed, _ALL, "tokens\n/s"),
+    Column("reconstruction_rel_max", "recon. error", "", _error, _ALL),
+    Column("gradient_rel_max", "gradient error", "", _error, _ALL),
+    Column("starting_point_shift", "start shift", "", _shift, _WRITTEN),
+    Column("starting_loss", "start loss", "", _loss, _WRITTEN, optional=True),
+    Column("pretrained_loss", "pre-trained", "", _loss, _WRITTEN, optional=True),
+    Column("parameters_trainable", "trained", "", _count, _ALL),
+)
+BY_METRIC = {column.metric: column for column in COLUMNS}
+SHOWN = tuple(column.metric for column in COLUMNS if "terminal" in column.views and not column.optional)[:-1]
+
+
+def unit_of_bytes(largest: float) -> tuple[int, str]:
+    """GiB where the largest is 10 GiB or more, else MiB: one unit for a whole column, so that it compares."""
+    return (GiB, "GiB") if largest >= 10 * GiB else (MiB, "MiB")
