@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from meftbench.measuring.step import PHASES, Step
-from meftbench.probes.counted_metrics import paged_metrics
+from meftbench.probes.counted_metrics import paged_metrics, peak_buffers
 from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, warmup_steps
 from meftbench.probes.nvml import DeviceReading
 from meftbench.records.record import Metric
@@ -102,7 +102,7 @@ def observe(step: Step, allocator: Allocator) -> Window:
 def measure_memory(
     step: Step, warmup: int, steps: int, allocator: Allocator, read_device: DeviceReading | None
 ) -> dict[str, Metric]:
-    """Metrics of the measured steps; the breakdown at the peak comes from one more step under the counter.
+    """Metrics of the measured steps; the breakdown at the peak comes from two more steps under the counter.
 
     read_device: NVML's view of the device; None or absent values are recorded with their reason.
     """
@@ -131,8 +131,10 @@ def measure_memory(
     }
     metrics |= paged_metrics(step, "measured") | _outside_torch(statistics[RESERVED], read_device)
     with CountedStep(step) as counted:
-        metrics |= breakdown(counted.run(), worst.baseline, peak_allocated)
-    return metrics
+        # The first of them shows how high the peak is, and the second what is alive there.
+        observed = [counted.run(), counted.run()]
+    metrics["peak_buffers"] = peak_buffers(observed)
+    return metrics | breakdown(observed[-1], worst.baseline, peak_allocated)
 
 
 def breakdown(counted: Observed, baseline: int, peak_allocated: int) -> dict[str, Metric]:

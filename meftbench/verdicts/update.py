@@ -16,6 +16,9 @@ from meftbench.units import MiB
 from meftbench.verdicts.budgets import Budgets, Row
 from meftbench.verdicts.judge import winners
 
+# Why a row stays as it is, where nothing that it matches was run.
+NO_CELL = "it judges no cell of the run"
+
 
 @dataclass(frozen=True)
 class Update:
@@ -79,7 +82,7 @@ def _largest(row: Row, cells: list[Outcome]) -> tuple[int | float | None, str]:
     if row.expires is not None:
         return None, f"it is waived until {row.expires} ({row.reason})"
     if not cells:
-        return None, "it judges no cell of the run"
+        return None, NO_CELL
     values = []
     for outcome in cells:
         figure = outcome.figure(row.metric)

@@ -81,7 +81,9 @@ def test_the_ladder_and_the_breakdown():
     breakdown = [metrics[f"{name}_bytes"].value for name in (*CATEGORIES, "workspace")]
     assert metrics["peak_allocated_bytes"].value == sum(breakdown)
     assert 3 == metrics["alloc_retries"].value
-    assert all(metric.source == "measured" for metric in metrics.values())
+    assert "counted" == metrics["peak_buffers"].source
+    assert "activations" in {row["category"] for row in metrics["peak_buffers"].value}
+    assert {"measured"} == {metric.source for name, metric in metrics.items() if name != "peak_buffers"}
 
 
 def test_without_nvml_what_lies_outside_torch_is_absent_with_the_reason():

@@ -72,14 +72,22 @@ def sections(record: Record) -> list[Section]:
         Section("Validation during the training", list(_curve(record))),
         Section("Peaks, each with what the one before leaves out", ladder),
         Section("A step", list(_rows(record, _STEP))),
-        Section("What the peak consists of", list(_breakdown(record))),
-        Section("What is alive at the peak of forward and backward", list(_buffers(record))),
+        *peak_sections(record),
         Section("Peak in each phase", list(_phases(record))),
         Section("The starting point, before any training", list(_rows(record, _START))),
         Section("Reconstruction error of each layer", list(_layers(record))),
         Section("Everything else", list(_rows(record, tuple(name for name in METRICS if name not in used)))),
     ]
     return [section for section in all_sections if section.rows]
+
+
+def peak_sections(record: Record) -> list[Section]:
+    """What the memory consists of at the peak: by category, and buffer by buffer; those without rows are left out."""
+    both = [
+        Section("What the peak consists of", list(_breakdown(record))),
+        Section("What is alive at the peak of forward and backward", list(_buffers(record))),
+    ]
+    return [section for section in both if section.rows]
 
 
 def _buffers(record: Record) -> Iterator[tuple[str, str, str]]:
