@@ -120,8 +120,8 @@ def finetune(
     suite = replace(suite, source=None, command=command)
     folder = out or default_folder(suite.name)
     retried = frozenset({"error", "timeout"}) if resume else frozenset()
-    finished = sweep_to(folder, suite, command, quiet=quiet, resume=resume, retry=retried, jobs=jobs)
-    raise typer.Exit(finish(finished, as_json))
+    finished, expected = sweep_to(folder, suite, command, quiet=quiet, resume=resume, retry=retried, jobs=jobs)
+    raise typer.Exit(finish(finished, as_json, expected))
 
 
 def _numbers(option: str, text: str, kind: type, cure: str) -> list[Any]:

@@ -6,12 +6,18 @@ import os
 import sys
 from collections import Counter
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from meftbench.records.record import Record
-from meftbench.runner import Ended, Event, Noted, Started
+from meftbench.runner import Ended, Event, Noted, Planned, Started
+from meftbench.runner.duration import Duration, Remaining
 from meftbench.units import format_bytes, format_duration
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BAR, _NARROW_BAR, _ROOMY = 24, 10, 76  # characters of the bar; columns from which on it is the longer one
+_WORTH_SAYING = 10  # seconds; where less is left, a log has no need to say so
 _COLOUR = {"ok": "green", "oom": "yellow", "timeout": "red", "error": "red", "skipped": "dim"}
 
 
@@ -43,10 +49,19 @@ def _result(record: Record) -> str:
 
 
 class Plain:
-    """Prints a line for each cell that ends. verbose: also one for each start, and tracebacks."""
+    """Prints how long the run will take, then a line for each cell that ends.
+
+    verbose: also one for each start, and tracebacks.
+    """
 
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
+        self.remaining = Remaining({})
+
+    def begin(self, duration: Duration, remaining: Remaining) -> None:
+        """Say how long the run will take. remaining: says after each cell what is left."""
+        self.remaining = remaining
+        self.say(duration.sentence())
 
     def __enter__(self) -> Plain:
         return self
@@ -57,7 +72,9 @@ class Plain:
     def __call__(self, event: Event) -> None:
         match event:
             case Ended():
-                self.say(line(event))
+                self.remaining.ended(event.record)
+                left = self.remaining.text() if (self.remaining.seconds() or 0) >= _WORTH_SAYING else ""
+                self.say(line(event) + (f"; {left}" if left else ""))
                 if self.verbose and "traceback" in event.record.status_detail:
                     self.say(str(event.record.status_detail["traceback"]).rstrip())
             case Noted():
@@ -65,31 +82,48 @@ class Plain:
             case Started():
                 if self.verbose:
                     self.say(f"start {event.cell.label}")
+            case Planned():
+                pass  # `begin` has said it
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
 class Bar:
-    """A bar with counts, remaining time and the last result. Failed cells are printed above it; verbose: all cells."""
+    """A bar with count and remaining time, then how cells ended and the last result where there is room.
 
-    def __init__(self, verbose: bool) -> None:
+    Failed cells are printed above it; verbose: all cells.  console: where it is drawn; None: on stderr.
+    """
+
+    def __init__(self, verbose: bool, console: Console | None = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
 
         self.verbose = verbose
+        self.remaining = Remaining({})
         self.counts: Counter[str] = Counter()
-        self.console = Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False)
+        # Only the last column gives way: without a ratio, a long label would push bar and time off the line.
         self.progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TextColumn("{task.fields[last]}", markup=False),
+            BarColumn(bar_width=_BAR if self.console.width >= _ROOMY else _NARROW_BAR),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            TextColumn(
+                "{task.fields[counts]}{task.fields[last]}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=self.console,
             transient=True,
+            expand=True,
         )
-        self.task = self.progress.add_task("", total=None, counts="", last="the worker is starting")
+        self.task = self.progress.add_task("", total=None, counts="", left="", last="the worker is starting")
+
+    def begin(self, duration: Duration, remaining: Remaining) -> None:
+        """Say above the bar how long the run will take. remaining: says after each cell what is left."""
+        self.remaining = remaining
+        self._print(duration.sentence())
+        self._update(0, duration.cells, last="the worker is starting")
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -106,6 +140,7 @@ class Bar:
                 self._update(event.done, event.total, last=event.cell.label)
             case Ended():
                 self.counts[event.record.status] += 1
+                self.remaining.ended(event.record)
                 if self.verbose or event.record.status in ("error", "timeout"):
                     self._print(line(event))
                 if self.verbose and "traceback" in event.record.status_detail:
@@ -113,13 +148,18 @@ class Bar:
                 self._update(event.done, event.total, last=f"{event.record.status}  {ending(event.record)}")
             case Noted():
                 self._print(f"note: {event.text}")
+            case Planned():
+                pass  # `begin` has said it
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def _update(self, done: int, total: int, **fields: Any) -> None:
-        counts = " ".join(f"[{_COLOUR[status]}]{n} {status}[/]" for status, n in self.counts.items())
-        self.progress.update(self.task, completed=done, total=total, counts=counts, **fields)
+    def _update(self, done: int, total: int, last: str) -> None:
+        from rich.markup import escape
+
+        counts = "".join(f"[{_COLOUR[status]}]{n} {status}[/]  " for status, n in self.counts.items())
+        left = self.remaining.text()
+        self.progress.update(self.task, completed=done, total=total, counts=counts, left=left, last=escape(last))
 
 
 class Silent:
@@ -133,6 +173,9 @@ class Silent:
 
     def __call__(self, event: Event) -> None:
         return
+
+    def begin(self, duration: Duration, remaining: Remaining) -> None:
+        """Nothing is said."""
 
 
 def progress(quiet: bool, verbose: bool) -> Bar | Plain | Silent:

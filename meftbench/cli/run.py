@@ -20,6 +20,7 @@ from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserEr
 if TYPE_CHECKING:
     from meftbench.plan.suite import Suite
     from meftbench.records.store import Run
+    from meftbench.runner.duration import Duration
 
 
 def run(
@@ -65,7 +66,7 @@ def run(
     plan = replace(plan, allow_code=plan.allow_code or allow_code)
     chosen, retried = parse_where(where or []), _statuses(retry)
     if dry_run:
-        _print_cells(plan, [cell for cell in plan.cells if chosen(cell)][:limit], as_json)
+        _print_cells(plan, [cell for cell in plan.cells if chosen(cell)][:limit], jobs, as_json)
         return
     folder = out or _folder(plan, resume or bool(retried))
     options = {
@@ -76,28 +77,43 @@ def run(
         "jobs": jobs,
         "fail_fast": fail_fast,
     }
-    finished = sweep_to(
+    finished, expected = sweep_to(
         folder, plan, typed(context), quiet=quiet, verbose=verbose, **options, gpu_indices=_indices(gpus)
     )
-    raise typer.Exit(finish(finished, as_json))
+    raise typer.Exit(finish(finished, as_json, expected))
 
 
 def sweep_to(
     folder: Path, suite: Suite, command: str, *, quiet: bool = False, verbose: bool = False, **options: Any
-) -> Run:
-    """Run `suite` into `folder`, with progress. command: what the user typed (`typed`), for the message on resuming."""
+) -> tuple[Run, Duration | None]:
+    """Run `suite` into `folder`, with progress. command: what the user typed (`typed`), for the message on resuming.
+
+    Returns the run, and what the cells that were left were expected to take; None: none was left.
+    """
     from meftbench.cli.progress import progress
-    from meftbench.runner import run_suite
+    from meftbench.runner import Event, Noted, Planned, run_suite
+    from meftbench.runner.duration import Remaining, expected, history, total
 
+    planned: list[Duration] = []
     with _interruptions(command, folder), progress(quiet, verbose) as tell:
-        return run_suite(suite, folder, **options, on_event=tell)
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Planned):
+                past = history(folder, tell=lambda note: tell(Noted(note)))
+                each = {attempt.key: expected(attempt.cell, suite.protocol, past) for attempt in event.attempts}
+                planned.append(total(list(each.values()), event.at_a_time))
+                tell.begin(planned[-1], Remaining(each, event.at_a_time))
+            tell(event)
+
+        run = run_suite(suite, folder, **options, on_event=on_event)
+    return run, planned[-1] if planned else None
 
 
-def finish(run: Run, as_json: bool) -> int:
-    """Print the results of `run`, and return the exit code."""
+def finish(run: Run, as_json: bool, expected: Duration | None) -> int:
+    """Print the results of `run`, and return the exit code. expected: what its cells were expected to take."""
     code = CELLS_FAILED if any(r.status in ("error", "timeout") for r in run.records) else DONE
     if as_json:
-        print(json.dumps(_summary(run, code), ensure_ascii=False))
+        print(json.dumps(_summary(run, code, expected), ensure_ascii=False))
     else:
         _print_run(run)
     return code
@@ -177,29 +193,35 @@ def _interruptions(command: str, folder: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _print_cells(suite: Suite, cells: list[Any], as_json: bool) -> None:
+def _print_cells(suite: Suite, cells: list[Any], jobs: int, as_json: bool) -> None:
     from meftbench.errors import NOTHING_MATCHED
     from meftbench.plan.factories import calls_of
+    from meftbench.runner.duration import duration, history
 
     if not cells:
         raise UserError("--where", f"none of the {len(suite.cells)} cells matches", "change it", NOTHING_MATCHED)
     repeats = {cell.cell_id: suite.protocol.repeats_on(cell.device) for cell in cells}
     code = sorted({name for name, _ in calls_of(cells)})
+    attempts = [cell for cell in cells for _ in range(repeats[cell.cell_id])]
+    expected = duration(attempts, suite.protocol, history(), jobs)
     if as_json:
         listed = [{"cell_id": c.cell_id, "label": c.label, "device": c.device} for c in cells]
         content = {"suite": suite.name, "suite_id": suite.suite_id, "cells": listed, "processes": sum(repeats.values())}
-        content |= {"code": code} if code else {}
+        content |= ({"code": code} if code else {}) | expected.to_json()
         print(json.dumps(content, ensure_ascii=False))
         return
     for cell in cells:
         print(f"{cell.cell_id}  {cell.device:<8} {cell.label}")
     print(f"{len(cells)} cells, {sum(repeats.values())} processes; nothing was run")
+    print(f"a run: {expected.sentence()}")
     if code:
         allowed = "" if suite.allow_code else ", with --allow-code only"
         print(f"a run imports and calls code: {', '.join(code)}{allowed}; nothing was imported")
 
 
-def _summary(run: Run, code: int) -> dict[str, Any]:
+def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
+    from meftbench.runner.duration import total
+
     return {
         "run": str(run.path),
         "run_id": run.run_id,
@@ -207,15 +229,28 @@ def _summary(run: Run, code: int) -> dict[str, Any]:
         "suite_id": run.suite["suite_id"],
         "counts": dict(Counter(record.status for record in run.records)),
         "exit_code": code,
+        **(expected or total([])).to_json(),
+        "answer": _headline(run),
         "records": [record.to_json() for record in run.records],
     }
 
 
+def _headline(run: Run) -> list[str]:
+    """The answer of the run in one to three sentences."""
+    from meftbench.report.results import frame_of
+    from meftbench.report.views.answer import headline
+
+    return headline(frame_of(run))
+
+
 def _print_run(run: Run) -> None:
+    from meftbench.cli.estimate import folded
     from meftbench.records.store import BUDGETS
     from meftbench.report.render.terminal import print_summary
 
     print_summary(run)
+    if sentences := _headline(run):
+        print("\n" + "\n".join(folded(sentences)))
     print(f"\nrun folder: {run.path}")
     folder = shlex.quote(str(run.path))
     print(f"next: meftbench report {folder} · meftbench show {folder} CELL", end="")

@@ -29,6 +29,14 @@ from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
 
 
 @dataclass(frozen=True)
+class Planned:
+    """The run is about to begin: its attempts in order, and how many run at a time."""
+
+    attempts: tuple[Attempt, ...]
+    at_a_time: int
+
+
+@dataclass(frozen=True)
 class Started:
     """A cell was given to the worker. done, total: numbers of attempts in this execution."""
 
@@ -54,7 +62,7 @@ class Noted:
     text: str
 
 
-Event = Started | Ended | Noted
+Event = Planned | Started | Ended | Noted
 CELLS = "cells"  # folder in a run with trainings: their checkpoints until they end, and the weights that are kept
 
 
@@ -82,7 +90,8 @@ def run_suite(
     gpu_indices: the devices to use, as `nvidia-smi` counts them.
     limit: start at most so many cells.  where: run only cells for which it is true.
     fail_fast: start nothing more after the first `error` or `timeout`.
-    on_event: called with each `Started`, `Ended` and `Noted`.  command, nvml: replace the worker and `pynvml`.
+    on_event: called with `Planned`, and with each `Started`, `Ended` and `Noted`.
+    command, nvml: replace the worker and `pynvml`.
     KeyboardInterrupt, SystemExit: the running cells are killed, finished records are kept.
 
     Raises UserError: the folder is not empty, not writable, in use, or of a protocol or cells that
@@ -112,7 +121,10 @@ def run_suite(
         plan = _plan(suite, chosen, limit, finished)
         if note := _without_weights(suite, kept_records.values(), out):
             on_event(Noted(note))
-        if earlier is None or pending(plan, finished):
+        attempts = tuple(pending(plan, finished))
+        if attempts:
+            on_event(Planned(attempts, sum(map(len, slots.values()))))
+        if earlier is None or attempts:
             _execute(
                 suite,
                 writer,

@@ -185,9 +185,25 @@ def test_a_sweep_prints_its_table_its_folder_and_what_to_do_next(cli):
     assert "lora" in out
     assert "run folder: run" in out
     assert "meftbench report run" in out
+    assert "at batch 2 × 16 tokens, all 2 cells ended ok" in out  # the answer in a sentence
+    assert err.startswith("4 cells; no like cell has run on this machine: the time is not known yet")
+    err = err.partition("\n")[2]
     assert re.match(r"\[1/4\] ok +bert-tiny@random/full/b1/s16  activation 1,000 B counted  [0-9.]+ m?s\n", err), err
     assert 4 == len(err.splitlines())
     assert ["ok"] * 4 == statuses(load_run("run"))
+
+
+def test_a_run_says_how_long_the_same_cells_took_before(cli):
+    cli("run", a_file(), "-q")
+    _, out, _ = cli("run", a_file(), "--dry-run")
+    _, answer, _ = cli("run", a_file(), "--dry-run", "--json")
+    _, summary, err = cli("run", a_file(), "--json", "--out", "again")
+
+    assert "(from 4 like cells measured on this machine)" in out
+    assert err.startswith("4 cells, about ")
+    assert 0 < json.loads(answer)["expected_s"] < 60
+    assert json.loads(summary)["expected_from"] == {"same": 4, "scaled": 0, "unknown": 0}
+    assert json.loads(summary)["answer"][0].startswith("at batch ")
 
 
 def test_the_default_folder_is_named_after_suite_and_time(cli):

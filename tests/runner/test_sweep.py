@@ -17,7 +17,7 @@ import stand_in
 from builders import a_cell
 from meftbench.errors import UserError
 from meftbench.records.store import RECORDS, load_run, read_records, writing
-from meftbench.runner import Ended, Noted, Started, run_suite
+from meftbench.runner import Ended, Noted, Planned, Started, run_suite
 from meftbench.runner import sweep as sweeping
 from meftbench.verdicts.environment import machine, machines
 from stand_in import BRIEF, BROKEN, CRASHED, ENDLESS, FINE, INFINITE, KILLED, OUT_OF_MEMORY
@@ -104,8 +104,9 @@ def test_events_tell_of_every_start_and_end(tmp_path):
 
     sweep(a_suite(*does(FINE, BROKEN)), tmp_path / "run", on_event=events.append)
 
-    assert [Started, Ended, Started, Ended] == [type(event) for event in events]
-    assert [(0, 2), (1, 2), (1, 2), (2, 2)] == [(event.done, event.total) for event in events]
+    assert [Planned, Started, Ended, Started, Ended] == [type(event) for event in events]
+    assert [(0, 2), (1, 2), (1, 2), (2, 2)] == [(event.done, event.total) for event in events[1:]]
+    assert [FINE, BROKEN] == [attempt.cell.seed for attempt in events[0].attempts]
 
 
 # --- choosing ---

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import SHARED_CORES
 from meftbench.plan.axes import SHAPE
-from meftbench.report.results import Row, groups, parts_of, rows_of, setting_text, shape_text, wrong_gradient
+from meftbench.report.results import groups, parts_of, rows_of, setting_text, shape_text, wrong_gradient
 from meftbench.report.views.savings import (
     PEAK,
     composition,
@@ -96,7 +96,7 @@ def _shape_of(row: Mapping[str, Any]) -> tuple[int, ...]:
 # --- cells of which steps were measured ---
 
 
-def _of_shape(title: str, rows: Sequence[Row]) -> Answer:
+def _of_shape(title: str, rows: Sequence[dict[str, Any]]) -> Answer:
     """The answer of the cells of one group and shape, which are in the order of their labels."""
     first = rows[0]
     ended_ok = [row for row in rows if row["status"] == "ok"]
@@ -118,11 +118,11 @@ def _of_shape(title: str, rows: Sequence[Row]) -> Answer:
     return Answer(f"{facts['at']}: {', '.join(parts)}", sentences, facts)
 
 
-def _statuses(rows: Iterable[Row]) -> list[str]:
+def _statuses(rows: Iterable[dict[str, Any]]) -> list[str]:
     return sorted({str(row["status"]) for row in rows}, key=lambda status: (status != "ok", status))
 
 
-def _failures(rows: Sequence[Row], ended: Mapping[str, list[str]]) -> Iterator[str]:
+def _failures(rows: Sequence[dict[str, Any]], ended: Mapping[str, list[str]]) -> Iterator[str]:
     """Which cells did not end ok, and how they ended."""
     device = str(rows[0]["device"])
     for status, methods in ended.items():
@@ -161,7 +161,7 @@ def _by_source(rows: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[str
     return [(source, [row for row in known if row[f"{metric}_source"] == source]) for source in sources]
 
 
-def _least(rows: Sequence[Row], facts: dict[str, Any]) -> Iterator[str]:
+def _least(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[str]:
     """Which method has the lowest peak; beside it those that have a lower one, but are not comparable."""
     facts["least"] = []
     for source, known in _by_source(rows, PEAK):
@@ -217,7 +217,7 @@ def _reference(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return None
 
 
-def _fastest(rows: Sequence[Row], facts: dict[str, Any]) -> Iterator[str]:
+def _fastest(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[str]:
     """Which method takes the shortest step, and by what ratio; those within the spread of its times are named, too."""
     facts["fastest"] = []
     for source, known in _by_source(rows, STEP):
@@ -256,7 +256,7 @@ def _or(value: Any, otherwise: float) -> float:
     return float(value) if is_number(value) else otherwise
 
 
-def _largest(rows: Sequence[Row], facts: dict[str, Any]) -> Iterator[str]:
+def _largest(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[str]:
     """What the largest peak consists of."""
     for source, known in _by_source(rows, PEAK):
         largest = min(known, key=lambda row: (-row[PEAK], row["method"]))
@@ -270,7 +270,7 @@ def _largest(rows: Sequence[Row], facts: dict[str, Any]) -> Iterator[str]:
             yield sentence
 
 
-def _levers(rows: Sequence[Row], ran_out: list[str], facts: dict[str, Any]) -> Iterator[str]:
+def _levers(rows: Sequence[dict[str, Any]], ran_out: list[str], facts: dict[str, Any]) -> Iterator[str]:
     """What each lever saves, and which methods fit with one lever more."""
     found = savings([row for row in with_peak(rows) if wrong_gradient(row) is None])
     facts["levers"] = [saving.facts() for saving in found]
