@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meftbench.cli.options import emit
 from meftbench.errors import UserError
+
+if TYPE_CHECKING:
+    from meftbench.records.store import Run
 
 
 class Format(StrEnum):
@@ -24,8 +27,15 @@ class FailOn(StrEnum):
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The run before.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run after.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Run folders, or REVISION:FOLDER of a run in git. The first is the one before."
+        ),
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="Before: what this commit, branch or tag has in RUN's place.")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="Only this metric; may be repeated.")] = None,
     threshold: Annotated[
         str | None, typer.Option(help="Smaller changes count as none: 2% or 0.02. Default: 0; measured 1%.")
@@ -39,25 +49,48 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Write there instead of to stdout.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
 ) -> None:
-    """What changed from RUN_A to RUN_B, cell by cell.
+    """What changed from the first RUN to each other one, cell by cell, and which buffers grew.
+
+    compare RUNS/A RUNS/B: two runs; with more, each is a column against the first.
+    compare reports/ci --against HEAD~3: the run as it was committed, and as it is now.
+    compare main:reports/ci reports/ci: the same, with the revision spelled out.
 
     Counted bytes are compared exactly, on whatever machines; measured values only within one environment, and times
-    only on as many CPU threads and beyond their own noise (quartiles apart). Exits 4 where the two are not comparable,
-    5 without a common cell.
+    only on as many CPU threads and beyond their own noise: by the Mann-Whitney U test of their samples and the
+    bootstrap interval of the ratio of medians (scipy), else where quartiles are apart. Exits 4 where the runs are not
+    comparable, 5 without a common cell.
     """
-    from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.render.verdicts import COMPARISON_FORMATS, append_step_summary, comparison_markdown
+    from meftbench.records.store import warn_if_torn
+    from meftbench.report.render.comparisons import comparison_markdown, comparisons
+    from meftbench.report.render.verdicts import append_step_summary
     from meftbench.verdicts.compare import compare as compared
     from meftbench.verdicts.compare import exit_code
 
-    runs = [load_run(run_a), load_run(run_b)]
-    for run in runs:
+    share = _share(threshold)
+    first, *others = _loaded(runs, against)
+    for run in (first, *others):
         warn_if_torn(run)
-    comparison = compared(runs[0], runs[1], metric or (), _share(threshold), across=across)
-    emit(COMPARISON_FORMATS[Format.json if as_json else format_](comparison, only_changed), output)
+    results = [compared(first, other, metric or (), share, across=across) for other in others]
+    emit(comparisons(Format.json if as_json else format_, results, only_changed), output)
     if format_ is Format.github:
-        append_step_summary(comparison_markdown(comparison, True), f"{run_a} and {run_b}")
-    raise typer.Exit(exit_code(comparison, fail_on is FailOn.regression))
+        for result in results:
+            append_step_summary(comparison_markdown(result, True), f"{result.first} and {result.second}")
+    raise typer.Exit(max(exit_code(result, fail_on is FailOn.regression) for result in results))
+
+
+def _loaded(names: list[str], against: str | None) -> list[Run]:
+    """The runs to compare, the one before first. Raises UserError: one cannot be read, or fewer than two are named."""
+    from meftbench.verdicts.revision import load_named, load_run_at
+
+    if against is None:
+        if len(names) < 2:
+            raise UserError("compare", "only one run is named", "name another, or a revision with --against")
+        return [load_named(name) for name in names]
+    if len(names) > 1:
+        raise UserError("--against", f"{len(names)} runs are named", "name one run, or leave --against out")
+    # The run of the checkout is read first, since a mistyped name is more likely than a missing commit.
+    now = load_named(names[0])
+    return [load_run_at(against, now.path), now]
 
 
 def _share(text: str | None) -> float | None:

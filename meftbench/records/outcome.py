@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from meftbench.records.record import Metric, Record, Status
+from meftbench.records.record import Metric, Record, Status, StoredMetrics
 from meftbench.records.store import Run
 from meftbench.units import format_bytes
 
@@ -20,8 +21,7 @@ def as_number(value: object) -> int | float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A metric of a cell over its repeats, in the unit of its Kind.
 
     value: the median over repeats where measured; the largest where counted or predicted (repeats should be equal).
@@ -41,15 +41,17 @@ class Outcome:
     cell_id: str
     records: tuple[Record, ...]
 
-    @property
+    @cached_property
     def worst(self) -> Record:
+        if len(self.records) == 1:
+            return self.records[0]
         return min(self.records, key=lambda record: _WORST_FIRST.index(record.status))
 
     @property
     def status(self) -> Status:
         return self.worst.status
 
-    @property
+    @cached_property
     def label(self) -> str:
         return self.records[0].label
 
@@ -69,6 +71,11 @@ class Outcome:
         """The metric over all repeats; None where it is absent or not a number, or the cell's status is not ok."""
         if self.status != "ok":
             return None
+        if len(self.records) == 1:
+            # The usual case, without the lists below: a comparison of large runs takes most of its time here.
+            metric = self.records[0].metrics.get(name)
+            number = as_number(metric.value) if metric else None
+            return Figure(number, metric.source, metric.min, metric.max) if metric and number is not None else None
         taken = [record.metrics[name] for record in self.records if name in record.metrics]
         numbers = [number for metric in taken if (number := as_number(metric.value)) is not None]
         if not numbers:
@@ -80,6 +87,25 @@ class Outcome:
             lows, highs = [*lows, min(numbers)], [*highs, max(numbers)]
         value = median(numbers) if source == "measured" else max(numbers)
         return Figure(value, source, min(lows, default=None), max(highs, default=None))
+
+
+def equal_figures(first: Outcome, second: Outcome) -> dict[str, Figure]:
+    """Metrics of which both cells have the same number, with all that was recorded beside it, by name.
+
+    This is for comparing large runs, most numbers of which are equal: it compares what was read, without making metrics
+    of it. It may leave out equal numbers; cells of several repeats, or that did not end ok, have none here.
+    """
+    if len(first.records) > 1 or len(second.records) > 1 or first.status != "ok" or second.status != "ok":
+        return {}
+    before, after = first.records[0].metrics, second.records[0].metrics
+    if not isinstance(before, StoredMetrics) or not isinstance(after, StoredMetrics):
+        return {}
+    stored = after.content
+    return {
+        name: Figure(content["value"], content["source"], None, None)
+        for name, content in before.content.items()
+        if isinstance(content["value"], (int, float)) and content == stored.get(name)
+    }
 
 
 def outcomes(run: Run) -> list[Outcome]:

@@ -6,6 +6,7 @@ Versions of the format (`schema`): 1, the first.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -43,8 +44,8 @@ class Metric:
     def __post_init__(self) -> None:
         if (self.value is None) == (self.absent is None):
             raise ValueError("a metric has either a value or the reason why it is absent")
-        if self.source not in get_args(Source):
-            raise ValueError(f"a metric is {', '.join(get_args(Source))}, not {self.source!r}")
+        if self.source not in _SOURCES:
+            raise ValueError(f"a metric is {', '.join(_SOURCES)}, not {self.source!r}")
 
     def to_json(self, name: str) -> dict[str, Any]:
         """The metric with its unit; fields that are None are left out, except `value`.
@@ -63,6 +64,46 @@ class Metric:
         known = {key: value for key, value in content.items() if key in Metric.__dataclass_fields__}
         # A reason stays text, even if it is the word "NaN".
         return Metric(**{key: value if key in ("source", "absent") else _read(value) for key, value in known.items()})
+
+
+_SOURCES = get_args(Source)
+
+
+class StoredMetrics(Mapping[str, Metric]):
+    """The metrics of a record that was read: each is made from its JSON when it is first asked for.
+
+    A run has hundreds of thousands of metrics, of which a command looks at few. That each of them is a metric is
+    checked here, so that a damaged record is found when it is read.
+
+    content: JSON of each metric by name.  Raises KeyError, TypeError or ValueError: when one is not a metric.
+    """
+
+    __slots__ = ("_made", "content")
+
+    def __init__(self, content: dict[str, dict[str, Any]]) -> None:
+        for metric in content.values():
+            if metric["source"] not in _SOURCES or (metric["value"] is None) == (metric.get("absent") is None):
+                Metric.from_json(metric)  # raises the error that says what is wrong
+        self.content = content
+        self._made: dict[str, Metric] = {}
+
+    def __getitem__(self, name: str) -> Metric:
+        metric = self._made.get(name)
+        if metric is None:
+            metric = self._made[name] = Metric.from_json(self.content[name])
+        return metric
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self.content else default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
 
 
 @dataclass(frozen=True)
@@ -91,7 +132,7 @@ class Record:
     status: Status
     status_detail: dict[str, Any] = field(default_factory=dict)
     wall_s: float = 0.0
-    metrics: dict[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
@@ -124,9 +165,8 @@ class Record:
     @staticmethod
     def from_json(content: dict[str, Any]) -> Record:
         """The record that `to_json` wrote. Raises KeyError, TypeError or ValueError: when the content is no record."""
-        metrics = {name: Metric.from_json(value) for name, value in content["metrics"].items()}
         known = {key: value for key, value in content.items() if key in Record.__dataclass_fields__}
-        return Record(**(known | {"metrics": metrics}))
+        return Record(**(known | {"metrics": StoredMetrics(content["metrics"])}))
 
 
 def _written(value: Any) -> Any:

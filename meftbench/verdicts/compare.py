@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from meftbench.catalogue.metrics import METRICS, SHARED_CORES
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
-from meftbench.records.outcome import Figure, Outcome, outcomes, said, said_apart
+from meftbench.escapes import one_line
+from meftbench.records.outcome import Figure, Outcome, equal_figures, outcomes, said, said_apart
 from meftbench.records.store import Run
+from meftbench.verdicts import noise
 from meftbench.verdicts.budgets import NOT_A_NUMBER
+from meftbench.verdicts.comparable import ENVIRONMENT, TIME_UNITS, applies, check_comparable, differing, obstacles
 from meftbench.verdicts.environment import differences
+from meftbench.verdicts.growth import PEAKS, Growth, growth
+from meftbench.verdicts.noise import Evidence
 
 Judgement = Literal["worse", "better", "changed", "noise", "same"]
 _ORDER: tuple[Judgement, ...] = ("worse", "better", "changed", "noise", "same")
@@ -30,14 +35,14 @@ _NOT_JUDGED = frozenset(
         "host_rss_peak_bytes",
     }
 )
-# Units of metrics that are times or are computed from times.
-_TIME_UNITS = ("second", "token/second", "sample/second")
 _MEASURED_THRESHOLD = 0.01
 
 
-@dataclass(frozen=True)
-class Change:
-    """One metric of one cell in both runs; or the cell's status where it differs (metric "status", no numbers)."""
+class Change(NamedTuple):
+    """One metric of one cell in both runs; or the cell's status where it differs (metric "status", no numbers).
+
+    evidence: what the samples of a measured time say; None where it was judged without them.
+    """
 
     label: str
     cell_id: str
@@ -47,6 +52,7 @@ class Change:
     before: int | float | None = None
     after: int | float | None = None
     statuses: tuple[str, str] | None = None
+    evidence: Evidence | None = None
 
     @property
     def delta(self) -> float | None:
@@ -62,7 +68,8 @@ class Change:
 
     def text(self) -> str:
         """`worse: LABEL: metric 412.0 MiB -> 430.0 MiB counted (+18.0 MiB, +4.37%)`, on one line."""
-        return " ".join(f"{self.judgement}: {self.label}: {self.metric} {self.numbers()}".split())
+        evidence = f"; {self.evidence.text()}" if self.evidence else ""
+        return one_line(f"{self.judgement}: {self.label}: {self.metric} {self.numbers()}{evidence}")
 
     def numbers(self) -> str:
         """The two values with their source, and the change."""
@@ -89,6 +96,8 @@ class Comparison:
 
     changes: worst first.  only_first, only_second: labels of the cells that only one run has.
     cells: how many cells are in both runs.  notes: what was left out, or compared although conditions differ, and why.
+    first, second: names of the runs.  differs: in what the runs differ beside their numbers (comparable.differing).
+    grown: the cells of which a peak is higher, with the buffers and categories that grew.
     """
 
     changes: list[Change]
@@ -96,6 +105,10 @@ class Comparison:
     only_second: list[str]
     cells: int
     notes: list[str]
+    first: str = ""
+    second: str = ""
+    differs: list[str] = field(default_factory=list)
+    grown: list[Growth] = field(default_factory=list)
 
     @property
     def regressed(self) -> bool:
@@ -139,12 +152,13 @@ def compare(
     metrics: compare only these; empty: all that are single numbers and present in both runs.
     threshold: changes up to this share of the first value are "same" (of measured values: "noise"); default 0 for
         counted and predicted values, 1 % for measured ones.
-    Measured times count as changed only where the quartiles of the two runs do not overlap.
+    Measured times count as changed only where their samples show it (verdicts/noise.py); without samples, or without
+    scipy, where the quartiles of the two runs do not overlap. A note says which rule was used if it was the second.
     across: also compare values measured in different environments, and times taken with different numbers of CPU
         threads or on shared cores; notes say what differs. Without it those numbers are left out.
 
     Raises UserError: exit 2 for an unknown metric; exit 4 where protocol, schema or (for measured values)
-    conditions of measuring (`_obstacles`) differ; exit 5 where no cell, or no value of `metrics`, is in both.
+    conditions of measuring (comparable.obstacles) differ; exit 5 where no cell, or no value of `metrics`, is in both.
     """
     chosen = list(metrics)
     for name in chosen:
@@ -152,22 +166,70 @@ def compare(
             raise unknown("--metric", "metric", name, METRICS.keys() - NOT_A_NUMBER)
     left = {outcome.cell_id: outcome for outcome in outcomes(first)}
     right = {outcome.cell_id: outcome for outcome in outcomes(second)}
-    common = [cell_id for cell_id in left if cell_id in right]
+    pairs = [(outcome, right[cell_id]) for cell_id, outcome in left.items() if cell_id in right]
     runs = f"{first.path}, {second.path}"
-    if not common:
+    if not pairs:
         cure = "compare runs of suites that share cells; `meftbench show RUN` lists them"
         raise UserError(runs, "no cell is in both runs", cure, NOTHING_MATCHED)
-    _check_comparable(first, second, [(left[cell_id], right[cell_id]) for cell_id in common])
+    check_comparable(first, second, pairs)
     changes: list[Change] = []
     left_out: Counter[str] = Counter()  # measured numbers, by what differs
-    obstacles: dict[str, None] = {}
-    for cell_id in common:
-        cell_changes, skipped = _changes(left[cell_id], right[cell_id], chosen, threshold, across)
-        changes += cell_changes
-        left_out.update(skipped)
-        obstacles |= dict.fromkeys(_obstacles(left[cell_id], right[cell_id]))
+    by_obstacle: dict[str, None] = {}
+    undecided: list[_Undecided] = []
+    by_quartiles = 0
+    for before, after in pairs:
+        of_cell = obstacles(before, after)
+        by_obstacle |= dict.fromkeys(of_cell)
+        cell = _Cell(before, after, threshold, [] if across else of_cell)
+        changes += cell.changes(chosen)
+        left_out.update(cell.left_out)
+        undecided += cell.undecided
+        by_quartiles += cell.by_quartiles
+    decided, notes = _decided(undecided)
+    changes += decided
+    if by_quartiles and not noise.available():
+        what = f"{by_quartiles} times are judged by whether their quartiles overlap, since scipy is not installed"
+        notes.append(f"{what}: {noise.INSTALL}")
+    return Comparison(
+        changes=_in_order(changes),
+        only_first=[outcome.label for cell_id, outcome in left.items() if cell_id not in right],
+        only_second=[outcome.label for cell_id, outcome in right.items() if cell_id not in left],
+        cells=len(pairs),
+        notes=_notes(first, second, [*by_obstacle], left_out, across, bool(chosen), changes) + notes,
+        first=str(first.path),
+        second=str(second.path),
+        differs=differing(first, second, pairs),
+        grown=_grown(pairs, changes),
+    )
+
+
+def _grown(pairs: Sequence[tuple[Outcome, Outcome]], changes: Iterable[Change]) -> list[Growth]:
+    """What grew in each cell of which a peak is judged worse, the largest growth first."""
+    cell_ids = {change.cell_id for change in changes if change.judgement == "worse" and change.metric in PEAKS}
+    grown = [growth(before, after) for before, after in pairs if after.cell_id in cell_ids]
+    return sorted(
+        (cell for cell in grown if cell), key=lambda cell: -max(after - before for before, after in cell.peaks.values())
+    )
+
+
+def _notes(
+    first: Run,
+    second: Run,
+    found: Sequence[str],
+    left_out: Counter[str],
+    across: bool,
+    chosen: bool,
+    changes: Sequence[Change],
+) -> list[str]:
+    """What was left out or compared although conditions differ.
+
+    found: the obstacles.  left_out: how many measured numbers each of them left out.
+    Raises UserError: exit 4 where nothing remains, or metrics that were asked for are left out; exit 5 where no value
+    of the metrics asked for is in both runs.
+    """
+    runs = f"{first.path}, {second.path}"
     notes = []
-    for what in obstacles:
+    for what in found:
         why = "; ".join(differences(first.environment, second.environment)[:5]) or "environment_id differs"
         reason = f"the environments differ ({why})" if what == ENVIRONMENT else what
         if across:
@@ -179,14 +241,19 @@ def compare(
         elif left_out[what]:
             notes.append(f"{left_out[what]} measured numbers are left out: {reason}")
     if chosen and not changes:
-        raise UserError(runs, f"no cell has {', '.join(chosen)} in both runs", "name other metrics", NOTHING_MATCHED)
-    return Comparison(
-        changes=sorted(changes, key=lambda c: (_ORDER.index(c.judgement), not c.statuses, *_largest_first(c.share))),
-        only_first=[outcome.label for cell_id, outcome in left.items() if cell_id not in right],
-        only_second=[outcome.label for cell_id, outcome in right.items() if cell_id not in left],
-        cells=len(common),
-        notes=notes,
-    )
+        raise UserError(runs, "no cell has these metrics in both runs", "name other metrics", NOTHING_MATCHED)
+    return notes
+
+
+def _in_order(changes: Iterable[Change]) -> list[Change]:
+    """Worst first; of one judgement changes of status, then what became NaN, then the largest. Numbers that are equal
+    come last, in the order of the cells."""
+    different: list[Change] = []
+    equal: list[Change] = []
+    for change in changes:
+        (equal if change.judgement == "same" and change.before == change.after else different).append(change)
+    different.sort(key=lambda c: (_ORDER.index(c.judgement), not c.statuses, *_largest_first(c.share)))
+    return different + equal
 
 
 def exit_code(comparison: Comparison, fail_on_regression: bool) -> int:
@@ -194,85 +261,92 @@ def exit_code(comparison: Comparison, fail_on_regression: bool) -> int:
     return OVER_BUDGET if fail_on_regression and comparison.regressed else DONE
 
 
-def _check_comparable(first: Run, second: Run, pairs: list[tuple[Outcome, Outcome]]) -> None:
-    """Raises UserError (exit 4) where the records of a cell differ in schema or protocol."""
-    runs = f"{first.path}, {second.path}"
-    for left, right in pairs:
-        schemas = left.records[-1].schema, right.records[-1].schema
-        if schemas[0] != schemas[1]:
-            what = f"records of schema {schemas[0]} and {schemas[1]}"
-            raise UserError(runs, what, "rerun the older one", NOT_COMPARABLE)
-        if left.records[-1].protocol_id != right.records[-1].protocol_id:
-            protocols: list[dict[str, Any]] = [run.suite.get("protocol") or {} for run in (first, second)]
-            why = "; ".join(differences(*protocols)[:5]) or "protocol_id differs"
-            cure = "rerun one of them with the other's protocol"
-            raise UserError(runs, f"measured with different protocols ({why})", cure, NOT_COMPARABLE)
+class _Undecided(NamedTuple):
+    """A measured time that changed by more than the threshold; whether that is more than noise is still to be judged.
+
+    samples: of both runs.  of_time: the samples are of the step time, whose reciprocal the metric is.
+    """
+
+    change: Change
+    tolerance: float
+    samples: tuple[list[float], list[float]]
+    of_time: bool
 
 
-ENVIRONMENT = "environment"
+class _Cell:
+    """A cell in both runs. obstacles: what keeps measured values of the two from being compared.
+
+    left_out: how many measured values each obstacle left out.  undecided: times whose noise is still to be judged.
+    by_quartiles: how many times were judged without their samples.
+    """
+
+    def __init__(self, left: Outcome, right: Outcome, threshold: float | None, obstacles: Sequence[str]) -> None:
+        self.left, self.right = left, right
+        self.threshold, self.obstacles = threshold, obstacles
+        self.left_out: Counter[str] = Counter()
+        self.undecided: list[_Undecided] = []
+        self.by_quartiles = 0
+
+    def changes(self, chosen: Sequence[str]) -> list[Change]:
+        """The status where it differs, and every metric that can be judged at once; the others become `undecided`."""
+        left, right = self.left, self.right
+        label, cell_id = left.label, left.cell_id
+        changes: list[Change] = []
+        if left.status != right.status:
+            judgement: Judgement = "worse" if left.status == "ok" else ("better" if right.status == "ok" else "changed")
+            statuses = (str(left.status), str(right.status))
+            changes.append(Change(label, cell_id, "status", judgement, statuses=statuses))
+        equal = equal_figures(left, right)
+        for name in chosen or _JUDGED:
+            before = after = equal.get(name)
+            if before is None:
+                before, after = left.figure(name), right.figure(name)
+            if before is None or after is None or before.source != after.source:
+                continue
+            if self.obstacles and after.source == "measured":
+                applicable = [obstacle for obstacle in self.obstacles if applies(obstacle, name)]
+                if applicable:
+                    self.left_out[applicable[0]] += 1
+                    continue
+            if before.value == after.value:
+                changes.append(Change(label, cell_id, name, "same", after.source, before.value, after.value))
+            elif change := self._judged(name, before, after):
+                changes.append(change)
+        return changes
+
+    def _judged(self, name: str, before: Figure, after: Figure) -> Change | None:
+        """The change; None where it has become `undecided`, since it depends on samples."""
+        measured = after.source == "measured"
+        tolerance = self.threshold if self.threshold is not None else (_MEASURED_THRESHOLD if measured else 0.0)
+        direction = _direction(name, before, after)
+        change = Change(self.left.label, self.left.cell_id, name, direction, after.source, before.value, after.value)
+        if direction == "same":
+            return change
+        if abs(after.value - before.value) <= tolerance * abs(before.value):
+            return change._replace(judgement="noise" if measured else "same")
+        if not measured or METRICS[name].unit not in TIME_UNITS:
+            return change
+        # A speed is computed from the step time, and has no samples or quartiles of its own.
+        of_time = METRICS[name].unit in _SPEEDS and _quartiles_overlap(before, after) is None
+        source = "step_time_s" if of_time else name
+        samples = noise.samples_of(self.left, source), noise.samples_of(self.right, source)
+        if noise.available() and all(len(side) >= 2 and min(side) > 0 and max(side) < math.inf for side in samples):
+            self.undecided.append(_Undecided(change, tolerance, samples, of_time))
+            return None
+        self.by_quartiles += 1
+        overlap = _quartiles_overlap(self.left.figure(source), self.right.figure(source))
+        # Without quartiles on both sides the noise is unknown, so that a change is not reported as a regression.
+        return change if overlap is False else change._replace(judgement="noise")
 
 
-def _obstacles(left: Outcome, right: Outcome) -> list[str]:
-    """What keeps measured values of the two from being compared: different environments, different numbers of CPU
-    threads, or cores that other processes used while times were measured."""
-    environments = {record.environment_id for record in (*left.records, *right.records)}
-    obstacles = [ENVIRONMENT] if len(environments) > 1 else []
-    threads = [_threads(outcome) for outcome in (left, right)]
-    if threads[0] != threads[1] and all(threads):
-        obstacles.append(f"CPU threads differ ({threads[0]} | {threads[1]})")
-    waited = [outcome.figure("cpu_wait_share") for outcome in (left, right)]
-    if any(share is not None and share.value > SHARED_CORES for share in waited):
-        # The text is the same for every cell, since what is left out is counted by it.
-        obstacles.append(f"cores were shared while timing (threads waited more than {SHARED_CORES:.0%} of the time)")
-    return obstacles
+_JUDGED = tuple(name for name in METRICS if name not in NOT_A_NUMBER and name not in _NOT_JUDGED)
+_SPEEDS = ("token/second", "sample/second")
 
 
-def _threads(outcome: Outcome) -> str:
-    """The numbers of CPU threads in a cell's records, as text; empty where older records lack them."""
-    return ", ".join(sorted({str(record.cell["threads"]) for record in outcome.records if record.cell.get("threads")}))
-
-
-def _changes(
-    left: Outcome, right: Outcome, chosen: list[str], threshold: float | None, across: bool
-) -> tuple[list[Change], Counter[str]]:
-    """The changes of one cell, and how many measured values each obstacle left out."""
-    changes: list[Change] = []
-    if left.status != right.status:
-        status_judgement: Judgement = (
-            "worse" if left.status == "ok" else ("better" if right.status == "ok" else "changed")
-        )
-        statuses = (str(left.status), str(right.status))
-        changes.append(Change(left.label, left.cell_id, "status", status_judgement, statuses=statuses))
-    names = chosen or [name for name in METRICS if name not in NOT_A_NUMBER and name not in _NOT_JUDGED]
-    left_out: Counter[str] = Counter()
-    obstacles = [] if across else _obstacles(left, right)
-    for name in names:
-        before, after = left.figure(name), right.figure(name)
-        if before is None or after is None or before.source != after.source:
-            continue
-        # Threads and shared cores affect times only; the environment affects every measured value.
-        applicable = [
-            obstacle for obstacle in obstacles if obstacle == ENVIRONMENT or METRICS[name].unit in _TIME_UNITS
-        ]
-        if after.source == "measured" and applicable:
-            left_out[applicable[0]] += 1
-            continue
-        judgement = _judge(name, left, right, before, after, threshold)
-        changes.append(Change(left.label, left.cell_id, name, judgement, after.source, before.value, after.value))
-    return changes, left_out
-
-
-def _judge(
-    name: str, left: Outcome, right: Outcome, before: Figure, after: Figure, threshold: float | None
-) -> Judgement:
+def _direction(name: str, before: Figure, after: Figure) -> Judgement:
+    """What the change is if it is no noise: same, worse, better, or changed where neither direction is better."""
     if before.value == after.value or (before.value != before.value and after.value != after.value):
         return "same"
-    measured = after.source == "measured"
-    tolerance = threshold if threshold is not None else (_MEASURED_THRESHOLD if measured else 0.0)
-    if abs(after.value - before.value) <= tolerance * abs(before.value):
-        return "noise" if measured else "same"
-    if measured and METRICS[name].unit in _TIME_UNITS and _within_noise(name, left, right):
-        return "noise"
     better = METRICS[name].better
     if better == "neither":
         return "changed"
@@ -282,15 +356,21 @@ def _judge(
     return "better" if (after.value > before.value) == (better == "higher") else "worse"
 
 
-def _within_noise(name: str, left: Outcome, right: Outcome) -> bool:
-    """Whether the quartiles of the two runs overlap, or are unknown.
-
-    A speed (tokens/s) without quartiles of its own takes those of the step time that it is computed from.
-    """
-    overlaps = [_quartiles_overlap(left.figure(which), right.figure(which)) for which in (name, "step_time_s")]
-    first_known = next((overlap for overlap in overlaps if overlap is not None), None)
-    # Without quartiles on both sides the noise is unknown, so that a change is not reported as a regression.
-    return first_known is None or first_known
+def _decided(undecided: Sequence[_Undecided]) -> tuple[list[Change], list[str]]:
+    """The changes of measured times as their samples show them, and notes on what could not be shown."""
+    changes = []
+    too_few = 0
+    for (change, tolerance, _, of_time), found in zip(
+        undecided, noise.evidences([item.samples for item in undecided]), strict=True
+    ):
+        evidence = found.inverted() if of_time else found
+        too_few += not evidence.enough
+        judgement = change.judgement if evidence.shows_change(tolerance) else "noise"
+        changes.append(change._replace(judgement=judgement, evidence=evidence))
+    if not too_few:
+        return changes, []
+    what = f"{too_few} times have too few samples to show a change (3 and 3 cannot, whatever they are)"
+    return changes, [f"{what}: measure with `protocol: {{steps: 5}}` or more"]
 
 
 def _quartiles_overlap(before: Figure | None, after: Figure | None) -> bool | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import CELLS_FAILED, DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET
+from meftbench.escapes import one_line
 from meftbench.records.outcome import Figure, Outcome, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.units import format_bytes
@@ -89,7 +90,7 @@ class Verdict:
     def text(self) -> str:
         """`file:line: label: metric value (source) is over max ...`; one line, whatever the label holds."""
         place = f"{self.file}:{self.line}: {self.label}: {self.metric}"
-        return " ".join(f"{place} {self.message}".split())
+        return one_line(f"{place} {self.message}")
 
 
 def judge(

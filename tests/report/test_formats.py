@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from meftbench.report.render import verdicts as verdict_formats
+from meftbench.report.render.comparisons import comparison_github
 from meftbench.verdicts.compare import Change, Comparison
 from meftbench.verdicts.judge import Verdict
 
@@ -21,7 +22,7 @@ def a_verdict(state="over", value=11, bound=10, **fields):
     return Verdict(state=state, value=value, bound=bound, **(given | fields))
 
 
-def test_github_annotations_are_nine_and_a_rest():
+def test_github_annotations_are_ten_at_most():
     """GitHub shows ten of a kind: the tenth says how many more there are."""
     lines = verdict_formats.verdicts_github([a_verdict(value=30 - i) for i in range(12)]).splitlines()
 
@@ -121,7 +122,7 @@ def test_comparison_annotations_name_only_what_is_worse():
     """A better number needs no annotation."""
     changes = [Change("m", "c", "activation_peak_bytes", j, "counted", 1, 2) for j in ("worse", "better")]
 
-    text = verdict_formats.comparison_github(Comparison(changes, [], [], 1, []))
+    text = comparison_github(Comparison(changes, [], [], 1, []))
 
     assert [
         "::error title=regressed::worse: m: activation_peak_bytes 1 B -> 2 B counted (+1 B, +100.00%25)",

@@ -8,7 +8,7 @@ import pytest
 
 from builders import MiB, a_record, a_run, measured, step_time
 from meftbench.errors import UserError
-from meftbench.report.render.verdicts import comparison_text
+from meftbench.report.render.comparisons import comparison_text
 from meftbench.verdicts.compare import compare, exit_code
 
 ACTIVATION = "activation_peak_bytes"

@@ -1,4 +1,4 @@
-"""Verdicts and comparisons for machines: JSON, GitHub annotations, Markdown, JUnit (docs/measuring.md 3)."""
+"""Verdicts as text, JSON, GitHub annotations, Markdown and JUnit (docs/measuring.md 3), and what comparisons share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from meftbench.escapes import one_line, visible
 from meftbench.records.outcome import said
-from meftbench.verdicts.compare import Change, Comparison
 from meftbench.verdicts.judge import STATES, State, Verdict
 
-# GitHub shows 10 annotations of a kind for a step; the tenth says how many more there are.
-_SHOWN = 9
+# GitHub shows 10 annotations of a kind for a step; where there are more, the tenth says how many.
+SHOWN = 10
 _SUMMARY_ROWS = 200
 # GitHub refuses the whole upload where a step's summary is above 1 MiB.
 _SUMMARY_BYTES = 1_000_000
@@ -45,7 +45,7 @@ def verdicts_summary(verdicts: Sequence[Verdict]) -> str:
         return line
     least = min(held, key=lambda v: (v.headroom or 0) / abs(v.bound or 1))
     room = f"{said(least.headroom or 0, least.unit)} ({(least.headroom or 0) / abs(least.bound or 1):.1%}"
-    return f"{line}; least headroom {room}, {least.source}) in {least.metric} of {' '.join(least.label.split())}"
+    return f"{line}; least headroom {room}, {least.source}) in {least.metric} of {one_line(least.label)}"
 
 
 def verdicts_json(verdicts: Sequence[Verdict]) -> str:
@@ -59,11 +59,11 @@ def _verdict_content(verdict: Verdict) -> dict[str, Any]:
     return (
         content
         | {"file": str(verdict.file), "unit": verdict.unit, "fails": verdict.fails}
-        | {key: _finite(value) for key, value in numbers.items()}
+        | {key: finite(value) for key, value in numbers.items()}
     )
 
 
-def _finite(value: float | None) -> float | str | None:
+def finite(value: float | None) -> float | str | None:
     """The value for JSON, which has no infinity and NaN: they become the words that records use."""
     if value is None or math.isfinite(value):
         return value
@@ -71,15 +71,16 @@ def _finite(value: float | None) -> float | str | None:
 
 
 def verdicts_github(verdicts: Sequence[Verdict]) -> str:
-    """Workflow commands: the nine worst errors and warnings, "and N more", then the summary line."""
+    """Workflow commands: the worst errors and warnings, ten of each at most, "and N more", then the summary line."""
     errors = [verdict for verdict in verdicts if verdict.fails]
     warnings = [verdict for verdict in verdicts if not verdict.fails and not verdict.silent]
     lines = []
     for kind, shown in (("error", errors), ("warning", warnings)):
-        lines += [_annotation(kind, v.file, v.line, _TITLES[v.state], v.text()) for v in shown[:_SHOWN]]
-        if len(shown) > _SHOWN:
-            rest = f"and {len(shown) - _SHOWN} more, see the summary"
-            lines.append(_annotation(kind, shown[0].file, 1, "budgets", rest))
+        texts = [annotation(kind, v.file, v.line, _TITLES[v.state], v.text()) for v in shown[:SHOWN]]
+        if len(shown) > SHOWN:
+            rest = f"and {len(shown) - SHOWN + 1} more, see the summary"
+            texts[-1] = annotation(kind, shown[0].file, 1, "budgets", rest)
+        lines += texts
     return "\n".join([*lines, verdicts_summary(verdicts)])
 
 
@@ -115,7 +116,7 @@ def verdicts_markdown(verdicts: Sequence[Verdict]) -> str:
         for v in verdicts
     ]
     head = ("verdict", "cell", "metric", "value", "bound", "headroom", "budget")
-    return f"{_escaped_markdown(verdicts_summary(verdicts))}\n\n{markdown_table(head, rows)}"
+    return f"{escaped_markdown(verdicts_summary(verdicts))}\n\n{markdown_table(head, rows)}"
 
 
 def _signed(value: float, unit: str) -> str:
@@ -158,30 +159,25 @@ class Case:
 
 def junit(suite: str, cases: Sequence[Case]) -> str:
     """The cases as JUnit XML, with the numbers of failures, errors and skipped ones."""
-    root = ElementTree.Element("testsuite", name=_xml_text(suite), tests=str(len(cases)))
+    root = ElementTree.Element("testsuite", name=visible(suite), tests=str(len(cases)))
     tally = {"failure": 0, "error": 0, "skipped": 0}
     for case in cases:
-        where = {key: _xml_text(value) for key, value in case.place.items()}
+        where = {key: visible(value) for key, value in case.place.items()}
         attributes = {
-            "classname": _xml_text(suite),
-            "name": _xml_text(case.name),
+            "classname": visible(suite),
+            "name": visible(case.name),
             "time": f"{case.seconds:.3f}",
         } | where
         element = ElementTree.SubElement(root, "testcase", attributes)
         properties = ElementTree.SubElement(element, "properties")
         for name, value in case.properties.items():
-            ElementTree.SubElement(properties, "property", name=name, value=_xml_text(value))
+            ElementTree.SubElement(properties, "property", name=name, value=visible(value))
         if case.tag:
-            ElementTree.SubElement(element, case.tag, message=_xml_text(case.message), type=case.kind)
+            ElementTree.SubElement(element, case.tag, message=visible(case.message), type=case.kind)
             tally[case.tag] += 1
     root.attrib.update(failures=str(tally["failure"]), errors=str(tally["error"]), skipped=str(tally["skipped"]))
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode")
-
-
-def _xml_text(text: str) -> str:
-    """The text without the control characters that XML 1.0 does not allow."""
-    return "".join(char for char in text if char in "\t\n\r" or ord(char) >= 32)
 
 
 VERDICT_FORMATS: dict[str, Callable[[Sequence[Verdict]], str]] = {
@@ -197,81 +193,33 @@ def render_verdicts(verdicts: Sequence[Verdict], format_: str, suite: str) -> st
     return verdicts_junit(verdicts, suite) if format_ == "junit" else VERDICT_FORMATS[format_](verdicts)
 
 
-# --- comparisons ---
-
-
-def comparison_text(comparison: Comparison, only_changed: bool = False) -> str:
-    """Notes, one line per change with the worst first, the cells that only one run has, and a summary."""
-    lines = [change.text() for change in comparison.shown(only_changed)]
-    lines += [f"only in the first: {' '.join(label.split())}" for label in comparison.only_first]
-    lines += [f"only in the second: {' '.join(label.split())}" for label in comparison.only_second]
-    return "\n".join([*(f"note: {note}" for note in comparison.notes), *lines, comparison.summary()])
-
-
-def comparison_json(comparison: Comparison, only_changed: bool = False) -> str:
-    """The comparison as one JSON object; the worst changes first, values in the metric's unit."""
-    changes = [_change_content(change) for change in comparison.shown(only_changed)]
-    rest = {key: value for key, value in vars(comparison).items() if key != "changes"}
-    content = rest | {"counts": comparison.counts(), "changes": changes}
-    return json.dumps(content, indent=2, ensure_ascii=False)
-
-
-def _change_content(change: Change) -> dict[str, Any]:
-    numbers = {"before": change.before, "after": change.after, "delta": change.delta, "share": change.share}
-    return vars(change) | {key: _finite(value) for key, value in numbers.items()}
-
-
-def comparison_github(comparison: Comparison, only_changed: bool = False) -> str:
-    """Workflow commands: the nine worst regressions as errors, "and N more", then the summary line."""
-    worse = [change for change in comparison.changes if change.judgement == "worse"]
-    lines = [_annotation("error", None, None, "regressed", change.text()) for change in worse[:_SHOWN]]
-    if len(worse) > _SHOWN:
-        lines.append(_annotation("error", None, None, "regressed", f"and {len(worse) - _SHOWN} more, see the summary"))
-    return "\n".join([*lines, comparison.summary()])
-
-
-def comparison_markdown(comparison: Comparison, only_changed: bool = False) -> str:
-    """A table of the worst 200 changes under the summary line."""
-    rows = [(c.judgement, c.label, c.metric, c.numbers()) for c in comparison.shown(only_changed)]
-    table = markdown_table(("", "cell", "metric", "before -> after"), rows)
-    notes = "".join(f"\n\n{_escaped_markdown(note)}" for note in comparison.notes)
-    return f"{_escaped_markdown(comparison.summary())}{notes}\n\n{table}"
-
-
-COMPARISON_FORMATS: dict[str, Callable[[Comparison, bool], str]] = {
-    "text": comparison_text,
-    "json": comparison_json,
-    "github": comparison_github,
-    "markdown": comparison_markdown,
-}
-
-
 # --- shared ---
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table of at most 200 rows; texts in `rows` are escaped, so that none ends its cell or is markup."""
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    lines += [f"| {' | '.join(_escaped_markdown(value) for value in row)} |" for row in rows[:_SUMMARY_ROWS]]
+    lines += [f"| {' | '.join(escaped_markdown(value) for value in row)} |" for row in rows[:_SUMMARY_ROWS]]
     if len(rows) > _SUMMARY_ROWS:
         lines.append(f"\nand {len(rows) - _SUMMARY_ROWS} more")
     return "\n".join(lines)
 
 
-def _escaped_markdown(text: str) -> str:
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for char in "\\`*_|[]":
+def escaped_markdown(text: str) -> str:
+    """The text on one line, of which nothing is markup: neither Markdown nor HTML, nor the end of a table's cell."""
+    escaped = one_line(text)
+    for char in "\\`*_|[]~$":
         escaped = escaped.replace(char, "\\" + char)
-    return " ".join(escaped.split())
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _annotation(kind: str, file: Path | None, line: int | None, title: str, message: str) -> str:
+def annotation(kind: str, file: Path | None, line: int | None, title: str, message: str) -> str:
     where = "" if file is None else f"file={_escaped_property(str(file))},line={line},"
     return f"::{kind} {where}title={_escaped_property(title)}::{_escaped_data(message)}"
 
 
 def _escaped_data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return visible(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _escaped_property(text: str) -> str:
@@ -285,7 +233,7 @@ def append_step_summary(markdown: str, title: str) -> None:
         return
     file = Path(name)
     room = _SUMMARY_BYTES - (file.stat().st_size if file.exists() else 0)
-    text = _cut(f"## {_escaped_markdown(title)}\n\n{markdown}\n\n".splitlines(keepends=True), room)
+    text = _cut(f"## {escaped_markdown(title)}\n\n{markdown}\n\n".splitlines(keepends=True), room)
     if text:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(text)

@@ -1,0 +1,59 @@
+"""Text from records, files and messages, made safe to show: one place for every kind of output.
+
+A run may come from somebody else's pull request, so its labels and messages may hold anything: escape sequences that
+recolour a terminal or move its cursor, marks that reverse the order of letters, formulas for spreadsheets, and markup.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# White space that is kept beside spaces.
+_SEPARATORS = frozenset("\n\t")
+_FORMULA = re.compile(r"[=+\-@\t\r]")
+
+
+def visible(text: str) -> str:
+    """The text with every control, formatting and unassigned character shown as an escape, such as `\\x1b`, `\\u202e`.
+
+    Those are the characters that a terminal or a browser acts on without showing them: escape sequences, carriage
+    returns, marks of writing direction, zero-width characters. Line ends, tabs and all kinds of spaces are kept.
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if _is_shown(sign) else _escape(sign) for sign in text)
+
+
+def one_line(text: str) -> str:
+    """The text as `visible` shows it, on one line: runs of white space are one space."""
+    if text.isprintable() and "  " not in text and text == text.strip():
+        return text
+    return " ".join(visible(text.replace("\r\n", "\n")).split())
+
+
+def spreadsheet_text(text: str) -> str:
+    """The text as a field of a CSV file that no spreadsheet takes for a formula: `'=1+1`.
+
+    A number stays as it is. Source: OWASP, "CSV Injection".
+    """
+    if not _FORMULA.match(text) or _is_number(text):
+        return text
+    return f"'{text}"
+
+
+def _is_shown(sign: str) -> bool:
+    return sign.isprintable() or sign in _SEPARATORS or unicodedata.category(sign) == "Zs"
+
+
+def _escape(sign: str) -> str:
+    code = ord(sign)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
