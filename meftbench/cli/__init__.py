@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from meftbench.cli import (
     export,
     finetune,
     fit,
+    init,
     inspect,
     listing,
     plan,
@@ -30,6 +32,7 @@ from meftbench.cli import (
 )
 from meftbench.cli.streams import abandon_stdout, encode_anything, flush
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
+from meftbench.escapes import one_line
 
 EXIT_CODES = """
 Exit codes: 0 done, budgets held · 1 over budget or regressed · 2 usage, unreadable or invalid input ·
@@ -58,6 +61,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune.finetune,
     "validate": validate.validate,
     "export": export.export,
+    "init": init.init,
     "inspect": inspect.inspect,
     "list": listing.list_,
     "doctor": doctor.doctor,
@@ -110,6 +114,9 @@ _ClickException: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. A UserError is printed as one line; a traceback means a bug (exit 70)."""
+    # Records and comparisons of large runs are millions of objects without reference cycles. By default Python would
+    # search all of them for cycles again and again, which took more than half of the time.
+    gc.set_threshold(200_000, 20, 100)
     sys.exit(_exit_code(arguments))
 
 
@@ -121,11 +128,11 @@ def _exit_code(arguments: list[str] | None) -> int:
         flush()
         return outcome if isinstance(outcome, int) else 0
     except UserError as error:
-        print(f"meftbench: {error}", file=sys.stderr)
+        print(f"meftbench: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except _ClickException as error:
         # Some of the messages come from pydantic, with this prefix.
-        message = " ".join(error.format_message().replace("Value error, ", "").split())  # type: ignore[attr-defined]
+        message = one_line(error.format_message().replace("Value error, ", ""))  # type: ignore[attr-defined]
         print(f"meftbench: {message.rstrip('.')}; see `meftbench --help`", file=sys.stderr)
         return INVALID
     except (KeyboardInterrupt, typer.Abort):
@@ -142,7 +149,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         return 0
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print(f"meftbench: {error.filename}: is too long for a path; give a shorter one", file=sys.stderr)
+            print(f"meftbench: {one_line(str(error.filename))}: is too long for a path; give a shorter one", file=sys.stderr)
             return INVALID
         if error.errno not in _CANNOT_WRITE or error.filename is not None:
             return _bug()
