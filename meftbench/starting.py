@@ -74,8 +74,8 @@ class Start:
         grid |= {"method": [cell.method_label for cell in self.cells]}
         grid |= {"batch_size": cell.batch_size, "sequence_length": cell.sequence_length}
         lines = [
-            "# Written by `meftbench init`. What is gated: these methods at the shape that is trained. Memory is counted:",
-            "# it is the same on every machine. `meftbench list schema` has every key.",
+            "# Written by `meftbench init`. What is gated: these methods at the shape that is trained. Memory is",
+            "# counted, so that it is the same on every machine. `meftbench list schema` has every key.",
             "schema: 1",
             f"name: {self.name}",
             f"budgets: {self.budgets_file.name}",

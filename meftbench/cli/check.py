@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from meftbench.cli.options import RunFolder, emit
-from meftbench.errors import UserError
-
-if TYPE_CHECKING:
-    from meftbench.records.store import Run
 
 
 class Format(StrEnum):
@@ -46,12 +41,16 @@ def check(
 ) -> None:
     """Hold RUN against its memory budgets.
 
+    Where a bound on memory is exceeded, it names the buffers that grew: since the run of --baseline, or of
+    `updated_from` in the budgets file; without either, the largest buffers at the peak.
+
     Exits 0 if all are held, 1 if one is exceeded (a cell that ran out of memory exceeds it), 3 if a bounded cell
     failed, 4 if a row is for another environment, 5 if a row matches no cell or a number is missing.
     """
     from meftbench.records.store import load_run, warn_if_torn
     from meftbench.report.render.verdicts import append_step_summary, render_verdicts, verdicts_markdown
-    from meftbench.verdicts.budgets import load_budgets
+    from meftbench.verdicts.budgets import budgets_file, load_budgets
+    from meftbench.verdicts.explain import exceeded, explained
     from meftbench.verdicts.judge import exit_code, judge
     from meftbench.verdicts.update import updated
 
@@ -65,23 +64,9 @@ def check(
         return
     baseline_run = load_run(baseline) if baseline else None
     verdicts = judge(loaded, budgets, baseline_run, missing.value if missing else None)
+    if exceeded(verdicts):
+        verdicts = explained(verdicts, loaded, baseline_run or _updated_from(budgets, loaded))
     emit(render_verdicts(verdicts, Format.json if as_json else format_, loaded.name), output)
     if format_ is Format.github:
         append_step_summary(verdicts_markdown(verdicts), f"Memory budgets of {loaded.name}")
     raise typer.Exit(exit_code(verdicts))
-
-
-def budgets_file(run: Run) -> Path:
-    """The budgets file that the suite names, if it still exists, else the copy of it in the run folder.
-
-    The file itself comes first, since annotations name it and --update has to change it.
-    Raises UserError: there is neither.
-    """
-    from meftbench.records.store import BUDGETS
-
-    path = run.suite.get("budgets")
-    if path and Path(str(path)).is_file():
-        return Path(os.path.relpath(str(path))) if Path(str(path)).is_relative_to(Path.cwd()) else Path(str(path))
-    if (run.path / BUDGETS).is_file():
-        return run.path / BUDGETS
-    raise UserError(str(run.path), "its suite names no budgets", "name a file with --budget")

@@ -26,6 +26,7 @@ from meftbench.cli.options import (
     Setting,
     pairs,
     progress,
+    say_next,
 )
 from meftbench.errors import UserError, unknown
 from meftbench.plan.defaults import PROFILE
@@ -43,6 +44,7 @@ class Format(StrEnum):
     github_action_benchmark = "github-action-benchmark"
     bmf = "bmf"
     pytorch_v3 = "pytorch-v3"
+    badge = "badge"
     memory_viz = "memory_viz"
     timeline = "timeline"
 
@@ -93,6 +95,7 @@ def export(
 
     export RUN [CELL...] --format csv|json|parquet|junit: a row or a test case a cell.
     export RUN [CELL...] --format github-action-benchmark|bmf|pytorch-v3: for trackers.
+    export RUN --format badge: whether its budgets hold, as JSON from which shields.io draws a badge.
     export RUN [CELL...] --format memory_viz|timeline: the cells, predicted again.
     export MODEL METHOD... --batch-size N --sequence-length N: predicted, without a run.
 
@@ -116,6 +119,8 @@ def export(
         loaded = _selected_run(Path(what), which or [])
         if format_ not in _PREDICTED:
             _write_run(loaded, format_ or Format.csv, output, metric)
+            if output is not None and str(output) != "-":
+                say_next(("report", what), ("show", what))
         else:
             run_profile, cells, conf = _cells_on_profile(loaded, profile)
             check_allowed({}, cells, allow_code)
@@ -236,6 +241,7 @@ def _write_predicted(
         file = _with_folder(output or Path("snapshot.pickle"))
         ask("export", request | {"snapshot": str(file.absolute())}, tell, allow_code)
         print(f"{file}: drop it on https://pytorch.org/memory_viz")
+        say_next(("inspect", file))
         return
     file = _with_folder(output or Path("timeline"))
     name = file.stem if file.suffix in (".png", ".svg") else file.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
-from meftbench.errors import unknown
+from meftbench.errors import UserError, unknown
 from meftbench.plan.cell import Cell
 from meftbench.records.outcome import Outcome
+from meftbench.records.store import BUDGETS, Run
 from meftbench.strict_yaml import Document, FaultAtError, read, validated
 from meftbench.units import parse_bytes
 
@@ -35,7 +37,8 @@ class Increase:
 
     def above(self, baseline: float) -> float:
         """The largest value within the bound, in the unit of `baseline`."""
-        grown = baseline * (1 + self.share) if self.share else baseline
+        # Rounding must not put the bound below the baseline, which is within it: counts of bytes above 2^53 are no floats.
+        grown = max(baseline, baseline + abs(baseline) * self.share) if self.share else baseline
         return grown + self.amount
 
 
@@ -126,7 +129,7 @@ class Row(_Strict):
     when: dict[str, Any] = {}
     environment: str | None = None
     expires: Annotated[datetime.date | None, BeforeValidator(_date)] = None
-    reason: str | None = None
+    reason: Annotated[str, Field(pattern=r"\S")] | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Row:
@@ -154,20 +157,29 @@ class Row(_Strict):
 
 
 class BudgetsFile(_Strict):
-    """The keys of a budgets file."""
+    """The keys of a budgets file.
+
+    updated_from: the run that the bounds are from, relative to the file. `check --update` sets it where it stands in the
+        file; `check` then says what grew since that run where a bound is exceeded.
+    """
 
     schema_: Literal[1] = Field(alias="schema")
     default: Default = Default()
     budgets: list[Row] = Field(min_length=1)
+    updated_from: str | None = None
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """A budgets file that was read and checked: its rows in order, and the line of each."""
+    """A budgets file that was read and checked: its rows in order, and the line of each.
+
+    updated_from: as in the file, the folder of the run that the bounds are from; None where the file does not say.
+    """
 
     document: Document
     default: Default
     rows: list[Row]
+    updated_from: Path | None = None
 
     @property
     def file(self) -> Path:
@@ -201,7 +213,22 @@ def load_budgets(file: Path | str) -> Budgets:
         for name in row.when:
             if name not in _FIELDS:
                 raise unknown(document.where((*path, "when", name), key=True), "cell field", name, _FIELDS)
-    return Budgets(document, parsed.default, parsed.budgets)
+    updated_from = document.file.parent / parsed.updated_from if parsed.updated_from else None
+    return Budgets(document, parsed.default, parsed.budgets, updated_from)
+
+
+def budgets_file(run: Run, cure: str = "name a file with --budget") -> Path:
+    """The budgets file that the suite names, if it still exists, else the copy of it in the run folder.
+
+    The file itself comes first, since annotations name it and --update has to change it.
+    cure: for the message where there is neither, which raises UserError.
+    """
+    path = run.suite.get("budgets")
+    if path and Path(str(path)).is_file():
+        return Path(os.path.relpath(str(path))) if Path(str(path)).is_relative_to(Path.cwd()) else Path(str(path))
+    if (run.path / BUDGETS).is_file():
+        return run.path / BUDGETS
+    raise UserError(str(run.path), "its suite names no budgets", cure)
 
 
 def glob(pattern: str) -> re.Pattern[str]:

@@ -268,3 +268,35 @@ def test_a_folder_that_may_not_be_written_is_one_line(cli, run, tmp_path):
         code, _, err = cli("export", run, *given)
         assert (2, 1) == (code, len(err.splitlines()))
         assert "choose another with -o/--output" in err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message", "color"),
+    [
+        ([f"{PEAK}, max: 5"], "1 budget held", "brightgreen"),
+        ([f"{PEAK}, max: 5", "ooms, max: 0"], "1 of 2 budgets over", "red"),
+        ([f"{PEAK}, max: 5", "ooms, max: 2, warn: 0"], "2 budgets held, 1 near or waived", "yellow"),
+        ([f"{PEAK}, max: 9, environment: h200"], "1 of 1 budget not measured", "orange"),
+        (["alloc_retries, max: 0, missing: ignore"], "1 of 1 budget not measured", "orange"),
+    ],
+)
+def test_a_badge_says_whether_budgets_hold(tmp_path, cli, rows, message, color):
+    """The four keys that shields.io reads."""
+    lines = [f"  - {{match: '*', metric: {row}}}" for row in rows]
+    (tmp_path / "b.yaml").write_text("\n".join(["schema: 1", "budgets:", *lines]))
+    a_run(tmp_path / "run", a_record(metrics={PEAK: 5, "ooms": 1}), budgets=str(tmp_path / "b.yaml"))
+
+    code, out, _ = cli("export", tmp_path / "run", "--format", "badge")
+
+    assert 0 == code
+    assert {"schemaVersion": 1, "label": "memory", "message": message, "color": color} == json.loads(out)
+
+
+def test_a_badge_of_a_run_without_budgets(tmp_path, cli):
+    a_run(tmp_path / "run", a_record(metrics={PEAK: 5}))
+
+    code, out, err = cli("export", tmp_path / "run", "--format", "badge", "-o", tmp_path / "badge.json")
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+    assert "its suite names no budgets; write `budgets: FILE` into the suite, and run it" in err
+    assert not (tmp_path / "badge.json").exists()

@@ -20,7 +20,9 @@ from meftbench.records.outcome import Figure, Outcome, as_number, outcomes
 from meftbench.records.store import Run
 from meftbench.report.render.verdicts import Case, junit
 from meftbench.report.results import as_csv, detail_of, frame_of
+from meftbench.verdicts.budgets import budgets_file, load_budgets
 from meftbench.verdicts.environment import machine
+from meftbench.verdicts.judge import exit_code, judge
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -154,8 +156,30 @@ def pytorch_v3(run: Run, metrics: Sequence[str]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
+def badge(run: Run) -> str:
+    """Whether the run holds its suite's budgets, as JSON from which shields.io draws a badge.
+
+    Raises UserError: the suite names no budgets. Source: shields.io/badges/endpoint-badge.
+    """
+    budgets = load_budgets(budgets_file(run, "write `budgets: FILE` into the suite, and run it"))
+    verdicts = judge(run, budgets)
+    all_budgets = f"{len(verdicts)} budget{'s' * (len(verdicts) != 1)}"
+    over = sum(verdict.state in ("over", "oom") for verdict in verdicts)
+    unknown = sum(verdict.fails for verdict in verdicts) - over
+    near = sum(verdict.state in ("warned", "waived") for verdict in verdicts)
+    if over:
+        message, color = f"{over} of {all_budgets} over", "red"
+    elif unknown or exit_code(verdicts):
+        message, color = f"{unknown or len(verdicts)} of {all_budgets} not measured", "orange"
+    elif near:
+        message, color = f"{all_budgets} held, {near} near or waived", "yellow"
+    else:
+        message, color = f"{all_budgets} held", "brightgreen"
+    return json.dumps({"schemaVersion": 1, "label": "memory", "message": message, "color": color})
+
+
 # Functions by the value of `export --format`: the text of a whole run, and of chosen metrics of a run.
-WHOLE: dict[str, Callable[[Run], str]] = {"csv": run_csv, "json": run_json, "junit": run_junit}
+WHOLE: dict[str, Callable[[Run], str]] = {"csv": run_csv, "json": run_json, "junit": run_junit, "badge": badge}
 OF_METRICS: dict[str, Callable[[Run, Sequence[str]], str]] = {"bmf": bencher_metric_format, "pytorch-v3": pytorch_v3}
 
 
