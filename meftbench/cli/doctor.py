@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meftbench.cli.options import Quiet, progress
+from meftbench.cli.options import Quiet, progress, say_next
 from meftbench.errors import UserError
 
 NEEDED = ("torch", "transformers", "peft", "safetensors")
@@ -37,11 +37,13 @@ def doctor(
 
         profile = write_profile(out, device, threads, progress(quiet))
         print(json.dumps(profile, ensure_ascii=False) if as_json else _calibrated(out, profile))
+        say_next(("plan", "MODEL", "--profile", out), as_json=as_json)
         return
     if given := [name for name, value in (("--device", device), ("--threads", threads)) if value is not None]:
         raise UserError(f"doctor {given[0]}", "only measuring takes it", "add --calibrate, or leave it out")
     result = findings()
     print(json.dumps(result, indent=2, ensure_ascii=False, default=str) if as_json else rendered(result))
+    say_next(("run", "smoke"), ("doctor", "--calibrate"), ("list", "suites"), as_json=as_json)
 
 
 def _calibrated(out: Path, profile: dict[str, Any]) -> str:

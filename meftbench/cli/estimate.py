@@ -29,6 +29,7 @@ from meftbench.cli.options import (
     pairs,
     progress,
     say,
+    say_next,
 )
 from meftbench.errors import DONE, OVER_BUDGET
 from meftbench.plan.defaults import PROFILE
@@ -90,6 +91,9 @@ def estimate(
 
     answer = prediction.to_json()
     say(answer, as_json, printed)
+    if answer["fits"]:  # else `next_steps` has said what to try
+        chosen = () if profile is None else ("--profile", profile)
+        say_next(("fit", model, *chosen), ("plan", model, *chosen), as_json=as_json)
     raise typer.Exit(OVER_BUDGET if fail_if_too_big and not answer["fits"] else DONE)
 
 

@@ -26,6 +26,7 @@ from meftbench.cli.options import (
     pairs,
     progress,
     say,
+    say_next,
 )
 from meftbench.errors import UserError
 from meftbench.plan.defaults import FITTED_METHODS
@@ -93,6 +94,9 @@ def fit(
     if out is not None:
         write_fit(answer, out)
         progress(quiet)(f"{out}: written")
+    of_card = ("--memory", memory[0].split()[0]) if memory and memory[0].split() else ()
+    chosen = () if profile is None else ("--profile", profile)
+    say_next(("plan", model, *of_card, *chosen), as_json=as_json)
 
 
 def _sizes(text: str) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from meftbench.cli.estimate import folded
-from meftbench.cli.options import AsJson, Quiet, progress
+from meftbench.cli.options import AsJson, Quiet, progress, say_next
 from meftbench.errors import UserError
 
 # Named and not imported here: it runs in a process of its own, with a limit on its memory, and needs no torch.
@@ -59,6 +59,8 @@ def inspect(
 
         _write(output, snapshot_picture(answer, kind))
         progress(quiet)(f"{output}: written")
+    shape = ("--batch-size", "N", "--sequence-length", "N")
+    say_next(("validate", snapshot, "MODEL", "METHOD", *shape), as_json=as_json)
 
 
 def _kind_of(output: Path) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meftbench.cli.options import say_next
+
 if TYPE_CHECKING:
     from meftbench.catalogue.settings import Settings
 
@@ -36,6 +38,7 @@ def list_(
     for name, about in content.items():
         settings = " ".join(f"{key}={value}" for key, value in about.get("settings", {}).items())
         print(f"{name:<{width}}  {about['summary']}" + (f"\n{'':<{width}}  {settings}" if settings else ""))
+    say_next(_NEXT[kind])
 
 
 def methods() -> dict[str, Any]:
@@ -143,6 +146,17 @@ def schema() -> dict[str, Any]:
     content = SuiteFile.model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | content
 
+
+# What people do with a name of each listing.
+_NEXT: dict[Kind, tuple[str, ...]] = {
+    Kind.methods: ("estimate", "MODEL", "METHOD"),
+    Kind.models: ("plan", "MODEL", "--memory", "24GiB"),
+    Kind.optimizers: ("estimate", "MODEL", "METHOD", "--optimizer", "NAME"),
+    Kind.tasks: ("finetune", "MODEL", "METHOD", "TASK"),
+    Kind.suites: ("run", "SUITE", "--dry-run"),
+    Kind.metrics: ("show", "RUN", "CELL"),
+    Kind.profiles: ("estimate", "MODEL", "METHOD", "--profile", "NAME"),
+}
 
 LISTINGS = {
     Kind.methods: methods,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,31 @@ def say(answer: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]
         print(json.dumps(answer, ensure_ascii=False))
     else:
         printed(answer)
+
+
+def at_terminal() -> bool:
+    """Whether people look at the output: neither stdout nor stderr goes into a pipe or a file."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def say_next(*commands: tuple[str | Path, ...], as_json: bool = False) -> None:
+    """Say on stderr, at a terminal, what to type next: `next: meftbench report runs/a · meftbench show runs/a CELL`.
+
+    commands: the words behind `meftbench`, quoted for the shell where they need it, the likeliest first; capitals
+    stand for what the user fills in.  as_json: the output is one JSON object, and nothing is said.
+    Of several those are said that fit the width of the terminal, and always the first.
+    """
+    if as_json or not at_terminal():
+        return
+    line, width = "", shutil.get_terminal_size().columns
+    for words in commands:
+        typed_words = "meftbench " + shlex.join(map(str, words))
+        longer = f"{line} · {typed_words}" if line else f"next: {typed_words}"
+        if line and len(longer) > width:
+            break
+        line = longer
+    if line:
+        print(line, file=sys.stderr)
 
 
 def emit(text: str, output: Path | None) -> None:

@@ -24,6 +24,7 @@ from meftbench.cli.options import (
     pairs,
     progress,
     say,
+    say_next,
 )
 from meftbench.errors import DONE, OVER_BUDGET
 
@@ -112,6 +113,15 @@ def plan(
     say(answer, as_json, print_plan)
     if out is not None:
         progress(quiet)(f"{out}: {', '.join(write_plan(answer, out))} written")
+    chosen = () if profile is None else ("--profile", profile)
+    of_card = () if memory is None else ("--memory", memory)
+    if answer["fastest"] is None:
+        say_next(("plan", model, "--needs", *chosen), as_json=as_json)
+    elif out is not None:
+        say_next(("run", out / "answer.yaml", "--dry-run"), as_json=as_json)
+    else:
+        say_next(("plan", model, *of_card, *chosen, "--explain"), ("plan", model, *of_card, *chosen, "--out", "DIR"),
+                 as_json=as_json)  # fmt: skip
     if needs and memory is None:
         raise typer.Exit(DONE if any(entry["card"] for entry in answer["needs"]) else OVER_BUDGET)
     raise typer.Exit(DONE if answer["fastest"] is not None else OVER_BUDGET)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from meftbench.cli.options import RunFolder
+from meftbench.cli.options import RunFolder, say_next
 
 
 def show(
@@ -27,6 +27,10 @@ def show(
         records = find_records(loaded, cell) if cell else loaded.records
         print("\n".join(json.dumps(record.to_json(), ensure_ascii=False) for record in records))
     elif cell:
-        print_records(loaded, find_records(loaded, cell), traceback)
+        found = find_records(loaded, cell)
+        print_records(loaded, found, traceback)
+        failed = not traceback and any("traceback" in record.status_detail for record in found)
+        say_next(*([("show", run, cell, "--traceback")] if failed else []), ("show", run), ("report", run))
     else:
         print_summary(loaded)
+        say_next(("report", run), ("show", run, "CELL"), ("compare", run, "OTHER_RUN"))

@@ -24,6 +24,7 @@ from meftbench.cli.options import (
     Setting,
     pairs,
     progress,
+    say_next,
 )
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.defaults import PROFILE
@@ -140,6 +141,7 @@ def _run(
     if save:
         tell(f"{validation.save(loaded, result)}: written; `meftbench report {folder}` shows it")
     print(json.dumps(validation.as_json(result), ensure_ascii=False) if as_json else validation_text(result))
+    say_next(("report", folder) if save else ("validate", folder, "--save"), as_json=as_json)
 
 
 def _snapshot(
@@ -167,6 +169,7 @@ def _snapshot(
     found = validate_snapshot(file, recorded, ask("allocations", request, tell, allow_code), versions)
     text = "\n".join(folded(snapshot_validation_lines(found)))
     print(json.dumps(found.to_json(), ensure_ascii=False) if as_json else text)
+    say_next(("inspect", file), as_json=as_json)
 
 
 def _published(table: Path | None, as_json: bool) -> None:
@@ -190,3 +193,4 @@ def _published(table: Path | None, as_json: bool) -> None:
     if figures is None:
         lines.append("every figure is in meftbench's repository: --table reports/published/table.csv prints them")
     print("\n".join(folded(lines)))
+    say_next(("estimate", "MODEL", "METHOD"), ("list", "profiles"))
