@@ -149,7 +149,10 @@ def _exit_code(arguments: list[str] | None) -> int:
         return 0
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print(f"meftbench: {one_line(str(error.filename))}: is too long for a path; give a shorter one", file=sys.stderr)
+            print(
+                f"meftbench: {one_line(str(error.filename))}: is too long for a path; give a shorter one",
+                file=sys.stderr,
+            )
             return INVALID
         if error.errno not in _CANNOT_WRITE or error.filename is not None:
             return _bug()

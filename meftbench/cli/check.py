@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meftbench.cli.options import RunFolder, emit
+
+if TYPE_CHECKING:
+    from meftbench.records.store import Run
+    from meftbench.verdicts.budgets import Budgets
 
 
 class Format(StrEnum):
@@ -70,3 +74,16 @@ def check(
     if format_ is Format.github:
         append_step_summary(verdicts_markdown(verdicts), f"Memory budgets of {loaded.name}")
     raise typer.Exit(exit_code(verdicts))
+
+
+def _updated_from(budgets: Budgets, run: Run) -> Run | None:
+    """The run that the budgets were updated from; None where they do not say, it is gone, or it is `run` itself.
+
+    Raises UserError: it is there, and cannot be read.
+    """
+    from meftbench.records.store import SUITE, load_run
+
+    folder = budgets.updated_from
+    if folder is None or not (folder / SUITE).is_file():
+        return None
+    return None if folder.resolve() == run.path.resolve() else load_run(folder)

@@ -37,7 +37,7 @@ class Increase:
 
     def above(self, baseline: float) -> float:
         """The largest value within the bound, in the unit of `baseline`."""
-        # Rounding must not put the bound below the baseline, which is within it: counts of bytes above 2^53 are no floats.
+        # Rounding must not put the bound below the baseline: a count of bytes above 2^53 has no exact float.
         grown = max(baseline, baseline + abs(baseline) * self.share) if self.share else baseline
         return grown + self.amount
 
@@ -159,8 +159,8 @@ class Row(_Strict):
 class BudgetsFile(_Strict):
     """The keys of a budgets file.
 
-    updated_from: the run that the bounds are from, relative to the file. `check --update` sets it where it stands in the
-        file; `check` then says what grew since that run where a bound is exceeded.
+    updated_from: the run that the bounds are from, relative to the file. `check --update` sets it where the file has
+        it; `check` then says what grew since that run where a bound is exceeded.
     """
 
     schema_: Literal[1] = Field(alias="schema")

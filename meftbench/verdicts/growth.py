@@ -23,11 +23,15 @@ PEAKS = (
     "peak_reserved_bytes",
 )
 Kind = Literal["new", "larger", "smaller", "gone", "same"]
-# Buffers whose identity is the same by each of these keys in turn belong together: first all that is recorded, then
-# without the place, since functions are renamed, then without the shape, since shapes are what often grows.
+# Buffers that agree in one of these belong together; each in turn is tried on what is left. First all that is recorded;
+# then without the place, since functions are renamed; then without the shape, since shapes are what often grows. Sizes
+# come before, since several rows may agree in all else.
+_SAME = ("op", "shape", "dtype", "category")
 _KEYS: tuple[tuple[str, ...], ...] = (
-    ("op", "shape", "dtype", "category", "place"),
-    ("op", "shape", "dtype", "category"),
+    (*_SAME, "place", "bytes", "count"),
+    (*_SAME, "place"),
+    (*_SAME, "bytes", "count"),
+    _SAME,
     ("op", "category", "place"),
 )
 
@@ -115,7 +119,7 @@ def growth(before: Outcome, after: Outcome) -> Growth | None:
         first, second = before.figure(name), after.figure(name)
         if first and second and first.source == second.source and second.value > first.value:
             peaks[name] = (first.value, second.value)
-    categories, buffers = _categories(before, after), grown_buffers(before, after)
+    categories, buffers = changed_categories(before, after), grown_buffers(before, after)
     if not peaks or not (categories or buffers is not None):
         return None
     return Growth(after.label, after.cell_id, peaks, categories, buffers)
@@ -130,6 +134,17 @@ def grown_buffers(before: Outcome, after: Outcome) -> tuple[Part, ...] | None:
     if first is None or second is None:
         return None
     return _differing(_matched(first, second))
+
+
+def changed_categories(before: Outcome, after: Outcome) -> tuple[Part, ...]:
+    """The categories of which the bytes at the peak of the step differ, the largest growth first."""
+    parts = []
+    for name in BREAKDOWN:
+        first, second = before.figure(name), after.figure(name)
+        if first and second:
+            category = name.removesuffix("_bytes")
+            parts.append(Part(category, category, int(first.value), int(second.value)))
+    return _differing(parts)
 
 
 def listed_buffers(outcome: Outcome) -> list[dict[str, Any]] | None:
@@ -148,16 +163,6 @@ def largest_buffers(outcome: Outcome, category: str | None = None, most: int = 2
 def signed_bytes(count: float) -> str:
     """A difference in bytes with its sign: `+18.0 MiB`, `-1 B`."""
     return f"{'-' if count < 0 else '+'}{said(abs(count), 'byte')}"
-
-
-def _categories(before: Outcome, after: Outcome) -> tuple[Part, ...]:
-    parts = []
-    for name in BREAKDOWN:
-        first, second = before.figure(name), after.figure(name)
-        if first and second:
-            category = name.removesuffix("_bytes")
-            parts.append(Part(category, category, int(first.value), int(second.value)))
-    return _differing(parts)
 
 
 def _differing(parts: Iterable[Part]) -> tuple[Part, ...]:

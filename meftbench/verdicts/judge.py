@@ -41,6 +41,7 @@ class Verdict:
     value, bound: in the metric's unit; None where there is no value or no bound.
     limit: which bound: "max", "min", "warn" or "max_increase".
     message: what is wrong, without place and label; "" where held.
+    cause: what the memory above a bound consists of (verdicts/explain.py); "" where it is not known.
     missing: the policy for the states elsewhere, unmatched and missing.
     wall_s: seconds that the cell took, all repeats together.
     """
@@ -58,6 +59,7 @@ class Verdict:
     message: str = ""
     missing: Missing = "error"
     wall_s: float = 0.0
+    cause: str = ""
 
     @property
     def unit(self) -> str:
@@ -90,7 +92,7 @@ class Verdict:
     def text(self) -> str:
         """`file:line: label: metric value (source) is over max ...`; one line, whatever the label holds."""
         place = f"{self.file}:{self.line}: {self.label}: {self.metric}"
-        return one_line(f"{place} {self.message}")
+        return one_line(f"{place} {self.message}{f'; {self.cause}' if self.cause else ''}")
 
 
 def judge(
@@ -183,6 +185,7 @@ class _Case:
     def _against_bounds(self, outcome: Outcome, figure: Figure) -> Verdict:
         row, tolerance = self.row, self.budgets.tolerance(self.row, figure.source)
         bounds: list[tuple[str, float, float]] = []  # name, as written, with tolerance
+        start: float | None = None
         if row.max is not None:
             bounds.append(("max", row.max, _beyond(row.max, tolerance)))
         if row.min is not None:
@@ -195,7 +198,8 @@ class _Case:
             limit = row.max_increase.above(start)
             bounds.append(("max_increase", limit, limit))
         for name, written, limit in bounds:
-            if not _within(figure.value, name, limit):
+            unchanged = name == "max_increase" and figure.value != figure.value and start != start
+            if not _within(figure.value, name, limit) and not unchanged:
                 direction = "under" if name == "min" else "over"
                 message = _sentence(direction, figure, name, written, METRICS[row.metric].unit)
                 return self._waived(self._verdict(outcome, "over", figure, written, name, message))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +48,8 @@ class Update:
 
 
 def updated(run: Run, budgets: Budgets) -> Update:
-    """Set each `max` to the largest value of the cells that its row judges. Comments and all else stay as they are.
+    """Set each `max` to the largest value of the cells that its row judges, and `updated_from` to the run where the
+    file has it. Comments and all else stay as they are.
 
     A row stays as it is where a cell it judges did not end ok, lacks the metric, or where the row is waived.
     """
@@ -71,16 +74,25 @@ def updated(run: Run, budgets: Budgets) -> Update:
             kept.append(f"{budgets.file}:{budgets.line(index)}: kept: {why}")
         elif value != row.max:
             edits.append((*span, _yaml_number(value, METRICS[row.metric].unit)))
+    if place := spans.get(("updated_from",)):
+        # In double quotes JSON is YAML, whatever the path holds.
+        name = json.dumps(os.path.relpath(run.path, budgets.file.parent), ensure_ascii=False)
+        if budgets.updated_from is None or not _same_folder(budgets.updated_from, run.path):
+            edits.append((*place, name))
     after = before
     for start, end, text in sorted(edits, reverse=True):
         after = after[:start] + text + after[end:]
     return Update(budgets.file, before, after, kept)
 
 
+def _same_folder(first: Path, second: Path) -> bool:
+    return first.resolve() == second.resolve()
+
+
 def _largest(row: Row, cells: list[Outcome]) -> tuple[int | float | None, str]:
     """The largest value of `cells`, the new `max`; or None, and why the row has to stay as it is."""
     if row.expires is not None:
-        return None, f"it is waived until {row.expires} ({row.reason})"
+        return None, f"it has a waiver until {row.expires} ({row.reason})"
     if not cells:
         return None, NO_CELL
     values = []

@@ -75,9 +75,12 @@ _JSON: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "allow_nan": False}
 
 
 def _content(comparison: Comparison, only_changed: bool) -> dict[str, Any]:
-    rest = {key: value for key, value in vars(comparison).items() if key not in ("changes", "grown")}
-    return rest | {
+    first = {key: getattr(comparison, key) for key in ("first", "second", "differs", "notes")}
+    rest = {key: getattr(comparison, key) for key in ("cells", "only_first", "only_second")}
+    return {
+        **first,
         "counts": comparison.counts(),
+        **rest,
         "grown": [_growth_content(cell) for cell in comparison.grown],
         "changes": [_change_content(change) for change in comparison.shown(only_changed)],
     }
@@ -105,14 +108,17 @@ def _part_content(part: Part) -> dict[str, Any]:
 
 
 def comparison_github(comparison: Comparison, only_changed: bool = False) -> str:
-    """Workflow commands: the worst regressions as errors, ten at most, "and N more", then the summary line."""
+    """Workflow commands: a notice of what differs beside the numbers, the worst regressions as errors, ten at most,
+    "and N more", then the summary line."""
+    header = "; ".join([*comparison.notes, *comparison.differs])
+    notices = [annotation("notice", None, None, "the runs differ", one_line(header))] if header else []
     worse = [change for change in comparison.changes if change.judgement == "worse"]
     grown = {cell.cell_id: cell for cell in comparison.grown}
     lines = [annotation("error", None, None, "regressed", _with_largest(change, grown)) for change in worse[:SHOWN]]
     if len(worse) > SHOWN:
         rest = f"and {len(worse) - SHOWN + 1} more, see the summary"
         lines[-1] = annotation("error", None, None, "regressed", rest)
-    return "\n".join([*lines, comparison.summary()])
+    return "\n".join([*notices, *lines, comparison.summary()])
 
 
 def _with_largest(change: Change, grown: dict[str, Growth]) -> str:
