@@ -77,3 +77,74 @@ def test_formats(cli, pair):
     assert 10 * MiB == content["changes"][0]["delta"]
     assert cli("compare", *pair, "--format", "github")[1].startswith("::error title=regressed::worse: bert-base")
     assert "| worse |" in cli("compare", *pair, "--format", "markdown")[1]
+
+
+# --- several runs, and what comes first ---
+
+
+@pytest.fixture
+def three(tmp_path, pair):
+    """The pair, and a third run in which meft1 is smaller than in the first."""
+    records = [a_record(metrics={METRIC: 400 * MiB}), a_record(method="meft1", metrics={METRIC: 90 * MiB})]
+    return (*pair, a_run(tmp_path / "c", *records).path)
+
+
+def test_several_runs_are_columns_against_the_first(cli, three):
+    """A line for each cell and metric; one that no run changed is left out on request."""
+    code, out, _ = cli("compare", *three, "--only-changed")
+
+    assert 0 == code
+    assert [
+        f"first: {three[0]}",
+        f"run 2: {three[1]}",
+        f"run 3: {three[2]}",
+        "bert-base@random/meft1/b8/s128: activation_peak_bytes: "
+        "run 2 worse: 100.0 MiB -> 110.0 MiB counted (+10.0 MiB, +10.00%) | "
+        "run 3 better: 100.0 MiB -> 90.0 MiB counted (-10.0 MiB, -10.00%)",
+        "run 2: 2 cells in both runs: 1 worse, 1 same",
+        "run 3: 2 cells in both runs: 1 better, 1 same",
+    ] == out.splitlines()
+    assert "bert-base@random/full/b8/s128" in cli("compare", *three)[1]
+
+
+def test_several_runs_have_every_format_and_one_exit_code(cli, three):
+    """A regression in any of them is one."""
+    content = json.loads(cli("compare", *three, "--json")[1])
+
+    assert [str(path) for path in three[1:]] == [comparison["second"] for comparison in content["comparisons"]]
+    assert "| cell | metric |" in cli("compare", *three, "--format", "markdown")[1]
+    assert 1 == cli("compare", *three, "--format", "github")[1].count("::error")
+    assert 1 == cli("compare", *three, "--fail-on", "regression")[0]
+    assert 0 == cli("compare", three[0], three[2], three[2], "--fail-on", "regression")[0]
+
+
+def test_what_differs_beside_the_numbers_comes_first(cli, tmp_path):
+    """Software, machine and what was observed of cells, before any number."""
+    metrics = {METRIC: MiB}
+    first = a_run(tmp_path / "a", a_record(metrics=metrics, observed={"attention_used": "sdpa: math"}))
+    comparable = {"machine": "x86_64", "cpu": "a CPU", "cores": 2, "packages": {"torch": "2.14.0"}, "gpus": []}
+    second = a_run(
+        tmp_path / "b",
+        a_record(metrics=metrics, environment_id="environment-2", observed={"attention_used": "sdpa: flash"}),
+        environment={"comparable": comparable},
+    )
+
+    _, out, _ = cli("compare", first.path, second.path)
+
+    assert [
+        "differs: environment packages.torch: 2.13.0 | 2.14.0",
+        "differs: attention_used: sdpa: math | sdpa: flash (1 of 1 cells)",
+    ] == out.splitlines()[:2]
+    assert cli("compare", first.path, second.path, "--format", "github")[1].startswith("::notice title=the runs differ")
+    assert 2 == len(json.loads(cli("compare", first.path, second.path, "--json")[1])["differs"])
+
+
+def test_of_very_many_unchanged_numbers_some_are_listed(cli, tmp_path, monkeypatch):
+    """The summary counts all of them."""
+    monkeypatch.setattr("meftbench.report.render.comparisons._UNCHANGED_SHOWN", 2)
+    records = [a_record(batch_size=size, metrics={METRIC: MiB}) for size in (1, 2, 3, 4, 5)]
+    runs = [a_run(tmp_path / name, *records).path for name in ("a", "b")]
+
+    lines = cli("compare", *runs)[1].splitlines()
+
+    assert ["and 3 more that did not change (--json lists them)", "5 cells in both runs: 5 same"] == lines[2:]
