@@ -27,10 +27,10 @@ from meftbench.catalogue.probes import PROBES
 from meftbench.catalogue.profiles import PROFILES
 from meftbench.catalogue.tasks import TASKS
 from meftbench.cli import app
-from meftbench.plan.suite import SuiteFile
 from meftbench.records.store import load_run
 from meftbench.report.results import frame_of
 from meftbench.report.views.best import BEST_HEAD, all_best_levers
+from meftbench.schemas import FORMATS, schema_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"<!-- generated: (\w+) -->")
@@ -90,7 +90,43 @@ def metrics() -> str:
 
 def schema() -> str:
     """The JSON schema of a suite file."""
-    return f"```json\n{json.dumps(SuiteFile.model_json_schema(), indent=2, ensure_ascii=False)}\n```"
+    return f"```json\n{json.dumps(schema_of('suite'), indent=2, ensure_ascii=False)}\n```"
+
+
+def formats() -> str:
+    """The published formats, then the fields of each."""
+    parts = [table(("name", "of"), ((name, what) for name, (_, what) in FORMATS.items()))]
+    for name in FORMATS:
+        if name != "suite":  # it has a page
+            content = schema_of(name)
+            parts += [f"## {name}", str(content["description"]), *_fields(content)]
+            for part, of_part in content.get("$defs", {}).items():
+                parts += [f"### {name}: {part}", str(of_part.get("description", "")), *_fields(of_part)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _fields(content: dict[str, Any]) -> list[str]:
+    """The table of an object's fields; nothing of another type."""
+    required = content.get("required", [])
+    rows = [
+        (f"`{name}`", _type(of_field), "" if name in required else "optional", of_field.get("description", ""))
+        for name, of_field in content.get("properties", {}).items()
+    ]
+    return [table(("field", "type", "", "meaning"), rows)] if rows else []
+
+
+def _type(of_field: dict[str, Any]) -> str:
+    """The type of a field in words: `integer or null`, `list of Need`."""
+    if "anyOf" in of_field:
+        return " or ".join(map(_type, of_field["anyOf"]))
+    if "$ref" in of_field:
+        return str(of_field["$ref"]).rpartition("/")[2]
+    if values := of_field.get("enum", [of_field["const"]] if "const" in of_field else []):
+        return " or ".join(f"`{value}`" for value in values)
+    kind = str(of_field.get("type", "anything"))
+    if kind == "array" and isinstance(of_field.get("items"), dict):
+        return f"list of {_type(of_field['items'])}"
+    return {"array": "list"}.get(kind, kind)
 
 
 def catalogue() -> str:
@@ -129,6 +165,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "metrics": metrics,
     "schema": schema,
+    "formats": formats,
     "catalogue": catalogue,
     "memory": memory,
     "best": best,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meftbench.cli.options import say_next
+from meftbench.errors import UserError
+from meftbench.schemas import FOLDER, FORMATS, schema_of
 
 if TYPE_CHECKING:
     from meftbench.catalogue.settings import Settings
@@ -23,14 +25,27 @@ class Kind(StrEnum):
     metrics = "metrics"
     profiles = "profiles"
     schema = "schema"
+    schemas = "schemas"
 
 
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list; `schema` is the JSON Schema of a suite file.")],
+    kind: Annotated[
+        Kind,
+        typer.Argument(help="What to list. `schemas`: published formats; `schema NAME`: the one of that name."),
+    ],
+    name: Annotated[
+        str | None, typer.Argument(help="Of `schema`: a name of `list schemas`. Default: suite.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List methods, models, optimizers, suites, metrics or profiles, or print the JSON Schema of a suite file."""
-    content = LISTINGS[kind]()
+    """List what can be named: methods, models, optimizers, tasks, suites, metrics, device profiles.
+
+    `list schemas` lists the published formats, of files and of what commands print with --json; `list schema NAME`
+    prints the JSON Schema (draft 2020-12) of one.
+    """
+    if name is not None and kind is not Kind.schema:
+        raise UserError("list", f"{kind} takes no name, and {name!r} is given", f"write `meftbench list {kind}`")
+    content = schema_of(name or "suite") if kind is Kind.schema else LISTINGS[kind]()
     if as_json or kind is Kind.schema:
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return
@@ -139,12 +154,9 @@ def profiles() -> dict[str, Any]:
     }
 
 
-def schema() -> dict[str, Any]:
-    """JSON Schema of a suite file."""
-    from meftbench.plan.suite import SuiteFile
-
-    content = SuiteFile.model_json_schema(by_alias=True)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | content
+def schemas() -> dict[str, Any]:
+    """The published formats: what has each, and the file of its JSON Schema in the package."""
+    return {name: {"summary": what, "file": str(FOLDER / f"{name}.schema.json")} for name, (_, what) in FORMATS.items()}
 
 
 # What people do with a name of each listing.
@@ -156,6 +168,7 @@ _NEXT: dict[Kind, tuple[str, ...]] = {
     Kind.suites: ("run", "SUITE", "--dry-run"),
     Kind.metrics: ("show", "RUN", "CELL"),
     Kind.profiles: ("estimate", "MODEL", "METHOD", "--profile", "NAME"),
+    Kind.schemas: ("list", "schema", "NAME"),
 }
 
 LISTINGS = {
@@ -166,5 +179,5 @@ LISTINGS = {
     Kind.suites: suites,
     Kind.metrics: metrics,
     Kind.profiles: profiles,
-    Kind.schema: schema,
+    Kind.schemas: schemas,
 }
