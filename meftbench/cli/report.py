@@ -29,7 +29,7 @@ def report(
     Several runs go into one page, side by side.
     """
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.render.html import write_report
+    from meftbench.report.render.report import write_report
 
     loaded = [load_run(run) for run in runs]
     for run in loaded:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from meftbench.catalogue.metrics import METRICS
 from meftbench.units import GiB, MiB
 
-View = Literal["page", "markdown", "terminal"]
+View = Literal["page", "markdown", "terminal", "training"]
 
 
 def number(value: float | None, size: float) -> str:
@@ -71,6 +71,10 @@ def _milliseconds(value: float | None, _: float) -> str:
     return number(value, 1e-3)
 
 
+def _seconds(value: float | None, _: float) -> str:
+    return number(value, 1)
+
+
 def _speed(value: float | None, _: float) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
@@ -124,11 +128,12 @@ class Column:
 
 _ALL: frozenset[View] = frozenset(("page", "markdown", "terminal"))
 _WRITTEN: frozenset[View] = frozenset(("page", "markdown"))
+_TRAINING: frozenset[View] = frozenset(("training",))
 
 COLUMNS = (
-    Column("activation_peak_bytes", "activation", "bytes", _size, _ALL, "activation\n{bytes}"),
+    Column("activation_peak_bytes", "activation", "bytes", _size, _ALL | _TRAINING, "activation\n{bytes}"),
     Column("activation_gradients_bytes", "of it gradients", "bytes", _size, _ALL, "of it\ngrads", optional=True),
-    Column("peak_allocated_bytes", "peak", "bytes", _size, _ALL, "peak\n{bytes}"),
+    Column("peak_allocated_bytes", "peak", "bytes", _size, _ALL | _TRAINING, "peak\n{bytes}"),
     Column("step_time_s", "step", "ms", _milliseconds, _ALL, "step\nms"),
     Column("tokens_per_s", "tokens/s", "", _speed, _ALL, "tokens\n/s"),
     Column("reconstruction_rel_max", "recon. error", "", _error, _ALL),
@@ -136,7 +141,10 @@ COLUMNS = (
     Column("starting_point_shift", "start shift", "", _shift, _WRITTEN),
     Column("starting_loss", "start loss", "", _loss, _WRITTEN, optional=True),
     Column("pretrained_loss", "pre-trained", "", _loss, _WRITTEN, optional=True),
-    Column("parameters_trainable", "trained", "", _count, _ALL),
+    Column("score", "score", "", _shift, _TRAINING, optional=True),
+    Column("validation_loss", "validation loss", "", _loss, _TRAINING, optional=True),
+    Column("training_time_s", "time", "s", _seconds, _TRAINING, optional=True),
+    Column("parameters_trainable", "trained", "", _count, _ALL | _TRAINING),
 )
 BY_METRIC = {column.metric: column for column in COLUMNS}
 SHOWN = tuple(column.metric for column in COLUMNS if "terminal" in column.views and not column.optional)[:-1]

@@ -15,7 +15,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE, WORDS
 from meftbench.plan.training import Training
 from meftbench.records.outcome import Outcome, outcomes
-from meftbench.records.record import Record
+from meftbench.records.record import Record, StoredMetrics
 from meftbench.records.store import Run, write_whole
 from meftbench.verdicts.budgets import NOT_A_NUMBER
 
@@ -67,13 +67,12 @@ def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
     listed = [runs] if isinstance(runs, Run) else list(runs)
     names = run_names(listed)
     rows = [_row(name, outcome) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
-    present = {*_BASE, *(key for row in rows for key in row)}
+    columns = list(dict.fromkeys([*_BASE, *(key for row in rows for key in row)]))
     # A plot or table may ask for these of any run, also of one in which every cell failed.
     always = [f"{name}{part}" for name in _HEADLINE for part in ("", "_low", "_high", "_source")]
-    columns = list(dict.fromkeys([*_BASE, *(key for row in rows for key in row)]))
-    columns += [key for key in always if key not in present]
+    columns += [key for key in always if key not in {*columns}]
     # As objects: None (not taken) and nan (what was taken) are different answers, and counts stay whole numbers.
-    return DataFrame([{key: row.get(key) for key in columns} for row in rows], columns=columns, dtype=object)
+    return DataFrame({key: [row.get(key) for row in rows] for key in columns}, columns=columns, dtype=object)
 
 
 _HEADLINE = (
@@ -120,15 +119,36 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
     row |= {"levers": "+".join(parts_of(last.method_label)[2])}
     row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
     row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
-    for name in METRICS:
+    row |= _numbers(outcome)
+    return row
+
+
+# The columns beside each metric's own: composing the names for each cell would take a third of the time of a frame.
+_METRIC_COLUMNS = {name: (f"{name}_source", f"{name}_low", f"{name}_high") for name in METRICS}
+
+
+def _numbers(outcome: Outcome) -> dict[str, Any]:
+    """The columns of the cell's metrics, in the order of METRICS."""
+    row: dict[str, Any] = {}
+    only = outcome.records[0].metrics if len(outcome.records) == 1 and outcome.status == "ok" else None
+    stored = only if isinstance(only, StoredMetrics) else None
+    recorded = {name for record in outcome.records for name in record.metrics}
+    for name, (source_column, low_column, high_column) in _METRIC_COLUMNS.items():
+        if name not in recorded:
+            continue
+        if stored is not None and name not in NOT_A_NUMBER and (plain := stored.plain(name)):
+            # The usual case, in which nothing has to be combined over repeats.
+            value, source, low, high = plain
+            row[source_column], row[name], row[low_column], row[high_column] = source, value, low, high
+            continue
         metric = outcome.metric(name)
         if metric is None:
             continue
-        row[f"{name}_source"] = metric.source
+        row[source_column] = metric.source
         if name in NOT_A_NUMBER:
             row[name] = metric.value if outcome.status == "ok" else None
         elif figure := outcome.figure(name):
-            row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+            row[name], row[low_column], row[high_column] = figure.value, figure.low, figure.high
         else:
             row[name] = None
     return row
@@ -313,8 +333,10 @@ class Row(dict[str, Any]):
 
 def rows_of(frame: DataFrame) -> Iterator[dict[str, Any]]:
     """The rows as mappings from column to value."""
-    for row in frame.to_dict("records"):
-        yield Row({str(key): value for key, value in row.items()})
+    names = [str(name) for name in frame.columns]
+    # Not `to_dict`, which converts every value anew: a frame of results holds objects.
+    for values in frame.to_numpy(dtype=object):
+        yield Row(zip(names, values, strict=True))
 
 
 def left_out(widths: Mapping[int, int], omittable: Mapping[str, int], room: int) -> list[str]:

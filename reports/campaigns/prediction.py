@@ -23,7 +23,7 @@ import pandas as pd
 from meftbench.errors import DONE, OVER_BUDGET, UserError
 from meftbench.plan.suite import load_suite
 from meftbench.records.store import Run, load_run, made
-from meftbench.report.render.html import write_report
+from meftbench.report.render.report import write_report
 from meftbench.report.views.validation import validation_text
 from meftbench.runner import Ended, Event, run_suite
 from meftbench.verdicts import validation

@@ -28,7 +28,7 @@ from meftbench.plan.suite import Suite, load_suite, parse_suite
 from meftbench.plan.where import parse_where
 from meftbench.records.record import Record
 from meftbench.records.store import Run, load_run, made
-from meftbench.report.render.html import write_report
+from meftbench.report.render.report import write_report
 from meftbench.report.render.verdicts import markdown_table
 from meftbench.runner.sweep import Ended, run_suite
 from meftbench.strict_yaml import Document

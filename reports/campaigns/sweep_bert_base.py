@@ -20,7 +20,7 @@ import pandas as pd
 from meftbench.errors import UserError
 from meftbench.plan.suite import Suite, load_suite
 from meftbench.records.store import Run
-from meftbench.report.render.html import write_report
+from meftbench.report.render.report import write_report
 from meftbench.runner import Ended, Event, run_suite
 
 PRECISIONS = ("fp32", "bf16-autocast")

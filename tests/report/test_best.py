@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from builders import a_record, a_run, counted, measured
-from meftbench.report.render.html import markdown, page
+from meftbench.report.render.html import page
+from meftbench.report.render.markdown import markdown
 from meftbench.report.results import frame_of
 from meftbench.report.views.best import all_best_levers
 

@@ -11,7 +11,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.plan.claims import among, paper_claims
 from meftbench.plan.training import Training
 from meftbench.records.record import Metric
-from meftbench.report.render.html import write_report
+from meftbench.report.render.report import write_report
 from meftbench.report.results import frame_of
 from meftbench.report.views.claims import claim_tables
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import re
 from html.parser import HTMLParser
 
 import pytest
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, an_exact_cell, measured
 from meftbench.errors import UserError
-from meftbench.report.render.html import write_report
+from meftbench.report.render.report import write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}'
 
@@ -44,6 +48,18 @@ class Parsed(HTMLParser):
         return " ".join(self.text.split())
 
 
+def unpacked(text, name):
+    """What a compressed script element of the page holds."""
+    packed = re.search(rf'<script type="text/plain" id="{name}">([A-Za-z0-9+/=]*)</script>', text)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def details_of(text):
+    """Of each cell its repeats, as the page shows them below a row."""
+    count = len(re.findall(r'id="details-\d+"', text))
+    return [cell for number in range(count) for cell in unpacked(text, f"details-{number}")]
+
+
 def page_of(tmp_path, *records, **suite):
     run = a_run(tmp_path / "run", *records, **suite)
     write_report([run], tmp_path / "out", {"html"})
@@ -58,19 +74,24 @@ def test_the_page_states_where_its_numbers_come_from(tmp_path):
 
     assert "5 cells: 4 ok, 1 oom. a CPU, 2 cores · 2026-11-24T04:00:00Z · commit 0123456789ab (dirty" in text
     said = "a clock, a CUDA allocator or the answers to a task said so"
-    assert f"measured ({said}): step_time_s, tokens_per_s, reconstruction_rel_max" in text
-    assert "counted (bytes of live tensors, counted on CPU under real arithmetic): activation_peak_bytes" in text
-    assert "predicted" not in text
+    assert f"measured: {said}. counted: bytes of live tensors, counted on CPU under real arithmetic." in text
+    assert "predicted:" not in text
     assert "a sweep" in text
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    """It works from file://, without a network."""
-    parsed = Parsed(page_of(tmp_path, *a_sweep(["full"], (1, 8), (16, 32))))
+    """It works from file://, without a network: pictures stand in the page, and links lead into it, to files beside it,
+    and to the home of the library that draws."""
+    text = page_of(tmp_path, *a_sweep(["full"], (1, 8), (16, 32)))
+    parsed = Parsed(text)
 
-    loading = [(tag, attrs) for tag, attrs in parsed.tags if {"src", "srcset", "data"} & attrs.keys() or tag == "link"]
-    assert [] == loading
-    assert all(link.startswith(("#", "plots/")) for link in parsed.links)
+    sources = [attrs[name] for _, attrs in parsed.tags for name in ("src", "srcset", "data") if name in attrs]
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not [tag for tag, _ in parsed.tags if tag in ("link", "iframe", "object")]
+    assert "@import" not in text
+    links = {link for link in parsed.links if not link.startswith(("#", "plots/"))}
+    assert links == {"https://github.com/leeoniya/uPlot"}
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -81,27 +102,31 @@ def test_hostile_text_stays_text(tmp_path):
     text = page_of(tmp_path, record, failed, name=HOSTILE, description=HOSTILE)
 
     parsed = Parsed(text)
-    assert 1 == sum(tag == "script" for tag, _ in parsed.tags)
-    assert not [tag for tag, attrs in parsed.tags if tag == "img" or "onerror" in attrs]
+    assert 1 == sum(tag == "script" and "type" not in attrs for tag, attrs in parsed.tags)
+    assert not [tag for tag, attrs in parsed.tags if "onerror" in attrs or attrs.get("src", "data:").startswith("x")]
+    assert HOSTILE in details_of(text)[-1][0]["traceback"] + details_of(text)[0][0]["traceback"]
+    assert HOSTILE in unpacked(text, "data")["words"]["model"]["values"]
     assert "alert(1)" in parsed.all_text()
     assert "{{ 7*7 }}" in parsed.all_text()
 
 
 def test_ids_are_unique_and_links_lead_somewhere(tmp_path):
-    """Two drawings in one page share no ids; every row links to its cell's detail."""
-    parsed = Parsed(page_of(tmp_path, *a_sweep(["full", "meft1"], (1, 8), (16, 32))))
+    """Each row has the id that links to its cell name; each cell has a detail."""
+    text = page_of(tmp_path, *a_sweep(["full", "meft1"], (1, 8), (16, 32)))
+    parsed = Parsed(text)
 
     assert len(parsed.ids) == len(set(parsed.ids))
-    inside = [link[1:] for link in parsed.links if link.startswith("#")]
-    assert set(inside) <= set(parsed.ids)
-    assert 8 == sum(link.startswith("cell-") for link in {*inside} if "toy" in link)
+    assert {link[1:] for link in parsed.links if link.startswith("#")} <= set(parsed.ids)
+    anchors = unpacked(text, "data")["words"]["anchor"]
+    assert [anchors["values"][at] for at in anchors["at"]] == [name for name in parsed.ids if name.startswith("cell-")]
+    assert 8 == len(details_of(text))
 
 
 def test_every_picture_says_what_it_shows(tmp_path):
     """For who does not see it."""
     parsed = Parsed(page_of(tmp_path, *a_sweep(["full", "meft1"], (1, 8), (16, 32))))
 
-    labels = [attrs.get("aria-label", "") for tag, attrs in parsed.tags if tag == "figure"]
+    labels = [attrs["alt"] for tag, attrs in parsed.tags if tag == "img"]
     assert 5 == len(labels)
     assert all("full" in label or "meft1" in label for label in labels)
 
@@ -143,10 +168,12 @@ def test_failures_have_their_message_and_the_command_to_run_them_again(tmp_path)
     """As in the terminal."""
     record = a_record("timeout", status_detail={"message": "after 600 s"})
 
-    text = Parsed(page_of(tmp_path, record, source="suites/ci.yaml")).all_text()
+    page = page_of(tmp_path, record, source="suites/ci.yaml")
 
-    assert "Cells that did not end ok or have no score bert-base@random/full/b8/s128: timeout (after 600 s)" in text
-    assert f"meftbench run suites/ci.yaml --where cell_id={record.cell_id} --device counted" in text
+    said = "Cells that did not end ok or have no score 1 in all bert-base@random/full/b8/s128: timeout (after 600 s)"
+    assert said in Parsed(page).all_text()
+    command = f"meftbench run suites/ci.yaml --where cell_id={record.cell_id} --device counted"
+    assert command == details_of(page)[0][0]["command"]
 
 
 def test_settings_that_differ_are_columns_and_a_warning_not_to_rank(tmp_path):
@@ -180,12 +207,14 @@ def test_methods_are_compared_at_equal_batch_micro_batch_and_length(tmp_path):
 
 def test_exact_is_zero_in_the_table_and_bit_identical_in_the_cell(tmp_path):
     """And the settings of a method stand below its name, so that a long label does not widen the table."""
-    text = Parsed(page_of(tmp_path, an_exact_cell(4, "centred"), a_measured_cell("meft1"))).all_text()
+    page = page_of(tmp_path, an_exact_cell(4, "centred"), a_measured_cell("meft1"))
+    text = Parsed(page).all_text()
 
     assert "meft1-exactcoupling=centred, side_bits=4" in text
     # Reconstruction error, gradient error, starting-point shift.
     assert "0measured 4e-7measured 0.0625measured" in text
-    assert "layer 00 (bit-identical), 0 (bit-identical) (measured)" in text
+    rows = [row for cell in details_of(page) for _, lines in cell[0]["sections"] for row in lines]
+    assert ["layer 0", "0 (bit-identical), 0 (bit-identical) (measured)", "first stream, second stream"] in rows
     assert "Exactly 0 means bit-identical." in text
 
 
@@ -195,10 +224,12 @@ def test_several_runs_are_one_page(tmp_path):
 
     write_report(runs, tmp_path / "out", {"html"})
 
-    parsed = Parsed((tmp_path / "out" / "report.html").read_text())
+    text = (tmp_path / "out" / "report.html").read_text()
+    parsed = Parsed(text)
     assert "before and after" in parsed.all_text()
     assert len(parsed.ids) == len(set(parsed.ids))
-    assert 2 == sum(tag == "details" and "id" in attrs for tag, attrs in parsed.tags)
+    assert 2 == sum(name.startswith("cell-") for name in parsed.ids) == len(details_of(text))
+    assert "What differs" in parsed.all_text()
 
 
 def test_a_run_without_records_is_a_page_too(tmp_path):

@@ -6,10 +6,11 @@ import pytest
 from rich.console import Console
 
 from builders import a_measured_cell, a_run, counted
-from meftbench.report.render.html import write_report
-from meftbench.report.render.terminal import failures, print_summary
+from meftbench.report.render.report import write_report
+from meftbench.report.render.terminal import print_summary
 from meftbench.report.results import frame_of
 from meftbench.report.views.detail import sections
+from meftbench.report.views.endings import failures
 from meftbench.report.views.scores import results, tables
 from scored_runs import METHODS, a_score, scored_run
 

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from builders import a_measured_cell, a_record, a_run
-from meftbench.report.render.html import write_report
+from meftbench.report.render.report import write_report
 from meftbench.report.views.validation import plot_errors_by_method, plot_predicted_against_measured, validation_picture
 from meftbench.verdicts.validation import METRICS, Error, Validation, save
 

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 # A figure draws at most this many panels, since more would not be read; the table has all cells.
 _MAX_PANELS = 8
-_PIXELS_AN_INCH = 96
 Draw = Callable[["DataFrame", "Axes"], None]
 # Plots that stand above each other over the same side bits; one whose metric the run did not take is left out.
 _BY_SIDE_BITS: dict[str, Draw] = {
@@ -79,22 +79,15 @@ class Picture:
         """The figure as SVG text; the same on every machine and day."""
         return _saved(self.figure, "svg", self.name).decode()
 
-    def inline(self) -> str:
-        """The `<svg>` element for a page: with unique ids, hidden from screen readers (which get `alt`), scalable."""
-        text = self.svg()
-        element = text[text.index("<svg") :]
-        # Two figures in one page may not share an id.
-        element = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", element)
-        element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-        # As wide as the page, but not so wide that one panel fills the screen.
-        width = f"max-width: {self.figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px"
-        element = re.sub(r'\s(width|height)="[^"]*pt"', "", element, count=2)
-        return element.replace("<svg", f'<svg style="{width}" role="img" aria-hidden="true"', 1)
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as PNG; the same on every machine and day."""
+        return _saved(self.figure, "png", self.name)
 
     def write(self, folder: Path) -> None:
         """NAME.png and NAME.svg in `folder`."""
         (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
-        (folder / f"{self.name}.png").write_bytes(_saved(self.figure, "png", self.name))
+        (folder / f"{self.name}.png").write_bytes(self.png)
 
 
 def pictures(frame: DataFrame) -> list[Picture]:
@@ -187,8 +180,10 @@ def _side_bits_panels(frame: DataFrame) -> list[Panel]:
     """
     panels: list[Panel] = []
     exact = frame[frame["side_bits"].notna() & (frame["status"] == "ok")]
+    lines = _labels_with_line(exact)  # a sweep at one shape is one over all of them
+    exact = exact[exact["method"].map(without_side_bits).isin(lines)]
     names = list(dict.fromkeys(exact["method_name"]))
-    all_groups = groups(frame)
+    all_groups = groups(frame) if names else []
     for group in all_groups:
         for name in names:
             best: tuple[tuple[int, int], DataFrame] | None = None

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.labels import split_label
-from meftbench.catalogue.metrics import METRICS, SHARED_CORES
-from meftbench.plan.training import NOT_CHOSEN
-from meftbench.records.outcome import as_number, outcomes
-from meftbench.records.record import Record
+from meftbench.catalogue.metrics import METRICS
 from meftbench.records.store import Run
 from meftbench.report.columns import BY_METRIC, COLUMNS, SHOWN, error, number, start_of, unit_of_bytes
 from meftbench.report.results import (
     NARROWEST,
     Group,
-    detail_of,
     frame_of,
     groups,
     left_out,
@@ -28,8 +24,8 @@ from meftbench.report.results import (
     taken,
 )
 from meftbench.report.views.best import best_levers
+from meftbench.report.views.endings import collapses, ending, failures, shared_cores
 from meftbench.report.views.scores import print_quality, untrained
-from meftbench.units import format_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -84,59 +80,6 @@ def caption(frame: DataFrame) -> str:
         if known:
             parts.append(f"{name} {' and '.join(known)}")
     return f"{', '.join(parts) or 'nothing measured'}; compared at equal batch, micro-batch and length"
-
-
-def ending(run: Run) -> str:
-    """`12 cells: 10 ok, 1 oom, 1 error`."""
-    statuses = [outcome.status for outcome in outcomes(run)]
-    counts = ", ".join(
-        f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses, key=_first_ok))
-    )
-    not_chosen = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in outcomes(run))
-    note = f" ({not_chosen} at a learning rate that another beat)" if not_chosen else ""
-    return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}{note}"
-
-
-def _first_ok(status: str) -> int:
-    return ("ok", "oom", "timeout", "error", "skipped").index(status)
-
-
-def failures(run: Run) -> list[str]:
-    """A line for each cell that did not end ok or has no score: its label, how it ended, why."""
-    not_ok = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
-    # A cell at a learning rate that another beat is no failure: the table of scores lists the rates tried.
-    not_ok = [record for record in not_ok if record.status_detail.get("type") != NOT_CHOSEN]
-    lines = [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in not_ok]
-    done = [outcome for outcome in outcomes(run) if outcome.status == "ok" and outcome.cell.get("training")]
-    absent = [(outcome.label, score.absent) for outcome in done if (score := outcome.metric("score"))]
-    return lines + [f"{' '.join(label.split())}: no score ({why})" for label, why in absent if why is not None]
-
-
-def shared_cores(run: Run) -> list[str]:
-    """A line that says how many cells were timed while other processes held the cores; none if there are none."""
-    waited = [as_number(record.value("cpu_wait_share")) for record in run.records]
-    too_long = [share for share in waited if share is not None and share > SHARED_CORES]
-    if not too_long:
-        return []
-    what = f"{len(too_long)} of {len(waited)} cells were timed while other processes held the cores (they waited up to"
-    return [f"{what} {max(too_long):.0%} of the time): rerun them on a quiet machine before comparing times"]
-
-
-def collapses(run: Run) -> list[str]:
-    """A line for each cell whose loss or backward pass broke down, though it ended ok: its label and what happened."""
-    collapse_metrics = [
-        (outcome.label, outcome.metric("collapse")) for outcome in outcomes(run) if outcome.status == "ok"
-    ]
-    return [
-        f"{' '.join(label.split())}: {metric.value}" for label, metric in collapse_metrics if metric and metric.value
-    ]
-
-
-def _why(record: Record) -> str:
-    requested = record.status_detail.get("requested_bytes")
-    parts = [f"asked for {format_bytes(requested)}"] if isinstance(requested, int) else []
-    parts += [detail_of(record)] if detail_of(record) else []
-    return f" ({'; '.join(parts)})" if parts else ""
 
 
 _SHARE = "share"  # the column that has the share of `full`, which is no metric

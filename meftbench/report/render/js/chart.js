@@ -1,0 +1,290 @@
+// A chart of any two numbers: a series per method, axes to choose, provenance in the marks and under the pointer.
+
+const SHAPES = ["circle", "square", "triangle", "diamond", "cross"];
+const OF_SHAPE = ["batch_size", "sequence_length"];
+
+/** A mark of half-width r around (x, y). */
+function mark(path, shape, x, y, r) {
+  if (shape === "circle") { path.moveTo(x + r, y); path.arc(x, y, r, 0, 2 * Math.PI); }
+  else if (shape === "square") path.rect(x - 0.9 * r, y - 0.9 * r, 1.8 * r, 1.8 * r);
+  else if (shape === "triangle") { path.moveTo(x, y - 1.2 * r); path.lineTo(x + 1.1 * r, y + 0.8 * r); path.lineTo(x - 1.1 * r, y + 0.8 * r); path.closePath(); }
+  else if (shape === "diamond") { path.moveTo(x, y - 1.3 * r); path.lineTo(x + 1.1 * r, y); path.lineTo(x, y + 1.3 * r); path.lineTo(x - 1.1 * r, y); path.closePath(); }
+  else { path.rect(x - 1.2 * r, y - 0.4 * r, 2.4 * r, 0.8 * r); path.rect(x - 0.4 * r, y - 1.2 * r, 0.8 * r, 2.4 * r); }
+}
+
+class Chart {
+  constructor(data, place, opened) {
+    Object.assign(this, { data, place, opened });
+    this.hidden = new Set();
+    this.selected(0);
+    this.build();
+    addEventListener("resize", () => { clearTimeout(this.timer); this.timer = setTimeout(() => this.draw(), 150); });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+  }
+
+  selected(number) {
+    const preset = this.data.presets[number];
+    Object.assign(this, { preset: number, x: preset.x, y: preset.y, shape: preset.shape, logX: preset.log, logY: preset.log });
+    this.joined = OF_SHAPE.includes(this.x);
+  }
+
+  build() {
+    const { data } = this;
+    const axes = data.axes.map(name => [name, heading(data, name)]);
+    const again = () => { this.controls(axes); this.draw(); };
+    this.again = again;
+    const presets = el("div", { class: "controls" }, ...data.presets.map((preset, number) =>
+      el("button", { type: "button", onclick: () => { this.selected(number); again(); } }, preset.title)));
+    this.bar = el("div", { class: "controls" });
+    this.canvas = el("div", { class: "canvas" });
+    this.legend = el("div", { class: "legend" });
+    this.note = el("p", { class: "dim", role: "status" });
+    this.tip = el("div", { class: "tip", hidden: true });
+    const key = el("p", { class: "key dim" }, "Filled marks are measured, half-filled are counted, hollow are predicted; grey: the gradient is wrong.");
+    this.place.replaceChildren(presets, this.bar, this.canvas, this.tip, this.legend, this.note, key);
+    again();
+  }
+
+  controls(axes) {
+    const set = (name, value) => { this[name] = value; if (OF_SHAPE.includes(this.x)) this.joined = true; this.again(); };
+    const shapes = [["", "all shapes"], ...this.data.shapes.map(shape => [shape, shape])];
+    this.bar.replaceChildren(
+      chooser("across", axes, this.x, value => { this.joined = OF_SHAPE.includes(value); set("x", value); }),
+      chooser("up", axes, this.y, value => set("y", value)),
+      chooser("at", shapes, this.shape, value => set("shape", value)),
+      ticked("logarithmic across", this.logX, on => set("logX", on)),
+      ticked("logarithmic up", this.logY, on => set("logY", on)),
+      el("button", { type: "button", onclick: () => this.saved() }, "CSV"),
+      el("button", { type: "button", onclick: () => this.canvas.querySelector("canvas").toBlob(blob => save("chart.png", blob)) }, "PNG"));
+  }
+
+  /** The points of each method: cells that have both numbers, where these have a place on the axes. */
+  series() {
+    const { data } = this;
+    const listed = new Map();
+    this.leftOut = 0;
+    this.failed = [];
+    for (let cell = 0; cell < data.count; cell++) {
+      if (this.shape && data.word("shape", cell) !== this.shape) continue;
+      const [x, y] = [data.number(this.x, cell), data.number(this.y, cell)];
+      if (data.word("status", cell) !== "ok" && OF_SHAPE.includes(this.x)) this.failed.push(cell);
+      if (x === null || y === null) continue;
+      if (!Number.isFinite(x) || !Number.isFinite(y) || (this.logX && x <= 0) || (this.logY && y <= 0)) { this.leftOut++; continue; }
+      const name = data.word("method", cell);
+      if (!listed.has(name)) listed.set(name, []);
+      listed.get(name).push({ x, y, cell });
+    }
+    for (const points of listed.values()) points.sort((a, b) => a.x - b.x);
+    return listed;
+  }
+
+  draw() {
+    const { data } = this;
+    const listed = this.series();
+    const visible = [...listed].filter(([name]) => !this.hidden.has(name));
+    this.points = visible.flatMap(([name, points]) => points.map(point => ({ ...point, name })));
+    const unitOf = axis => unitFor(data.metrics[this[axis]]?.unit ?? "", Math.max(...this.points.map(p => Math.abs(p[axis])), 0));
+    this.units = { x: unitOf("x"), y: unitOf("y") };
+    this.legendOf(listed);
+    const said = [];
+    if (this.leftOut) said.push(`${this.leftOut} points are left out: zero and what is not finite has no place on these axes`);
+    const failed = this.failed.filter(cell => !this.hidden.has(data.word("method", cell)));
+    if (failed.length) said.push(`${failed.length} cells did not end ok: crosses at the top`);
+    if (!this.points.length) said.push("no cell has both numbers");
+    this.note.textContent = said.join("; ");
+    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("aria-label", `${heading(data, this.y)} against ${heading(data, this.x)}, ${this.points.length} points of ${visible.length} methods; the table has their numbers`);
+    this.plot?.destroy();
+    const width = this.canvas.clientWidth || 300;
+    this.plot = new uPlot({
+      mode: 2, width, height: Math.round(Math.min(480, Math.max(280, width * 0.55))),
+      legend: { show: false }, cursor: { drag: { x: true, y: true }, points: { show: false } },
+      scales: {
+        x: { time: false, distr: this.logX ? 3 : 1, log: OF_SHAPE.includes(this.x) ? 2 : 10, range: (u, low, high) => this.range(low, high, this.logX) },
+        y: { distr: this.logY ? 3 : 1, log: OF_SHAPE.includes(this.y) ? 2 : 10, range: (u, low, high) => this.range(low, high, this.logY) },
+      },
+      axes: ["x", "y"].map(axis => ({
+        stroke: css("--text"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: axis === "x" ? 50 : 64,
+        label: `${heading(data, this[axis])}${this.units[axis].name ? ` (${this.units[axis].name})` : ""}`, labelSize: 22,
+        values: (u, splits) => splits.map(value => value === null ? "" : shown(value)),
+      })),
+      series: [{}, ...visible.map(() => ({ facets: [{ scale: "x", auto: true }, { scale: "y", auto: true }],
+        paths: (u, number) => this.paint(u, visible[number - 1]) }))],
+      hooks: { draw: [u => this.frontier(u), u => this.crosses(u, failed)] },
+    }, [null, ...visible.map(([, points]) => [points.map(p => p.x / this.units.x.size), points.map(p => p.y / this.units.y.size)])], this.canvas);
+    this.plot.over.addEventListener("pointermove", event => this.pointed(event));
+    this.plot.over.addEventListener("pointerleave", () => { this.tip.hidden = true; });
+    this.plot.over.addEventListener("click", () => { if (!this.tip.hidden) this.opened(this.near.cell); });
+  }
+
+  range(low, high, log) {
+    if (low === null || high === null) return log ? [1, 10] : [0, 1];
+    if (log) return low === high ? [low / 2, high * 2] : [low / 1.15, high * 1.15];
+    const room = (high - low || Math.abs(high) || 1) * 0.06;
+    return [low >= 0 && low < 0.4 * high ? 0 : low - room, high + room];
+  }
+
+  place_of(u, point) {
+    return [u.valToPos(point.x / this.units.x.size, "x", true), u.valToPos(point.y / this.units.y.size, "y", true)];
+  }
+
+  paint(u, [name, points]) {
+    const { ctx } = u;
+    const colour = colourOf(this.data, points[0].cell);
+    const shape = this.shapeOf(name);
+    const radius = 5 * devicePixelRatio;
+    ctx.save();
+    if (this.joined && points.length > 1) {
+      const line = new Path2D();
+      points.forEach((point, index) => line[index ? "lineTo" : "moveTo"](...this.place_of(u, point)));
+      ctx.strokeStyle = colour;
+      ctx.lineWidth = 1.5 * devicePixelRatio;
+      ctx.stroke(line);
+    }
+    for (const point of points) {
+      const [x, y] = this.place_of(u, point);
+      const path = new Path2D();
+      mark(path, shape, x, y, radius);
+      ctx.strokeStyle = ctx.fillStyle = this.data.word("wrong", point.cell) ? "#8a8a8a" : colour;
+      ctx.lineWidth = 1.5 * devicePixelRatio;
+      const source = this.data.source(this.y, point.cell);
+      if (source === "measured" || !source) ctx.fill(path);
+      if (source === "counted") {
+        ctx.save();
+        ctx.clip(path);
+        ctx.fillRect(x - 2 * radius, y, 4 * radius, 2 * radius);
+        ctx.restore();
+      }
+      ctx.stroke(path);
+    }
+    ctx.restore();
+    return null;
+  }
+
+  /** Different marks for methods of one colour, which differ in levers or settings. */
+  shapeOf(name) {
+    const { data } = this;
+    if (!this.shapesOf) {
+      this.shapesOf = new Map();
+      const seen = new Map();
+      for (let cell = 0; cell < data.count; cell++) {
+        const method = data.word("method", cell);
+        if (this.shapesOf.has(method)) continue;
+        const family = data.word("method_name", cell);
+        seen.set(family, (seen.get(family) ?? -1) + 1);
+        this.shapesOf.set(method, SHAPES[seen.get(family) % SHAPES.length]);
+      }
+    }
+    return this.shapesOf.get(name);
+  }
+
+  legendOf(listed) {
+    const set = names => { this.hidden = new Set(names); this.draw(); };
+    const chips = [...listed].map(([name, points]) => {
+      const size = 14;
+      const picture = el("canvas", { width: 2 * size, height: 2 * size, style: `width:${size}px;height:${size}px` });
+      const ctx = picture.getContext("2d");
+      const path = new Path2D();
+      mark(path, this.shapeOf(name), size, size, 9);
+      ctx.fillStyle = colourOf(this.data, points[0].cell);
+      ctx.fill(path);
+      return el("button", { type: "button", "aria-pressed": String(!this.hidden.has(name)), onclick: () => {
+        if (!this.hidden.delete(name)) this.hidden.add(name);
+        this.draw();
+      } }, picture, ` ${name}`);
+    });
+    const best = new Map();
+    for (const [name, points] of listed) {
+      const family = this.data.word("method_name", points[0].cell);
+      const peak = Math.min(...points.map(p => this.data.number("peak_allocated_bytes", p.cell) ?? Infinity));
+      if (!best.has(family) || peak < best.get(family)[1]) best.set(family, [name, peak]);
+    }
+    const kept = new Set([...best.values()].map(([name]) => name));
+    this.legend.replaceChildren(
+      el("button", { type: "button", onclick: () => set([]) }, "all"),
+      el("button", { type: "button", onclick: () => set(listed.keys()) }, "none"),
+      el("button", { type: "button", onclick: () => set([...listed.keys()].filter(name => !kept.has(name))) }, "of each method the smallest"),
+      ...chips);
+  }
+
+  /** A line through the points that no other beats in both numbers; of one source, and with right gradients. */
+  frontier(u) {
+    const better = ["x", "y"].map(axis => this.data.metrics[this[axis]]?.better);
+    if (this.joined || better.some(each => each !== "lower" && each !== "higher")) return;
+    const [signX, signY] = better.map(each => each === "lower" ? 1 : -1);
+    const source = p => `${this.data.source(this.x, p.cell)} ${this.data.source(this.y, p.cell)}`;
+    const right = this.points.filter(p => !this.data.word("wrong", p.cell));
+    if (new Set(right.map(source)).size !== 1 || new Set(right.map(p => this.data.word("shape", p.cell))).size !== 1) return;
+    const best = [];
+    for (const point of right.sort((a, b) => signX * (a.x - b.x) || signY * (a.y - b.y))) {
+      if (!best.length || signY * (point.y - best.at(-1).y) < 0) best.push(point);
+    }
+    const line = new Path2D();
+    best.forEach((point, index) => {
+      const [x, y] = this.place_of(u, point);
+      if (index) line.lineTo(x, this.place_of(u, best[index - 1])[1]);
+      line[index ? "lineTo" : "moveTo"](x, y);
+    });
+    u.ctx.save();
+    u.ctx.strokeStyle = css("--dim");
+    u.ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
+    u.ctx.lineWidth = devicePixelRatio;
+    u.ctx.stroke(line);
+    u.ctx.restore();
+  }
+
+  crosses(u, failed) {
+    const { ctx } = u;
+    const stacked = new Map();
+    ctx.save();
+    ctx.lineWidth = 2 * devicePixelRatio;
+    for (const cell of failed) {
+      const size = this.data.number(this.x, cell);
+      const depth = stacked.get(size) ?? 0;
+      if (depth > 8) continue;
+      stacked.set(size, depth + 1);
+      const x = u.valToPos(size, "x", true);
+      const y = u.bbox.top + (10 + 11 * depth) * devicePixelRatio;
+      const r = 4 * devicePixelRatio;
+      if (x < u.bbox.left - 1 || x > u.bbox.left + u.bbox.width + 1) continue;
+      ctx.strokeStyle = colourOf(this.data, cell);
+      ctx.beginPath();
+      ctx.moveTo(x - r, y - r); ctx.lineTo(x + r, y + r);
+      ctx.moveTo(x + r, y - r); ctx.lineTo(x - r, y + r);
+      ctx.stroke();
+    }
+    ctx.restore();
+  }
+
+  pointed(event) {
+    const box = this.plot.over.getBoundingClientRect();
+    const [atX, atY] = [event.clientX - box.left, event.clientY - box.top];
+    let [near, distance] = [null, 20];
+    for (const point of this.points) {
+      const apart = Math.hypot(this.plot.valToPos(point.x / this.units.x.size, "x") - atX, this.plot.valToPos(point.y / this.units.y.size, "y") - atY);
+      if (apart < distance) [near, distance] = [point, apart];
+    }
+    this.tip.hidden = !near;
+    if (!near) return;
+    this.near = near;
+    const { data } = this;
+    const wrong = data.word("wrong", near.cell);
+    this.tip.replaceChildren(el("strong", {}, data.word("label", near.cell)),
+      ...[this.x, this.y].map(name => el("div", {}, `${heading(data, name)}: ${said(data, name, near.cell)}`)),
+      wrong ? el("div", { class: "bad" }, wrong) : null);
+    const frame = this.place.getBoundingClientRect();
+    const left = Math.min(event.clientX - frame.left + 14, frame.width - this.tip.offsetWidth - 4);
+    this.tip.style.left = `${Math.max(0, left)}px`;
+    this.tip.style.top = `${event.clientY - frame.top + 14}px`;
+  }
+
+  saved() {
+    const { data } = this;
+    const unit = name => data.metrics[name]?.unit ? `${name} [${data.metrics[name].unit}]` : name;
+    const lines = [["label", unit(this.x), `${this.x}_source`, unit(this.y), `${this.y}_source`]];
+    for (const p of this.points) {
+      lines.push([data.word("label", p.cell), p.x, data.source(this.x, p.cell), p.y, data.source(this.y, p.cell)]);
+    }
+    save("chart.csv", new Blob([lines.map(line => line.map(field).join(",")).join("\n") + "\n"], { type: "text/csv" }));
+  }
+}

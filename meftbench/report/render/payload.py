@@ -1,0 +1,287 @@
+"""The data that a page holds for its charts, tables and details: columns of all cells, compressed, and read by js/.
+
+Cells stand in the order of their tables. Words are numbered by column, since most repeat; numbers are in the unit of
+their metric, `null` where they were not taken, and those that are not finite are the words of the records.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from meftbench.catalogue.metrics import METRICS
+from meftbench.records.outcome import Outcome, outcomes
+from meftbench.records.record import Record
+from meftbench.records.store import Run
+from meftbench.report.figures.plots import CATEGORY, COLOUR
+from meftbench.report.results import SETTING, groups, run_names, shape_text
+from meftbench.report.views.detail import command, headline, sections, warnings
+from meftbench.report.views.scores import trained, untrained
+from meftbench.report.views.steps import SHARE, StepRow, StepTable, setting_name, step_table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+CHUNK = 50  # cells whose details are compressed together: so few that a row opens at once
+_SHAPE = ("batch_size", "micro_batch_size", "sequence_length")
+_MAPPED = ("peak_allocated_bytes", "activation_peak_bytes", "peak_reserved_bytes", "step_time_s", "tokens_per_s")
+_MOST_CHOICES = 40  # of a filter; a column with more words is searched instead
+
+
+@dataclass(frozen=True)
+class Payload:
+    """data: base64 of the compressed columns.  details: of the details, a text for each CHUNK cells.  tables: by name,
+    as the page shows them where no script runs."""
+
+    data: str
+    details: tuple[str, ...]
+    tables: tuple[tuple[str, StepTable], ...]
+    has_map: bool
+
+
+def packed(content: Any) -> str:
+    """JSON, compressed, as base64; the same bytes for the same content."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), mtime=0)).decode()
+
+
+def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
+    """The data of a page. frame: of the runs, of `results.frame_of`."""
+    steps, trainings = untrained(frame), trained(frame)
+    tables = [("steps", step_table(steps, "page")), ("trainings", step_table(trainings, "training"))]
+    tables = [(name, table) for name, table in tables if table.rows]
+    rows = [row for _, table in tables for row in table.rows]
+    titles = _titles(steps)
+    shapes = _shapes(rows, titles)
+    numbers = _numbers(rows)
+    begin, described = 0, []
+    for name, table in tables:
+        described.append(_described(name, table, begin, len(runs) > 1))
+        begin += len(table.rows)
+    content = {
+        "count": len(rows),
+        "chunk": CHUNK,
+        "tables": described,
+        "words": _words(tables, rows, titles, shapes),
+        "numbers": numbers,
+        "sources": {
+            name: _numbered(
+                ["" if row.cell.get(name) is None else row.cell.get(f"{name}_source") or "" for row in rows]
+            )
+            for name in numbers
+            if name in METRICS
+        },
+        "metrics": {
+            name: {"unit": kind.unit, "better": kind.better, "meaning": kind.meaning} for name, kind in METRICS.items()
+        },
+        "colours": {name: COLOUR[name] for row in rows if (name := row.cell["method_name"]) in COLOUR},
+        "categories": CATEGORY,
+        "groups": len(set(titles.values())),
+        "shapes": list(dict.fromkeys(shapes)),
+        "largest": _largest(rows, shapes),
+        "presets": _presets(rows, shapes, numbers),
+        "axes": [name for name in numbers if name != "micro_batch_size"],
+        "mapped": [name for name in _MAPPED if name in numbers],
+    }
+    return Payload(packed(content), _details(runs, rows), tuple(tables), _has_map(rows))
+
+
+def anchor(run: str, cell_id: str) -> str:
+    """The id of a cell's row in the page."""
+    return "cell-" + "".join(char if char.isalnum() else "-" for char in f"{run}-{cell_id}")
+
+
+def _titles(frame: DataFrame) -> dict[tuple[Any, ...], str]:
+    """Titles of the cells that may be ranked, by what they share."""
+    titles: dict[tuple[Any, ...], str] = {}
+    for group in groups(frame) if len(frame) else []:
+        first = group.frame.iloc[0]
+        titles[tuple(str(first[name]) for name in SETTING)] = group.title
+    return titles
+
+
+def _title(row: StepRow, titles: Mapping[tuple[Any, ...], str]) -> str:
+    """What the cells share that a cell may be ranked with; of a training, the task."""
+    return str(row.cell["task"] or titles[tuple(str(row.cell[name]) for name in SETTING)])
+
+
+def _shapes(rows: Sequence[StepRow], titles: Mapping[tuple[Any, ...], str]) -> list[str]:
+    """Of each cell, what it may be ranked at: its shape, and the group where there are several."""
+    several = len({_title(row, titles) for row in rows}) > 1
+    return [
+        shape_text(*(row.cell[name] for name in _SHAPE)) + (f", {_title(row, titles)}" if several else "")
+        for row in rows
+    ]
+
+
+def _largest(rows: Sequence[StepRow], shapes: Sequence[str]) -> str:
+    """The shape at which most cells ended ok, of several the largest."""
+    ended: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for row, shape in zip(rows, shapes, strict=True):
+        ended[shape] = ended.get(shape, 0) + (row.cell["status"] == "ok")
+        tokens[shape] = row.cell["batch_size"] * row.cell["sequence_length"]
+    return max(ended, key=lambda shape: (ended[shape], tokens[shape]), default="")
+
+
+def _numbers(rows: Sequence[StepRow]) -> dict[str, list[Any]]:
+    """Shapes, learning rates and every metric that is a number in some cell."""
+    names = [*_SHAPE, "learning_rate", *METRICS]
+    columns = {}
+    for name in names:
+        column = [_number(row.cell.get(name)) for row in rows]
+        if any(value is not None for value in column):
+            columns[name] = column
+    columns[SHARE] = [row.numbers[SHARE].value for row in rows]
+    return columns
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _numbered(words: Iterable[str]) -> dict[str, Any]:
+    places: dict[str, int] = {}
+    at = [places.setdefault(word, len(places)) for word in words]
+    return {"values": list(places), "at": at}
+
+
+def _words(
+    tables: Sequence[tuple[str, StepTable]],
+    rows: Sequence[StepRow],
+    titles: Mapping[tuple[Any, ...], str],
+    shapes: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    words: dict[str, list[str]] = {
+        name: [str(row.cell[name]) for row in rows]
+        for name in ("run", "cell_id", "label", "model", "method", "method_name", "status", "detail")
+    }
+    words |= {
+        "anchor": [anchor(row.cell["run"], row.cell["cell_id"]) for row in rows],
+        "name": [row.name for row in rows],
+        "parameters": [", ".join(row.parameters) for row in rows],
+        "batch": [row.batch for row in rows],
+        "tokens": [str(row.cell["sequence_length"]) for row in rows],
+        "shape": list(shapes),
+        "group": [_title(row, titles) for row in rows],
+        "wrong": [row.wrong for row in rows],
+    }
+    for name in dict.fromkeys(name for _, table in tables for name in table.differing):
+        words[name] = [row.settings.get(name, "") for row in rows]
+    for metric in dict.fromkeys(metric for row in rows for metric in row.numbers):
+        words[f"text {metric}"] = [row.numbers[metric].text if metric in row.numbers else "-" for row in rows]
+    return {name: _numbered(column) for name, column in words.items()}
+
+
+def _described(name: str, table: StepTable, begin: int, several_runs: bool) -> dict[str, Any]:
+    """A table for js/table.js: its columns, the words that it can be filtered by, and the cells that are its rows."""
+
+    def words(key: str, heading: str) -> dict[str, Any]:
+        return {"key": key, "heading": heading, "unit": "", "meaning": "", "numeric": False}
+
+    def number(metric: str, heading: str, unit: str, meaning: str, key: str) -> dict[str, Any]:
+        return {"key": key, "sort": metric, "heading": heading, "unit": unit, "meaning": meaning, "numeric": True}
+
+    leading = ["run"] * several_runs + ["model"] * table.several_models
+    columns = [
+        words("name", "method"),
+        number("batch_size", "batch", "samples", "samples of a step", "batch"),
+        number("sequence_length", "tokens", "", "tokens of a sample", "tokens"),
+        *(words(key, key) for key in leading),
+        *(words(key, setting_name(key)) for key in table.differing),
+        words("status", "status"),
+    ]
+    for place, column in enumerate(table.columns):
+        unit = "MiB" if column.unit == "bytes" else column.unit
+        columns.append(number(column.metric, column.heading, unit, column.meaning, f"text {column.metric}"))
+        if place == 0 and column.metric == "activation_peak_bytes":
+            meaning = "activation memory against plain full at the same shape and setting"
+            columns.append(number(SHARE, "of full", "%", meaning, f"text {SHARE}"))
+    filters = [
+        key
+        for key in (*leading, "method_name", "shape", *table.differing, "status")
+        if 1 < len({_word(row, key) for row in table.rows}) <= _MOST_CHOICES
+    ]
+    return {
+        "name": name,
+        "title": f"Table of all {name}",
+        "begin": begin,
+        "end": begin + len(table.rows),
+        "columns": columns,
+        "filters": filters,
+    }
+
+
+def _word(row: StepRow, key: str) -> str:
+    if key == "shape":
+        return str([row.cell[name] for name in _SHAPE])
+    return row.settings[key] if key in row.settings else str(row.cell[key])
+
+
+def _presets(rows: Sequence[StepRow], shapes: Sequence[str], numbers: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Charts to begin with, by what the cells have."""
+    largest = _largest(rows, shapes)
+    varied = {name: len(set(numbers[name])) > 1 for name in ("batch_size", "sequence_length") if name in numbers}
+    wanted = [
+        ("memory and speed", "peak_allocated_bytes", "tokens_per_s", largest, False),
+        ("score and memory", "activation_peak_bytes", "score", "", False),
+        ("score and time", "training_time_s", "score", "", False),
+        ("memory by length", "sequence_length", "activation_peak_bytes", "", True),
+        ("memory by batch", "batch_size", "activation_peak_bytes", "", True),
+        ("memory and its part in activations", "peak_allocated_bytes", "activation_peak_bytes", largest, False),
+    ]
+    return [
+        {"title": title, "x": x, "y": y, "shape": shape, "log": log}
+        for title, x, y, shape, log in wanted
+        if x in numbers and y in numbers and varied.get(x, True)
+    ]
+
+
+def _has_map(rows: Sequence[StepRow]) -> bool:
+    """Whether a method was run at several batch sizes and at several lengths."""
+    seen: dict[str, tuple[set[int], set[int]]] = {}
+    for row in rows:
+        batches, lengths = seen.setdefault(row.cell["method"], (set(), set()))
+        batches.add(row.cell["batch_size"])
+        lengths.add(row.cell["sequence_length"])
+    return any(len(batches) > 1 and len(lengths) > 1 for batches, lengths in seen.values())
+
+
+def _details(runs: Sequence[Run], rows: Sequence[StepRow]) -> tuple[str, ...]:
+    found: dict[tuple[str, str], tuple[Run, Outcome]] = {}
+    for name, run in zip(run_names(runs), runs, strict=True):
+        found |= {(name, outcome.cell_id): (run, outcome) for outcome in outcomes(run)}
+    described = []
+    for row in rows:
+        run, outcome = found[row.cell["run"], row.cell["cell_id"]]
+        described.append([_detail(run, record) for record in outcome.records])
+    return tuple(packed(described[begin : begin + CHUNK]) for begin in range(0, len(described), CHUNK))
+
+
+def _detail(run: Run, record: Record) -> dict[str, Any]:
+    """What `meftbench show` prints of a record. A meaning that is the metric's is left out: the page has it."""
+    buffers = record.value("peak_buffers")
+    timeline = record.value("timeline")
+    return {
+        "repeat": record.repeat,
+        "headline": headline(record),
+        "warnings": warnings(record),
+        "command": command(run, record),
+        "traceback": str(record.status_detail.get("traceback") or ""),
+        "sections": [[section.title, [_line(*line) for line in section.rows]] for section in sections(record)],
+        "buffers": buffers if isinstance(buffers, list) else [],
+        "timeline": timeline if isinstance(timeline, list) else None,
+    }
+
+
+def _line(name: str, value: str, meaning: str) -> list[str]:
+    return [name, value] if name in METRICS and METRICS[name].meaning == meaning else [name, value, meaning]
