@@ -72,8 +72,11 @@ class Outcome:
         if self.status != "ok":
             return None
         if len(self.records) == 1:
-            # The usual case, without the lists below: a comparison of large runs takes most of its time here.
-            metric = self.records[0].metrics.get(name)
+            # The usual case, without the lists below: reports on large runs take much of their time here.
+            metrics = self.records[0].metrics
+            if isinstance(metrics, StoredMetrics) and (plain := metrics.plain(name)):
+                return Figure(*plain)
+            metric = metrics.get(name)
             number = as_number(metric.value) if metric else None
             return Figure(number, metric.source, metric.min, metric.max) if metric and number is not None else None
         taken = [record.metrics[name] for record in self.records if name in record.metrics]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ _BASE = (
 )
 
 
-def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
+def frame_of(runs: Run | Sequence[Run], metrics: Collection[str] = METRICS) -> DataFrame:
     """One row per cell, in the order of the runs and, within a run, of their writing.
 
     Columns: run (name, with the folder where two share it), cell_id, label, model, method (as labelled, with levers
@@ -61,12 +62,14 @@ def frame_of(runs: Run | Sequence[Run]) -> DataFrame:
     detail, repeats, wall_s; and for each metric that any cell has NAME (in the unit of its Kind; missing where
     absent), NAME_low, NAME_high, NAME_source. Metrics that are lists or words are in NAME as recorded. Repeats are
     taken together as in `Outcome.figure`: median where measured.
+
+    metrics: the others have no columns, which saves time where a run has thousands of cells.
     """
     from pandas import DataFrame
 
     listed = [runs] if isinstance(runs, Run) else list(runs)
     names = run_names(listed)
-    rows = [_row(name, outcome) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
+    rows = [_row(name, outcome, metrics) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
     columns = list(dict.fromkeys([*_BASE, *(key for row in rows for key in row)]))
     # A plot or table may ask for these of any run, also of one in which every cell failed.
     always = [f"{name}{part}" for name in _HEADLINE for part in ("", "_low", "_high", "_source")]
@@ -99,7 +102,7 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names, start=1)]
 
 
-def _row(run: str, outcome: Outcome) -> dict[str, Any]:
+def _row(run: str, outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]:
     worst, last = outcome.worst, outcome.records[-1]
     row: dict[str, Any] = {
         "run": run,
@@ -116,10 +119,10 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
     # Of rivals that keep side bits the number is a setting like others: they are no sweep over MEFT's couplings.
     row |= {"side_bits": side_bits(params) if str(row["method_name"]).startswith("meft") else None}
     row |= _training(last)
-    row |= {"levers": "+".join(parts_of(last.method_label)[2])}
+    row |= {"levers": _levers_of(row["method"])}
     row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
     row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
-    row |= _numbers(outcome)
+    row |= _numbers(outcome, metrics)
     return row
 
 
@@ -127,12 +130,12 @@ def _row(run: str, outcome: Outcome) -> dict[str, Any]:
 _METRIC_COLUMNS = {name: (f"{name}_source", f"{name}_low", f"{name}_high") for name in METRICS}
 
 
-def _numbers(outcome: Outcome) -> dict[str, Any]:
-    """The columns of the cell's metrics, in the order of METRICS."""
+def _numbers(outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]:
+    """The columns of those of `metrics` that the cell has, in the order of METRICS."""
     row: dict[str, Any] = {}
     only = outcome.records[0].metrics if len(outcome.records) == 1 and outcome.status == "ok" else None
     stored = only if isinstance(only, StoredMetrics) else None
-    recorded = {name for record in outcome.records for name in record.metrics}
+    recorded = {name for record in outcome.records for name in record.metrics if name in metrics}
     for name, (source_column, low_column, high_column) in _METRIC_COLUMNS.items():
         if name not in recorded:
             continue
@@ -180,6 +183,12 @@ def side_bits(params: Mapping[str, Any]) -> int | None:
     if params.get("arithmetic") != "exact" or params.get("lambda") is not None or params.get("beta") is not None:
         return None
     return int(params.get("side_bits") or 3)
+
+
+@lru_cache(maxsize=1024)
+def _levers_of(method: str) -> str:
+    """The levers of a method's label, joined by `+`; kept, since a run names few methods many times."""
+    return "+".join(parts_of(method)[2])
 
 
 def parts_of(method: str) -> tuple[str, list[str], list[str]]:
@@ -302,7 +311,7 @@ def as_csv(frame: DataFrame) -> str:
 
     What is alive at the peak, a table of its own in every cell, is left to the records.
     """
-    frame = frame.drop(columns=["peak_buffers", "peak_buffers_source"], errors="ignore")
+    frame = frame.drop(columns=["peak_buffers", "peak_buffers_source", "timeline", "timeline_source"], errors="ignore")
     headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
     # A measured nan is written as a value: an empty field is a number that was not taken.
     table = frame.map(lambda value: "NaN" if value != value else value).rename(columns=headings)

@@ -9,6 +9,7 @@ from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.store import Run
 from meftbench.report.columns import BY_METRIC, COLUMNS, SHOWN, error, number, start_of, unit_of_bytes
+from meftbench.report.render.text_tables import TextTable
 from meftbench.report.results import (
     NARROWEST,
     Group,
@@ -17,7 +18,6 @@ from meftbench.report.results import (
     left_out,
     methods_in_order,
     parts_of,
-    print_table,
     rows_of,
     share_of_full,
     sources,
@@ -30,7 +30,6 @@ from meftbench.report.views.scores import print_quality, untrained
 if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.console import Console
-    from rich.table import Table
 
 _METHOD_WIDTH = 24  # characters of the method column at most; a wider one would push the numbers off the screen
 _MARK = {"measured": "m", "counted": "c", "predicted": "p"}
@@ -45,7 +44,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     if not run.records:
         out.print(Text("no cell has finished"))
         return
-    whole = frame_of(run)
+    whole = frame_of(run, _table_metrics())
     print_quality(whole, out)
     frame = untrained(whole)
     shares = share_of_full(frame)
@@ -53,8 +52,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     for group in table_groups:
         out.print(Text(group.title, style="bold"))
         out.print(Text(caption(group.frame)))
-        table, least_width = _table(group, shares, out.width)
-        print_table(table, out, least_width)
+        _table(group, shares, out.width).print(out)
         if best := best_levers(group):
             largest = max(best.comparisons, key=lambda comparison: comparison.tokens)
             for sentence in [largest.sentence(), *best.unequal]:
@@ -64,6 +62,15 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     out.print(Text(ending(run)))
     for line in [*shared_cores(run), *collapses(run), *failures(run)]:
         out.print(Text(line, overflow="fold"))
+
+
+def _table_metrics() -> set[str]:
+    """The metrics that the tables here show or that decide what is said of them: those of steps and of trainings."""
+    of_training = {name for name, kind in METRICS.items() if kind.unit in _TRAINING_UNITS}
+    return {*BY_METRIC, *SHOWN, *metrics_with_columns(), *of_training, "training_time_s", "collapse"}
+
+
+_TRAINING_UNITS = ("score", "loss", "rows", "step", "token", "token/second")
 
 
 def caption(frame: DataFrame) -> str:
@@ -106,11 +113,8 @@ _OMITTABLE = {
 }
 
 
-def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, int]:
-    """The table, and the width in characters that it needs."""
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(group: Group, shares: dict[str, float], width: int) -> TextTable:
+    """The cells of a group, by shape and method, for a terminal of `width` characters."""
     frame = group.frame
     size, unit = unit_of(frame)
     heads = [_SHARE_HEAD if name == _SHARE else _HEADS[name].format(bytes=unit) for name in _PLACES]
@@ -121,10 +125,10 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
     rows = list(rows_of(frame))
-    texts = {id(row): _cells(row, shares, size, mixed) for row in rows}
+    texts = {id(row): _cells(row, shares, size, mixed, of_metrics) for row in rows}
     # A column without any value is left out, since it would take the room of the others.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
-    widest = max(len(line) for row in rows for line in _in_lines(row["method"]).splitlines())
+    widest = max(len(line) for method in order for line in _in_lines(method).splitlines())
     method_width = min(max(15, widest), _METHOD_WIDTH + 1)  # the longest name of a lever, and its indent
     method_width = max(NARROWEST, min(method_width, width - 12))  # beside the activation memory, whatever the width
     lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
@@ -136,21 +140,21 @@ def _table(group: Group, shares: dict[str, float], width: int) -> tuple[Table, i
     gap = 2 if width >= 100 and needed(2) <= width else 1
     omitted = left_out({i: widths[i] + gap for i in shown}, omittable, width - method_width)
     shown = [i for i in shown if i not in {omittable[name] for name in omitted}]
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("batch × tokens,\nmethod", overflow="fold", min_width=method_width)
-    for index in shown:
-        table.add_column(heads[index], justify="right", no_wrap=True)
-    for shape in dict.fromkeys((r["batch_size"], r["micro_batch_size"], r["sequence_length"]) for r in rows):
-        of_shape = [r for r in rows if (r["batch_size"], r["micro_batch_size"], r["sequence_length"]) == shape]
-        table.add_row(Text(_short_shape(*shape), style="italic"))
-        for row in sorted(of_shape, key=lambda r: order.index(r["method"])):
-            table.add_row(
-                Text(_within(method_width, _in_lines(row["method"]))), *(Text(texts[id(row)][index]) for index in shown)
-            )
+    place = {method: index for index, method in enumerate(order)}
+    by_shape: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        shape = row["batch_size"], row["micro_batch_size"], row["sequence_length"]
+        by_shape.setdefault(shape, []).append(row)
+    lines_of = {method: _within(method_width, _in_lines(method)) for method in order}
+    table_rows: list[list[str]] = []
+    for shape, of_shape in by_shape.items():
+        table_rows.append([_short_shape(*shape)])
+        for row in sorted(of_shape, key=lambda row: place[row["method"]]):
+            table_rows.append([lines_of[row["method"]], *(texts[id(row)][index] for index in shown)])
     notes = ["m measured, c counted, p predicted"] if mixed else []
     notes += [f"no room at this width for {', '.join(omitted)}"] if omitted else []
-    table.caption = "; ".join(notes) or None
-    return table, needed(gap)
+    table_heads = ["batch × tokens,\nmethod", *(heads[index] for index in shown)]
+    return TextTable(table_heads, table_rows, gap, method_width, needed(gap), "; ".join(notes))
 
 
 def _short_shape(batch: int, micro_batch: int, length: int) -> str:
@@ -188,9 +192,12 @@ def unit_of(frame: DataFrame) -> tuple[int, str]:
     return unit_of_bytes(frame["peak_allocated_bytes"].astype(float).max())
 
 
-def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str]) -> Sequence[str]:
+def _cells(
+    row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str], of_metrics: Sequence[str]
+) -> Sequence[str]:
+    """The texts of a row, but for its method; of_metrics: the metrics that have a column of their own."""
     if row["status"] != "ok":
-        return [row["status"], *[""] * (len(_PLACES) - 1 + len(metrics_with_columns()))]
+        return [row["status"], *[""] * (len(_PLACES) - 1 + len(of_metrics))]
     share = shares.get(row["cell_id"])
     texts = {
         _SHARE: f"{share:.1%}".rstrip("%") if share is not None else "-",
@@ -203,7 +210,7 @@ def _cells(row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[
             texts[name] = f"{text} {_MARK[row[f'{name}_source']]}" if marked else text
     return [
         *(texts[name] for name in _PLACES),
-        *(_value(row.get(name), METRICS[name].unit, size) for name in metrics_with_columns()),
+        *(_value(row.get(name), METRICS[name].unit, size) for name in of_metrics),
     ]
 
 
