@@ -75,6 +75,11 @@ METRICS: dict[str, Kind] = {
         "neither",
         "what is alive at the peak of forward and backward: bytes, count, operator, shape, place",
     ),
+    "timeline": Kind(
+        "levels",
+        "neither",
+        "live bytes by category through the step with the peak: the highest level, and its phase, of each of 40 parts",
+    ),
     # outside torch
     "process_device_bytes": _bytes("device memory of the process, as the driver reports it"),
     "device_used_bytes": _bytes("device memory in use by all processes, as the driver reports it"),

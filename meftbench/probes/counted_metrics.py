@@ -79,6 +79,7 @@ def step_metrics(warm: list[Observed], measured: list[Observed], source: Source)
         "first_step_peak_allocated_bytes": Metric(first.peak.total, source),
         "drift_bytes_per_step": Metric(drift, source),
         "peak_phase": Metric(worst.peak.phase, source),
+        "timeline": Metric(worst.timeline, source),
     }
     for category in CATEGORIES:
         metrics[f"{category}_bytes"] = Metric(worst.peak.breakdown.get(category, 0), source)

@@ -26,6 +26,7 @@ from meftbench.measuring.optimizers import allocating_paged, keeps_state, states
 from meftbench.measuring.step import Mark, Step
 from meftbench.methods.levers.transfers import allocating_as
 from meftbench.probes.gradients_alive import GradientsAlive
+from meftbench.probes.level_history import LevelHistory
 from meftbench.units import format_bytes
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
@@ -65,6 +66,7 @@ class StorageCounter(TorchDispatchMode):
     attention_kernels: fused attention operators seen.
     busiest: largest total in forward and backward since `reset`.  explain_from: if a new busiest is at least this
         total, `explained` lists (bytes, category, origin) of what is alive then.
+    history: of the levels since `reset`.
     gradients: lifetimes of gradients.  busiest_at: the number of the allocation that led to `busiest`.
     events: None, or a list to which every allocation, end and change of category of a storage is appended:
         ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator). Storages of the
@@ -83,6 +85,7 @@ class StorageCounter(TorchDispatchMode):
         self.busiest, self.explain_from = 0, math.inf
         self.gradients, self.busiest_at = GradientsAlive(), 0
         self.explained: list[tuple[int, str, Origin]] = []
+        self.history = LevelHistory()
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._origins: dict[int, Origin] = {}
         self._op = "given"
@@ -148,6 +151,7 @@ class StorageCounter(TorchDispatchMode):
         self.peak = Peak(self.total, self.phase, dict(self.live))
         self.host_peak = self.host
         self.busiest, self.explained = 0, []
+        self.history = LevelHistory()
         self.busiest_at = self.gradients.clock
         self.gradients.forget_ended()
 
@@ -190,6 +194,7 @@ class StorageCounter(TorchDispatchMode):
         self.live[category] += size
         self.total += size
         self.gradients.clock += 1
+        self.history.allocated(self.total, self.phase, self.live)
         self._raise_peaks(size)
 
     def lose(self, size: int, category: str) -> None:
@@ -255,6 +260,7 @@ class Observed:
     saved: the largest growth from the start of the step to the start of a backward pass, without the loss.
     buffers: what was alive at the peak of forward and backward, if a step before showed how high that is.
     gradients: of trained parameters, at that peak.
+    timeline: the level through the step, as of `LevelHistory.points`.
     """
 
     baseline: int
@@ -264,6 +270,7 @@ class Observed:
     host_peak: int
     gradients: int = 0
     buffers: list[tuple[int, str, Origin]] = field(default_factory=list)
+    timeline: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def activation_peak(self) -> int:
@@ -344,7 +351,8 @@ def observe(counter: StorageCounter, run: Callable[[Mark], object], at_end: Call
     counter.explain_from = counter.busiest
     peaks, buffers = dict(counter.phase_peaks), counter.explained
     gradients = counter.gradients.bytes_at(counter.busiest_at)
-    return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, gradients, buffers)
+    timeline = counter.history.points()
+    return Observed(baseline, max(saved, 0), peaks, counter.peak, counter.host_peak, gradients, buffers, timeline)
 
 
 def warmup_steps(step: Step, requested: int) -> int:

@@ -25,7 +25,9 @@ from meftbench.units import parse_bytes
 SCHEMA = 1
 Missing = Literal["error", "warn", "ignore"]
 # Metrics whose value is not a single number, so that no bound applies to it.
-NOT_A_NUMBER = frozenset({"learning_curve", "peak_buffers", "peak_phase", "reconstruction_rel", "throttle_reasons"})
+NOT_A_NUMBER = frozenset(
+    {"learning_curve", "peak_buffers", "peak_phase", "reconstruction_rel", "throttle_reasons", "timeline"}
+)
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,8 @@ def test_the_chart_changes_axes_and_says_a_point_with_its_sources(opened):
     x, y = page.tab.evaluate(
         """() => { const { plot, points, units } = window.meftbench.chart;
         const [point, box] = [points.at(-1), plot.over.getBoundingClientRect()];
-        return [box.left + plot.valToPos(point.x / units.x.size, "x"), box.top + plot.valToPos(point.y / units.y.size, "y")];
+        const at = axis => plot.valToPos(point[axis] / units[axis].size, axis);
+        return [box.left + at("x"), box.top + at("y")];
         }"""
     )
     page.tab.mouse.move(x, y)

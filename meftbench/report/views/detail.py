@@ -66,7 +66,7 @@ class Section:
 def sections(record: Record) -> list[Section]:
     """The record as sections; those without rows are left out."""
     ladder = [(n, value_text(n, record.metrics[n]), why) for n, why in LADDER.items() if n in record.metrics]
-    used = {*_STEP, *LADDER, *BREAKDOWN, *_TRAINING, *_START, "peak_buffers", "learning_curve"}
+    used = {*_STEP, *LADDER, *BREAKDOWN, *_TRAINING, *_START, "peak_buffers", "learning_curve", "timeline"}
     all_sections = [
         Section("The training", list(_rows(record, _TRAINING))),
         Section("Validation during the training", list(_curve(record))),
