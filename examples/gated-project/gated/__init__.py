@@ -1,0 +1,1 @@
+"""A project whose model is held to memory budgets."""
