@@ -105,6 +105,7 @@ def test_every_command_it_shows_is_one():
         "validate",
         "export",
         "finetune",
+        "init",
     }
     assert verbs == {words[1] for words in commands}
     assert {words[1] for words in commands} <= set(_VERBS)
