@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.cli.options import emit
 from meftbench.errors import UserError
 
@@ -30,7 +31,9 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN...", help="Run folders, or REVISION:FOLDER of a run in git. The first is the one before."
+            metavar="RUN...",
+            help="Run folders, or REVISION:FOLDER of a run in git. The first is the one before.",
+            autocompletion=completion.runs,
         ),
     ],
     against: Annotated[

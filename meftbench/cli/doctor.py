@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from meftbench.cli.estimate import folded
 from meftbench.cli.options import Quiet, progress, say_next
 from meftbench.errors import UserError
 
@@ -42,7 +43,11 @@ def doctor(
     if given := [name for name, value in (("--device", device), ("--threads", threads)) if value is not None]:
         raise UserError(f"doctor {given[0]}", "only measuring takes it", "add --calibrate, or leave it out")
     result = findings()
-    print(json.dumps(result, indent=2, ensure_ascii=False, default=str) if as_json else rendered(result))
+    print(
+        json.dumps(result, indent=2, ensure_ascii=False, default=str)
+        if as_json
+        else "\n".join(folded(rendered(result).splitlines()))
+    )
     say_next(("run", "smoke"), ("doctor", "--calibrate"), ("list", "suites"), as_json=as_json)
 
 

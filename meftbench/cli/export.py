@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.cli.options import (
     Allocator,
     AllowCode,
@@ -56,7 +57,12 @@ _SHAPE = "--batch-size and --sequence-length"
 
 def export(
     what: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run folder (it has a records.jsonl); any other is a model.")
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run folder (it has a records.jsonl); any other is a model.",
+            autocompletion=completion.runs_and_models,
+        ),
     ],
     which: Annotated[
         list[str] | None,
@@ -72,7 +78,8 @@ def export(
         typer.Option("--output", "-o", help="The file; text goes to stdout without. A figure is two."),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="For trackers, of RUN: this metric; may be repeated.")
+        list[str] | None,
+        typer.Option(help="For trackers, of RUN: this metric; may be repeated.", autocompletion=completion.metrics),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of MODEL: samples a step.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Of MODEL: tokens a sample.")] = None,

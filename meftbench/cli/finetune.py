@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.cli.options import (
     AllowCode,
     AsJson,
@@ -31,7 +32,13 @@ def finetune(
     context: typer.Context,
     model: Model,
     method: Method,
-    task: Annotated[str, typer.Argument(help="A name of `meftbench list tasks`, or a folder with data and task.yaml.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A name of `meftbench list tasks`, or a folder with data and task.yaml.",
+            autocompletion=completion.tasks,
+        ),
+    ],
     data: Annotated[
         str | None, typer.Option(help="Folder of the data.  [default: $MEFTBENCH_DATA, or the Hugging Face hub]")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.cli.options import (
     Allocator,
     AllowCode,
@@ -38,7 +39,9 @@ def fit(
         list[str] | None, typer.Option(metavar="BYTES...", help="Of the card: 24GiB; several: '12GiB 24GiB', or again.")
     ] = None,
     profile: ProfileName = None,
-    methods: Annotated[str, typer.Option(metavar="METHOD,...", help="With levers.")] = ",".join(FITTED_METHODS),
+    methods: Annotated[
+        str, typer.Option(metavar="METHOD,...", help="With levers.", autocompletion=completion.method_lists)
+    ] = ",".join(FITTED_METHODS),
     sequence_lengths: Annotated[
         str | None, typer.Option(metavar="N,...", help="Find the largest batch at each. Default: 512.")
     ] = None,

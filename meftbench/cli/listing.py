@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.cli.options import say_next
 from meftbench.errors import UserError
 from meftbench.schemas import FOLDER, FORMATS, schema_of
 
 if TYPE_CHECKING:
     from meftbench.catalogue.settings import Settings
+
+
+_NARROWEST = 24  # characters that a summary has at least beside its name
 
 
 class Kind(StrEnum):
@@ -34,7 +40,10 @@ def list_(
         typer.Argument(help="What to list. `schemas`: published formats; `schema NAME`: the one of that name."),
     ],
     name: Annotated[
-        str | None, typer.Argument(help="Of `schema`: a name of `list schemas`. Default: suite.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Of `schema`: a name of `list schemas`. Default: suite.", autocompletion=completion.schemas
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -49,11 +58,21 @@ def list_(
     if as_json or kind is Kind.schema:
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return
-    width = max(map(len, content), default=0)
+    print("\n".join(_lines(content, shutil.get_terminal_size().columns)))
+    say_next(_NEXT[kind])
+
+
+def _lines(content: dict[str, Any], width: int) -> list[str]:
+    """A name at the beginning of a line, and its summary and settings beside it, wrapped at `width` characters."""
+    column = max(map(len, content), default=0) + 2
+    texts = []
     for name, about in content.items():
         settings = " ".join(f"{key}={value}" for key, value in about.get("settings", {}).items())
-        print(f"{name:<{width}}  {about['summary']}" + (f"\n{'':<{width}}  {settings}" if settings else ""))
-    say_next(_NEXT[kind])
+        room = max(_NARROWEST, width - column)
+        parts = [part for text in (about["summary"], settings) for part in textwrap.wrap(text, room)]
+        texts += [f"{name:<{column}}{parts[0] if parts else ''}".rstrip()]
+        texts += [" " * column + part for part in parts[1:]]
+    return texts
 
 
 def methods() -> dict[str, Any]:

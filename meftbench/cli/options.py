@@ -12,11 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.errors import UserError
 from meftbench.plan.axes import AXES
 from meftbench.plan.defaults import PROFILE
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `meftbench run` wrote.")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A folder that `meftbench run` wrote.", autocompletion=completion.runs)
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Take up what the same command had found when it was interrupted.")
 ]
@@ -26,7 +29,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 # --- options of the commands that predict ---
 
 Model = Annotated[
-    str, typer.Argument(help="A name of `meftbench list models`, a hub id, a folder, or MODULE:FUNCTION of your own.")
+    str,
+    typer.Argument(
+        help="A name of `meftbench list models`, a hub id, a folder, or MODULE:FUNCTION of your own.",
+        autocompletion=completion.models,
+    ),
 ]
 Batch = Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help=AXES["batch"].help)]
 AllowCode = Annotated[
@@ -36,13 +43,18 @@ AllowCode = Annotated[
         help="Import and run what is named MODULE:FUNCTION, here or in an installed package.",
     ),
 ]
-Method = Annotated[str, typer.Argument(help="A name of `meftbench list methods`, with levers: lora+checkpoint.")]
+Method = Annotated[
+    str,
+    typer.Argument(
+        help="A name of `meftbench list methods`, with levers: lora+checkpoint.", autocompletion=completion.methods
+    ),
+]
 MicroBatchSize = Annotated[int | None, typer.Option(min=1, help=AXES["micro_batch_size"].help)]
-Precision = Annotated[str | None, typer.Option(help=AXES["precision"].help)]
+Precision = Annotated[str | None, typer.Option(help=AXES["precision"].help, autocompletion=completion.precisions)]
 Attention = Annotated[str | None, typer.Option(help=AXES["attention"].help)]
 Head = Annotated[str | None, typer.Option(help=AXES["head"].help)]
 Packing = Annotated[bool | None, typer.Option("--packing", help=AXES["packing"].help)]
-Optimizer = Annotated[str | None, typer.Option(help=AXES["optimizer"].help)]
+Optimizer = Annotated[str | None, typer.Option(help=AXES["optimizer"].help, autocompletion=completion.optimizers)]
 Override = Annotated[
     list[str] | None, typer.Option("--config", metavar="KEY=VALUE", help="Overrides the model's configuration.")
 ]
@@ -50,7 +62,10 @@ Setting = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method: adapter_size=8.")
 ]
 ProfileName = Annotated[
-    str | None, typer.Option(help=f"A name of `meftbench list profiles`, or a file. Default: {PROFILE}.")
+    str | None,
+    typer.Option(
+        help=f"A name of `meftbench list profiles`, or a file. Default: {PROFILE}.", autocompletion=completion.profiles
+    ),
 ]
 Allocator = Annotated[str, typer.Option(help="Settings as in PYTORCH_ALLOC_CONF: expandable_segments:True.")]
 ForVersions = Annotated[
@@ -97,8 +112,8 @@ def say(answer: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]
 
 
 def at_terminal() -> bool:
-    """Whether people look at the output: neither stdout nor stderr goes into a pipe or a file."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    """Whether people look at the output: neither stdout nor stderr goes into a pipe or a file, or is closed."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 def say_next(*commands: tuple[str | Path, ...], as_json: bool = False) -> None:

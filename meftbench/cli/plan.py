@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.cli.options import (
     Allocator,
     AllowCode,
@@ -41,7 +42,12 @@ def plan(
         int | None, typer.Option(min=1, help="Samples a step, in micro-batches. Default: one micro-batch.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="METHOD,...", help="Labels as they are printed. One with levers: as it is.")
+        str | None,
+        typer.Option(
+            metavar="METHOD,...",
+            help="Labels as they are printed. One with levers: as it is.",
+            autocompletion=completion.method_lists,
+        ),
     ] = None,
     levers: Annotated[str, typer.Option(metavar="all|none|NAME,...", help="Levers to try.")] = "all",
     precision: Annotated[

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from meftbench.cli import completion
+
 
 class Format(StrEnum):
     html = "html"
@@ -19,7 +21,10 @@ class Format(StrEnum):
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `meftbench run` wrote.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders that `meftbench run` wrote.", autocompletion=completion.runs),
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the first RUN.")] = None,
     format_: Annotated[Format, typer.Option("--format")] = Format.all,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,

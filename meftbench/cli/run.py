@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meftbench.cli.options import AllowCode, typed
+from meftbench.cli import completion
+from meftbench.cli.options import AllowCode, at_terminal, typed
 from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserError, unknown
 
 if TYPE_CHECKING:
@@ -25,7 +27,12 @@ if TYPE_CHECKING:
 
 def run(
     context: typer.Context,
-    suite: Annotated[str, typer.Argument(help="A name of `meftbench list suites`, or the path of a YAML file.")],
+    suite: Annotated[
+        str,
+        typer.Argument(
+            help="A name of `meftbench list suites`, or the path of a YAML file.", autocompletion=completion.suites
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/NAME-TIME]")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Finish the run in --out (or the newest of this suite).")
@@ -194,6 +201,7 @@ def _interruptions(command: str, folder: Path) -> Iterator[None]:
 
 
 def _print_cells(suite: Suite, cells: list[Any], jobs: int, as_json: bool) -> None:
+    from meftbench.cli.estimate import folded
     from meftbench.errors import NOTHING_MATCHED
     from meftbench.plan.factories import calls_of
     from meftbench.runner.duration import duration, history
@@ -210,10 +218,13 @@ def _print_cells(suite: Suite, cells: list[Any], jobs: int, as_json: bool) -> No
         content |= ({"code": code} if code else {}) | expected.to_json()
         print(json.dumps(content, ensure_ascii=False))
         return
+    width = shutil.get_terminal_size().columns
     for cell in cells:
-        print(f"{cell.cell_id}  {cell.device:<8} {cell.label}")
+        line = f"{cell.cell_id}  {cell.device:<8} {cell.label}"
+        # In a pipe a cell is a line; a terminal shows a long label below, whole.
+        print(line if len(line) <= width or not at_terminal() else f"{cell.cell_id}  {cell.device}\n  {cell.label}")
     print(f"{len(cells)} cells, {sum(repeats.values())} processes; nothing was run")
-    print(f"a run: {expected.sentence()}")
+    print("\n".join(folded([f"a run: {expected.sentence()}"])))
     if code:
         allowed = "" if suite.allow_code else ", with --allow-code only"
         print(f"a run imports and calls code: {', '.join(code)}{allowed}; nothing was imported")

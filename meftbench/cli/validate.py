@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meftbench.cli import completion
 from meftbench.cli.options import (
     Allocator,
     AllowCode,
@@ -40,11 +41,17 @@ def validate(
     what: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN|SNAPSHOT]", help="A folder that `meftbench run` wrote; or a memory snapshot of torch, a file."
+            metavar="[RUN|SNAPSHOT]",
+            help="A folder that `meftbench run` wrote; or a memory snapshot of torch, a file.",
+            autocompletion=completion.runs,
         ),
     ] = None,
-    model: Annotated[str | None, typer.Argument(help="Of SNAPSHOT: what was trained.")] = None,
-    method: Annotated[str | None, typer.Argument(help="Of SNAPSHOT: by which method, with levers.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Of SNAPSHOT: what was trained.", autocompletion=completion.models)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Argument(help="Of SNAPSHOT: by which method, with levers.", autocompletion=completion.methods)
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="A name of `meftbench list profiles`, or a file. Default: that of RUN's device.")
     ] = None,
