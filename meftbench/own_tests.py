@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from meftbench.verdicts.update import NO_CELL, Update, updated
 
 # The metric of a bound that names none: `@pytest.mark.memory_budget("512MiB")`.
 UNNAMED = "peak_allocated_bytes"
+# Units of metrics without a number, which a budget cannot bound.
+_NO_NUMBER = ("buffers", "text")
 # Metrics that get a row where a test without a budget is written into the budgets file, and that reports always have.
 REPORTED = ("peak_allocated_bytes", "activation_peak_bytes")
 _HEAD = """\
@@ -40,11 +43,14 @@ _SHOWN = 12  # buffers in the message of a failure
 def metric_named(where: str, name: str) -> str:
     """The metric that `name` means, whose ending `_bytes` may be left out. Raises UserError: no metric with a single
     number has this name."""
-    numbers = [metric for metric in METRICS if metric not in NOT_A_NUMBER]
+    numbers = [metric for metric in METRICS if metric not in NOT_A_NUMBER and METRICS[metric].unit not in _NO_NUMBER]
     for metric in (name, f"{name}_bytes"):
         if metric in numbers:
             return metric
-    raise unknown(where, "metric", name, numbers)
+    if get_close_matches(name, numbers, n=1):
+        raise unknown(where, "metric", name, numbers)
+    examples = ", ".join(["peak_allocated", "activation_peak", "peak_reserved", "drift_bytes_per_step"])
+    raise UserError(where, f"unknown metric {name!r}", f"write such as {examples}; `meftbench list metrics` has all")
 
 
 def budgets_in_code(file: Path, line: int, bounds: Mapping[str, Any]) -> Budgets:
@@ -56,6 +62,9 @@ def budgets_in_code(file: Path, line: int, bounds: Mapping[str, Any]) -> Budgets
     """
     rows = []
     for metric, bound in bounds.items():
+        if not isinstance(bound, str | int | float) or isinstance(bound, bool) or (bound != bound):
+            example = '"512MiB" or a number of bytes' if METRICS[metric].unit == "byte" else "a number"
+            raise UserError(f"{file}:{line}: {metric}", f"{bound!r} is not an amount", f"write {example}")
         side = "min" if METRICS[metric].better == "higher" else "max"
         content = {"match": "*", "metric": metric, side: bound, "tolerance": 0.0}
         rows.append(settings_of(f"{file}:{line}: {metric}", Row, content))

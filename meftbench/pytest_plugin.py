@@ -98,6 +98,7 @@ class MemoryBudget:
         """
         __tracebackhide__ = True
         import meftbench
+        from meftbench.errors import UserError
         from meftbench.own_tests import record_of
 
         self.calls += 1
@@ -105,17 +106,22 @@ class MemoryBudget:
         caller = sys._getframe(1)
         place = _relative(Path(caller.f_code.co_filename), config), caller.f_lineno
         budgets = _budgets_of(node, place, bounds)
-        measurement = meftbench.measure(
-            model,
-            batch,
-            optimizer=optimizer,
-            method=method,
-            module=module,
-            micro_batch_size=micro_batch_size,
-            warmup=warmup,
-            steps=steps,
-            time=time,
-        )
+        try:
+            measurement = meftbench.measure(
+                model,
+                batch,
+                optimizer=optimizer,
+                method=method,
+                module=module,
+                micro_batch_size=micro_batch_size,
+                warmup=warmup,
+                steps=steps,
+                time=time,
+            )
+        except UserError as error:
+            if error.__cause__ is None:
+                _fail(f"{place[0]}:{place[1]}: {error}")
+            raise  # an error in the user's model, whose traceback says where
         part = name or ("" if self.calls == 1 else str(self.calls))
         record = record_of(f"{node.nodeid}/{part}" if part else node.nodeid, measurement)
         self._report(record, f"{part}." if part else "", budgets)

@@ -133,6 +133,18 @@ def test_step(memory_budget):
             "'900 M' is not an amount of memory; write 412MiB",
         ),
         (
+            "def test_it(memory_budget): memory_budget(Model(), BATCH, peak_allocated=None)",
+            'peak_allocated_bytes: None is not an amount; write "512MiB" or a number of bytes',
+        ),
+        (
+            "def test_it(memory_budget): memory_budget(Model(), BATCH, limit=3)",
+            "unknown metric 'limit'; write such as peak_allocated, activation_peak,",
+        ),
+        (
+            "def test_it(memory_budget): memory_budget(Model(), BATCH, steps=0, peak_allocated='1GiB')",
+            "test_memory.py:13: measure: steps is 0; write a whole number from 1",
+        ),
+        (
             "def test_it(memory_budget): memory_budget(Model(), BATCH, tokens_per_s=10)",
             "tokens_per_s not measured: the cell has no such metric",
         ),
@@ -226,7 +238,7 @@ def test_an_update_needs_one_process(session):
 
 @given(st.sampled_from(sorted(METRICS)))
 def test_metrics_are_named_in_full_or_without_bytes(metric):
-    if metric in NOT_A_NUMBER:
+    if metric in NOT_A_NUMBER or METRICS[metric].unit in ("buffers", "text"):
         with pytest.raises(UserError, match="unknown metric"):
             metric_named("here", metric)
     else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from meftbench.catalogue.metrics import BREAKDOWN, METRICS, SHARED_CORES
 from meftbench.errors import NOTHING_MATCHED, UserError
+from meftbench.escapes import visible
 from meftbench.plan.axes import IN_LABEL
 from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.records.outcome import as_number, said
@@ -19,7 +20,8 @@ from meftbench.report.results import with_used
 from meftbench.verdicts.budgets import glob
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, OverflowMethod
+    from rich.text import Text
 
 # Smallest first: each includes the one before it. The text says what it is good for.
 LADDER = {
@@ -95,7 +97,7 @@ def _buffers(record: Record) -> Iterator[tuple[str, str, str]]:
     metric = record.metrics.get("peak_buffers")
     for row in metric.value if metric is not None and isinstance(metric.value, list) else []:
         times = f"{row['count']} of them, " if row["count"] > 1 else ""
-        shape = " × ".join(f"{size:,}" for size in row["shape"])
+        shape = " × ".join(f"{size:,}" for size in row["shape"]) or "one"
         meaning = f"{row['category']}: {times}{shape} {row['dtype']}, in {row['place']}"
         yield row["op"], f"{said(row['bytes'], 'byte')} ({record.metrics['peak_buffers'].source})", meaning
 
@@ -245,41 +247,46 @@ def find_records(run: Run, selector: str) -> list[Record]:
 def print_records(run: Run, records: list[Record], traceback: bool = False, console: Console | None = None) -> None:
     """Print records for people. traceback: print the recorded traceback of each as well, or that there is none."""
     from rich.console import Console
-    from rich.text import Text
 
     out = console or Console()
     for record in records:
-        out.print(Text(record.label, style="bold"), Text(f"cell {record.cell_id}, repeat {record.repeat}"))
+        out.print(_text(record.label, style="bold"), _text(f"cell {record.cell_id}, repeat {record.repeat}"))
         for line in headline(record):
-            out.print(Text(line))
+            out.print(_text(line))
         for sentence in warnings(record):
-            out.print(Text(f"warning: {sentence}", style="yellow"))
+            out.print(_text(f"warning: {sentence}", style="yellow"))
         for section in sections(record):
             _print_section(section, out)
         if traceback:
-            out.print(Text(str(record.status_detail.get("traceback") or "no traceback was recorded")))
-        out.print(Text(f"again: {command(run, record)}"), soft_wrap=True)
+            out.print(_text(str(record.status_detail.get("traceback") or "no traceback was recorded")))
+        out.print(_text(f"again: {command(run, record)}"), soft_wrap=True)
 
 
 def _print_section(section: Section, out: Console) -> None:
     """Print a table; on a narrow terminal name, value and meaning of a row stand on lines of their own, uncut."""
     from rich.padding import Padding
     from rich.table import Table
-    from rich.text import Text
 
     if out.width < NARROW:
-        out.print(Text(section.title, style="italic"))
+        out.print(_text(section.title, style="italic"))
         for name, value, meaning in section.rows:
-            out.print(Text(f" {name}", overflow="fold"))
-            out.print(Padding(Text(value), (0, 0, 0, 3)), Padding(Text(meaning, style="dim"), (0, 0, 0, 3)))
+            out.print(_text(f" {name}", overflow="fold"))
+            out.print(Padding(_text(value), (0, 0, 0, 3)), Padding(_text(meaning, style="dim"), (0, 0, 0, 3)))
         return
     table = Table(title=section.title, title_justify="left", title_style="italic", box=None, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold", min_width=24)
     table.add_column(overflow="fold", style="dim")
     for row in section.rows:
-        table.add_row(*(Text(text) for text in row))
+        table.add_row(*(_text(text) for text in row))
     out.print(table)
+
+
+def _text(text: str, style: str = "", overflow: OverflowMethod | None = None) -> Text:
+    """A text for the console, in which what a record holds cannot act on the terminal."""
+    from rich.text import Text
+
+    return Text(visible(text), style=style, overflow=overflow)
 
 
 def headline(record: Record) -> list[str]:
