@@ -49,14 +49,14 @@ def test_score_beside_memory(drawn):
 
 
 def test_what_is_beaten_in_both_is_paler(drawn):
-    """The line joins the others, from the cheapest up."""
+    """The line joins the others, from the cheapest up; what a cheaper one equals within the deviation is not on it."""
     ax = drawn(plot_score_by_memory, *scored_run(("rte",)))
 
     found = points(ax)
     assert list(METHODS) == list(found)
     strong = {method for method, (_, _, _, alpha) in found.items() if alpha == 1}
-    assert {"full", "houlsby", "meft3"} <= strong
-    assert {"lora", "meft1"}.isdisjoint(strong)
+    assert {"full", "meft3"} <= strong
+    assert {"lora", "meft1", "houlsby"}.isdisjoint(strong)
     front = next(line for line in ax.lines if len(line.get_xdata()) > 1)
     assert sorted(x for method, (x, *_) in found.items() if method in strong) == list(front.get_xdata())
     assert list(np.sort(front.get_ydata())) == list(front.get_ydata())
@@ -137,4 +137,4 @@ def test_which_pictures_a_run_has(tmp_path):
         "rte, batch 16 × 48 tokens, bf16",
     ] == titles
     assert {"score-by-memory", "score-by-time", "learning-curves", "breakdown"} <= set(found)
-    assert "Bars: deviation over seeds" in found["score-by-time"].alt
+    assert "within the deviation over seeds" in found["score-by-time"].alt

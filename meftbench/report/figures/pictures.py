@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.plan.axes import SHAPE
 from meftbench.report.figures import plots, score_plots, side_bits
+from meftbench.report.figures.picture import Picture
 from meftbench.report.results import (
     WRONG_GRADIENT,
     Group,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # A figure draws at most this many panels, since more would not be read; the table has all cells.
 _MAX_PANELS = 8
+SCORES = ("score", "accuracy", "f1", "matthews", "pearson", "spearman")
 Draw = Callable[["DataFrame", "Axes"], None]
 # Plots that stand above each other over the same side bits; one whose metric the run did not take is left out.
 _BY_SIDE_BITS: dict[str, Draw] = {
@@ -56,43 +57,20 @@ class Panel:
 class Kind:
     """A figure that a model may have. draws: the plot of a panel, or several that stand above each other in it.
 
-    note: printed below the panels, such as what is left out.
+    note: printed below the panels, such as what is left out.  metrics: that it shows.
     """
 
     name: str
     title: str
     draws: list[Draw]
     panels: list[Panel]
+    metrics: tuple[str, ...]
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure. name: of the files, without ending.  alt: what it shows, for readers who cannot see it."""
-
-    name: str
-    title: str
-    alt: str
-    figure: Figure
-
-    def svg(self) -> str:
-        """The figure as SVG text; the same on every machine and day."""
-        return _saved(self.figure, "svg", self.name).decode()
-
-    @cached_property
-    def png(self) -> bytes:
-        """The figure as PNG; the same on every machine and day."""
-        return _saved(self.figure, "png", self.name)
-
-    def write(self, folder: Path) -> None:
-        """NAME.png and NAME.svg in `folder`."""
-        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
-        (folder / f"{self.name}.png").write_bytes(self.png)
 
 
 def pictures(frame: DataFrame) -> list[Picture]:
     """The figures of one run or several, one of each kind per model; kinds without data are left out."""
-    drawn: list[Picture] = []
+    found: list[Picture] = []
     models = list(dict.fromkeys(frame["model"]))
     for model in models:
         of_model = frame[frame["model"] == model]
@@ -101,8 +79,19 @@ def pictures(frame: DataFrame) -> list[Picture]:
             if kind.panels:
                 slug = f"{kind.name}-{_slug(model)}" if several else kind.name
                 heading = f"{kind.title}: {model}"
-                drawn.append(Picture(slug, heading, _alt(heading, kind), _figure(heading, kind)))
-    return drawn
+                found.append(Picture(slug, heading, _alt(heading, kind), partial(_figure, heading, kind), _data(kind)))
+    return found
+
+
+def _data(kind: Kind) -> DataFrame:
+    """The numbers of a figure: for each panel its cells, with the metrics in their units, their spread and sources."""
+    from pandas import concat
+
+    parts = [panel.frame.assign(panel=panel.title) for panel in kind.panels]
+    columns = ["panel", "run", "cell_id", "label", "method", *SHAPE, "seed", "learning_rate", "status"]
+    columns += [f"{metric}{part}" for metric in kind.metrics for part in ("", "_low", "_high", "_source")]
+    whole = concat(parts, ignore_index=True)
+    return whole[[name for name in columns if name in whole]].dropna(axis="columns", how="all")
 
 
 def _kinds(whole: DataFrame) -> list[Kind]:
@@ -122,18 +111,24 @@ def _training_kinds(frame: DataFrame) -> list[Kind]:
     # A single evaluation is a point and not a curve.
     curves = [panel for panel in panels if any(len(curve or ()) > 1 for curve in panel.frame["learning_curve"])]
     memory, time = score_plots.plot_score_by_memory, score_plots.plot_score_by_time
-    score_note = "A line joins the methods that no other beats in both; others are paler. Bars: deviation over seeds."
+    score_note = (
+        "A line joins the methods that no cheaper one equals within the deviation over seeds; others are paler. "
+        "Bars: that deviation."
+    )
     swept = {axis: [panel for panel in panels if ablations.sweeps(panel.frame, axis)] for axis in ablations.AXES}
     shifts = [panel for panel in panels if ablations.shifted(panel.frame)]
     bars = "Bars: standard deviation over seeds."
     return [
-        Kind("score-by-memory", "Score and activation memory", [memory], panels, score_note),
-        Kind("score-by-time", "Score and training time", [time], panels, score_note),
-        Kind("learning-curves", "Learning curves", [score_plots.plot_learning_curves], curves,
+        Kind("score-by-memory", "Score and activation memory", [memory], panels,
+             (*SCORES, "activation_peak_bytes"), score_note),
+        Kind("score-by-time", "Score and training time", [time], panels,
+             (*SCORES, "training_time_s"), score_note),
+        Kind("learning-curves", "Learning curves", [score_plots.plot_learning_curves], curves, ("learning_curve",),
              "Bands: lowest and highest of the seeds."),
-        Kind("score-by-shift", "Score and starting-point shift", [ablations.plot_score_by_shift], shifts, bars),
+        Kind("score-by-shift", "Score and starting-point shift", [ablations.plot_score_by_shift], shifts,
+             (*SCORES, "starting_point_shift"), bars),
         *(Kind(f"score-by-{axis.replace('_', '-')}", f"Score and {axis.replace('_', ' ')}", ablations.draws_for(axis),
-               swept_panels, bars) for axis, swept_panels in swept.items()),
+               swept_panels, SCORES, bars) for axis, swept_panels in swept.items()),
     ]  # fmt: skip
 
 
@@ -150,21 +145,20 @@ def _memory_kinds(whole: DataFrame) -> list[Kind]:
     # Along the batch axis the micro-batch either grows with the batch or stays fixed: these are different curves.
     by_batch = _panels_along(frame, ["sequence_length", "_micro"], "batch_size", "{0} tokens{1}")
     by_side_bits = [_BY_SIDE_BITS[metric] for metric in swept]
+    activation = "activation_peak_bytes"
     length, batch = plots.plot_activation_by_length, plots.plot_activation_by_batch
+    peak, speed = "peak_allocated_bytes", "tokens_per_s"
+    parts, layers, front = plots.plot_breakdown, plots.plot_reconstruction, plots.plot_memory_against_speed
+    speed_note = " ".join(filter(None, [note, _wrong_gradient_note(speeds)]))
     return [
-        Kind("side-bits", "What the side bits of exact reversal buy and cost", by_side_bits, sweeps if swept else []),
-        Kind("activation-by-length", "Activation memory and sequence length", [length], by_length, note),
-        Kind("activation-by-batch", "Activation memory and batch size", [batch], by_batch, note),
-        Kind("breakdown", "What the peak consists of", [plots.plot_breakdown], shapes, note),
-        Kind("reconstruction", "Reconstruction error per layer", [plots.plot_reconstruction], errors, note),
-        Kind(
-            "memory-and-speed",
-            "Memory and speed",
-            [plots.plot_memory_against_speed],
-            speeds,
-            " ".join(filter(None, [note, _wrong_gradient_note(speeds)])),
-        ),
-    ]
+        Kind("side-bits", "What the side bits of exact reversal buy and cost", by_side_bits, sweeps if swept else [],
+             tuple(swept)),
+        Kind("activation-by-length", "Activation memory and sequence length", [length], by_length, (activation,), note),
+        Kind("activation-by-batch", "Activation memory and batch size", [batch], by_batch, (activation,), note),
+        Kind("breakdown", "What the peak consists of", [parts], shapes, (peak, *BREAKDOWN), note),
+        Kind("reconstruction", "Reconstruction error per layer", [layers], errors, ("reconstruction_rel",), note),
+        Kind("memory-and-speed", "Memory and speed", [front], speeds, (peak, speed, "gradient_rel_max"), speed_note),
+    ]  # fmt: skip
 
 
 def _wrong_gradient_note(panels: list[Panel]) -> str:
@@ -247,9 +241,8 @@ def _panels_along(frame: DataFrame, fixed: list[str], axis: str, title: str) -> 
             if rows["activation_peak_bytes"].notna().any():
                 panel_title = title.format(rows[fixed[0]].iloc[0], rows["_micro"].iloc[0])
                 panels.append(Panel(_with_setting(panel_title, group, all_groups), rows))
-    longest = max((panel.frame[axis].nunique() for panel in panels), default=0)
-    # A panel with one value on the axis shows no curve; it is kept only where no panel has more.
-    return [panel for panel in panels if panel.frame[axis].nunique() > 1 or longest == 1]
+    # A panel with one value on the axis shows no curve; what the peak consists of shows these cells.
+    return [panel for panel in panels if panel.frame[axis].nunique() > 1]
 
 
 def _panels_at_one_shape(frame: DataFrame, metric: str) -> list[Panel]:
@@ -345,16 +338,6 @@ def _alt(heading: str, kind: Kind) -> str:
     titles = "; ".join(panel.title for panel in kind.panels)
     note = f" {kind.note}" if kind.note else ""
     return f"{heading}, for {', '.join(descriptions)}; panels: {titles}.{note} The table has the numbers."
-
-
-def _saved(figure: Figure, kind: str, salt: str) -> bytes:
-    from matplotlib import rc_context
-
-    stream = io.BytesIO()
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "path", "font.size": 9}):
-        figure.savefig(stream, format=kind, dpi=130, metadata=metadata)
-    return stream.getvalue()
 
 
 def _slug(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from colorsys import hls_to_rgb
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -318,6 +318,19 @@ def colour(method: str) -> str:
     """The colour of a method, whatever its levers and settings."""
     name = method.partition("+")[0].partition("(")[0]
     return COLOUR.get(name, _FALLBACK)
+
+
+def distinct_colours(methods: Mapping[str, str]) -> dict[str, str]:
+    """A colour for each line. methods: the method of each. The first line of a method has the method's colour; further
+    ones, such as those with other settings, have colours of their own, as lines in one colour cannot be told apart."""
+    colours: dict[str, str] = {}
+    used: set[str] = {colour(method) for method in methods.values()}
+    own: set[str] = set()
+    spare = (shade for n in range(10**6) if (shade := _distinct_colour(n)) not in used)
+    for line, method in methods.items():
+        colours[line] = next(spare) if colour(method) in own else colour(method)
+        own.add(colour(method))
+    return colours
 
 
 def markers(frame: DataFrame) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from meftbench.report.figures.plots import colour, legend_beside, markers
+from meftbench.report.figures.plots import colour, distinct_colours, legend_beside, markers
 from meftbench.report.results import methods_in_order
 from meftbench.report.views.scores import Result, results
 from meftbench.units import MiB
@@ -21,8 +21,8 @@ _DOMINATED = 0.35  # opacity of a method that another beats in both score and co
 def plot_score_by_memory(frame: DataFrame, ax: Axes) -> None:
     """Score against activation memory (MiB) of one task: a point per method at its best learning rate.
 
-    Bars are standard deviations over seeds. The line joins the methods that no other beats in both; the others are
-    paler.
+    Bars are standard deviations over seeds. The line joins the methods that score higher than every cheaper one by more
+    than the larger of the two deviations; the others are paler.
     """
     _plot_score(frame, ax, _mebibytes, "activation memory of a step (MiB)")
 
@@ -44,24 +44,28 @@ def _plot_score(frame: DataFrame, ax: Axes, cost: Callable[[Result], float | Non
     marker_of = markers(frame)
     finite = [result for result in results(frame) if math.isfinite(result.score.mean)]
     points = [(x, result) for result in finite if (x := cost(result)) is not None]
-    frontier = [
-        (x, result)
-        for x, result in points
-        if not any(y <= x and rival.score.mean >= result.score.mean and rival is not result for y, rival in points)
-    ]
+    frontier: list[tuple[float, Result]] = []
+    for x, result in sorted(points, key=lambda pair: (pair[0], -pair[1].score.mean)):
+        if not frontier or _is_above(result, frontier[-1][1]):
+            frontier.append((x, result))
     for x, result in points:
         on_frontier = any(result is rival for _, rival in frontier)
         method, deviation = result.first["method"], result.score.deviation or 0.0
         ax.errorbar([x], [result.score.mean], yerr=[deviation], color=colour(method), marker=marker_of[method],
                     markersize=7, markerfacecolor="white" if result.own else colour(method), capsize=3,
                     linestyle="none", alpha=1.0 if on_frontier else _DOMINATED, label=result.method)  # fmt: skip
-    frontier.sort(key=lambda pair: pair[0])
     ax.plot([x for x, _ in frontier], [r.score.mean for _, r in frontier], color="#999999", linewidth=0.8, zorder=0)
     scored = points[0][1].first["scored_by"] if points else "score"
     ax.set(xlabel=label, ylabel=f"{scored} on validation", xscale="log")
     ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     _plain_ticks(ax)
     legend_beside(ax)
+
+
+def _is_above(result: Result, other: Result) -> bool:
+    """Whether a score is higher by more than chance: the larger of the deviations over seeds."""
+    noise = max(result.score.deviation or 0.0, other.score.deviation or 0.0)
+    return result.score.mean - other.score.mean > noise
 
 
 def _plain_ticks(ax: Axes) -> None:
@@ -90,6 +94,7 @@ def plot_learning_curves(frame: DataFrame, ax: Axes) -> None:
 
     by_method = {result.method: result for result in results(frame)}
     order = methods_in_order(frame)
+    shades = distinct_colours({result.method: result.first["method"] for result in by_method.values()})
     for result in sorted(by_method.values(), key=lambda r: order.index(r.first["method"])):
         curves = [row["learning_curve"] for row in result.rows if row["learning_curve"]]
         # Early stopping ends seeds at different steps: a step has the scores of the seeds that reached it.
@@ -97,7 +102,7 @@ def plot_learning_curves(frame: DataFrame, ax: Axes) -> None:
         steps = sorted({step for step, _ in evaluations})
         scores_by_step = [[score for step, score in evaluations if step == evaluated] for evaluated in steps]
         mean = np.array([np.mean(scores) for scores in scores_by_step])
-        shade = colour(result.first["method"])
+        shade = shades[result.method]
         ax.plot(steps, mean, color=shade, marker=".", linestyle="--" if result.own else "-", label=result.method)
         if len(curves) > 1:
             ax.fill_between(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.figures.pictures import Picture
+from meftbench.report.figures.picture import Picture
 from meftbench.report.figures.plots import CATEGORY, legend_beside, unit_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def timeline_picture(answers: Sequence[dict[str, Any]], name: str = "timeline") 
     unit_size, unit = unit_of([highest])
     peaks = (f"{answer['method']} {answer['peak_allocated_bytes'] / unit_size:,.1f} {unit}" for answer in answers)
     phases = ", ".join(phase for phase, _ in answers[0]["timeline"]["phases"])
-    return Picture(name, title, f"{title}, predicted; peak of {'; '.join(peaks)}; {phases}", figure)
+    return Picture(name, title, f"{title}, predicted; peak of {'; '.join(peaks)}; {phases}", lambda: figure)
 
 
 def _titles(answers: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:

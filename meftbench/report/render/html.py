@@ -15,7 +15,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run
 from meftbench.report.columns import COLUMNS
-from meftbench.report.figures.pictures import Picture
+from meftbench.report.figures.picture import Picture
 from meftbench.report.render.payload import anchor, payload
 from meftbench.report.results import WRONG_GRADIENT, run_names, sources, taken
 from meftbench.report.views import answer, claims

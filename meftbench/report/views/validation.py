@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meftbench.records.store import Run
-from meftbench.report.figures.pictures import Picture
+from meftbench.report.figures.picture import Picture
 from meftbench.report.figures.plots import colour, legend_beside, unit_of
 from meftbench.units import format_bytes
 from meftbench.verdicts.snapshot_validation import SnapshotValidation
@@ -107,7 +107,7 @@ def validation_picture(validation: Validation, name: str = "predicted-against-me
     worst = max(validation.errors, key=lambda error: abs(error.share))
     cells = len({error.label for error in validation.errors})
     alt = f"{title}, {cells} cells of {', '.join(methods)}; the largest error is {worst.share:+.1%}, of {worst.label}"
-    return Picture(name, title, alt, figure)
+    return Picture(name, title, alt, lambda: figure)
 
 
 def plot_predicted_against_measured(errors: Sequence[Error], ax: Axes) -> None:

@@ -1,0 +1,61 @@
+"""A figure with what it shows in words and in numbers, saved as the same PNG and SVG on every machine."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn when it is asked for.
+
+    name: of the files, without ending.  alt: what it shows, for readers who cannot see it.  data: the numbers that it
+    shows, a row for each cell and panel; None: they are elsewhere.
+    """
+
+    name: str
+    title: str
+    alt: str
+    draw: Callable[[], Figure]
+    data: DataFrame | None = None
+
+    @cached_property
+    def figure(self) -> Figure:
+        return self.draw()
+
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as PNG; the same on every machine and day."""
+        return _saved(self.figure, "png", self.name)
+
+    def svg(self) -> str:
+        """The figure as SVG text; the same on every machine and day."""
+        return _saved(self.figure, "svg", self.name).decode()
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.png
+
+    def write(self, folder: Path) -> None:
+        """NAME.png and NAME.svg in `folder`."""
+        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
+        (folder / f"{self.name}.png").write_bytes(self.png)
+
+
+def _saved(figure: Figure, kind: str, salt: str) -> bytes:
+    from matplotlib import rc_context
+
+    stream = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "path", "font.size": 9}):
+        figure.savefig(stream, format=kind, dpi=130, metadata=metadata)
+    return stream.getvalue()
