@@ -6,6 +6,7 @@ recolour a terminal or move its cursor, marks that reverse the order of letters,
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 
@@ -25,11 +26,18 @@ def visible(text: str) -> str:
     return "".join(sign if _is_shown(sign) else _escape(sign) for sign in text)
 
 
-def one_line(text: str) -> str:
+def single_line(text: str) -> str:
     """The text as `visible` shows it, on one line: runs of white space are one space."""
     if text.isprintable() and "  " not in text and text == text.strip():
         return text
     return " ".join(visible(text.replace("\r\n", "\n")).split())
+
+
+def json_text(text: str) -> str:
+    """JSON of which the strings hold invisible characters as `\\u` escapes: the same JSON, safe on a terminal."""
+    if text.isascii():
+        return text
+    return "".join(sign if _is_shown(sign) else _json_escape(sign) for sign in text)
 
 
 def spreadsheet_text(text: str) -> str:
@@ -49,6 +57,10 @@ def _is_shown(sign: str) -> bool:
 def _escape(sign: str) -> str:
     code = ord(sign)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _json_escape(sign: str) -> str:
+    return json.dumps(sign)[1:-1]  # two escapes above U+FFFF
 
 
 def _is_number(text: str) -> bool:

@@ -32,7 +32,7 @@ from meftbench.cli import (
 )
 from meftbench.cli.streams import abandon_stdout, encode_anything, flush
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
-from meftbench.escapes import one_line
+from meftbench.escapes import single_line
 
 EXIT_CODES = """
 Exit codes: 0 done, budgets held · 1 over budget or regressed · 2 usage, unreadable or invalid input ·
@@ -128,11 +128,11 @@ def _exit_code(arguments: list[str] | None) -> int:
         flush()
         return outcome if isinstance(outcome, int) else 0
     except UserError as error:
-        print(f"meftbench: {one_line(str(error))}", file=sys.stderr)
+        print(f"meftbench: {single_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except _ClickException as error:
         # Some of the messages come from pydantic, with this prefix.
-        message = one_line(error.format_message().replace("Value error, ", ""))  # type: ignore[attr-defined]
+        message = single_line(error.format_message().replace("Value error, ", ""))  # type: ignore[attr-defined]
         print(f"meftbench: {message.rstrip('.')}; see `meftbench --help`", file=sys.stderr)
         return INVALID
     except (KeyboardInterrupt, typer.Abort):
@@ -150,7 +150,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             print(
-                f"meftbench: {one_line(str(error.filename))}: is too long for a path; give a shorter one",
+                f"meftbench: {single_line(str(error.filename))}: is too long for a path; give a shorter one",
                 file=sys.stderr,
             )
             return INVALID

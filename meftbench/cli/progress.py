@@ -8,6 +8,7 @@ from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from meftbench.escapes import single_line, visible
 from meftbench.records.record import Record
 from meftbench.runner import Ended, Event, Noted, Planned, Started
 from meftbench.runner.duration import Duration, Remaining
@@ -29,9 +30,10 @@ def line(event: Ended) -> str:
 
 def ending(record: Record) -> str:
     """A record as one line: its cell, its activation memory or what went wrong, and how long it took."""
-    name = f"{record.label} #{record.repeat}" if record.repeat else record.label
+    label = single_line(record.label)
+    name = f"{label} #{record.repeat}" if record.repeat else label
     if record.status == "skipped":
-        return f"{name}  {record.status_detail.get('message', '')}"
+        return f"{name}  {single_line(str(record.status_detail.get('message', '')))}"
     return f"{name}  {_result(record)}  {format_duration(record.wall_s)}"
 
 
@@ -44,8 +46,7 @@ def _result(record: Record) -> str:
         return f"activation {format_bytes(metric.value)} {metric.source}"
     if record.status == "oom" and "requested_bytes" in detail:
         return f"asked for {format_bytes(detail['requested_bytes'])} more"
-    kind, message = str(detail.get("type", "")), " ".join(str(detail.get("message", "")).split())
-    return f"{kind}: {message}"[:200]
+    return single_line(f"{detail.get('type', '')}: {detail.get('message', '')}")[:200]
 
 
 class Plain:
@@ -86,7 +87,7 @@ class Plain:
                 pass  # `begin` has said it
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -152,7 +153,7 @@ class Bar:
                 pass  # `begin` has said it
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(visible(text), markup=False)
 
     def _update(self, done: int, total: int, last: str) -> None:
         from rich.markup import escape

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from meftbench.cli.options import RunFolder, say_next
+from meftbench.escapes import json_text
 
 
 def show(
@@ -25,7 +26,7 @@ def show(
     warn_if_torn(loaded)
     if as_json:
         records = find_records(loaded, cell) if cell else loaded.records
-        print("\n".join(json.dumps(record.to_json(), ensure_ascii=False) for record in records))
+        print("\n".join(json_text(json.dumps(record.to_json(), ensure_ascii=False)) for record in records))
     elif cell:
         found = find_records(loaded, cell)
         print_records(loaded, found, traceback)

@@ -23,6 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from meftbench.errors import UserError
+from meftbench.escapes import single_line
 from meftbench.records.record import SCHEMA, Record
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class Run:
         # Imported by name, because records may not import reports (the import layers in pyproject.toml).
         frame: DataFrame = import_module("meftbench.report.results").frame_of(self)
         return frame
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return str(import_module("meftbench.report.render.notebook").run_html(self))
 
 
 def folder_at(path: Path | str) -> Path:
@@ -136,7 +141,10 @@ def warn_if_torn(run: Run) -> None:
     """Print a warning to stderr if the last record was cut off."""
     if run.torn:
         cure = "`meftbench run --resume` repeats that cell"
-        print(f"{run.path / RECORDS}: the last line is cut off and was left out; {cure}", file=sys.stderr)
+        print(
+            f"{single_line(str(run.path / RECORDS))}: the last line is cut off and was left out; {cure}",
+            file=sys.stderr,
+        )
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
+from meftbench.escapes import single_line, spreadsheet_text, visible
 from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE, WORDS
 from meftbench.plan.training import Training
 from meftbench.records.outcome import Outcome, outcomes
@@ -123,7 +124,8 @@ def _row(run: str, outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]
     row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
     row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
     row |= _numbers(outcome, metrics)
-    return row
+    # Records may be anybody's: their texts must not act on the terminals and pages that show the frame.
+    return {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 # The columns beside each metric's own: composing the names for each cell would take a third of the time of a frame.
@@ -212,8 +214,7 @@ def _joined(name: str, settings: list[str]) -> str:
 def detail_of(record: Record) -> str:
     """Why a cell did not end ok, as one line; "" where it did."""
     detail = record.status_detail
-    text = detail.get("message") or detail.get("type") or ""
-    return " ".join(str(text).split())
+    return single_line(str(detail.get("message") or detail.get("type") or ""))
 
 
 @dataclass(frozen=True)
@@ -309,13 +310,19 @@ def write_csv(frame: DataFrame, file: Path) -> None:
 def as_csv(frame: DataFrame) -> str:
     """The table as CSV: the unit in each metric's heading, its source in a column beside it.
 
-    What is alive at the peak, a table of its own in every cell, is left to the records.
+    What is alive at the peak, a table of its own in every cell, is left to the records. A text that a spreadsheet would
+    take for a formula begins with an apostrophe.
     """
     frame = frame.drop(columns=["peak_buffers", "peak_buffers_source", "timeline", "timeline_source"], errors="ignore")
     headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
-    # A measured nan is written as a value: an empty field is a number that was not taken.
-    table = frame.map(lambda value: "NaN" if value != value else value).rename(columns=headings)
-    return str(table.to_csv(index=False))
+
+    def field(value: Any) -> Any:
+        if isinstance(value, str):
+            return spreadsheet_text(value)
+        # A measured nan is written as a value: an empty field is a number that was not taken.
+        return "NaN" if value != value else value
+
+    return str(frame.map(field).rename(columns=headings).to_csv(index=False))
 
 
 def methods_in_order(frame: DataFrame) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
-from meftbench.escapes import one_line
+from meftbench.escapes import single_line
 from meftbench.records.outcome import Figure, Outcome, equal_figures, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.verdicts import noise
@@ -69,7 +69,7 @@ class Change(NamedTuple):
     def text(self) -> str:
         """`worse: LABEL: metric 412.0 MiB -> 430.0 MiB counted (+18.0 MiB, +4.37%)`, on one line."""
         evidence = f"; {self.evidence.text()}" if self.evidence else ""
-        return one_line(f"{self.judgement}: {self.label}: {self.metric} {self.numbers()}{evidence}")
+        return single_line(f"{self.judgement}: {self.label}: {self.metric} {self.numbers()}{evidence}")
 
     def numbers(self) -> str:
         """The two values with their source, and the change."""

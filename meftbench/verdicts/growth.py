@@ -6,6 +6,7 @@ the bytes of each category at the peak of the step (`BREAKDOWN`). Both are neede
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -116,9 +117,9 @@ def growth(before: Outcome, after: Outcome) -> Growth | None:
     """
     peaks = {}
     for name in PEAKS:
-        first, second = before.figure(name), after.figure(name)
-        if first and second and first.source == second.source and second.value > first.value:
-            peaks[name] = (first.value, second.value)
+        values = _both(before, after, name)
+        if values and values[1] > values[0]:
+            peaks[name] = values
     categories, buffers = changed_categories(before, after), grown_buffers(before, after)
     if not peaks or not (categories or buffers is not None):
         return None
@@ -140,18 +141,35 @@ def changed_categories(before: Outcome, after: Outcome) -> tuple[Part, ...]:
     """The categories of which the bytes at the peak of the step differ, the largest growth first."""
     parts = []
     for name in BREAKDOWN:
-        first, second = before.figure(name), after.figure(name)
-        if first and second:
+        if values := _both(before, after, name):
             category = name.removesuffix("_bytes")
-            parts.append(Part(category, category, int(first.value), int(second.value)))
+            parts.append(Part(category, category, int(values[0]), int(values[1])))
     return _differing(parts)
+
+
+def _both(before: Outcome, after: Outcome, name: str) -> tuple[int | float, int | float] | None:
+    """A metric in both cells; None where one lacks it, it is of another source, or no finite number."""
+    first, second = before.figure(name), after.figure(name)
+    if first is None or second is None or first.source != second.source:
+        return None
+    if not math.isfinite(first.value) or not math.isfinite(second.value):
+        return None
+    return first.value, second.value
 
 
 def listed_buffers(outcome: Outcome) -> list[dict[str, Any]] | None:
     """The rows of `peak_buffers`, largest first; None where the record has none."""
     metric = outcome.metric("peak_buffers")
     rows = metric.value if metric is not None else None
-    return rows if isinstance(rows, list) else None
+    if not isinstance(rows, list):
+        return None
+    # A damaged row, without its size, cannot be held against another.
+    return [row for row in rows if isinstance(row, dict) and _is_size(row.get("bytes"))]
+
+
+def _is_size(value: object) -> bool:
+    number = as_number(value)
+    return number is not None and math.isfinite(number)
 
 
 def largest_buffers(outcome: Outcome, category: str | None = None, most: int = 2) -> list[str]:
@@ -195,7 +213,7 @@ def _key_of(fields: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
 
 def _part(before: dict[str, Any] | None, after: dict[str, Any] | None) -> Part:
     row = after or before or {}
-    sizes = [int(as_number(side.get("bytes")) or 0) if side else 0 for side in (before, after)]
+    sizes = [int(side["bytes"]) if side else 0 for side in (before, after)]
     counts = [int(side.get("count") or 1) if side else 0 for side in (before, after)]
     name = _buffer_name(row)
     if before and after and before.get("shape") != after.get("shape"):

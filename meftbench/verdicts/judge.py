@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import CELLS_FAILED, DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET
-from meftbench.escapes import one_line
+from meftbench.escapes import single_line
 from meftbench.records.outcome import Figure, Outcome, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.units import format_bytes
@@ -92,7 +92,7 @@ class Verdict:
     def text(self) -> str:
         """`file:line: label: metric value (source) is over max ...`; one line, whatever the label holds."""
         place = f"{self.file}:{self.line}: {self.label}: {self.metric}"
-        return one_line(f"{place} {self.message}{f'; {self.cause}' if self.cause else ''}")
+        return single_line(f"{place} {self.message}{f'; {self.cause}' if self.cause else ''}")
 
 
 def judge(

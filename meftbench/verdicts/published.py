@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.errors import UserError, one_line
+from meftbench.escapes import single_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -45,7 +46,7 @@ def statistics(table: DataFrame) -> DataFrame:
 
 
 def read_table(file: Path) -> DataFrame:
-    """The table that the campaign wrote; unprintable signs in its texts are replaced.
+    """The table that the campaign wrote; control characters in its texts are shown as escapes.
 
     Raises UserError: there is none, it is another one, or a number in it is none.
     """
@@ -73,10 +74,5 @@ def read_table(file: Path) -> DataFrame:
     ):
         raise UserError(str(file), "has rows whose numbers are missing or too large", cure)
     for name in set(COLUMNS) - set(numbers):
-        table[name] = [printable(text) for text in table[name]]
+        table[name] = [single_line(text) for text in table[name]]
     return table
-
-
-def printable(text: str) -> str:
-    """The text in one line, without signs that a terminal would act on."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import MiB, a_record, counted
+from builders import MiB, a_record, a_run, counted
 from meftbench.records.outcome import collect
 from meftbench.records.record import Metric
 from meftbench.verdicts.growth import grown_buffers, growth, largest_buffers
@@ -197,3 +197,17 @@ def test_a_committed_run_held_against_itself_never_fails(cli, exact):
     """Neither by its own budgets nor by a comparison, times and errors included."""
     assert 0 == cli("check", COMMITTED, "--budget", exact)[0]
     assert 0 == cli("compare", COMMITTED, COMMITTED, "--fail-on", "regression")[0]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_peak_that_is_no_number_has_not_grown(cli, tmp_path, value):
+    """It is compared all the same, and written as JSON."""
+    finite = {"peak_allocated_bytes": 5, "gradients_bytes": 5, "peak_buffers": Metric([a_buffer()], "counted")}
+    broken = {name: counted(value) for name in finite if name != "peak_buffers"}
+    broken |= {"peak_buffers": Metric([a_buffer(size=value), {"op": "damaged"}, 7], "counted")}
+    runs = [a_run(tmp_path / name, a_record(metrics=of)).path for name, of in (("a", finite), ("b", broken))]
+
+    code, out, _ = cli("compare", *runs, "--json")
+
+    assert 0 == code
+    assert [] == json.loads(out)["grown"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from meftbench.escapes import one_line
+from meftbench.escapes import json_text, single_line
 from meftbench.report.render.verdicts import SHOWN, annotation, escaped_markdown, finite, markdown_table
 from meftbench.verdicts.compare import Change, Comparison
 from meftbench.verdicts.growth import Growth, Part
@@ -25,7 +25,7 @@ def comparisons(format_: str, results: Sequence[Comparison], only_changed: bool 
     if len(results) == 1:
         return COMPARISON_FORMATS[format_](results[0], only_changed)
     if format_ == "json":
-        return json.dumps({"comparisons": [_content(result, only_changed) for result in results]}, **_JSON)
+        return _json({"comparisons": [_content(result, only_changed) for result in results]})
     if format_ == "github":
         return "\n".join(comparison_github(result, only_changed) for result in results)
     return (_side_by_side_markdown if format_ == "markdown" else _side_by_side_text)(results, only_changed)
@@ -45,22 +45,22 @@ def comparison_text(comparison: Comparison, only_changed: bool = False) -> str:
     if len(unchanged) > _UNCHANGED_SHOWN:
         lines.append(f"and {len(unchanged) - _UNCHANGED_SHOWN:,} more that did not change (--json lists them)")
     lines += _grown_lines(comparison.grown)
-    lines += [f"only in the first: {one_line(label)}" for label in comparison.only_first]
-    lines += [f"only in the second: {one_line(label)}" for label in comparison.only_second]
+    lines += [f"only in the first: {single_line(label)}" for label in comparison.only_first]
+    lines += [f"only in the second: {single_line(label)}" for label in comparison.only_second]
     return "\n".join([*lines, comparison.summary()])
 
 
 def _header(comparison: Comparison) -> list[str]:
     """Lines that come before all numbers: what was left out, and in what the runs differ beside their numbers."""
-    notes = [f"note: {one_line(note)}" for note in comparison.notes]
-    return notes + [f"differs: {one_line(text)}" for text in comparison.differs]
+    notes = [f"note: {single_line(note)}" for note in comparison.notes]
+    return notes + [f"differs: {single_line(text)}" for text in comparison.differs]
 
 
 def _grown_lines(grown: Sequence[Growth]) -> list[str]:
     lines: list[str] = []
     for cell in grown[:_CELLS_SHOWN]:
         first, *rest = cell.lines()
-        lines += [f"grew: {one_line(first)}", *(f"  {one_line(line)}" for line in rest)]
+        lines += [f"grew: {single_line(first)}", *(f"  {single_line(line)}" for line in rest)]
     if len(grown) > _CELLS_SHOWN:
         lines.append(f"and {len(grown) - _CELLS_SHOWN} more cells of which a peak grew (--json lists them)")
     return lines
@@ -68,10 +68,11 @@ def _grown_lines(grown: Sequence[Growth]) -> list[str]:
 
 def comparison_json(comparison: Comparison, only_changed: bool = False) -> str:
     """The comparison as one JSON object; the worst changes first, values in the metric's unit."""
-    return json.dumps(_content(comparison, only_changed), **_JSON)
+    return _json(_content(comparison, only_changed))
 
 
-_JSON: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "allow_nan": False}
+def _json(content: dict[str, Any]) -> str:
+    return json_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _content(comparison: Comparison, only_changed: bool) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def comparison_github(comparison: Comparison, only_changed: bool = False) -> str
     """Workflow commands: a notice of what differs beside the numbers, the worst regressions as errors, ten at most,
     "and N more", then the summary line."""
     header = "; ".join([*comparison.notes, *comparison.differs])
-    notices = [annotation("notice", None, None, "the runs differ", one_line(header))] if header else []
+    notices = [annotation("notice", None, None, "the runs differ", single_line(header))] if header else []
     worse = [change for change in comparison.changes if change.judgement == "worse"]
     grown = {cell.cell_id: cell for cell in comparison.grown}
     lines = [annotation("error", None, None, "regressed", _with_largest(change, grown)) for change in worse[:SHOWN]]
@@ -126,7 +127,7 @@ def _with_largest(change: Change, grown: dict[str, Growth]) -> str:
     cell = grown.get(change.cell_id)
     if cell is None or change.metric not in cell.peaks or not cell.buffers or cell.buffers[0].delta <= 0:
         return change.text()
-    return f"{change.text()}; {one_line(cell.buffers[0].text())}"
+    return f"{change.text()}; {single_line(cell.buffers[0].text())}"
 
 
 def comparison_markdown(comparison: Comparison, only_changed: bool = False) -> str:
@@ -160,12 +161,12 @@ def _markdown_header(comparison: Comparison) -> Iterator[str]:
 
 def _side_by_side_text(results: Sequence[Comparison], only_changed: bool) -> str:
     """The name of each run, then a line per cell and metric with a column per run, then a summary per run."""
-    lines = [f"first: {one_line(results[0].first)}"]
+    lines = [f"first: {single_line(results[0].first)}"]
     for number, result in enumerate(results, start=2):
-        lines += [f"run {number}: {one_line(result.second)}", *(f"  {line}" for line in _header(result))]
+        lines += [f"run {number}: {single_line(result.second)}", *(f"  {line}" for line in _header(result))]
     for head, columns in _table(results, only_changed):
         texts = [f"run {number} {text}" for number, text in enumerate(columns, start=2) if text]
-        lines.append(one_line(f"{head[0]}: {head[1]}: {' | '.join(texts)}"))
+        lines.append(single_line(f"{head[0]}: {head[1]}: {' | '.join(texts)}"))
     for number, result in enumerate(results, start=2):
         lines += [f"run {number}: {line}" for line in _grown_lines(result.grown)]
         lines.append(f"run {number}: {result.summary()}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from meftbench.escapes import one_line, visible
+from meftbench.escapes import json_text, single_line, visible
 from meftbench.records.outcome import said
 from meftbench.verdicts.judge import STATES, State, Verdict
 
@@ -45,12 +45,12 @@ def verdicts_summary(verdicts: Sequence[Verdict]) -> str:
         return line
     least = min(held, key=lambda v: (v.headroom or 0) / abs(v.bound or 1))
     room = f"{said(least.headroom or 0, least.unit)} ({(least.headroom or 0) / abs(least.bound or 1):.1%}"
-    return f"{line}; least headroom {room}, {least.source}) in {least.metric} of {one_line(least.label)}"
+    return f"{line}; least headroom {room}, {least.source}) in {least.metric} of {single_line(least.label)}"
 
 
 def verdicts_json(verdicts: Sequence[Verdict]) -> str:
     """A list of verdicts, worst first; values in the metric's unit, headroom negative where over."""
-    return json.dumps([_verdict_content(verdict) for verdict in verdicts], indent=2, ensure_ascii=False)
+    return json_text(json.dumps([_verdict_content(verdict) for verdict in verdicts], indent=2, ensure_ascii=False))
 
 
 def _verdict_content(verdict: Verdict) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def escaped_markdown(text: str) -> str:
     """The text on one line, of which nothing is markup: neither Markdown nor HTML, nor the end of a table's cell."""
-    escaped = one_line(text)
+    escaped = single_line(text)
     for char in "\\`*_|[]~$":
         escaped = escaped.replace(char, "\\" + char)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meftbench.catalogue.metrics import SHARED_CORES
+from meftbench.escapes import single_line
 from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.outcome import as_number, outcomes
 from meftbench.records.record import Record
@@ -31,10 +32,10 @@ def failures(run: Run) -> list[str]:
     not_ok = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
     # A cell at a learning rate that another beat is no failure: the table of scores lists the rates tried.
     not_ok = [record for record in not_ok if record.status_detail.get("type") != NOT_CHOSEN]
-    lines = [f"{' '.join(record.label.split())}: {record.status}{_why(record)}" for record in not_ok]
+    lines = [f"{single_line(record.label)}: {record.status}{_why(record)}" for record in not_ok]
     done = [outcome for outcome in outcomes(run) if outcome.status == "ok" and outcome.cell.get("training")]
     absent = [(outcome.label, score.absent) for outcome in done if (score := outcome.metric("score"))]
-    return lines + [f"{' '.join(label.split())}: no score ({why})" for label, why in absent if why is not None]
+    return lines + [single_line(f"{label}: no score ({why})") for label, why in absent if why is not None]
 
 
 def shared_cores(run: Run) -> list[str]:
@@ -52,9 +53,7 @@ def collapses(run: Run) -> list[str]:
     collapse_metrics = [
         (outcome.label, outcome.metric("collapse")) for outcome in outcomes(run) if outcome.status == "ok"
     ]
-    return [
-        f"{' '.join(label.split())}: {metric.value}" for label, metric in collapse_metrics if metric and metric.value
-    ]
+    return [single_line(f"{label}: {metric.value}") for label, metric in collapse_metrics if metric and metric.value]
 
 
 def _why(record: Record) -> str:

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meftbench.escapes import single_line
 from meftbench.units import format_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def snapshot_lines(answer: dict[str, Any]) -> list[str]:
     """The answer of meftbench.snapshots.inspection as lines, every number with its unit and how it was obtained."""
     trace, streams = _count(answer["entries"], "entry", "entries"), _count(answer["streams"], "stream")
     return [
-        f"{_plain(answer['file'])}, device {answer['device']}",
+        f"{single_line(answer['file'])}, device {answer['device']}",
         f"{trace} in the trace, {_count(answer['segments'], 'segment')} at the end, {streams}, {answer['source']}",
         *_levels(answer),
         *_settings(answer),
@@ -124,11 +125,6 @@ def _rests(answer: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _plain(text: str) -> str:
-    """A text of the user in one line."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
-
-
 def plot_snapshot(answer: dict[str, Any], ax: Axes) -> None:
     """Draw allocated bytes over the entries of the trace, stacked by category, and reserved bytes as a line."""
     from meftbench.report.figures.plots import legend_beside, unit_of
@@ -174,7 +170,7 @@ def snapshot_picture(answer: dict[str, Any], kind: str) -> bytes:
     ):
         figure = Figure(figsize=(9.0, 3.8), layout="constrained")
         plot_snapshot(answer, figure.add_subplot())
-        title = f"Memory over the trace: {_plain(Path(answer['file']).name)}, device {answer['device']}"
+        title = f"Memory over the trace: {single_line(Path(answer['file']).name)}, device {answer['device']}"
         figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=10, fontweight="bold", wrap=True)
         figure.savefig(stream, format=kind, dpi=130, metadata=dates[kind])
     return stream.getvalue()
