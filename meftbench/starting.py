@@ -55,7 +55,17 @@ class Start:
 
     @property
     def workflow_file(self) -> Path:
-        return Path(".gitlab" if self.gitlab else ".github/workflows") / "memory.yml"
+        """memory.yml; where that is there for something else, such as another suite, a file with the suite's name."""
+        folder = Path(".gitlab" if self.gitlab else ".github/workflows")
+        first = self.out / folder / "memory.yml"
+        with suppress(OSError, UnicodeDecodeError):
+            if self._run_command not in first.read_text(encoding="utf-8"):
+                return folder / f"memory-{self.name}.yml"
+        return folder / first.name
+
+    @property
+    def _run_command(self) -> str:
+        return f"meftbench run {self.name} --out runs/memory"
 
     def files(self) -> dict[Path, str]:
         """The text of each file, by its path below `out`."""
@@ -113,7 +123,9 @@ class Start:
         values = {
             "PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}",
             "PACKAGES": " ".join(f"{package}=={_version(package)}" for package in _PINNED),
-            "SUITE": self.name,
+            "NAME": self.workflow_file.stem,
+            "FILE": self.workflow_file.as_posix(),
+            "RUN": self._run_command,
             "SUITE_FILE": self.suite_file.as_posix(),
         }
         return re.sub(r"@([A-Z_]+)@", lambda mark: values[mark[1]], template.read_text(encoding="utf-8"))
@@ -138,8 +150,9 @@ def start_of(
     Raises UserError: a value is wrong, or the user's own code is needed and not allowed.
     """
     chosen_name = name or _slug(model)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", chosen_name):
-        raise UserError("--name", f"{chosen_name!r} is no name of a suite", "write letters, digits, `_`, `.` and `-`")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", chosen_name) or chosen_name.endswith(".budgets"):
+        cure = "write letters, digits, `_`, `.` and `-`, without .budgets at the end"
+        raise UserError("--name", f"{chosen_name!r} is no name of a suite", cure)
     if sequence_length is None:
         longest, of_image = (None, None) if is_factory(model) else positions_of("init", model, {})
         sequence_length = of_image or min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)

@@ -108,6 +108,7 @@ def test_models_of_every_kind(repository, model, options, grid):
         (("bert-tiny@random", "--sequence-length", "4096"), "sequence_length 4096 is longer than the 512 positions"),
         (("./nowhere",), "init: model: no model folder 'nowhere'; check the path"),
         (("bert-tiny@random", "--name", "a b"), "--name: 'a b' is no name of a suite; write letters"),
+        (("bert-tiny@random", "--name", "a.budgets"), "--name: 'a.budgets' is no name of a suite; write letters"),
         (("mine:build",), "'mine:build' is Python code, which is imported only when allowed; add --allow-code"),
     ],
 )
@@ -132,6 +133,20 @@ def test_nothing_is_overwritten_unless_forced(cli, repository):
     assert 0 == cli("init", "bert-tiny@random", *SMALL, "--force")[0]
     assert "mine" not in (repository / FILES[1]).read_text()
     assert 0o644 == stat.S_IMODE((repository / FILES[0]).stat().st_mode)
+
+
+def test_a_second_suite_has_a_job_of_its_own(cli, repository):
+    """The first job stays; with --force, that of a suite is written again where it was."""
+    assert 0 == cli("init", "bert-tiny@random")[0]
+    first = (repository / FILES[2]).read_text()
+    code, out, _ = cli("init", "bert-mini@random", "--method", "lora")
+
+    assert 0 == code
+    assert ".github/workflows/memory-bert-mini.yml: written" in out.splitlines()
+    assert first == (repository / FILES[2]).read_text()
+    assert 0 == cli("init", "bert-tiny@random", "--force")[0]
+    assert 0 == cli("init", "bert-mini@random", "--force")[0]
+    assert ["memory-bert-mini.yml", "memory.yml"] == files_in(repository / ".github" / "workflows")
 
 
 def test_all_or_nothing(repository):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import meftbench.own_model  # noqa: F401 - pytester forgets what its sessions import, and torch cannot be imported twice
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
-from meftbench.own_tests import metric_named, record_of, run_of, updated_file
+from meftbench.own_tests import metric_named, record_of, run_of, updated_file, verdicts_on
 from meftbench.records.record import Metric
 from meftbench.verdicts.budgets import NOT_A_NUMBER, load_budgets
 
@@ -234,6 +234,19 @@ def test_an_update_needs_one_process(session):
     outcome = session(IN_FILE, "-p", "xdist", "-n2", "--memory-budgets-update")
     assert pytest.ExitCode.USAGE_ERROR == outcome.ret
     assert "the tests run in several processes; add -n0" in outcome.stderr.str()
+
+
+@pytest.mark.parametrize(("gpu", "state"), [("NVIDIA H200", "over"), ("NVIDIA A10", "elsewhere")])
+def test_measured_numbers_are_held_to_rows_on_them(tmp_path, gpu, state):
+    """On a GPU, rows on counted bytes do not apply, and those of another environment are not judged."""
+    file = tmp_path / "budgets.yaml"
+    rows = ["source: counted, max: 1", "source: measured, environment: h200, max: 98"]
+    lines = [f"  - {{match: 'test_*', metric: peak_allocated_bytes, {row}}}\n" for row in rows]
+    file.write_text("schema: 1\nbudgets:\n" + "".join(lines))
+    record = record_of("test_memory.py::test_step", {"peak_allocated_bytes": Metric(100, "measured")})
+    run = run_of([record], {"gpus": {"devices": [{"name": gpu}]}, "torch": {"cuda": "13.0"}})
+
+    assert [(4, state)] == [(verdict.line, verdict.state) for verdict in verdicts_on(run, load_budgets(file))]
 
 
 @given(st.sampled_from(sorted(METRICS)))
