@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from meftbench.own_model import measure as measure
     from meftbench.planned import plan_for as plan_for
     from meftbench.records.store import load_run as load_run
+    from meftbench.report.render.report import plots as plots
     from meftbench.runner import run_suite as run_suite
 
 # The module of each public name. It is imported on first use, so that `import meftbench` and the command line do not
@@ -32,6 +33,7 @@ _MODULES = {
     "plan_for": "meftbench.planned",
     "run_suite": "meftbench.runner",
     "load_run": "meftbench.records.store",
+    "plots": "meftbench.report.render.report",
 }
 __all__ = [*_MODULES]
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from meftbench.cli import completion
+from meftbench.cli.options import AsJson, say_next, say_written
 
 
 class Format(StrEnum):
@@ -27,21 +28,31 @@ def report(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the first RUN.")] = None,
     format_: Annotated[Format, typer.Option("--format")] = Format.all,
+    plot: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this plot, with its numbers as CSV; may be repeated.")
+    ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the page (report.html), the plots (plots/*.png, *.svg) and the table (table.csv, table.md) of RUN...
 
-    Several runs go into one page, side by side.
+    Several runs go into one page, side by side. The name of a plot is that of its file in plots/.
     """
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.render.report import write_report
+    from meftbench.report.render.report import PLOTS, write_plots, write_report
 
     loaded = [load_run(run) for run in runs]
     for run in loaded:
         warn_if_torn(run)
+    folder = out or runs[0]
+    if plot:
+        files = write_plots(loaded, folder / PLOTS, plot)
+        say_written(files, as_json, lambda: print("\n".join(map(str, files))))
+        return
     kinds = {"html", "md", "csv"} if format_ is Format.all else {format_.value}
-    written = write_report(loaded, out or runs[0], kinds)
-    for file in written:
-        print(file)
+    written = write_report(loaded, folder, kinds)
+    say_written(written, as_json, lambda: print("\n".join(map(str, written))))
     if open_ and not webbrowser.open(written[0].resolve().as_uri()):
         print(f"no browser to open {written[0]} with", file=sys.stderr)
+    others: list[tuple[str | Path, ...]] = [("compare", *runs)] if len(runs) > 1 else []
+    say_next(*others, ("show", runs[0], "CELL"), ("check", runs[0]), as_json=as_json)

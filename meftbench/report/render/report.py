@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
+from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.records.store import Run, unwritable, write_whole
+from meftbench.report.figures.picture import Picture
 from meftbench.report.figures.pictures import pictures
 from meftbench.report.render.html import page
 from meftbench.report.render.markdown import markdown
@@ -14,6 +16,43 @@ from meftbench.report.results import frame_of, run_names, write_csv
 from meftbench.report.views.validation import validation_pictures
 
 PAGE, TABLE, MARKDOWN, PLOTS = "report.html", "table.csv", "table.md", "plots"
+
+
+def plots(runs: Run | Sequence[Run]) -> dict[str, Picture]:
+    """The plots of one run or several, by name; each is drawn when its `figure` is asked for.
+
+    A plot has `figure`, of matplotlib, and `data`, the frame of the numbers that it shows, in bytes and seconds, with
+    their sources. A notebook shows it as a picture.
+    """
+    listed = [runs] if isinstance(runs, Run) else list(runs)
+    drawn = [*pictures(frame_of(listed)), *validation_pictures(listed, run_names(listed))]
+    return {picture.name: picture for picture in drawn}
+
+
+def write_plots(runs: Sequence[Run], folder: Path, names: Sequence[str]) -> list[Path]:
+    """Write the plots of these names as PNG and SVG, and the numbers behind each as CSV; return the files.
+
+    Raises UserError: the runs have no plot of a name (exit 5), or the folder cannot be written.
+    """
+    found = plots(runs)
+    for name in names:
+        if name not in found:
+            where = ", ".join(str(run.path) for run in runs)
+            cure = f"it has {', '.join(found)}" if found else "no cell has numbers to plot"
+            raise UserError(where, f"no plot {name!r}", cure, NOTHING_MATCHED)
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in dict.fromkeys(names):
+            found[name].write(folder)
+            written += [folder / f"{name}.png", folder / f"{name}.svg"]
+            data = found[name].data
+            if data is not None:
+                write_csv(data, folder / f"{name}.csv")
+                written.append(folder / f"{name}.csv")
+    except OSError as fault:
+        raise unwritable(folder, fault) from None
+    return written
 
 
 def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> list[Path]:
