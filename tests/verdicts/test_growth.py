@@ -204,7 +204,7 @@ def test_a_peak_that_is_no_number_has_not_grown(cli, tmp_path, value):
     """It is compared all the same, and written as JSON."""
     finite = {"peak_allocated_bytes": 5, "gradients_bytes": 5, "peak_buffers": Metric([a_buffer()], "counted")}
     broken = {name: counted(value) for name in finite if name != "peak_buffers"}
-    broken |= {"peak_buffers": Metric([a_buffer(size=value), {"op": "damaged"}, 7], "counted")}
+    broken |= {"peak_buffers": Metric([a_buffer(size="NaN"), {"op": "damaged"}, 7], "counted")}
     runs = [a_run(tmp_path / name, a_record(metrics=of)).path for name, of in (("a", finite), ("b", broken))]
 
     code, out, _ = cli("compare", *runs, "--json")
