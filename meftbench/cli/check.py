@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meftbench.cli.options import RunFolder, emit
+from meftbench.cli.options import RunFolder, emit, say_next
 
 if TYPE_CHECKING:
     from meftbench.records.store import Run
@@ -73,6 +73,8 @@ def check(
     emit(render_verdicts(verdicts, Format.json if as_json else format_, loaded.name), output)
     if format_ is Format.github:
         append_step_summary(verdicts_markdown(verdicts), f"Memory budgets of {loaded.name}")
+    after = [("check", run, "--update")] if exceeded(verdicts) else []
+    say_next(("show", run, "CELL"), *after, ("report", run), as_json=as_json or format_ is not Format.text)
     raise typer.Exit(exit_code(verdicts))
 
 

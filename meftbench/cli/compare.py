@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meftbench.cli import completion
-from meftbench.cli.options import emit
+from meftbench.cli.options import emit, say_next
 from meftbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def compare(
     if format_ is Format.github:
         for result in results:
             append_step_summary(comparison_markdown(result, True), f"{result.first} and {result.second}")
+    folders = [name for name in runs if Path(name).is_dir()]
+    say_next(*([("report", *folders)] if folders else []), as_json=as_json or format_ is not Format.text)
     raise typer.Exit(max(exit_code(result, fail_on is FailOn.regression) for result in results))
 
 

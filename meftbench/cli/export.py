@@ -28,6 +28,7 @@ from meftbench.cli.options import (
     pairs,
     progress,
     say_next,
+    say_written,
 )
 from meftbench.errors import UserError, unknown
 from meftbench.plan.defaults import PROFILE
@@ -96,6 +97,9 @@ def export(
     profile: ProfileName = None,
     allocator: Allocator = "",
     for_versions: ForVersions = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Of RUN: same as --format json. Of files: one JSON object with their names.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Write what others read, of a run or of cells that are only named.
@@ -125,13 +129,15 @@ def export(
                 raise UserError(option, f"{what} is a run, and its cells are as they are", f"leave {option} out")
         loaded = _selected_run(Path(what), which or [])
         if format_ not in _PREDICTED:
-            _write_run(loaded, format_ or Format.csv, output, metric)
-            if output is not None and str(output) != "-":
-                say_next(("report", what), ("show", what))
+            of_run = format_ or (Format.json if as_json else Format.csv)
+            if files := _write_run(loaded, of_run, output, metric, as_json):
+                say_written(files, as_json, lambda: None)
+                say_next(("report", what), ("show", what), as_json=as_json)
         else:
             run_profile, cells, conf = _cells_on_profile(loaded, profile)
             check_allowed({}, cells, allow_code)
-            _write_predicted(cells, run_profile, allocator or conf, for_versions, format_, output, tell, allow_code)
+            allocation = allocator or conf
+            _write_predicted(cells, run_profile, allocation, for_versions, format_, output, tell, allow_code, as_json)
         return
     if format_ not in (None, *_PREDICTED):
         cure = "name a folder that `meftbench run` wrote, with its records.jsonl"
@@ -147,7 +153,8 @@ def export(
         asked_cell("export", what, method, chosen, overrides, of_method, allow_code, **shape, **rest)
         for method in which
     ]
-    _write_predicted(cells, chosen, allocator, for_versions, format_ or Format.memory_viz, output, tell, allow_code)
+    kind = format_ or Format.memory_viz
+    _write_predicted(cells, chosen, allocator, for_versions, kind, output, tell, allow_code, as_json)
 
 
 # --- formats of a run ---
@@ -168,7 +175,8 @@ def _selected_run(folder: Path, which: list[str]) -> Run:
     return replace(run, records=[record for record in run.records if record.record_id in record_ids])
 
 
-def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str] | None) -> None:
+def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str] | None, as_json: bool) -> list[Path]:
+    """Write or print a run. Returns the files that were written, which are said unless `as_json`."""
     from meftbench.catalogue.metrics import METRICS
     from meftbench.report.render import trackers
 
@@ -179,24 +187,28 @@ def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str]
     if format_ is Format.parquet:
         file = output or Path(f"{run.path.resolve().name}.parquet")
         table = trackers.run_parquet(run)
-        _written(file, lambda: file.write_bytes(table))
-    elif format_ is Format.github_action_benchmark:
-        base = output or Path("benchmark.json")
+        _written(file, lambda: file.write_bytes(table), as_json)
+        return [file]
+    if format_ is Format.github_action_benchmark:
+        base, files = output or Path("benchmark.json"), []
         for side, text in trackers.github_action_benchmark(run, metrics).items():
             part = base.with_name(f"{base.stem}-{side}{base.suffix or '.json'}")
-            _write_text(part, text)
-            print(f"  tool: custom{side.title()}IsBetter")
-    else:
-        whole, of_metrics = trackers.WHOLE.get(format_), trackers.OF_METRICS.get(format_)
-        text = whole(run) if whole else of_metrics(run, metrics) if of_metrics else ""
-        if output is None or str(output) == "-":
-            print(text)
-        else:
-            _write_text(output, text)
+            _write_text(part, text, as_json)
+            files.append(part)
+            if not as_json:
+                print(f"  tool: custom{side.title()}IsBetter")
+        return files
+    whole, of_metrics = trackers.WHOLE.get(format_), trackers.OF_METRICS.get(format_)
+    text = whole(run) if whole else of_metrics(run, metrics) if of_metrics else ""
+    if output is None or str(output) == "-":
+        print(text)
+        return []
+    _write_text(output, text, as_json)
+    return [output]
 
 
-def _write_text(file: Path, text: str) -> None:
-    _written(file, lambda: file.write_text(text + "\n", encoding="utf-8"))
+def _write_text(file: Path, text: str, as_json: bool) -> None:
+    _written(file, lambda: file.write_text(text + "\n", encoding="utf-8"), as_json)
 
 
 # --- formats of predicted cells ---
@@ -232,6 +244,7 @@ def _write_predicted(
     output: Path | None,
     tell: Callable[[str], None],
     allow_code: bool,
+    as_json: bool,
 ) -> None:
     from meftbench.catalogue.versions import Versions
     from meftbench.report.figures.timeline import timeline_picture
@@ -247,8 +260,8 @@ def _write_predicted(
     if format_ is Format.memory_viz:
         file = _with_folder(output or Path("snapshot.pickle"))
         ask("export", request | {"snapshot": str(file.absolute())}, tell, allow_code)
-        print(f"{file}: drop it on https://pytorch.org/memory_viz")
-        say_next(("inspect", file))
+        say_written([file], as_json, lambda: print(f"{file}: drop it on https://pytorch.org/memory_viz"))
+        say_next(("inspect", file), as_json=as_json)
         return
     file = _with_folder(output or Path("timeline"))
     name = file.stem if file.suffix in (".png", ".svg") else file.name
@@ -257,20 +270,22 @@ def _write_predicted(
         picture.write(file.parent)
     except OSError as error:
         raise _unwritable(file.parent, error) from None
-    print(f"{file.with_name(name + '.png')} and {name}.svg: written")
+    files = [file.with_name(f"{name}.{kind}") for kind in ("png", "svg")]
+    say_written(files, as_json, lambda: print(f"{files[0]} and {name}.svg: written"))
 
 
 # --- files ---
 
 
-def _written(file: Path, write: Callable[[], object]) -> None:
-    """Write `file`, and print that it was written. Raises UserError: it cannot be written."""
+def _written(file: Path, write: Callable[[], object], as_json: bool) -> None:
+    """Write `file`, and print that it was written unless `as_json`. Raises UserError: it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write()
     except OSError as error:
         raise _unwritable(file, error) from None
-    print(f"{file}: written")
+    if not as_json:
+        print(f"{file}: written")
 
 
 def _with_folder(file: Path) -> Path:

@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +109,14 @@ def say(answer: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]
         print(json.dumps(answer, ensure_ascii=False))
     else:
         printed(answer)
+
+
+def say_written(files: Sequence[Path], as_json: bool, printed: Callable[[], None]) -> None:
+    """Say which files were written: as one JSON object, or by `printed`."""
+    if as_json:
+        print(json.dumps({"files": [str(file) for file in files]}, ensure_ascii=False))
+    else:
+        printed()
 
 
 def at_terminal() -> bool:

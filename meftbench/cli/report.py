@@ -38,7 +38,7 @@ def report(
 
     Several runs go into one page, side by side. The name of a plot is that of its file in plots/.
     """
-    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.records.store import BUDGETS, load_run, warn_if_torn
     from meftbench.report.render.report import PLOTS, write_plots, write_report
 
     loaded = [load_run(run) for run in runs]
@@ -54,5 +54,6 @@ def report(
     say_written(written, as_json, lambda: print("\n".join(map(str, written))))
     if open_ and not webbrowser.open(written[0].resolve().as_uri()):
         print(f"no browser to open {written[0]} with", file=sys.stderr)
-    others: list[tuple[str | Path, ...]] = [("compare", *runs)] if len(runs) > 1 else []
-    say_next(*others, ("show", runs[0], "CELL"), ("check", runs[0]), as_json=as_json)
+    commands: list[tuple[str | Path, ...]] = [("compare", *runs)] if len(runs) > 1 else []
+    commands += [("check", runs[0])] if (runs[0] / BUDGETS).is_file() else []
+    say_next(*commands, ("show", runs[0], "CELL"), as_json=as_json)

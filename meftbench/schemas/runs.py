@@ -145,6 +145,13 @@ class ExportedRun(Published):
     records: list[RecordLine]
 
 
+class WrittenAnswer(Published):
+    """`meftbench report --json`, and `meftbench export --json` where it writes files."""
+
+    files: list[str]
+    """Paths, as the options name their folder."""
+
+
 # --- check, compare ---
 
 

@@ -25,6 +25,9 @@ def at_terminal(monkeypatch):
 COMMANDS = {
     ("show", "run"): "next: meftbench report run · meftbench show run CELL",
     ("show", "run", "*"): "next: meftbench show run · meftbench report run",
+    ("report", "run", "--format", "csv"): "next: meftbench show run CELL",
+    ("check", "run", "--budget", "budgets.yaml"): "next: meftbench show run CELL · meftbench report run",
+    ("compare", "run", "run"): "next: meftbench report run run",
     ("list", "methods"): "next: meftbench estimate MODEL METHOD",
     ("list", "models"): "next: meftbench plan MODEL --memory 24GiB",
     ("list", "suites"): "next: meftbench run SUITE --dry-run",
@@ -43,8 +46,9 @@ COMMANDS = {
 
 @pytest.fixture
 def files(tmp_path):
-    a_run(tmp_path / "run", a_record())
+    a_run(tmp_path / "run", a_record(metrics={"ooms": 0}))
     written(tmp_path, a_step())
+    Path("budgets.yaml").write_text("schema: 1\nbudgets: [{match: '*', metric: ooms, max: 0}]\n")
 
 
 @pytest.mark.usefixtures("at_terminal", "files")
