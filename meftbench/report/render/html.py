@@ -62,7 +62,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         lstrip_blocks=True,
     )
     names = run_names(runs)
-    steps = untrained(frame)
+    steps, found = untrained(frame), answer.answers(frame)
     held = payload(runs, frame)
     warned = _warnings(runs, names)
     failed = [line for run in runs for line in failures(run)]
@@ -71,8 +71,8 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         style=Markup(_text_of("vendor/uPlot.min.css") + _text_of("page.css")),
         script=Markup("\n".join(map(_text_of, ("vendor/uPlot.iife.min.js", *(f"js/{name}" for name in _SCRIPTS))))),
         held=held,
-        answered=[_sentence(text) for text in answer.headline(frame)],
-        answers=answer.answers(frame),
+        answered=[_sentence(text) for text in answer.headline(frame, found)],
+        answers=found,
         sentence=_sentence,
         runs=heads_of(runs, names),
         differences=side_by_side(runs, names),

@@ -230,11 +230,14 @@ def _word(row: StepRow, key: str) -> str:
 def _presets(rows: Sequence[StepRow], shapes: Sequence[str], numbers: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """Charts to begin with, by what the cells have."""
     largest = _largest(rows, shapes)
-    varied = {name: len(set(numbers[name])) > 1 for name in ("batch_size", "sequence_length") if name in numbers}
+    varied = {
+        name: len({row.cell[name] for row in rows if not row.cell["task"]}) > 1
+        for name in ("batch_size", "sequence_length")
+    }
     wanted = [
         ("memory and speed", "peak_allocated_bytes", "tokens_per_s", largest, False),
-        ("score and memory", "activation_peak_bytes", "score", "", False),
-        ("score and time", "training_time_s", "score", "", False),
+        ("score and memory", "activation_peak_bytes", "score", largest, False),
+        ("score and time", "training_time_s", "score", largest, False),
         ("memory by length", "sequence_length", "activation_peak_bytes", "", True),
         ("memory by batch", "batch_size", "activation_peak_bytes", "", True),
         ("memory and its part in activations", "peak_allocated_bytes", "activation_peak_bytes", largest, False),
@@ -250,6 +253,8 @@ def _has_map(rows: Sequence[StepRow]) -> bool:
     """Whether a method was run at several batch sizes and at several lengths."""
     seen: dict[str, tuple[set[int], set[int]]] = {}
     for row in rows:
+        if row.cell["task"]:
+            continue
         batches, lengths = seen.setdefault(row.cell["method"], (set(), set()))
         batches.add(row.cell["batch_size"])
         lengths.add(row.cell["sequence_length"])

@@ -67,13 +67,13 @@ def answers(frame: DataFrame) -> list[Answer]:
     return found
 
 
-def headline(frame: DataFrame) -> list[str]:
+def headline(frame: DataFrame, found: Sequence[Answer] | None = None) -> list[str]:
     """One to three sentences for the whole run, written as those of an answer; [] where no cell has finished.
 
     They are those of the shape at which most methods ended ok, and of several the largest. Of trainings on several
-    tasks they say on how many of these each method is among the best.
+    tasks they say on how many of these each method is among the best. found: the answers, where they are known.
     """
-    all_answers = answers(frame)
+    all_answers = answers(frame) if found is None else found
     if not all_answers:
         return ["no training has ended with a score"] if len(trained(frame)) else []
     tasks = [answer for answer in all_answers if "task" in answer.facts]

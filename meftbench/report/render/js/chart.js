@@ -40,7 +40,7 @@ class Chart {
     this.legend = el("div", { class: "legend" });
     this.note = el("p", { class: "dim", role: "status" });
     this.tip = el("div", { class: "tip", hidden: true });
-    const key = el("p", { class: "key dim" }, "Filled marks are measured, half-filled are counted, hollow are predicted; grey: the gradient is wrong.");
+    const key = el("p", { class: "key dim" }, "The fill of a mark says where the number up comes from: full is measured, half is counted, none is predicted. Grey: the gradient is wrong.");
     this.place.replaceChildren(presets, this.bar, this.canvas, this.tip, this.legend, this.note, key);
     again();
   }
@@ -105,7 +105,7 @@ class Chart {
       },
       axes: ["x", "y"].map(axis => ({
         stroke: css("--text"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: axis === "x" ? 50 : 64,
-        label: `${heading(data, this[axis])}${this.units[axis].name ? ` (${this.units[axis].name})` : ""}`, labelSize: 22,
+        label: this.labelOf(axis), labelSize: 22,
         values: (u, splits) => splits.map(value => value === null ? "" : shown(value)),
       })),
       series: [{}, ...visible.map(() => ({ facets: [{ scale: "x", auto: true }, { scale: "y", auto: true }],
@@ -115,6 +115,13 @@ class Chart {
     this.plot.over.addEventListener("pointermove", event => this.pointed(event));
     this.plot.over.addEventListener("pointerleave", () => { this.tip.hidden = true; });
     this.plot.over.addEventListener("click", () => { if (!this.tip.hidden) this.opened(this.near.cell); });
+  }
+
+  /** What an axis shows, in which unit, and where its numbers come from. */
+  labelOf(axis) {
+    const sources = [...new Set(this.points.map(point => this.data.source(this[axis], point.cell)).filter(Boolean))];
+    const besides = [this.units[axis].name, sources.join(" and ")].filter(Boolean).join(", ");
+    return `${heading(this.data, this[axis])}${besides ? ` (${besides})` : ""}`;
   }
 
   range(low, high, log) {

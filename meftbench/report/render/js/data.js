@@ -81,7 +81,7 @@ function ticked(label, on, changed) {
 function unitFor(unit, largest) {
   if (unit === "byte") return largest >= 10 * 2 ** 30 ? { size: 2 ** 30, name: "GiB" } : { size: 2 ** 20, name: "MiB" };
   if (unit === "second") return largest >= 10 ? { size: 1, name: "s" } : { size: 1e-3, name: "ms" };
-  return { size: 1, name: unit === "count" || unit === "ratio" ? "" : unit };
+  return { size: 1, name: ["count", "ratio", "score", "loss"].includes(unit) ? "" : unit };
 }
 
 function shown(value) {

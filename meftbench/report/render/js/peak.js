@@ -7,9 +7,20 @@ class Peaks {
     this.draw();
   }
 
+  /** Of each method one cell, as seeds and learning rates take the same memory; one that ended ok where there is one. */
+  one(cells) {
+    const { data } = this;
+    const chosen = new Map();
+    for (const cell of cells) {
+      const name = data.word("method", cell);
+      if (!chosen.has(name) || (data.word("status", chosen.get(name)) !== "ok" && data.word("status", cell) === "ok")) chosen.set(name, cell);
+    }
+    return [...chosen.values()];
+  }
+
   draw() {
     const { data } = this;
-    const cells = data.cellsOf(data.tables[0]).filter(cell => data.word("shape", cell) === this.shape);
+    const cells = this.one(data.cellsOf(data.tables[0]).filter(cell => data.word("shape", cell) === this.shape));
     const total = cell => data.number("peak_allocated_bytes", cell) ?? 0;
     const most = Math.max(...cells.map(total), 1);
     const { size, name } = unitFor("byte", most);
