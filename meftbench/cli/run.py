@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meftbench.cli import completion
-from meftbench.cli.options import AllowCode, at_terminal, typed
+from meftbench.cli.options import AllowCode, at_terminal, say_next, typed
 from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserError, unknown
 
 if TYPE_CHECKING:
@@ -263,6 +263,5 @@ def _print_run(run: Run) -> None:
     if sentences := _headline(run):
         print("\n" + "\n".join(folded(sentences)))
     print(f"\nrun folder: {run.path}")
-    folder = shlex.quote(str(run.path))
-    print(f"next: meftbench report {folder} · meftbench show {folder} CELL", end="")
-    print(f" · meftbench check {folder}" if (run.path / BUDGETS).is_file() else "")
+    budgets = [("check", run.path)] if (run.path / BUDGETS).is_file() else []
+    say_next(("report", run.path), *budgets, ("show", run.path, "CELL"))

@@ -184,13 +184,20 @@ def test_a_sweep_prints_its_table_its_folder_and_what_to_do_next(cli):
     assert 0 == code
     assert "lora" in out
     assert "run folder: run" in out
-    assert "meftbench report run" in out
+    assert "next:" not in out + err
     assert "at batch 2 × 16 tokens, all 2 cells ended ok" in out  # the answer in a sentence
     assert err.startswith("4 cells; no like cell has run on this machine: the time is not known yet")
     err = err.partition("\n")[2]
     assert re.match(r"\[1/4\] ok +bert-tiny@random/full/b1/s16  activation 1,000 B counted  [0-9.]+ m?s\n", err), err
     assert 4 == len(err.splitlines())
     assert ["ok"] * 4 == statuses(load_run("run"))
+
+
+def test_at_a_terminal_a_run_says_what_to_type_next(cli, monkeypatch):
+    monkeypatch.setattr("meftbench.cli.options.at_terminal", lambda: True)
+    *_, err = cli("run", a_file(), "--out", "run", "-q")
+
+    assert err == "next: meftbench report run · meftbench show run CELL\n"
 
 
 def test_a_run_says_how_long_the_same_cells_took_before(cli):
