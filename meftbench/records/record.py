@@ -6,7 +6,7 @@ Versions of the format (`schema`): 1, the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -56,7 +56,7 @@ class Metric:
         """
         if name not in METRICS:
             raise UserError(name, "is no metric", "enter it, with its unit, into METRICS of catalogue/metrics.py")
-        fields = {key: _written(value) for key, value in asdict(self).items() if value is not None}
+        fields = {key: written(value) for key, value in asdict(self).items() if value is not None}
         return {"value": None, "unit": METRICS[name].unit, **fields}
 
     @staticmethod
@@ -109,6 +109,9 @@ class StoredMetrics(Mapping[str, Metric]):
         if not isinstance(value, (int, float)) or isinstance(low, str) or isinstance(high, str):
             return None
         return value, content["source"], low, high
+
+    def keys(self) -> KeysView[str]:
+        return self.content.keys()
 
     def __contains__(self, name: object) -> bool:
         return name in self.content
@@ -188,10 +191,13 @@ class Record:
         return Record(**(known | {"metrics": StoredMetrics(content["metrics"])}))
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
+    """A value as JSON has it: numbers that are not finite, also within lists and mappings, become words."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return [_written(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, dict):
+        return {key: written(item) for key, item in value.items()}
+    return [written(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _read(value: Any) -> Any:

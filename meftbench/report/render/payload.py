@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import Outcome, outcomes
-from meftbench.records.record import Record
+from meftbench.records.record import Record, written
 from meftbench.records.store import Run
 from meftbench.report.figures.plots import CATEGORY, COLOUR
 from meftbench.report.results import SETTING, groups, run_names, shape_text
@@ -137,16 +136,12 @@ def _numbers(rows: Sequence[StepRow]) -> dict[str, list[Any]]:
         column = [_number(row.cell.get(name)) for row in rows]
         if any(value is not None for value in column):
             columns[name] = column
-    columns[SHARE] = [row.numbers[SHARE].value for row in rows]
+    columns[SHARE] = [_number(row.numbers[SHARE].value) for row in rows]
     return columns
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else written(value)
 
 
 def _numbered(words: Iterable[str]) -> dict[str, Any]:
@@ -283,8 +278,8 @@ def _detail(run: Run, record: Record) -> dict[str, Any]:
         "command": command(run, record),
         "traceback": str(record.status_detail.get("traceback") or ""),
         "sections": [[section.title, [_line(*line) for line in section.rows]] for section in sections(record)],
-        "buffers": buffers if isinstance(buffers, list) else [],
-        "timeline": timeline if isinstance(timeline, list) else None,
+        "buffers": written(buffers) if isinstance(buffers, list) else [],
+        "timeline": written(timeline) if isinstance(timeline, list) else None,
     }
 
 
