@@ -22,6 +22,7 @@ from meftbench.plan.protocol import Protocol
 from meftbench.records.outcome import as_number
 from meftbench.records.record import Record
 from meftbench.records.store import SUITE, load_run
+from meftbench.runner import host
 from meftbench.runner.folder import RUNS
 
 NEWEST = 20  # run folders that are read; older ones are of older code more often than not
@@ -147,23 +148,26 @@ def history(out: Path | None = None, runs: Path = RUNS, tell: Callable[[str], No
     folders = {file.parent.resolve() for file in files}
     if out is not None and (out / SUITE).is_file():
         folders.add(out.resolve())
-    found = []
+    found, here = [], host.facts()
     for folder in sorted(folders):
         try:
             run = load_run(folder)
         except UserError as error:
             tell(f"the times in {folder} are not used: {error.what}")
             continue
-        found += pasts(run.records, run.suite.get("protocol") or {}, socket.gethostname())
+        # Virtual machines often share a name: another processor or number of cores is another machine.
+        there = run.environment.get("host") or {}
+        if all(there.get(fact) == here[fact] for fact in ("cpu", "cores")):
+            found += pasts(run.records, run.suite.get("protocol") or {}, socket.gethostname())
     return found
 
 
-def pasts(records: Iterable[Record], protocol: Mapping[str, Any], host: str) -> list[Past]:
-    """What can be told from records of one protocol; only of cells that came to an end on `host`."""
+def pasts(records: Iterable[Record], protocol: Mapping[str, Any], machine: str) -> list[Past]:
+    """What can be told from records of one protocol; only of cells that came to an end on `machine`."""
     steps = _steps(protocol.get("warmup"), protocol.get("steps"), protocol.get("passes"))
     found = []
     for record in records:
-        if record.host != host or record.status not in _ENDED or record.wall_s <= 0:
+        if record.host != machine or record.status not in _ENDED or record.wall_s <= 0:
             continue
         cell = record.cell
         passes_s = min(as_number(record.value("passes_s")) or record.wall_s, record.wall_s)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from builders import a_cell, a_record, a_run, counted, measured
 from meftbench.plan.protocol import Protocol
+from meftbench.runner import host
 from meftbench.runner.duration import (
     Duration,
     Expected,
@@ -159,8 +160,10 @@ def test_a_skipped_cell_says_nothing_about_the_others():
 
 
 def test_history_is_of_runs_here_and_of_the_folder_that_is_resumed(tmp_path):
-    a_run(tmp_path / "runs" / "one", took(10.0), took(3.0, method="lora", host="elsewhere"))
-    a_run(tmp_path / "out", took(7.0, method="parallel"))
+    here = {"host": host.facts()}
+    a_run(tmp_path / "runs" / "one", took(10.0), took(3.0, method="lora", host="elsewhere"), environment=here)
+    a_run(tmp_path / "runs" / "of-another-processor", took(5.0))
+    a_run(tmp_path / "out", took(7.0, method="parallel"), environment=here)
 
     found = history(tmp_path / "out", runs=tmp_path / "runs")
 
