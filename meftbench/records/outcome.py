@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -64,6 +64,9 @@ class Outcome:
 
         Where no repeat ended ok, all of them count.
         """
+        if len(self.records) == 1:
+            only: Metric | None = self.records[0].metrics.get(name)
+            return only
         finished = [record for record in self.records if record.status == "ok"] or list(self.records)
         return next((r.metrics[name] for r in reversed(finished) if name in r.metrics), None)
 
@@ -92,8 +95,15 @@ class Outcome:
         return Figure(value, source, min(lows, default=None), max(highs, default=None))
 
 
-def equal_figures(first: Outcome, second: Outcome) -> dict[str, Figure]:
-    """Metrics of which both cells have the same number, with all that was recorded beside it, by name.
+def names_of(outcome: Outcome) -> Collection[str]:
+    """The names of the metrics that any repeat of a cell has, absent ones included."""
+    if len(outcome.records) == 1:
+        return outcome.records[0].metrics.keys()
+    return {name for record in outcome.records for name in record.metrics}
+
+
+def equal_numbers(first: Outcome, second: Outcome) -> dict[str, tuple[int | float, str]]:
+    """Metrics of which both cells have the same number, with all that was recorded beside it: name to value and source.
 
     This is for comparing large runs, most numbers of which are equal: it compares what was read, without making metrics
     of it. It may leave out equal numbers; cells of several repeats, or that did not end ok, have none here.
@@ -105,7 +115,7 @@ def equal_figures(first: Outcome, second: Outcome) -> dict[str, Figure]:
         return {}
     stored = after.content
     return {
-        name: Figure(content["value"], content["source"], None, None)
+        name: (content["value"], content["source"])
         for name, content in before.content.items()
         if isinstance(content["value"], (int, float)) and content == stored.get(name)
     }

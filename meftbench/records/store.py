@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 SUITE, ENVIRONMENT, RECORDS, BUDGETS, LOCK = "suite.yaml", "environment.json", "records.jsonl", "budgets.yaml", ".lock"
 
 
+# The safe loader of libyaml, ten times as fast, where PyYAML was built with it.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder as read: the resolved suite, the environment, and the last record of each cell and repeat.
@@ -87,7 +91,7 @@ def load_run(path: Path | str) -> Run:
         cure = f"a run has {SUITE}, {ENVIRONMENT} and {RECORDS}; `meftbench run` writes one"
         raise UserError(str(folder), "is not a run folder", cure)
     try:
-        suite = yaml.safe_load((folder / SUITE).read_text(encoding="utf-8"))
+        suite = yaml.load((folder / SUITE).read_text(encoding="utf-8"), Loader=_LOADER)
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
         if not (isinstance(suite, dict) and {"name", "run_id"} <= suite.keys() and isinstance(environment, dict)):
             raise ValueError("keys are missing")

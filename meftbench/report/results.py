@@ -16,7 +16,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.escapes import single_line, spreadsheet_text, visible
 from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE, WORDS
 from meftbench.plan.training import Training
-from meftbench.records.outcome import Outcome, outcomes
+from meftbench.records.outcome import Outcome, names_of, outcomes
 from meftbench.records.record import Record, StoredMetrics
 from meftbench.records.store import Run, write_whole
 from meftbench.verdicts.budgets import NOT_A_NUMBER
@@ -125,7 +125,10 @@ def _row(run: str, outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]
     row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
     row |= _numbers(outcome, metrics)
     # Records may be anybody's: their texts must not act on the terminals and pages that show the frame.
-    return {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
+    for name, value in row.items():
+        if type(value) is str and not value.isprintable():
+            row[name] = visible(value)
+    return row
 
 
 # The columns beside each metric's own: composing the names for each cell would take a third of the time of a frame.
@@ -137,9 +140,9 @@ def _numbers(outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     only = outcome.records[0].metrics if len(outcome.records) == 1 and outcome.status == "ok" else None
     stored = only if isinstance(only, StoredMetrics) else None
-    recorded = {name for record in outcome.records for name in record.metrics if name in metrics}
+    recorded = names_of(outcome)
     for name, (source_column, low_column, high_column) in _METRIC_COLUMNS.items():
-        if name not in recorded:
+        if name not in recorded or name not in metrics:
             continue
         if stored is not None and name not in NOT_A_NUMBER and (plain := stored.plain(name)):
             # The usual case, in which nothing has to be combined over repeats.
@@ -150,7 +153,9 @@ def _numbers(outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]:
         if metric is None:
             continue
         row[source_column] = metric.source
-        if name in NOT_A_NUMBER:
+        if metric.value is None and only is not None:
+            row[name] = None
+        elif name in NOT_A_NUMBER:
             row[name] = metric.value if outcome.status == "ok" else None
         elif figure := outcome.figure(name):
             row[name], row[low_column], row[high_column] = figure.value, figure.low, figure.high

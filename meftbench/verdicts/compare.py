@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
 from meftbench.escapes import single_line
-from meftbench.records.outcome import Figure, Outcome, equal_figures, outcomes, said, said_apart
+from meftbench.records.outcome import Figure, Outcome, equal_numbers, names_of, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.verdicts import noise
 from meftbench.verdicts.budgets import NOT_A_NUMBER
@@ -119,7 +119,8 @@ class Comparison:
         return [c for c in self.changes if not only_changed or c.judgement not in ("same", "noise")]
 
     def counts(self) -> dict[Judgement, int]:
-        return {kind: sum(c.judgement == kind for c in self.changes) for kind in _ORDER}
+        counts = Counter(change.judgement for change in self.changes)
+        return {kind: counts[kind] for kind in _ORDER}
 
     def summary(self) -> str:
         """One line: how many numbers got each judgement, and how many cells only one run has."""
@@ -296,11 +297,16 @@ class _Cell:
             judgement: Judgement = "worse" if left.status == "ok" else ("better" if right.status == "ok" else "changed")
             statuses = (str(left.status), str(right.status))
             changes.append(Change(label, cell_id, "status", judgement, statuses=statuses))
-        equal = equal_figures(left, right)
+        equal, recorded = equal_numbers(left, right), names_of(left)
         for name in chosen or _JUDGED:
-            before = after = equal.get(name)
-            if before is None:
-                before, after = left.figure(name), right.figure(name)
+            if name not in recorded:
+                continue
+            if number := equal.get(name):
+                value, source = number
+                if not (self.obstacles and source == "measured"):
+                    changes.append(Change(label, cell_id, name, "same", source, value, value))
+                    continue
+            before, after = left.figure(name), right.figure(name)
             if before is None or after is None or before.source != after.source:
                 continue
             if self.obstacles and after.source == "measured":

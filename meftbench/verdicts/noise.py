@@ -73,6 +73,8 @@ def evidences(pairs: Sequence[tuple[list[float], list[float]]]) -> list[Evidence
     Pairs with as many samples are taken together, as arrays, since a call for each would take a millisecond a pair.
     The bootstrap begins with a fixed seed, so that the same samples always give the same interval.
     """
+    if not pairs:
+        return []
     import numpy as np
 
     by_size: dict[tuple[int, int, bool], list[int]] = defaultdict(list)

@@ -105,12 +105,17 @@ def all_best_levers(frame: DataFrame) -> list[Fairness]:
 
 
 def _by_shape(frame: DataFrame) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    shapes = frame.groupby(["batch_size", "micro_batch_size", "sequence_length"], sort=False)
-    for _, rows in shapes:
+    shape = ["batch_size", "micro_batch_size", "sequence_length"]
+    # Of a frame's hundreds of columns few are needed, and rows are mappings of all columns that there are.
+    needed = [*shape, "status", "method", "method_name", *_METRICS, *(f"{name}_source" for name in _METRICS)]
+    for _, rows in frame[[name for name in needed if name in frame]].groupby(shape, sort=False):
         cells = [row for row in rows_of(rows) if row["status"] == "ok" and _known(row[PEAK])]
         if cells and len(sources(rows, PEAK)) == 1:  # a measured peak is not ranked beside a predicted one
             batch, micro, length = (cells[0][name] for name in ("batch_size", "micro_batch_size", "sequence_length"))
             yield shape_text(batch, micro, length), batch * length, cells
+
+
+_METRICS = (PEAK, ACTIVATION, STEP, "gradient_rel_max", "reconstruction_rel_max")
 
 
 def _by_method(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

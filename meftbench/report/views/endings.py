@@ -14,11 +14,12 @@ from meftbench.units import format_bytes
 
 def ending(run: Run) -> str:
     """`12 cells: 10 ok, 1 oom, 1 error`."""
-    statuses = [outcome.status for outcome in outcomes(run)]
+    cells = outcomes(run)
+    statuses = [outcome.status for outcome in cells]
     counts = ", ".join(
         f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses, key=_first_ok))
     )
-    not_chosen = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in outcomes(run))
+    not_chosen = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in cells)
     note = f" ({not_chosen} at a learning rate that another beat)" if not_chosen else ""
     return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}{note}"
 
@@ -29,11 +30,12 @@ def _first_ok(status: str) -> int:
 
 def failures(run: Run) -> list[str]:
     """A line for each cell that did not end ok or has no score: its label, how it ended, why."""
-    not_ok = [outcome.worst for outcome in outcomes(run) if outcome.status != "ok"]
+    cells = outcomes(run)
+    not_ok = [outcome.worst for outcome in cells if outcome.status != "ok"]
     # A cell at a learning rate that another beat is no failure: the table of scores lists the rates tried.
     not_ok = [record for record in not_ok if record.status_detail.get("type") != NOT_CHOSEN]
     lines = [f"{single_line(record.label)}: {record.status}{_why(record)}" for record in not_ok]
-    done = [outcome for outcome in outcomes(run) if outcome.status == "ok" and outcome.cell.get("training")]
+    done = [outcome for outcome in cells if outcome.status == "ok" and outcome.cell.get("training")]
     absent = [(outcome.label, score.absent) for outcome in done if (score := outcome.metric("score"))]
     return lines + [single_line(f"{label}: no score ({why})") for label, why in absent if why is not None]
 
