@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import webbrowser
 from enum import StrEnum
@@ -41,6 +42,7 @@ def report(
     from meftbench.records.store import BUDGETS, load_run, warn_if_torn
     from meftbench.report.render.report import PLOTS, write_plots, write_report
 
+    gc.disable()  # what is read stays: collections would go through all records, again and again
     loaded = [load_run(run) for run in runs]
     for run in loaded:
         warn_if_torn(run)

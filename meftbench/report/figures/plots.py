@@ -100,14 +100,17 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
             source_text = f", slope {power:.2f} ({source})" if power is not None else f" ({source})"
             ax.plot(xs, ys, LINE[source], color=colour(method), marker=marker_of[method], markersize=5,
                     label=named(method, source_text + ended))  # fmt: skip
-        for index, row in enumerate(not_ok):
+        crosses: list[tuple[Any, float]] = []
+        for row in not_ok:
             # Several at one place would hide each other, so they go below each other from the top, as in the legend.
-            place = 0.96 - 0.055 * failed.setdefault(row[axis], 0)
+            crosses.append((row[axis], 0.96 - 0.055 * failed.setdefault(row[axis], 0)))
             failed[row[axis]] += 1
-            # The label of a curve says how the other cells ended; without a curve the first cross has the label.
-            label = named(method, f": {row['status']}") if index == 0 and not known else "_cross"
-            ax.plot([row[axis]], [place], color=colour(method), marker="x", markersize=7, markeredgewidth=2,
-                    linestyle="none", transform=ax.get_xaxis_transform(), label=label, clip_on=False)  # fmt: skip
+        if crosses:
+            # The label of a curve says how the other cells ended; without a curve the crosses have the label.
+            label_of_crosses = "_crosses" if known else named(method, f": {not_ok[0]['status']}")
+            ax.plot([x for x, _ in crosses], [y for _, y in crosses], color=colour(method), marker="x", markersize=7,
+                    markeredgewidth=2, linestyle="none", transform=ax.get_xaxis_transform(), label=label_of_crosses,
+                    clip_on=False)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=label, ylabel=f"activation memory ({unit})")
     places = sorted({row[axis] for row in rows})
     ax.set_xticks(places, [str(place) for place in places])

@@ -11,6 +11,7 @@ import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import METRICS
@@ -45,8 +46,12 @@ class Payload:
 
 def packed(content: Any) -> str:
     """JSON, compressed, as base64; the same bytes for the same content."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), mtime=0)).decode()
+    encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        text = encode(content)
+    except ValueError:  # some number is not finite, as of a training that broke down
+        text = encode(written(content))
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0)).decode()
 
 
 def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
@@ -278,8 +283,8 @@ def _detail(run: Run, record: Record) -> dict[str, Any]:
         "command": command(run, record),
         "traceback": str(record.status_detail.get("traceback") or ""),
         "sections": [[section.title, [_line(*line) for line in section.rows]] for section in sections(record)],
-        "buffers": written(buffers) if isinstance(buffers, list) else [],
-        "timeline": written(timeline) if isinstance(timeline, list) else None,
+        "buffers": buffers if isinstance(buffers, list) else [],
+        "timeline": timeline if isinstance(timeline, list) else None,
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from meftbench.errors import UserError
 from meftbench.escapes import json_text, single_line, visible
 from meftbench.records.outcome import said
 from meftbench.verdicts.judge import STATES, State, Verdict
@@ -227,16 +228,23 @@ def _escaped_property(text: str) -> str:
 
 
 def append_step_summary(markdown: str, title: str) -> None:
-    """Add to the file that $GITHUB_STEP_SUMMARY names, if it is set; cut at whole lines below GitHub's limit."""
+    """Add to the file that $GITHUB_STEP_SUMMARY names, if it is set; cut at whole lines below GitHub's limit.
+
+    Raises UserError: the file cannot be written.
+    """
     name = os.environ.get("GITHUB_STEP_SUMMARY")
     if not name:
         return
     file = Path(name)
-    room = _SUMMARY_BYTES - (file.stat().st_size if file.exists() else 0)
-    text = _cut(f"## {escaped_markdown(title)}\n\n{markdown}\n\n".splitlines(keepends=True), room)
-    if text:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(text)
+    try:
+        room = _SUMMARY_BYTES - (file.stat().st_size if file.exists() else 0)
+        text = _cut(f"## {escaped_markdown(title)}\n\n{markdown}\n\n".splitlines(keepends=True), room)
+        if text:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+    except OSError as error:
+        what = f"the step summary {name} cannot be written ({error.strerror or error})"
+        raise UserError("GITHUB_STEP_SUMMARY", what, "unset the variable, or name a file that can be") from None
 
 
 def _cut(lines: Iterable[str], room: int) -> str:
