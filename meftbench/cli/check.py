@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meftbench.cli.options import RunFolder, emit, say_next
+from meftbench.escapes import single_line, visible
 
 if TYPE_CHECKING:
     from meftbench.records.store import Run
@@ -64,7 +65,8 @@ def check(
     if update:
         change = updated(loaded, budgets)
         change.write()
-        emit("\n".join([*filter(None, [change.diff().rstrip("\n")]), *change.kept]) or "nothing to update", output)
+        lines = [*filter(None, [change.diff().rstrip("\n")]), *map(single_line, change.kept)]
+        emit(visible("\n".join(lines)) or "nothing to update", output)
         return
     baseline_run = load_run(baseline) if baseline else None
     verdicts = judge(loaded, budgets, baseline_run, missing.value if missing else None)

@@ -41,7 +41,7 @@ class Increase:
         """The largest value within the bound, in the unit of `baseline`."""
         # Rounding must not put the bound below the baseline: a count of bytes above 2^53 has no exact float.
         grown = max(baseline, baseline + abs(baseline) * self.share) if self.share else baseline
-        return grown + self.amount
+        return grown + self.amount if self.amount else grown
 
 
 def _amount(value: Any) -> Any:
@@ -143,6 +143,10 @@ class Row(_Strict):
         if (self.expires is None) != (self.reason is None):
             key = "expires" if self.reason is None else "reason"
             raise FaultAtError("expires and reason go together: a waived row says until when and why", key)
+        for key in ("max", "min", "warn"):
+            bound = getattr(self, key)
+            if bound is not None and bound != bound:
+                raise FaultAtError(f"{key} is not a number, so that nothing would be within it", key)
         if self.max is not None and self.warn is not None and self.warn > self.max:
             raise FaultAtError("warn is above max and would never be seen", "warn")
         return self

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from meftbench.errors import UserError
 from meftbench.report.render import verdicts as verdict_formats
 from meftbench.report.render.comparisons import comparison_github
 from meftbench.verdicts.compare import Change, Comparison
@@ -109,6 +110,23 @@ def test_no_summary_file_no_summary(monkeypatch):
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
     assert verdict_formats.append_step_summary("text", "t") is None
+
+
+def test_a_step_summary_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    """The variable names a folder."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+
+    with pytest.raises(UserError, match=r"GITHUB_STEP_SUMMARY: the step summary .* cannot be written"):
+        verdict_formats.append_step_summary("text", "t")
+
+
+def test_ten_annotations_need_no_rest():
+    """GitHub shows all of them; of eleven nine are shown, and that there are two more."""
+    ten, eleven = (verdict_formats.verdicts_github([a_verdict()] * count).splitlines() for count in (10, 11))
+
+    assert (11, 11) == (len(ten), len(eleven))
+    assert "more" not in "".join(ten)
+    assert eleven[9].endswith("::and 2 more, see the summary")
 
 
 def test_a_table_of_many_rows_shows_the_worst_200():

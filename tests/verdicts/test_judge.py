@@ -185,6 +185,7 @@ def test_a_waiver_ends(check, day, state, code):
     assert [state] == [verdict.state for verdict in verdicts]
     assert code == exit_code(verdicts)
     assert "issue 7" in verdicts[0].message
+    assert (code == 1) == ("its waiver (issue 7) ended on 2026-12-31" in verdicts[0].text())
 
 
 def test_when_looks_at_fields_levers_and_settings(check):
