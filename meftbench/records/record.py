@@ -160,7 +160,7 @@ class Record:
     @property
     def method_label(self) -> str:
         """The method with its levers and settings, as the label of the cell has it."""
-        return self.label.split("/b" + str(self.cell["batch_size"]) + "/s")[0][len(self.model_label) + 1 :]
+        return self.label.partition(f"/b{self.cell['batch_size']}/s")[0][len(self.model_label) + 1 :]
 
     @property
     def model_label(self) -> str:

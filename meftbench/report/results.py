@@ -70,7 +70,8 @@ def frame_of(runs: Run | Sequence[Run], metrics: Collection[str] = METRICS) -> D
 
     listed = [runs] if isinstance(runs, Run) else list(runs)
     names = run_names(listed)
-    rows = [_row(name, outcome, metrics) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
+    wanted = [name for name in METRICS if name in metrics]
+    rows = [_row(name, outcome, wanted) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
     columns = list(dict.fromkeys([*_BASE, *(key for row in rows for key in row)]))
     # A plot or table may ask for these of any run, also of one in which every cell failed.
     always = [f"{name}{part}" for name in _HEADLINE for part in ("", "_low", "_high", "_source")]
@@ -103,7 +104,11 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names, start=1)]
 
 
-def _row(run: str, outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]:
+# Of fields of a cell that a record lacks: flags are off, anything else is not known.
+_DEFAULTS = {name: False if name in WORDS else None for name in _CELL}
+
+
+def _row(run: str, outcome: Outcome, metrics: Sequence[str]) -> dict[str, Any]:
     worst, last = outcome.worst, outcome.records[-1]
     row: dict[str, Any] = {
         "run": run,
@@ -114,7 +119,8 @@ def _row(run: str, outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]
         "method_name": last.cell.get("method"),
     }
     # A record that was written before there was a flag is of a cell without it.
-    row |= {name: last.cell.get(name, False if name in WORDS else None) for name in _CELL}
+    cell = last.cell
+    row |= {name: cell.get(name, default) for name, default in _DEFAULTS.items()}
     params = last.cell.get("method_params") or {}
     row |= {name: params.get(name) for name in _REVERSIBLE}
     # Of rivals that keep side bits the number is a setting like others: they are no sweep over MEFT's couplings.
@@ -135,15 +141,16 @@ def _row(run: str, outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]
 _METRIC_COLUMNS = {name: (f"{name}_source", f"{name}_low", f"{name}_high") for name in METRICS}
 
 
-def _numbers(outcome: Outcome, metrics: Collection[str]) -> dict[str, Any]:
-    """The columns of those of `metrics` that the cell has, in the order of METRICS."""
+def _numbers(outcome: Outcome, metrics: Sequence[str]) -> dict[str, Any]:
+    """The columns of those of `metrics` that the cell has, in their order."""
     row: dict[str, Any] = {}
     only = outcome.records[0].metrics if len(outcome.records) == 1 and outcome.status == "ok" else None
     stored = only if isinstance(only, StoredMetrics) else None
     recorded = names_of(outcome)
-    for name, (source_column, low_column, high_column) in _METRIC_COLUMNS.items():
-        if name not in recorded or name not in metrics:
+    for name in metrics:
+        if name not in recorded:
             continue
+        source_column, low_column, high_column = _METRIC_COLUMNS[name]
         if stored is not None and name not in NOT_A_NUMBER and (plain := stored.plain(name)):
             # The usual case, in which nothing has to be combined over repeats.
             value, source, low, high = plain

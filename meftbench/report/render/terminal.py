@@ -124,7 +124,10 @@ def _table(group: Group, shares: dict[str, float], width: int) -> TextTable:
     heads += [_heading(name, unit) for name in of_metrics]
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
-    rows = list(rows_of(frame))
+    # Rows are mappings of all columns that there are, so those that are not shown are left out.
+    names = [f"{name}{part}" for name in {*BY_METRIC, *of_metrics} for part in ("", "_source")]
+    names += ["status", "cell_id", "method", "batch_size", "micro_batch_size", "sequence_length"]
+    rows = list(rows_of(frame[[name for name in names if name in frame]]))
     texts = {id(row): _cells(row, shares, size, mixed, of_metrics) for row in rows}
     # A column without any value is left out, since it would take the room of the others.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
