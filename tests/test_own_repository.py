@@ -227,6 +227,7 @@ def test_a_pull_request_that_holds_more_fails_and_is_told(pull_request, tmp_path
     assert ("actions/upload-artifact@v4", {"name": "memory-report", "path": "runs/memory"}) in pull_request.used
 
 
+@pytest.mark.slow
 def test_a_pull_request_that_changes_nothing_says_nothing(pull_request, tmp_path):
     """No comment is written; where there is one, it is brought up to date. A token that may only read fails no job."""
     succeeded, outputs = pull_request.run(suite="memory")
@@ -253,6 +254,7 @@ def test_a_pull_request_that_changes_nothing_says_nothing(pull_request, tmp_path
     assert "::notice title=meftbench::the comment could not be written" in pull_request.log
 
 
+@pytest.mark.slow
 def test_a_first_pull_request_has_nothing_to_be_compared_with(pull_request, tmp_path):
     """The base branch does not have the suite yet: its budgets are held all the same."""
     in_shell(pull_request.folder, "cp suites/memory.yaml suites/new.yaml")
