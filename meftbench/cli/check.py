@@ -46,11 +46,13 @@ def check(
 ) -> None:
     """Hold RUN against its memory budgets.
 
-    Where a bound on memory is exceeded, it names the buffers that grew: since the run of --baseline, or of
-    `updated_from` in the budgets file; without either, the largest buffers at the peak.
+    Where a bound on memory is exceeded, it names the buffers that grew since the
+    run of --baseline, or of `updated_from` in the budgets file; without either,
+    the largest buffers at the peak.
 
-    Exits 0 if all are held, 1 if one is exceeded (a cell that ran out of memory exceeds it), 3 if a bounded cell
-    failed, 4 if a row is for another environment, 5 if a row matches no cell or a number is missing.
+    Exits 0 if all are held, 1 if one is exceeded (a cell that ran out of memory
+    exceeds it), 3 if a bounded cell failed, 4 if a row is for another
+    environment, 5 if a row matches no cell or a number is missing.
     """
     from meftbench.records.store import load_run, warn_if_torn
     from meftbench.report.render.verdicts import append_step_summary, render_verdicts, verdicts_markdown

@@ -52,16 +52,17 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Write there instead of to stdout.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
 ) -> None:
-    """What changed from the first RUN to each other one, cell by cell, and which buffers grew.
+    """What changed from the first RUN to each other one, and which buffers grew.
 
-    compare RUNS/A RUNS/B: two runs; with more, each is a column against the first.
-    compare reports/ci --against HEAD~3: the run as it was committed, and as it is now.
-    compare main:reports/ci reports/ci: the same, with the revision spelled out.
+    compare A B: two runs. With more, each is a column against the first.
+    compare RUN --against HEAD~3: as it was committed, and as it is now.
+    compare HEAD~3:RUN RUN: the same, with the revision spelled out.
 
-    Counted bytes are compared exactly, on whatever machines; measured values only within one environment, and times
-    only on as many CPU threads and beyond their own noise: by the Mann-Whitney U test of their samples and the
-    bootstrap interval of the ratio of medians (scipy), else where quartiles are apart. Exits 4 where the runs are not
-    comparable, 5 without a common cell.
+    Counted bytes are compared exactly, on whatever machines; measured values
+    only within one environment, and times only on as many CPU threads and beyond
+    their own noise: by the Mann-Whitney U test of their samples and the bootstrap
+    interval of the ratio of medians (scipy), else where quartiles are apart.
+    Exits 4 where the runs are not comparable, 5 without a common cell.
     """
     from meftbench.records.store import warn_if_torn
     from meftbench.report.render.comparisons import comparison_markdown, comparisons

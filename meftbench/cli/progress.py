@@ -160,7 +160,9 @@ class Bar:
 
         counts = "".join(f"[{_COLOUR[status]}]{n} {status}[/]  " for status, n in self.counts.items())
         left = self.remaining.text()
-        self.progress.update(self.task, completed=done, total=total, counts=counts, left=left, last=escape(last))
+        self.progress.update(
+            self.task, completed=done, total=total, counts=counts, left=left, last=escape(single_line(last))
+        )
 
 
 class Silent:

@@ -262,16 +262,17 @@ def shape_text(batch: int, micro_batch: int, length: int) -> str:
 
 def share_of_full(frame: DataFrame, metric: str = "activation_peak_bytes") -> dict[str, float]:
     """cell_id to the metric's share of that of plain `full` at the same shape and setting, where both are known."""
-    keys = [*SETTING, *SHAPE]
-    shares: dict[str, float] = {}
-    for _, rows in frame.groupby(keys, dropna=False, sort=False):
-        full = rows[rows["method"] == "full"][metric].dropna()
-        if len(full) == 0 or not full.iloc[0]:
-            continue
-        for cell_id, value in zip(rows["cell_id"], rows[metric], strict=True):
-            if value is not None:
-                shares[str(cell_id)] = float(value) / float(full.iloc[0])
-    return shares
+    columns = [[None if value != value else value for value in frame[name]] for name in (*SETTING, *SHAPE)]
+    alike = list(zip(*columns, strict=True))  # what each cell has to share with `full`
+    of_full: dict[tuple[Any, ...], float] = {}
+    for key, method, value in zip(alike, frame["method"], frame[metric], strict=True):
+        if method == "full" and value is not None and value == value:
+            of_full.setdefault(key, float(value))
+    return {
+        str(cell_id): float(value) / of_full[key]
+        for key, cell_id, value in zip(alike, frame["cell_id"], frame[metric], strict=True)
+        if value is not None and of_full.get(key)
+    }
 
 
 def sources(frame: DataFrame, metric: str) -> list[str]:
