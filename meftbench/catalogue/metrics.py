@@ -11,7 +11,7 @@ class Kind:
 
     unit: of the stored value.  better: "lower", "higher" or "neither".  meaning: shown as help for a column.
     column: heading of the metric's column in the comparison table, shown where a run has the metric; None: it has no
-        column, or the table treats it specially (report/summary.py).
+        column, or the table treats it specially (report/columns.py).
     """
 
     unit: str

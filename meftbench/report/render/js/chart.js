@@ -3,13 +3,24 @@
 const SHAPES = ["circle", "square", "triangle", "diamond", "cross"];
 const OF_SHAPE = ["batch_size", "sequence_length"];
 
+/** Corners of a mark of half-width 1 around (0, 0). */
+const CORNERS = {
+  square: [[-0.9, -0.9], [0.9, -0.9], [0.9, 0.9], [-0.9, 0.9]],
+  triangle: [[0, -1.2], [1.1, 0.8], [-1.1, 0.8]],
+  diamond: [[0, -1.3], [1.1, 0], [0, 1.3], [-1.1, 0]],
+  cross: [[-1.2, -0.4], [-0.4, -0.4], [-0.4, -1.2], [0.4, -1.2], [0.4, -0.4], [1.2, -0.4],
+    [1.2, 0.4], [0.4, 0.4], [0.4, 1.2], [-0.4, 1.2], [-0.4, 0.4], [-1.2, 0.4]],
+};
+
 /** A mark of half-width r around (x, y). */
 function mark(path, shape, x, y, r) {
-  if (shape === "circle") { path.moveTo(x + r, y); path.arc(x, y, r, 0, 2 * Math.PI); }
-  else if (shape === "square") path.rect(x - 0.9 * r, y - 0.9 * r, 1.8 * r, 1.8 * r);
-  else if (shape === "triangle") { path.moveTo(x, y - 1.2 * r); path.lineTo(x + 1.1 * r, y + 0.8 * r); path.lineTo(x - 1.1 * r, y + 0.8 * r); path.closePath(); }
-  else if (shape === "diamond") { path.moveTo(x, y - 1.3 * r); path.lineTo(x + 1.1 * r, y); path.lineTo(x, y + 1.3 * r); path.lineTo(x - 1.1 * r, y); path.closePath(); }
-  else { path.rect(x - 1.2 * r, y - 0.4 * r, 2.4 * r, 0.8 * r); path.rect(x - 0.4 * r, y - 1.2 * r, 0.8 * r, 2.4 * r); }
+  if (shape === "circle") {
+    path.moveTo(x + r, y);
+    path.arc(x, y, r, 0, 2 * Math.PI);
+  } else {
+    CORNERS[shape].forEach(([dx, dy], index) => path[index ? "lineTo" : "moveTo"](x + r * dx, y + r * dy));
+    path.closePath();
+  }
 }
 
 class Chart {
@@ -40,22 +51,27 @@ class Chart {
     this.legend = el("div", { class: "legend" });
     this.note = el("p", { class: "dim", role: "status" });
     this.tip = el("div", { class: "tip", hidden: true });
-    const key = el("p", { class: "key dim" }, "The fill of a mark says where the number up comes from: full is measured, half is counted, none is predicted. Grey: the gradient is wrong.");
+    const key = el("p", { class: "dim" }, "The fill of a mark says where the number up comes from: full is measured, ",
+      "half is counted, none is predicted. Grey: the gradient is wrong.");
     this.place.replaceChildren(presets, this.bar, this.canvas, this.tip, this.legend, this.note, key);
     again();
   }
 
   controls(axes) {
-    const set = (name, value) => { this[name] = value; if (OF_SHAPE.includes(this.x)) this.joined = true; this.again(); };
+    const set = (name, value) => {
+      this[name] = value;
+      if (name === "x") this.joined = OF_SHAPE.includes(value);
+      this.again();
+    };
     const shapes = [["", "all shapes"], ...this.data.shapes.map(shape => [shape, shape])];
     this.bar.replaceChildren(
-      chooser("across", axes, this.x, value => { this.joined = OF_SHAPE.includes(value); set("x", value); }),
+      chooser("across", axes, this.x, value => set("x", value)),
       chooser("up", axes, this.y, value => set("y", value)),
       chooser("at", shapes, this.shape, value => set("shape", value)),
       ticked("logarithmic across", this.logX, on => set("logX", on)),
       ticked("logarithmic up", this.logY, on => set("logY", on)),
       el("button", { type: "button", onclick: () => this.saved() }, "CSV"),
-      el("button", { type: "button", onclick: () => this.canvas.querySelector("canvas").toBlob(blob => save("chart.png", blob)) }, "PNG"));
+      el("button", { type: "button", onclick: () => this.pictured() }, "PNG"));
   }
 
   /** The points of each method: cells that have both numbers, where these have a place on the axes. */
@@ -69,7 +85,10 @@ class Chart {
       const [x, y] = [data.number(this.x, cell), data.number(this.y, cell)];
       if (data.word("status", cell) !== "ok" && OF_SHAPE.includes(this.x)) this.failed.push(cell);
       if (x === null || y === null) continue;
-      if (!Number.isFinite(x) || !Number.isFinite(y) || (this.logX && x <= 0) || (this.logY && y <= 0)) { this.leftOut++; continue; }
+      if (!Number.isFinite(x) || !Number.isFinite(y) || (this.logX && x <= 0) || (this.logY && y <= 0)) {
+        this.leftOut++;
+        continue;
+      }
       const name = data.word("method", cell);
       if (!listed.has(name)) listed.set(name, []);
       listed.get(name).push({ x, y, cell });
@@ -83,38 +102,53 @@ class Chart {
     const listed = this.series();
     const visible = [...listed].filter(([name]) => !this.hidden.has(name));
     this.points = visible.flatMap(([name, points]) => points.map(point => ({ ...point, name })));
-    const unitOf = axis => unitFor(data.metrics[this[axis]]?.unit ?? "", Math.max(...this.points.map(p => Math.abs(p[axis])), 0));
+    const largest = axis => this.points.reduce((most, point) => Math.max(most, Math.abs(point[axis])), 0);
+    const unitOf = axis => unitFor(data.metrics[this[axis]]?.unit ?? "", largest(axis));
     this.units = { x: unitOf("x"), y: unitOf("y") };
     this.legendOf(listed);
     const said = [];
-    if (this.leftOut) said.push(`${this.leftOut} points are left out: zero and what is not finite has no place on these axes`);
+    if (this.leftOut) {
+      said.push(`${this.leftOut} points are left out: zero and what is not finite has no place on these axes`);
+    }
     const failed = this.failed.filter(cell => !this.hidden.has(data.word("method", cell)));
     if (failed.length) said.push(`${failed.length} cells did not end ok: crosses at the top`);
     if (!this.points.length) said.push("no cell has both numbers");
     this.note.textContent = said.join("; ");
     this.canvas.setAttribute("role", "img");
-    this.canvas.setAttribute("aria-label", `${heading(data, this.y)} against ${heading(data, this.x)}, ${this.points.length} points of ${visible.length} methods; the table has their numbers`);
+    const what = `${heading(data, this.y)} against ${heading(data, this.x)}`;
+    const count = `${this.points.length} points of ${visible.length} methods`;
+    this.canvas.setAttribute("aria-label", `${what}, ${count}; the table has their numbers`);
     this.plot?.destroy();
+    this.plot = this.plotted(visible, failed);
+  }
+
+  plotted(visible, failed) {
     const width = this.canvas.clientWidth || 300;
-    this.plot = new uPlot({
+    const scale = (name, log) => ({
+      time: false, distr: log ? 3 : 1, log: OF_SHAPE.includes(name) ? 2 : 10,
+      range: (u, low, high) => this.range(low, high, log),
+    });
+    const axis = (name, size) => ({
+      stroke: css("--text"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size,
+      label: this.labelOf(name), labelSize: 22,
+      values: (u, splits) => splits.map(value => value === null ? "" : shown(value)),
+    });
+    const series = one => ({
+      facets: [{ scale: "x", auto: true }, { scale: "y", auto: true }], paths: u => this.paint(u, one),
+    });
+    const values = (points, name) => points.map(point => point[name] / this.units[name].size);
+    const plot = new uPlot({
       mode: 2, width, height: Math.round(Math.min(480, Math.max(280, width * 0.55))),
       legend: { show: false }, cursor: { drag: { x: true, y: true }, points: { show: false } },
-      scales: {
-        x: { time: false, distr: this.logX ? 3 : 1, log: OF_SHAPE.includes(this.x) ? 2 : 10, range: (u, low, high) => this.range(low, high, this.logX) },
-        y: { distr: this.logY ? 3 : 1, log: OF_SHAPE.includes(this.y) ? 2 : 10, range: (u, low, high) => this.range(low, high, this.logY) },
-      },
-      axes: ["x", "y"].map(axis => ({
-        stroke: css("--text"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: axis === "x" ? 50 : 64,
-        label: this.labelOf(axis), labelSize: 22,
-        values: (u, splits) => splits.map(value => value === null ? "" : shown(value)),
-      })),
-      series: [{}, ...visible.map(() => ({ facets: [{ scale: "x", auto: true }, { scale: "y", auto: true }],
-        paths: (u, number) => this.paint(u, visible[number - 1]) }))],
+      scales: { x: scale(this.x, this.logX), y: scale(this.y, this.logY) },
+      axes: [axis("x", 50), axis("y", 64)],
+      series: [{}, ...visible.map(series)],
       hooks: { draw: [u => this.frontier(u), u => this.crosses(u, failed)] },
-    }, [null, ...visible.map(([, points]) => [points.map(p => p.x / this.units.x.size), points.map(p => p.y / this.units.y.size)])], this.canvas);
-    this.plot.over.addEventListener("pointermove", event => this.pointed(event));
-    this.plot.over.addEventListener("pointerleave", () => { this.tip.hidden = true; });
-    this.plot.over.addEventListener("click", () => { if (!this.tip.hidden) this.opened(this.near.cell); });
+    }, [null, ...visible.map(([, points]) => [values(points, "x"), values(points, "y")])], this.canvas);
+    plot.over.addEventListener("pointermove", event => this.pointed(event));
+    plot.over.addEventListener("pointerleave", () => { this.tip.hidden = true; });
+    plot.over.addEventListener("click", () => { if (!this.tip.hidden) this.opened(this.near.cell); });
+    return plot;
   }
 
   /** What an axis shows, in which unit, and where its numbers come from. */
@@ -221,7 +255,8 @@ class Chart {
     const [signX, signY] = better.map(each => each === "lower" ? 1 : -1);
     const source = p => `${this.data.source(this.x, p.cell)} ${this.data.source(this.y, p.cell)}`;
     const right = this.points.filter(p => !this.data.word("wrong", p.cell));
-    if (new Set(right.map(source)).size !== 1 || new Set(right.map(p => this.data.word("shape", p.cell))).size !== 1) return;
+    const shapes = new Set(right.map(point => this.data.word("shape", point.cell)));
+    if (new Set(right.map(source)).size !== 1 || shapes.size !== 1) return;
     const best = [];
     for (const point of right.sort((a, b) => signX * (a.x - b.x) || signY * (a.y - b.y))) {
       if (!best.length || signY * (point.y - best.at(-1).y) < 0) best.push(point);
@@ -268,7 +303,8 @@ class Chart {
     const [atX, atY] = [event.clientX - box.left, event.clientY - box.top];
     let [near, distance] = [null, 20];
     for (const point of this.points) {
-      const apart = Math.hypot(this.plot.valToPos(point.x / this.units.x.size, "x") - atX, this.plot.valToPos(point.y / this.units.y.size, "y") - atY);
+      const [x, y] = ["x", "y"].map(axis => this.plot.valToPos(point[axis] / this.units[axis].size, axis));
+      const apart = Math.hypot(x - atX, y - atY);
       if (apart < distance) [near, distance] = [point, apart];
     }
     this.tip.hidden = !near;
@@ -283,6 +319,17 @@ class Chart {
     const left = Math.min(event.clientX - frame.left + 14, frame.width - this.tip.offsetWidth - 4);
     this.tip.style.left = `${Math.max(0, left)}px`;
     this.tip.style.top = `${event.clientY - frame.top + 14}px`;
+  }
+
+  /** The picture on the page's background, as the canvas itself has none. */
+  pictured() {
+    const drawn = this.canvas.querySelector("canvas");
+    const whole = el("canvas", { width: drawn.width, height: drawn.height });
+    const ctx = whole.getContext("2d");
+    ctx.fillStyle = css("--back");
+    ctx.fillRect(0, 0, drawn.width, drawn.height);
+    ctx.drawImage(drawn, 0, 0);
+    whole.toBlob(blob => save("chart.png", blob));
   }
 
   saved() {

@@ -77,6 +77,11 @@ function ticked(label, on, changed) {
   return el("label", {}, box, ` ${label}`);
 }
 
+/** A part that scrolls within itself where it is wider than the page. */
+function scrolling(label, ...children) {
+  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, ...children);
+}
+
 /** How numbers of a unit are shown: divided by `size`, with the unit's name. */
 function unitFor(unit, largest) {
   if (unit === "byte") return largest >= 10 * 2 ** 30 ? { size: 2 ** 30, name: "GiB" } : { size: 2 ** 20, name: "MiB" };
@@ -104,7 +109,7 @@ function said(data, name, cell) {
 }
 
 function heading(data, name) {
-  const known = { batch_size: "batch size (samples)", sequence_length: "sequence length (tokens)", learning_rate: "learning rate" };
+  const known = { batch_size: "batch size (samples)", sequence_length: "sequence length (tokens)" };
   return known[name] ?? name.replace(/_bytes$/, "").replaceAll("_", " ");
 }
 

@@ -3,8 +3,8 @@
 /** Buffers that are alive at the peak, as boxes within boxes: category, place in the code, operator. */
 function flame(data, buffers) {
   const total = buffers.reduce((sum, buffer) => sum + buffer.bytes, 0);
-  const box = el("div", { class: "flame", role: "img",
-    "aria-label": `Buffers at the peak of forward and backward, ${shown(total / 2 ** 20)} MiB, by category, place and operator` });
+  const said = `Buffers at the peak of forward and backward, ${shown(total / 2 ** 20)} MiB, by category, place and operator`;
+  const box = el("div", { class: "flame", role: "img", "aria-label": said });
   const levels = [b => b.category, b => b.place, b => `${b.op} ${b.shape.join(" × ")} ${b.dtype}`];
   const add = (parent, members, depth, colour) => {
     if (depth === levels.length) return;
@@ -31,6 +31,7 @@ function flame(data, buffers) {
 /** The levels of one step over time, stacked by category. */
 function timeline(data, points) {
   const names = [...new Set(points.flatMap(point => Object.keys(point.bytes)))];
+  const colour = name => data.categories[`${name}_bytes`] ?? "#7F7F7F";
   const most = Math.max(...points.map(point => Object.values(point.bytes).reduce((a, b) => a + b, 0)), 1);
   const box = el("div", { class: "timeline", role: "img",
     "aria-label": `Live bytes through one step, by category; at most ${shown(most / 2 ** 20)} MiB` });
@@ -40,15 +41,16 @@ function timeline(data, points) {
       .map(name => `${name} ${shown(point.bytes[name] / 2 ** 20)} MiB`).join(", ") });
     for (const name of names) {
       const height = 100 * (point.bytes[name] ?? 0) / most;
-      if (height) column.append(el("i", { style: `height: ${height}%; background: ${data.categories[`${name}_bytes`] ?? "#7F7F7F"}` }));
+      if (height) column.append(el("i", { style: `height: ${height}%; background: ${colour(name)}` }));
     }
     if (point.phase !== phase) column.append(el("b", {}, point.phase));
     phase = point.phase;
     box.append(column);
   }
   const key = el("p", { class: "key" }, ...names.map(name =>
-    el("span", {}, el("i", { style: `background: ${data.categories[`${name}_bytes`] ?? "#7F7F7F"}` }), ` ${name} `)));
-  return el("div", {}, el("p", {}, `From the first event of a step to the last; the top is ${shown(most / 2 ** 20)} MiB.`), box, key);
+    el("span", {}, el("i", { style: `background: ${colour(name)}` }), ` ${name} `)));
+  const top = `From the first event of a step to the last; the top is ${shown(most / 2 ** 20)} MiB.`;
+  return el("div", {}, el("p", {}, top), box, key);
 }
 
 async function detailOf(data, cell) {
@@ -60,12 +62,14 @@ async function detailOf(data, cell) {
     const button = el("button", { type: "button", onclick: () => navigator.clipboard?.writeText(repeat.command) }, "Copy");
     box.append(el("p", {}, "Again: ", el("code", {}, repeat.command), " ", button));
     if (repeat.timeline) box.append(el("h3", {}, "One step"), timeline(data, repeat.timeline));
-    if (repeat.buffers.length) box.append(el("h3", {}, "What is alive at the peak of forward and backward"), flame(data, repeat.buffers));
+    if (repeat.buffers.length) {
+      box.append(el("h3", {}, "What is alive at the peak of forward and backward"), flame(data, repeat.buffers));
+    }
     for (const [title, rows] of repeat.sections) {
       const body = el("tbody", {}, ...rows.map(([name, value, meaning]) => el("tr", {},
         el("th", { scope: "row" }, name), el("td", {}, value),
         el("td", { class: "dim" }, meaning ?? data.metrics[name]?.meaning ?? ""))));
-      box.append(el("h3", {}, title), el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": title }, el("table", {}, body)));
+      box.append(el("h3", {}, title), scrolling(title, el("table", {}, body)));
     }
     if (repeat.traceback) box.append(el("pre", { tabindex: "0" }, repeat.traceback));
   }

@@ -13,7 +13,8 @@ class Peaks {
     const chosen = new Map();
     for (const cell of cells) {
       const name = data.word("method", cell);
-      if (!chosen.has(name) || (data.word("status", chosen.get(name)) !== "ok" && data.word("status", cell) === "ok")) chosen.set(name, cell);
+      const ended = each => data.word("status", each) === "ok";
+      if (!chosen.has(name) || (!ended(chosen.get(name)) && ended(cell))) chosen.set(name, cell);
     }
     return [...chosen.values()];
   }
@@ -33,18 +34,17 @@ class Peaks {
         ...parts.map((part, index) => el("i", { title: texts[index],
           style: `width: ${100 * data.number(part, cell) / most}%; background: ${data.categories[part]}` })));
       const text = ok ? `${shown(total(cell) / size)} ${name}` : data.word("status", cell);
-      return el("tr", {},
-        el("th", { scope: "row" }, el("button", { type: "button", class: "open", onclick: () => this.opened(cell) }, data.word("method", cell))),
-        el("td", { class: "wide" }, bar),
-        el("td", { class: ok ? "n" : "n bad" }, text, ok ? el("small", { class: data.source("peak_allocated_bytes", cell) }, data.source("peak_allocated_bytes", cell)) : null));
+      const source = ok ? data.source("peak_allocated_bytes", cell) : "";
+      const button = el("button", { type: "button", class: "open", onclick: () => this.opened(cell) }, data.word("method", cell));
+      return el("tr", {}, el("th", { scope: "row" }, button), el("td", { class: "wide" }, bar),
+        el("td", { class: ok ? "n" : "n bad" }, text, source ? el("small", { class: source }, source) : null));
     });
     const key = el("p", { class: "key" }, ...used.map(part =>
       el("span", {}, el("i", { style: `background: ${data.categories[part]}` }), ` ${part.replace("_bytes", "")} `)));
     const shapes = data.shapes.map(shape => [shape, shape]);
     this.place.replaceChildren(
       el("div", { class: "controls" }, chooser("at", shapes, this.shape, value => { this.shape = value; this.draw(); })),
-      key, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "What the peak of a step consists of" },
-        el("table", { class: "bars" }, el("tbody", {}, ...rows))),
+      key, scrolling("What the peak of a step consists of", el("table", { class: "bars" }, el("tbody", {}, ...rows))),
       cells.length > 60 ? el("p", { class: "dim" }, `The 60 largest of ${cells.length}.`) : "");
   }
 }
@@ -83,19 +83,24 @@ class HeatMap {
       const value = data.number(this.metric, cell);
       const right = at.get(`${batch}×${lengths[lengths.indexOf(length) + 1]}`);
       const above = at.get(`${batches[batches.indexOf(batch) - 1]}×${length}`);
-      const edge = fits(cell) ? `${right !== undefined && !fits(right) ? " edge-right" : ""}${above !== undefined && !fits(above) ? " edge-top" : ""}` : "";
-      const open = text => el("button", { type: "button", class: "open", title: data.word("label", cell), onclick: () => this.opened(cell) }, text);
+      const ends = neighbour => fits(cell) && neighbour !== undefined && !fits(neighbour);
+      const edge = (ends(right) ? " edge-right" : "") + (ends(above) ? " edge-top" : "");
+      const open = text => el("button", { type: "button", class: "open", title: data.word("label", cell),
+        onclick: () => this.opened(cell) }, text);
       if (!fits(cell) || value === null) return el("td", { class: `failed${edge}` }, open(data.word("status", cell)));
       const share = high > low ? (Math.log(value) - Math.log(low)) / (Math.log(high) - Math.log(low)) : 0.5;
       const lightness = 94 - 62 * share;
-      return el("td", { class: `n${edge}`, style: `background: hsl(${205 + 40 * share} 62% ${lightness}%); color: ${lightness > 58 ? "#111" : "#fff"}` },
+      const ink = lightness > 58 ? "#111" : "#fff";
+      return el("td", { class: `n${edge}`, style: `background: hsl(${205 + 40 * share} 62% ${lightness}%); color: ${ink}` },
         open(shown(value / size)));
     };
     const source = [...new Set(cells.map(cell => data.source(this.metric, cell)).filter(Boolean))].join(" and ");
     const table = el("table", { class: "heat" },
       el("thead", {}, el("tr", {}, el("td"), ...lengths.map(length => el("th", { scope: "col" }, length.toLocaleString("en"))))),
-      el("tbody", {}, ...batches.map(batch => el("tr", {}, el("th", { scope: "row" }, String(batch)), ...lengths.map(length => fieldOf(batch, length))))));
-    const said = `${heading(data, this.metric)}${name ? `, ${name}` : ""} (${source}): batch size up, tokens a sample across.`;
+      el("tbody", {}, ...batches.map(batch => el("tr", {}, el("th", { scope: "row" }, String(batch)),
+        ...lengths.map(length => fieldOf(batch, length))))));
+    const unit = name ? `, ${name}` : "";
+    const said = `${heading(data, this.metric)}${unit} (${source}): batch size up, tokens a sample across.`;
     const failed = cells.some(cell => !fits(cell)) ? " The thick line is where it stops to fit." : "";
     const again = (which, value) => { this[which] = value; this.draw(); };
     this.place.replaceChildren(
@@ -103,6 +108,6 @@ class HeatMap {
         chooser("method", this.names.map(each => [each, each]), this.name, value => again("name", value)),
         chooser("of", data.mapped.map(each => [each, heading(data, each)]), this.metric, value => again("metric", value))),
       el("p", { class: "dim" }, said + failed),
-      el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Memory over batch size and length" }, table));
+      scrolling("Memory over batch size and length", table));
   }
 }

@@ -16,7 +16,8 @@ class CellTable {
 
   build() {
     const { data, table } = this;
-    const search = el("input", { type: "search", placeholder: "words of the label", oninput: () => this.filtered("text", search.value) });
+    const search = el("input", { type: "search", placeholder: "words of the label",
+      oninput: () => this.filtered("text", search.value) });
     const choosers = table.filters.map(name => {
       const words = data.wordsOf(name, this.cells);
       return chooser(name.replaceAll("_", " "), [["", "all"], ...words.map(word => [word, word || "none"])], "",
@@ -35,7 +36,7 @@ class CellTable {
       return el("th", { scope: "col", class: column.numeric ? "n" : null }, button);
     });
     const whole = el("table", { class: "cells" }, el("thead", {}, el("tr", {}, ...this.heads)), this.body);
-    this.place.replaceChildren(bar, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": table.title }, whole));
+    this.place.replaceChildren(bar, scrolling(table.title, whole));
   }
 
   filtered(name, value) {
@@ -67,7 +68,10 @@ class CellTable {
     const column = this.table.columns.find(each => each.key === key);
     const sign = up ? 1 : -1;
     if (!column.numeric) return cells.sort((a, b) => sign * data.word(key, a).localeCompare(data.word(key, b)));
-    const rank = cell => { const value = data.number(column.sort, cell); return value === null || Number.isNaN(value) ? null : value; };
+    const rank = cell => {
+      const value = data.number(column.sort, cell);
+      return Number.isNaN(value) ? null : value;
+    };
     return cells.sort((a, b) => {  // what was not taken comes last, either way
       const [x, y] = [rank(a), rank(b)];
       return x === null || y === null ? (x === null) - (y === null) : sign * (x - y);
@@ -104,8 +108,9 @@ class CellTable {
           parameters ? el("small", {}, parameters) : null);
       }
       const bad = column.key === "status" && text !== "ok";
-      return el("td", { class: [column.numeric ? "n" : "", bad ? "bad" : ""].join(" ").trim() || null, "data-label": column.heading,
-        title: bad ? data.word("detail", cell) : null }, text, mark);
+      const kinds = [column.numeric ? "n" : "", bad ? "bad" : ""].join(" ").trim() || null;
+      const why = bad ? data.word("detail", cell) : null;
+      return el("td", { class: kinds, "data-label": column.heading, title: why }, text, mark);
     });
     const row = el("tr", { id: data.word("anchor", cell) }, ...parts);
     if (!isOpen) return [row];
@@ -134,7 +139,8 @@ class CellTable {
 
   saved() {
     const { data, table } = this;
-    const lines = [["label", ...table.columns.flatMap(c => c.numeric ? [`${c.sort} [${data.metrics[c.sort]?.unit ?? ""}]`, `${c.sort}_source`] : [c.key])]];
+    const unit = name => data.metrics[name] ? `${name} [${data.metrics[name].unit}]` : name;
+    const lines = [["label", ...table.columns.flatMap(c => c.numeric ? [unit(c.sort), `${c.sort}_source`] : [c.key])]];
     for (const cell of this.order) {
       lines.push([data.word("label", cell), ...table.columns.flatMap(c =>
         c.numeric ? [data.number(c.sort, cell) ?? "", data.source(c.sort, cell)] : [data.word(c.key, cell)])]);
