@@ -1,6 +1,7 @@
 """The numbers that tables of steps show, each declared once: its heading, its unit, how it is written, and where.
 
-A metric that is not here may have a column by `Kind.column` of the catalogue; all of them are in the detail of a cell.
+A metric that is not here has a column where `Kind.column` of the catalogue names one (`columns_of`); all are in the detail
+of a cell.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from meftbench.catalogue.metrics import METRICS
@@ -146,6 +148,32 @@ COLUMNS = (
     Column("training_time_s", "time", "s", _seconds, _TRAINING, optional=True),
     Column("parameters_trainable", "trained", "", _count, _ALL | _TRAINING),
 )
+
+
+def columns_of(view: View) -> list[Column]:
+    """The columns of a view in their order, those of metrics that name a column themselves at the end."""
+    declared = [column for column in COLUMNS if view in column.views]
+    units = {"byte": "bytes", "second": "ms"}
+    return declared + [
+        Column(name, kind.column, units.get(kind.unit, ""), partial(_in_unit_of, kind.unit), _WRITTEN, optional=True)
+        for name, kind in METRICS.items()
+        if kind.column and name not in BY_METRIC and view in _WRITTEN
+    ]
+
+
+def in_unit(value: Any, unit: str, size: float) -> str:
+    """A value of any metric: bytes in units of `size`, times in milliseconds, counts whole; "-" where it is None."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if unit in ("byte", "second"):
+        return number(value, size if unit == "byte" else 1e-3)
+    return f"{value:,}" if isinstance(value, int) else error(value)
+
+
+def _in_unit_of(unit: str, value: Any, size: float) -> str:
+    return in_unit(value, unit, size)
+
+
 BY_METRIC = {column.metric: column for column in COLUMNS}
 SHOWN = tuple(column.metric for column in COLUMNS if "terminal" in column.views and not column.optional)[:-1]
 

@@ -137,8 +137,10 @@ def _row(run: str, outcome: Outcome, metrics: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-# The columns beside each metric's own: composing the names for each cell would take a third of the time of a frame.
-_METRIC_COLUMNS = {name: (f"{name}_source", f"{name}_low", f"{name}_high") for name in METRICS}
+@cache
+def _columns_of(metric: str) -> tuple[str, str, str]:
+    """The columns beside a metric's own. Composing the names for each cell would take a third of the time of a frame."""
+    return f"{metric}_source", f"{metric}_low", f"{metric}_high"
 
 
 def _numbers(outcome: Outcome, metrics: Sequence[str]) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _numbers(outcome: Outcome, metrics: Sequence[str]) -> dict[str, Any]:
     for name in metrics:
         if name not in recorded:
             continue
-        source_column, low_column, high_column = _METRIC_COLUMNS[name]
+        source_column, low_column, high_column = _columns_of(name)
         if stored is not None and name not in NOT_A_NUMBER and (plain := stored.plain(name)):
             # The usual case, in which nothing has to be combined over repeats.
             value, source, low, high = plain

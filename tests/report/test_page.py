@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, an_exact_cell, measured
+from meftbench.catalogue.metrics import METRICS, Kind
 from meftbench.errors import UserError
 from meftbench.report.render.report import write_report
 
@@ -313,3 +314,15 @@ def test_a_start_that_is_ten_percent_worse_is_a_warning(tmp_path, start, warned)
     text = Parsed(page_of(tmp_path, a_measured_cell("meft1", metrics=losses))).all_text()
 
     assert warned == ("before any training the model with the method is far from" in text)
+
+
+def test_a_metric_that_names_a_column_has_it_in_every_table(tmp_path, monkeypatch):
+    """Page and Markdown, where a run has it."""
+    monkeypatch.setitem(METRICS, "swap_peak_bytes", Kind("byte", "lower", "of a stranger", column="swap"))
+    run = a_run(tmp_path / "run", a_measured_cell("lora", metrics={"swap_peak_bytes": 3 * 2**20}))
+
+    (row,) = rows_of_markdown(run)
+    text = page_of(tmp_path / "page", a_measured_cell("lora", metrics={"swap_peak_bytes": 3 * 2**20}))
+
+    assert "3.00 (counted)" == row["swap MiB"]
+    assert "swap" in [column["heading"] for column in unpacked(text, "data")["tables"][0]["columns"]]

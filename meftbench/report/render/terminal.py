@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.store import Run
-from meftbench.report.columns import BY_METRIC, COLUMNS, SHOWN, error, number, start_of, unit_of_bytes
+from meftbench.report.columns import BY_METRIC, COLUMNS, SHOWN, in_unit, start_of, unit_of_bytes
 from meftbench.report.render.text_tables import TextTable
 from meftbench.report.results import (
     NARROWEST,
@@ -213,7 +213,7 @@ def _cells(
             texts[name] = f"{text} {_MARK[row[f'{name}_source']]}" if marked else text
     return [
         *(texts[name] for name in _PLACES),
-        *(_value(row.get(name), METRICS[name].unit, size) for name in of_metrics),
+        *(in_unit(row.get(name), METRICS[name].unit, size) for name in of_metrics),
     ]
 
 
@@ -227,11 +227,3 @@ def _heading(metric: str, unit: str) -> str:
     column, units = METRICS[metric].column or metric, {"byte": unit, "second": "ms"}
     unit_text = units.get(METRICS[metric].unit)
     return f"{column}\n{unit_text}" if unit_text else column.replace(" ", "\n", 1)
-
-
-def _value(value: Any, unit: str, size: int) -> str:
-    if value is None or isinstance(value, str):
-        return value or "-"
-    if unit in ("byte", "second"):
-        return number(value, size if unit == "byte" else 1e-3)
-    return f"{value:,}" if isinstance(value, int) else error(value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.columns import COLUMNS, Column, View
+from meftbench.report.columns import Column, View, columns_of
 from meftbench.report.results import (
     SETTING,
     groups,
@@ -71,9 +71,7 @@ class StepTable:
 def step_table(frame: DataFrame, view: View) -> StepTable:
     """The cells of a frame, those of one shape and setting together, as these are compared; of these, methods in the
     order of the catalogue."""
-    columns = tuple(
-        column for column in COLUMNS if view in column.views and (not column.optional or taken(frame, column.metric))
-    )
+    columns = tuple(c for c in columns_of(view) if not c.optional or taken(frame, c.metric))
     if not len(frame):
         return StepTable(columns, (), (), "", (), several_models=False)
     differing = tuple(name for name in SETTINGS if frame[name].nunique(dropna=False) > 1)
@@ -108,7 +106,7 @@ def _row(cell: dict[str, Any], columns: Sequence[Column], shares: dict[str, floa
     micro = f" (mb {cell['micro_batch_size']})" if cell["micro_batch_size"] != cell["batch_size"] else ""
     numbers = {}
     for column in columns:
-        value = cell[column.metric]
+        value = cell.get(column.metric)
         source = "" if value is None else cell[f"{column.metric}_source"]
         numbers[column.metric] = Number(column.text(value, MiB), value, source)
     share = shares.get(cell["cell_id"])
