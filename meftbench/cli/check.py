@@ -39,7 +39,12 @@ def check(
     missing: Annotated[
         MissingPolicy | None, typer.Option(help="Rows without a cell, cells without the number.")
     ] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Run that rows with `baseline: true` grow from.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Run that rows with `baseline: true` grow from; or REVISION:FOLDER of one in git."
+        ),
+    ] = None,
     format_: Annotated[Format, typer.Option("--format")] = Format.text,
     output: Annotated[Path | None, typer.Option(help="Write there instead of to stdout.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
@@ -59,6 +64,7 @@ def check(
     from meftbench.verdicts.budgets import budgets_file, load_budgets
     from meftbench.verdicts.explain import exceeded, explained
     from meftbench.verdicts.judge import exit_code, judge
+    from meftbench.verdicts.revision import load_named
     from meftbench.verdicts.update import updated
 
     loaded = load_run(run)
@@ -70,7 +76,7 @@ def check(
         lines = [*filter(None, [change.diff().rstrip("\n")]), *map(single_line, change.kept)]
         emit(visible("\n".join(lines)) or "nothing to update", output)
         return
-    baseline_run = load_run(baseline) if baseline else None
+    baseline_run = load_named(baseline) if baseline else None
     verdicts = judge(loaded, budgets, baseline_run, missing.value if missing else None)
     if exceeded(verdicts):
         verdicts = explained(verdicts, loaded, baseline_run or _updated_from(budgets, loaded))

@@ -177,19 +177,19 @@ def compare(
     left_out: Counter[str] = Counter()  # measured numbers, by what differs
     by_obstacle: dict[str, None] = {}
     undecided: list[_Undecided] = []
-    by_quartiles = 0
+    by_quartiles, has_test = 0, noise.available()
     for before, after in pairs:
         of_cell = obstacles(before, after)
         by_obstacle |= dict.fromkeys(of_cell)
-        cell = _Cell(before, after, threshold, [] if across else of_cell)
+        cell = _Cell(before, after, threshold, [] if across else of_cell, has_test)
         changes += cell.changes(chosen)
         left_out.update(cell.left_out)
         undecided += cell.undecided
         by_quartiles += cell.by_quartiles
     decided, notes = _decided(undecided)
     changes += decided
-    if by_quartiles and not noise.available():
-        what = f"{by_quartiles} times are judged by whether their quartiles overlap, since scipy is not installed"
+    if by_quartiles and not has_test:
+        what = f"{by_quartiles} times are judged by whether their quartiles overlap, since scipy 1.15 is not installed"
         notes.append(f"{what}: {noise.INSTALL}")
     return Comparison(
         changes=_in_order(changes),
@@ -275,15 +275,18 @@ class _Undecided(NamedTuple):
 
 
 class _Cell:
-    """A cell in both runs. obstacles: what keeps measured values of the two from being compared.
+    """A cell in both runs. obstacles: what keeps measured values of the two from being compared.  has_test: whether
+    scipy is there to judge samples.
 
     left_out: how many measured values each obstacle left out.  undecided: times whose noise is still to be judged.
     by_quartiles: how many times were judged without their samples.
     """
 
-    def __init__(self, left: Outcome, right: Outcome, threshold: float | None, obstacles: Sequence[str]) -> None:
+    def __init__(
+        self, left: Outcome, right: Outcome, threshold: float | None, obstacles: Sequence[str], has_test: bool
+    ) -> None:
         self.left, self.right = left, right
-        self.threshold, self.obstacles = threshold, obstacles
+        self.threshold, self.obstacles, self.has_test = threshold, obstacles, has_test
         self.left_out: Counter[str] = Counter()
         self.undecided: list[_Undecided] = []
         self.by_quartiles = 0
@@ -336,7 +339,7 @@ class _Cell:
         of_time = METRICS[name].unit in _SPEEDS and _quartiles_overlap(before, after) is None
         source = "step_time_s" if of_time else name
         samples = noise.samples_of(self.left, source), noise.samples_of(self.right, source)
-        if noise.available() and all(len(side) >= 2 and min(side) > 0 and max(side) < math.inf for side in samples):
+        if self.has_test and all(len(side) >= 2 and min(side) > 0 and max(side) < math.inf for side in samples):
             self.undecided.append(_Undecided(change, tolerance, samples, of_time))
             return None
         self.by_quartiles += 1

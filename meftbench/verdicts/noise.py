@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from math import comb
 from typing import Any
 
@@ -57,8 +57,12 @@ class Evidence:
 
 
 def available() -> bool:
-    """Whether scipy, which has the test, is installed."""
-    return find_spec("scipy") is not None
+    """Whether scipy, which has the test, is installed in a version that has what is called here (1.15)."""
+    try:
+        major, minor = version("scipy").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (1, 15)
 
 
 def samples_of(outcome: Outcome, metric: str) -> list[float]:

@@ -95,15 +95,22 @@ def test_a_part_of_the_step_without_samples_is_no_regression(compared):
     assert ["noise"] == [change.judgement for change in changes]
 
 
-def test_without_scipy_quartiles_decide_and_the_cure_is_named(compared, monkeypatch):
+@pytest.mark.parametrize("installed", [None, "1.14.1", "0.19.0rc1"])
+def test_without_scipy_quartiles_decide_and_the_cure_is_named(compared, monkeypatch, installed):
     """The comparison still says what it can."""
-    monkeypatch.setattr(noise, "find_spec", lambda name: None)
+
+    def version(name):
+        if installed is None:
+            raise noise.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(noise, "version", version)
 
     comparison = compared(a_timed_cell(samples(5)), a_timed_cell(samples(5, 1.2, seed=1)))
 
     assert [("worse", None)] == [(change.judgement, change.evidence) for change in comparison.changes]
     assert [
-        "1 times are judged by whether their quartiles overlap, since scipy is not installed: "
+        "1 times are judged by whether their quartiles overlap, since scipy 1.15 is not installed: "
         "pip install 'meftbench[compare]'"
     ] == comparison.notes
 

@@ -80,6 +80,17 @@ def test_what_is_not_there_is_one_line(cli, repository, arguments, message):
     assert message in err
 
 
+def test_budgets_may_grow_from_a_committed_run(cli, repository):
+    """`check --baseline HEAD:FOLDER`."""
+    row = f"{{match: '*', metric: {METRIC}, baseline: true, max_increase: 0%}}"
+    (repository / "b.yaml").write_text(f"schema: 1\nbudgets:\n  - {row}\n")
+
+    code, out, _ = cli("check", "runs/a", "--budget", "b.yaml", "--baseline", "HEAD:runs/a")
+
+    assert 1 == code
+    assert "activation_peak_bytes 6 B (counted) is over max_increase 5 B; over by 1 B" in out
+
+
 def test_outside_of_a_repository_it_is_said(cli, tmp_path, monkeypatch):
     """Two run folders can be compared anywhere."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
