@@ -1,7 +1,7 @@
 """The numbers that tables of steps show, each declared once: its heading, its unit, how it is written, and where.
 
-A metric that is not here has a column where `Kind.column` of the catalogue names one (`columns_of`); all are in the detail
-of a cell.
+A metric that is not here has a column where `Kind.column` of the catalogue names one (`columns_of`). All of them are in
+the detail of a cell.
 """
 
 from __future__ import annotations
