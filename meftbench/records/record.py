@@ -122,6 +122,9 @@ class StoredMetrics(Mapping[str, Metric]):
     def __len__(self) -> int:
         return len(self.content)
 
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
 
 @dataclass(frozen=True)
 class Record:

@@ -1,14 +1,16 @@
 """The run folder: what was written is what is read, and a writer killed at any byte costs at most its last line."""
 
+import copy
 import json
 import math
 import os
+import pickle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import a_record, counted
+from builders import a_record, counted, measured
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
 from meftbench.records.record import Metric, Record
@@ -200,3 +202,20 @@ def test_half_a_character_does_not_cost_the_record(tmp_path):
 
     ([record], _) = read_records(tmp_path / RECORDS)
     assert "\ufffd bad" == record.status_detail["message"]
+
+
+def test_the_metrics_of_a_record_that_was_read_are_those_that_were_written(tmp_path):
+    """As a mapping that is equal to the dictionary, looks like it, and can be copied and pickled."""
+    record = a_record(metrics={"step_time_s": measured(0.5, samples=[0.5]), "ooms": 3})
+    with writing(tmp_path) as writer:
+        writer.append(record)
+
+    (read,) = read_records(tmp_path / RECORDS)[0]
+
+    assert record == read
+    assert repr(record.metrics) == repr(read.metrics)
+    assert record.metrics == pickle.loads(pickle.dumps(copy.deepcopy(read.metrics))) == dict(read.metrics)
+    assert ("ooms" in read.metrics, "alloc_retries" in read.metrics) == (True, False)
+    assert read.metrics.get("alloc_retries") is None
+    assert (3, "counted", None, None) == read.metrics.plain("ooms")
+    assert read.metrics.plain("alloc_retries") is None
