@@ -62,11 +62,15 @@ class Metric:
     @staticmethod
     def from_json(content: dict[str, Any]) -> Metric:
         """The metric that `to_json` wrote. Raises TypeError or ValueError: when the content is not a metric."""
-        known = {key: value for key, value in content.items() if key in Metric.__dataclass_fields__}
-        # A reason stays text, even if it is the word "NaN".
-        return Metric(**{key: value if key in ("source", "absent") else _read(value) for key, value in known.items()})
+        known = {key: value for key, value in content.items() if key in _FIELDS_OF_METRIC}
+        for key, value in known.items():
+            # A reason stays text, even if it is the word "NaN".
+            if isinstance(value, (str, list)) and key not in ("source", "absent"):
+                known[key] = _read(value)
+        return Metric(**known)
 
 
+_FIELDS_OF_METRIC = frozenset(Metric.__dataclass_fields__)
 _SOURCES = get_args(Source)
 
 

@@ -68,5 +68,5 @@ def test_cells_that_failed_are_left_out(tmp_path):
 def test_page_and_markdown_have_them(run):
     frame = frame_of(run)
 
-    assert "Each method with its best levers" in page([run], frame, [])
+    assert "Each method with its best levers" in page([run], frame, lambda: [])
     assert "+tiled_mlp was not tried with full." in markdown([run], frame)

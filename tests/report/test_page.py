@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +15,8 @@ import pytest
 from builders import a_measured_cell, a_record, a_run, a_sweep, an_exact_cell, measured
 from meftbench.catalogue.metrics import METRICS, Kind
 from meftbench.errors import UserError
+from meftbench.report.figures.picture import Picture
+from meftbench.report.render import report
 from meftbench.report.render.report import write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}'
@@ -326,3 +330,20 @@ def test_a_metric_that_names_a_column_has_it_in_every_table(tmp_path, monkeypatc
 
     assert "3.00 (counted)" == row["swap MiB"]
     assert "swap" in [column["heading"] for column in unpacked(text, "data")["tables"][0]["columns"]]
+
+
+def test_pictures_drawn_by_another_process_are_the_same(tmp_path, monkeypatch):
+    """As they are for a run of many cells; and where that process fails, this one draws."""
+    records = a_sweep(["full", "meft1"], (1, 8), (16, 32))
+    here = page_of(tmp_path, *records)
+    monkeypatch.setattr(report, "MANY", 1)
+    beside = page_of(tmp_path / "beside", *records)
+    me, write = os.getpid(), Picture.write
+    monkeypatch.setattr(Picture, "write", lambda picture, to: write(picture, to) if os.getpid() == me else sys.exit(1))
+    failed = page_of(tmp_path / "failed", *records)
+
+    def pictures(text):
+        return re.findall(r"data:image/png;base64,[^\"]+", text)
+
+    assert 5 == len(pictures(here))
+    assert pictures(here) == pictures(beside) == pictures(failed)

@@ -6,7 +6,7 @@ Styles, scripts, pictures and data stand in it; it requests nothing.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -48,9 +48,9 @@ def _text_of(name: str) -> str:
     return files("meftbench.report.render").joinpath(name).read_text(encoding="utf-8")
 
 
-def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str:
-    """The page as HTML text. The template escapes all that comes from records. drawn: the pictures, which charts
-    replace where scripts run."""
+def page(runs: Sequence[Run], frame: DataFrame, drawn: Callable[[], Sequence[Picture]]) -> str:
+    """The page as HTML text. The template escapes all that comes from records. drawn: gives the pictures, which
+    charts replace where scripts run; it is called when all else is there."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -77,9 +77,6 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         runs=heads_of(runs, names),
         differences=side_by_side(runs, names),
         sources=[(source, text) for source, text in SOURCES.items() if _has(frame, source)],
-        pictures=[
-            {"name": p.name, "title": p.title, "alt": p.alt, "png": base64.b64encode(p.png).decode()} for p in drawn
-        ],
         quality=score_tables(results(frame)),
         claims=claims.claim_tables(frame),
         claims_head=claims.HEAD,
@@ -99,6 +96,10 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Sequence[Picture]) -> str
         noise=NOISE,
         wrong_gradient=f"{WRONG_GRADIENT * 100:.0f} %",
         meanings={column.metric: METRICS[column.metric] for column in COLUMNS if taken(frame, column.metric)},
+        # Last, as they may still be drawn by another process.
+        pictures=[
+            {"name": p.name, "title": p.title, "alt": p.alt, "png": base64.b64encode(p.png).decode()} for p in drawn()
+        ],
     )
 
 

@@ -62,7 +62,7 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
     rows = [row for _, table in tables for row in table.rows]
     titles = _titles(steps)
     shapes = _shapes(rows, titles)
-    numbers = _numbers(rows)
+    numbers = _numbers(rows, frame)
     begin, described = 0, []
     for name, table in tables:
         described.append(_described(name, table, begin, len(runs) > 1))
@@ -133,12 +133,16 @@ def _largest(rows: Sequence[StepRow], shapes: Sequence[str]) -> str:
     return max(ended, key=lambda shape: (ended[shape], tokens[shape]), default="")
 
 
-def _numbers(rows: Sequence[StepRow]) -> dict[str, list[Any]]:
-    """Shapes, learning rates and every metric that is a number in some cell."""
-    names = [*_SHAPE, "learning_rate", *METRICS]
+def _numbers(rows: Sequence[StepRow], frame: DataFrame) -> dict[str, list[Any]]:
+    """Shapes, learning rates and every metric that is a number in some cell, in the order of the rows."""
+    place = {key: index for index, key in enumerate(zip(frame["run"], frame["cell_id"], strict=True))}
+    order = [place[row.cell["run"], row.cell["cell_id"]] for row in rows]
     columns = {}
-    for name in names:
-        column = [_number(row.cell.get(name)) for row in rows]
+    for name in (*_SHAPE, "learning_rate", *METRICS):
+        if name not in frame:
+            continue
+        values = frame[name].to_numpy(dtype=object)
+        column = [_number(values[at]) for at in order]
         if any(value is not None for value in column):
             columns[name] = column
     columns[SHARE] = [_number(row.numbers[SHARE].value) for row in rows]

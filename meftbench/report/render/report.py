@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -55,6 +57,36 @@ def write_plots(runs: Sequence[Run], folder: Path, names: Sequence[str]) -> list
     return written
 
 
+MANY = 2000  # cells from which on pictures are drawn beside the rest, which takes as long
+_PATIENCE_S = 300
+
+
+def _drawing(drawn: Sequence[Picture], folder: Path, cells: int) -> Callable[[], Sequence[Picture]]:
+    """Write the pictures into `folder`. Returns a function that gives them when they are there: of many cells, they are
+    drawn in a process beside this one, where processes can be forked."""
+
+    def draw() -> Sequence[Picture]:
+        for picture in drawn:
+            picture.write(folder)
+        return drawn
+
+    if cells < MANY or sys.platform != "linux":
+        return draw
+    beside = multiprocessing.get_context("fork").Process(target=draw, daemon=True)
+    beside.start()
+
+    def drawn_beside() -> Sequence[Picture]:
+        beside.join(_PATIENCE_S)
+        if beside.exitcode != 0:  # whatever went wrong there is said, or goes well, here
+            beside.kill()
+            return draw()
+        for picture in drawn:
+            picture.is_drawn_as((folder / f"{picture.name}.png").read_bytes())
+        return drawn
+
+    return drawn_beside
+
+
 def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> list[Path]:
     """Write the `kinds` ("html", "md", "csv") of report on `runs` into `folder`; return the files, the page first.
 
@@ -67,9 +99,7 @@ def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> 
         if "html" in kinds:
             drawn = [*pictures(frame), *validation_pictures(runs, run_names(runs))]
             (folder / PLOTS).mkdir(exist_ok=True)
-            for picture in drawn:
-                picture.write(folder / PLOTS)
-            write_whole(folder / PAGE, page(runs, frame, drawn) + "\n")
+            write_whole(folder / PAGE, page(runs, frame, _drawing(drawn, folder / PLOTS, len(frame))) + "\n")
             written.append(folder / PAGE)
             written += [folder / PLOTS / f"{picture.name}.{kind}" for picture in drawn for kind in ("png", "svg")]
         if "csv" in kinds:
