@@ -95,10 +95,10 @@ _HEADLINE = (
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run, none twice: that of its suite, with the folder where suites share a name."""
+    """A name for each run, none twice: that of its suite, with the folder's name where suites share theirs."""
     suite_names = [run.name for run in runs]
     names = [
-        name if suite_names.count(name) == 1 else f"{name} ({run.path})"
+        name if suite_names.count(name) == 1 else f"{name} ({run.path.name or run.path})"
         for name, run in zip(suite_names, runs, strict=True)
     ]
     return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names, start=1)]

@@ -19,9 +19,9 @@ from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record, written
 from meftbench.records.store import Run
 from meftbench.report.figures.plots import CATEGORY, COLOUR
-from meftbench.report.results import SETTING, groups, run_names, shape_text
+from meftbench.report.results import SETTING, run_names, setting_text, shape_text
 from meftbench.report.views.detail import command, headline, sections, warnings
-from meftbench.report.views.scores import trained, untrained
+from meftbench.report.views.scores import results, trained, untrained
 from meftbench.report.views.steps import SHARE, StepRow, StepTable, setting_name, step_table
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
     tables = [("steps", step_table(steps, "page")), ("trainings", step_table(trainings, "training"))]
     tables = [(name, table) for name, table in tables if table.rows]
     rows = [row for _, table in tables for row in table.rows]
-    titles = _titles(steps)
+    titles = _titles(rows)
     shapes = _shapes(rows, titles)
     numbers = _numbers(rows, frame)
     begin, described = 0, []
@@ -71,7 +71,8 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
         "count": len(rows),
         "chunk": CHUNK,
         "tables": described,
-        "words": _words(tables, rows, titles, shapes),
+        "words": _words(tables, rows, titles, shapes)
+        | {"result": _numbered(_results(rows, trainings)), "line": _numbered(_lines(rows, len(runs) > 1))},
         "numbers": numbers,
         "sources": {
             name: _numbered(
@@ -85,7 +86,7 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
         },
         "colours": {name: COLOUR[name] for row in rows if (name := row.cell["method_name"]) in COLOUR},
         "categories": CATEGORY,
-        "groups": len(set(titles.values())),
+        "groups": len(set(titles)),
         "shapes": list(dict.fromkeys(shapes)),
         "largest": _largest(rows, shapes),
         "presets": _presets(rows, shapes, numbers),
@@ -100,27 +101,33 @@ def anchor(run: str, cell_id: str) -> str:
     return "cell-" + "".join(char if char.isalnum() else "-" for char in f"{run}-{cell_id}")
 
 
-def _titles(frame: DataFrame) -> dict[tuple[Any, ...], str]:
-    """Titles of the cells that may be ranked, by what they share."""
-    titles: dict[tuple[Any, ...], str] = {}
-    for group in groups(frame) if len(frame) else []:
-        first = group.frame.iloc[0]
-        titles[tuple(str(first[name]) for name in SETTING)] = group.title
-    return titles
-
-
-def _title(row: StepRow, titles: Mapping[tuple[Any, ...], str]) -> str:
-    """What the cells share that a cell may be ranked with; of a training, the task."""
-    return str(row.cell["task"] or titles[tuple(str(row.cell[name]) for name in SETTING)])
-
-
-def _shapes(rows: Sequence[StepRow], titles: Mapping[tuple[Any, ...], str]) -> list[str]:
-    """Of each cell, what it may be ranked at: its shape, and the group where there are several."""
-    several = len({_title(row, titles) for row in rows}) > 1
+def _titles(rows: Sequence[StepRow]) -> list[str]:
+    """Of each cell, what it shares with those that it may be ranked with, whichever run they are of: model and the
+    settings that differ; of a training, the task."""
+    steps = [row.cell for row in rows if not row.cell["task"]]
+    names = [name for name in SETTING if name not in ("run", "model") and len({str(cell[name]) for cell in steps}) > 1]
     return [
-        shape_text(*(row.cell[name] for name in _SHAPE)) + (f", {_title(row, titles)}" if several else "")
+        str(row.cell["task"] or ", ".join([row.cell["model"], *(setting_text(name, row.cell[name]) for name in names)]))
         for row in rows
     ]
+
+
+def _shapes(rows: Sequence[StepRow], titles: Sequence[str]) -> list[str]:
+    """Of each cell, at what it may be ranked: its shape, and the title where there are several."""
+    several = len(set(titles)) > 1
+    return [
+        shape_text(*(row.cell[name] for name in _SHAPE)) + (f", {title}" if several else "")
+        for row, title in zip(rows, titles, strict=True)
+    ]
+
+
+def _results(rows: Sequence[StepRow], frame: DataFrame) -> list[str]:
+    """Of each training, the result that it is part of: those of one method and task that differ in the seed alone, at
+    the learning rate that validation chose; "" for other cells."""
+    numbers: dict[tuple[str, str], str] = {}
+    for number, result in enumerate(results(frame)):
+        numbers |= {(row["run"], row["cell_id"]): str(number) for row in result.rows}
+    return [numbers.get((row.cell["run"], row.cell["cell_id"]), "") for row in rows]
 
 
 def _largest(rows: Sequence[StepRow], shapes: Sequence[str]) -> str:
@@ -131,6 +138,11 @@ def _largest(rows: Sequence[StepRow], shapes: Sequence[str]) -> str:
         ended[shape] = ended.get(shape, 0) + (row.cell["status"] == "ok")
         tokens[shape] = row.cell["batch_size"] * row.cell["sequence_length"]
     return max(ended, key=lambda shape: (ended[shape], tokens[shape]), default="")
+
+
+def _lines(rows: Sequence[StepRow], several_runs: bool) -> list[str]:
+    """Of each cell, the name of what it is drawn as: the method, and of several runs the run."""
+    return [f"{row.cell['method']} · {row.cell['run']}" if several_runs else row.cell["method"] for row in rows]
 
 
 def _numbers(rows: Sequence[StepRow], frame: DataFrame) -> dict[str, list[Any]]:
@@ -162,7 +174,7 @@ def _numbered(words: Iterable[str]) -> dict[str, Any]:
 def _words(
     tables: Sequence[tuple[str, StepTable]],
     rows: Sequence[StepRow],
-    titles: Mapping[tuple[Any, ...], str],
+    titles: Sequence[str],
     shapes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     words: dict[str, list[str]] = {
@@ -172,11 +184,12 @@ def _words(
     words |= {
         "anchor": [anchor(row.cell["run"], row.cell["cell_id"]) for row in rows],
         "name": [row.name for row in rows],
+        "task": [str(row.cell["task"] or "") for row in rows],
         "parameters": [", ".join(row.parameters) for row in rows],
         "batch": [row.batch for row in rows],
         "tokens": [str(row.cell["sequence_length"]) for row in rows],
         "shape": list(shapes),
-        "group": [_title(row, titles) for row in rows],
+        "group": list(titles),
         "wrong": [row.wrong for row in rows],
     }
     for name in dict.fromkeys(name for _, table in tables for name in table.differing):
@@ -207,7 +220,7 @@ def _described(name: str, table: StepTable, begin: int, several_runs: bool) -> d
     for place, column in enumerate(table.columns):
         unit = "MiB" if column.unit == "bytes" else column.unit
         columns.append(number(column.metric, column.heading, unit, column.meaning, f"text {column.metric}"))
-        if place == 0 and column.metric == "activation_peak_bytes":
+        if place == 0 and any(row.numbers[SHARE].value is not None for row in table.rows):
             meaning = "activation memory against plain full at the same shape and setting"
             columns.append(number(SHARE, "of full", "%", meaning, f"text {SHARE}"))
     filters = [

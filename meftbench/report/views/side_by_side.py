@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meftbench.errors import UserError
+from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run
+from meftbench.verdicts.comparable import differing as what_differs
 from meftbench.verdicts.compare import Change, compare
 from meftbench.verdicts.environment import differences
 
@@ -38,7 +40,10 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> list[Pair]:
 
 def _pair(first: Run, second: Run, title: str) -> Pair:
     protocols = [run.suite.get("protocol") or {} for run in (first, second)]
-    differing = (*differences(*protocols), *differences(first.environment, second.environment))
+    cells = [{outcome.cell_id: outcome for outcome in outcomes(run)} for run in (first, second)]
+    pairs = [(cells[0][cell_id], cells[1][cell_id]) for cell_id in cells[0] if cell_id in cells[1]]
+    of_protocol = [f"protocol {text}" for text in differences(*protocols)]
+    differing = (*of_protocol, *what_differs(first, second, pairs))
     try:
         comparison = compare(first, second)
     except UserError as error:

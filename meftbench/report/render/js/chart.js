@@ -1,12 +1,16 @@
 // A chart of any two numbers: a series per method, axes to choose, provenance in the marks and under the pointer.
 
-const SHAPES = ["circle", "square", "triangle", "diamond", "cross"];
+const SHAPES = ["circle", "square", "triangle", "diamond", "cross", "wedge", "bar", "upright"];
+const MANY = 12;  // lines from which on the smallest of each method is shown first
 const OF_SHAPE = ["batch_size", "sequence_length"];
 
 /** Corners of a mark of half-width 1 around (0, 0). */
 const CORNERS = {
   square: [[-0.9, -0.9], [0.9, -0.9], [0.9, 0.9], [-0.9, 0.9]],
   triangle: [[0, -1.2], [1.1, 0.8], [-1.1, 0.8]],
+  wedge: [[0, 1.2], [1.1, -0.8], [-1.1, -0.8]],
+  bar: [[-1.3, -0.5], [1.3, -0.5], [1.3, 0.5], [-1.3, 0.5]],
+  upright: [[-0.5, -1.3], [0.5, -1.3], [0.5, 1.3], [-0.5, 1.3]],
   diamond: [[0, -1.3], [1.1, 0], [0, 1.3], [-1.1, 0]],
   cross: [[-1.2, -0.4], [-0.4, -0.4], [-0.4, -1.2], [0.4, -1.2], [0.4, -0.4], [1.2, -0.4],
     [1.2, 0.4], [0.4, 0.4], [0.4, 1.2], [-0.4, 1.2], [-0.4, 0.4], [-1.2, 0.4]],
@@ -28,6 +32,8 @@ class Chart {
     Object.assign(this, { data, place, opened });
     this.hidden = new Set();
     this.selected(0);
+    const lines = data.wordsOf("line", Array.from({ length: data.count }, (_, cell) => cell));
+    if (lines.length > MANY) this.hidden = new Set(lines.filter(name => !this.smallest().has(name)));
     this.build();
     addEventListener("resize", () => { clearTimeout(this.timer); this.timer = setTimeout(() => this.draw(), 150); });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
@@ -46,13 +52,14 @@ class Chart {
     this.again = again;
     const presets = el("div", { class: "controls" }, ...data.presets.map((preset, number) =>
       el("button", { type: "button", onclick: () => { this.selected(number); again(); } }, preset.title)));
+    this.presets = presets;
     this.bar = el("div", { class: "controls" });
     this.canvas = el("div", { class: "canvas" });
     this.legend = el("div", { class: "legend" });
     this.note = el("p", { class: "dim", role: "status" });
     this.tip = el("div", { class: "tip", hidden: true });
     const key = el("p", { class: "dim" }, "The fill of a mark says where the number up comes from: full is measured, ",
-      "half is counted, none is predicted. Grey: the gradient is wrong.");
+      "half is counted, none is predicted. Struck through: the gradient is wrong.");
     this.place.replaceChildren(presets, this.bar, this.canvas, this.tip, this.legend, this.note, key);
     again();
   }
@@ -60,10 +67,13 @@ class Chart {
   controls(axes) {
     const set = (name, value) => {
       this[name] = value;
-      if (name === "x") this.joined = OF_SHAPE.includes(value);
+      if (name === "x") Object.assign(this, { joined: OF_SHAPE.includes(value), logX: OF_SHAPE.includes(value) });
+      if (name === "y") this.logY = false;
+      this.preset = null;
       this.again();
     };
     const shapes = [["", "all shapes"], ...this.data.shapes.map(shape => [shape, shape])];
+    [...this.presets.children].forEach((button, number) => button.setAttribute("aria-pressed", String(number === this.preset)));
     this.bar.replaceChildren(
       chooser("across", axes, this.x, value => set("x", value)),
       chooser("up", axes, this.y, value => set("y", value)),
@@ -84,17 +94,42 @@ class Chart {
       if (this.shape && data.word("shape", cell) !== this.shape) continue;
       const [x, y] = [data.number(this.x, cell), data.number(this.y, cell)];
       if (data.word("status", cell) !== "ok" && OF_SHAPE.includes(this.x)) this.failed.push(cell);
-      if (x === null || y === null) continue;
+      if (x === null || y === null || (data.word("task", cell) && !data.word("result", cell))) continue;
       if (!Number.isFinite(x) || !Number.isFinite(y) || (this.logX && x <= 0) || (this.logY && y <= 0)) {
         this.leftOut++;
         continue;
       }
-      const name = data.word("method", cell);
+      const name = data.word("line", cell);
       if (!listed.has(name)) listed.set(name, []);
-      listed.get(name).push({ x, y, cell });
+      listed.get(name).push({ x, y, cell, path: this.pathOf(cell) });
     }
-    for (const points of listed.values()) points.sort((a, b) => a.x - b.x);
+    for (const [name, points] of listed) listed.set(name, this.means(points).sort((a, b) => a.x - b.x));
     return listed;
+  }
+
+  /** Of what else, beside the axis, the cells of a line that is drawn through have the same. */
+  pathOf(cell) {
+    const { data } = this;
+    const micro = data.number("micro_batch_size", cell);
+    const batch = data.number("batch_size", cell);
+    const size = this.x === "batch_size" ? data.number("sequence_length", cell) : `${batch} ${micro}`;
+    return [data.word("group", cell), data.word("run", cell), size, micro === batch ? "" : micro].join(" · ");
+  }
+
+  /** Seeds of a training as one point, with their standard deviation. */
+  means(points) {
+    const { data } = this;
+    const by = new Map();
+    for (const point of points) {
+      const key = data.word("result", point.cell) || `cell ${point.cell}`;
+      by.set(key, [...(by.get(key) ?? []), point]);
+    }
+    return [...by.values()].map(seeds => {
+      const mean = axis => seeds.reduce((sum, seed) => sum + seed[axis], 0) / seeds.length;
+      const [x, y] = [mean("x"), mean("y")];
+      const squares = seeds.reduce((sum, seed) => sum + (seed.y - y) ** 2, 0);
+      return { ...seeds[0], x, y, seeds: seeds.length, deviation: seeds.length > 1 ? Math.sqrt(squares / (seeds.length - 1)) : 0 };
+    });
   }
 
   draw() {
@@ -110,16 +145,16 @@ class Chart {
     if (this.leftOut) {
       said.push(`${this.leftOut} points are left out: zero and what is not finite has no place on these axes`);
     }
-    const failed = this.failed.filter(cell => !this.hidden.has(data.word("method", cell)));
+    const failed = this.failed.filter(cell => !this.hidden.has(data.word("line", cell)));
     if (failed.length) said.push(`${failed.length} cells did not end ok: crosses at the top`);
-    if (!this.points.length) said.push("no cell has both numbers");
+    if (!this.points.length && !this.leftOut) said.push(listed.size ? "every method is hidden" : "no cell has both numbers");
     this.note.textContent = said.join("; ");
     this.canvas.setAttribute("role", "img");
     const what = `${heading(data, this.y)} against ${heading(data, this.x)}`;
     const count = `${this.points.length} points of ${visible.length} methods`;
     this.canvas.setAttribute("aria-label", `${what}, ${count}; the table has their numbers`);
     this.plot?.destroy();
-    this.plot = this.plotted(visible, failed);
+    this.plot = this.points.length ? this.plotted(visible, failed) : null;
   }
 
   plotted(visible, failed) {
@@ -129,9 +164,9 @@ class Chart {
       range: (u, low, high) => this.range(low, high, log),
     });
     const axis = (name, size) => ({
-      stroke: css("--text"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size,
+      stroke: css("--text"), grid: { stroke: css("--line"), width: 1, filter: (u, splits) => this.gridOf(u, name, splits) }, ticks: { stroke: css("--line") }, size,
       label: this.labelOf(name), labelSize: 22,
-      values: (u, splits) => splits.map(value => value === null ? "" : shown(value)),
+      values: (u, splits) => splits.map(value => value === null ? "" : tick(value)),
     });
     const series = one => ({
       facets: [{ scale: "x", auto: true }, { scale: "y", auto: true }], paths: u => this.paint(u, one),
@@ -146,6 +181,7 @@ class Chart {
       hooks: { draw: [u => this.frontier(u), u => this.crosses(u, failed)] },
     }, [null, ...visible.map(([, points]) => [values(points, "x"), values(points, "y")])], this.canvas);
     plot.over.addEventListener("pointermove", event => this.pointed(event));
+    plot.over.addEventListener("pointerdown", event => this.pointed(event));
     plot.over.addEventListener("pointerleave", () => { this.tip.hidden = true; });
     plot.over.addEventListener("click", () => { if (!this.tip.hidden) this.opened(this.near.cell); });
     return plot;
@@ -154,8 +190,16 @@ class Chart {
   /** What an axis shows, in which unit, and where its numbers come from. */
   labelOf(axis) {
     const sources = [...new Set(this.points.map(point => this.data.source(this[axis], point.cell)).filter(Boolean))];
-    const besides = [this.units[axis].name, sources.join(" and ")].filter(Boolean).join(", ");
+    const narrow = this.canvas.clientWidth < 500;
+    const besides = [this.units[axis].name, narrow ? "" : sources.join(" and ")].filter(Boolean).join(", ");
     return `${heading(this.data, this[axis])}${besides ? ` (${besides})` : ""}`;
+  }
+
+  /** Of a logarithmic axis over many decades, the powers of ten alone. */
+  gridOf(u, name, splits) {
+    const { min, max, distr } = u.scales[name];
+    if (distr !== 3 || max / min < 1e3 || OF_SHAPE.includes(this[name])) return splits;
+    return splits.map(value => value !== null && Math.abs(Math.log10(value) % 1) < 1e-9 ? value : null);
   }
 
   range(low, high, log) {
@@ -175,9 +219,13 @@ class Chart {
     const shape = this.shapeOf(name);
     const radius = 5 * devicePixelRatio;
     ctx.save();
-    if (this.joined && points.length > 1) {
+    if (this.joined) {
       const line = new Path2D();
-      points.forEach((point, index) => line[index ? "lineTo" : "moveTo"](...this.place_of(u, point)));
+      const paths = new Map();
+      for (const point of points) paths.set(point.path, [...(paths.get(point.path) ?? []), point]);
+      for (const each of paths.values()) {
+        each.forEach((point, index) => line[index ? "lineTo" : "moveTo"](...this.place_of(u, point)));
+      }
       ctx.strokeStyle = colour;
       ctx.lineWidth = 1.5 * devicePixelRatio;
       ctx.stroke(line);
@@ -186,7 +234,7 @@ class Chart {
       const [x, y] = this.place_of(u, point);
       const path = new Path2D();
       mark(path, shape, x, y, radius);
-      ctx.strokeStyle = ctx.fillStyle = this.data.word("wrong", point.cell) ? "#8a8a8a" : colour;
+      ctx.strokeStyle = ctx.fillStyle = colour;
       ctx.lineWidth = 1.5 * devicePixelRatio;
       const source = this.data.source(this.y, point.cell);
       if (source === "measured" || !source) ctx.fill(path);
@@ -197,6 +245,19 @@ class Chart {
         ctx.restore();
       }
       ctx.stroke(path);
+      const besides = new Path2D();
+      if (point.deviation) {
+        for (const sign of [-1, 1]) {
+          const end = u.valToPos((point.y + sign * point.deviation) / this.units.y.size, "y", true);
+          besides.moveTo(x, y);
+          besides.lineTo(x, end);
+        }
+      }
+      if (this.data.word("wrong", point.cell)) {
+        besides.moveTo(x - 1.8 * radius, y + 1.8 * radius);
+        besides.lineTo(x + 1.8 * radius, y - 1.8 * radius);
+      }
+      ctx.stroke(besides);
     }
     ctx.restore();
     return null;
@@ -209,7 +270,7 @@ class Chart {
       this.shapesOf = new Map();
       const seen = new Map();
       for (let cell = 0; cell < data.count; cell++) {
-        const method = data.word("method", cell);
+        const method = data.word("line", cell);
         if (this.shapesOf.has(method)) continue;
         const family = data.word("method_name", cell);
         seen.set(family, (seen.get(family) ?? -1) + 1);
@@ -217,6 +278,18 @@ class Chart {
       }
     }
     return this.shapesOf.get(name);
+  }
+
+  /** Of each method and run the line whose smallest peak is smallest. */
+  smallest() {
+    const { data } = this;
+    const best = new Map();
+    for (let cell = 0; cell < data.count; cell++) {
+      const family = `${data.word("method_name", cell)} · ${data.word("run", cell)}`;
+      const peak = data.number("peak_allocated_bytes", cell) ?? Infinity;
+      if (!best.has(family) || peak < best.get(family).peak) best.set(family, { name: data.word("line", cell), peak });
+    }
+    return new Set([...best.values()].map(({ name }) => name));
   }
 
   legendOf(listed) {
@@ -234,13 +307,7 @@ class Chart {
         this.draw();
       } }, picture, ` ${name}`);
     });
-    const best = new Map();
-    for (const [name, points] of listed) {
-      const family = this.data.word("method_name", points[0].cell);
-      const peak = Math.min(...points.map(p => this.data.number("peak_allocated_bytes", p.cell) ?? Infinity));
-      if (!best.has(family) || peak < best.get(family)[1]) best.set(family, [name, peak]);
-    }
-    const kept = new Set([...best.values()].map(([name]) => name));
+    const kept = this.smallest();
     this.legend.replaceChildren(
       el("button", { type: "button", onclick: () => set([]) }, "all"),
       el("button", { type: "button", onclick: () => set(listed.keys()) }, "none"),
@@ -253,13 +320,14 @@ class Chart {
     const better = ["x", "y"].map(axis => this.data.metrics[this[axis]]?.better);
     if (this.joined || better.some(each => each !== "lower" && each !== "higher")) return;
     const [signX, signY] = better.map(each => each === "lower" ? 1 : -1);
-    const source = p => `${this.data.source(this.x, p.cell)} ${this.data.source(this.y, p.cell)}`;
+    const source = p => [this.data.word("run", p.cell), this.data.source(this.x, p.cell), this.data.source(this.y, p.cell)].join();
     const right = this.points.filter(p => !this.data.word("wrong", p.cell));
     const shapes = new Set(right.map(point => this.data.word("shape", point.cell)));
     if (new Set(right.map(source)).size !== 1 || shapes.size !== 1) return;
     const best = [];
     for (const point of right.sort((a, b) => signX * (a.x - b.x) || signY * (a.y - b.y))) {
-      if (!best.length || signY * (point.y - best.at(-1).y) < 0) best.push(point);
+      const noise = Math.max(point.deviation, best.at(-1)?.deviation ?? 0);
+      if (!best.length || signY * (point.y - best.at(-1).y) < -noise) best.push(point);
     }
     const line = new Path2D();
     best.forEach((point, index) => {
@@ -312,8 +380,11 @@ class Chart {
     this.near = near;
     const { data } = this;
     const wrong = data.word("wrong", near.cell);
-    this.tip.replaceChildren(el("strong", {}, data.word("label", near.cell)),
-      ...[this.x, this.y].map(name => el("div", {}, `${heading(data, name)}: ${said(data, name, near.cell)}`)),
+    const [x, y] = [this.x, this.y].map(name => `${heading(data, name)}: ${said(data, name, near.cell)}`);
+    const spread = near.deviation ? ` ± ${shown(near.deviation / this.units.y.size)}` : "";
+    const mean = `${heading(data, this.y)}: ${shown(near.y / this.units.y.size)}${spread}, the mean of ${near.seeds} seeds`;
+    fill(this.tip, el("strong", {}, data.word("label", near.cell)),
+      el("div", {}, x), el("div", {}, near.seeds > 1 ? `${mean} (${data.source(this.y, near.cell)})` : y),
       wrong ? el("div", { class: "bad" }, wrong) : null);
     const frame = this.place.getBoundingClientRect();
     const left = Math.min(event.clientX - frame.left + 14, frame.width - this.tip.offsetWidth - 4);
@@ -321,14 +392,32 @@ class Chart {
     this.tip.style.top = `${event.clientY - frame.top + 14}px`;
   }
 
-  /** The picture on the page's background, as the canvas itself has none. */
+  /** The chart as a picture to post: with what it shows above it, and its legend below. */
   pictured() {
     const drawn = this.canvas.querySelector("canvas");
-    const whole = el("canvas", { width: drawn.width, height: drawn.height });
+    if (!drawn) return;
+    const ratio = devicePixelRatio;
+    const line = 18 * ratio;
+    const names = [...this.series()].filter(([name, points]) => !this.hidden.has(name) && points.length);
+    const whole = el("canvas", { width: drawn.width, height: drawn.height + (names.length + 3) * line });
     const ctx = whole.getContext("2d");
     ctx.fillStyle = css("--back");
-    ctx.fillRect(0, 0, drawn.width, drawn.height);
-    ctx.drawImage(drawn, 0, 0);
+    ctx.fillRect(0, 0, whole.width, whole.height);
+    ctx.drawImage(drawn, 0, 2 * line);
+    ctx.fillStyle = css("--text");
+    ctx.font = `bold ${13 * ratio}px system-ui, sans-serif`;
+    const title = `${document.querySelector("h1").textContent}: ${heading(this.data, this.y)} against ${heading(this.data, this.x)}`;
+    ctx.fillText(`${title}, at ${this.shape || "all shapes"}`, 8 * ratio, line);
+    ctx.font = `${12 * ratio}px system-ui, sans-serif`;
+    names.forEach(([name, points], index) => {
+      const y = drawn.height + (index + 3) * line;
+      const path = new Path2D();
+      mark(path, this.shapeOf(name), 16 * ratio, y - 4 * ratio, 5 * ratio);
+      ctx.fillStyle = colourOf(this.data, points[0].cell);
+      ctx.fill(path);
+      ctx.fillStyle = css("--text");
+      ctx.fillText(name, 30 * ratio, y);
+    });
     whole.toBlob(blob => save("chart.png", blob));
   }
 

@@ -60,8 +60,13 @@ function el(tag, attributes = {}, ...children) {
     else if (value === true) made.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
   }
-  made.append(...children.filter(child => child !== null && child !== undefined));
+  fill(made, ...children);
   return made;
+}
+
+/** Put children into an element in place of those it has; null and undefined are none. */
+function fill(element, ...children) {
+  element.replaceChildren(...children.filter(child => child !== null && child !== undefined));
 }
 
 /** A labelled select; choices: [value, text]. */
@@ -86,7 +91,7 @@ function scrolling(label, ...children) {
 function unitFor(unit, largest) {
   if (unit === "byte") return largest >= 10 * 2 ** 30 ? { size: 2 ** 30, name: "GiB" } : { size: 2 ** 20, name: "MiB" };
   if (unit === "second") return largest >= 10 ? { size: 1, name: "s" } : { size: 1e-3, name: "ms" };
-  return { size: 1, name: ["count", "ratio", "score", "loss"].includes(unit) ? "" : unit };
+  return { size: 1, name: ["count", "ratio", "score", "loss", "token/second"].includes(unit) ? "" : unit };
 }
 
 function shown(value) {
@@ -110,7 +115,18 @@ function said(data, name, cell) {
 
 function heading(data, name) {
   const known = { batch_size: "batch size (samples)", sequence_length: "sequence length (tokens)" };
-  return known[name] ?? name.replace(/_bytes$/, "").replaceAll("_", " ");
+  for (const table of data.tables) {
+    const column = table.columns.find(each => each.sort === name);
+    if (column && !known[name]) known[name] = column.heading;
+  }
+  return known[name] ?? name.replace(/_(bytes|s)$/, "").replace(/_per$/, " per second").replaceAll("_", " ");
+}
+
+/** A number at an axis, short. */
+function tick(value) {
+  const size = Math.abs(value);
+  if (size >= 1e6 || (size && size < 1e-3)) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
+  return shown(value);
 }
 
 /** A file that the browser saves. */
@@ -133,6 +149,7 @@ function css(name) {
 /** A method's colour on the page's background: in the dark, lighter. */
 function colourOf(data, cell) {
   const colour = data.colours[data.word("method_name", cell)] ?? "#5B3A29";
+  if (colour === "#000000") return css("--text");
   if (!matchMedia("(prefers-color-scheme: dark)").matches) return colour;
   const parts = [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16));
   const light = (0.3 * parts[0] + 0.59 * parts[1] + 0.11 * parts[2]) / 255;

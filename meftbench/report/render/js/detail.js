@@ -43,7 +43,10 @@ function timeline(data, points) {
       const height = 100 * (point.bytes[name] ?? 0) / most;
       if (height) column.append(el("i", { style: `height: ${height}%; background: ${colour(name)}` }));
     }
-    if (point.phase !== phase) column.append(el("b", {}, point.phase));
+    if (point.phase !== phase) {
+      const late = box.children.length > 0.8 * points.length;
+      column.append(el("b", { class: late ? "late" : null }, point.phase));
+    }
     phase = point.phase;
     box.append(column);
   }
@@ -54,7 +57,7 @@ function timeline(data, points) {
 }
 
 async function detailOf(data, cell) {
-  const box = el("div", { class: "detail" });
+  const box = el("div", { class: "detail", role: "region", "aria-label": `Details of ${data.word("label", cell)}` });
   for (const repeat of await data.detail(cell)) {
     if (repeat.repeat) box.append(el("h3", {}, `Repeat ${repeat.repeat}`));
     box.append(...repeat.headline.filter(Boolean).map(line => el("p", {}, line)));
@@ -63,7 +66,7 @@ async function detailOf(data, cell) {
     box.append(el("p", {}, "Again: ", el("code", {}, repeat.command), " ", button));
     if (repeat.timeline) box.append(el("h3", {}, "One step"), timeline(data, repeat.timeline));
     if (repeat.buffers.length) {
-      box.append(el("h3", {}, "What is alive at the peak of forward and backward"), flame(data, repeat.buffers));
+      box.append(el("h3", {}, "Buffers at the peak, by category, place and operator"), flame(data, repeat.buffers));
     }
     for (const [title, rows] of repeat.sections) {
       const body = el("tbody", {}, ...rows.map(([name, value, meaning]) => el("tr", {},

@@ -5,6 +5,7 @@ async function start() {
   const tables = [];
   const opened = cell => tables.find(({ table }) => cell >= table.begin && cell < table.end)?.reveal(cell);
   for (const table of data.tables) tables.push(new CellTable(data, table, document.getElementById(`table-${table.name}`)));
+  for (const part of document.querySelectorAll(".scripted")) part.hidden = false;
   const later = task => new Promise(done => setTimeout(() => { task(); done(); }));
   const at = (id, make) => { const place = document.getElementById(id); if (place) return later(() => make(place)); };
   const made = {};  // reached from the console of a browser, and by tests

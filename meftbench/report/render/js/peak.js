@@ -12,7 +12,7 @@ class Peaks {
     const { data } = this;
     const chosen = new Map();
     for (const cell of cells) {
-      const name = data.word("method", cell);
+      const name = data.word("line", cell);
       const ended = each => data.word("status", each) === "ok";
       if (!chosen.has(name) || (!ended(chosen.get(name)) && ended(cell))) chosen.set(name, cell);
     }
@@ -35,7 +35,7 @@ class Peaks {
           style: `width: ${100 * data.number(part, cell) / most}%; background: ${data.categories[part]}` })));
       const text = ok ? `${shown(total(cell) / size)} ${name}` : data.word("status", cell);
       const source = ok ? data.source("peak_allocated_bytes", cell) : "";
-      const button = el("button", { type: "button", class: "open", onclick: () => this.opened(cell) }, data.word("method", cell));
+      const button = el("button", { type: "button", class: "open", onclick: () => this.opened(cell) }, data.word("line", cell));
       return el("tr", {}, el("th", { scope: "row" }, button), el("td", { class: "wide" }, bar),
         el("td", { class: ok ? "n" : "n bad" }, text, source ? el("small", { class: source }, source) : null));
     });
@@ -62,7 +62,7 @@ class HeatMap {
   }
 
   nameOf(cell) {
-    return `${this.data.word("method", cell)}${this.data.groups > 1 ? ` (${this.data.word("group", cell)})` : ""}`;
+    return `${this.data.word("line", cell)}${this.data.groups > 1 ? ` (${this.data.word("group", cell)})` : ""}`;
   }
 
   draw() {
@@ -89,7 +89,7 @@ class HeatMap {
         onclick: () => this.opened(cell) }, text);
       if (!fits(cell) || value === null) return el("td", { class: `failed${edge}` }, open(data.word("status", cell)));
       const share = high > low ? (Math.log(value) - Math.log(low)) / (Math.log(high) - Math.log(low)) : 0.5;
-      const lightness = 94 - 62 * share;
+      const lightness = matchMedia("(prefers-color-scheme: dark)").matches ? 22 + 56 * share : 94 - 62 * share;
       const ink = lightness > 58 ? "#111" : "#fff";
       return el("td", { class: `n${edge}`, style: `background: hsl(${205 + 40 * share} 62% ${lightness}%); color: ${ink}` },
         open(shown(value / size)));

@@ -6,6 +6,7 @@ class CellTable {
   constructor(data, table, place) {
     Object.assign(this, { data, table, place });
     this.cells = data.cellsOf(table);
+    this.oneModel = data.wordsOf("model", this.cells).length === 1;
     this.filters = new Map();
     this.sorted = null;
     this.first = 0;
@@ -57,12 +58,18 @@ class CellTable {
     this.show();
   }
 
+  /** What words are looked for in: the label, without a model that all cells have. */
+  searched(cell) {
+    const label = this.data.word("label", cell).toLowerCase();
+    return this.oneModel ? label.slice(this.data.word("model", cell).length) : label;
+  }
+
   chosen() {
     const { data } = this;
     const words = (this.filters.get("text") ?? "").toLowerCase().split(/\s+/).filter(Boolean);
     const others = [...this.filters].filter(([name]) => name !== "text");
     const cells = this.cells.filter(cell => others.every(([name, value]) => data.word(name, cell) === value) &&
-      (!words.length || words.every(word => data.word("label", cell).toLowerCase().includes(word))));
+      (!words.length || words.every(word => this.searched(cell).includes(word))));
     if (!this.sorted) return cells;
     const { key, up } = this.sorted;
     const column = this.table.columns.find(each => each.key === key);
@@ -81,7 +88,8 @@ class CellTable {
   show() {
     this.order = this.chosen();
     const cells = this.order.slice(this.first, this.first + PAGE);
-    this.body.replaceChildren(...cells.flatMap(cell => this.row(cell)));
+    const none = el("tr", {}, el("td", { colspan: this.heads.length }, "no cell matches"));
+    fill(this.body, ...(cells.length ? cells.flatMap(cell => this.row(cell)) : [none]));
     this.heads.forEach((head, index) => {
       const is = this.sorted?.key === this.table.columns[index].key;
       if (is) head.setAttribute("aria-sort", this.sorted.up ? "ascending" : "descending");
@@ -100,17 +108,18 @@ class CellTable {
       const text = data.word(column.key, cell);
       const source = column.numeric ? data.source(column.sort, cell) : "";
       const mark = source ? el("small", { class: source }, source) : null;
+      const label = [column.heading, column.unit].filter(Boolean).join(" ");
       if (index === 0) {
         const button = el("button", { type: "button", class: "open", "aria-expanded": String(isOpen),
           onclick: () => this.toggled(cell) }, text);
         const parameters = data.word("parameters", cell);
-        return el("th", { scope: "row", class: "m", "data-label": column.heading }, button,
+        return el("th", { scope: "row", class: "m", "data-label": label }, button,
           parameters ? el("small", {}, parameters) : null);
       }
       const bad = column.key === "status" && text !== "ok";
       const kinds = [column.numeric ? "n" : "", bad ? "bad" : ""].join(" ").trim() || null;
       const why = bad ? data.word("detail", cell) : null;
-      return el("td", { class: kinds, "data-label": column.heading, title: why }, text, mark);
+      return el("td", { class: kinds, "data-label": label, title: why }, text, mark);
     });
     const row = el("tr", { id: data.word("anchor", cell) }, ...parts);
     if (!isOpen) return [row];
@@ -121,6 +130,8 @@ class CellTable {
 
   toggled(cell) {
     if (!this.open.delete(cell)) this.open.add(cell);
+    const opened = this.open.has(cell);
+    history.replaceState(null, "", opened ? `#${this.data.word("anchor", cell)}` : location.pathname);
     this.show();
     document.getElementById(this.data.word("anchor", cell))?.querySelector("button")?.focus();
   }
