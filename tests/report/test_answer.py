@@ -62,6 +62,43 @@ def test_speed_is_a_ratio_to_lora_with_checkpointing_or_to_full(tmp_path):
     assert "parallel is fastest, 1.5 × lora+checkpoint (measured)" in both.sentences[0]
 
 
+def test_the_least_is_held_against_the_best_levers_of_lora(tmp_path):
+    """Not against a lora that has fewer levers than it could have; the time has the same reference."""
+    lora = {"lora": 300, "lora+checkpoint": 200, "lora+checkpoint+chunked_loss": 100}
+    cells = [a_cell_of(method, peak, 0.9) for method, peak in lora.items()]
+    answer = the_answer(tmp_path, a_cell_of("full", 400, 0.6), a_cell_of("leapfrog+cut_loss", 80, 0.3), *cells)
+
+    assert answer.sentences[0] == (
+        "leapfrog+cut_loss holds least, a peak of 80.0 MiB (counted), 20 % below lora+checkpoint+chunked_loss; "
+        "leapfrog+cut_loss is fastest, 3.0 × lora+checkpoint+chunked_loss (measured)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("peaks", "text"),
+    [
+        ({"lora": 150, "lora+checkpoint": 75, "parallel": 100, "meft1": 150}, "25 % below parallel"),
+        (
+            {"parallel": 90, "parallel+checkpoint": 75, "full": 400, "full+checkpoint": 100},
+            "25 % below full+checkpoint",
+        ),
+        ({"lora": 99.9, "parallel": 99.8}, "less than 1 % below lora"),
+    ],
+)
+def test_without_another_lora_the_least_is_held_against_the_next_method(tmp_path, peaks, text):
+    answer = the_answer(tmp_path, *(a_cell_of(method, peak) for method, peak in peaks.items()))
+
+    assert answer.sentences[0].endswith(f", {text}")
+
+
+def test_a_method_is_not_held_against_itself(tmp_path):
+    answer = the_answer(tmp_path, a_cell_of("lora", 150, 0.1), a_cell_of("lora+checkpoint", 75, 0.2))
+
+    assert answer.sentences[0] == (
+        "lora+checkpoint holds least, a peak of 75.0 MiB (counted); lora is fastest, 100 ms a step (measured)"
+    )
+
+
 def test_a_wrong_gradient_is_never_named_best(tmp_path):
     wrong = {"gradient_rel_max": measured(3.0)}
     answer = the_answer(
@@ -107,8 +144,8 @@ def test_what_the_largest_peak_consists_of(tmp_path):
     answer = the_answer(tmp_path, a_cell_of("full", 400, metrics=sizes), a_cell_of("lora", 90))
 
     assert answer.sentences[1] == (
-        "of full's 400.0 MiB (counted), activations are 61 %, optimizer state 24 %, parameters 15 %; the peak is in "
-        "backward"
+        "of full's 400.0 MiB (counted), tensors made in forward are 61 %, optimizer state 24 %, parameters 15 %; the "
+        "peak is in backward"
     )
 
 
@@ -123,10 +160,10 @@ def test_a_lever_saves_what_the_same_method_holds_less_with_it(tmp_path):
     )
 
     assert answer.sentences[2:4] == (
-        "+checkpoint saves 200.0 MiB of lora's peak of 300.0 MiB (counted): activations went from 240.0 MiB to "
-        "40.0 MiB; the peak was in forward and is now in backward",
-        "+checkpoint saves nothing on full (counted): the peak is in the optimizer's step, in which no activations are "
-        "held",
+        "+checkpoint saves 200.0 MiB of lora's peak of 300.0 MiB (counted): at the peak, tensors made in forward went "
+        "from 240.0 MiB to 40.0 MiB; the peak was in forward and is now in backward",
+        "+checkpoint saves nothing on full (counted): the peak is in the optimizer's step, in which no tensors of "
+        "forward are held",
     )
     assert [(pair["with"], pair["saves_bytes"] / MiB) for pair in answer.facts["levers"]] == [
         ("lora+checkpoint", 200),
@@ -246,9 +283,61 @@ def test_several_tasks_are_counted(tmp_path):
     records = [a_score(method, score, task=task) for task in ("rte", "sst2")
                for method, score in (("full", 0.8), ("lora", 0.8))]  # fmt: skip
 
-    assert headline(frame_of(a_run(tmp_path, *records)))[0] == (
-        "of 2 tasks (minilm), full is best or within the spread of seeds on 2 (100 %) and lora on 2 (77 %)"
+    assert headline(frame_of(a_run(tmp_path, *records))) == [
+        "full is best or within the spread of seeds on 2 of 2 tasks (minilm) and lora on 2",
+        "activation memory as a share of full's (counted, the median over these tasks): full 100 %, lora 77 %",
+    ]
+
+
+def a_task(task, scores, constant=None):
+    """Trainings with three seeds; scores: by method, of each seed.  constant: `score_constant`, as recorded."""
+    recorded = {} if constant is None else {"score_constant": counted(constant)}
+    return [
+        a_score(method, score, task=task, seed=seed, metrics=recorded)
+        for method, of_seeds in scores.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+
+
+def test_tasks_of_which_nothing_was_learnt_are_not_counted(tmp_path):
+    """Neither where the records have the constant answer's score, nor where several methods have one score alone."""
+    same = [0.66, 0.66, 0.66]
+    records = [
+        *a_task("sst2", {"full": [0.8, 0.81, 0.79], "lora": [0.7, 0.71, 0.69], "meft1": [0.53, 0.53, 0.53]}, 0.53),
+        *a_task("cola", {"full": [0.0, 0.0, 0.0], "lora": [0.0, -0.1, 0.0], "meft1": [0.0, 0.0, 0.0]}, 0.0),
+        *a_task("mrpc", {"full": [0.67, 0.67, 0.7], "lora": same, "meft1": same}),
+        *a_task("rte", {"full": [0.57, 0.59, 0.58], "lora": same, "meft1": [0.5, 0.6, 0.7]}),
+    ]
+    frame = frame_of(a_run(tmp_path, *records))
+    by_task = {answer.facts["task"]: answer for answer in answers(frame)}
+
+    assert {task: answer.facts["learnt"] for task, answer in by_task.items()} == {
+        "cola": False, "mrpc": False, "rte": True, "sst2": True
+    }  # fmt: skip
+    assert headline(frame) == [
+        "full is best or within the spread of seeds on 1 of 2 tasks (minilm), lora on 1 and meft1 on 1",
+        "activation memory as a share of full's (counted, the median over these tasks): full 100 %, lora 77 %, "
+        "meft1 14 %",
+        "not among these tasks: cola, mrpc, on which most methods score as an answer that is always the same: nothing "
+        "was learnt there",
+    ]
+    assert by_task["cola"].sentences == (
+        "no method has learnt the task: all 3 are with each seed no better than an answer that is always the same, "
+        "the best 0.000 ± 0.000 (accuracy on validation, measured)",
     )
+    assert by_task["sst2"].sentences[-1] == (
+        "meft1 learnt nothing: with each seed no better than an answer that is always the same"
+    )
+
+
+def test_where_nothing_was_learnt_at_all_no_method_is_named(tmp_path):
+    records = [record for task in ("rte", "sst2") for record in a_task(task, {"full": [0.5, 0.5], "lora": [0.5, 0.5]})]
+
+    assert headline(frame_of(a_run(tmp_path, *records))) == [
+        "on none of 2 tasks has a method a score that can be compared",
+        "left out: rte, sst2, on which most methods score as an answer that is always the same: nothing was learnt "
+        "there",
+    ]
 
 
 def test_a_training_without_a_score_is_said(tmp_path):
@@ -277,6 +366,17 @@ def test_best_levers_of_a_language_model():
     assert "lora+checkpoint" in longest.facts["ended"]["oom"]
     assert {"method": "lora+checkpoint", "lever": "chunked_loss"} in longest.facts["fits_with"]
     assert all(saving["source"] == "predicted" for saving in longest.facts["levers"])
+    assert [answer.facts["least"][0]["reference"] for answer in answers(frame)] == [
+        "lora+checkpoint+tiled_mlp+cut_loss",
+        "lora+checkpoint+tiled_mlp+chunked_loss",
+        "lora+checkpoint+tiled_mlp+chunked_loss",
+    ]
+
+
+def test_committed_trainings_of_which_nothing_was_learnt():
+    found = answers(frame_of(load_run(REPORTS / "quality-minilm")))
+
+    assert [answer.facts["task"] for answer in found if not answer.facts["learnt"]] == ["cola", "mrpc"]
 
 
 METHODS = ["full", "full+checkpoint", "lora", "lora+checkpoint", "parallel", "meft1-exact", "mezo"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import SHARED_CORES
 from meftbench.plan.axes import SHAPE
-from meftbench.report.results import groups, parts_of, rows_of, setting_text, shape_text, wrong_gradient
+from meftbench.report.results import groups, rows_of, setting_text, shape_text, wrong_gradient
 from meftbench.report.views.savings import (
     PEAK,
     composition,
@@ -27,7 +27,7 @@ from meftbench.report.views.savings import (
     savings,
     with_peak,
 )
-from meftbench.report.views.scores import COMPARED, Result, results, trained, untrained
+from meftbench.report.views.scores import COMPARED, Result, learnt_nothing, results, trained, untrained
 from meftbench.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -178,10 +178,9 @@ def _least(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[st
         text = f"{_listed(methods)} {_verb('hold', best)}{least} a peak of {format_bytes(peak)} ({source})"
         if fact["activation_bytes"] is not None:
             text += f" with {format_bytes(fact['activation_bytes'])} of activation memory"
-        reference = _reference(candidates)
-        if reference is not None and reference["method"] not in methods:
+        if reference := _reference(candidates, best):
             fact |= {"reference": reference["method"], "reference_peak_bytes": reference[PEAK]}
-            text += f", {1 - peak / reference[PEAK]:.0%}".replace("%", " %") + f" below {reference['method']}"
+            text += f", {_percent(1 - peak / reference[PEAK])} below {reference['method']}"
         lower = sorted((row for row in known if row[PEAK] < peak), key=lambda row: (row[PEAK], row["method"]))
         fact["lower_but"] = [{"method": row["method"], "peak_bytes": row[PEAK], "why": _why_not(row)} for row in lower]
         if lower:
@@ -206,15 +205,25 @@ def _verb(verb: str, rows: Sequence[object]) -> str:
     return verb if len(rows) > 1 else {"are": "is"}.get(verb, f"{verb}s")
 
 
-def _reference(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The cell that others are held against: `lora+checkpoint` with the levers that all have, else `full` with them."""
-    levers = [frozenset(parts_of(row["method"])[2]) for row in rows]
-    shared = frozenset.intersection(*levers)
-    for method, having in (("lora", shared | {"checkpoint"}), ("full", shared)):
-        for row, own in zip(rows, levers, strict=True):
-            if parts_of(row["method"])[:2] == (method, []) and own == having:
-                return row
-    return None
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %") if share >= 0.005 else "less than 1 %"
+
+
+def _reference(
+    rows: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]], *, of_lora: bool = False
+) -> Mapping[str, Any] | None:
+    """The cell that `best` is held against: of `lora` the one with the levers that leave it the lowest peak.
+
+    Where `best` has lora, or no cell has it, it is the cell with the lowest peak of another method; with `of_lora` None
+    where `best` has lora. None also where there is no other method.
+    rows: candidates, `best` among them.  A method is the same with any levers and settings.
+    """
+    names = {row["method_name"] for row in best}
+    if of_lora and "lora" in names:
+        return None
+    others = [row for row in with_peak(rows) if row["method_name"] not in names]
+    of_the_reference = [row for row in others if row["method_name"] == "lora"] or others
+    return min(of_the_reference, key=lambda row: (row[PEAK], row["method"]), default=None)
 
 
 def _fastest(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[str]:
@@ -236,8 +245,9 @@ def _fastest(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[
         methods = sorted([best["method"], *tied])
         fact = {"methods": methods, "step_time_s": seconds, "source": source, "within_spread": sorted(near)}
         text = f"{_listed(methods)} {_verb('are', methods)} fastest"
-        reference = _reference(candidates)
-        if reference is not None and reference["method"] not in methods:
+        # Of lora it is the cell that holds least, as for the peak: both sentences then have one reference.
+        fastest = [row for row in candidates if row["method"] in methods]
+        if reference := _reference(candidates, fastest, of_lora=True):
             ratio = reference[STEP] / seconds
             fact |= {"reference": reference["method"], "ratio": ratio}
             text += f", {ratio:.1f} × {reference['method']} ({source})"
@@ -285,23 +295,30 @@ def _levers(rows: Sequence[dict[str, Any]], ran_out: list[str], facts: dict[str,
 
 
 def _over_tasks(tasks: Sequence[Answer]) -> list[str]:
-    """On how many tasks each method scores best or within the spread of seeds, and the least memory of those that do
-    most often."""
+    """On how many tasks each method scores best or within the spread of seeds, the activation memory of those that do
+    most often, and which tasks are left out of the count, because most methods learnt nothing of them."""
+    counted = [answer for answer in tasks if answer.facts.get("learnt", True)]
+    empty = [str(answer.facts["task"]) for answer in tasks if answer not in counted]
+    why = "on which most methods score as an answer that is always the same: nothing was learnt there"
     often: dict[str, int] = {}
-    for answer in tasks:
+    for answer in counted:
         for method in [answer.facts["best"], *answer.facts["within_noise"]] if "best" in answer.facts else []:
             often[method] = often.get(method, 0) + 1
     if not often:
-        return [f"on none of {len(tasks)} tasks has a method a score"]
+        left_out = [f"left out: {', '.join(empty)}, {why}"] if empty else []
+        return [f"on none of {len(tasks)} tasks has a method a score that can be compared", *left_out]
     by_number = sorted(often, key=lambda method: (-often[method], method))
-    held = {method: _share_of_full(method, tasks) for method in by_number}
-    texts = [f"{name} on {often[name]}{'' if held[name] is None else f' ({held[name]:.0%})'}" for name in by_number]
-    texts[0] = texts[0].replace(" on ", " is best or within the spread of seeds on ", 1)
     models = " and ".join(sorted({answer.facts["model"] for answer in tasks}))
-    head = f"of {len(tasks)} tasks ({models}), {_listed(texts)}".replace("%", " %")
-    sources = sorted({source for answer in tasks for source in answer.facts["activation_sources"]})
-    shares = f"in brackets: activation memory as a share of full's, {' and '.join(sources)}, the median over tasks"
-    return [head, shares] if any(share is not None for share in held.values()) else [head]
+    of_tasks = f"{len(counted)} task{'s' * (len(counted) != 1)}"
+    most, *others = by_number
+    first = f"{most} is best or within the spread of seeds on {often[most]} of {of_tasks} ({models})"
+    sentences = [_listed([first, *(f"{method} on {often[method]}" for method in others)])]
+    held = [(method, _share_of_full(method, counted)) for method in by_number[:_NAMED]]
+    if shares := [f"{method} {_percent(share)}" for method, share in held if share is not None]:
+        sources = sorted({source for answer in counted for source in answer.facts["activation_sources"]})
+        how = f"{' and '.join(sources)}, the median over these tasks"
+        sentences.append(f"activation memory as a share of full's ({how}): {', '.join(shares)}")
+    return [*sentences, f"not among these tasks: {', '.join(empty)}, {why}"] if empty else sentences
 
 
 def _share_of_full(method: str, tasks: Sequence[Answer]) -> float | None:
@@ -338,6 +355,10 @@ def _of_task(found: Sequence[Result]) -> Answer:
         "seeds": best.seeds,
         "within_noise": [result.method for result in near],
     }
+    no_better = learnt_nothing(found)
+    facts["learnt"] = len(no_better) <= len(scored) / 2
+    if len(no_better) == len(scored):
+        return Answer(title, (f"no method has learnt the task: {_all_the_same(best, len(scored))}",), facts)
     text = f"{best.method} scores best, {best.said_score()} ({first['scored_by']} on validation, measured {over})"
     if near and best.score.deviation is not None:
         text += f", and within the spread of seeds {_as_good(near)}"
@@ -345,7 +366,17 @@ def _of_task(found: Sequence[Result]) -> Answer:
         text += f", as {_as_good(near)}"
     if best.score.deviation is None:
         text += "; how far seeds differ is not known"
-    return Answer(title, (text, *_least_of_best([best, *near], found, facts)), facts)
+    nothing = [f"{_listed(no_better)} learnt nothing: {_SAME_ANSWER}"] if no_better else []
+    return Answer(title, (text, *_least_of_best([best, *near], found, facts), *nothing), facts)
+
+
+_SAME_ANSWER = "with each seed no better than an answer that is always the same"
+
+
+def _all_the_same(best: Result, number: int) -> str:
+    scored = f"{best.first['scored_by']} on validation, measured"
+    who = f"all {number} are" if number > 1 else f"{best.method} is"
+    return f"{who} {_SAME_ANSWER}, the best {best.said_score()} ({scored})"
 
 
 def _as_good(near: Sequence[Result]) -> str:

@@ -21,7 +21,8 @@ _NAMES = {
     "buffers_bytes": "buffers of the model",
     "gradients_bytes": "gradients",
     "optimizer_bytes": "optimizer state",
-    "activations_bytes": "activations",
+    # By what it is, since activation memory is the peak of a step above the level before it: another number.
+    "activations_bytes": "tensors made in forward",
     "temporaries_bytes": "temporaries",
     "inputs_bytes": "the batch",
     "workspace_bytes": "library workspaces",
@@ -141,7 +142,7 @@ def composition(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def composition_sentence(row: Mapping[str, Any]) -> str | None:
-    """`of full's 412.0 MiB (counted), activations are 61 %, optimizer state 20 %`; None: the categories are not known.
+    """`of full's 412.0 MiB (counted), tensors made in forward are 61 %`; None: the categories are not known.
 
     row: a cell with a peak.
     """
@@ -176,7 +177,9 @@ def _why(without: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     texts = []
     if moved := _most_changed(before, after, falling=saved > 0):
         grew, was, now = moved
-        texts.append(f"{grew} {'went' if saved > 0 else 'grew'} from {format_bytes(was)} to {format_bytes(now)}")
+        texts.append(
+            f"at the peak, {grew} {'went' if saved > 0 else 'grew'} from {format_bytes(was)} to {format_bytes(now)}"
+        )
     buffers = [_largest_buffer(cell) for cell in (without, row)]
     if saved > 0 and buffers[0] and buffers[1] and buffers[0] != buffers[1] and "optimizer" not in str(phases):
         texts.append(f"the largest tensors at the peak were {buffers[0]}, and are now {buffers[1]}")
@@ -189,7 +192,7 @@ def _why(without: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 def _why_nothing(before: Mapping[str, float], phase: str | None) -> str:
     if phase == _PHASES["optimizer"]:
-        return "the peak is in the optimizer's step, in which no activations are held"
+        return "the peak is in the optimizer's step, in which no tensors of forward are held"
     if before:
         name, size = next(iter(before.items()))
         return f"the peak is {phase or 'elsewhere'}, where {_NAMES[name]} are the most ({format_bytes(size)})"

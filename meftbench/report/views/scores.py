@@ -170,6 +170,33 @@ def _spread(rows: Sequence[dict[str, Any]], name: str) -> Spread:
     return Spread(tuple(float(row[name]) for row in rows if row.get(name) is not None))
 
 
+def recorded_constant(group: Sequence[Result]) -> float | None:
+    """The score of the best answer that is always the same, of one table; None where no record has it."""
+    from pandas import notna
+
+    constants = (row.get("score_constant") for result in group for row in result.rows)
+    return next((float(value) for value in constants if notna(value)), None)
+
+
+def learnt_nothing(group: Sequence[Result]) -> list[str]:
+    """The methods of one table of which no seed scores above the best answer that is always the same, sorted.
+
+    Where no record has the score of that answer, it is a score that all seeds of several methods have in common: what
+    is learnt differs from seed to seed.
+    """
+    scored = [result for result in group if math.isfinite(result.score.mean)]
+    constant = recorded_constant(group)
+    if constant is None:
+        alike = [r.score.values[0] for r in scored if len(r.rows) > 1 and len({*r.score.values}) == 1]
+        constant = max((value for value in alike if alike.count(value) > 1), default=None)
+    if constant is None:
+        return []
+    return sorted(result.method for result in scored if max(result.score.values) <= constant + _ROUNDING)
+
+
+_ROUNDING = 1e-9  # of shares of samples, which are at least 1e-7 apart
+
+
 ROOMY = 120  # columns of a terminal from which on the full table is printed
 HEAD = ("method", "score", "activation", "% of full", "time", "tokens/s", "rate", "trained")
 
@@ -205,8 +232,6 @@ def differing_settings(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _table(group: list[Result], differing: list[str]) -> Table:
-    from pandas import notna
-
     row = group[0].first
     full = next((r.activation_bytes for r in group if r.first["method"] == "full"), None)
     further = [name for name in FURTHER if any(name in result.further for result in group)]
@@ -251,9 +276,8 @@ def _table(group: list[Result], differing: list[str]) -> Table:
     if len(seeds) == 1:
         scored = f"Score: {row['scored_by']} on validation, seed {seeds[0]} alone, measured"
     notes = [f"{scored}. Validation chose the checkpoint and the learning rate as well: it flatters."]
-    constants = (seed_row.get("score_constant") for result in group for seed_row in result.rows)
-    if constant := [value for value in constants if notna(value)]:
-        notes.append(f"The best answer that is always the same scores {constant[0]:.3f}, counted.")
+    if (constant := recorded_constant(group)) is not None:
+        notes.append(f"The best answer that is always the same scores {constant:.3f}, counted.")
     if row["cuts"]:
         notes.append(f"Not the published sets: {'; '.join(row['cuts'])}.")
     sources = sorted({result.first["activation_peak_bytes_source"] for result in group if result.activation_bytes})
