@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run
@@ -104,9 +105,10 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Callable[[], Sequence[Pic
 
 
 def _sentence(text: str) -> str:
-    """With a capital and a full stop; a label at the beginning stays as it is."""
+    """With a capital and a full stop; the name of a method at the beginning stays as it is."""
     first, _, rest = text.partition(" ")
-    return f"{first.capitalize() if first.isalpha() and first.islower() else first}{' ' if rest else ''}{rest}."
+    is_word = first.isalpha() and first.islower() and first not in METHODS
+    return f"{first.capitalize() if is_word else first}{' ' if rest else ''}{rest}."
 
 
 def _has(frame: DataFrame, source: str) -> bool:

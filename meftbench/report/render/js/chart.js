@@ -58,8 +58,8 @@ class Chart {
     this.legend = el("div", { class: "legend" });
     this.note = el("p", { class: "dim", role: "status" });
     this.tip = el("div", { class: "tip", hidden: true });
-    const key = el("p", { class: "dim" }, "The fill of a mark says where the number up comes from: full is measured, ",
-      "half is counted, none is predicted. Struck through: the gradient is wrong.");
+    const key = el("p", { class: "dim" }, "The fill of a mark says where the number up comes from: a filled one is measured, ",
+      "a half-filled one counted, a hollow one predicted. Struck through: the gradient is wrong.");
     this.place.replaceChildren(presets, this.bar, this.canvas, this.tip, this.legend, this.note, key);
     again();
   }
@@ -161,7 +161,7 @@ class Chart {
     const width = this.canvas.clientWidth || 300;
     const scale = (name, log) => ({
       time: false, distr: log ? 3 : 1, log: OF_SHAPE.includes(name) ? 2 : 10,
-      range: (u, low, high) => this.range(low, high, log),
+      range: (u, low, high) => this.range(...this.reached(name, low, high), log),
     });
     const axis = (name, size) => ({
       stroke: css("--text"), grid: { stroke: css("--line"), width: 1, filter: (u, splits) => this.gridOf(u, name, splits) }, ticks: { stroke: css("--line") }, size,
@@ -200,6 +200,13 @@ class Chart {
     const { min, max, distr } = u.scales[name];
     if (distr !== 3 || max / min < 1e3 || OF_SHAPE.includes(this[name])) return splits;
     return splits.map(value => value !== null && Math.abs(Math.log10(value) % 1) < 1e-9 ? value : null);
+  }
+
+  /** The lowest and the highest value on an axis, with the bars of those that have a deviation. */
+  reached(name, low, high) {
+    if (name !== this.y || low === null) return [low, high];
+    const ends = sign => this.points.map(point => (point.y + sign * point.deviation) / this.units.y.size);
+    return [ends(-1).reduce((a, b) => Math.min(a, b), low), ends(1).reduce((a, b) => Math.max(a, b), high)];
   }
 
   range(low, high, log) {
