@@ -9,6 +9,9 @@ import pytest
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, measured
 from meftbench.report.render.report import write_report
+from meftbench.report.results import frame_of
+from meftbench.report.views.scores import results, tables
+from scored_runs import scored_run
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -193,6 +196,7 @@ def test_the_chart_changes_axes_and_says_a_point_with_its_sources(opened):
     said = chart.locator(".tip").inner_text()
     assert "MiB (counted)" in said
     assert "sequence length (tokens): " in said
+    assert "null" not in said
     chart.locator("input[type=checkbox]").nth(1).check()
     assert [] == page.said
 
@@ -209,6 +213,7 @@ def test_the_legend_filters_methods(opened):
     assert 1 <= page.tab.evaluate(count) < whole
     chart.locator(".legend button", has_text="all").first.click()
     assert whole == page.tab.evaluate(count)
+    assert [] == page.said
 
 
 def test_what_is_shown_is_saved_as_csv_and_png(opened):
@@ -282,3 +287,38 @@ def test_two_runs_begin_with_what_differs(opened, tmp_path):
     assert "What differs" == page.tab.locator("main h2").first.inner_text()
     assert "before and after" in page.tab.locator("main h3").first.inner_text()
     assert "activation_peak_bytes" in page.tab.locator("section").first.inner_text()
+
+
+def test_seeds_of_a_training_are_one_point_with_their_spread(opened, tmp_path):
+    """At the learning rate that validation chose; not the luckiest seed."""
+    run = a_run(tmp_path / "run", *scored_run(("rte",)), name="toy")
+    write_report([run], tmp_path / "out", {"html"})
+    (table,) = tables(results(frame_of(run)))
+
+    page = opened(tmp_path / "out" / "report.html")
+    points = page.tab.evaluate("window.meftbench.chart.points.map(p => [p.name, p.y, p.deviation])")
+
+    assert {line[0]: line[1] for line in table.lines} == {name: f"{y:.3f} ± {spread:.3f}" for name, y, spread in points}
+
+
+def test_a_line_joins_cells_that_differ_in_the_axis_alone(opened):
+    """Two batch sizes are two lines, not one that goes back and forth."""
+    page = opened()
+    page.tab.locator("#chart button", has_text="memory by length").click()
+
+    paths = page.tab.evaluate("window.meftbench.chart.points.filter(p => p.name === 'full').map(p => [p.path, p.x])")
+    lines = {path: [x for of, x in paths if of == path] for path, _ in paths}
+    assert [[16, 32], [16, 32]] == list(lines.values())
+
+
+@pytest.mark.parametrize("metric", ["gradient_rel_max", "reconstruction_rel_max"])
+def test_zeros_on_a_logarithmic_axis_are_said(opened, metric):
+    """They have no place there; the page does not fail."""
+    page = opened()
+    chart = page.tab.locator("#chart")
+    chart.locator("select").nth(1).select_option(metric)
+    chart.get_by_label("logarithmic up").check()
+
+    zeros = page.tab.evaluate(f"window.meftbench.chart.data.numbers['{metric}'].filter(value => value === 0).length")
+    assert zeros == 0 or "left out" in chart.locator("[role=status]").inner_text()
+    assert [] == page.said
