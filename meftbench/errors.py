@@ -38,11 +38,22 @@ class UserError(Exception):
 
 
 def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not one of `known`: it suggests the nearest name, or lists all of them."""
+    """The error for a name that is not one of `known`: it suggests the nearest name, or lists all of them, of very many
+    those that contain it, or else a few that are not too unlike it."""
     names = sorted(known)
     nearest = get_close_matches(str(name), names, n=1)
-    cure = f"did you mean {nearest[0]!r}?" if nearest else f"one of: {', '.join(names)}"
+    cure = f"one of: {', '.join(names)}"
+    if nearest:
+        cure = f"did you mean {nearest[0]!r}?"
+    elif len(names) > _LISTED:
+        containing = [known_name for known_name in names if name and str(name).lower() in known_name.lower()]
+        near = containing or get_close_matches(str(name), names, n=_NEAR, cutoff=0.0)
+        cure = f"of {len(names)}, the nearest: {', '.join(near[:_NEAR])}"
     return UserError(where, f"unknown {kind} {name!r}", cure)
+
+
+_LISTED = 70  # names that a message lists at most
+_NEAR = 5
 
 
 def one_line(error: BaseException) -> str:

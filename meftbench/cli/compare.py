@@ -43,7 +43,10 @@ def compare(
     threshold: Annotated[
         str | None, typer.Option(help="Smaller changes count as none: 2% or 0.02. Default: 0; measured 1%.")
     ] = None,
-    only_changed: Annotated[bool, typer.Option("--only-changed", help="Leave out what is the same.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Also print numbers that are the same or within noise.")] = False,
+    only_changed: Annotated[
+        bool, typer.Option("--only-changed", help="Leave out what is the same: the default, but for JSON.")
+    ] = False,
     across: Annotated[
         bool, typer.Option("--across", help="Also numbers measured in other environments or on other CPU threads.")
     ] = False,
@@ -71,14 +74,18 @@ def compare(
     from meftbench.verdicts.compare import exit_code
 
     share = _share(threshold)
+    if all_ and only_changed:
+        raise UserError("--all, --only-changed", "exclude each other", "name one of them")
     first, *others = _loaded(runs, against)
     for run in (first, *others):
         warn_if_torn(run)
     results = [compared(first, other, metric or (), share, across=across) for other in others]
-    emit(comparisons(Format.json if as_json else format_, results, only_changed), output)
+    chosen = Format.json if as_json else format_
+    unchanged = all_ or (chosen is Format.json and not only_changed)
+    emit(comparisons(chosen, results, unchanged), output)
     if format_ is Format.github:
         for result in results:
-            append_step_summary(comparison_markdown(result, True), f"{result.first} and {result.second}")
+            append_step_summary(comparison_markdown(result), f"{result.first} and {result.second}")
     folders = [name for name in runs if Path(name).is_dir()]
     say_next(*([("report", *folders)] if folders else []), as_json=as_json or format_ is not Format.text)
     raise typer.Exit(max(exit_code(result, fail_on is FailOn.regression) for result in results))

@@ -21,6 +21,7 @@ from meftbench.verdicts.growth import PEAKS, Growth, growth
 from meftbench.verdicts.noise import Evidence
 
 Judgement = Literal["worse", "better", "changed", "noise", "same"]
+UNMOVED: frozenset[Judgement] = frozenset({"noise", "same"})  # nothing is known to have changed
 _ORDER: tuple[Judgement, ...] = ("worse", "better", "changed", "noise", "same")
 # These metrics describe the conditions of a measurement or the load of the host, not what the method costs.
 _NOT_JUDGED = frozenset(
@@ -98,6 +99,7 @@ class Comparison:
     cells: how many cells are in both runs.  notes: what was left out, or compared although conditions differ, and why.
     first, second: names of the runs.  differs: in what the runs differ beside their numbers (comparable.differing).
     grown: the cells of which a peak is higher, with the buffers and categories that grew.
+    model: how the labels of all cells begin; "" where the runs have several models.
     """
 
     changes: list[Change]
@@ -109,6 +111,7 @@ class Comparison:
     second: str = ""
     differs: list[str] = field(default_factory=list)
     grown: list[Growth] = field(default_factory=list)
+    model: str = ""
 
     @property
     def regressed(self) -> bool:
@@ -116,7 +119,7 @@ class Comparison:
 
     def shown(self, only_changed: bool) -> list[Change]:
         """All changes; with `only_changed`, those that are judged neither "noise" nor "same"."""
-        return [c for c in self.changes if not only_changed or c.judgement not in ("same", "noise")]
+        return [c for c in self.changes if not only_changed or c.judgement not in UNMOVED]
 
     def counts(self) -> dict[Judgement, int]:
         counts = Counter(change.judgement for change in self.changes)
@@ -191,6 +194,7 @@ def compare(
     if by_quartiles and not has_test:
         what = f"{by_quartiles} times are judged by whether their quartiles overlap, since scipy 1.15 is not installed"
         notes.append(f"{what}: {noise.INSTALL}")
+    models = {outcome.records[0].model_label for outcome in [*left.values(), *right.values()]}
     return Comparison(
         changes=_in_order(changes),
         only_first=[outcome.label for cell_id, outcome in left.items() if cell_id not in right],
@@ -201,6 +205,7 @@ def compare(
         second=str(second.path),
         differs=differing(first, second, pairs),
         grown=_grown(pairs, changes),
+        model=models.pop() if len(models) == 1 else "",
     )
 
 
@@ -368,17 +373,18 @@ def _direction(name: str, before: Figure, after: Figure) -> Judgement:
 def _decided(undecided: Sequence[_Undecided]) -> tuple[list[Change], list[str]]:
     """The changes of measured times as their samples show them, and notes on what could not be shown."""
     changes = []
-    too_few = 0
+    too_few: Counter[tuple[int, int]] = Counter()  # by the number of samples before and after
     for (change, tolerance, _, of_time), found in zip(
         undecided, noise.evidences([item.samples for item in undecided]), strict=True
     ):
         evidence = found.inverted() if of_time else found
-        too_few += not evidence.enough
+        too_few.update([] if evidence.enough else [evidence.n])
         judgement = change.judgement if evidence.shows_change(tolerance) else "noise"
         changes.append(change._replace(judgement=judgement, evidence=evidence))
     if not too_few:
         return changes, []
-    what = f"{too_few} times have too few samples to show a change (3 and 3 cannot, whatever they are)"
+    numbers = ", ".join(f"{before} and {after}" for before, after in sorted(too_few))
+    what = f"{too_few.total()} times have too few samples to show a change ({numbers}, whatever they are)"
     return changes, [f"{what}: measure with `protocol: {{steps: 5}}` or more"]
 
 

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from builders import MiB, a_record, a_run
+from builders import MiB, a_record, a_run, measured, step_time
 
 METRIC = "activation_peak_bytes"
+KiB = 1024
 
 
 @pytest.fixture
@@ -22,17 +23,20 @@ def pair(tmp_path):
     return run("a", 100), run("b", 110)
 
 
-LINE = (
-    "worse: bert-base@random/meft1/b8/s128: activation_peak_bytes 100.0 MiB -> 110.0 MiB counted (+10.0 MiB, +10.00%)"
-)
-SAME = "same: bert-base@random/full/b8/s128: activation_peak_bytes 400.0 MiB counted, unchanged"
+MODEL = "model: bert-base@random"
+LINE = "worse: meft1/b8/s128: activation_peak_bytes 100.0 MiB -> 110.0 MiB counted (+10.0 MiB, +10.00%)"
+SAME = "same: full/b8/s128: activation_peak_bytes 400.0 MiB counted, unchanged"
 SUMMARY = "2 cells in both runs: 1 worse, 1 same"
 
 
 def test_changes_are_lines_worst_first(cli, pair):
-    """Without --fail-on a regression is news, not a failure."""
-    assert (0, f"{LINE}\n{SAME}\n{SUMMARY}\n", "") == cli("compare", *pair)
-    assert (0, f"{LINE}\n{SUMMARY}\n", "") == cli("compare", *pair, "--only-changed")
+    """Without --fail-on a regression is news, not a failure. What is the same is counted; --all prints it."""
+    left_out = "1 number is the same or within its noise (--all prints it)"
+
+    assert (0, f"{MODEL}\n{LINE}\n{left_out}\n{SUMMARY}\n", "") == cli("compare", *pair)
+    assert cli("compare", *pair) == cli("compare", *pair, "--only-changed")
+    assert (0, f"{MODEL}\n{LINE}\n{SAME}\n{SUMMARY}\n", "") == cli("compare", *pair, "--all")
+    assert (2, "") == cli("compare", *pair, "--all", "--only-changed")[:2]
 
 
 def test_a_regression_fails_when_asked_to(cli, pair):
@@ -75,6 +79,8 @@ def test_formats(cli, pair):
 
     assert {"worse": 1, "better": 0, "changed": 0, "noise": 0, "same": 1} == content["counts"]
     assert 10 * MiB == content["changes"][0]["delta"]
+    assert ["worse", "same"] == [change["judgement"] for change in content["changes"]]
+    assert 1 == len(json.loads(cli("compare", *pair, "--json", "--only-changed")[1])["changes"])
     assert cli("compare", *pair, "--format", "github")[1].startswith("::error title=regressed::worse: bert-base")
     assert "| worse |" in cli("compare", *pair, "--format", "markdown")[1]
 
@@ -90,21 +96,23 @@ def three(tmp_path, pair):
 
 
 def test_several_runs_are_columns_against_the_first(cli, three):
-    """A line for each cell and metric; one that no run changed is left out on request."""
-    code, out, _ = cli("compare", *three, "--only-changed")
+    """A line for each cell and metric; those that no run changed are counted."""
+    code, out, _ = cli("compare", *three)
 
     assert 0 == code
     assert [
+        MODEL,
         f"first: {three[0]}",
         f"run 2: {three[1]}",
         f"run 3: {three[2]}",
-        "bert-base@random/meft1/b8/s128: activation_peak_bytes: "
+        "meft1/b8/s128: activation_peak_bytes: "
         "run 2 worse: 100.0 MiB -> 110.0 MiB counted (+10.0 MiB, +10.00%) | "
         "run 3 better: 100.0 MiB -> 90.0 MiB counted (-10.0 MiB, -10.00%)",
         "run 2: 2 cells in both runs: 1 worse, 1 same",
         "run 3: 2 cells in both runs: 1 better, 1 same",
+        "2 numbers are the same or within their noise (--all prints them)",
     ] == out.splitlines()
-    assert "bert-base@random/full/b8/s128" in cli("compare", *three)[1]
+    assert "full/b8/s128: activation_peak_bytes: run 2 same" in cli("compare", *three, "--all")[1]
 
 
 def test_several_runs_have_every_format_and_one_exit_code(cli, three):
@@ -139,12 +147,61 @@ def test_what_differs_beside_the_numbers_comes_first(cli, tmp_path):
     assert 2 == len(json.loads(cli("compare", first.path, second.path, "--json")[1])["differs"])
 
 
-def test_of_very_many_unchanged_numbers_some_are_listed(cli, tmp_path, monkeypatch):
-    """The summary counts all of them."""
-    monkeypatch.setattr("meftbench.report.render.comparisons._UNCHANGED_SHOWN", 2)
-    records = [a_record(batch_size=size, metrics={METRIC: MiB}) for size in (1, 2, 3, 4, 5)]
-    runs = [a_run(tmp_path / name, *records).path for name in ("a", "b")]
+@pytest.fixture
+def grown(tmp_path):
+    """Two runs of a cell that holds 64 KiB more at its peak, as five metrics say, and 1 KiB more before the step."""
+    kib = {"peak_allocated_bytes": 500, "activation_peak_bytes": 400, "temporaries_bytes": 90, "saved_bytes": 70,
+           "peak_requested_bytes": 499}  # fmt: skip
 
-    lines = cli("compare", *runs)[1].splitlines()
+    def run(name, more):
+        metrics = {metric: (size + more) * KiB for metric, size in kib.items()}
+        return a_run(tmp_path / name, a_record(metrics=metrics | {"baseline_allocated_bytes": (9 + more // 64) * KiB}))
 
-    assert ["and 3 more that did not change (--json lists them)", "5 cells in both runs: 5 same"] == lines[2:]
+    return run("a", 0).path, run("b", 64).path
+
+
+def test_one_change_of_memory_is_told_once(cli, grown):
+    """The peak first, and how many other metrics changed by the same bytes; JSON has each of them."""
+    label = "bert-base@random/full/b8/s128"
+    peak = f"worse: {label}: peak_allocated_bytes 500.0 KiB -> 564.0 KiB counted (+64.0 KiB, +12.80%)"
+    lines = cli("compare", *grown)[1].splitlines()
+
+    assert [
+        f"{peak}, and 4 metrics by the same 64.0 KiB",
+        f"worse: {label}: baseline_allocated_bytes 9.0 KiB -> 10.0 KiB counted (+1.0 KiB, +11.11%)",
+    ] == sorted(lines[:2], reverse=True)
+    assert 2 == cli("compare", *grown, "--format", "github")[1].count("::error")
+    assert 6 == len(json.loads(cli("compare", *grown, "--json")[1])["changes"])
+    two = cli("compare", *grown, "--metric", METRIC, "--metric", "saved_bytes")[1]
+    assert "(+64.0 KiB, +16.00%), and saved_bytes by the same 64.0 KiB\n" in two
+
+
+def test_several_runs_tell_one_change_of_memory_once(cli, grown):
+    """A row for each cause, not for each metric."""
+    lines = cli("compare", *grown, grown[1])[1].splitlines()
+
+    rows = [line for line in lines if line.startswith("bert-base@random/full/b8/s128: ")]
+    assert ["baseline_allocated_bytes", "peak_allocated_bytes"] == sorted(row.split(": ")[1] for row in rows)
+
+
+def test_a_time_and_its_speeds_are_told_once(cli, tmp_path):
+    """They are one measurement."""
+
+    def run(name, seconds):
+        speeds = {"tokens_per_s": measured(100 / seconds), "samples_per_s": measured(1 / seconds)}
+        return a_run(tmp_path / name, a_record(metrics={"step_time_s": step_time(seconds), **speeds})).path
+
+    lines = cli("compare", run("a", 1.0), run("b", 2.0))[1].splitlines()
+
+    (line,) = [line for line in lines if line.startswith("worse: ")]
+    assert "step_time_s 1.00 s -> 2.00 s measured" in line
+    assert line.endswith(", and tokens_per_s, samples_per_s likewise")
+
+
+def test_an_unknown_metric_gets_a_few_names(cli, pair):
+    """Not all eighty."""
+    code, _, err = cli("compare", *pair, "--metric", "peak")
+
+    assert 2 == code
+    assert "the nearest: activation_peak_bytes, first_step_peak_allocated_bytes, host_pinned_peak_bytes, " in err
+    assert "starting_loss" not in err

@@ -56,7 +56,13 @@ def test_three_steps_show_nothing_and_that_is_said(compared):
 
     assert ["noise"] == [change.judgement for change in comparison.changes]
     assert 0.1 == pytest.approx(comparison.changes[0].evidence.p)
-    assert "1 times have too few samples to show a change" in comparison.notes[0]
+    assert "1 times have too few samples to show a change (3 and 3, whatever they are)" in comparison.notes[0]
+
+
+def test_too_few_samples_are_said_by_their_number(compared):
+    comparison = compared(a_timed_cell([1.0, 1.01]), a_timed_cell([7.0, 7.01, 7.02]))
+
+    assert "(2 and 3, whatever they are)" in comparison.notes[0]
 
 
 def test_more_repeats_are_more_samples(tmp_path):

@@ -1,53 +1,92 @@
 """Comparisons of runs as text, JSON, GitHub annotations and Markdown: of two runs, or of several against the first.
 
 Whatever the format, what differs between the runs beside their numbers comes first, then what grew, then the numbers.
+Changes of one cell and cause are told as one (verdicts/causes.py), JSON has each of them. With `unchanged` the numbers
+that did not change are there, too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from meftbench.escapes import json_text, single_line
 from meftbench.report.render.verdicts import SHOWN, annotation, escaped_markdown, finite, markdown_table
-from meftbench.verdicts.compare import Change, Comparison
+from meftbench.verdicts.causes import Told, told
+from meftbench.verdicts.compare import UNMOVED, Change, Comparison
 from meftbench.verdicts.growth import Growth, Part
 
-# Of numbers that did not change, text lists so many, since a large run has hundreds of thousands.
-_UNCHANGED_SHOWN = 1000
 _CELLS_SHOWN = 20  # of which text says what grew
 
 
-def comparisons(format_: str, results: Sequence[Comparison], only_changed: bool = False) -> str:
+def comparisons(format_: str, results: Sequence[Comparison], unchanged: bool = False) -> str:
     """One comparison, or several that have the first run in common, in one of text, json, github, markdown."""
     if len(results) == 1:
-        return COMPARISON_FORMATS[format_](results[0], only_changed)
+        return COMPARISON_FORMATS[format_](results[0], unchanged)
     if format_ == "json":
-        return _json({"comparisons": [_content(result, only_changed) for result in results]})
+        return _json({"comparisons": [_content(result, unchanged) for result in results]})
     if format_ == "github":
-        return "\n".join(comparison_github(result, only_changed) for result in results)
-    return (_side_by_side_markdown if format_ == "markdown" else _side_by_side_text)(results, only_changed)
+        return "\n".join(comparison_github(result, unchanged) for result in results)
+    model, shortened = _without_model(results)
+    return (_side_by_side_markdown if format_ == "markdown" else _side_by_side_text)(model, shortened, unchanged)
+
+
+def _without_model(results: Sequence[Comparison]) -> tuple[str, list[Comparison]]:
+    """The model that all labels begin with, and the comparisons with labels that lack it.
+
+    "" and the comparisons as they are, where there are several models, or a single cell.
+    """
+    models = {result.model for result in results}
+    labels = {label for result in results for label in _labels(result)}
+    model = models.pop() if len(models) == 1 else ""
+    if not model or len(labels) < 2:
+        return "", [*results]
+
+    def short(label: str) -> str:
+        return label.removeprefix(f"{model}/")
+
+    return model, [
+        replace(
+            result,
+            changes=[change._replace(label=short(change.label)) for change in result.changes],
+            grown=[replace(cell, label=short(cell.label)) for cell in result.grown],
+            only_first=[short(label) for label in result.only_first],
+            only_second=[short(label) for label in result.only_second],
+        )
+        for result in results
+    ]
+
+
+def _labels(result: Comparison) -> set[str]:
+    return {*(change.label for change in result.changes), *result.only_first, *result.only_second}
 
 
 # --- two runs ---
 
 
-def comparison_text(comparison: Comparison, only_changed: bool = False) -> str:
-    """Notes, one line per change with the worst first, the cells that only one run has, and a summary."""
-    lines = _header(comparison)
-    changes = comparison.shown(only_changed)
-    moved = [change for change in changes if change.judgement not in ("same", "noise")]
-    lines += [change.text() for change in moved]
-    unchanged = [change for change in changes if change.judgement in ("same", "noise")]
-    lines += [change.text() for change in unchanged[:_UNCHANGED_SHOWN]]
-    if len(unchanged) > _UNCHANGED_SHOWN:
-        lines.append(f"and {len(unchanged) - _UNCHANGED_SHOWN:,} more that did not change (--json lists them)")
+def comparison_text(comparison: Comparison, unchanged: bool = False) -> str:
+    """The model, notes, one line per change with the worst first, the cells that only one run has, and a summary."""
+    model, (comparison,) = _without_model([comparison])
+    lines = [f"model: {single_line(model)}"] if model else []
+    lines += _header(comparison)
+    lines += [item.text() for item in told(comparison.changes)]
+    if unchanged:
+        lines += [change.text() for change in comparison.changes if change.judgement in UNMOVED]
     lines += _grown_lines(comparison.grown)
     lines += [f"only in the first: {single_line(label)}" for label in comparison.only_first]
     lines += [f"only in the second: {single_line(label)}" for label in comparison.only_second]
-    return "\n".join([*lines, comparison.summary()])
+    return "\n".join([*lines, *_left_out([comparison], unchanged), comparison.summary()])
+
+
+def _left_out(results: Sequence[Comparison], unchanged: bool) -> list[str]:
+    """A line that says how many numbers are not printed, since they did not change; none where there are none."""
+    number = sum(result.counts()[judgement] for result in results for judgement in UNMOVED)
+    if unchanged or not number:
+        return []
+    verb = "number is the same or within its noise" if number == 1 else "numbers are the same or within their noise"
+    return [f"{number:,} {verb} (--all prints {'it' if number == 1 else 'them'})"]
 
 
 def _header(comparison: Comparison) -> list[str]:
@@ -66,16 +105,16 @@ def _grown_lines(grown: Sequence[Growth]) -> list[str]:
     return lines
 
 
-def comparison_json(comparison: Comparison, only_changed: bool = False) -> str:
+def comparison_json(comparison: Comparison, unchanged: bool = False) -> str:
     """The comparison as one JSON object; the worst changes first, values in the metric's unit."""
-    return _json(_content(comparison, only_changed))
+    return _json(_content(comparison, unchanged))
 
 
 def _json(content: dict[str, Any]) -> str:
     return json_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _content(comparison: Comparison, only_changed: bool) -> dict[str, Any]:
+def _content(comparison: Comparison, unchanged: bool) -> dict[str, Any]:
     first = {key: getattr(comparison, key) for key in ("first", "second", "differs", "notes")}
     rest = {key: getattr(comparison, key) for key in ("cells", "only_first", "only_second")}
     return {
@@ -83,7 +122,7 @@ def _content(comparison: Comparison, only_changed: bool) -> dict[str, Any]:
         "counts": comparison.counts(),
         **rest,
         "grown": [_growth_content(cell) for cell in comparison.grown],
-        "changes": [_change_content(change) for change in comparison.shown(only_changed)],
+        "changes": [_change_content(change) for change in comparison.shown(only_changed=not unchanged)],
     }
 
 
@@ -108,37 +147,40 @@ def _part_content(part: Part) -> dict[str, Any]:
     return asdict(part) | {"delta": part.delta, "kind": part.kind}
 
 
-def comparison_github(comparison: Comparison, only_changed: bool = False) -> str:
+def comparison_github(comparison: Comparison, unchanged: bool = False) -> str:
     """Workflow commands: a notice of what differs beside the numbers, the worst regressions as errors, ten at most,
     "and N more", then the summary line."""
     header = "; ".join([*comparison.notes, *comparison.differs])
     notices = [annotation("notice", None, None, "the runs differ", single_line(header))] if header else []
-    worse = [change for change in comparison.changes if change.judgement == "worse"]
+    worse = [item for item in told(comparison.changes) if item.change.judgement == "worse"]
     grown = {cell.cell_id: cell for cell in comparison.grown}
-    lines = [annotation("error", None, None, "regressed", _with_largest(change, grown)) for change in worse[:SHOWN]]
+    lines = [annotation("error", None, None, "regressed", _with_largest(item, grown)) for item in worse[:SHOWN]]
     if len(worse) > SHOWN:
         rest = f"and {len(worse) - SHOWN + 1} more, see the summary"
         lines[-1] = annotation("error", None, None, "regressed", rest)
     return "\n".join([*notices, *lines, comparison.summary()])
 
 
-def _with_largest(change: Change, grown: dict[str, Growth]) -> str:
+def _with_largest(item: Told, grown: dict[str, Growth]) -> str:
     """The change, and of a peak the buffer that grew most."""
-    cell = grown.get(change.cell_id)
-    if cell is None or change.metric not in cell.peaks or not cell.buffers or cell.buffers[0].delta <= 0:
-        return change.text()
-    return f"{change.text()}; {single_line(cell.buffers[0].text())}"
+    cell = grown.get(item.change.cell_id)
+    if cell is None or item.change.metric not in cell.peaks or not cell.buffers or cell.buffers[0].delta <= 0:
+        return item.text()
+    return f"{item.text()}; {single_line(cell.buffers[0].text())}"
 
 
-def comparison_markdown(comparison: Comparison, only_changed: bool = False) -> str:
-    """The summary line, what differs, what grew, and a table of the worst 200 changes."""
-    rows = [(c.judgement, c.label, c.metric, _numbers(c)) for c in comparison.shown(only_changed)]
-    table = markdown_table(("", "cell", "metric", "before -> after"), rows)
-    return "\n\n".join([escaped_markdown(comparison.summary()), *_markdown_header(comparison), table])
-
-
-def _numbers(change: Change) -> str:
-    return f"{change.numbers()}; {change.evidence.text()}" if change.evidence else change.numbers()
+def comparison_markdown(comparison: Comparison, unchanged: bool = False) -> str:
+    """The summary line, the model, what differs, what grew, and a table of the worst 200 changes."""
+    model, (comparison,) = _without_model([comparison])
+    of_model = [f"Model: {escaped_markdown(model)}"] if model else []
+    shown = told(comparison.changes)
+    if unchanged:
+        shown += [Told(change) for change in comparison.changes if change.judgement in UNMOVED]
+    rows = [(item.change.judgement, item.change.label, item.change.metric, item.numbers()) for item in shown]
+    table = [markdown_table(("", "cell", "metric", "before -> after"), rows)] if rows else []
+    left_out = [escaped_markdown(line) for line in _left_out([comparison], unchanged)]
+    summary = escaped_markdown(comparison.summary())
+    return "\n\n".join([summary, *of_model, *_markdown_header(comparison), *table, *left_out])
 
 
 def _markdown_header(comparison: Comparison) -> Iterator[str]:
@@ -159,44 +201,50 @@ def _markdown_header(comparison: Comparison) -> Iterator[str]:
 # --- several runs against the first ---
 
 
-def _side_by_side_text(results: Sequence[Comparison], only_changed: bool) -> str:
+def _side_by_side_text(model: str, results: Sequence[Comparison], unchanged: bool) -> str:
     """The name of each run, then a line per cell and metric with a column per run, then a summary per run."""
-    lines = [f"first: {single_line(results[0].first)}"]
+    lines = [f"model: {single_line(model)}"] if model else []
+    lines.append(f"first: {single_line(results[0].first)}")
     for number, result in enumerate(results, start=2):
         lines += [f"run {number}: {single_line(result.second)}", *(f"  {line}" for line in _header(result))]
-    for head, columns in _table(results, only_changed):
+    for head, columns in _table(results, unchanged):
         texts = [f"run {number} {text}" for number, text in enumerate(columns, start=2) if text]
         lines.append(single_line(f"{head[0]}: {head[1]}: {' | '.join(texts)}"))
     for number, result in enumerate(results, start=2):
         lines += [f"run {number}: {line}" for line in _grown_lines(result.grown)]
         lines.append(f"run {number}: {result.summary()}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_left_out(results, unchanged)])
 
 
-def _side_by_side_markdown(results: Sequence[Comparison], only_changed: bool) -> str:
-    """A summary and what differs for each run, then a table with a column per run."""
-    parts: list[str] = []
+def _side_by_side_markdown(model: str, results: Sequence[Comparison], unchanged: bool) -> str:
+    """The model, a summary and what differs for each run, then a table with a column per run."""
+    parts = [f"Model: {escaped_markdown(model)}"] if model else []
     for result in results:
         parts += [escaped_markdown(f"{result.first} -> {result.second}: {result.summary()}"), *_markdown_header(result)]
     head = ("cell", "metric", *(escaped_markdown(result.second) for result in results))
-    return "\n\n".join(
-        [*parts, markdown_table(head, [(*row, *columns) for row, columns in _table(results, only_changed)])]
-    )
+    rows = [(*row, *columns) for row, columns in _table(results, unchanged)]
+    left_out = [escaped_markdown(line) for line in _left_out(results, unchanged)]
+    return "\n\n".join([*parts, *([markdown_table(head, rows)] if rows else []), *left_out])
 
 
-def _table(results: Sequence[Comparison], only_changed: bool) -> Iterator[tuple[tuple[str, str], list[str]]]:
+def _table(results: Sequence[Comparison], unchanged: bool) -> Iterator[tuple[tuple[str, str], list[str]]]:
     """For each cell and metric its label and metric, and a text for each run; "" where a run lacks it.
 
-    The order is that in which the changes are first met, the worst of the first comparison before all others. With
-    `only_changed` a row is left out where no run changed.
+    The order is that in which the changes are first met, the worst of the first comparison before all others. Without
+    `unchanged` a row is left out where no run changed; always where each change is told with another metric's.
     """
     by_place = [{(c.cell_id, c.metric): c for c in result.changes} for result in results]
+    leading = [{(i.change.cell_id, i.change.metric): i for i in told(result.changes)} for result in results]
     for place in dict.fromkeys(place for found in by_place for place in found):
         changes = [found.get(place) for found in by_place]
         known = [change for change in changes if change is not None]
-        if only_changed and all(change.judgement in ("same", "noise") for change in known):
+        moved = any(change.judgement not in UNMOVED for change in known)
+        if not any(place in items for items in leading) if moved else not unchanged:
             continue
-        texts = [f"{change.judgement}: {_numbers(change)}" if change else "" for change in changes]
+        items = [
+            of_run.get(place) or (change and Told(change)) for of_run, change in zip(leading, changes, strict=True)
+        ]
+        texts = [f"{item.change.judgement}: {item.numbers()}" if item else "" for item in items]
         yield (known[0].label, known[0].metric), texts
 
 
