@@ -347,3 +347,28 @@ def test_pictures_drawn_by_another_process_are_the_same(tmp_path, monkeypatch):
 
     assert 5 == len(pictures(here))
     assert pictures(here) == pictures(beside) == pictures(failed)
+
+
+def test_runs_whose_names_differ_in_a_sign_have_rows_of_their_own(tmp_path):
+    """A link to a cell leads to the run that it names."""
+    runs = [a_run(tmp_path / name, a_measured_cell(), name=name, run_id=name) for name in ("r_1", "r-1", "r 1", "r.1")]
+    write_report(runs, tmp_path / "out", {"html"})
+
+    rows = [name for name in Parsed((tmp_path / "out" / "report.html").read_text()).ids if name.startswith("cell-")]
+    assert 4 == len(set(rows))
+
+
+def test_a_batch_of_ones_own_is_no_batch_size(tmp_path):
+    """Cells may differ in it; the column of the batch size stays that of the batch size."""
+    records = [a_measured_cell(), a_measured_cell(batch="mine:batch")]
+    data = unpacked(page_of(tmp_path, *records), "data")
+
+    def words(key):
+        return [data["words"][key]["values"][at] for at in data["words"][key]["at"]]
+
+    keys = {column["heading"]: column["key"] for column in data["tables"][0]["columns"]}
+    headings = [column["heading"] for column in data["tables"][0]["columns"]]
+    assert 2 == headings.count("batch")
+    assert ["8", "8"] == words("text batch_size")
+    assert {"default", "mine:batch"} == set(words("setting batch"))
+    assert keys["tokens"] == "text sequence_length"

@@ -97,8 +97,10 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
 
 
 def anchor(run: str, cell_id: str) -> str:
-    """The id of a cell's row in the page."""
-    return "cell-" + "".join(char if char.isalnum() else "-" for char in f"{run}-{cell_id}")
+    """The id of a cell's row in the page. Characters that an id may not have are their numbers, so that two runs whose
+    names differ in these alone have different ids."""
+    text = "".join(char if char.isascii() and (char.isalnum() or char == "-") else f"_{ord(char):x}_" for char in run)
+    return f"cell-{text}-{cell_id}"
 
 
 def _titles(rows: Sequence[StepRow]) -> list[str]:
@@ -186,14 +188,15 @@ def _words(
         "name": [row.name for row in rows],
         "task": [str(row.cell["task"] or "") for row in rows],
         "parameters": [", ".join(row.parameters) for row in rows],
-        "batch": [row.batch for row in rows],
-        "tokens": [str(row.cell["sequence_length"]) for row in rows],
+        "text batch_size": [row.batch for row in rows],
+        "text sequence_length": [str(row.cell["sequence_length"]) for row in rows],
         "shape": list(shapes),
         "group": list(titles),
         "wrong": [row.wrong for row in rows],
     }
+    # A setting may have the name of another word, as that of a batch of one's own has.
     for name in dict.fromkeys(name for _, table in tables for name in table.differing):
-        words[name] = [row.settings.get(name, "") for row in rows]
+        words[f"setting {name}"] = [row.settings.get(name, "") for row in rows]
     for metric in dict.fromkeys(metric for row in rows for metric in row.numbers):
         words[f"text {metric}"] = [row.numbers[metric].text if metric in row.numbers else "-" for row in rows]
     return {name: _numbered(column) for name, column in words.items()}
@@ -211,10 +214,10 @@ def _described(name: str, table: StepTable, begin: int, several_runs: bool) -> d
     leading = ["run"] * several_runs + ["model"] * table.several_models
     columns = [
         words("name", "method"),
-        number("batch_size", "batch", "samples", "samples of a step", "batch"),
-        number("sequence_length", "tokens", "", "tokens of a sample", "tokens"),
+        number("batch_size", "batch", "samples", "samples of a step", "text batch_size"),
+        number("sequence_length", "tokens", "", "tokens of a sample", "text sequence_length"),
         *(words(key, key) for key in leading),
-        *(words(key, setting_name(key)) for key in table.differing),
+        *(words(f"setting {key}", setting_name(key)) for key in table.differing),
         words("status", "status"),
     ]
     for place, column in enumerate(table.columns):
@@ -225,7 +228,7 @@ def _described(name: str, table: StepTable, begin: int, several_runs: bool) -> d
             columns.append(number(SHARE, "of full", "%", meaning, f"text {SHARE}"))
     filters = [
         key
-        for key in (*leading, "method_name", "shape", *table.differing, "status")
+        for key in (*leading, "method_name", "shape", *(f"setting {name}" for name in table.differing), "status")
         if 1 < len({_word(row, key) for row in table.rows}) <= _MOST_CHOICES
     ]
     return {
@@ -241,7 +244,8 @@ def _described(name: str, table: StepTable, begin: int, several_runs: bool) -> d
 def _word(row: StepRow, key: str) -> str:
     if key == "shape":
         return str([row.cell[name] for name in _SHAPE])
-    return row.settings[key] if key in row.settings else str(row.cell[key])
+    setting = key.removeprefix("setting ")
+    return row.settings[setting] if setting != key else str(row.cell[key])
 
 
 def _presets(rows: Sequence[StepRow], shapes: Sequence[str], numbers: Mapping[str, list[Any]]) -> list[dict[str, Any]]:

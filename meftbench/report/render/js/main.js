@@ -16,7 +16,7 @@ async function start() {
   document.getElementById("pictures")?.removeAttribute("open");
   for (const table of document.querySelectorAll("table.sortable")) sortable(table);
   const follow = () => {
-    const id = decodeURIComponent(location.hash.slice(1));
+    const id = location.hash.slice(1);
     if (!id.startsWith("cell-")) return;
     const cell = data.words.anchor.at.findIndex(place => data.words.anchor.values[place] === id);
     if (cell >= 0) opened(cell);

@@ -83,11 +83,11 @@ class HeatMap {
       const value = data.number(this.metric, cell);
       const right = at.get(`${batch}×${lengths[lengths.indexOf(length) + 1]}`);
       const above = at.get(`${batches[batches.indexOf(batch) - 1]}×${length}`);
-      const ends = neighbour => fits(cell) && neighbour !== undefined && !fits(neighbour);
+      const ends = neighbour => fits(cell) && neighbour !== undefined && data.word("status", neighbour) === "oom";
       const edge = (ends(right) ? " edge-right" : "") + (ends(above) ? " edge-top" : "");
       const open = text => el("button", { type: "button", class: "open", title: data.word("label", cell),
         onclick: () => this.opened(cell) }, text);
-      if (!fits(cell) || value === null) return el("td", { class: `failed${edge}` }, open(data.word("status", cell)));
+      if (!fits(cell) || value === null || !(value > 0)) return el("td", { class: `failed${edge}` }, open(fits(cell) ? shown(value) : data.word("status", cell)));
       const share = high > low ? (Math.log(value) - Math.log(low)) / (Math.log(high) - Math.log(low)) : 0.5;
       const lightness = matchMedia("(prefers-color-scheme: dark)").matches ? 22 + 56 * share : 94 - 62 * share;
       const ink = lightness > 58 ? "#111" : "#fff";
@@ -100,8 +100,8 @@ class HeatMap {
       el("tbody", {}, ...batches.map(batch => el("tr", {}, el("th", { scope: "row" }, String(batch)),
         ...lengths.map(length => fieldOf(batch, length))))));
     const unit = name ? `, ${name}` : "";
-    const said = `${heading(data, this.metric)}${unit} (${source}): batch size up, tokens a sample across.`;
-    const failed = cells.some(cell => !fits(cell)) ? " The thick line is where it stops to fit." : "";
+    const said = `${heading(data, this.metric)}${unit}${source ? ` (${source})` : ""}: batch size up, tokens a sample across.`;
+    const failed = cells.some(cell => data.word("status", cell) === "oom") ? " The thick line is where it stops to fit." : "";
     const again = (which, value) => { this[which] = value; this.draw(); };
     this.place.replaceChildren(
       el("div", { class: "controls" },

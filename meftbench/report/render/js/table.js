@@ -21,7 +21,7 @@ class CellTable {
       oninput: () => this.filtered("text", search.value) });
     const choosers = table.filters.map(name => {
       const words = data.wordsOf(name, this.cells);
-      return chooser(name.replaceAll("_", " "), [["", "all"], ...words.map(word => [word, word || "none"])], "",
+      return chooser(name.replace("setting ", "").replace("_requested", "").replaceAll("_", " "), [["", "all"], ...words.map(word => [word, word || "none"])], "",
         value => this.filtered(name, value));
     });
     this.said = el("span", { role: "status" });
@@ -74,7 +74,7 @@ class CellTable {
     const { key, up } = this.sorted;
     const column = this.table.columns.find(each => each.key === key);
     const sign = up ? 1 : -1;
-    if (!column.numeric) return cells.sort((a, b) => sign * data.word(key, a).localeCompare(data.word(key, b)));
+    if (!column.numeric) return cells.sort((a, b) => sign * data.word(key, a).localeCompare(data.word(key, b), "en", { numeric: true }));
     const rank = cell => {
       const value = data.number(column.sort, cell);
       return Number.isNaN(value) ? null : value;
@@ -97,7 +97,7 @@ class CellTable {
     });
     const last = Math.min(this.first + PAGE, this.order.length);
     const range = this.order.length > PAGE ? `${this.first + 1} to ${last} of ` : "";
-    this.said.textContent = `${range}${this.order.length.toLocaleString("en")} cells`;
+    this.said.textContent = `${range}${this.order.length.toLocaleString("en")} ${this.order.length === 1 ? "cell" : "cells"}`;
     this.pages.hidden = this.order.length <= PAGE;
   }
 
