@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 from typing import Any, NamedTuple
 
+from meftbench.catalogue.metrics import METRICS
 from meftbench.records.record import Metric, Record, Status, StoredMetrics
 from meftbench.records.store import Run
 from meftbench.units import format_bytes
@@ -25,7 +27,10 @@ class Figure(NamedTuple):
     """A metric of a cell over its repeats, in the unit of its Kind.
 
     value: the median over repeats where measured; the largest where counted or predicted (repeats should be equal).
-    low, high: the spread over repeats and measured steps (quartiles where the metric has them); None: not known.
+        A repeat that diverged is no noise that a median may hide: NaN where any repeat is NaN, and otherwise, of a
+        measured metric, the infinity that is the worse one for it where any repeat has that.
+    low, high: the spread over repeats and measured steps (quartiles where the metric has them), without what is NaN;
+        None: not known.
     """
 
     value: int | float
@@ -87,12 +92,23 @@ class Outcome:
         if not numbers:
             return None
         source = next(metric.source for metric in taken if as_number(metric.value) is not None)
-        lows = [metric.min for metric in taken if metric.min is not None]
-        highs = [metric.max for metric in taken if metric.max is not None]
-        if len(numbers) > 1:
-            lows, highs = [*lows, min(numbers)], [*highs, max(numbers)]
-        value = median(numbers) if source == "measured" else max(numbers)
+        spread = numbers if len(numbers) > 1 else []
+        # Without NaN, of which the smallest and the largest would depend on the order of the repeats.
+        lows = [low for low in (*(metric.min for metric in taken), *spread) if low is not None and low == low]
+        highs = [high for high in (*(metric.max for metric in taken), *spread) if high is not None and high == high]
+        value = _diverged(name, numbers, source)
+        if value is None:
+            value = median(numbers) if source == "measured" else max(numbers)
         return Figure(value, source, min(lows, default=None), max(highs, default=None))
+
+
+def _diverged(name: str, numbers: list[int | float], source: str) -> float | None:
+    """What stands for all repeats of a metric if one diverged (`Figure.value`); None where none did."""
+    if any(number != number for number in numbers):
+        return math.nan
+    better = METRICS[name].better if name in METRICS else "neither"
+    worst = {"lower": math.inf, "higher": -math.inf}.get(better)
+    return worst if source == "measured" and worst in numbers else None
 
 
 def names_of(outcome: Outcome) -> Collection[str]:
