@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import webbrowser
 from enum import StrEnum
@@ -13,6 +12,8 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.cli.options import AsJson, say_next, say_written
+from meftbench.errors import NOTHING_MATCHED
+from meftbench.escapes import single_line
 
 
 class Format(StrEnum):
@@ -38,11 +39,11 @@ def report(
     """Write the page (report.html), the plots (plots/*.png, *.svg) and the table (table.csv, table.md) of RUN...
 
     Several runs go into one page, side by side. The name of a plot is that of its file in plots/.
+    Exits 5 where no cell of any RUN has finished; the page then says so.
     """
     from meftbench.records.store import BUDGETS, load_run, warn_if_torn
     from meftbench.report.render.report import PLOTS, write_plots, write_report
 
-    gc.disable()  # what is read stays: collections would go through all records, again and again
     loaded = [load_run(run) for run in runs]
     for run in loaded:
         warn_if_torn(run)
@@ -58,4 +59,9 @@ def report(
         print(f"no browser to open {written[0]} with", file=sys.stderr)
     commands: list[tuple[str | Path, ...]] = [("compare", *runs)] if len(runs) > 1 else []
     commands += [("check", runs[0])] if (runs[0] / BUDGETS).is_file() else []
+    empty = [run for run in loaded if not run.records]
+    for run in empty:
+        print(f"{single_line(str(run.path))}: no cell has finished, so that its page is empty", file=sys.stderr)
+    if len(empty) == len(loaded):
+        raise typer.Exit(NOTHING_MATCHED)
     say_next(*commands, ("show", runs[0], "CELL"), as_json=as_json)
