@@ -165,7 +165,7 @@ def _selected_run(folder: Path, which: list[str]) -> Run:
     from dataclasses import replace
 
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.views.detail import find_records
+    from meftbench.report.views.cells import find_records
 
     run = load_run(folder)
     warn_if_torn(run)

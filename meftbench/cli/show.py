@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -13,25 +14,49 @@ from meftbench.escapes import json_text
 
 def show(
     run: RunFolder,
-    cell: Annotated[str | None, typer.Argument(help="Start of a cell_id, or a glob on the label.")] = None,
+    cell: Annotated[
+        str | None,
+        typer.Argument(
+            help="A label, with or without its model; a method; a cell_id or its start; or a glob on labels."
+        ),
+    ] = None,
+    cells: Annotated[bool, typer.Option("--cells", help="List cell_id, status and label of each cell.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="With the traceback of a cell that failed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The records as JSON, one a line.")] = False,
 ) -> None:
-    """Show the table of RUN, or everything about one CELL of it."""
+    """Show the table of RUN, or everything about one CELL of it.
+
+    show RUN lora+checkpoint/b4/s64: the cell of that method and shape.
+    show RUN lora+checkpoint: the method's cell, or a list where it has several.
+    show RUN '*/lora*': all cells whose label is like that.
+
+    Exits 5 where RUN has no such cell, has several, or no cell has finished.
+    """
+    from meftbench.records.outcome import collect
     from meftbench.records.store import load_run, warn_if_torn
     from meftbench.report.render.terminal import print_summary
-    from meftbench.report.views.detail import find_records, print_records
+    from meftbench.report.views.cells import facts_of, find_records, lines_of, refuse_empty, several
+    from meftbench.report.views.detail import print_records
 
     loaded = load_run(run)
     warn_if_torn(loaded)
+    refuse_empty(loaded)
+    records = find_records(loaded, cell) if cell else loaded.records
+    if cells:
+        listed = collect(records)
+        lines = [json.dumps(facts_of(one), ensure_ascii=False) for one in listed] if as_json else lines_of(listed)
+        print("\n".join(map(json_text, lines) if as_json else lines))
+        return
+    if cell and (choice := several(loaded, cell, records)):
+        lines, error = choice
+        print("\n".join(lines), file=sys.stderr)
+        raise error
     if as_json:
-        records = find_records(loaded, cell) if cell else loaded.records
         print("\n".join(json_text(json.dumps(record.to_json(), ensure_ascii=False)) for record in records))
     elif cell:
-        found = find_records(loaded, cell)
-        print_records(loaded, found, traceback)
-        failed = not traceback and any("traceback" in record.status_detail for record in found)
+        print_records(loaded, records, traceback)
+        failed = not traceback and any("traceback" in record.status_detail for record in records)
         say_next(*([("show", run, cell, "--traceback")] if failed else []), ("show", run), ("report", run))
     else:
         print_summary(loaded)
-        say_next(("report", run), ("show", run, "CELL"), ("compare", run, "OTHER_RUN"))
+        say_next(("report", run), ("show", run, "--cells"), ("show", run, "CELL"), ("compare", run, "OTHER_RUN"))

@@ -21,6 +21,7 @@ FOLDER = Path(__file__).with_name("files")
 FORMATS: Mapping[str, tuple[str, str]] = {
     "suite": ("meftbench.plan.suite:SuiteFile", "a suite file, suites/NAME.yaml"),
     "record": ("meftbench.schemas.runs:RecordLine", "a line of records.jsonl, and of `show --json`"),
+    "cell": ("meftbench.schemas.runs:CellLine", "a line of `show --cells --json`"),
     "run": ("meftbench.schemas.runs:RunAnswer", "`run --json` and `finetune --json`"),
     "dry-run": ("meftbench.schemas.runs:DryRunAnswer", "`run --dry-run --json`"),
     "export": ("meftbench.schemas.runs:ExportedRun", "`export RUN --json`, or --format json"),

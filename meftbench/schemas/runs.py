@@ -82,6 +82,15 @@ class RecordLine(Published):
     """By name; `meftbench list metrics` explains each."""
 
 
+class CellLine(Published):
+    """A cell of a run: one line of `meftbench show RUN --cells --json`."""
+
+    label: str
+    cell_id: str
+    status: Status
+    """Of several repeats the worst."""
+
+
 # --- run, finetune ---
 
 

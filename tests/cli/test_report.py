@@ -53,3 +53,15 @@ def test_a_folder_that_is_no_run_exits_2(cli, tmp_path):
     code, _, err = cli("report", tmp_path / "nowhere")
 
     assert (2, 1) == (code, err.count("\n"))
+
+
+def test_of_a_run_in_which_no_cell_has_finished_the_page_says_so(cli, run, tmp_path):
+    """And the exit code; beside another run it is a note."""
+    empty = a_run(tmp_path / "empty", name="empty", run_id="empty")
+    note = f"{empty.path}: no cell has finished, so that its page is empty\n"
+
+    code, out, err = cli("report", empty.path, "--format", "md")
+    beside = cli("report", run.path, empty.path, "--format", "md")
+
+    assert (5, f"{empty.path}/table.md\n", note) == (code, out, err)
+    assert (0, note) == (beside[0], beside[2])

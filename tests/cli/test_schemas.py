@@ -117,6 +117,13 @@ def test_records_are_as_their_schema_says(cli):
 
 
 @pytest.mark.usefixtures("runs")
+def test_the_cells_of_a_run_are_as_their_schema_says(cli):
+    lines = cli("show", "run", "--cells", "--json")[1].splitlines()
+
+    assert [[]] * 5 == [faults("cell", json.loads(line)) for line in lines]
+
+
+@pytest.mark.usefixtures("runs")
 def test_an_exported_run_is_as_its_schema_says(cli):
     assert faults("export", json.loads(cli("export", "run", "--format", "json")[1])) == []
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from meftbench.catalogue.metrics import BREAKDOWN, METRICS, SHARED_CORES
-from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.escapes import visible
 from meftbench.plan.axes import IN_LABEL
 from meftbench.plan.factories import OWN_ATTENTION
@@ -17,7 +15,6 @@ from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
 from meftbench.report.results import with_used
-from meftbench.verdicts.budgets import glob
 
 if TYPE_CHECKING:
     from rich.console import Console, OverflowMethod
@@ -224,24 +221,6 @@ def _layers(record: Record) -> Iterator[tuple[str, str, str]]:
     for layer, streams in enumerate(metric.value):
         errors = ", ".join("0 (bit-identical)" if error == 0 else f"{error:.2g}" for error in streams)
         yield f"layer {layer}", f"{errors} ({metric.source})", "first stream, second stream"
-
-
-def find_records(run: Run, selector: str) -> list[Record]:
-    """The records of the cells that `selector` names: a cell_id or its start, or a glob on the label.
-
-    Raises UserError (exit 5) where there is none, with the nearest labels.
-    """
-    pattern = glob(selector)
-    matching = [r for r in run.records if r.cell_id.startswith(selector) or pattern.fullmatch(r.label)]
-    if not matching:
-        nearest = get_close_matches(selector, {record.label for record in run.records}, n=3, cutoff=0.4)
-        advice = (
-            f"did you mean {', '.join(map(repr, nearest))}?"
-            if nearest
-            else f"`meftbench show {run.path}` lists its cells"
-        )
-        raise UserError(str(run.path), f"no cell {selector!r}", advice, NOTHING_MATCHED)
-    return matching
 
 
 def print_records(run: Run, records: list[Record], traceback: bool = False, console: Console | None = None) -> None:
