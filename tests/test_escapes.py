@@ -26,7 +26,8 @@ from meftbench.report.render.verdicts import render_verdicts
 from meftbench.report.results import as_csv, frame_of
 from meftbench.report.views.detail import print_records
 from meftbench.runner import Ended
-from meftbench.verdicts.compare import Change, Comparison
+from meftbench.verdicts.change import Change
+from meftbench.verdicts.compare import Comparison
 from meftbench.verdicts.growth import Growth, Part
 from meftbench.verdicts.judge import Verdict
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from meftbench.catalogue.metrics import METRICS
 from meftbench.escapes import single_line
 from meftbench.records.outcome import said
-from meftbench.verdicts.compare import UNMOVED, Change
+from meftbench.verdicts.change import UNMOVED, Change
 
 # The metric that leads a group: the first of these that is in it, else the one that changed by the largest share.
 _LEADING = ("peak_allocated_bytes", "activation_peak_bytes", "step_time_s", "tokens_per_s", "samples_per_s")
@@ -36,7 +36,7 @@ class Told(NamedTuple):
         if not self.also:
             return ""
         many = f"{len(self.also)} metrics" if len(self.also) > _NAMED else ", ".join(self.also)
-        if self.change.metric in _OF_STEP:
+        if self.change.missing or self.change.metric in _OF_STEP:
             return f", and {many} likewise"
         return f", and {many} by the same {said(abs(self.change.delta or 0), 'byte')}"
 
@@ -44,8 +44,8 @@ class Told(NamedTuple):
 def told(changes: Iterable[Change]) -> list[Told]:
     """The changes that are neither noise nor "same", those of one cell and cause as one; in the order of what leads.
 
-    One cause have bytes of one source that changed by the same number in one direction, and the time of a step with the
-    speeds computed from it, where they are judged alike.
+    One cause have numbers that the second run lacks for one reason, bytes of one source that changed by the same number
+    in one direction, and the time of a step with the speeds computed from it, where they are judged alike.
     """
     groups: dict[tuple[object, ...], list[Change]] = {}
     moved = [change for change in changes if change.judgement not in UNMOVED]
@@ -62,6 +62,8 @@ def told(changes: Iterable[Change]) -> list[Told]:
 def _cause(change: Change) -> tuple[object, ...]:
     """What changes with one cause have in common."""
     of_cell = (change.cell_id, change.judgement, change.source)
+    if change.missing:
+        return (*of_cell, "missing", change.missing)
     if change.metric in _OF_STEP:
         return (*of_cell, "step")
     in_bytes = change.delta is not None and METRICS[change.metric].unit == "byte"

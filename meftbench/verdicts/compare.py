@@ -6,22 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
-from meftbench.escapes import single_line
-from meftbench.records.outcome import Figure, Outcome, equal_numbers, names_of, outcomes, said, said_apart
+from meftbench.records.outcome import Figure, Outcome, equal_numbers, names_of, outcomes
 from meftbench.records.store import Run
 from meftbench.verdicts import noise
 from meftbench.verdicts.budgets import NOT_A_NUMBER
+from meftbench.verdicts.change import UNMOVED, Change, Judgement
 from meftbench.verdicts.comparable import ENVIRONMENT, TIME_UNITS, applies, check_comparable, differing, obstacles
 from meftbench.verdicts.environment import differences
 from meftbench.verdicts.growth import PEAKS, Growth, growth
-from meftbench.verdicts.noise import Evidence
 
-Judgement = Literal["worse", "better", "changed", "noise", "same"]
-UNMOVED: frozenset[Judgement] = frozenset({"noise", "same"})  # nothing is known to have changed
 _ORDER: tuple[Judgement, ...] = ("worse", "better", "changed", "noise", "same")
 # These metrics describe the conditions of a measurement or the load of the host, not what the method costs.
 _NOT_JUDGED = frozenset(
@@ -37,58 +34,6 @@ _NOT_JUDGED = frozenset(
     }
 )
 _MEASURED_THRESHOLD = 0.01
-
-
-class Change(NamedTuple):
-    """One metric of one cell in both runs; or the cell's status where it differs (metric "status", no numbers).
-
-    evidence: what the samples of a measured time say; None where it was judged without them.
-    """
-
-    label: str
-    cell_id: str
-    metric: str
-    judgement: Judgement
-    source: str = ""
-    before: int | float | None = None
-    after: int | float | None = None
-    statuses: tuple[str, str] | None = None
-    evidence: Evidence | None = None
-
-    @property
-    def delta(self) -> float | None:
-        """After minus before, in the metric's unit."""
-        return None if self.before is None or self.after is None else self.after - self.before
-
-    @property
-    def share(self) -> float:
-        """The change as a share of `before`; 0 where there is none, inf where `before` is 0."""
-        if self.delta is None or not self.delta:
-            return 0.0
-        return self.delta / abs(self.before) if self.before else float("inf")
-
-    def text(self) -> str:
-        """`worse: LABEL: metric 412.0 MiB -> 430.0 MiB counted (+18.0 MiB, +4.37%)`, on one line."""
-        evidence = f"; {self.evidence.text()}" if self.evidence else ""
-        return single_line(f"{self.judgement}: {self.label}: {self.metric} {self.numbers()}{evidence}")
-
-    def numbers(self) -> str:
-        """The two values with their source, and the change."""
-        if self.statuses:
-            return f"{self.statuses[0]} -> {self.statuses[1]}"
-        if self.before is None or self.after is None or self.delta is None:
-            return ""
-        unit = METRICS[self.metric].unit
-        before, after = said_apart(self.before, self.after, unit)
-        if not self.delta:
-            return f"{after} {self.source}, unchanged"
-        if not math.isfinite(self.delta):
-            same = self.before == self.after or (math.isnan(self.before) and math.isnan(self.after))
-            return f"{after} {self.source}, unchanged" if same else f"{before} -> {after} {self.source}"
-        sign = "-" if self.delta < 0 else "+"
-        # A percentage is left out where the change is a hundred times the earlier value or more.
-        share = f", {self.share:+.2%}" if abs(self.share) < 100 else ""
-        return f"{before} -> {after} {self.source} ({sign}{said(abs(self.delta), unit)}{share})"
 
 
 @dataclass(frozen=True)
@@ -173,11 +118,12 @@ def compare(
     pairs = [(outcome, right[cell_id]) for cell_id, outcome in left.items() if cell_id in right]
     runs = f"{first.path}, {second.path}"
     if not pairs:
-        cure = "compare runs of suites that share cells; `meftbench show RUN` lists them"
+        cure = "compare runs of suites that share cells; `meftbench show RUN --cells` lists them"
         raise UserError(runs, "no cell is in both runs", cure, NOTHING_MATCHED)
     check_comparable(first, second, pairs)
     changes: list[Change] = []
     left_out: Counter[str] = Counter()  # measured numbers, by what differs
+    of_other_source: Counter[tuple[str, str]] = Counter()  # numbers, by their source before and after
     by_obstacle: dict[str, None] = {}
     undecided: list[_Undecided] = []
     by_quartiles, has_test = 0, noise.available()
@@ -187,10 +133,18 @@ def compare(
         cell = _Cell(before, after, threshold, [] if across else of_cell, has_test)
         changes += cell.changes(chosen)
         left_out.update(cell.left_out)
+        of_other_source.update(cell.of_other_source)
         undecided += cell.undecided
         by_quartiles += cell.by_quartiles
     decided, notes = _decided(undecided)
     changes += decided
+    for (earlier, later), number in of_other_source.items():
+        what = (
+            f"{number} numbers are left out, since they were {earlier} in the first run and are {later} in the second"
+        )
+        if chosen and not changes:
+            raise UserError(runs, what, "rerun one of them as the other was, or name other metrics", NOT_COMPARABLE)
+        notes.append(what)
     if by_quartiles and not has_test:
         what = f"{by_quartiles} times are judged by whether their quartiles overlap, since scipy 1.15 is not installed"
         notes.append(f"{what}: {noise.INSTALL}")
@@ -252,13 +206,13 @@ def _notes(
 
 
 def _in_order(changes: Iterable[Change]) -> list[Change]:
-    """Worst first; of one judgement changes of status, then what became NaN, then the largest. Numbers that are equal
-    come last, in the order of the cells."""
+    """Worst first; of one judgement changes of status and missing numbers, then what became NaN, then the largest.
+    Numbers that are equal come last, in the order of the cells."""
     different: list[Change] = []
     equal: list[Change] = []
     for change in changes:
         (equal if change.judgement == "same" and change.before == change.after else different).append(change)
-    different.sort(key=lambda c: (_ORDER.index(c.judgement), not c.statuses, *_largest_first(c.share)))
+    different.sort(key=lambda c: (_ORDER.index(c.judgement), not (c.statuses or c.missing), *_largest_first(c.share)))
     return different + equal
 
 
@@ -284,7 +238,8 @@ class _Cell:
     scipy is there to judge samples.
 
     left_out: how many measured values each obstacle left out.  undecided: times whose noise is still to be judged.
-    by_quartiles: how many times were judged without their samples.
+    by_quartiles: how many times were judged without their samples.  of_other_source: how many numbers had one source
+        before and have another after.
     """
 
     def __init__(
@@ -293,6 +248,7 @@ class _Cell:
         self.left, self.right = left, right
         self.threshold, self.obstacles, self.has_test = threshold, obstacles, has_test
         self.left_out: Counter[str] = Counter()
+        self.of_other_source: Counter[tuple[str, str]] = Counter()
         self.undecided: list[_Undecided] = []
         self.by_quartiles = 0
 
@@ -315,18 +271,32 @@ class _Cell:
                     changes.append(Change(label, cell_id, name, "same", source, value, value))
                     continue
             before, after = left.figure(name), right.figure(name)
-            if before is None or after is None or before.source != after.source:
+            if before is None or right.status != "ok":
                 continue
-            if self.obstacles and after.source == "measured":
+            if after is not None and before.source != after.source:
+                self.of_other_source[before.source, after.source] += 1
+                continue
+            if self.obstacles and before.source == "measured":
                 applicable = [obstacle for obstacle in self.obstacles if applies(obstacle, name)]
                 if applicable:
                     self.left_out[applicable[0]] += 1
                     continue
-            if before.value == after.value:
+            if after is None:
+                changes.append(self._missing(name, before))
+            elif before.value == after.value:
                 changes.append(Change(label, cell_id, name, "same", after.source, before.value, after.value))
             elif change := self._judged(name, before, after):
                 changes.append(change)
         return changes
+
+    def _missing(self, name: str, before: Figure) -> Change:
+        """The change of a number that the second run lacks: worse, since nothing holds it any more, unless neither
+        direction of the metric is better."""
+        judgement: Judgement = "changed" if METRICS[name].better == "neither" else "worse"
+        metric = self.right.metric(name)
+        why = metric.absent if metric and metric.absent else "it has no such metric"
+        change = Change(self.left.label, self.left.cell_id, name, judgement, before.source, before.value)
+        return change._replace(missing=why)
 
     def _judged(self, name: str, before: Figure, after: Figure) -> Change | None:
         """The change; None where it has become `undecided`, since it depends on samples."""
@@ -336,7 +306,8 @@ class _Cell:
         change = Change(self.left.label, self.left.cell_id, name, direction, after.source, before.value, after.value)
         if direction == "same":
             return change
-        if abs(after.value - before.value) <= tolerance * abs(before.value):
+        # Of an infinite value no share is known: what becomes finite has changed, whatever the tolerance.
+        if math.isfinite(before.value) and abs(after.value - before.value) <= tolerance * abs(before.value):
             return change._replace(judgement="noise" if measured else "same")
         if not measured or METRICS[name].unit not in TIME_UNITS:
             return change
@@ -379,7 +350,7 @@ def _decided(undecided: Sequence[_Undecided]) -> tuple[list[Change], list[str]]:
     ):
         evidence = found.inverted() if of_time else found
         too_few.update([] if evidence.enough else [evidence.n])
-        judgement = change.judgement if evidence.shows_change(tolerance) else "noise"
+        judgement = change.judgement if evidence.shows_change(tolerance, (change.delta or 0) > 0) else "noise"
         changes.append(change._replace(judgement=judgement, evidence=evidence))
     if not too_few:
         return changes, []

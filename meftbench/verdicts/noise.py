@@ -40,9 +40,13 @@ class Evidence:
         """Whether so many samples could give a p below `SIGNIFICANCE` at all: 4 and 4 can, 3 and 3 cannot."""
         return 2 / comb(sum(self.n), self.n[0]) < SIGNIFICANCE
 
-    def shows_change(self, tolerance: float) -> bool:
-        """Whether the medians differ by more than `tolerance`, a share of the earlier median."""
-        return self.p < SIGNIFICANCE and (self.low > 1 + tolerance or self.high < 1 - tolerance)
+    def shows_change(self, tolerance: float, rise: bool) -> bool:
+        """Whether the later median is higher (`rise`), or lower, by more than `tolerance`, a share of the earlier one.
+
+        Samples that show the opposite show no such change: the value of a cell of several repeats is the median of
+        theirs, which may have risen where the median of all samples fell.
+        """
+        return self.p < SIGNIFICANCE and (self.low > 1 + tolerance if rise else self.high < 1 - tolerance)
 
     def inverted(self) -> Evidence:
         """The evidence about the reciprocal: about a speed, from that about the time it is computed from."""

@@ -11,7 +11,8 @@ import pytest
 from meftbench.errors import UserError
 from meftbench.report.render import verdicts as verdict_formats
 from meftbench.report.render.comparisons import comparison_github
-from meftbench.verdicts.compare import Change, Comparison
+from meftbench.verdicts.change import Change
+from meftbench.verdicts.compare import Comparison
 from meftbench.verdicts.judge import Verdict
 
 HOSTILE = "a|b/<script>alert('x')</script>/100%,y:\n::error::/b1/s1"

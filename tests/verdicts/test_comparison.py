@@ -8,6 +8,7 @@ import pytest
 
 from builders import MiB, a_record, a_run, measured, step_time
 from meftbench.errors import UserError
+from meftbench.records.record import Metric
 from meftbench.report.render.comparisons import comparison_text
 from meftbench.verdicts.compare import compare, exit_code
 
@@ -274,3 +275,76 @@ def test_told_to_other_environments_are_compared(runs):
 
     assert ["worse"] == [change.judgement for change in comparison.changes]
     assert comparison.notes[0].startswith("compared although the environments differ (")
+
+
+# --- numbers that the second run lacks ---
+
+LOST = Metric(None, "counted", absent="the step was not traced")
+
+
+@pytest.mark.parametrize("second", [{}, {ACTIVATION: LOST}])
+def test_a_number_that_the_second_run_lost_is_worse(runs, second):
+    """Nothing holds it any more, so that `--fail-on regression` exits 1, also where no other number is left."""
+    pair = runs([a_record(metrics={ACTIVATION: 412 * MiB})], [a_record(metrics=second)])
+
+    comparison = compare(*pair)
+
+    why = "the step was not traced" if second else "it has no such metric"
+    assert [f"412.0 MiB counted -> missing in the second run ({why})"] == [c.numbers() for c in comparison.changes]
+    assert ["worse"] == [change.judgement for change in comparison.changes]
+    assert 1 == exit_code(comparison, fail_on_regression=True)
+    assert 1 == exit_code(compare(*pair, metrics=[ACTIVATION]), fail_on_regression=True)
+
+
+def test_numbers_lost_for_one_reason_are_one_line(runs):
+    """As changes of one cause are; a count that is neither better nor worse is a change."""
+    kept = {"saved_bytes": 5}
+    first = kept | {ACTIVATION: 412 * MiB, "peak_allocated_bytes": MiB, "parameters_total": 7}
+    pair = runs([a_record(metrics=first)], [a_record(metrics=kept)])
+
+    lines = comparison_text(compare(*pair)).splitlines()
+
+    assert "peak_allocated_bytes 1.0 MiB counted -> missing in the second run (it has no such metric)" in lines[0]
+    assert lines[0].endswith(f", and {ACTIVATION} likewise")
+    assert lines[1].startswith("changed: ")
+    assert "1 cell in both runs: 2 worse, 1 changed, 1 same" == lines[-1]
+
+
+def test_a_number_new_in_the_second_run_is_no_change(runs):
+    pair = runs([a_record(metrics={"saved_bytes": 5})], [a_record(metrics={"saved_bytes": 5, ACTIVATION: MiB})])
+
+    assert [("saved_bytes", "same")] == [(c.metric, c.judgement) for c in compare(*pair).changes]
+
+
+def test_a_number_of_another_source_is_said(runs):
+    """It is not compared; where nothing else was asked for, the comparison is refused (exit 4)."""
+    first = a_record(metrics={ACTIVATION: 412 * MiB, "saved_bytes": 5})
+    pair = runs([first], [a_record(metrics={ACTIVATION: Metric(9, "predicted"), "saved_bytes": 5})])
+    said = "were counted in the first run and are predicted in the second"
+
+    (note,) = compare(*pair).notes
+    with pytest.raises(UserError, match=said) as refused:
+        compare(*pair, metrics=[ACTIVATION])
+
+    assert said in note
+    assert 4 == refused.value.exit_code
+
+
+def test_measured_numbers_lost_in_another_environment_are_left_out(runs):
+    """Whatever the other machine did not measure is no regression of the code."""
+    first = a_record(metrics={"step_time_s": step_time(1.0), "saved_bytes": 5})
+    pair = runs([first], [a_record(metrics={"saved_bytes": 5}, environment_id="environment-2")])
+
+    comparison = compare(*pair)
+
+    assert [("saved_bytes", "same")] == [(c.metric, c.judgement) for c in comparison.changes]
+    assert comparison.notes[0].startswith("1 measured numbers are left out")
+
+
+@pytest.mark.parametrize(("before", "after"), [(math.inf, "better"), (1e-7, "worse")])
+def test_what_becomes_finite_is_better_and_what_becomes_infinite_worse(runs, before, after):
+    """Of an infinite value every number is within any share, which must not make noise of it."""
+    name, later = "reconstruction_rel_max", 1e-7 if before == math.inf else math.inf
+    pair = runs([a_record(metrics={name: measured(before)})], [a_record(metrics={name: measured(later)})])
+
+    assert [after] == [change.judgement for change in compare(*pair).changes]

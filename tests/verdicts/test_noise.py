@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -126,7 +127,7 @@ def test_noise_is_seldom_taken_for_a_change():
     draw = random.Random(1)
     pairs = [([draw.gauss(1, 0.05) for _ in range(10)], [draw.gauss(1, 0.05) for _ in range(10)]) for _ in range(400)]
 
-    claimed = sum(evidence.shows_change(0.01) for evidence in evidences(pairs))
+    claimed = sum(e.shows_change(0.01, rise=True) or e.shows_change(0.01, rise=False) for e in evidences(pairs))
 
     assert claimed <= 20
 
@@ -151,7 +152,8 @@ def test_a_run_held_against_itself_shows_no_change(times):
     """The same samples, whatever they are."""
     (evidence,) = evidences([(times, times)])
 
-    assert not evidence.shows_change(0.0)
+    assert not evidence.shows_change(0.0, rise=True)
+    assert not evidence.shows_change(0.0, rise=False)
 
 
 def test_so_many_samples_could_show_a_change():
@@ -159,3 +161,23 @@ def test_so_many_samples_could_show_a_change():
     enough = {n: Evidence(n, 1.0, 1.0, 1.0).enough for n in [(3, 3), (3, 4), (4, 4), (2, 5), (2, 8), (1, 99)]}
 
     assert {(3, 3): False, (3, 4): False, (4, 4): True, (2, 5): False, (2, 8): True, (1, 99): True} == enough
+
+
+@given(st.floats(1.05, 9), st.booleans())
+def test_evidence_shows_a_change_in_its_own_direction_alone(factor, rise):
+    """A cell's value may have risen where the median of all its samples fell; that shows neither."""
+    ratio = factor if rise else 1 / factor
+    evidence = Evidence((9, 9), 0.001, ratio * 0.999, ratio * 1.001)
+
+    assert evidence.shows_change(0.01, rise)
+    assert not evidence.shows_change(0.01, not rise)
+
+
+def test_a_time_that_fell_is_not_worse_though_its_value_rose(compared):
+    """The value of the cell and its samples disagree: noise."""
+    before, after = a_timed_cell(samples(9)), a_timed_cell(samples(9, 0.5))
+    claimed = replace(after.metrics["step_time_s"], value=2.0)
+
+    (change,) = compared(before, changed(after, metrics={"step_time_s": claimed})).changes
+
+    assert ("noise", 2.0) == (change.judgement, change.after)

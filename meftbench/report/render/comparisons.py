@@ -15,7 +15,8 @@ from typing import Any
 from meftbench.escapes import json_text, single_line
 from meftbench.report.render.verdicts import SHOWN, annotation, escaped_markdown, finite, markdown_table
 from meftbench.verdicts.causes import Told, told
-from meftbench.verdicts.compare import UNMOVED, Change, Comparison
+from meftbench.verdicts.change import UNMOVED, Change
+from meftbench.verdicts.compare import Comparison
 from meftbench.verdicts.growth import Growth, Part
 
 _CELLS_SHOWN = 20  # of which text says what grew
@@ -129,7 +130,8 @@ def _content(comparison: Comparison, unchanged: bool) -> dict[str, Any]:
 def _change_content(change: Change) -> dict[str, Any]:
     numbers = {"before": change.before, "after": change.after, "delta": change.delta, "share": change.share}
     evidence = {key: finite(value) if isinstance(value, float) else value for key, value in _facts(change).items()}
-    return change._asdict() | {key: finite(value) for key, value in numbers.items()} | {"evidence": evidence or None}
+    content = {key: value for key, value in change._asdict().items() if key != "missing"}
+    return content | {key: finite(value) for key, value in numbers.items()} | {"evidence": evidence or None}
 
 
 def _facts(change: Change) -> dict[str, Any]:

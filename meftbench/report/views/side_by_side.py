@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from meftbench.errors import UserError
 from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run
+from meftbench.verdicts.change import Change
 from meftbench.verdicts.comparable import differing as what_differs
-from meftbench.verdicts.compare import Change, compare
+from meftbench.verdicts.compare import compare
 from meftbench.verdicts.environment import differences
 
 SHOWN = 200  # changes of a pair; `meftbench compare` prints all
