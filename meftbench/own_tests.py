@@ -16,7 +16,7 @@ import yaml
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError, unknown
-from meftbench.records.outcome import outcomes
+from meftbench.records.outcome import as_number, outcomes, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
 from meftbench.report.views.detail import peak_sections
@@ -37,6 +37,14 @@ _HEAD = """\
 schema: 1
 budgets:
 """
+KEPT = "baseline_allocated_bytes"  # what is kept between steps
+# What a step neither makes nor frees, so that it is before the step what it is at the peak.
+_KEPT_CATEGORIES = {
+    "parameters_bytes": "parameters",
+    "buffers_bytes": "buffers of the model",
+    "optimizer_bytes": "optimizer state",
+    "inputs_bytes": "the batch",
+}
 _SHOWN = 12  # buffers in the message of a failure
 
 
@@ -106,13 +114,33 @@ def verdicts_on(run: Run, budgets: Budgets) -> list[Verdict]:
 
 def failure_text(record: Record, verdicts: Iterable[Verdict], cure: str) -> str:
     """What is over its budget and by how much, what the memory consists of at its peak, and what to do."""
-    lines = [verdict.text() for verdict in verdicts if verdict.fails]
+    failing = [verdict for verdict in verdicts if verdict.fails]
+    lines = [verdict.text() for verdict in failing]
+    if any(verdict.metric == KEPT for verdict in failing):
+        lines += ["", *_kept_between_steps(record)]
     for section in peak_sections(record):
         lines += ["", f"{section.title}:"]
         lines += [f"  {value}: {name}, {meaning}" for name, value, meaning in section.rows[:_SHOWN]]
         if len(section.rows) > _SHOWN:
             lines.append(f"  and {len(section.rows) - _SHOWN} more")
     return "\n".join([*lines, "", cure])
+
+
+def _kept_between_steps(record: Record) -> list[str]:
+    """What is alive before the step, by category, and what it is beside those."""
+    sizes = {name: size for name in _KEPT_CATEGORIES if (size := as_number(record.value(name)))}
+    note = "The lists below are of the peak, which is later in the step."
+    if not sizes:
+        return [f"What is alive before the step is not known by category. {note}"]
+    rest = (as_number(record.value(KEPT)) or 0) - sum(sizes.values())
+    lines = [
+        f"  {said(size, 'byte')} ({record.metrics[name].source}): {_KEPT_CATEGORIES[name]}"
+        for name, size in sizes.items()
+    ]
+    if rest > 0:
+        what = "none of these: gradients, outputs or other tensors that are kept"
+        lines.append(f"  {said(rest, 'byte')} ({record.metrics[KEPT].source}): {what}")
+    return ["What is alive before the step:", *lines, note]
 
 
 # --- the budgets file ---

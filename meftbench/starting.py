@@ -26,6 +26,7 @@ BATCH_SIZE, SEQUENCE_LENGTH = 4, 128
 GATED = ("activation_peak_bytes", "peak_allocated_bytes")
 _TEMPLATES = Path(__file__).parent / "templates"
 _PINNED = ("meftbench", "torch", "transformers", "peft")
+_PROJECT = ("pyproject.toml", "setup.py")  # what makes a folder one that pip installs
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Start:
         return folder / first.name
 
     @property
+    def _runs_own_code(self) -> bool:
+        """Whether a run imports functions of the repository."""
+        return is_factory(self.cells[0].model) or self.cells[0].batch is not None
+
+    @property
     def _run_command(self) -> str:
         return f"meftbench run {self.name} --out runs/memory"
 
@@ -90,7 +96,7 @@ class Start:
             f"name: {self.name}",
             f"budgets: {self.budgets_file.name}",
         ]
-        if is_factory(cell.model) or cell.batch is not None:
+        if self._runs_own_code:
             lines += ["# A run imports functions of this repository, which are code.", "allow_code: true"]
         lines += [
             "protocol: {warmup: 1, steps: 2, passes: [memory]}",
@@ -120,9 +126,17 @@ class Start:
     def workflow(self) -> str:
         """The job that runs the suite and holds its budgets on every change."""
         template = _TEMPLATES / f"memory.{'gitlab' if self.gitlab else 'github'}.yml"
+        project = any((self.out / name).is_file() for name in _PROJECT)
+        packages = [f"{package}=={_version(package)}" for package in _PINNED]
+        of_own_code = ""
+        if self._runs_own_code and not project:
+            indent = " " * (4 if self.gitlab else 6)
+            of_own_code = f"\n{indent}# To fill in: what this repository's own code needs, such as -r requirements.txt"
         values = {
             "PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}",
-            "PACKAGES": " ".join(f"{package}=={_version(package)}" for package in _PINNED),
+            # In one command, so that the project's requirements cannot replace these versions.
+            "PACKAGES": " ".join([*(["."] if self._runs_own_code and project else []), *packages]),
+            "OWN_CODE": of_own_code,
             "NAME": self.workflow_file.stem,
             "FILE": self.workflow_file.as_posix(),
             "RUN": self._run_command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,6 +240,8 @@ def _cure(kind: str, value: Any) -> str:
         return f"YAML read the value as {value}: put it in quotes if a word was meant"
     if kind in ("float_type", "int_type") and isinstance(value, str):
         return f"YAML read {value!r} as text: write a plain number, such as 8 or 1.0e-4"
+    if isinstance(value, datetime.date):  # as the file has it
+        return f"it is {value.isoformat()}"
     return f"it is {value!r}"
 
 

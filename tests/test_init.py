@@ -181,6 +181,24 @@ def test_no_mark_of_a_template_is_left(repository, gitlab):
     assert not re.search(r"@[A-Z_]+@", text)
 
 
+@pytest.mark.parametrize("gitlab", [False, True])
+@pytest.mark.parametrize("project", ["pyproject.toml", "setup.py", None])
+@pytest.mark.parametrize("model", ["my.models:build", "bert-tiny@random"])
+def test_a_job_for_code_of_ones_own_installs_the_project(repository, gitlab, project, model):
+    """In one command with the versions that were counted with; where there is no project, a line is left to fill in."""
+    if project:
+        (repository / project).write_text("")
+    text = start_of(model, [], None, None, allow_code=True, gitlab=gitlab).workflow()
+    own = ":" in model
+
+    assert ("- run: pip install . meftbench==" in text or "- pip install . meftbench==" in text) == bool(
+        own and project
+    )
+    assert ("    # To fill in: what this repository's own code needs" in text) == (own and not project)
+    assert "- pip install" in text.replace("run: ", "")
+    assert yaml.safe_load(text)
+
+
 @given(st.text(min_size=1))
 def test_every_model_has_a_name_of_a_suite(model):
     assert re.fullmatch(r"[A-Za-z0-9_.-]+", _slug(model))

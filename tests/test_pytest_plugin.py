@@ -89,6 +89,31 @@ def test_exceeded(memory_budget):
         "test_memory.py:23: test_memory.py::test_exceeded: baseline_allocated_bytes 1,114,112 B (counted) is over max "
         "1,114,111 B; over by 1 B (0.00%)"
     )
+    before_the_step = outcome.stdout.str().partition("What is alive before the step:\n")[2].splitlines()[:3]
+    assert before_the_step == [
+        "  1.0 MiB (counted): parameters",
+        "  64.0 KiB (counted): the batch",
+        "The lists below are of the peak, which is later in the step.",
+    ]
+
+
+def test_what_is_kept_between_steps_is_told_from_what_the_step_makes(session):
+    """The outputs of each step that the model keeps are in no category of what a step begins with."""
+    outcome = session("""
+class Keeping(Model):
+    def forward(self, *arguments, **named):
+        output = super().forward(*arguments, **named)
+        self.kept = torch.ones(1024, 256)
+        return output
+
+def test_it(memory_budget):
+    memory_budget(Keeping(), BATCH, baseline_allocated="1KiB")
+""")
+
+    outcome.assert_outcomes(failed=1)
+    text = outcome.stdout.str()
+    assert "1.0 MiB (counted): none of these: gradients, outputs or other tensors that are kept" in text
+    assert text.index("What is alive before the step:") < text.index("What the peak consists of:")
 
 
 def test_a_failure_says_what_is_alive_at_the_peak(session):

@@ -49,6 +49,11 @@ def _result(record: Record) -> str:
     return single_line(f"{detail.get('type', '')}: {detail.get('message', '')}")[:200]
 
 
+def _without_model(label: str, model_label: str) -> str:
+    """The method and shape of a label, which tell the cells of a run apart."""
+    return single_line(label.removeprefix(f"{model_label}/"))
+
+
 class Plain:
     """Prints how long the run will take, then a line for each cell that ends.
 
@@ -138,7 +143,8 @@ class Bar:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._update(event.done, event.total, last=event.cell.label)
+                cell = event.cell
+                self._update(event.done, event.total, running=_without_model(cell.label, cell.model_label))
             case Ended():
                 self.counts[event.record.status] += 1
                 self.remaining.ended(event.record)
@@ -146,7 +152,7 @@ class Bar:
                     self._print(line(event))
                 if self.verbose and "traceback" in event.record.status_detail:
                     self._print(str(event.record.status_detail["traceback"]).rstrip())
-                self._update(event.done, event.total, last=f"{event.record.status}  {ending(event.record)}")
+                self._update(event.done, event.total, last=f"{event.record.status}  {self._ending(event.record)}")
             case Noted():
                 self._print(f"note: {event.text}")
             case Planned():
@@ -155,14 +161,33 @@ class Bar:
     def _print(self, text: str) -> None:
         self.console.print(visible(text), markup=False)
 
-    def _update(self, done: int, total: int, last: str) -> None:
+    @staticmethod
+    def _ending(record: Record) -> str:
+        return _without_model(ending(record), record.model_label)
+
+    def _update(self, done: int, total: int, last: str = "", running: str = "") -> None:
+        """last: how the last cell ended.  running: the cell that runs, of which the end is shown."""
+        from rich.cells import cell_len
         from rich.markup import escape
 
+        counted = "".join(f"{n} {status}  " for status, n in self.counts.items())
         counts = "".join(f"[{_COLOUR[status]}]{n} {status}[/]  " for status, n in self.counts.items())
         left = self.remaining.text()
+        if running:
+            last = _end_of(running, self._room(done, total, left) - cell_len(counted))
         self.progress.update(
             self.task, completed=done, total=total, counts=counts, left=left, last=escape(single_line(last))
         )
+
+    def _room(self, done: int, total: int, left: str) -> int:
+        """Columns of the terminal beside bar, count and remaining time, each with a space behind it."""
+        of_bar = _BAR if self.console.width >= _ROOMY else _NARROW_BAR
+        return self.console.width - of_bar - len(f"{done:>{len(str(total))}}/{total}") - len(left) - 3
+
+
+def _end_of(text: str, room: int) -> str:
+    """As much of the end of a text as fits, behind an ellipsis: of a label the shape, and of the method what fits."""
+    return text if len(text) <= room else f"…{text[-max(room - 1, 1) :]}"
 
 
 class Silent:

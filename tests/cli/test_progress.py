@@ -47,6 +47,32 @@ def test_bar_count_and_remaining_time_fit_the_width(width):
     assert width < 80 or "2 ok  1 oom" in line
 
 
+@pytest.mark.parametrize(
+    ("width", "left", "shown"),
+    [
+        (76, "", "  1 ok  …-exact(tiles=16)+chunked_loss/b8/s128"),
+        (80, "", "  1 ok  meft1-exact(tiles=16)+chunked_loss/b8/s128"),
+        (80, "about 57 min left", "about 57 min left 1 ok  …16)+chunked_loss/b8/s128"),
+    ],
+)
+def test_the_running_cell_is_told_by_its_method_and_shape(monkeypatch, width, left, shown):
+    """The model is that of all cells; of a long method the end stands, which the shape follows."""
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    bar = Bar(verbose=False, console=console)
+    bar.begin(total([]), Remaining({}))
+    monkeypatch.setattr(bar.remaining, "text", lambda: left)
+    bar(Ended(a_record(model=LONG), 1, 37))
+    cell = a_cell(model=LONG, method="meft1-exact", method_params={"tiles": 16}, levers={"chunked_loss": True})
+    bar(Started(cell, 0, 1, 37))
+
+    with console.capture() as captured:
+        console.print(bar.progress.get_renderable())
+    (line,) = captured.get().splitlines()
+
+    assert line.rstrip().endswith(shown)
+    assert LONG[:12] not in line
+
+
 def test_the_bar_says_first_how_long_it_will_take():
     file = io.StringIO()
     a_sweep(Bar(verbose=False, console=Console(width=80, file=file, color_system=None)))

@@ -37,6 +37,18 @@ def test_github_annotations_are_ten_at_most():
     assert "12 verdicts: 12 over" == lines[10]
 
 
+def test_markdown_says_where_the_memory_is():
+    """As text, JSON, annotations and JUnit do; of twenty cells at most, without markup of its own."""
+    grew = "grew since runs/a: larger: mm.default 8 × 9 float32 (+1 B)"
+    text = verdict_formats.verdicts_markdown([a_verdict(cause=grew), a_verdict(cause="")])
+    many = verdict_formats.verdicts_markdown([a_verdict(cause="<b>")] * 23)
+
+    assert text.endswith(f"|\n\nWhere the memory is:\n\n- m/full/b1/s1: activation\\_peak\\_bytes: {grew}")
+    assert 20 == many.count("- m/full/b1/s1: activation\\_peak\\_bytes: &lt;b&gt;")
+    assert many.endswith("\n- and 3 more")
+    assert "Where the memory is" not in verdict_formats.verdicts_markdown([a_verdict()])
+
+
 def test_github_annotations_cannot_be_broken_out_of():
     """A label with a line end may not start a command of its own; properties escape `:` and `,` too."""
     text = verdict_formats.verdicts_github([a_verdict(label=HOSTILE, file=Path("a,b:c%\n.yaml"))])

@@ -32,6 +32,14 @@ def test_a_plot_has_a_figure_and_the_numbers_that_it_shows(run):
     assert by_length._repr_png_().startswith(b"\x89PNG")
 
 
+def test_plots_print_as_their_names_and_titles(run):
+    """Not as the tables behind them."""
+    plots = meftbench.plots(run)
+
+    assert repr(plots["breakdown"]) == f"Picture(name='breakdown', title={plots['breakdown'].title!r})"
+    assert len(str(plots)) < 200 * len(plots)
+
+
 def test_a_picture_is_the_same_bytes_for_the_same_records(run):
     """Whoever draws it."""
     first, second = (meftbench.plots([run])["breakdown"] for _ in range(2))

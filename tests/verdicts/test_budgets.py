@@ -61,7 +61,9 @@ budgets:
         ("{match: '*', metric: peak_allocated_bytes, max: 1, when: {arithmetc: float}}",
          "b.yaml:3: budgets[0].when.arithmetc: unknown cell field 'arithmetc'; did you mean 'arithmetic'?"),
         ("{match: '*', metric: peak_allocated_bytes, max_increase: 1%}", "max_increase and baseline go together"),
-        ("{match: '*', metric: peak_allocated_bytes, max: 1, expires: 2026-12-31}", "expires and reason go together"),
+        ("{match: '*', metric: peak_allocated_bytes, max: 1, expires: 2026-12-31}",
+         "b.yaml:3: budgets[0].expires: expires and reason go together: a waived row says until when and why; it is "
+         "2026-12-31"),
         ("{match: '*', metric: ooms, max: 1, expires: 2026-12-31, reason: ' '}", "budgets[0].reason"),
         ("{match: '*', metric: ooms, max: 1, reason: issue 7}", "expires and reason go together"),
         ("{match: '*', metric: ooms, max: 1, expires: soon, reason: issue 7}", "'soon' is not a date"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +24,9 @@ class Picture:
 
     name: str
     title: str
-    alt: str
-    draw: Callable[[], Figure]
-    data: DataFrame | None = None
+    alt: str = field(repr=False)
+    draw: Callable[[], Figure] = field(repr=False)
+    data: DataFrame | None = field(default=None, repr=False)
 
     @cached_property
     def figure(self) -> Figure:

@@ -19,6 +19,7 @@ from meftbench.verdicts.judge import STATES, State, Verdict
 # GitHub shows 10 annotations of a kind for a step; where there are more, the tenth says how many.
 SHOWN = 10
 _SUMMARY_ROWS = 200
+_CAUSES = 20  # of which Markdown says what the memory above a bound is
 # GitHub refuses the whole upload where a step's summary is above 1 MiB.
 _SUMMARY_BYTES = 1_000_000
 
@@ -103,7 +104,7 @@ def _prefix(verdict: Verdict) -> str:
 
 
 def verdicts_markdown(verdicts: Sequence[Verdict]) -> str:
-    """A table of the worst 200 verdicts under the summary line."""
+    """A table of the worst 200 verdicts under the summary line, then what the memory above their bounds is."""
     rows = [
         (
             _TITLES[v.state],
@@ -117,7 +118,13 @@ def verdicts_markdown(verdicts: Sequence[Verdict]) -> str:
         for v in verdicts
     ]
     head = ("verdict", "cell", "metric", "value", "bound", "headroom", "budget")
-    return f"{escaped_markdown(verdicts_summary(verdicts))}\n\n{markdown_table(head, rows)}"
+    parts = [escaped_markdown(verdicts_summary(verdicts)), markdown_table(head, rows)]
+    causes = [f"- {escaped_markdown(f'{v.label}: {v.metric}: {v.cause}')}" for v in verdicts if v.cause]
+    if len(causes) > _CAUSES:
+        causes[_CAUSES:] = [f"- and {len(causes) - _CAUSES} more"]
+    if causes:
+        parts.append("\n".join(["Where the memory is:", "", *causes]))
+    return "\n\n".join(parts)
 
 
 def _signed(value: float, unit: str) -> str:
