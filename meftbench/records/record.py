@@ -13,14 +13,12 @@ from typing import Any, Literal, get_args
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
+from meftbench.records.checks import LARGEST, NOT_FINITE, SHAPES, check_metric, check_record
 
 SCHEMA = 1
 Status = Literal["ok", "oom", "timeout", "error", "skipped"]
 Source = Literal["measured", "counted", "predicted"]
 Value = int | float | str | list[Any] | None
-
-# JSON cannot write these numbers, and a reconstruction error may be infinite, so they are written as strings.
-_NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,17 @@ class StoredMetrics(Mapping[str, Metric]):
     __slots__ = ("_made", "content")
 
     def __init__(self, content: dict[str, dict[str, Any]]) -> None:
-        for metric in content.values():
+        for name, metric in content.items():
+            value = metric["value"]
+            kind = type(value)
+            # Most are a number with unit and source alone: then there is nothing else to check.
+            if (kind is float or (kind is int and -LARGEST < value < LARGEST)) and (
+                len(metric) == 3 and metric["source"] in _SOURCES and "unit" in metric and name not in SHAPES
+            ):
+                continue
             if metric["source"] not in _SOURCES or (metric["value"] is None) == (metric.get("absent") is None):
                 Metric.from_json(metric)  # raises the error that says what is wrong
+            check_metric(name, metric)
         self.content = content
         self._made: dict[str, Metric] = {}
 
@@ -194,6 +200,7 @@ class Record:
     @staticmethod
     def from_json(content: dict[str, Any]) -> Record:
         """The record that `to_json` wrote. Raises KeyError, TypeError or ValueError: when the content is no record."""
+        check_record(content)
         known = {key: value for key, value in content.items() if key in Record.__dataclass_fields__}
         return Record(**(known | {"metrics": StoredMetrics(content["metrics"])}))
 
@@ -209,5 +216,5 @@ def written(value: Any) -> Any:
 
 def _read(value: Any) -> Any:
     if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
+        return NOT_FINITE.get(value, value)
     return [_read(item) for item in value] if isinstance(value, list) else value

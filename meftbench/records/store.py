@@ -120,9 +120,10 @@ def read_records(file: Path) -> tuple[list[Record], bool]:
                 if content["schema"] > SCHEMA:
                     raise UserError(f"{file}:{number}", f"record of schema {content['schema']}", "update meftbench")
                 records.append(Record.from_json(content))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                why = f"{error} is missing" if isinstance(error, KeyError) else error
                 cure = "remove the line, or take the file from a backup"
-                raise UserError(f"{file}:{number}", f"is not a record ({error})", cure) from None
+                raise UserError(f"{file}:{number}", f"is not a record ({why})", cure) from None
     return records, torn
 
 

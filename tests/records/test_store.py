@@ -14,7 +14,9 @@ from builders import a_record, counted, measured
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
 from meftbench.records.record import Metric, Record
-from meftbench.records.store import RECORDS, load_run, read_records, write_whole, writing
+from meftbench.records.store import RECORDS, Run, load_run, read_records, write_whole, writing
+from meftbench.report.results import frame_of
+from meftbench.verdicts.budgets import NOT_A_NUMBER
 
 numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))
 values = st.one_of(numbers, st.text(max_size=5), st.lists(st.lists(st.floats(allow_nan=False), max_size=2), max_size=3))
@@ -39,7 +41,7 @@ records = st.builds(
     ),
     texts,
     st.sampled_from(["ok", "oom", "timeout", "error", "skipped"]),
-    st.dictionaries(st.sampled_from(sorted(METRICS)), metrics, max_size=4),
+    st.dictionaries(st.sampled_from(sorted(METRICS.keys() - NOT_A_NUMBER - {"collapse"})), metrics, max_size=4),
     texts,
     st.integers(0, 9),
 )
@@ -219,3 +221,103 @@ def test_the_metrics_of_a_record_that_was_read_are_those_that_were_written(tmp_p
     assert read.metrics.get("alloc_retries") is None
     assert (3, "counted", None, None) == read.metrics.plain("ooms")
     assert read.metrics.plain("alloc_retries") is None
+
+
+# --- damaged records ---
+
+
+def a_line():
+    """The JSON of a finished training with every kind of metric that has a form of its own."""
+    found = {
+        "step_time_s": measured(1.0, min=0.9, max=1.1, samples=[0.9, 1.1]),
+        "peak_allocated_bytes": counted(5, phases={"forward": 5}),
+        "peak_buffers": counted([{"bytes": 5, "count": 1, "shape": [5]}]),
+        "learning_curve": measured([[1, 0.5, None]]),
+        "reconstruction_rel": measured([[0.5, math.inf]]),
+        "peak_phase": counted("forward"),
+    }
+    content = a_record(metrics=found).to_json()
+    content["cell"]["training"] = {"task": "rte", "learning_rate": 0.1}
+    return content
+
+
+def paths_in(content, path=()):
+    for key, value in content.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from paths_in(value, (*path, key))
+
+
+def write_line(folder, content):
+    (folder / RECORDS).write_text(json.dumps(content) + "\n")
+    return folder / RECORDS
+
+
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(-1, 3), st.just(10**400), st.floats(), st.text(max_size=2),
+    st.just([]), st.just([1]), st.just({}), st.just({"a": 1}), st.just([[1]]),
+)  # fmt: skip
+
+
+@given(st.sampled_from(sorted(paths_in(a_line()))), ANYTHING)
+@settings(deadline=None, max_examples=100)
+def test_whatever_stands_in_a_field_the_record_is_read_or_refused_with_its_place(tmp_path_factory, path, value):
+    """A line is a record that can be tabulated, or one line that names the file and the line; nothing in between."""
+    content = a_line()
+    *above, key = path
+    place = content
+    for name in above:
+        place = place[name]
+    place[key] = value
+    file = write_line(tmp_path_factory.mktemp("run"), content)
+
+    record, refusal = None, None
+    try:
+        ((record,), _) = read_records(file)
+    except UserError as error:
+        refusal = error
+
+    if record:
+        frame = frame_of(Run(file.parent, {"name": "toy", "run_id": "run-1"}, {}, [record]))
+        assert [record.label] == list(frame["label"])
+    else:
+        assert (f"{file}:1", 2) == (refusal.where, refusal.exit_code)
+        assert "\n" not in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        (("status",), "weird", 'status is "weird", not one of ok, oom, timeout, error, skipped'),
+        (("wall_s",), "x", 'wall_s is "x", not a whole number or a number'),
+        (("wall_s",), math.inf, "wall_s is inf, not a finite number of seconds"),
+        (("metrics",), None, "metrics is null, not a mapping"),
+        (("repeat",), 10**400, "repeat is a number of more than 100 digits"),
+        (("cell",), {"a": 1}, "cell.label is missing"),
+        (("cell", "batch_size"), "8", 'cell.batch_size is "8", not a whole number'),
+        (("cell", "batch_size"), 0, "are not all 1 or more"),
+        (("cell", "model_config"), True, "cell.model_config is true, not a mapping"),
+        (("cell", "training"), {"epochs": 1}, "cell.training.task: Field required"),
+        (("metrics", "step_time_s", "samples"), [1, {}], "samples of step_time_s is [1, {}], not a list of numbers"),
+        (("metrics", "peak_allocated_bytes", "phases"), 7, "phases of peak_allocated_bytes is 7, not bytes by phase"),
+        (("metrics", "peak_allocated_bytes", "value"), {}, "the value of peak_allocated_bytes is {}, not a number or"),
+    ],
+)
+def test_a_field_of_another_type_is_named(tmp_path, path, value, why):
+    content = a_line()
+    place = content
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+
+    with pytest.raises(UserError) as refused:
+        read_records(write_line(tmp_path, content))
+
+    assert why in str(refused.value)
+
+
+def test_a_record_nested_without_end_is_refused(tmp_path):
+    (tmp_path / RECORDS).write_text("[" * 100_000 + "\n")
+
+    with pytest.raises(UserError, match="is not a record"):
+        read_records(tmp_path / RECORDS)

@@ -1,0 +1,186 @@
+"""Whether the JSON of a record has the types that a record has, so that what reads records need not ask again.
+
+Records may be anybody's: from another version, from a disk that was full, edited by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+# JSON cannot write these numbers, and a reconstruction error may be infinite, so they are written as strings.
+NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+_NONE = type(None)
+_WORDS = {str: "a text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list", bool: "a flag"}
+_TEXT, _COUNT, _MAPPING = (str,), (int,), (dict,)
+_STATUSES = ("ok", "oom", "timeout", "error", "skipped")
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("record_id", "run_id", "cell_id", "protocol_id", "environment_id"), _TEXT),
+    **dict.fromkeys(("meftbench_version", "code_digest", "started_at", "finished_at", "host", "status"), _TEXT),
+    **dict.fromkeys(("repeat", "schema"), _COUNT),
+    **dict.fromkeys(("cell", "status_detail", "metrics"), _MAPPING),
+    "worker_pid": (int, _NONE),
+    "wall_s": (int, float),
+}
+_NEEDED_IN_CELL = ("label", "model", "method", "batch_size", "micro_batch_size", "sequence_length")
+_CELL_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("label", "model", "method", "precision", "device", "attention_requested", "optimizer"), _TEXT),
+    **dict.fromkeys(("batch_size", "micro_batch_size", "sequence_length"), _COUNT),
+    **dict.fromkeys(("head", "attention_used", "optimizer_impl", "model_revision", "batch", "weights"), (str, _NONE)),
+    **dict.fromkeys(("data", "data_digest", "licence", "scored_by", "inputs"), (str, _NONE)),
+    **dict.fromkeys(("seed", "threads", "layers", "truncated_samples", "train_rows"), (int, _NONE)),
+    **dict.fromkeys(("method_params", "lever_params", "levers", "model_config"), (dict, _NONE)),
+    **dict.fromkeys(("training", "evaluation_rows"), (dict, _NONE)),
+    "packing": (bool, _NONE),
+    "cuts": (list, _NONE),
+}
+LARGEST = 10**100  # of whole numbers; above 10^308 none has a float, in which averages and shares are computed
+
+
+def check_record(content: Any) -> None:
+    """Raises ValueError: `content` is not a mapping with the fields of a record, each of its type."""
+    if type(content) is not dict:
+        raise ValueError(f"it is {_shown(content)}, not a mapping")
+    _check_types(content, _FIELDS)
+    cell, wall_s = content.get("cell"), content.get("wall_s", 0.0)
+    if cell is None or "metrics" not in content:
+        raise ValueError(f"{'metrics' if cell else 'cell'} is missing")
+    if content.get("status") not in _STATUSES:
+        raise ValueError(f"status is {_shown(content.get('status'))}, not one of {', '.join(_STATUSES)}")
+    if not math.isfinite(wall_s):
+        raise ValueError(f"wall_s is {wall_s}, not a finite number of seconds")
+    for name in _NEEDED_IN_CELL:
+        if name not in cell:
+            raise ValueError(f"cell.{name} is missing")
+    _check_types(cell, _CELL_FIELDS, "cell.")
+    if min(cell["batch_size"], cell["micro_batch_size"], cell["sequence_length"]) < 1:
+        raise ValueError("batch_size, micro_batch_size and sequence_length of the cell are not all 1 or more")
+    if cell.get("training"):
+        check_training(json.dumps(cell["training"], sort_keys=True))
+
+
+@lru_cache(maxsize=256)
+def check_training(text: str) -> None:
+    """Raises ValueError: the JSON of a cell's `training` is not one; kept, since the cells of a run share theirs."""
+    from pydantic import ValidationError
+
+    from meftbench.plan.training import Training
+
+    try:
+        Training.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("cell.training", *first["loc"])))
+        raise ValueError(f"{place}: {first['msg']}") from None
+
+
+def check_metric(name: str, metric: dict[str, Any]) -> None:
+    """Raises ValueError: a field of a metric, of which source and absence were checked, is of another type."""
+    value, shape = metric["value"], SHAPES.get(name)
+    if value is not None and not (shape[0](value) if shape else _is_value(value)):
+        raise ValueError(f"the value of {name} is {_shown(value)}, not {shape[1] if shape else 'a number or a list'}")
+    for key, part in metric.items():
+        if key in _PARTS and part is not None and not _PARTS[key][0](part):
+            raise ValueError(f"{key} of {name} is {_shown(part)}, not {_PARTS[key][1]}")
+
+
+def _check_types(content: dict[str, Any], fields: dict[str, tuple[type, ...]], place: str = "") -> None:
+    kinds = (place, *content, *map(type, content.values()))
+    if kinds not in _FOUND_RIGHT:
+        for name in fields.keys() & content.keys():
+            types = fields[name]
+            if type(content[name]) not in types:
+                wanted = " or ".join(_WORDS[kind] for kind in types if kind is not _NONE)
+                raise ValueError(f"{place}{name} is {_shown(content[name])}, not {wanted}")
+        if len(_FOUND_RIGHT) < 1000:
+            _FOUND_RIGHT.add(kinds)
+    for name, value in content.items():
+        if type(value) is int and not -LARGEST < value < LARGEST:
+            raise ValueError(f"{place}{name} is a number of more than 100 digits")
+
+
+# Names and types that were found to be right, since the records of a run share theirs: to ask field by field for each
+# record would make reading a large run a tenth slower.
+_FOUND_RIGHT: set[tuple[object, ...]] = set()
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in the message: cut, since it may be anything."""
+    if type(value) is int and not -LARGEST < value < LARGEST:
+        return "a number of more than 100 digits"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+# --- metrics ---
+
+
+def _is_number(value: Any) -> bool:
+    """A number as JSON has it, or one of the words for what is not finite."""
+    if type(value) is int:
+        return -LARGEST < value < LARGEST
+    return type(value) is float or (type(value) is str and value in NOT_FINITE)
+
+
+def _is_value(value: Any) -> bool:
+    """A value of a metric that may be of a later version: a number, flag, text or list."""
+    return _is_number(value) or isinstance(value, str | list | bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _are_layers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_are_numbers, value))
+
+
+def _is_curve(value: Any) -> bool:
+    """Rows of step, loss and score; an undefined score is null."""
+    return isinstance(value, list) and all(
+        isinstance(row, list)
+        and len(row) == 3
+        and all(map(_is_number, row[:2]))
+        and (row[2] is None or _is_number(row[2]))
+        for row in value
+    )
+
+
+def _are_buffers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict)
+        and type(row.get("bytes")) is int
+        and isinstance(row.get("count"), int | _NONE)
+        and isinstance(row.get("shape"), list | _NONE)
+        for row in value
+    )
+
+
+def _are_phases(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+_Check = Callable[[Any], bool]
+SHAPES: dict[str, tuple[_Check, str]] = {
+    "peak_phase": (_is_text, "a text"),
+    "collapse": (_is_text, "a text"),
+    "peak_buffers": (_are_buffers, "a list of buffers with their bytes"),
+    "learning_curve": (_is_curve, "a list of step, loss and score"),
+    "reconstruction_rel": (_are_layers, "a list of numbers for each layer"),
+}
+_PARTS: dict[str, tuple[_Check, str]] = {
+    "absent": (_is_text, "a text"),
+    "unit": (_is_text, "a text"),
+    **dict.fromkeys(("n", "min", "max"), (_is_number, "a number")),
+    "samples": (_are_numbers, "a list of numbers"),
+    "phases": (_are_phases, "bytes by phase"),
+}
