@@ -150,7 +150,7 @@ def test_the_recipes_work_together(extended, tmp_path):
     assert {"bitfit", "+copied"} <= {line.split()[0] for line in listed.splitlines() if line.strip()}
     assert "imdb" in run_in(extended, "-m", "meftbench", "list", "tasks")
     colours = (
-        "from meftbench.report.figures.plots import COLOUR; assert COLOUR['bitfit'] not in [*COLOUR.values()][:-1]"
+        "from meftbench.report.figures.style import COLOUR; assert COLOUR['bitfit'] not in [*COLOUR.values()][:-1]"
     )
     run_in(extended, "-c", colours)
 

@@ -22,7 +22,7 @@ from builders import (
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.records.record import Metric
-from meftbench.report.figures import plots, side_bits
+from meftbench.report.figures import plots, side_bits, style
 from meftbench.report.figures.pictures import pictures
 from meftbench.report.results import frame_of, wrong_gradient
 
@@ -355,7 +355,7 @@ def test_dominated_methods_are_grey_and_named_so(frame):
     plots.plot_memory_against_speed(frame(*cells), ax)
 
     drawn = {(line.get_xdata()[0], line.get_ydata()[0]): line.get_color() for line in ax.get_lines()}
-    assert {(300, 90): "#B8B8B8", (200, 100): plots.COLOUR["lora"], (100, 80): plots.COLOUR["meft1"]} == drawn
+    assert {(300, 90): "#B8B8B8", (200, 100): style.COLOUR["lora"], (100, 80): style.COLOUR["meft1"]} == drawn
     assert {"full (dominated)", "lora", "meft1"} == {text.get_text() for text in ax.texts}
 
 
@@ -377,7 +377,7 @@ def test_a_method_that_does_not_compute_the_gradient_is_on_no_frontier(frame):
     plots.plot_memory_against_speed(frame(*cells), ax)
 
     drawn = {line.get_xdata()[0]: (line.get_color(), line.get_markerfacecolor()) for line in ax.get_lines()}
-    grey, own = "#B8B8B8", plots.COLOUR["meft1"]
+    grey, own = "#B8B8B8", style.COLOUR["meft1"]
     assert {200: (grey, grey), 150: (own, own), 90: (grey, "none"), 80: (grey, "none")} == drawn
     assert {
         "lora (dominated)",

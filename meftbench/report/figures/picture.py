@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meftbench.records.store import replace_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
@@ -50,9 +52,9 @@ class Picture:
         return self.png
 
     def write(self, folder: Path) -> None:
-        """NAME.png and NAME.svg in `folder`."""
-        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
-        (folder / f"{self.name}.png").write_bytes(self.png)
+        """NAME.png and NAME.svg in `folder`, each in full or not at all. Raises OSError: one cannot be written."""
+        replace_file(folder / f"{self.name}.svg", self.svg().encode())
+        replace_file(folder / f"{self.name}.png", self.png)
 
 
 def _saved(figure: Figure, kind: str, salt: str) -> bytes:

@@ -1,22 +1,17 @@
 """The plots: each function draws a frame into axes; nothing is saved here. `figures.py` lays them out.
 
-A frame is what `tables.frame_of` makes, of one model and setting. Colours are those of Okabe and Ito, which
-colour-blind readers tell apart; a method keeps its colour in every figure, and memory optimisations (levers) and
-settings change the marker. An exact method has a darker shade of the published method's colour.
+A frame is what `results.frame_of` makes, of one model and setting.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
-from colorsys import hls_to_rgb
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from meftbench.catalogue.methods import METHODS
-from meftbench.catalogue.metrics import BREAKDOWN
-from meftbench.catalogue.peft_methods import PEFT_METHODS
+from meftbench.report.figures.style import CATEGORY, LINE, colour, markers
 from meftbench.report.results import methods_in_order, parts_of, rows_of, wrong_gradient
 from meftbench.units import GiB, MiB
 
@@ -24,40 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-COLOUR = {
-    "full": "#000000",
-    "lora": "#0072B2",
-    "houlsby": "#E69F00",
-    "pfeiffer": "#7F7F7F",
-    "parallel": "#CC79A7",
-    "meft1": "#009E73",
-    "meft2": "#56B4E9",
-    "meft3": "#D55E00",
-    "meft1-exact": "#004D38",
-    "meft2-exact": "#1B5E8A",
-    "meft3-exact": "#7A3500",
-}
-_FALLBACK = "#5B3A29"
-
-
-def _distinct_colour(n: int) -> str:
-    """The n-th of a series of colours that differ from their neighbours: the hue turns by the golden ratio."""
-    red, green, blue = hls_to_rgb(n * 0.618034 % 1, (0.38, 0.52, 0.66)[n % 3], 0.55)
-    return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
-
-
-_ADDED = [name for name in METHODS if name not in COLOUR and name not in PEFT_METHODS]
-COLOUR |= {name: _distinct_colour(n) for n, name in enumerate([*PEFT_METHODS, *_ADDED])}
-LINE = {"measured": "-", "counted": "-.", "predicted": "--"}
-CATEGORY = dict(
-    zip(
-        BREAKDOWN,
-        ("#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#D55E00", "#CC79A7", "#009E73", "#7F7F7F", "#000000"),
-        strict=True,
-    )
-)
-_LEVER_MARKERS = {"": "o", "checkpoint": "s", "offload": "^", "checkpoint+offload": "D"}
-SETTING_MARKERS = ("v", "P", "X", "*", "<", ">", "p", "h")
 _DOMINATED = "#B8B8B8"
 # Longer labels take several lines.
 LABEL_WIDTH = 38
@@ -315,38 +276,6 @@ def named(method: str, besides: str = "") -> str:
 def height_of_labels(frame: DataFrame) -> float:
     """Inches that a figure needs for its methods: a bar or legend line each, and more where labels are long."""
     return sum(0.24 + 0.13 * named(method, " (dominated)").count("\n") for method in methods_in_order(frame))
-
-
-def colour(method: str) -> str:
-    """The colour of a method, whatever its levers and settings."""
-    name = method.partition("+")[0].partition("(")[0]
-    return COLOUR.get(name, _FALLBACK)
-
-
-def distinct_colours(methods: Mapping[str, str]) -> dict[str, str]:
-    """A colour for each line. methods: the method of each. The first line of a method has the method's colour; further
-    ones, such as those with other settings, have colours of their own, as lines in one colour cannot be told apart."""
-    colours: dict[str, str] = {}
-    used: set[str] = {colour(method) for method in methods.values()}
-    own: set[str] = set()
-    spare = (shade for n in range(10**6) if (shade := _distinct_colour(n)) not in used)
-    for line, method in methods.items():
-        colours[line] = next(spare) if colour(method) in own else colour(method)
-        own.add(colour(method))
-    return colours
-
-
-def markers(frame: DataFrame) -> dict[str, str]:
-    """The marker of each method, by its levers; one with settings takes the next that its colour does not have yet."""
-    marker_of: dict[str, str] = {}
-    taken: set[tuple[str, str]] = set()
-    rows = {row["method"]: row for row in rows_of(frame)}
-    for method in sorted(methods_in_order(frame), key=lambda name: "(" in name):
-        usual = [_LEVER_MARKERS[rows[method]["levers"]]] if rows[method]["levers"] in _LEVER_MARKERS else []
-        free = [mark for mark in (*usual, *SETTING_MARKERS) if (colour(method), mark) not in taken]
-        marker_of[method] = free[0] if free else "."
-        taken.add((colour(method), marker_of[method]))
-    return marker_of
 
 
 def finite(value: float | None) -> TypeGuard[float]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from meftbench.report.figures.plots import colour, distinct_colours, legend_beside, markers
+from meftbench.report.figures.plots import legend_beside
+from meftbench.report.figures.style import colour, distinct_colours, markers
 from meftbench.report.results import methods_in_order
 from meftbench.report.views.scores import Result, results
 from meftbench.units import MiB

@@ -7,15 +7,8 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.figures.plots import (
-    LABEL_WIDTH,
-    LINE,
-    SETTING_MARKERS,
-    legend_beside,
-    named,
-    plain_numbers,
-    unit_of,
-)
+from meftbench.report.figures.plots import LABEL_WIDTH, legend_beside, named, plain_numbers, unit_of
+from meftbench.report.figures.style import LINE, SETTING_MARKERS
 from meftbench.report.results import parts_of, rows_of, without_side_bits
 
 if TYPE_CHECKING:

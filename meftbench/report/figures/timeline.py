@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from meftbench.report.figures.picture import Picture
-from meftbench.report.figures.plots import CATEGORY, legend_beside, unit_of
+from meftbench.report.figures.plots import legend_beside, unit_of
+from meftbench.report.figures.style import CATEGORY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record, written
 from meftbench.records.store import Run
-from meftbench.report.figures.plots import CATEGORY, COLOUR
+from meftbench.report.figures.style import CATEGORY, COLOUR
 from meftbench.report.results import SETTING, run_names, setting_text, shape_text
 from meftbench.report.views.detail import command, headline, sections, warnings
 from meftbench.report.views.scores import results, trained, untrained

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.report.figures.plots import colour, legend_beside, plain_numbers
+from meftbench.report.figures.plots import legend_beside, plain_numbers
+from meftbench.report.figures.style import colour
 from meftbench.report.results import NARROWEST, parts_of, print_table
 from meftbench.units import format_bytes, format_duration
 
@@ -140,14 +141,15 @@ def write_fit(answer: dict[str, Any], folder: Path) -> None:
     import pandas as pd
 
     from meftbench.errors import UserError
+    from meftbench.records.store import replace_file
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         frame = pd.DataFrame(answer["rows"]).astype({"largest": "Int64"})
-        frame.assign(source="predicted").to_csv(folder / "fit.csv", index=False)
-        (folder / "fit.md").write_text(markdown(answer), encoding="utf-8")
+        replace_file(folder / "fit.csv", frame.assign(source="predicted").to_csv(index=False).encode())
+        replace_file(folder / "fit.md", markdown(answer).encode())
         for kind in ("png", "svg"):
-            (folder / f"fit.{kind}").write_bytes(picture(answer, kind))
+            replace_file(folder / f"fit.{kind}", picture(answer, kind))
     except OSError as error:
         raise UserError(str(folder), f"cannot be written ({error.strerror})", "choose another --out") from None
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from meftbench.records.store import Run
 from meftbench.report.figures.picture import Picture
-from meftbench.report.figures.plots import colour, legend_beside, unit_of
+from meftbench.report.figures.plots import legend_beside, unit_of
+from meftbench.report.figures.style import colour
 from meftbench.units import format_bytes
 from meftbench.verdicts.snapshot_validation import SnapshotValidation
 from meftbench.verdicts.validation import METRICS, Error, Validation, saved, spreads
