@@ -39,7 +39,7 @@ _CELL_FIELDS: dict[str, tuple[type, ...]] = {
     "packing": (bool, _NONE),
     "cuts": (list, _NONE),
 }
-LARGEST = 10**100  # of whole numbers; above 10^308 none has a float, in which averages and shares are computed
+LARGEST = 10**300  # of whole numbers; above 10^308 none has a float, in which averages and shares are computed
 
 
 def check_record(content: Any) -> None:
@@ -101,7 +101,7 @@ def _check_types(content: dict[str, Any], fields: dict[str, tuple[type, ...]], p
             _FOUND_RIGHT.add(kinds)
     for name, value in content.items():
         if type(value) is int and not -LARGEST < value < LARGEST:
-            raise ValueError(f"{place}{name} is a number of more than 100 digits")
+            raise ValueError(f"{place}{name} is a number of more than 300 digits")
 
 
 # Names and types that were found to be right, since the records of a run share theirs: to ask field by field for each
@@ -112,7 +112,7 @@ _FOUND_RIGHT: set[tuple[object, ...]] = set()
 def _shown(value: Any) -> str:
     """A value as it stands in the message: cut, since it may be anything."""
     if type(value) is int and not -LARGEST < value < LARGEST:
-        return "a number of more than 100 digits"
+        return "a number of more than 300 digits"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}..."
 

@@ -6,6 +6,7 @@ So whenever a run is killed, finished records are kept, and at most the last lin
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -155,15 +156,30 @@ def warn_if_torn(run: Run) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Write `file` so that it is there in full or not at all. Raises UserError: when it cannot be written."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
+        replace_file(file, text.encode())
     except OSError as error:
         raise unwritable(file.parent, error) from None
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write `content` under a temporary name beside `file`, then move it into place, so that nothing is half-written.
+
+    A symbolic link is replaced by the file. Raises OSError: it cannot be written, or something else than a file (a
+    folder, a device) has its name.
+    """
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, f"{file.name} is not a regular file")
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there only where something failed
 
 
 def made(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from builders import a_record, counted, measured
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
+from meftbench.escapes import visible
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import RECORDS, Run, load_run, read_records, write_whole, writing
 from meftbench.report.results import frame_of
@@ -171,6 +172,19 @@ def test_a_file_is_there_in_full_or_not_at_all(tmp_path, monkeypatch):
         write_whole(file, "new and longer")
 
     assert "old" == file.read_text()
+    assert [file] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, make):
+    """A folder, a device or a pipe of that name stays, and nothing is left beside it."""
+    make(tmp_path / "suite.yaml")
+
+    with pytest.raises(UserError, match=r"cannot be written \(suite.yaml is not a regular file\)"):
+        write_whole(tmp_path / "suite.yaml", "text")
+
+    assert ["suite.yaml"] == os.listdir(tmp_path)
+    assert not (tmp_path / "suite.yaml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +293,7 @@ def test_whatever_stands_in_a_field_the_record_is_read_or_refused_with_its_place
 
     if record:
         frame = frame_of(Run(file.parent, {"name": "toy", "run_id": "run-1"}, {}, [record]))
-        assert [record.label] == list(frame["label"])
+        assert [visible(record.label)] == list(frame["label"])
     else:
         assert (f"{file}:1", 2) == (refusal.where, refusal.exit_code)
         assert "\n" not in str(refusal)
@@ -292,7 +306,7 @@ def test_whatever_stands_in_a_field_the_record_is_read_or_refused_with_its_place
         (("wall_s",), "x", 'wall_s is "x", not a whole number or a number'),
         (("wall_s",), math.inf, "wall_s is inf, not a finite number of seconds"),
         (("metrics",), None, "metrics is null, not a mapping"),
-        (("repeat",), 10**400, "repeat is a number of more than 100 digits"),
+        (("repeat",), 10**400, "repeat is a number of more than 300 digits"),
         (("cell",), {"a": 1}, "cell.label is missing"),
         (("cell", "batch_size"), "8", 'cell.batch_size is "8", not a whole number'),
         (("cell", "batch_size"), 0, "are not all 1 or more"),

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.errors import UserError
 from meftbench.plan.ranking import method_of
-from meftbench.report.figures.plots import colour, legend_beside
+from meftbench.records.store import replace_file
+from meftbench.report.figures.plots import legend_beside
+from meftbench.report.figures.style import colour
 from meftbench.report.views.commands import suite_of
 from meftbench.report.views.plan import map_label, markdown, name_of
 from meftbench.report.views.plan_answer import point_of
@@ -46,7 +48,7 @@ def write_plan(answer: Row, folder: Path) -> list[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            replace_file(folder / name, content)
     except OSError as error:
         raise UserError(str(folder), f"cannot be written ({error.strerror})", "choose another --out") from None
     return list(files)

@@ -142,14 +142,15 @@ def composition(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def composition_sentence(row: Mapping[str, Any]) -> str | None:
-    """`of full's 412.0 MiB (counted), tensors made in forward are 61 %`; None: the categories are not known.
+    """`of full's 412.0 MiB (counted), tensors made in forward are 61 %`; None: the categories are not known, or none
+    has a share that would be shown.
 
     row: a cell with a peak.
     """
-    sizes = composition(row)
-    if not sizes:
-        return None
+    sizes = composition(row) if _positive(row[PEAK]) else {}
     shown = {name: size for name, size in sizes.items() if size >= _SHOWN_SHARE * row[PEAK]}
+    if not shown:
+        return None
     texts = [f"{_NAMES[name]} {size / row[PEAK]:.0%}".replace("%", " %") for name, size in shown.items()]
     first, verb = texts[0].rsplit(" ", 2), "is" if _NAMES[next(iter(shown))] in _SINGULAR else "are"
     head = f"of {row['method']}'s {format_bytes(row[PEAK])} ({row[f'{PEAK}_source']})"
