@@ -20,10 +20,10 @@ from meftbench.records.outcome import as_number, outcomes, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
 from meftbench.report.views.detail import peak_sections
-from meftbench.strict_yaml import Document, KeyPath, settings_of
+from meftbench.strict_yaml import Document, KeyPath, parse, settings_of
 from meftbench.verdicts.budgets import NOT_A_NUMBER, Budgets, Default, Row, load_budgets
 from meftbench.verdicts.judge import Verdict, judge, winners
-from meftbench.verdicts.update import NO_CELL, Update, updated
+from meftbench.verdicts.update import NO_CELL, Update, confirm, updated
 
 # The metric of a bound that names none: `@pytest.mark.memory_budget("512MiB")`.
 UNNAMED = "peak_allocated_bytes"
@@ -158,7 +158,12 @@ def updated_file(file: Path, run: Run) -> Update:
     budgeted = {outcome.cell_id for outcome, _ in winners(outcomes(run), budgets)}
     # A row of a test that did not run this time is no news.
     kept = [line for line in update.kept if not line.endswith(NO_CELL)]
-    return Update(file, update.before, _with_rows(file, update.after, _new_rows(run, budgeted)), kept)
+    rows = _new_rows(run, budgeted)
+    after = _with_rows(file, update.after, rows)
+    expected = parse(update.after)
+    expected["budgets"] += [parse(row) for row in rows]
+    confirm(file, after, expected)
+    return Update(file, update.before, after, kept)
 
 
 def _new_rows(run: Run, budgeted: set[str]) -> list[str]:

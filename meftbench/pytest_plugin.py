@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     records: list[Record] = []
     config.stash[_RECORDS] = records
+    config.stash[_REFUSED] = []
     if config.getoption(_UPDATE):
         if config.getoption("tx", None):
             raise pytest.UsageError(f"{_UPDATE}: the tests run in several processes; add -n0")
@@ -70,6 +71,7 @@ class MemoryBudget:
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self.calls = 0
         self._request = request
+        self._names: set[str] = set()
 
     def __call__(
         self,
@@ -88,7 +90,8 @@ class MemoryBudget:
     ) -> Measurement:
         """Memory of training steps of `model` on `batch`, counted on CPU and measured on CUDA, within its bounds.
 
-        name: tells the calls of one test apart; default: their number, from the second on.
+        name: tells the calls of one test apart; default: their number, from the second on. No two may have the same,
+            since one of them would be held to the budget of the other; then nothing is measured, and no file updated.
         optimizer, method, module, micro_batch_size, warmup, steps, time: as in `meftbench.measure`, which trains the
             model for warmup + steps steps.
         bounds: by metric, whose ending `_bytes` may be left out: peak_allocated="900MiB", drift_bytes_per_step=0. They
@@ -106,6 +109,12 @@ class MemoryBudget:
         caller = sys._getframe(1)
         place = _relative(Path(caller.f_code.co_filename), config), caller.f_lineno
         budgets = _budgets_of(node, place, bounds)
+        part = name or ("" if self.calls == 1 else str(self.calls))
+        if part in self._names:
+            what = f"{place[0]}:{place[1]}: {MARKER}: two calls of {node.nodeid} have the name {part!r}"
+            config.stash[_REFUSED].append(f"{what}; give each a name of its own")
+            _fail(config.stash[_REFUSED][-1])
+        self._names.add(part)
         try:
             measurement = meftbench.measure(
                 model,
@@ -122,7 +131,6 @@ class MemoryBudget:
             if error.__cause__ is None:
                 _fail(f"{place[0]}:{place[1]}: {error}")
             raise  # an error in the user's model, whose traceback says where
-        part = name or ("" if self.calls == 1 else str(self.calls))
         record = record_of(f"{node.nodeid}/{part}" if part else node.nodeid, measurement)
         self._report(record, f"{part}." if part else "", budgets)
         if budgets is None and config.getoption(_UPDATE):
@@ -173,6 +181,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from meftbench.own_tests import run_of, updated_file
 
     terminalreporter.section("memory budgets")
+    if refused := config.stash[_REFUSED]:
+        terminalreporter.write_line(f"not written: {refused[0]}", red=True)
+        return
     try:
         update = updated_file(budgets_file(config), run_of(records, {}))
         update.write()
@@ -191,6 +202,7 @@ def budgets_file(config: pytest.Config) -> Path:
 
 
 _RECORDS = pytest.StashKey["list[Record]"]()
+_REFUSED = pytest.StashKey["list[str]"]()  # why the budgets file is not to be written
 _FIXTURE = pytest.StashKey[MemoryBudget]()
 
 

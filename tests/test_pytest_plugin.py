@@ -322,3 +322,23 @@ def test_rows_are_added_after_the_last_and_the_rest_stays(known, new, indent, ta
     assert all(name in added or any(row._pattern.fullmatch(name) for row in globs) for name in new)
     lines, lines_after = text.splitlines(), text_after.splitlines()
     assert lines == list(filter(lines.__contains__, lines_after))
+
+
+@pytest.mark.parametrize("calls", ['name="2"', 'name="again"'])
+def test_two_budgets_of_one_name_are_refused_and_nothing_is_written(session, pytester, calls):
+    """The second call without a name is named 2. One row of the file could not hold both."""
+    first = "" if calls == 'name="2"' else calls
+    code = f"""
+def test_it(memory_budget):
+    memory_budget(Model(), BATCH, {calls})
+    memory_budget(Model(), BATCH, {first})
+
+def test_other(memory_budget):
+    memory_budget(Model(), BATCH)
+"""
+    outcome = session(code, "--memory-budgets-update")
+
+    outcome.assert_outcomes(passed=1, failed=1)
+    what = "test_memory.py:*: memory_budget: two calls of test_memory.py::test_it have the name '*'; give each a name*"
+    outcome.stdout.fnmatch_lines([what, f"not written: {what}"])
+    assert not (pytester.path / "memory_budgets.yaml").exists()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from meftbench.catalogue.metrics import METRICS
+from meftbench.errors import UserError
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.store import Run, write_whole
-from meftbench.strict_yaml import KeyPath
+from meftbench.strict_yaml import KeyPath, parse
 from meftbench.units import MiB
 from meftbench.verdicts.budgets import Budgets, Row
 from meftbench.verdicts.judge import winners
 
+# Where a text of several lines (`|-`, `>-`) ends, what follows it begins, so that it is not replaced.
+_SEVERAL_LINES = "is written over several lines: write it on one"
 # Why a row stays as it is, where nothing that it matches was run.
 NO_CELL = "it judges no cell of the run"
 
@@ -52,6 +57,7 @@ def updated(run: Run, budgets: Budgets) -> Update:
     file has it. Comments and all else stay as they are.
 
     A row stays as it is where a cell it judges did not end ok, lacks the metric, or where the row is waived.
+    Raises UserError: the text with the new values would not be read as the old one with these values.
     """
     # newline="" keeps the line ends as they are, so that they are counted in offsets.
     with budgets.file.open(encoding="utf-8", newline="") as stream:
@@ -62,27 +68,47 @@ def updated(run: Run, budgets: Budgets) -> Update:
         judged.setdefault(index, []).append(outcome)
     edits: list[tuple[int, int, str]] = []
     kept: list[str] = []
+    expected = copy.deepcopy(budgets.document.content)
     for index, row in enumerate(budgets.rows):
         if row.max is None:
             continue
         span = spans.get(("budgets", index, "max"))
-        shared = span is None or list(spans.values()).count(span) > 1
         value, why = _largest(row, judged.get(index, []))
-        if shared:
+        if span is None or list(spans.values()).count(span) > 1:
             value, why = None, "its max stands elsewhere (a YAML anchor)"
+        elif "\n" in before[slice(*span)]:
+            value, why = None, f"its max {_SEVERAL_LINES}"
         if value is None or span is None:
             kept.append(f"{budgets.file}:{budgets.line(index)}: kept: {why}")
         elif value != row.max:
-            edits.append((*span, _yaml_number(value, METRICS[row.metric].unit)))
+            number = _yaml_number(value, METRICS[row.metric].unit)
+            edits.append((*span, number))
+            expected["budgets"][index]["max"] = parse(number)
     if place := spans.get(("updated_from",)):
         # In double quotes JSON is YAML, whatever the path holds.
-        name = json.dumps(os.path.relpath(run.path, budgets.file.parent), ensure_ascii=False)
-        if budgets.updated_from is None or not _same_folder(budgets.updated_from, run.path):
-            edits.append((*place, name))
+        folder = os.path.relpath(run.path, budgets.file.parent)
+        if "\n" in before[slice(*place)]:
+            line = before.count("\n", 0, place[0]) + 1
+            kept.append(f"{budgets.file}:{line}: kept: updated_from {_SEVERAL_LINES}")
+        elif budgets.updated_from is None or not _same_folder(budgets.updated_from, run.path):
+            edits.append((*place, json.dumps(folder, ensure_ascii=False)))
+            expected["updated_from"] = folder
     after = before
     for start, end, text in sorted(edits, reverse=True):
         after = after[:start] + text + after[end:]
+    confirm(budgets.file, after, expected)
     return Update(budgets.file, before, after, kept)
+
+
+def confirm(file: Path, text: str, expected: Any) -> None:
+    """Raises UserError: `text`, which is to replace `file`, is not read as the value `expected`."""
+    try:
+        if parse(text) == expected:
+            return
+    except yaml.YAMLError:
+        pass  # said below, as where it is read as something else
+    cure = "write each max, and updated_from, as plain text on the line of its key"
+    raise UserError(str(file), "cannot be updated without changing more than its bounds", cure)
 
 
 def _same_folder(first: Path, second: Path) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import a_record, a_run, measured
+from meftbench.catalogue.metrics import BREAKDOWN
+from meftbench.errors import UserError
 from meftbench.verdicts.budgets import load_budgets
 from meftbench.verdicts.judge import exit_code, judge
 from meftbench.verdicts.update import updated
@@ -108,3 +111,66 @@ def test_updating_twice_changes_nothing(tmp_path):
 
     assert "max: 1.0e-05}" in file.read_text()
     assert "" == updated(run, load_budgets(file)).diff()
+
+
+def updated_text(folder, text, value=7):
+    """The text of a budgets file after its update from a run whose peaks are `value`, and the rows that were kept."""
+    file = folder / "b.yaml"
+    file.write_text(text)
+    metrics = {"peak_allocated_bytes": value, "activation_peak_bytes": value}
+    update = updated(a_run(folder / "run", a_record(metrics=metrics)), load_budgets(file))
+    update.write()
+    return file.read_text(), update.kept
+
+
+@pytest.mark.parametrize("block", ["|-\n    5MiB", ">-\n    5MiB\n", "&a |-\n    5MiB", '"5\\\n      MiB"'])
+def test_a_bound_over_several_lines_is_kept(tmp_path, block):
+    """The row after it is updated, and the file stays YAML."""
+    rows = 'schema: 1\nbudgets:\n- match: "*"\n  metric: peak_allocated_bytes\n  max: {}\n# a note\n{}'
+    other = '- {{match: "*", metric: activation_peak_bytes, max: {}}}\n'
+
+    text, kept = updated_text(tmp_path, rows.format(block, other.format(5)))
+
+    assert rows.format(block, other.format(7)) == text
+    assert [f"{tmp_path}/b.yaml:3: kept: its max is written over several lines: write it on one"] == kept
+
+
+def test_a_name_of_the_run_over_several_lines_is_kept(tmp_path):
+    head = 'schema: 1\nupdated_from: >-\n  old\nbudgets: [{match: "*", metric: peak_allocated_bytes, max: '
+
+    text, kept = updated_text(tmp_path, head + "5}]\n")
+
+    assert head + "7}]\n" == text
+    assert [f"{tmp_path}/b.yaml:2: kept: updated_from is written over several lines: write it on one"] == kept
+
+
+def test_nothing_is_written_that_would_not_be_read_as_meant(tmp_path, monkeypatch):
+    """Whatever goes wrong with the offsets in the text: one line, and the file as it was."""
+    monkeypatch.setattr("meftbench.verdicts.update._spans", lambda text: {("budgets", 0, "max"): (0, 3)})
+
+    with pytest.raises(UserError, match=r"b\.yaml: cannot be updated without changing more than its bounds"):
+        updated_text(tmp_path, FILE)
+
+    assert FILE == (tmp_path / "b.yaml").read_text()
+
+
+ON_ONE_LINE = ["5", '"5 B"', "'5 B'", "5.0", "!!int 5", "&a 5", "\n    5", "  # note\n    5"]
+OVER_SEVERAL = ["|-\n    5 B", ">\n    5 B\n", "&a |\n    5 B\n\n"]
+
+
+@given(st.lists(st.sampled_from(ON_ONE_LINE + OVER_SEVERAL), min_size=1, max_size=len(BREAKDOWN)), st.booleans())
+@settings(deadline=None)
+def test_however_bounds_are_written_the_file_is_read_with_new_ones(written, noted):
+    """Each row has the run's value, or its own where it is kept; what stands after it is another row's."""
+    note = "# a note\n" if noted else ""
+    rows = [
+        f'- match: "*"\n  metric: {name}\n  max: {text}\n{note}' for name, text in zip(BREAKDOWN, written, strict=False)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "b.yaml"
+        file.write_text("schema: 1\nbudgets:\n" + "".join(row.replace("&a", f"&a{i}") for i, row in enumerate(rows)))
+        run = a_run(Path(name) / "run", a_record(metrics=dict.fromkeys(BREAKDOWN, 7)))
+        updated(run, load_budgets(file)).write()
+        read = [row.max for row in load_budgets(file).rows]
+
+    assert [5 if text in OVER_SEVERAL else 7 for text in written] == read
