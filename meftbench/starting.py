@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import yaml
+
 from meftbench.asked import positions_of
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
@@ -20,6 +22,7 @@ from meftbench.plan.factories import check_allowed, is_factory, places_of
 from meftbench.plan.models import RANDOM, folder_of, split_name
 from meftbench.plan.point import cell_of
 from meftbench.records.store import unwritable
+from meftbench.strict_yaml import parse
 
 METHODS = ("full", "lora", "lora+checkpoint")
 BATCH_SIZE, SEQUENCE_LENGTH = 4, 128
@@ -93,7 +96,7 @@ class Start:
             "# Written by `meftbench init`. What is gated: these methods at the shape that is trained. Memory is",
             "# counted, so that it is the same on every machine. `meftbench list schema` has every key.",
             "schema: 1",
-            f"name: {self.name}",
+            f"name: {_as_yaml(self.name)}",
             f"budgets: {self.budgets_file.name}",
         ]
         if self._runs_own_code:
@@ -164,8 +167,8 @@ def start_of(
     Raises UserError: a value is wrong, or the user's own code is needed and not allowed.
     """
     chosen_name = name or _slug(model)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", chosen_name) or chosen_name.endswith(".budgets"):
-        cure = "write letters, digits, `_`, `.` and `-`, without .budgets at the end"
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", chosen_name) or chosen_name.endswith(".budgets"):
+        cure = "write letters, digits, `_`, `.` and `-`, with a letter or digit first and without .budgets at the end"
         raise UserError("--name", f"{chosen_name!r} is no name of a suite", cure)
     if sequence_length is None:
         longest, of_image = (None, None) if is_factory(model) else positions_of("init", model, {})
@@ -221,6 +224,15 @@ def _missing_folders(folders: Sequence[Path]) -> list[Path]:
     """The folders that have to be made, each after the one that it is in."""
     needed = {parent for folder in folders for parent in [folder, *folder.parents] if not parent.exists()}
     return sorted(needed, key=lambda folder: len(folder.parts))
+
+
+def _as_yaml(name: str) -> str:
+    """A name as YAML: in quotes where it would be read as a number, a date, a flag or nothing (1e5, true, null)."""
+    try:
+        plain = parse(name) == name
+    except yaml.YAMLError:  # such as 2026-13-45, which is no date
+        plain = False
+    return name if plain else json.dumps(name)
 
 
 def _slug(model: str) -> str:

@@ -15,6 +15,7 @@ from meftbench.backbones.build import build_model
 from meftbench.errors import UserError
 from meftbench.plan.suite import load_suite
 from meftbench.starting import _slug, start_of, write_all
+from meftbench.strict_yaml import parse
 from meftbench.verdicts.budgets import load_budgets
 
 FILES = ["suites/bert-tiny.yaml", "suites/bert-tiny.budgets.yaml", ".github/workflows/memory.yml"]
@@ -109,6 +110,9 @@ def test_models_of_every_kind(repository, model, options, grid):
         (("./nowhere",), "init: model: no model folder 'nowhere'; check the path"),
         (("bert-tiny@random", "--name", "a b"), "--name: 'a b' is no name of a suite; write letters"),
         (("bert-tiny@random", "--name", "a.budgets"), "--name: 'a.budgets' is no name of a suite; write letters"),
+        (("bert-tiny@random", "--name=-x"), "--name: '-x' is no name of a suite; write letters"),
+        (("bert-tiny@random", "--name", ".."), "--name: '..' is no name of a suite; write letters"),
+        (("bert-tiny@random", "--name", ".hidden"), "--name: '.hidden' is no name of a suite; write letters"),
         (("mine:build",), "'mine:build' is Python code, which is imported only when allowed; add --allow-code"),
     ],
 )
@@ -202,3 +206,19 @@ def test_a_job_for_code_of_ones_own_installs_the_project(repository, gitlab, pro
 @given(st.text(min_size=1))
 def test_every_model_has_a_name_of_a_suite(model):
     assert re.fullmatch(r"[A-Za-z0-9_.-]+", _slug(model))
+
+
+NAMES = st.one_of(
+    st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,9}", fullmatch=True),
+    st.sampled_from(["1e5", "true", "null", "0x10", "2026-01-01", "2026-13-45", "1_000", "on", "Y", ".5"[1:]]),
+)
+
+
+@given(NAMES.filter(lambda name: not name.endswith(".budgets")))
+def test_the_suite_has_the_name_that_was_given(name):
+    """Whatever YAML would read without quotes: a number, a date, a flag."""
+    start = start_of("bert-tiny@random", ["full"], None, None, name=name)
+
+    assert name == parse(start.suite())["name"]
+    assert f"{name}.budgets.yaml" == parse(start.suite())["budgets"]
+    assert isinstance(parse(start.workflow())["name"], str)

@@ -163,6 +163,36 @@ def test_its_commands_are_commands_of_ours():
         assert {word for word in rest.split() if word.startswith("--")} <= options
 
 
+@pytest.mark.parametrize(
+    ("clone", "shallow", "commits"), [("", "false", 3), ("--depth=2", "true", 2), ("--depth=1", "true", 1)]
+)
+@pytest.mark.parametrize("base_moved", [True, False])
+def test_the_base_branch_is_fetched_without_changing_the_checkouts_history(
+    tmp_path, clone, shallow, commits, base_moved
+):
+    """A whole clone stays whole, one of two commits has two; the run of the base branch is of its last commit."""
+    commit = "mkdir -p kept && date +%N >> kept/records.jsonl && git add -A && git commit -qm change"
+    made = in_shell(
+        tmp_path,
+        f"git init -q -b main project && cd project && {' && '.join([commit] * 3)} && git branch change && cd .. && "
+        f"git clone -q {clone} --no-single-branch -b change file://$PWD/project clone && cd project && "
+        f"{commit if base_moved else ':'} && git rev-parse HEAD && mkdir ../temporary",
+    )
+    assert 0 == made.returncode, made.stderr
+    github = {"event_name": "pull_request", "base_ref": "main"}
+    job = Job(ACTION, github, tmp_path / "clone", tmp_path / "temporary", ENVIRONMENT)
+    step = next(step for step in SCRIPTS if step.get("id") == "base")
+
+    context = {"github": github, "inputs": {"suite": "memory", "base": "kept"}, "steps": {}}
+
+    assert job.step(step, context), job.log
+    assert f"{tmp_path}/temporary/meftbench-base/kept" == context["steps"]["base"]["outputs"]["run"]
+    history = in_shell(tmp_path / "clone", "git rev-parse --is-shallow-repository; git rev-list --count HEAD")
+    base = in_shell(tmp_path / "temporary" / "meftbench-base", "git rev-parse HEAD")
+    assert [shallow, str(commits)] == history.stdout.split()
+    assert made.stdout.split()[-1] == base.stdout.strip()
+
+
 GH = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$GH_FOLDER/calls"
 for word in "$@"; do case "$word" in body=@*) cp "${word#body=@}" "$GH_FOLDER/body" ;; esac; done

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meftbench.cli.options import RunFolder, emit, say_next
+from meftbench.cli.options import RunFolder, add_to_step_summary, emit, say_next
 from meftbench.escapes import single_line, visible
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def check(
     environment, 5 if a row matches no cell or a number is missing.
     """
     from meftbench.records.store import load_run, warn_if_torn
-    from meftbench.report.render.verdicts import append_step_summary, render_verdicts, verdicts_markdown
+    from meftbench.report.render.verdicts import render_verdicts, verdicts_markdown
     from meftbench.verdicts.budgets import budgets_file, load_budgets
     from meftbench.verdicts.explain import exceeded, explained
     from meftbench.verdicts.judge import exit_code, judge
@@ -82,7 +82,7 @@ def check(
         verdicts = explained(verdicts, loaded, baseline_run or _updated_from(budgets, loaded))
     emit(render_verdicts(verdicts, Format.json if as_json else format_, loaded.name), output)
     if format_ is Format.github:
-        append_step_summary(verdicts_markdown(verdicts), f"Memory budgets of {loaded.name}")
+        add_to_step_summary(verdicts_markdown(verdicts), f"Memory budgets of {loaded.name}")
     after = [("check", run, "--update")] if exceeded(verdicts) else []
     say_next(("show", run, "CELL"), *after, ("report", run), as_json=as_json or format_ is not Format.text)
     raise typer.Exit(exit_code(verdicts))

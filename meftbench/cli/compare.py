@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meftbench.cli import completion
-from meftbench.cli.options import emit, say_next
+from meftbench.cli.options import add_to_step_summary, emit, say_next
 from meftbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ def compare(
     """
     from meftbench.records.store import warn_if_torn
     from meftbench.report.render.comparisons import comparison_markdown, comparisons
-    from meftbench.report.render.verdicts import append_step_summary
     from meftbench.verdicts.compare import compare as compared
     from meftbench.verdicts.compare import exit_code
 
@@ -85,7 +84,7 @@ def compare(
     emit(comparisons(chosen, results, unchanged), output)
     if format_ is Format.github:
         for result in results:
-            append_step_summary(comparison_markdown(result), f"{result.first} and {result.second}")
+            add_to_step_summary(comparison_markdown(result), f"{result.first} and {result.second}")
     folders = [name for name in runs if Path(name).is_dir()]
     say_next(*([("report", *folders)] if folders else []), as_json=as_json or format_ is not Format.text)
     raise typer.Exit(max(exit_code(result, fail_on is FailOn.regression) for result in results))

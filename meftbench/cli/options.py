@@ -14,6 +14,7 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.errors import UserError
+from meftbench.escapes import single_line
 from meftbench.plan.axes import AXES
 from meftbench.plan.defaults import PROFILE
 
@@ -154,6 +155,17 @@ def emit(text: str, output: Path | None) -> None:
     except OSError as error:
         raise UserError(str(output), f"cannot be written ({error.strerror})", "choose another --output") from None
     print(f"{output}: written", file=sys.stderr)
+
+
+def add_to_step_summary(markdown: str, title: str) -> None:
+    """Add to the summary of a GitHub job. Where that cannot be written it is said on stderr, and what was found out
+    still decides how the command ends."""
+    from meftbench.report.render.verdicts import append_step_summary
+
+    try:
+        append_step_summary(markdown, title)
+    except UserError as error:
+        print(f"meftbench: {single_line(str(error))}", file=sys.stderr)
 
 
 def typed(context: typer.Context) -> str:

@@ -136,6 +136,18 @@ def test_the_step_summary_is_written_for_github(cli, run, tmp_path, monkeypatch)
     assert "## Memory budgets of toy" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.parametrize(("bound", "code"), [("412MiB", 1), ("500MiB", 0)])
+def test_a_summary_that_cannot_be_written_hides_no_verdict(cli, run, tmp_path, monkeypatch, bound, code):
+    """The variable names a folder: said on stderr, and the budgets decide how the command ends."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+
+    ended, out, err = cli("check", run.path, "--budget", budgets(tmp_path, row(bound=bound)), "--format", "github")
+
+    assert code == ended
+    assert ("::error" in out) == bool(code)
+    assert err.startswith("meftbench: GITHUB_STEP_SUMMARY: the step summary")
+
+
 def test_output_goes_to_a_file(cli, run, tmp_path):
     """stdout stays empty, the exit code stays."""
     code, out, _ = cli("check", run.path, "--budget", budgets(tmp_path, row()), "--output", tmp_path / "o.txt")
