@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,29 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+0123456789.")
 )
+
+
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+
+
+def _number(read: Callable[[Any, yaml.Node], Any]) -> Callable[[Any, yaml.Node], Any]:
+    """`read` without what only YAML 1.1 takes for a number of another base: 1:30 (90, to the base 60) and 010 (8).
+
+    Raises ValueError: it is one of these, with what YAML makes of it.
+    """
+
+    def number(loader: Any, node: yaml.Node) -> Any:
+        value = read(loader, node)
+        if ":" in node.value or _OCTAL.fullmatch(node.value):
+            raise ValueError(f"{node.value} would be read as {value}: write that number, or put a text in quotes")
+        return value
+
+    return number
+
+
+for _kind in ("int", "float"):
+    _tag = f"tag:yaml.org,2002:{_kind}"
+    _Loader.add_constructor(_tag, _number(_Loader.yaml_constructors[_tag]))
 
 
 def parse(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
@@ -31,7 +32,10 @@ def parse_bytes(text: str | int) -> int:
     match = _QUANTITY.fullmatch(str(text))
     if not match or match[2].lower() not in _BYTES:
         raise ValueError(f"{text!r} is not an amount of memory; write 412MiB, 24GiB (2^30) or 24GB (10^9)")
-    return round(float(match[1]) * _BYTES[match[2].lower()])
+    count = float(match[1]) * _BYTES[match[2].lower()]
+    if math.isinf(count):
+        raise ValueError("an amount of memory of more than 300 digits")
+    return round(count)
 
 
 _REQUESTED = re.compile(r"[Tt]ried to allocate ([0-9.]+ ?(?:bytes|B|KiB|MiB|GiB|TiB))")

@@ -165,6 +165,10 @@ def test_step(memory_budget):
             'peak_allocated_bytes: None is not an amount; write "512MiB" or a number of bytes',
         ),
         (
+            "def test_it(memory_budget): memory_budget(Model(), BATCH, peak_allocated=float('inf'))",
+            "test_memory.py:13: peak_allocated_bytes: max: it is not a finite number, so that it bounds nothing;",
+        ),
+        (
             "def test_it(memory_budget): memory_budget(Model(), BATCH, limit=3)",
             "unknown metric 'limit'; write such as peak_allocated, activation_peak,",
         ),

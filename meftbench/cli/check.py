@@ -59,7 +59,7 @@ def check(
     exceeds it), 3 if a bounded cell failed, 4 if a row is for another
     environment, 5 if a row matches no cell or a number is missing.
     """
-    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.records.store import load_run, warn_of_left_out
     from meftbench.report.render.verdicts import render_verdicts, verdicts_markdown
     from meftbench.verdicts.budgets import budgets_file, load_budgets
     from meftbench.verdicts.explain import exceeded, explained
@@ -68,7 +68,7 @@ def check(
     from meftbench.verdicts.update import updated
 
     loaded = load_run(run)
-    warn_if_torn(loaded)
+    warn_of_left_out(loaded)
     budgets = load_budgets(budget or budgets_file(loaded))
     if update:
         change = updated(loaded, budgets)

@@ -67,7 +67,7 @@ def compare(
     interval of the ratio of medians (scipy), else where quartiles are apart.
     Exits 4 where the runs are not comparable, 5 without a common cell.
     """
-    from meftbench.records.store import warn_if_torn
+    from meftbench.records.store import warn_of_left_out
     from meftbench.report.render.comparisons import comparison_markdown, comparisons
     from meftbench.verdicts.compare import compare as compared
     from meftbench.verdicts.compare import exit_code
@@ -77,7 +77,7 @@ def compare(
         raise UserError("--all, --only-changed", "exclude each other", "name one of them")
     first, *others = _loaded(runs, against)
     for run in (first, *others):
-        warn_if_torn(run)
+        warn_of_left_out(run)
     results = [compared(first, other, metric or (), share, across=across) for other in others]
     chosen = Format.json if as_json else format_
     unchanged = all_ or (chosen is Format.json and not only_changed)

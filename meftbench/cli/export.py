@@ -164,11 +164,11 @@ def _selected_run(folder: Path, which: list[str]) -> Run:
     """The run with the cells that `which` names, all if it is empty. Raises UserError (exit 5): a name matches none."""
     from dataclasses import replace
 
-    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.records.store import load_run, warn_of_left_out
     from meftbench.report.views.cells import find_records
 
     run = load_run(folder)
-    warn_if_torn(run)
+    warn_of_left_out(run)
     if not which:
         return run
     record_ids = {record.record_id for name in which for record in find_records(run, name)}

@@ -41,12 +41,12 @@ def report(
     Several runs go into one page, side by side. The name of a plot is that of its file in plots/.
     Exits 5 where no cell of any RUN has finished; the page then says so.
     """
-    from meftbench.records.store import BUDGETS, load_run, warn_if_torn
+    from meftbench.records.store import BUDGETS, load_run, warn_of_left_out
     from meftbench.report.render.report import PLOTS, write_plots, write_report
 
     loaded = [load_run(run) for run in runs]
     for run in loaded:
-        warn_if_torn(run)
+        warn_of_left_out(run)
     folder = out or runs[0]
     if plot:
         files = write_plots(loaded, folder / PLOTS, plot)

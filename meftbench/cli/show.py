@@ -33,13 +33,13 @@ def show(
     Exits 5 where RUN has no such cell, has several, or no cell has finished.
     """
     from meftbench.records.outcome import collect
-    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.records.store import load_run, warn_of_left_out
     from meftbench.report.render.terminal import print_summary
     from meftbench.report.views.cells import facts_of, find_records, lines_of, refuse_empty, several
     from meftbench.report.views.detail import print_records
 
     loaded = load_run(run)
-    warn_if_torn(loaded)
+    warn_of_left_out(loaded)
     refuse_empty(loaded)
     records = find_records(loaded, cell) if cell else loaded.records
     if cells:

@@ -130,12 +130,12 @@ def _run(
     folder: Path, profile: str | None, save: bool, allow_code: bool, as_json: bool, tell: Callable[[str], None]
 ) -> None:
     from meftbench.catalogue.profiles import find_profile
-    from meftbench.records.store import load_run, warn_if_torn
+    from meftbench.records.store import load_run, warn_of_left_out
     from meftbench.report.views.validation import validation_text
     from meftbench.verdicts import validation
 
     loaded = load_run(folder)
-    warn_if_torn(loaded)
+    warn_of_left_out(loaded)
     validation.measured_records(loaded)  # raises an error first where nothing was measured, whatever the profile
     if profile:
         find_profile(profile, "--profile")

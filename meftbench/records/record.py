@@ -194,8 +194,14 @@ class Record:
         return str(import_module("meftbench.report.render.notebook").record_html(self))
 
     def to_json(self) -> dict[str, Any]:
+        """The record as it is stored; a metric of a later version, whose unit is not known here, as it was read."""
         content = {key: value for key, value in vars(self).items() if key != "metrics"}
-        return content | {"metrics": {name: metric.to_json(name) for name, metric in self.metrics.items()}}
+        read = self.metrics.content if isinstance(self.metrics, StoredMetrics) else {}
+        metrics = {
+            name: written(read[name]) if name in read and name not in METRICS else self.metrics[name].to_json(name)
+            for name in self.metrics
+        }
+        return content | {"metrics": metrics}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Record:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
+from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
 from meftbench.escapes import single_line
 from meftbench.records.record import SCHEMA, Record
@@ -143,14 +144,18 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def warn_if_torn(run: Run) -> None:
-    """Print a warning to stderr if the last record was cut off."""
+def warn_of_left_out(run: Run) -> None:
+    """Say on stderr what tables and comparisons of the run lack: a last record that was cut off, and metrics of a later
+    version, which have no meaning here."""
+    place = single_line(str(run.path / RECORDS))
     if run.torn:
         cure = "`meftbench run --resume` repeats that cell"
-        print(
-            f"{single_line(str(run.path / RECORDS))}: the last line is cut off and was left out; {cure}",
-            file=sys.stderr,
-        )
+        print(f"{place}: the last line is cut off and was left out; {cure}", file=sys.stderr)
+    if unknown := sorted({name for record in run.records for name in record.metrics if name not in METRICS}):
+        several = len(unknown) > 1
+        what = f"{len(unknown)} metric{'s are' if several else ' is'} unknown to this version and left out"
+        named = single_line(", ".join(unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+        print(f"{place}: {what} ({named}); update meftbench, or read them with --json", file=sys.stderr)
 
 
 def write_whole(file: Path, text: str) -> None:

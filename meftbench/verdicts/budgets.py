@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -44,15 +45,22 @@ class Increase:
         return grown + self.amount if self.amount else grown
 
 
+_LARGEST = 10**300  # of bounds; above 10^308 a whole number has no float, in which headroom is said
+
+
 def _amount(value: Any) -> Any:
-    """The bytes of a text such as "412MiB"; any other value unchanged."""
-    return parse_bytes(value) if isinstance(value, str) else value
+    """The bytes of a text such as "412MiB"; any other value unchanged. Raises ValueError: it is not finite."""
+    if isinstance(value, str):
+        value = parse_bytes(value)
+    if isinstance(value, (int, float)) and not -_LARGEST < value < _LARGEST:  # nan is not in between, either
+        raise ValueError("it is not a finite number, so that it bounds nothing; write 412MiB or a plain number")
+    return value
 
 
 def _share(value: Any) -> Any:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", value)
-        if not match:
+        if not match or not math.isfinite(float(match[1])):
             raise ValueError(f"{value!r} is not a share; write 1% or 0.01")
         return float(match[1]) / 100
     return value
@@ -86,7 +94,7 @@ def _date(value: Any) -> Any:
 
 
 Amount = Annotated[int | float, BeforeValidator(_amount)]
-Share = Annotated[float, BeforeValidator(_share), Field(ge=0)]
+Share = Annotated[float, BeforeValidator(_share), Field(ge=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -143,10 +151,6 @@ class Row(_Strict):
         if (self.expires is None) != (self.reason is None):
             key = "expires" if self.reason is None else "reason"
             raise FaultAtError("expires and reason go together: a waived row says until when and why", key)
-        for key in ("max", "min", "warn"):
-            bound = getattr(self, key)
-            if bound is not None and bound != bound:
-                raise FaultAtError(f"{key} is not a number, so that nothing would be within it", key)
         if self.max is not None and self.warn is not None and self.warn > self.max:
             raise FaultAtError("warn is above max and would never be seen", "warn")
         return self

@@ -67,7 +67,9 @@ budgets:
         ("{match: '*', metric: ooms, max: 1, expires: 2026-12-31, reason: ' '}", "budgets[0].reason"),
         ("{match: '*', metric: ooms, max: 1, reason: issue 7}", "expires and reason go together"),
         ("{match: '*', metric: ooms, max: 1, expires: soon, reason: issue 7}", "'soon' is not a date"),
-        ("{match: '*', metric: ooms, max: .nan}", "max is not a number"),
+        ("{match: '*', metric: ooms, max: 010}", "b.yaml:3: not valid YAML (010 would be read as 8: write that number"),
+        ("{match: '*', metric: ooms, max: 1:30}", "b.yaml:3: not valid YAML (1:30 would be read as 90: write that"),
+        ("{match: '*', metric: ooms, max: 1:30.5}", "(1:30.5 would be read as 90.5: write that number"),
         ("{match: '*', metric: peak_allocated_bytes, max: 1, warn: 2}", "warn is above max"),
         ("{match: '*', metric: peak_allocated_bytes, max: 1, missing: maybe}", "'error', 'warn' or 'ignore'"),
     ],
@@ -126,3 +128,21 @@ def test_no_shipped_bound_is_decided_by_the_rounding_of_one_processor():
             rounded = METRICS[row.metric].unit in ("ratio", "absolute", "loss")
             room = row.tolerance is not None and row.tolerance >= 1
             assert not rounded or not row.max or room, f"{file}: {row.match} {row.metric}"
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e400", "1" + 310 * "0", f'"1{310 * "0"}GiB"'])
+@pytest.mark.parametrize("key", ["max", "min", "warn", "max_increase", "baseline", "baseline: {a", "tolerance"])
+def test_a_bound_that_is_not_finite_is_refused(tmp_path, key, number):
+    """It would hold whatever is measured, or nothing."""
+    rest = {"max_increase": ", baseline: 1", "baseline": ", max_increase: 1", "baseline: {a": "}, max_increase: 1"}
+
+    with pytest.raises(UserError) as refused:
+        one_row(tmp_path, f"{{match: '*', metric: ooms, {key}: {number}{rest.get(key, ', min: 0' * (key != 'min'))}}}")
+
+    assert str(refused.value).startswith(f"{tmp_path}/b.yaml:3: budgets[0].{key.partition(':')[0]}")
+
+
+def test_a_number_with_a_zero_in_front_is_a_text_in_quotes_and_others_are_as_meant(tmp_path):
+    """Hexadecimal numbers and underscores are in files on purpose; a zero alone is one."""
+    for text, value in (("0", 0), ("0x10", 16), ("1_000", 1000), ("0.5", 0.5), ("'010 B'", 10), ("-0.5e1", -5.0)):
+        assert value == one_row(tmp_path, f"{{match: '*', metric: ooms, max: {text}}}").max
