@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from builders import a_record, a_run
@@ -21,6 +22,7 @@ from meftbench.errors import UserError
 from meftbench.escapes import json_text, single_line, spreadsheet_text, visible
 from meftbench.records.store import load_run
 from meftbench.report.render.comparisons import comparisons
+from meftbench.report.render.markdown import markdown
 from meftbench.report.render.terminal import print_summary
 from meftbench.report.render.verdicts import render_verdicts
 from meftbench.report.results import as_csv, frame_of
@@ -199,3 +201,27 @@ def test_a_folder_with_a_hostile_name_is_named_visibly(cli, tmp_path):
     for arguments in (("check", name), ("compare", name, name), ("show", name)):
         _, out, err = cli(*arguments)
         assert [] == acts(out + err)
+
+
+@pytest.mark.parametrize(
+    "name", ["<img src=x>", "[a](http://evil)", "![a](b)", "# heading", "- list", "1. list", "---", "`code`", "*a* _b_",
+             "===", "$x$", "~~a~~", "| a |", "&lt;", "    code"],
+)  # fmt: skip
+def test_texts_of_a_run_are_no_markup_in_its_markdown(tmp_path, name):
+    """Beside the tables, too: the name of a run is shown as it is, and makes no heading, list, link or image."""
+    run = a_run(tmp_path / "run", a_record(metrics={"peak_allocated_bytes": 5}), name=name)
+    plain = a_run(tmp_path / "plain", a_record(metrics={"peak_allocated_bytes": 5}), name="plain")
+
+    read, expected = (MarkdownIt().enable("table").parse(markdown([one], frame_of(one))) for one in (run, plain))
+
+    assert kinds_of(expected) == kinds_of(read)
+    assert any(token.content.startswith(f"{name.strip()}: a CPU") for token in texts_of(read))
+
+
+def texts_of(tokens):
+    return [inline for token in tokens for inline in [*(token.children or [])] if inline.type == "text"]
+
+
+def kinds_of(tokens):
+    """What a text is made of, but for how many pieces of plain text."""
+    return [token.type for token in tokens] + [c.type for t in tokens for c in t.children or () if c.type != "text"]

@@ -12,6 +12,7 @@ from meftbench.records.store import BUDGETS, ENVIRONMENT, RECORDS, SUITE, Run, l
 
 _SECONDS = 120  # for a command of git; one on an unreachable network drive would wait for ever
 _FILES = (SUITE, ENVIRONMENT, RECORDS, BUDGETS)
+_REGULAR, _LINK = ("100644", "100755"), "120000"  # modes of files in git
 
 
 def load_named(name: str) -> Run:
@@ -31,8 +32,8 @@ def load_named(name: str) -> Run:
 def load_run_at(revision: str, folder: Path) -> Run:
     """The run that `revision` has in `folder`, which need not be there in the checkout.
 
-    Raises UserError (exit 2): git is not installed, there is no repository around the folder, no such revision, or the
-    revision has no run in the folder.
+    Raises UserError (exit 2): git is not installed, there is no repository around the folder, no such revision, the
+    revision has no run in the folder, or a file of it is a link or not in this clone.
     """
     name = f"{revision}:{folder}"
     around = next((parent for parent in folder.absolute().parents if parent.is_dir()), Path.cwd())
@@ -53,11 +54,17 @@ def _read(top: Path, revision: str, folder: Path, name: str) -> Run:
     with tempfile.TemporaryDirectory(prefix="meftbench-") as temporary:
         copy = Path(temporary)
         present = _names(top, sha, inside.as_posix(), name)
-        for file in present:
+        for file, mode in present.items():
+            place = f"{(inside / file).as_posix()} of {sha[:12]}"
+            if mode not in _REGULAR:
+                what = "a symbolic link" if mode == _LINK else "not a file"
+                raise UserError(name, f"{place} is {what}", "commit the file itself, or name another revision")
             content = _git(top, "cat-file", "blob", f"{sha}:{(inside / file).as_posix()}", name=name)
-            if content is not None:
-                (copy / file).write_bytes(content)
-        if not {SUITE, ENVIRONMENT} <= set(present):
+            if content is None:
+                cure = "fetch it (a partial clone leaves contents out until they are asked for), or name a run folder"
+                raise UserError(name, f"the content of {place} is not in this clone", cure)
+            (copy / file).write_bytes(content)
+        if not present.keys() >= {SUITE, ENVIRONMENT}:
             cure = f"a run has {SUITE}, {ENVIRONMENT} and {RECORDS}; commit them, or name another revision"
             raise UserError(name, f"{sha[:12]} has no run in {inside.as_posix()}", cure)
         try:
@@ -67,16 +74,25 @@ def _read(top: Path, revision: str, folder: Path, name: str) -> Run:
     return replace(run, path=Path(name))
 
 
-def _names(top: Path, sha: str, inside: str, name: str) -> list[str]:
-    """Those of the files of a run, environments of resumed runs included, that the commit has in a folder."""
-    listed = _git(top, "ls-tree", "-z", "--name-only", f"{sha}:{'' if inside == '.' else inside}", name=name)
-    names = listed.decode("utf-8", "surrogateescape").split("\0") if listed else []
-    return [file for file in names if file in _FILES or (file.startswith("environment-") and file.endswith(".json"))]
+def _names(top: Path, sha: str, inside: str, name: str) -> dict[str, str]:
+    """Those of the files of a run, environments of resumed runs included, that the commit has in a folder, with the
+    mode that git has of each."""
+    listed = _git(top, "ls-tree", "-z", f"{sha}:{'' if inside == '.' else inside}", name=name)
+    entries = listed.decode("utf-8", "surrogateescape").split("\0")[:-1] if listed else []
+    modes = {file: facts.split(" ")[0] for facts, _, file in (entry.partition("\t") for entry in entries)}
+    return {
+        file: mode
+        for file, mode in modes.items()
+        if file in _FILES or (file.startswith("environment-") and file.endswith(".json"))
+    }
 
 
 def _top(around: Path, name: str) -> Path:
-    """The top folder of the repository. Raises UserError: there is none."""
+    """The top folder of the repository. Raises UserError: there is none, or it has no checkout."""
     top = _git(around, "rev-parse", "--show-toplevel", name=name)
+    if top is None and _git(around, "rev-parse", "--is-inside-git-dir", name=name) == b"true\n":
+        what = f"{around} is inside git's own folder (.git, or a bare repository), which has no checkout"
+        raise UserError(name, what, "call it in a checkout, or name two run folders")
     if top is None:
         raise UserError(name, f"{around} is in no git repository", "name two run folders, or call it in a repository")
     return Path(top.decode("utf-8", "surrogateescape").rstrip("\n"))

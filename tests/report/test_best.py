@@ -69,4 +69,4 @@ def test_page_and_markdown_have_them(run):
     frame = frame_of(run)
 
     assert "Each method with its best levers" in page([run], frame, lambda: [])
-    assert "+tiled_mlp was not tried with full." in markdown([run], frame)
+    assert r"+tiled\_mlp was not tried with full." in markdown([run], frame)

@@ -129,3 +129,47 @@ def test_a_damaged_run_of_a_revision_is_named_by_the_revision(cli, repository):
 
     assert (2, 1) == (code, err.count("\n"))
     assert err.startswith("meftbench: HEAD:runs/a: is not a record")
+
+
+def test_a_content_that_a_partial_clone_left_out_is_said(cli, repository, tmp_path, monkeypatch):
+    """Without its records the run would look empty, and a comparison would blame the cells."""
+    subprocess.run(["git", "config", "uploadpack.allowFilter", "true"], check=True)
+    clone = tmp_path / "partial"
+    filtered = ["git", "clone", "-q", "--no-checkout", "--filter=blob:none", f"file://{repository}", str(clone)]
+    subprocess.run(filtered, check=True, capture_output=True)
+    subprocess.run(["git", "-C", str(clone), "remote", "set-url", "origin", str(tmp_path / "gone")], check=True)
+    monkeypatch.chdir(clone)
+
+    code, out, err = cli("compare", "HEAD:runs/a", repository / "runs" / "a")
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+    assert "meftbench: HEAD:runs/a: the content of runs/a/" in err
+    assert " is not in this clone; fetch it" in err
+
+
+def test_a_link_that_was_committed_is_said(cli, repository):
+    """Its content is the name of another file, and no records."""
+    records = repository / "runs" / "a" / "records.jsonl"
+    records.rename(repository / "elsewhere.jsonl")
+    records.symlink_to("../../elsewhere.jsonl")
+    subprocess.run(["git", "add", "-A"], check=True)
+    subprocess.run(["git", "commit", "-qm", "a link"], check=True)
+
+    code, out, err = cli("compare", "HEAD:runs/a", "runs/a")
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+    assert "runs/a/records.jsonl of " in err
+    assert " is a symbolic link; commit the file itself" in err
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_repository_without_a_checkout_is_said(cli, repository, tmp_path, monkeypatch, bare):
+    """In a bare repository, or within `.git`: it is a repository, so that it is not said to be none."""
+    subprocess.run(["git", "clone", "-q", "--bare", ".", str(tmp_path / "bare")], check=True)
+    folder = tmp_path / "bare" if bare else repository / ".git"
+    monkeypatch.chdir(folder)
+
+    code, out, err = cli("compare", "HEAD:runs/a", repository / "runs" / "a")
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+    assert f"{folder} is inside git's own folder (.git, or a bare repository), which has no checkout; call it in" in err

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meftbench.records.store import Run
-from meftbench.report.render.verdicts import markdown_table
+from meftbench.report.render.verdicts import escaped_markdown, markdown_table
 from meftbench.report.results import run_names
 from meftbench.report.views import answer, claims
 from meftbench.report.views.best import BEST_HEAD, all_best_levers
@@ -23,32 +24,49 @@ if TYPE_CHECKING:
 def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     """The answer, a line per run with its machine, date and commit, and the tables."""
     heads = "\n".join(
-        f"- {head.name}: {head.machine}, {head.date}, {head.checkout}; {head.cells}"
-        + (f"; predicted: {head.validation}" if head.validation else "")
+        "- "
+        + _paragraph(
+            f"{head.name}: {head.machine}, {head.date}, {head.checkout}; {head.cells}"
+            + (f"; predicted: {head.validation}" if head.validation else "")
+        )
         for head in heads_of(runs, run_names(runs))
     )
-    answered = "\n".join(f"- {sentence}" for sentence in answer.headline(frame))
+    answered = "\n".join(f"- {_paragraph(sentence)}" for sentence in answer.headline(frame))
     parts = [*filter(None, [answered]), heads, *(_scores(table) for table in score_tables(results(frame)))]
     steps = untrained(frame)
     if len(steps) or not len(frame):
         parts.append(_steps(step_table(steps, "markdown"), len(runs) > 1))
     for best in all_best_levers(steps):
         lines = [texts for comparison in best.comparisons for texts in comparison.texts()]
-        notes = [f"{note}." for note in best.unequal]
-        parts += [f"## Each method with its best levers: {best.title}", markdown_table(BEST_HEAD, lines), *notes]
+        notes = [_paragraph(f"{note}.") for note in best.unequal]
+        parts += [
+            f"## Each method with its best levers: {escaped_markdown(best.title)}",
+            markdown_table(BEST_HEAD, lines),
+            *notes,
+        ]
     if claim_tables := claims.claim_tables(frame):
         parts.append(f"## The paper's claims\n\n{claims.SAID}")
     parts += [_claim(table) for table in claim_tables]
     return "\n\n".join(parts) + "\n"
 
 
+def _paragraph(text: str) -> str:
+    """A text that may hold anybody's words as a paragraph or an item of a list: no markup, nor the start of a heading
+    or a list."""
+    return _BLOCK.sub(r"\1\\\2", escaped_markdown(text))
+
+
+_BLOCK = re.compile(r"^(\s*[0-9]*)([-+.)](?=\s|$)|[#=]|-(?=-))")
+
+
 def _scores(table: ScoreTable) -> str:
-    return f"## {table.title}\n\n{' '.join(table.notes)}\n\n{markdown_table(table.head, table.lines)}"
+    notes = _paragraph(" ".join(table.notes))
+    return f"## {escaped_markdown(table.title)}\n\n{notes}\n\n{markdown_table(table.head, table.lines)}"
 
 
 def _claim(table: claims.ClaimTable) -> str:
     rows = markdown_table(claims.HEAD, [row.texts for row in table.rows])
-    return "\n\n".join([f"### {table.title}", *table.notes, rows])
+    return "\n\n".join([f"### {escaped_markdown(table.title)}", *map(_paragraph, table.notes), rows])
 
 
 def _steps(table: StepTable, several_runs: bool) -> str:
@@ -71,7 +89,7 @@ def _steps(table: StepTable, several_runs: bool) -> str:
         )
         for row in table.rows
     ]
-    shared = f" All cells: {table.shared}." if table.shared else ""
+    shared = f" All cells: {escaped_markdown(table.shared)}." if table.shared else ""
     return f"Compared at equal batch, micro-batch and length.{shared}\n\n{markdown_table(head, lines)}"
 
 
