@@ -121,10 +121,7 @@ def run_suite(
         plan = _plan(suite, chosen, limit, finished)
         if note := _without_weights(suite, kept_records.values(), out):
             on_event(Noted(note))
-        attempts = tuple(pending(plan, finished))
-        if attempts:
-            on_event(Planned(attempts, sum(map(len, slots.values()))))
-        if earlier is None or attempts:
+        if earlier is None or pending(plan, finished):
             _execute(
                 suite,
                 writer,
@@ -254,6 +251,8 @@ def _execute(
             "host": socket.gethostname(),
         }
         sweep.code = code
+        if attempts := tuple(pending(sweep.plan, sweep.finished)):
+            sweep.on_event(Planned(attempts, parallel))
         sweep.go(worker, writer, suite, identity, threads, host.available_bytes() // parallel)
     finally:
         worker.close()

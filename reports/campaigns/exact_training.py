@@ -500,7 +500,7 @@ def write_figure(table: pd.DataFrame, task: Task, folder: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     title = f"MEFT trained reversed and under reference autograd: {task.name}, fp32, measured"
     figure.suptitle(title)
-    Picture("exact-training", title, title, figure).write(folder)
+    Picture("exact-training", title, title, lambda: figure).write(folder)
 
 
 def _legend(methods: list[str]) -> list[Line2D]:

@@ -23,7 +23,7 @@ def at_terminal(monkeypatch):
 
 
 COMMANDS = {
-    ("show", "run"): "next: meftbench report run · meftbench show run CELL",
+    ("show", "run"): "next: meftbench report run · meftbench show run --cells",
     ("show", "run", "*"): "next: meftbench show run · meftbench report run",
     ("report", "run", "--format", "csv"): "next: meftbench show run CELL",
     ("check", "run", "--budget", "budgets.yaml"): "next: meftbench show run CELL · meftbench report run",

@@ -134,10 +134,12 @@ def test_cells_of_other_settings_are_groups_of_their_own(tmp_path):
 
 
 def test_two_runs_of_one_suite_keep_apart(tmp_path):
-    """Rows of the same cell in two runs have two names."""
+    """Rows of the same cell in two runs have two names, in which there is no folder of the machine."""
     frame = frame_of([a_run(tmp_path / "a", a_record()), a_run(tmp_path / "b", a_record())])
+    same = frame_of([a_run(tmp_path / "c" / "a", a_record()), a_run(tmp_path / "d" / "a", a_record())])
 
-    assert [f"toy ({tmp_path / 'a'})", f"toy ({tmp_path / 'b'})"] == list(frame.run)
+    assert ["toy (a)", "toy (b)"] == list(frame.run)
+    assert ["toy (a) #1", "toy (a) #2"] == list(same.run)
 
 
 def test_methods_stand_in_the_order_of_the_catalogue(tmp_path):
