@@ -35,7 +35,7 @@ def single_line(text: str) -> str:
 
 def json_text(text: str) -> str:
     """JSON of which the strings hold invisible characters as `\\u` escapes: the same JSON, safe on a terminal."""
-    if text.isascii():
+    if text.isascii() and "\x7f" not in text:  # JSON has the other control characters as escapes already
         return text
     return "".join(sign if _is_shown(sign) else _json_escape(sign) for sign in text)
 
@@ -60,7 +60,7 @@ def _escape(sign: str) -> str:
 
 
 def _json_escape(sign: str) -> str:
-    return json.dumps(sign)[1:-1]  # two escapes above U+FFFF
+    return "\\u007f" if sign == "\x7f" else json.dumps(sign)[1:-1]  # two escapes above U+FFFF
 
 
 def _is_number(text: str) -> bool:

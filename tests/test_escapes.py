@@ -134,6 +134,7 @@ def a_hostile_comparison(text):
 
 
 @given(text=TEXTS)
+@example(text="\x7f")
 def test_verdicts_hold_labels_and_messages_as_text(text):
     """In text, JSON, JUnit, annotations and Markdown."""
     verdicts = [a_hostile_verdict(text)]
