@@ -39,6 +39,10 @@ _CELL_FIELDS: dict[str, tuple[type, ...]] = {
     "packing": (bool, _NONE),
     "cuts": (list, _NONE),
 }
+_PARAMS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("arithmetic", "coupling", "output"), (str, _NONE)),
+    "side_bits": (int, _NONE),
+}
 LARGEST = 10**300  # of whole numbers; above 10^308 none has a float, in which averages and shares are computed
 
 
@@ -60,6 +64,12 @@ def check_record(content: Any) -> None:
     _check_types(cell, _CELL_FIELDS, "cell.")
     if min(cell["batch_size"], cell["micro_batch_size"], cell["sequence_length"]) < 1:
         raise ValueError("batch_size, micro_batch_size and sequence_length of the cell are not all 1 or more")
+    _check_types(cell.get("method_params") or {}, _PARAMS, "cell.method_params.")
+    if not all(type(cut) is str for cut in cell.get("cuts") or ()):
+        raise ValueError(f"cell.cuts is {_shown(cell['cuts'])}, not a list of texts")
+    for name, amount in (content.get("status_detail") or {}).items():
+        if name.endswith("_bytes") and type(amount) not in (int, _NONE):
+            raise ValueError(f"status_detail.{name} is {_shown(amount)}, not a whole number")
     if cell.get("training"):
         check_training(json.dumps(cell["training"], sort_keys=True))
 
