@@ -231,7 +231,7 @@ def rows_of(run: str) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
     for line in (ROOT / "reports" / run / "table.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
-            task = found.setdefault(line[3:].split(":")[0], {})
+            task = found.setdefault(line[3:].split(":")[0].replace("\\", ""), {})
         elif line.startswith("| ") and not line.startswith(("| method", "| ---")):
             name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             task[name] = cells
