@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import MiB, a_record, a_run, counted
+from meftbench.errors import UserError
 from meftbench.records.outcome import collect
 from meftbench.records.record import Metric
 from meftbench.verdicts.growth import grown_buffers, growth, largest_buffers
@@ -205,10 +206,17 @@ def test_a_peak_that_is_no_number_has_not_grown(cli, tmp_path, value):
     """It is compared all the same, and written as JSON."""
     finite = {"peak_allocated_bytes": 5, "gradients_bytes": 5, "peak_buffers": Metric([a_buffer()], "counted")}
     broken = {name: counted(value) for name in finite if name != "peak_buffers"}
-    broken |= {"peak_buffers": Metric([a_buffer(size="NaN"), {"op": "damaged"}, 7], "counted")}
+    broken |= {"peak_buffers": Metric([a_buffer(size=9)], "counted")}
     runs = [a_run(tmp_path / name, a_record(metrics=of)).path for name, of in (("a", finite), ("b", broken))]
 
     code, out, _ = cli("compare", *runs, "--json")
 
     assert 0 == code
     assert [] == json.loads(out)["grown"]
+
+
+@pytest.mark.parametrize("row", [a_buffer(size="NaN"), {"op": "damaged"}, 7])
+def test_buffers_that_are_damaged_are_refused_with_their_line(tmp_path, row):
+    """A growth could not be told from them."""
+    with pytest.raises(UserError, match=r"records\.jsonl:1: is not a record \(the value of peak_buffers is "):
+        a_run(tmp_path / "a", a_record(metrics={"peak_buffers": Metric([row], "counted")}))
