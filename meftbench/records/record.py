@@ -72,6 +72,18 @@ _FIELDS_OF_METRIC = frozenset(Metric.__dataclass_fields__)
 _SOURCES = get_args(Source)
 
 
+def _is_plain(metric: dict[str, Any]) -> bool:
+    """Whether a metric with value, unit and source has nothing else, or the range of its steps alone, in numbers."""
+    if len(metric) == 3:
+        return True
+    return len(metric) == 6 and all(
+        type(part := metric.get(name)) in _NUMBERS and -LARGEST < part < LARGEST for name in ("n", "min", "max")
+    )
+
+
+_NUMBERS = frozenset((int, float))
+
+
 class StoredMetrics(Mapping[str, Metric]):
     """The metrics of a record that was read: each is made from its JSON when it is first asked for.
 
@@ -89,7 +101,7 @@ class StoredMetrics(Mapping[str, Metric]):
             kind = type(value)
             # Most are a number with unit and source alone: then there is nothing else to check.
             if (kind is float or (kind is int and -LARGEST < value < LARGEST)) and (
-                len(metric) == 3 and metric["source"] in _SOURCES and "unit" in metric and name not in SHAPES
+                metric["source"] in _SOURCES and "unit" in metric and name not in SHAPES and _is_plain(metric)
             ):
                 continue
             if metric["source"] not in _SOURCES or (metric["value"] is None) == (metric.get("absent") is None):

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,21 +113,38 @@ def read_records(file: Path) -> tuple[list[Record], bool]:
     """
     if not file.exists():
         return [], False
-    lines = file.read_bytes().split(b"\n")
-    torn = lines[-1] != b""
+    records: list[Record] = []
+    with _without_garbage_collection(), file.open("rb") as stream:
+        while lines := list(islice(stream, _TOGETHER)):
+            if lines[-1][-1:] != b"\n":
+                return records + _records_in(file, lines[:-1], len(records)), True
+            records += _records_in(file, lines, len(records))
+    return records, False
+
+
+_TOGETHER = 100  # lines that are parsed at once, which shares the names of their fields
+
+
+def _records_in(file: Path, lines: list[bytes], before: int) -> list[Record]:
+    """The records of some lines. before: how many lines of the file come before them."""
+    try:
+        contents = json.loads(b"[" + b",".join(lines) + b"]")
+        together = len(contents) == len(lines)
+    except (ValueError, RecursionError):
+        together = False
     records = []
-    with _without_garbage_collection():
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                content = json.loads(line)
-                if content["schema"] > SCHEMA:
-                    raise UserError(f"{file}:{number}", f"record of schema {content['schema']}", "update meftbench")
-                records.append(Record.from_json(content))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                why = f"{error} is missing" if isinstance(error, KeyError) else error
-                cure = "remove the line, or take the file from a backup"
-                raise UserError(f"{file}:{number}", f"is not a record ({why})", cure) from None
-    return records, torn
+    for number, line in enumerate(lines):
+        try:
+            content = contents[number] if together else json.loads(line)
+            if content["schema"] > SCHEMA:
+                place = f"{file}:{before + number + 1}"
+                raise UserError(place, f"record of schema {content['schema']}", "update meftbench")
+            records.append(Record.from_json(content))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            cure = "remove the line, or take the file from a backup"
+            raise UserError(f"{file}:{before + number + 1}", f"is not a record ({why})", cure) from None
+    return records
 
 
 @contextmanager
@@ -151,7 +169,7 @@ def warn_of_left_out(run: Run) -> None:
     if run.torn:
         cure = "`meftbench run --resume` repeats that cell"
         print(f"{place}: the last line is cut off and was left out; {cure}", file=sys.stderr)
-    if unknown := sorted({name for record in run.records for name in record.metrics if name not in METRICS}):
+    if unknown := sorted(set().union(*(record.metrics.keys() for record in run.records)) - METRICS.keys()):
         several = len(unknown) > 1
         what = f"{len(unknown)} metric{'s are' if several else ' is'} unknown to this version and left out"
         named = single_line(", ".join(unknown[:3])) + (", ..." if len(unknown) > 3 else "")
