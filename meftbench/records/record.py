@@ -76,9 +76,10 @@ def _is_plain(metric: dict[str, Any]) -> bool:
     """Whether a metric with value, unit and source has nothing else, or the range of its steps alone, in numbers."""
     if len(metric) == 3:
         return True
-    return len(metric) == 6 and all(
-        type(part := metric.get(name)) in _NUMBERS and -LARGEST < part < LARGEST for name in ("n", "min", "max")
-    )
+    if len(metric) != 6:
+        return False
+    parts: list[Any] = [metric.get(name) for name in ("n", "min", "max")]
+    return all(type(part) in _NUMBERS and -LARGEST < part < LARGEST for part in parts)
 
 
 _NUMBERS = frozenset((int, float))
