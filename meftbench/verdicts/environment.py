@@ -41,14 +41,31 @@ def machine(environment: dict[str, Any]) -> str:
     return ", ".join(str(part) for part in parts if part) or "unknown machine"
 
 
+def environments(run: Run) -> dict[str, dict[str, Any]]:
+    """The environments of the run's records by id: the one that it began in, and those that it was resumed in."""
+    found = {str(run.environment.get("environment_id")): run.environment}
+    for environment_id in {record.environment_id for record in run.records} - found.keys():
+        file = run.path / f"environment-{environment_id}.json"  # written where a run is resumed (runner/folder.py)
+        if file.is_file():
+            found[environment_id] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is known of an environment, as (name, value), such as (packages.torch, 2.13.0)."""
+    left_out = ("schema", "environment_id", "comparable", "packages_digest")
+    known = {key: value for key, value in environment.items() if key not in left_out}
+    return [(name, text) for name, text in _flat(known) if text not in ("None", "[]", "")]
+
+
 def machines(run: Run) -> str:
     """The machine that a run began on; where it was resumed on others, also how many of its records are from each."""
     first_machine = machine(run.environment)
     counts: Counter[str] = Counter()
+    known = environments(run)
     for environment_id, count in Counter(record.environment_id for record in run.records).items():
-        file = run.path / f"environment-{environment_id}.json"  # written where a run is resumed (runner/folder.py)
-        if file.is_file():
-            counts[machine(json.loads(file.read_text(encoding="utf-8")))] += count
+        if environment_id in known:
+            counts[machine(known[environment_id])] += count
     del counts[first_machine]  # leaves out the same machine with other software
     parts = [f"{count} of {len(run.records)} records: {name}" for name, count in counts.items()]
     return f"{first_machine} ({'; '.join(parts)})" if parts else first_machine

@@ -372,3 +372,15 @@ def test_a_batch_of_ones_own_is_no_batch_size(tmp_path):
     assert ["8", "8"] == words("text batch_size")
     assert {"default", "mine:batch"} == set(words("setting batch"))
     assert keys["tokens"] == "text sequence_length"
+
+
+def test_each_cell_has_its_environment(tmp_path):
+    """Also where a run was resumed in another."""
+    record = a_measured_cell()
+    text = page_of(tmp_path, record)
+    data = unpacked(text, "data")
+
+    [cell] = details_of(text)
+    facts = dict(data["environments"][cell[0]["environment"]])
+    assert "a CPU" == facts["host.cpu"]
+    assert not [name for name in facts if name.startswith("comparable")]

@@ -23,6 +23,7 @@ from meftbench.report.results import SETTING, run_names, setting_text, shape_tex
 from meftbench.report.views.detail import command, headline, sections, warnings
 from meftbench.report.views.scores import results, trained, untrained
 from meftbench.report.views.steps import SHARE, StepRow, StepTable, setting_name, step_table
+from meftbench.verdicts.environment import environments, facts
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -86,6 +87,7 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
         },
         "colours": {name: COLOUR[name] for row in rows if (name := row.cell["method_name"]) in COLOUR},
         "categories": CATEGORY,
+        "environments": {name: facts(each) for run in runs for name, each in environments(run).items()},
         "groups": len(set(titles)),
         "shapes": list(dict.fromkeys(shapes)),
         "largest": _largest(rows, shapes),
@@ -301,6 +303,7 @@ def _detail(run: Run, record: Record) -> dict[str, Any]:
         "repeat": record.repeat,
         "headline": headline(record),
         "warnings": warnings(record),
+        "environment": record.environment_id,
         "command": command(run, record),
         "traceback": str(record.status_detail.get("traceback") or ""),
         "sections": [[section.title, [_line(*line) for line in section.rows]] for section in sections(record)],

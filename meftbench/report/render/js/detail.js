@@ -74,6 +74,12 @@ async function detailOf(data, cell) {
         el("td", { class: "dim" }, meaning ?? data.metrics[name]?.meaning ?? ""))));
       box.append(el("h3", {}, title), scrolling(title, el("table", {}, body)));
     }
+    const facts = data.environments[repeat.environment];
+    if (facts) {
+      const rows = facts.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)));
+      const table = el("table", {}, el("tbody", {}, ...rows));
+      box.append(el("details", {}, el("summary", {}, `Environment ${repeat.environment}`), scrolling("Environment", table)));
+    }
     if (repeat.traceback) box.append(el("pre", { tabindex: "0" }, repeat.traceback));
   }
   return box;
