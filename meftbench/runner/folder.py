@@ -152,11 +152,18 @@ def described(suite: Suite) -> dict[str, Any]:
 
 
 def _source(file: Path | None) -> str | None:
-    """What `meftbench run` takes to run the suite again: its name if it is a shipped one, else its absolute path."""
+    """What `meftbench run` takes to run the suite again, in the folder in which it ran: its name if it is a shipped one
+    or one of ./suites, else its path from there. Of a file elsewhere only the name, since pages show it, and a folder
+    of this machine says nothing to their readers."""
     if file is None:
         return None
     shipped = shipped_suites().get(file.stem)
-    return file.stem if shipped and shipped.resolve() == file.resolve() else str(file.resolve())
+    if shipped and shipped.resolve() == file.resolve():
+        return file.stem
+    if not file.resolve().is_relative_to(Path.cwd()):
+        return file.name
+    within = file.resolve().relative_to(Path.cwd())
+    return file.stem if within == Path("suites", f"{file.stem}.yaml") else str(within)
 
 
 def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, Any], code: Digests) -> list[str]:
