@@ -5,7 +5,7 @@ The rules, and what is not modelled, are in `caching_allocator`; the settings ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from meftbench.prediction.allocator_settings import AllocatorSettings
 from meftbench.prediction.blocks import Block
 from meftbench.prediction.caching_allocator import CachingAllocator, Levels, Record
 
-__all__ = ["AllocatorSettings", "Event", "Levels", "Replayed", "StepLevels", "replay", "snapshot"]
+__all__ = ["AllocatorSettings", "Asked", "Event", "Levels", "Replayed", "StepLevels", "replay", "snapshot"]
 
 
 # Kinds of events that end the first and the second of several rounds that are all alike (loops.py).
@@ -94,6 +94,43 @@ class Replayed:
 _DEFAULT = AllocatorSettings()
 
 
+FREE, MARK = -1, -2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Events in columns, as the allocator needs them.
+
+    keys: of each.  sizes: of an allocation its bytes, of a free FREE, of any other event MARK.
+    marks: numbers of those others, in order.  event: gives the event of a number.
+    """
+
+    keys: list[int]
+    sizes: list[int]
+    marks: list[int]
+    event: Callable[[int], Event]
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> Asked:
+        """Raises ValueError: an allocation of a negative size."""
+        sizes = []
+        for kind, key, nbytes, *_ in events:
+            if kind == "alloc" and nbytes < 0:
+                raise ValueError(f"storage {key} has {nbytes} bytes")
+            sizes.append(nbytes if kind == "alloc" else FREE if kind == "free" else MARK)
+        marks = [number for number, size in enumerate(sizes) if size == MARK]
+        return cls([event.key for event in events], sizes, marks, events.__getitem__)
+
+    def allocated_before(self, number: int, count: int) -> list[int]:
+        """Keys of the last `count` allocations before an event, in order."""
+        found: list[int] = []
+        while len(found) < count and number > 0:
+            number -= 1
+            if self.sizes[number] >= 0:
+                found.append(self.keys[number])
+        return found[::-1]
+
+
 def replay(
     events: Sequence[Event], settings: AllocatorSettings = _DEFAULT, starts: Sequence[int] = (), settled: int = -1
 ) -> Replayed:
@@ -104,13 +141,17 @@ def replay(
     Raises ValueError for an invalid trace: a storage that is allocated twice or freed without having been allocated,
     a negative size, an unknown kind of event.
     """
+    return replay_asked(Asked.of(events), settings, starts, settled)
+
+
+def replay_asked(asked: Asked, settings: AllocatorSettings, starts: Sequence[int], settled: int) -> Replayed:
+    """As `replay`, of events in columns."""
     allocator = CachingAllocator(settings)
-    recent: list[int] = []  # keys in the order of allocation
     loop = _Loop(0, 0)
     live: dict[int, Block | None] = {}
     steps: list[StepLevels] = []
     phase = ""
-    oom = None
+    failed: int | None = None
 
     def end_phase() -> None:
         ended = allocator.begin_window()
@@ -118,27 +159,34 @@ def replay(
             levels = steps[-1].phases.setdefault(phase, Levels(0, 0, 0))
             levels.raise_to(ended.allocated, ended.requested, ended.reserved)
 
-    for number, event in enumerate(events):
+    begin = 0
+    for number in sorted({*asked.marks, *starts, settled, len(asked.keys)} - {-1}):
+        failed = _run(asked, begin, number, allocator, live)
+        if failed is not None or number == len(asked.keys):
+            break
+        begin = number
         if number == settled:
             allocator.release_cached_blocks()
         if number in starts:
             end_phase()
             phase = ""
             steps.append(StepLevels(replace(allocator.window)))
+        if asked.sizes[number] != MARK:
+            continue
+        begin += 1
+        event = asked.event(number)
         if event.kind == "phase":
             end_phase()
             phase = event.category
         elif event.kind == ONCE:
             loop = _Loop(number + 1, event.nbytes)
-            loop.note(allocator, live, recent)
+            loop.note(allocator, live, asked.allocated_before(number, loop.storages))
         elif event.kind == AGAIN:
-            if (oom := loop.repeated(events[loop.begin : number], event.nbytes, allocator, live, recent)) is not None:
+            failed = loop.repeated(asked, number, event.nbytes, allocator, live)
+            if failed is not None:
                 break
-        elif not _apply(event, allocator, live):
-            oom = event
-            break
-        elif event.kind == "alloc":
-            recent.append(event.key)
+        else:
+            raise ValueError(f"unknown kind of event {event.kind!r}")
     end_phase()
     peak = allocator.reserved_peak
     return Replayed(
@@ -152,7 +200,7 @@ def replay(
         device_allocs=allocator.device_allocs,
         retries=allocator.retries,
         steps=steps,
-        oom=oom,
+        oom=None if failed is None else asked.event(failed),
     )
 
 
@@ -168,27 +216,26 @@ class _Loop:
 
     counts: list[tuple[int, int]] = field(default_factory=list)
 
-    def note(self, allocator: CachingAllocator, live: dict[int, Block | None], recent: list[int]) -> None:
+    def note(self, allocator: CachingAllocator, live: dict[int, Block | None], last: list[int]) -> None:
         """Keep, after a round, what decides on later blocks (which are free, and where those of the round are that are
-        alive) and the counts."""
-        blocks = [live.get(key) for key in recent[len(recent) - self.storages :]]
+        alive) and the counts. last: keys of what the round allocated."""
+        blocks = [live.get(key) for key in last]
         places = [block and (block.address, block.size) for block in blocks]
         self.states.append((*allocator.free_blocks(), places))
         self.counts.append((allocator.device_allocs, allocator.retries))
 
     def repeated(
-        self,
-        events: Sequence[Event],
-        rounds: int,
-        allocator: CachingAllocator,
-        live: dict[int, Block | None],
-        recent: list[int],
-    ) -> Event | None:
+        self, asked: Asked, end: int, rounds: int, allocator: CachingAllocator, live: dict[int, Block | None]
+    ) -> int | None:
         """Carry out the second round `rounds` times more, until the allocator's states repeat themselves: then further
-        rounds change nothing. Returns the event that does not fit; None: all do."""
-        before, last = recent[-2 * self.storages : -self.storages], recent[-self.storages :]
+        rounds change nothing. end: number of the event after the round.
+
+        Returns the number of the event that does not fit; None: all do.
+        """
+        both = asked.allocated_before(end, 2 * self.storages)
+        before, last = both[: self.storages], both[self.storages :]
         while rounds:
-            self.note(allocator, live, recent)
+            self.note(allocator, live, last)
             for ago in range(1, min(_ROUNDS_AGO, len(self.states) - 1) + 1):
                 if self.states[-1] == self.states[-1 - ago]:
                     times, rounds = divmod(rounds, ago)
@@ -202,9 +249,8 @@ class _Loop:
             for earlier, key in zip(before, last, strict=True):
                 if key in live:
                     live[earlier] = live.pop(key)
-            for event in events:
-                if not _apply(event, allocator, live):
-                    return event
+            if (failed := _run(asked, self.begin, end, allocator, live)) is not None:
+                return failed
             rounds -= 1
         return None
 
@@ -212,26 +258,27 @@ class _Loop:
 _ROUNDS_AGO = 4  # with so many rounds before, the state after a round is compared
 
 
-def _apply(event: Event, allocator: CachingAllocator, live: dict[int, Block | None]) -> bool:
-    """Carry out one allocation or free. Returns False where the allocation does not fit (out of memory)."""
-    if event.kind == "alloc":
-        if event.key in live:
-            raise ValueError(f"storage {event.key} is allocated twice")
-        if event.nbytes < 0:
-            raise ValueError(f"storage {event.key} has {event.nbytes} bytes")
-        block = allocator.malloc(event.nbytes) if event.nbytes else None
-        if block is None and event.nbytes:
-            return False
-        live[event.key] = block
-    elif event.kind == "free":
-        if event.key not in live:
-            raise ValueError(f"storage {event.key} is freed and was not allocated")
-        block = live.pop(event.key)
-        if block is not None:
-            allocator.free(block)
-    else:
-        raise ValueError(f"unknown kind of event {event.kind!r}")
-    return True
+def _run(asked: Asked, begin: int, end: int, allocator: CachingAllocator, live: dict[int, Block | None]) -> int | None:
+    """Carry out allocations and frees, those of the numbers from `begin` to before `end`. Returns the number of the
+    first that does not fit (out of memory); None: all do."""
+    malloc, free = allocator.malloc, allocator.free
+    number = begin - 1
+    for key, size in zip(asked.keys[begin:end], asked.sizes[begin:end], strict=True):
+        number += 1  # counted here, since `enumerate` takes longer
+        if size == FREE:
+            if key not in live:
+                raise ValueError(f"storage {key} is freed and was not allocated")
+            block = live.pop(key)
+            if block is not None:
+                free(block)
+            continue
+        if key in live:
+            raise ValueError(f"storage {key} is allocated twice")
+        block = malloc(size) if size else None
+        if block is None and size:
+            return number
+        live[key] = block
+    return None
 
 
 def snapshot(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) -> dict[str, Any]:
@@ -268,11 +315,13 @@ def snapshot(events: Iterable[Event], settings: AllocatorSettings = _DEFAULT) ->
             phase = event.category
             annotations.append({"name": phase, "stage": "START", "device": 0, "time_us": now})
             continue
+        if event.kind not in ("alloc", "free"):
+            raise ValueError(f"unknown kind of event {event.kind!r}")
         if event.kind == "alloc":
             frames = [{"name": event.origin or "?", "filename": event.category or "?", "line": 0}]
             if phase:
                 frames.append({"name": phase, "filename": "phase", "line": 0})
-        if not _apply(event, allocator, live):
+        if _run(Asked.of([event]), 0, 1, allocator, live) is not None:
             break
         block = live.get(event.key)
         if event.kind == "alloc" and block is not None:

@@ -56,7 +56,7 @@ class CachingAllocator:
 
     def __init__(self, settings: AllocatorSettings, record: Record | None = None) -> None:
         self.settings = settings
-        self.record: Record = record or (lambda action, address, size, block: None)
+        self.record = record
         self.capacity = UNLIMITED if settings.capacity is None else settings.capacity
         self.max_split = UNLIMITED if settings.max_split_size is None else settings.max_split_size
         self.max_rounding = settings.max_non_split_rounding_size or settings.large_segment_size
@@ -64,6 +64,7 @@ class CachingAllocator:
         self.small = Pool(True, SMALL_SEGMENT)
         self.large = Pool(False, settings.large_segment_size)
         self.live: dict[int, Block] = {}  # by address
+        self._rounded: dict[int, int] = {}  # of requests
         self.next_address = FIRST_ADDRESS
         self.requested = self.allocated = self.reserved = 0
         self.requested_peak = self.allocated_peak = self.reserved_peak = 0
@@ -92,9 +93,9 @@ class CachingAllocator:
                 self.retries += 1
                 block = self.alloc_block(pool, size)
             if block is None:
-                self.record("oom", self.capacity - self.reserved, size, None)
+                self._recorded("oom", self.capacity - self.reserved, size)
                 return None
-        if self.should_split(block, size):
+        if block.size != size and self.should_split(block, size):
             remainder, block = block, Block(block.address, size, pool, block.segment)
             block.insert_before(remainder)
             remainder.address += size
@@ -105,24 +106,35 @@ class CachingAllocator:
         self.live[block.address] = block
         self.requested += nbytes
         self.allocated += block.size
-        self.requested_peak = max(self.requested_peak, self.requested)
-        self.allocated_peak = max(self.allocated_peak, self.allocated)
-        self.window.raise_to(self.allocated, self.requested, self.reserved)
+        window = self.window  # compared here, not in a method: this runs hundreds of thousands of times in a prediction
+        if self.requested > window.requested:
+            window.requested = self.requested
+            if self.requested > self.requested_peak:
+                self.requested_peak = self.requested
+        if self.allocated > window.allocated:
+            window.allocated = self.allocated
+            if self.allocated > self.allocated_peak:
+                self.allocated_peak = self.allocated
+        if self.reserved > window.reserved:
+            window.reserved = self.reserved
         if self.reserved == self.reserved_peak and self.allocated > self.allocated_at_reserved_peak:
             self.allocated_at_reserved_peak = self.allocated
         return block
 
     def free(self, block: Block) -> None:
         """Takes a block back and merges it with its free neighbours."""
-        self.record("free_requested", block.address, block.requested, block)
-        self.record("free_completed", block.address, block.requested, block)
+        if self.record is not None:
+            self.record("free_requested", block.address, block.requested, block)
+            self.record("free_completed", block.address, block.requested, block)
         del self.live[block.address]
         self.requested -= block.requested
         self.allocated -= block.size
         block.allocated = False
         block.requested = 0
-        self.merge(block, block.previous)
-        self.merge(block, block.following)
+        if block.previous is not None and not block.previous.allocated:
+            self.merge(block, block.previous)
+        if block.following is not None and not block.following.allocated:
+            self.merge(block, block.following)
         block.pool.insert(block)
 
     def free_blocks(self) -> tuple[object, ...]:
@@ -144,6 +156,12 @@ class CachingAllocator:
     # Sizes.
 
     def round_size(self, nbytes: int) -> int:
+        size = self._rounded.get(nbytes)
+        if size is None:
+            size = self._rounded[nbytes] = self._round_size(nbytes)
+        return size
+
+    def _round_size(self, nbytes: int) -> int:
         octave = min(max(nbytes.bit_length() - 21, 0), INTERVALS - 1)
         divisions = self.settings.roundup_power2_divisions[octave]
         if divisions > 1 and nbytes > MIN_BLOCK * divisions:
@@ -209,7 +227,11 @@ class CachingAllocator:
         if self.reserved > self.reserved_peak:
             self.reserved_peak = self.reserved
             self.allocated_at_reserved_peak = self.allocated
-        self.record(action, address, size, None)
+        self._recorded(action, address, size)
+
+    def _recorded(self, action: str, address: int, size: int) -> None:
+        if self.record is not None:
+            self.record(action, address, size, None)
 
     def merge(self, block: Block, neighbour: Block | None) -> None:
         """try_merge_blocks: `block`, in no pool, takes in a free neighbour; both are mapped, or both are not."""
@@ -280,7 +302,7 @@ class CachingAllocator:
     def release_block(self, block: Block) -> None:
         block.pool.erase(block)
         self.reserved -= block.size
-        self.record("segment_free", block.address, block.size, None)
+        self._recorded("segment_free", block.address, block.size)
 
     # Expandable segments: one a pool, mapped page by page.
 
@@ -362,7 +384,7 @@ class CachingAllocator:
         if block.is_split:
             pool.insert(block)  # otherwise nothing of the segment is left, and its addresses are given up, too
         self.reserved -= end - start
-        self.record("segment_unmap", start, end - start, None)
+        self._recorded("segment_unmap", start, end - start)
 
 
 def _expandable_size(block: Block) -> int:

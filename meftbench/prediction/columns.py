@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from meftbench.prediction.allocator import Event
+from meftbench.prediction.allocator import FREE, MARK, Asked, Event
 
 START = "start"  # kind of an event: a step begins. The allocator knows no such event.
 SPREAD = 1_000_003  # a prime: numbers that are to be compared are hashes, in 64 bits that overflow
@@ -89,17 +89,30 @@ class Trace:
         order = np.lexsort((np.where(group > 0, trace.storage, np.arange(len(trace))), run))
         return cls(*(column[order] for column in columns))
 
-    def events(self) -> tuple[list[Event], list[int]]:
-        """The events, and the numbers of those with which steps begin."""
-        events: list[Event] = []
-        starts: list[int] = []
-        for number, key, size in zip(self.what.tolist(), self.storage.tolist(), self.nbytes.tolist(), strict=True):
-            kind, category, origin = _whats[number]
-            if kind == START:
-                starts.append(len(events))
-            else:
-                events.append(Event(kind, key, size, category, origin))
-        return events, starts
+    def without_starts(self) -> tuple[Trace, list[int]]:
+        """The other events, and the numbers of those with which steps begin."""
+        starts = self.is_kind(START)
+        numbers = np.flatnonzero(starts) - np.arange(starts.sum())
+        return self.chosen(~starts), numbers.tolist()
+
+    def chosen(self, chosen: NDArray[np.bool_] | slice) -> Trace:
+        """Some of the events; storages keep their numbers."""
+        return Trace(self.what[chosen], self.storage[chosen], self.nbytes[chosen])
+
+    def events(self) -> list[Event]:
+        """The events one by one; of `without_starts`."""
+        columns = zip(self.what.tolist(), self.storage.tolist(), self.nbytes.tolist(), strict=True)
+        return [Event(_whats[number].kind, key, size, *_whats[number][1:]) for number, key, size in columns]
+
+    def asked(self) -> Asked:
+        """The events as the allocator needs them; none of them is a change of category."""
+        sizes = np.where(self.is_kind("alloc"), self.nbytes, np.where(self.is_kind("free"), FREE, MARK))
+        marks = np.flatnonzero(sizes == MARK).tolist()
+
+        def event(number: int) -> Event:
+            return self.chosen(slice(number, number + 1)).events()[0]
+
+        return Asked(self.storage.tolist(), sizes.tolist(), marks, event)
 
     def symbols(self, sizes: Ints) -> Ints:
         """A number for each event, the same for events that are alike: in `What`, and in bytes where `sizes` has those
@@ -122,8 +135,17 @@ class Trace:
         return np.cumsum(allocations) - allocations
 
     def is_kind(self, *kinds: str) -> NDArray[np.bool_]:
-        numbers = [number for what, number in _known.items() if what.kind in kinds]
-        return np.isin(self.what, numbers)
+        return np.array([what.kind in kinds for what in _whats], dtype=np.bool_)[self.what]
+
+    def is_of(self, category: str) -> NDArray[np.bool_]:
+        return np.array([what.category == category for what in _whats], dtype=np.bool_)[self.what]
+
+
+def joined(traces: list[Trace]) -> Trace:
+    """The events of several, one after the other."""
+    return Trace(
+        *(np.concatenate([getattr(trace, name) for trace in traces]) for name in ("what", "storage", "nbytes"))
+    )
 
 
 def sizes_of(trace: Trace) -> Ints:

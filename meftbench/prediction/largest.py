@@ -24,23 +24,24 @@ NEAR = 4096  # a limit up to here is one of the first sizes predicted
 
 
 class Shape:
-    """A predicted cell, to be compared with cards. predicted: for a card with unlimited memory.
-
-    needed: peak reserved bytes on that card: a card with as many fits the cell.  least: peak allocated bytes: a card
-    with fewer does not fit it.
-    """
+    """A predicted cell, to be compared with cards. predicted: for a card with unlimited memory."""
 
     def __init__(self, predicted: Predicted, settings: AllocatorSettings) -> None:
         self.predicted, self._settings = predicted, settings
-        self.needed, self.least = predicted.replayed.reserved_peak, predicted.replayed.allocated_peak
         self._fits: dict[int, bool] = {}
+
+    @property
+    def needed(self) -> int:
+        """Peak reserved bytes on a card with unlimited memory: a card with as many fits the cell."""
+        return self.predicted.replayed.reserved_peak
+
+    @property
+    def least(self) -> int:
+        """Peak allocated bytes: a card with fewer does not fit the cell."""
+        return self.predicted.replayed.allocated_peak
 
     def fits(self, capacity: int) -> bool:
         """Whether `capacity` bytes suffice for torch's allocator; it gives back cached memory before it fails."""
-        if self.needed <= capacity:
-            return True
-        if self.least > capacity:
-            return False
         if capacity not in self._fits:
             self._fits[capacity] = self.on_card(capacity).oom is None
         return self._fits[capacity]
@@ -115,8 +116,8 @@ def largest(
                 known.add(size, shape(size))
             return known.shapes[size].fits(capacity)
 
-        low = max((size for size in known.sizes if fits(size)), default=0)
-        high = min((size for size in known.sizes if size > low), default=limit + 1)
+        first_too_large = bisect_left(known.sizes, True, key=lambda size: not fits(size))
+        low, high = [0, *known.sizes, limit + 1][first_too_large : first_too_large + 2]
         more = 0
         while low < limit < high:  # no size that does not fit is known yet
             size = min(max(known.meeting(capacity, share, high), low + 1 + more), limit)

@@ -2,12 +2,13 @@
 
 A round that allocates what the round before it did, and frees that, leaves the allocator as it was: more rounds change
 nothing. `shortened` marks the end of the first round and of the second; a replay compares the allocator's states there
-(allocator.py), and carries out the second round again until they repeat.
+(allocator.py), and carries out the second round again until they repeat. Of loops that tell where their rounds begin
+(reversible/rounds.py), rounds were left out before the trace was made (`LeftOut`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,39 +18,79 @@ from meftbench.prediction.columns import SPREAD, Ints, Trace, What, number_of
 
 _WINDOW = 8  # events that are compared at once, to find where a trace repeats itself
 _FEWEST = 5  # rounds from which on some are left out
+_CHANCE = 4  # events at the beginning of a loop of which the first may be none of it
+
+
+class LeftOut(NamedTuple):
+    """Rounds that a trace lacks. place: how many of its events come before them.  size: events of the round before
+    them, which they are like.  rounds: how many they are."""
+
+    place: int
+    size: int
+    rounds: int
+
+
+class OtherRoundsError(Exception):
+    """Rounds were left out that are not like those before them."""
 
 
 class _Loop(NamedTuple):
-    """begin: number of the first event.  size: events of a round.  rounds: how many there are in a row."""
+    """begin: number of the first event.  size: events of a round.  stop: number of the event after the last that is
+    like that of the round before.  left_out: how many more rounds there are than in the trace."""
 
     begin: int
     size: int
-    rounds: int
+    stop: int
+    left_out: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """How many there are in a row in the trace."""
+        return (self.stop - self.begin) // self.size
 
     @property
     def end(self) -> int:
         return self.begin + self.rounds * self.size
 
+    def with_those(self, all_left_out: list[LeftOut]) -> _Loop:
+        """The loop with the rounds that were left out of it: where its last rounds are, or right after them."""
+        own = [each for each in all_left_out if self.begin + 2 * self.size < each.place <= self.end + self.size]
+        own = [each for each in own if each.size % self.size == 0]
+        return self._replace(left_out=sum(each.rounds * (each.size // self.size) for each in own[:1]))
 
-def shortened(trace: Trace) -> Trace:
-    """The trace with three rounds of each loop: the first, the second and the last."""
+
+def shortened(trace: Trace, all_left_out: Iterable[LeftOut] = ()) -> Trace:
+    """The trace with three rounds of each loop: the first, the second and the last.
+
+    Raises OtherRoundsError: those of `all_left_out` are of no loop.
+    """
+    left = [each for each in all_left_out if each.rounds]
     born = trace.born
     last_meant = np.zeros(int(trace.is_kind("alloc").sum()), dtype=np.int64)
     named = trace.storage >= 0
     last_meant[trace.storage[named]] = np.flatnonzero(named)  # of several, the last one stays
     loops: list[_Loop] = []
-    for loop in _loops(trace, born):
-        if (not loops or loop.begin >= loops[-1].end) and _is_closed(trace, born, last_meant, loop):
-            loops.append(loop)
+    for alike in _loops(trace, born):
+        # What ends before the loop may by chance be alike what ends with a round, so that the first events are none of
+        # the loop's.
+        begin = max(alike.begin, loops[-1].end if loops else 0)
+        for number in range(begin, begin + _CHANCE):
+            loop = alike._replace(begin=number)
+            if loop.rounds >= _FEWEST and _is_closed(trace, born, last_meant, loop):
+                loops.append(loop)
+                break
+    loops = [loop.with_those(left) for loop in loops]
+    if sum(loop.left_out * loop.size for loop in loops) != sum(each.rounds * each.size for each in left):
+        raise OtherRoundsError("rounds that were left out are of no loop")
     if not loops:
         return trace
     kept = np.ones(len(trace), dtype=np.bool_)
-    left_out = np.zeros(len(last_meant) + 1, dtype=np.int64)
+    dropped = np.zeros(len(last_meant) + 1, dtype=np.int64)
     for loop in loops:
         second, last = loop.begin + 2 * loop.size, loop.end - loop.size
         kept[second:last] = False
-        left_out[born[second] : born[last]] = 1
-    before = np.cumsum(left_out) - left_out  # of each storage, how many before it are left out
+        dropped[born[second] : born[last]] = 1
+    before = np.cumsum(dropped) - dropped  # of each storage, how many before it are left out
     fewer = np.where(named, before[trace.storage], 0)
     for loop in loops:  # its last round means storages of the one before, and then those of the second
         last = loop.end - loop.size
@@ -59,7 +100,7 @@ def shortened(trace: Trace) -> Trace:
     places = np.cumsum(kept)
     at = np.concatenate([places[first_ends - 1], places[[loop.begin + 2 * loop.size - 1 for loop in loops]]])
     kinds_of_marks = np.repeat([number_of(What(ONCE)), number_of(What(AGAIN))], len(loops))
-    values = np.array([*storages, *(loop.rounds - 3 for loop in loops)])
+    values = np.array([*storages, *(loop.rounds + loop.left_out - 3 for loop in loops)])
     return Trace(
         np.insert(trace.what[kept], at, kinds_of_marks),
         np.insert((trace.storage - fewer)[kept], at, -1),
@@ -119,8 +160,8 @@ def _loops(trace: Trace, born: Ints) -> Iterator[_Loop]:
     for begin, end in zip([0, *borders.tolist()], [*borders.tolist(), len(windows)], strict=True):
         size = int(distance[begin])
         # Where windows that begin in a row have their like `size` later, so have all events of the last of them.
-        if size and (rounds := (end - begin + _WINDOW - 1) // size + 1) >= _FEWEST:
-            yield _Loop(begin, size, rounds)
+        if size and (loop := _Loop(begin, size, end - 1 + _WINDOW + size)).rounds >= _FEWEST:
+            yield loop
 
 
 def _is_closed(trace: Trace, born: Ints, last_meant: Ints, loop: _Loop) -> bool:

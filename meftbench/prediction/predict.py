@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate, compress
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from meftbench.catalogue.operations import Work
 from meftbench.catalogue.profiles import Profile, find_profile
@@ -22,12 +24,13 @@ from meftbench.plan.models import image_tokens, known_config
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.allocator import (
     AllocatorSettings,
+    Asked,
     Event,
     Replayed,
     StepLevels,
-    replay,
+    replay_asked,
 )
-from meftbench.prediction.columns import Trace
+from meftbench.prediction.columns import Trace, joined
 from meftbench.prediction.loops import expanded
 from meftbench.prediction.repeated import step_after, told_steps
 from meftbench.prediction.tracer import Traced, Tracer
@@ -36,81 +39,84 @@ from meftbench.probes.memory_counted import Observed
 from meftbench.records.record import Metric
 from meftbench.units import format_bytes
 
-_NO_REPLAY = replay([])
-
 
 @dataclass
 class _Steps:
-    """Steps by their events. seen: those that the allocator sees, which are neither changes of a category nor in host
-    memory.  starts: the numbers of those with which steps begin.
+    """Steps by their events. told: the steps that differ, and one step that all later ones are like.  told_starts: the
+    numbers of the events with which those begin.  steps: how many there are."""
 
-    told: the events of the steps that differ, and one step that all later ones are like.  told_starts: as `starts`.
-    """
-
-    seen: list[Event]
-    starts: list[int]
-    told: list[Event]
+    told: Trace
     told_starts: list[int]
+    steps: int
 
     @classmethod
     def of(cls, trace: Trace, steps: int) -> _Steps:
         """`steps` steps: those of the trace, and later ones that follow from its first."""
-        events, starts = trace.events()
-        later = step_after(events[starts[0] :]) if len(starts) < steps else []
-        told, told_starts = events + later, [*starts, len(events)] if later else starts[:]
-        while len(starts) < steps:
-            starts.append(len(events))
-            events = events + later
-        on_host = {event.key for event in events if event.category == "host"}
-        seen = [event.kind != "book" and (event.key == -1 or event.key not in on_host) for event in events]
-        before = list(accumulate(seen, initial=0))
-        return cls(list(compress(events, seen)), [before[start] for start in starts], told, told_starts)
+        told, starts = trace.without_starts()
+        if len(starts) < steps:
+            later = step_after(told.chosen(slice(starts[0], None)))
+            starts.append(len(told))
+            told = joined([told, later])
+        return cls(told, starts, max(steps, len(starts)))
+
+    @cached_property
+    def seen(self) -> Trace:
+        """What the allocator sees of all steps: no changes of a category, and nothing in host memory."""
+        last = self.told.chosen(slice(self.told_starts[-1], None))
+        whole = joined([self.told, *[last] * (self.steps - len(self.told_starts))])
+        return whole.chosen(self._seen_of(whole))
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The numbers of the events of `seen` with which steps begin."""
+        before = np.append(0, np.cumsum(self._seen_of(self.told)))
+        starts: list[int] = before[self.told_starts].tolist()
+        of_last = int(before[-1]) - starts[-1]
+        return starts + [starts[-1] + times * of_last for times in range(1, self.steps - len(starts) + 1)]
+
+    def _seen_of(self, trace: Trace) -> NDArray[np.bool_]:
+        on_host = np.unique(trace.storage[trace.is_of("host")])
+        return ~trace.is_kind("book") & ((trace.storage < 0) | ~np.isin(trace.storage, on_host))
+
+    @cached_property
+    def asked(self) -> Asked:
+        return self.seen.asked()
 
     def replayed(self, settings: AllocatorSettings, settled: int | None) -> Replayed:
         """settled: the number of the step before which cached memory is given back; None: it is not."""
-        settles = settled is not None and settled < len(self.starts)
-        return replay(self.seen, settings, self.starts, self.starts[settled or 0] if settles else -1)
+        settles = settled is not None and settled < self.steps
+        return replay_asked(self.asked, settings, self.starts, self.starts[settled or 0] if settles else -1)
 
     def observed(self) -> list[Observed]:
-        observed = told_steps(self.told, self.told_starts)
-        return observed + [observed[-1]] * (len(self.starts) - len(observed))
+        observed = told_steps(self.told.events(), self.told_starts)
+        return observed + [observed[-1]] * (self.steps - len(observed))
 
 
 @dataclass
 class Predicted:
     """The result of predicting a cell.
 
-    warmup: the number of warm-up steps.  traced: from which all follows.  replayed: the allocator's statistics after
-    all steps.  seconds: that the prediction took.  tokens: of a step.  work_of: gives what a step does.
+    traced: from which all follows.  settings, warmup, steps, settle: as of `predict`.
+    seconds: that the prediction took until now.  tokens: of a step.  work_of: gives what a step does.
     """
 
     profile: Profile
-    warmup: int
-    steps: int
     traced: Traced
-    replayed: Replayed
-    seconds: float
+    settings: AllocatorSettings
+    warmup: int = 1
+    steps: int = 1
+    settle: bool = False
+    seconds: float = 0.0
     tokens: int = 0
     work_of: Callable[[], Work] = Work
 
-    @classmethod
-    def of(
-        cls,
-        traced: Traced,
-        profile: Profile,
-        settings: AllocatorSettings,
-        warmup: int = 1,
-        steps: int = 1,
-        *,
-        settle: bool = False,
-        begin: float | None = None,
-    ) -> Predicted:
-        """The memory of what was traced, as of `predict`. begin: when the prediction began; None: now."""
-        begin = time.perf_counter() if begin is None else begin
-        predicted = cls(profile, warmup, steps, traced, _NO_REPLAY, 0.0)
-        predicted.replayed = predicted.replayed_in(settings, settle)
-        predicted.seconds = time.perf_counter() - begin
-        return predicted
+    @cached_property
+    def replayed(self) -> Replayed:
+        """The allocator's statistics after all steps."""
+        begin = time.perf_counter()
+        replayed = self.replayed_in(self.settings, self.settle)
+        self.seconds += time.perf_counter() - begin
+        return replayed
 
     @cached_property
     def _shortened(self) -> _Steps:
@@ -122,10 +128,10 @@ class Predicted:
         trace = expanded(self.traced.trace)
         return self._shortened if trace is self.traced.trace else _Steps.of(trace, self.warmup + self.steps)
 
-    @property
+    @cached_property
     def events(self) -> list[Event]:
         """Of all steps, what the allocator sees."""
-        return self._whole.seen
+        return self._whole.seen.events()
 
     @property
     def starts(self) -> list[int]:
@@ -156,7 +162,7 @@ class Predicted:
     @cached_property
     def observed(self) -> list[Observed]:
         """What a counter would have seen in each step; sizes are rounded up to blocks of 512 bytes."""
-        return self._shortened.observed()
+        return self._whole.observed()
 
     @property
     def warm(self) -> list[Observed]:
@@ -264,10 +270,17 @@ def predict(
     tracer = tracer or Tracer(profile, versions)
     traced = tracer(cell, warmup + steps, padding)
     settings = settings or AllocatorSettings(capacity=profile.memory_bytes - profile.context_bytes)
-    predicted = Predicted.of(traced, profile, settings, warmup, steps, settle=settle, begin=begin)
-    predicted.tokens = cell.batch_size * traced.tokens
-    predicted.work_of = partial(tracer.work, cell, warmup + steps, padding)
-    return predicted
+    return Predicted(
+        profile,
+        traced,
+        settings,
+        warmup,
+        steps,
+        settle,
+        seconds=time.perf_counter() - begin,
+        tokens=cell.batch_size * traced.tokens,
+        work_of=partial(tracer.work, cell, warmup + steps, padding),
+    )
 
 
 def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], dict[str, Any]]:

@@ -8,37 +8,29 @@ test_repeated.py compares this with steps that were traced one after the other.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from meftbench.prediction.allocator import AGAIN, ONCE, Event
+from meftbench.prediction.columns import Trace
 from meftbench.prediction.cuda_counter import WORKSPACE
 from meftbench.probes.memory_counted import GRADIENT, Observed, StorageCounter, observe
 
 
-def step_after(first: list[Event]) -> list[Event]:
-    """The events of the second step and of every later one, given those of the `first`."""
-    born: dict[int, int] = {}
-    for index, event in enumerate(first):
-        if event.kind == "alloc":
-            born[event.key] = index
-        elif event.kind == "free":
-            born.pop(event.key, None)
-    left_alive = set(born.values())
-    later: list[Event] = []
-    later_alive: set[int] = set()
-    for index, event in enumerate(first):
-        kind, key, nbytes, category, origin = event
-        if kind in ("phase", ONCE, AGAIN):
-            later.append(event)
-        elif kind == "alloc" and index not in left_alive:
-            # ~key is a new key: the old one, freed in the first step, may have passed to the optimizer's state.
-            later.append(Event(kind, ~key, nbytes, category, origin))
-            later_alive.add(key)
-        elif kind != "alloc" and key in later_alive:
-            later.append(Event(kind, ~key, nbytes, category, origin))
-            if kind == "free":
-                later_alive.remove(key)
-    return later
+def step_after(first: Trace) -> Trace:
+    """The second step and every later one, given the `first`. Its storages have other numbers than those of the first
+    step, of which some are alive; all later steps have the same, since none is alive when one of them ends."""
+    alive = np.zeros(int(first.storage.max(initial=-1)) + 1, dtype=np.bool_)
+    alive[first.storage[first.is_kind("alloc")]] = True
+    alive[first.storage[first.is_kind("free")]] = False
+    born_here = np.zeros(len(alive), dtype=np.bool_)
+    born_here[first.storage[first.is_kind("alloc")]] = True
+    comes_again = born_here & ~alive
+    of_storage = first.storage >= 0
+    later = first.chosen(~of_storage | comes_again[first.storage])
+    return replace(later, storage=np.where(later.storage >= 0, later.storage + len(alive), -1))
 
 
 def told_steps(events: list[Event], starts: list[int]) -> list[Observed]:

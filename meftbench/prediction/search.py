@@ -305,7 +305,7 @@ def band_of_map(task: Task) -> list[int]:
     tracer = _tracer_of_map(task["profile"], task["versions"])
     interpolated = Interpolated(tracer, cell, task["shapes"])
     unlimited = replace(AllocatorSettings.parse(task["allocator"]), capacity=None)
-    predicted = (Predicted.of(interpolated.at(*shape), profile, unlimited) for shape in task["shapes"])
+    predicted = (Predicted(profile, interpolated.at(*shape), unlimited) for shape in task["shapes"])
     return [each.replayed.reserved_peak + profile.context_bytes for each in predicted]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -20,7 +20,7 @@ from meftbench.plan.cell import Cell
 from meftbench.prediction.columns import Trace
 from meftbench.prediction.cuda_counter import PredictedStep
 from meftbench.prediction.deepened import Growth, IrregularError
-from meftbench.prediction.loops import expanded, shortened
+from meftbench.prediction.loops import LeftOut, OtherRoundsError, expanded, shortened
 from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
 from meftbench.prediction.partitioned import partitioned_instead_of_compiled
@@ -29,6 +29,7 @@ from meftbench.prediction.repeating import Repeating, repeated_by
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_model, uncomputed_step
 from meftbench.probes.counted_metrics import paged_metrics, parameter_counts
 from meftbench.records.record import Metric
+from meftbench.reversible.rounds import left_out_by
 
 FEWEST = 3  # of what repeats: traced with these numbers of units, the next, and the one after that
 GAIN = 3  # further units from which on a rule is looked for
@@ -72,6 +73,7 @@ class Tracer:
         self._known: dict[tuple[str, int, float], Traced] = {}
         self._growths: dict[Any, list[_Growth]] = {}
         self.irregular: dict[tuple[str, tuple[int, ...]], str] = {}
+        self._whole_loops: set[str] = set()  # families in which rounds of a loop are not alike
 
     def __call__(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
         """A cell with any number of layers and micro-batches. What it allocates is that of `directly`, in fewer layers
@@ -145,7 +147,18 @@ class Tracer:
         return traced(counts)
 
     def directly(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Traced:
-        """Every layer and micro-batch of a cell. Arguments and errors: as above."""
+        """Every layer and micro-batch of a cell, and of loops over tiles or chunks the first rounds, where the others
+        are like them. Arguments and errors: as above."""
+        family = self._family(cell)
+        if self._extrapolate and family not in self._whole_loops:
+            try:
+                return self._traced(cell, steps, padding, whole_loops=False)
+            except OtherRoundsError:
+                self._whole_loops.add(family)
+        return self._traced(cell, steps, padding, whole_loops=True)
+
+    def _traced(self, cell: Cell, steps: int, padding: float, *, whole_loops: bool) -> Traced:
+        """whole_loops: whether all rounds are traced. Raises OtherRoundsError: where not, and they are not alike."""
         self.traced += 1
         on_meta = cell.precision not in AUTOCAST
         step, mode = uncomputed_step(
@@ -165,8 +178,8 @@ class Tracer:
             entered.enter_context(mode)
             counted = entered.enter_context(PredictedStep(step, self.remembered, self.profile, self.versions))
             counter = counted.counter
-            assert counter.events is not None
             entered.enter_context(counter.work.entered())
+            entered.enter_context(nullcontext() if whole_loops else left_out_by(counter))
             starts = []
             for _ in range(steps if OPTIMIZERS[cell.optimizer].replaces_state else 1):
                 starts.append(len(counter.events))
@@ -176,7 +189,8 @@ class Tracer:
             if fact := made.missing_in_trace(counter.attention_kernels):
                 what = f"{name}: {fact} on {self.profile.device}"
                 raise UserError(cell.label, what, f"change the settings of {name}")
-        trace, counter.events = shortened(Trace.of(counter.events, starts)), None
+        left_out = [_after_starts(each, starts) for each in counter.rounds_left_out]
+        trace = shortened(Trace.of(counter.events, starts), left_out)
         sizes = parameter_counts(step.model) | paged_metrics(step, "predicted")
         gc.freeze()  # so that no collection in a later trace goes through the models and what is remembered
         return Traced(trace, sizes, frozenset(counter.attention_kernels), step.sequence_length, counter.work.work)
@@ -191,6 +205,12 @@ class Tracer:
         if key not in self._models:
             self._models[key] = self._made(cell)
         return self._models[key]
+
+
+def _after_starts(left_out: LeftOut, starts: list[int]) -> LeftOut:
+    """Rounds that were left out of events, where steps begin with `starts`, as of the trace with an event for each
+    start."""
+    return left_out._replace(place=left_out.place + sum(start < left_out.place for start in starts))
 
 
 def _fewest(count: int, unit: int) -> tuple[int, int]:

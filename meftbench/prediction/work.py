@@ -122,6 +122,15 @@ class WorkCounter:
         entry = (operators, phase, recomputed, place)
         self._counts[entry] = self._counts.get(entry, 0) + 1
 
+    def snapshot(self) -> Mapping[Any, int]:
+        """What was counted until now, for `repeat_since`."""
+        return dict(self._counts)
+
+    def repeat_since(self, before: Mapping[Any, int], times: int) -> None:
+        """Count what was counted since the snapshot `before` so many times more."""
+        for entry, count in self._counts.items():
+            self._counts[entry] = count + times * (count - before.get(entry, 0))
+
     @property
     def work(self) -> Work:
         """What was counted since `begin_step`."""

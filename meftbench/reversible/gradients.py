@@ -10,9 +10,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Sums:
-    """A sum of gradients for each parameter, in float32 where the parameter has lower precision."""
+    """A sum of gradients for each parameter. wide: in float32 where the parameter has lower precision, which takes
+    twice the memory; else in the parameter's precision, as autograd adds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wide: bool = True) -> None:
+        self._wide = wide
         self._totals: dict[int, Tensor] = {}
 
     def add(self, parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
@@ -22,7 +24,7 @@ class Sums:
                 continue
             total = self._totals.get(id(parameter))
             if total is None:
-                sum_dtype = torch.float32 if parameter.dtype.itemsize < 4 else parameter.dtype
+                sum_dtype = torch.float32 if self._wide and parameter.dtype.itemsize < 4 else parameter.dtype
                 # A copy: autograd may return one tensor for two parameters, or the output gradient it was given.
                 self._totals[id(parameter)] = gradient.to(sum_dtype, copy=True)
             else:

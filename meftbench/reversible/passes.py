@@ -20,6 +20,7 @@ from meftbench.reversible.fork import Sink, gathered_in
 from meftbench.reversible.gradients import Sums, edges_of
 from meftbench.reversible.placed import Handover, Kept, PlacedSubLayer, Tile
 from meftbench.reversible.recompute import drew, modes_as, replayed_rng, rng_state, unhooked
+from meftbench.reversible.rounds import rounds
 from meftbench.reversible.saved_state import SavedState
 from meftbench.reversible.sublayers import SubLayer
 from meftbench.reversible.taps import joined_rows
@@ -89,7 +90,7 @@ def _replace_stream(placed: PlacedSubLayer, stream_BLD: Tensor, index: int, repl
     width = coupling.side_bytes(x_TD.shape[-1])
     if keep and width:
         sides = torch.empty(x_TD.shape[0], width, dtype=torch.uint8, device=x_TD.device)
-    for rows in saved.tiles:
+    for rows in saved.tiles if saved.taps else rounds(saved.tiles):
         tile = placed.tile(rows)
         value_TD = tile.value[0].detach()
         tapped.append([tensor.detach() for tensor in tile.tapped])
@@ -187,7 +188,7 @@ class BackwardPass:
                 output_gradients = [value_gradient_TD.to(placed.outputs[0].dtype)]
                 del value_gradient_TD
             x_TD, other_TD = stream_BLD.flatten(0, 1), other_BLD.flatten(0, 1)
-            for rows in self.saved.tiles:
+            for rows in rounds(self.saved.tiles):
                 tile = placed.tile(rows)
                 value_TD = tile.value[0].detach()
                 for tile_rows, stream_rows in _cache_sized_pieces(value_TD, rows):
@@ -308,7 +309,7 @@ class BackwardPass:
         if dx_BLD is None:
             return
         assert placed.sublayer.before is not None
-        for rows in self.saved.tiles:
+        for rows in rounds(self.saved.tiles):
             read_1TD = placed.read_tile(rows).requires_grad_(placed.wanted)
             value_1TD = placed.sublayer.before(placed.block, read_1TD)
             edge, gradient_1TD = get_gradient_edge(value_1TD), dx_BLD.flatten(0, 1)[rows][None].to(value_1TD.dtype)

@@ -109,7 +109,8 @@ def joined(outputs: list[Tensor], rows: slice) -> Tensor | None:
 
 
 def tiles_of(tokens: int, requested: int | Literal["auto"], width: int, device: torch.device) -> list[slice]:
-    """The B·L `tokens` cut into `requested` tiles whose sizes differ by one at most: the rows of each.
+    """The B·L `tokens` cut into `requested` tiles of one size, of which the last may be smaller: the rows of each.
+    Where there would be fewer tiles then, since few tokens are cut into many, their sizes differ by one at most.
 
     "auto": as many tiles, at most 32, as leave each large enough to keep the device busy: 4,096 tokens; on CUDA also
     four waves of 128 × 128 blocks in the matrix product that widens `width` fourfold.
@@ -134,6 +135,11 @@ def tiles_that_fill(tokens: int, width: int, processors: int) -> int:
 
 
 def _even_slices(tokens: int, count: int) -> Iterator[slice]:
+    largest = -(-tokens // count)
+    if largest * (count - 1) < tokens:
+        # Of one size, so that what one tile gives back to the allocator fits the next exactly.
+        yield from (slice(start, min(start + largest, tokens)) for start in range(0, tokens, largest))
+        return
     size, larger = divmod(tokens, count)
     start = 0
     for tile in range(count):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from meftbench.reversible.gradients import Sums, edges_of
 from meftbench.reversible.recompute import AutocastState, Numerics, drew, replayed_rng, rng_state
+from meftbench.reversible.rounds import rounds
 from meftbench.reversible.sublayers import on_tiles, tiles_of
 from meftbench.reversible.taps import asked, pass_on, tapped_in
 
@@ -85,7 +86,7 @@ class _Tiled(torch.autograd.Function):
             ctx.autocast.entered(),
             replayed_rng(ctx.rng, h_BLD.device),
         ):
-            for rows in ctx.tiles:
+            for rows in rounds(ctx.tiles):
                 leaf = h_TD[rows][None].detach().requires_grad_(needs_grad)
                 tapped: list[Tensor] = []
                 with tapped_in(tapped if ctx.taps else None):

@@ -180,7 +180,7 @@ def differences(told: Traced, traced: Traced) -> list[str]:
     for name in ("sizes", "attention", "tokens"):
         if getattr(told, name) != getattr(traced, name):
             found.append(name)
-    first, second = (Predicted.of(one, PROFILE, AllocatorSettings(), steps=STEPS - 1) for one in (told, traced))
+    first, second = (Predicted(PROFILE, one, AllocatorSettings(), steps=STEPS - 1) for one in (told, traced))
     if first.observed != second.observed:
         found.append("what a counter sees")
     peak = second.replayed.reserved_peak

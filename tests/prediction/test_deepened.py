@@ -15,6 +15,7 @@ from campaigns import campaign
 from meftbench.errors import UserError
 from meftbench.prediction.columns import Trace
 from meftbench.prediction.deepened import Growth, IrregularError
+from meftbench.prediction.loops import OtherRoundsError, shortened
 from meftbench.prediction.repeating import repeated_by
 from models import a_cell_of
 
@@ -28,6 +29,8 @@ CASES = {
     "some layers checkpointed": ("bert", "lora+checkpoint(layers=6)", 12, {}),
     "every second layer checkpointed": ("qwen2", "lora+checkpoint(every=2)", 11, {}),
     "some layers reversible": ("llama", "meft3-exact(reversible_layers=6)", 12, {}),
+    "tiles and chunks": ("llama", "meft1-exact(tiles=12)+chunked_loss", 6, {"sequence_length": 1024, "batch_size": 3}),
+    "tiles of a feed-forward": ("opt", "lora+tiled_mlp", 6, {}),
     "loss in chunks": ("opt", "meft1-exact+chunked_loss", 6, {}),
     "optimizer in backward": ("opt", "full+optimizer_in_backward", 6, {}),
     "offload": ("vit", "lora+offload", 6, {}),
@@ -81,6 +84,36 @@ def test_what_is_told_of_a_deep_model_is_its_trace(name):
         assert cell not in few.cells
         assert [] == extrapolation.differences(few(shape), whole(shape))
         assert totals(few.work(shape)) == pytest.approx(totals(whole(shape).work))
+
+
+def test_of_tiles_and_chunks_few_are_traced():
+    """A trace of twice as many tokens asks for few operators more; rounds that are not alike are all traced."""
+    tracer, cell = extrapolation.WatchedTracer(), a_deep_cell("tiles and chunks")
+    tracer.directly(cell)
+
+    def operators(batch_size):
+        before = tracer.remembered.hits + tracer.remembered.asked
+        tracer.directly(cell.model_copy(update={"batch_size": batch_size, "micro_batch_size": batch_size}))
+        return tracer.remembered.hits + tracer.remembered.asked - before
+
+    assert 1.3 * operators(12) > operators(48)
+
+
+def test_rounds_that_are_not_alike_are_all_traced(monkeypatch):
+    """Where a lever keeps something for each round, for example."""
+    few, whole = extrapolation.WatchedTracer(), extrapolation.WatchedTracer(extrapolate=False)
+    cell, tried = a_deep_cell("tiles and chunks"), []
+
+    def other(trace, left_out=()):
+        if left_out:
+            tried.append(len(left_out))
+            raise OtherRoundsError
+        return shortened(trace)
+
+    monkeypatch.setattr("meftbench.prediction.tracer.shortened", other)
+
+    assert [] == extrapolation.differences(few(cell), whole(cell))
+    assert tried
 
 
 def test_state_in_eight_bits_is_told():

@@ -90,8 +90,8 @@ def equal(one, other):
 
 def replayed(trace, allocator):
     """What does not fit has another key in the whole trace: it may be in a round that the other leaves out."""
-    events, starts = trace.events()
-    found = replay(events, allocator, starts)
+    events, starts = trace.without_starts()
+    found = replay(events.events(), allocator, starts)
     return found if found.oom is None else replace(found, oom=found.oom._replace(key=0))
 
 

@@ -72,7 +72,8 @@ def traced(cell, steps):
         for _ in range(steps):
             starts.append(len(counted.counter.events))
             observed.append(counted.run())
-        events, starts = Trace.of(counted.counter.events, starts).events()
+        listed, starts = Trace.of(counted.counter.events, starts).without_starts()
+        events = listed.events()
     on_host = {event.key for event in events if event.category == "host"}
     seen = [event.kind == "phase" or (event.kind != "book" and event.key not in on_host) for event in events]
     starts = [sum(seen[:start]) for start in starts]
@@ -130,7 +131,7 @@ def test_what_is_remembered_of_other_shapes_changes_no_event(method):
 
     again = tracer.directly(cell)
 
-    assert predict(cell, PROFILE).events == Predicted.of(again, PROFILE, AllocatorSettings()).events
+    assert predict(cell, PROFILE).events == Predicted(PROFILE, again, AllocatorSettings()).events
     assert 10 * (remembered.asked - asked) < remembered.hits
 
 

@@ -93,7 +93,7 @@ def test_a_second_trace_of_a_model_finds_its_indices_on_the_host_again():
     cell = a_cell("shira", "llama", method_params={"rank": 4})
     tracer = Tracer(A100)
 
-    first, second = (Predicted.of(tracer.directly(cell), A100, AllocatorSettings()) for _ in range(2))
+    first, second = (Predicted(A100, tracer.directly(cell), AllocatorSettings()) for _ in range(2))
 
     assert first.measured[-1].baseline == second.measured[-1].baseline
     trained = first.sizes["parameters_trainable"].value

@@ -8,6 +8,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 
 from meftbench.methods import prepare
@@ -16,14 +18,19 @@ from meftbench.reversible.tiled import Tiling
 from tests.models import a_batch, a_model, gradients, worst_relative_error
 
 
-def test_tiles_cover_all_tokens_once_and_differ_by_one_at_most():
-    """Also where the count does not divide the tokens, or there are more tiles than tokens."""
-    for tokens, asked in ((20, 1), (20, 3), (20, 8), (5, 9), (1, 4)):
-        tiles = tiles_of(tokens, asked, 8, torch.device("cpu"))
-        assert list(range(tokens)) == [t for rows in tiles for t in range(rows.start, rows.stop)]
-        sizes = {rows.stop - rows.start for rows in tiles}
-        assert max(sizes) - min(sizes) <= 1
-        assert min(asked, tokens) == len(tiles)
+@given(tokens=st.integers(1, 5000), asked=st.integers(1, 64))
+@example(tokens=20, asked=8)
+@example(tokens=5, asked=9)
+def test_tiles_cover_all_tokens_once_and_are_of_one_size(tokens, asked):
+    """All but the last, which is smaller; or by one, where the last would have no token. Never more than they need."""
+    tiles = tiles_of(tokens, asked, 8, torch.device("cpu"))
+
+    assert list(range(tokens)) == [t for rows in tiles for t in range(rows.start, rows.stop)]
+    *sizes, last = (rows.stop - rows.start for rows in tiles)
+    assert last <= min(sizes, default=last)
+    assert len({*sizes}) <= 1 or max(sizes) - last == 1
+    assert -(-tokens // len(tiles)) == max([*sizes, last])
+    assert min(asked, tokens) == len(tiles)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (1024, 1), (4096, 1), (12288, 3), (10**6, 32)])

@@ -1,7 +1,7 @@
 """`+chunked_loss` (a lever): cross-entropy over a vocabulary without the whole logits, for models that predict tokens.
 
-The last hidden states go through head and loss a chunk of tokens at a time, under checkpointing: only they and the
-head's weight are kept for the backward pass.
+The last hidden states go through head and loss a chunk of tokens at a time: only they and the head's weight are kept
+for the backward pass, which runs each chunk again and writes its part of one gradient of the hidden states.
 
 How many tokens a chunk has follows from what the model's last layer made in the same forward pass. A chunk of fewer
 tokens takes more time: each reads the whole weight of the head, and one that is trained is given a gradient by each.
@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from meftbench.backbones import layouts_of
@@ -29,6 +30,9 @@ from meftbench.methods.applied import Applied
 from meftbench.methods.levers.base import LeverNumber
 from meftbench.methods.levers.vocabulary_loss import Head, LossLever, SummedLoss
 from meftbench.reversible import ReversibleStack
+from meftbench.reversible.gradients import Sums
+from meftbench.reversible.recompute import AutocastState, Numerics, replayed_rng, rng_state
+from meftbench.reversible.rounds import rounds
 
 # Where it is not known what the layers need, a chunk has 1 / CHUNKS of the tokens (+tiled_mlp has as many tiles).
 CHUNKS = 16
@@ -88,12 +92,11 @@ class InChunks(SummedLoss):
         fused = _fused_is_as_good(head, h_ND) if self.fused is None else self.fused
         if fused:
             return _by_torch(head, h_ND, labels_N, ignored, rows)
-        # `split` instead of slices: the gradient of each slice would be as large as the whole.
-        sums = [
-            checkpoint(head.summed, h_TD, labels_T, ignored, use_reentrant=False, preserve_rng_state=not head.is_linear)
-            for h_TD, labels_T in zip(h_ND.split(rows), labels_N.split(rows), strict=True)
-        ]
-        return torch.stack(sums).sum()
+        trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
+        if head.bias is not None and head.bias.requires_grad:
+            trained.append(head.bias)
+        total: Tensor = _Summed.apply(head, labels_N, ignored, rows, h_ND, *trained)  # type: ignore[no-untyped-call]
+        return total
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -117,6 +120,60 @@ class InChunks(SummedLoss):
             return []
         whole = layer.blocks[-1] if isinstance(layer, ReversibleStack) else layer
         return [module for module in whole.modules() if not any(True for _ in module.children())]
+
+
+class _Summed(torch.autograd.Function):
+    """From hidden states (N, D) and the head's trained tensors to the sum of the cross-entropies, a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, labels_N: Tensor, ignored: int, rows: int, h_ND: Tensor, *trained: Tensor
+    ) -> Tensor:
+        ctx.head, ctx.ignored, ctx.trained = head, ignored, trained
+        ctx.chunks = [slice(start, min(start + rows, len(h_ND))) for start in range(0, len(h_ND), rows)]
+        ctx.save_for_backward(h_ND, labels_N)
+        ctx.autocast, ctx.numerics = AutocastState.now(h_ND.device.type), Numerics.now()
+        ctx.rng = None if head.is_linear else rng_state(h_ND.device)
+        sums = None
+        # Gradients are recorded, and what they need is not kept: without, autocast would keep casts of weights that
+        # have no history, for whoever asks for them next.
+        with torch.enable_grad(), saved_tensors_hooks(_not_kept, _not_kept):
+            for chunk in rounds(ctx.chunks):
+                of_chunk = head.summed(h_ND.detach()[chunk], labels_N[chunk], ignored).detach()
+                if sums is None:
+                    sums = of_chunk.new_empty(len(ctx.chunks))
+                sums[chunk.start // rows] = of_chunk
+                del of_chunk
+        assert sums is not None
+        return sums.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
+        h_ND, labels_N = ctx.saved_tensors
+        needs_grad, of_trained = ctx.needs_input_grad[4], Sums(wide=False)
+        dh_ND = torch.empty_like(h_ND, memory_format=torch.contiguous_format) if needs_grad else None
+        with (
+            torch.enable_grad(),
+            ctx.numerics.entered(),
+            ctx.autocast.entered(),
+            replayed_rng(ctx.rng, h_ND.device),
+        ):
+            for chunk in rounds(ctx.chunks):
+                leaf = h_ND[chunk].detach().requires_grad_(needs_grad)
+                edge = get_gradient_edge(ctx.head.summed(leaf, labels_N[chunk], ctx.ignored))
+                roots = [*([leaf] if needs_grad else []), *ctx.trained]
+                gradients = list(torch.autograd.grad([edge], roots, [d_sum], allow_unused=True))
+                del edge
+                if dh_ND is not None:
+                    dh_ND[chunk] = gradients.pop(0)
+                of_trained.add(ctx.trained, gradients)
+                del gradients
+        return (None, None, None, None, dh_ND, *of_trained.of(ctx.trained))
+
+
+def _not_kept(_: Any) -> Any:
+    """What autograd is given in place of a tensor that no backward pass reads: nothing."""
 
 
 def _runs_again(layer: Any) -> bool:
