@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meftbench.reversible.fork import Sink
+from meftbench.reversible.rounds import rounds
 from meftbench.reversible.saved_state import SavedState
 from meftbench.reversible.sublayers import SubLayer, joined
 from meftbench.reversible.taps import tapped_in
@@ -100,8 +101,13 @@ class PlacedSubLayer:
         if self.sublayer.before is None:
             return self.arithmetic.read(self.other_BLD, self.saved.dtype)
         with torch.no_grad():
-            tiles = [self.sublayer.before(self.block, self.read_tile(rows)) for rows in self.saved.tiles]
-            return (tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)).view(self.other_BLD.shape)
+            if len(self.saved.tiles) == 1:
+                return self.sublayer.before(self.block, self.read_tile(self.saved.tiles[0])).view(self.other_BLD.shape)
+            dtype = self.sublayer.before(self.block, self.read_tile(slice(0, 0))).dtype
+            read_BLD = torch.empty(self.other_BLD.shape, dtype=dtype, device=self.other_BLD.device)
+            for rows in rounds(self.saved.tiles):
+                read_BLD.flatten(0, 1)[rows] = self.sublayer.before(self.block, self.read_tile(rows))[0]
+            return read_BLD
 
     def _prepared_by_trained(self) -> bool:
         """Whether the pre-norm has trained tensors: its output then needs a gradient even if the stream needs none."""
