@@ -118,7 +118,8 @@ def test_it(memory_budget):
 
 
 def test_a_failure_says_what_is_alive_at_the_peak(session):
-    """Budget, value, unit, source, by how much; the categories; the largest buffers with their module and place, and the modules; what to do."""
+    """Budget, value, unit, source, by how much; the categories; the largest buffers with module and place; the largest
+    modules; what to do."""
     outcome = session("""
 @pytest.mark.memory_budget("8MiB", activation_peak="0.5MiB")
 def test_step(memory_budget):

@@ -49,11 +49,10 @@ class Peak:
 
 
 class Origin(NamedTuple):
-    """Where a storage came from: the operator, its first tensor's shape and dtype, the operator's caller, and the path of
-    a module, as of `module_paths`.
+    """Where a storage came from: the operator, its first tensor's shape and dtype, its caller, and the module.
 
-    module: the one that owns the parameter, or in whose forward or backward the storage was allocated; None: not known,
-        or no module of the model.
+    module: the path, as of `module_paths`, of the one that owns the parameter, or in whose forward or backward the
+        storage was allocated; None: not known, or no module of the model.
     """
 
     op: str
