@@ -86,15 +86,9 @@ class ModulesRunning:
 
     def __enter__(self) -> Self:
         self.forget()
-        before, after = (
-            register_module_forward_pre_hook(self._begins),
-            register_module_forward_hook(
-                self._ends,
-                always_call=True,  # a checkpoint that runs again ends by an exception
-            ),
-        )
-        self._hooks.callback(before.remove)
-        self._hooks.callback(after.remove)
+        self._hooks.callback(register_module_forward_pre_hook(self._begins).remove)
+        # Always called: the forward that a checkpoint runs again ends by an exception once all is there that it needs.
+        self._hooks.callback(register_module_forward_hook(self._ends, always_call=True).remove)
         return self
 
     def __exit__(self, *error: Any) -> None:
