@@ -118,7 +118,8 @@ def test_it(memory_budget):
 
 
 def test_a_failure_says_what_is_alive_at_the_peak(session):
-    """Budget, value, unit, source, by how much; the categories; the largest buffers with their place; what to do."""
+    """Budget, value, unit, source, by how much; the categories; the largest buffers with module and place; the largest
+    modules; what to do."""
     outcome = session("""
 @pytest.mark.memory_budget("8MiB", activation_peak="0.5MiB")
 def test_step(memory_budget):
@@ -130,10 +131,16 @@ def test_step(memory_budget):
     # A gradient of 512 KiB, five tensors of 128 KiB and two scalars, each in a block of 512 bytes.
     assert "activation_peak_bytes 1.1 MiB (counted) is over max 512.0 KiB; over by 641.0 KiB (125.20%)" in text
     assert 1 == text.count("is over max")  # the other budget is held
+    assert "  640.0 KiB (counted): second, 53% of these buffers: gradients 512.0 KiB, temporaries 128.0 KiB" in text
     categories, buffers = text.split("What is alive at the peak of forward and backward:")
     assert "  1.0 MiB (counted), 18.0% of the peak: parameters_bytes, model parameters at the peak" in categories
-    assert "  512.0 KiB (counted): mm.default, gradients: 256 × 512 float32, in step:forward_backward" in buffers
-    assert "  128.0 KiB (counted): mm.default, activations: 64 × 512 float32, in test_memory:forward" in buffers
+    assert (
+        "  512.0 KiB (counted): mm.default, gradients: 256 × 512 float32, of second, in step:forward_backward"
+        in buffers
+    )
+    assert (
+        "  128.0 KiB (counted): mm.default, activations: 64 × 512 float32, of first, in test_memory:forward" in buffers
+    )
     assert "If the test is to take more, raise the bound." in buffers
 
 

@@ -73,7 +73,7 @@ METRICS: dict[str, Kind] = {
     "peak_buffers": Kind(
         "buffers",
         "neither",
-        "what is alive at the peak of forward and backward: bytes, count, operator, shape, place",
+        "what is alive at the peak of forward and backward: bytes, count, operator, shape, place, module of the model",
     ),
     "timeline": Kind(
         "levels",

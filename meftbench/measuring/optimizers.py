@@ -119,19 +119,19 @@ def tables_without_values(optimizer: Optimizer, mode: FakeTensorMode) -> None:
 Place = Literal["optimizer", "host", "paged"]
 
 
-def states_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, Place]]:
-    """The tensors that an optimizer keeps, each with where it is: on the device (`optimizer`), in host memory, or in
-    CUDA's unified memory (`paged`)."""
+def states_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, Place]]:
+    """The tensors that an optimizer keeps: the parameter that each is of, the tensor, and where it is: on the device
+    (`optimizer`), in host memory, or in CUDA's unified memory (`paged`)."""
     if isinstance(optimizer, OptimizerPerParameter):
         for part in optimizer.by_parameter.values():
             yield from states_of(part)
     elif isinstance(optimizer, OffloadedOptimizer):
-        yield from ((state, "host") for state, _ in states_of(optimizer.inner))
+        yield from ((parameter, state, "host") for parameter, state, _ in states_of(optimizer.inner))
     else:
-        for values in optimizer.state.values():
+        for parameter, values in optimizer.state.items():
             for value in values.values():
                 if isinstance(value, Tensor):
-                    yield value, "paged" if _is_paged(value) else "optimizer"
+                    yield parameter, value, "paged" if _is_paged(value) else "optimizer"
 
 
 def paged_bytes(optimizer: Optimizer) -> int | None:
@@ -139,7 +139,7 @@ def paged_bytes(optimizer: Optimizer) -> int | None:
     parts = list(_parts(optimizer))
     if not any(getattr(part, "is_paged", False) for part in parts):
         return None
-    return sum(state.nbytes for state, place in states_of(optimizer) if place == "paged")
+    return sum(state.nbytes for _, state, place in states_of(optimizer) if place == "paged")
 
 
 def keeps_state(optimizer: Optimizer) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from meftbench.measuring.optimizers import paged_bytes
 from meftbench.measuring.step import Step
-from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, warmup_steps
+from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, Origin, warmup_steps
 from meftbench.records.record import Metric, Source
 
 
@@ -38,15 +38,20 @@ def paged_metrics(step: Step, source: Source) -> dict[str, Metric]:
 
 def peak_buffers(measured: list[Observed]) -> Metric:
     """What the peak of forward and backward consists of beside parameters, buffers, optimizer state and host memory,
-    largest first: storages of one kind are counted together, and listed from 1 % of the activation peak on."""
+    largest first: storages of one kind are counted together, and listed from 1 % of the activation peak on, apart for
+    each module of the model that they are of."""
     worst = max(measured, key=lambda observed: (bool(observed.buffers), observed.activation_peak))
     if not worst.buffers:
         return Metric(None, "counted", absent="takes two steps: the first tells how high the peak is")
     counts = Counter(entry for entry in worst.buffers if entry[1] not in ("parameters", "buffers", "optimizer", "host"))
+    # Of a kind in all modules together: which kinds are listed does not depend on how many modules a model has.
+    of_kind: Counter[tuple[int, str, Origin]] = Counter()
+    for (size, category, origin), count in counts.items():
+        of_kind[size, category, origin._replace(module=None)] += size * count
     rows = [
         {"bytes": size * count, "count": count, "category": category, **origin._asdict(), "shape": list(origin.shape)}
         for (size, category, origin), count in counts.items()
-        if size * count >= worst.activation_peak / 100
+        if of_kind[size, category, origin._replace(module=None)] >= worst.activation_peak / 100
     ]
     return Metric(sorted(rows, key=lambda row: -row["bytes"]), "counted")
 

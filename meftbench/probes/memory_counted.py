@@ -27,6 +27,7 @@ from meftbench.measuring.step import Mark, Step
 from meftbench.methods.levers.transfers import allocating_as
 from meftbench.probes.gradients_alive import GradientsAlive
 from meftbench.probes.level_history import LevelHistory
+from meftbench.probes.modules_running import ModulesRunning
 from meftbench.units import format_bytes
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "other")
@@ -48,12 +49,17 @@ class Peak:
 
 
 class Origin(NamedTuple):
-    """Where a storage came from: the operator, its first tensor's shape and dtype, and the operator's caller."""
+    """Where a storage came from: the operator, its first tensor's shape and dtype, its caller, and the module.
+
+    module: the path, as of `module_paths`, of the one that owns the parameter, or in whose forward or backward the
+        storage was allocated; None: not known, or no module of the model.
+    """
 
     op: str
     shape: tuple[int, ...]
     dtype: str
     place: str
+    module: str | None = None
 
 
 class StorageCounter(TorchDispatchMode):
@@ -67,6 +73,7 @@ class StorageCounter(TorchDispatchMode):
     busiest: largest total in forward and backward since `reset`.  explain_from: if a new busiest is at least this
         total, `explained` lists (bytes, category, origin) of what is alive then.
     history: of the levels since `reset`.
+    modules: tells which module runs; None: origins are without.
     gradients: lifetimes of gradients.  busiest_at: the number of the allocation that led to `busiest`.
     events: None, or a list to which every allocation, end and change of category of a storage is appended:
         ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator). Storages of the
@@ -88,7 +95,9 @@ class StorageCounter(TorchDispatchMode):
         self.history = LevelHistory()
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._origins: dict[int, Origin] = {}
+        self._explained_at: dict[int, int] = {}  # where storages that are still alive stand in `explained`
         self._op = "given"
+        self.modules: ModulesRunning | None = None
         self.events: list[tuple[str, int, int, str, str]] | None = None
 
     def __torch_dispatch__(
@@ -111,19 +120,28 @@ class StorageCounter(TorchDispatchMode):
                 if isinstance(item, Tensor):
                     self._see(item, category)
 
-    def book(self, tensor: Tensor, category: str) -> None:
-        """Count a storage that exists already, or move it to another category; one in host memory stays there."""
-        entry = self._storages.get(tensor.untyped_storage()._cdata)
+    def book(self, tensor: Tensor, category: str, owner: str | None = None) -> None:
+        """Count a storage that exists already, or move it to another category; one in host memory stays there.
+
+        owner: the path of the module that it belongs to; None: the one that it was allocated in.
+        """
+        key = tensor.untyped_storage()._cdata
+        entry = self._storages.get(key)
         if entry is None:
             self._see(tensor, category)
         elif entry[2] not in (category, "host"):
-            key = tensor.untyped_storage()._cdata
             reference, size, old_category = entry
             self._storages[key] = (reference, size, category)
             self.live[old_category] -= size
             self.live[category] += size
             if self.events is not None:
                 self.events.append(("book", key, 0, category, ""))
+        if owner is not None and key in self._origins and self._origins[key].module != owner:
+            self._origins[key] = self._origins[key]._replace(module=owner)
+            if (place := self._explained_at.get(key)) is not None:
+                # Gradients of a reversible stack belong to its parameters, but reach them only after the peak.
+                size, category_then, origin = self.explained[place]
+                self.explained[place] = (size, category_then, origin._replace(module=owner))
 
     def arrived(self, gradient: Tensor | None) -> None:
         """Note that `gradient` is one of a trained parameter, or a part of its sum, so that its bytes do not grow with
@@ -143,6 +161,8 @@ class StorageCounter(TorchDispatchMode):
         if self.events is not None:
             self.events.append(("phase", 0, 0, phase, ""))
         self.phase = phase
+        if phase == "forward" and self.modules is not None:
+            self.modules.forget()
         self.phase_peaks[phase] = max(self.phase_peaks.get(phase, 0), self.total)
 
     def reset(self) -> None:
@@ -150,7 +170,7 @@ class StorageCounter(TorchDispatchMode):
         self.phase_peaks = {}
         self.peak = Peak(self.total, self.phase, dict(self.live))
         self.host_peak = self.host
-        self.busiest, self.explained = 0, []
+        self.busiest, self.explained, self._explained_at = 0, [], {}
         self.history = LevelHistory()
         self.busiest_at = self.gradients.clock
         self.gradients.forget_ended()
@@ -178,7 +198,8 @@ class StorageCounter(TorchDispatchMode):
         self._storages[key] = (reference, size, category)
         if self.events is None:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            self._origins[key] = Origin(self._op, tuple(tensor.shape), dtype, _place())
+            module = None if self.modules is None else self.modules.path()
+            self._origins[key] = Origin(self._op, tuple(tensor.shape), dtype, _place(), module)
         else:
             self.events.append(("alloc", key, storage.nbytes(), category, self._op))
         self.gain(size, category)
@@ -211,6 +232,7 @@ class StorageCounter(TorchDispatchMode):
             return
         _, size, category = self._storages.pop(key)
         self._origins.pop(key, None)
+        self._explained_at.pop(key, None)
         self.gradients.ended(key)
         if self.events is not None:
             self.events.append(("free", key, 0, "", ""))
@@ -224,11 +246,9 @@ class StorageCounter(TorchDispatchMode):
         if self.phase in ("forward", "backward") and self.total > self.busiest:
             self.busiest, self.busiest_at = self.total, self.gradients.clock
             if self._origins and self.total >= self.explain_from:
-                self.explained = [
-                    (size, category, self._origins[key])
-                    for key, (_, size, category) in self._storages.items()
-                    if key in self._origins
-                ]
+                keys = [key for key in self._storages if key in self._origins]
+                self.explained = [(*self._storages[key][1:], self._origins[key]) for key in keys]
+                self._explained_at = {key: place for place, key in enumerate(keys)}
         if self.limit is not None and self.total > self.limit:
             free = max(0, self.limit - self.total + requested)
             raise CellFailure(
@@ -284,17 +304,18 @@ class CountedStep:
         self.step = step
         self.counter = StorageCounter(step.device.type, block, limit)
         self._hooks: list[Any] = []
+        self._modules = ModulesRunning(step.model)
 
     def __enter__(self) -> Self:
         gc.collect()
-        counter, model = self.counter, self.step.model
+        counter, model, owner_of = self.counter, self.step.model, self._modules.owner_of
         for lever in self.step.applied.levers.values():
             for tensor in lever.on_host():
                 counter.book(tensor, "host")
         for parameter in [*model.parameters(), *statistics_of(model)]:
-            counter.book(parameter, "parameters")
+            counter.book(parameter, "parameters", owner_of.get(id(parameter)))
         for buffer in model.buffers():
-            counter.book(buffer, "buffers")
+            counter.book(buffer, "buffers", owner_of.get(id(buffer)))
         for tensor in self.step.batch.values():
             counter.book(tensor, "inputs")
         self._book_optimizer()
@@ -315,17 +336,20 @@ class CountedStep:
         """One step, observed."""
         # Contexts of autograd functions form cycles, which gc would free at a random moment (docs/measuring.md 4).
         gc.collect()
-        return observe(self.counter, self.step.run, self._book_optimizer)
+        if self.counter.events is not None:  # there are no origins
+            return observe(self.counter, self.step.run, self._book_optimizer)
+        with self._modules as self.counter.modules:
+            return observe(self.counter, self.step.run, self._book_optimizer)
 
     def _book_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self.counter.arrived(parameter.grad)
-            self.counter.book(parameter.grad, "gradients")
+            self.counter.book(parameter.grad, "gradients", self._modules.owner_of.get(id(parameter)))
 
     def _book_optimizer(self) -> None:
-        for state, place in states_of(self.step.optimizer):
+        for parameter, state, place in states_of(self.step.optimizer):
             if place != "paged":
-                self.counter.book(state, place)
+                self.counter.book(state, place, self._modules.owner_of.get(id(parameter)))
 
 
 def observe(counter: StorageCounter, run: Callable[[Mark], object], at_end: Callable[[], None]) -> Observed:

@@ -171,6 +171,7 @@ def _are_buffers(value: Any) -> bool:
         and type(row.get("bytes")) is int
         and isinstance(row.get("count"), int | _NONE)
         and isinstance(row.get("shape"), list | _NONE)
+        and isinstance(row.get("module"), str | _NONE)
         for row in value
     )
 

@@ -7,7 +7,7 @@ the detail of a cell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -104,7 +104,8 @@ class Column:
     heading: its words.  unit: how the values are written; "" where they have none, "bytes" where the table chooses MiB
     or GiB.  text: a value as text; the second argument is the table's unit of bytes.  views: the tables that show it,
     in their order.  narrow: the heading on the terminal, on two lines; None: as in other views.  optional: it is shown
-    only where some cell has a value.
+    only where some cell has a value.  alone: the heading where no other columns stand beside it, as at the axis of a
+    chart; None: the same.
     """
 
     metric: str
@@ -114,6 +115,7 @@ class Column:
     views: frozenset[View]
     narrow: str | None = None
     optional: bool = False
+    alone: str | None = None
 
     @property
     def meaning(self) -> str:
@@ -134,19 +136,28 @@ _TRAINING: frozenset[View] = frozenset(("training",))
 
 COLUMNS = (
     Column("activation_peak_bytes", "activation", "bytes", _size, _ALL | _TRAINING, "activation\n{bytes}"),
-    Column("activation_gradients_bytes", "of it gradients", "bytes", _size, _ALL, "of it\ngrads", optional=True),
+    Column(
+        "activation_gradients_bytes",
+        "of it gradients",
+        "bytes",
+        _size,
+        _ALL,
+        "of it\ngrads",
+        optional=True,
+        alone="gradients in activation",
+    ),
     Column("peak_allocated_bytes", "peak", "bytes", _size, _ALL | _TRAINING, "peak\n{bytes}"),
-    Column("step_time_s", "step", "ms", _milliseconds, _ALL, "step\nms"),
+    Column("step_time_s", "step", "ms", _milliseconds, _ALL, "step\nms", alone="step time"),
     Column("tokens_per_s", "tokens/s", "", _speed, _ALL, "tokens\n/s"),
-    Column("reconstruction_rel_max", "recon. error", "", _error, _ALL),
+    Column("reconstruction_rel_max", "recon. error", "", _error, _ALL, alone="reconstruction error"),
     Column("gradient_rel_max", "gradient error", "", _error, _ALL),
     Column("starting_point_shift", "start shift", "", _shift, _WRITTEN),
     Column("starting_loss", "start loss", "", _loss, _WRITTEN, optional=True),
-    Column("pretrained_loss", "pre-trained", "", _loss, _WRITTEN, optional=True),
+    Column("pretrained_loss", "pre-trained", "", _loss, _WRITTEN, optional=True, alone="pre-trained loss"),
     Column("score", "score", "", _shift, _TRAINING, optional=True),
     Column("validation_loss", "validation loss", "", _loss, _TRAINING, optional=True),
-    Column("training_time_s", "time", "s", _seconds, _TRAINING, optional=True),
-    Column("parameters_trainable", "trained", "", _count, _ALL | _TRAINING),
+    Column("training_time_s", "time", "s", _seconds, _TRAINING, optional=True, alone="training time"),
+    Column("parameters_trainable", "trained", "", _count, _ALL | _TRAINING, alone="trained parameters"),
 )
 
 
@@ -176,6 +187,68 @@ def _in_unit_of(unit: str, value: Any, size: float) -> str:
 
 BY_METRIC = {column.metric: column for column in COLUMNS}
 SHOWN = tuple(column.metric for column in COLUMNS if "terminal" in column.views and not column.optional)[:-1]
+
+
+# --- numbers that stand alone, such as those that the axes of a chart may show ---
+
+# Groups in which numbers are offered, and what is in each beside what its unit says.
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "shape": ("batch_size", "sequence_length", "micro_batch_size"),
+    "memory": ("share_of_full", "fragmentation_ratio", "alloc_retries", "ooms", "device_allocs"),
+    "speed": (),
+    "exactness": (
+        *("reconstruction_rel_max", "mismatched_elements", "gradient_rel_max", "loss_abs_diff", "zero_grad_tensors"),
+        *("overflow_events", "range_widenings", "starting_point_shift"),
+    ),
+    "scores": (),
+    "other": ("build_s", "passes_s"),
+}
+_GROUP_OF_UNIT = {
+    **dict.fromkeys(("second", "token/second", "sample/second"), "speed"),
+    **dict.fromkeys(("absolute", "cosine"), "exactness"),
+    **dict.fromkeys(("score", "loss"), "scores"),
+    "byte": "memory",
+}
+_ALONE = {
+    "batch_size": "batch size (samples)",
+    "sequence_length": "sequence length (tokens)",
+    "share_of_full": "activation, share of full",
+    "optimizer_bytes": "optimizer state",
+}
+# Parts of names that say the unit, which stands beside the heading.
+_UNITS_IN_NAMES = {"_per_s": " per second", "_bytes": "", "_s": "", "_mhz": "", "_c": "", "_w": ""}
+
+
+def heading_of(name: str) -> str:
+    """What a number is called where it stands alone: a column's heading, or the metric's name in words."""
+    column, kind = BY_METRIC.get(name), METRICS.get(name)
+    if name in _ALONE:
+        return _ALONE[name]
+    if column is not None:
+        return column.alone or column.heading
+    if kind is not None and kind.column:
+        return kind.column
+    for unit, words in _UNITS_IN_NAMES.items():
+        if name.endswith(unit):
+            name = name.removesuffix(unit) + words
+            break
+    return name.replace("_bytes_", " ").replace("_", " ")
+
+
+def in_groups(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Numbers by group: shape of the batch, memory, speed, exactness, scores, other. In each, those that are columns of
+    tables come first, in their order; groups without any are left out."""
+    members: dict[str, list[str]] = {group: [] for group in _GROUPS}
+    order = list(BY_METRIC)
+    for name in sorted(names, key=lambda name: order.index(name) if name in order else len(order)):
+        members[_group_of(name)].append(name)
+    return [(group, found) for group, found in members.items() if found]
+
+
+def _group_of(name: str) -> str:
+    declared = next((group for group, names in _GROUPS.items() if name in names), None)
+    unit = METRICS[name].unit if name in METRICS else ""
+    return declared or _GROUP_OF_UNIT.get(unit, "other")
 
 
 def unit_of_bytes(largest: float) -> tuple[int, str]:

@@ -234,6 +234,9 @@ class GrownPart(Published):
     delta: int
     counts: list[int]
     """How many buffers in each of the cells."""
+    module: str | None
+    """Of a buffer, the path in the model of the module that it belongs to, `*` for numbers of layers; empty: the model
+    itself. Null: of a category, or not known."""
     kind: str
     """new, gone, larger, smaller or same."""
 

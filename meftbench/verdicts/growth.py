@@ -25,14 +25,19 @@ PEAKS = (
 )
 Kind = Literal["new", "larger", "smaller", "gone", "same"]
 # Buffers that agree in one of these belong together; each in turn is tried on what is left. First all that is recorded;
-# then without the place, since functions are renamed; then without the shape, since shapes are what often grows. Sizes
-# come before, since several rows may agree in all else.
+# then without the place, since functions are renamed; then without the module, since modules are moved; then without
+# the shape, since shapes are what often grows. Sizes come before, since several rows may agree in all else.
 _SAME = ("op", "shape", "dtype", "category")
 _KEYS: tuple[tuple[str, ...], ...] = (
+    (*_SAME, "module", "place", "bytes", "count"),
+    (*_SAME, "module", "place"),
+    (*_SAME, "module", "bytes", "count"),
+    (*_SAME, "module"),
     (*_SAME, "place", "bytes", "count"),
     (*_SAME, "place"),
     (*_SAME, "bytes", "count"),
     _SAME,
+    ("op", "category", "module", "place"),
     ("op", "category", "place"),
 )
 
@@ -42,7 +47,8 @@ class Part:
     """One kind of buffer, or one category, in both cells.
 
     name: what it is, for people.  before, after: bytes, 0 where it is absent.  counts: how many buffers in each cell.
-    category: of the breakdown, such as `activations`.
+    category: of the breakdown, such as `activations`.  module: the path of the buffers' module in the model, "" for the
+    model itself; None: of a category, or not known.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Part:
     before: int
     after: int
     counts: tuple[int, int] = (1, 1)
+    module: str | None = None
 
     @property
     def delta(self) -> int:
@@ -134,6 +141,8 @@ def grown_buffers(before: Outcome, after: Outcome) -> tuple[Part, ...] | None:
     first, second = listed_buffers(before), listed_buffers(after)
     if first is None or second is None:
         return None
+    if not (names_modules(first) and names_modules(second)):
+        first, second = _of_all_modules(first), _of_all_modules(second)
     return _differing(_matched(first, second))
 
 
@@ -167,6 +176,22 @@ def listed_buffers(outcome: Outcome) -> list[dict[str, Any]] | None:
     return [row for row in rows if isinstance(row, dict) and _is_size(row.get("bytes"))]
 
 
+def names_modules(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether the buffers are listed by module; records of version 0.1 before modules were noted have none."""
+    return any(row.get("module") is not None for row in rows)
+
+
+def _of_all_modules(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without their modules: those that differ in nothing else are one, with their bytes and counts added."""
+    joined: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        count = row.get("count") or 1
+        key = (row["bytes"] / count, *_key_of((*_SAME, "place"))(row))
+        seen = joined.get(key, {"bytes": 0, "count": 0})
+        joined[key] = row | {"bytes": seen["bytes"] + row["bytes"], "count": seen["count"] + count, "module": None}
+    return list(joined.values())
+
+
 def _is_size(value: object) -> bool:
     number = as_number(value)
     return number is not None and math.isfinite(number)
@@ -176,6 +201,11 @@ def largest_buffers(outcome: Outcome, category: str | None = None, most: int = 2
     """The largest buffers at the peak as texts with their bytes, of one category or of all; at most `most`."""
     rows = [row for row in listed_buffers(outcome) or [] if category in (None, row.get("category"))]
     return [f"{_buffer_name(row)} {said(row['bytes'], 'byte')}" for row in rows[:most]]
+
+
+def module_name(path: str) -> str:
+    """The path of a module in its model, for people; the model itself has none."""
+    return path or "the model itself"
 
 
 def signed_bytes(count: float) -> str:
@@ -218,14 +248,17 @@ def _part(before: dict[str, Any] | None, after: dict[str, Any] | None) -> Part:
     name = _buffer_name(row)
     if before and after and before.get("shape") != after.get("shape"):
         name = f"{name} (was {_shape(before)})"
-    return Part(name, str(row.get("category")), sizes[0], sizes[1], (counts[0], counts[1]))
+    return Part(name, str(row.get("category")), sizes[0], sizes[1], (counts[0], counts[1]), row.get("module"))
 
 
 def _buffer_name(row: dict[str, Any]) -> str:
-    """`mm.default 384 × 1,536 float32 (6 of them, gradients, in step:forward_backward)`."""
+    """`mm.default 384 × 1,536 float32 (6 of them, gradients, of encoder.layer.*.output, in step:forward_backward)`."""
     count = row.get("count") or 1
     facts = [f"{count} of them"] if count != 1 else []
-    facts += [str(row.get("category")), f"in {row.get('place')}"]
+    facts.append(str(row.get("category")))
+    if row.get("module") is not None:
+        facts.append(f"of {module_name(row['module'])}")
+    facts.append(f"in {row.get('place')}")
     return f"{row.get('op')} {_shape(row)} {row.get('dtype')} ({', '.join(facts)})"
 
 

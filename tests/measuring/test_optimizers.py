@@ -116,7 +116,7 @@ def test_states_are_as_large_as_the_optimizers_definition(name):
     device, paged = expected_bytes(name, parameters, embeddings)
 
     # Tables of values are the same tensors in all states.
-    found = {id(state): state.nbytes for state, place in states_of(step.optimizer) if place == "optimizer"}
+    found = {id(state): state.nbytes for _, state, place in states_of(step.optimizer) if place == "optimizer"}
     assert device == sum(found.values())
     rounded = sum(-(-size // 512) * 512 for size in found.values())
     # At its peak a step of Adafactor has replaced some of the scalars, which are its temporaries until it ends.

@@ -172,19 +172,20 @@ def test_a_lever_saves_what_the_same_method_holds_less_with_it(tmp_path):
 
 
 def test_the_tensors_at_the_peak_say_why_a_lever_saves_no_more(tmp_path):
-    def buffers(op, place):
+    def buffers(op, place, *modules):
         row = {"bytes": 50 * MiB, "count": 1, "category": "activations", "op": op, "shape": [8, 9], "dtype": "float32"}
-        return {"peak_buffers": Metric([row | {"place": place}], "counted")}
+        rows = [row | {"place": place, "module": module} for module in modules] or [row | {"place": place}]
+        return {"peak_buffers": Metric(rows, "counted")}
 
     answer = the_answer(
         tmp_path,
         a_cell_of("lora+checkpoint", 300, metrics=buffers("_log_softmax.default", "loss:forward")),
-        a_cell_of("lora+checkpoint+chunked_loss", 100, metrics=buffers("bmm.default", "sdpa_attention:forward")),
+        a_cell_of("lora+checkpoint+chunked_loss", 100, metrics=buffers("bmm.default", "attention:f", "b", "a", "b")),
     )
 
     assert (
         "the largest tensors at the peak were of the loss over the vocabulary (50.0 MiB), and are now of attention "
-        "(50.0 MiB)"
+        "(150.0 MiB, the largest part in b)"
     ) in answer.sentences[2]
 
 

@@ -35,6 +35,32 @@ def test_what_is_alive_at_the_peak_is_told_buffer_by_buffer():
     assert "peak_buffers" not in {row[0] for s in sections(record) for row in s.rows}
 
 
+def test_the_modules_that_hold_most_are_told_with_their_share():
+    """Beside each buffer its module; below, the sums by module, the largest first, and of what they consist."""
+    rows = [
+        BUFFERS[0] | {"module": "encoder.layer.*.attention"},
+        BUFFERS[0] | {"module": "encoder.layer.*.attention", "category": "gradients", "bytes": 3 * MiB},
+        BUFFERS[0] | {"module": "", "bytes": 5 * MiB},
+        BUFFERS[0] | {"module": None, "bytes": MiB},
+    ]
+    record = a_measured_cell("meft1", metrics={"peak_buffers": Metric(rows, "counted")})
+
+    found = {section.title: section.rows for section in sections(record)}
+
+    buffers = found["What is alive at the peak of forward and backward"]
+    assert buffers[0][2].endswith("8 × 512 × 768 int32, of encoder.layer.*.attention, in arithmetic:lift")
+    assert buffers[2][2].endswith("int32, of the model itself, in arithmetic:lift")
+    assert [
+        (
+            "encoder.layer.*.attention",
+            "27.0 MiB (counted)",
+            "82% of these buffers: activations 24.0 MiB, gradients 3.0 MiB",
+        ),
+        ("the model itself", "5.0 MiB (counted)", "15% of these buffers: activations 5.0 MiB"),
+        ("no module", "1.0 MiB (counted)", "3% of these buffers: activations 1.0 MiB"),
+    ] == found["Of that, the modules of the model that hold most"]
+
+
 def test_a_record_without_it_has_no_such_section():
     """Older records, and cells of a single step."""
     record = a_measured_cell("meft1", metrics={"peak_buffers": Metric(None, "counted", absent="takes two steps")})

@@ -164,6 +164,127 @@ def test_a_row_opens_what_show_knows_of_the_cell(opened):
     assert 0 == page.tab.locator("#table-steps .detail").count()
 
 
+def a_row(size, module, op="mm.default", category="activations", **more):
+    return {"bytes": size, "count": 2, "category": category, "op": op, "shape": [8, 64], "dtype": "float32",
+            "place": "modeling:forward", "module": module} | more  # fmt: skip
+
+
+MODULES = [
+    a_row(6 * 2**20, "bert.encoder.layer.*.attention.query"),
+    a_row(2**20, "bert.encoder.layer.*.attention.query", op="add.Tensor"),
+    a_row(3 * 2**20, "bert.encoder.layer.*.output"),
+    a_row(2**20, "", op="loss.default"),
+    a_row(4 * 2**20, "bert.encoder.layer.*.output", category="gradients"),
+    a_row(2**20, None, op="given", category="inputs"),
+]
+
+
+@pytest.fixture
+def with_modules(tmp_path):
+    """The page of a cell whose buffers name modules."""
+    record = a_measured_cell("lora", metrics={"peak_buffers": MODULES})
+    write_report([a_run(tmp_path / "run", record, name="toy")], tmp_path / "out", {"html"})
+    return tmp_path / "out" / "report.html"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (320, "dark"), (1280, "light"), (1280, "dark")])
+def test_buffers_lie_in_the_boxes_of_their_modules(opened, with_modules, width, scheme):
+    """Category, then the path of the module level by level, then the operator: each with its bytes and its share of all
+    16 MiB, the largest first. Levels that lead to one module alone are one box. Nothing is wider than the page."""
+    page = opened(with_modules, width=width, scheme=scheme)
+    page.tab.locator("#table-steps tbody tr[id] button.open").first.click()
+    flame = page.tab.locator(".flame")
+    flame.wait_for()
+
+    nested = page.tab.evaluate(
+        """() => { const texts = part => [part.querySelector(":scope > span").textContent,
+          [...part.querySelectorAll(":scope > .within > .part")].map(texts)];
+        return [...document.querySelectorAll(".flame > .part")].map(texts); }"""
+    )
+    assert [
+        ["activations: 11 MiB, 69 %", [
+            ["bert.encoder.layer.*: 10 MiB, 63 %", [
+                ["attention.query: 7 MiB, 44 %", [
+                    ["mm.default 8 × 64 float32: 6 MiB, 38 %", []], ["add.Tensor 8 × 64 float32: 1 MiB, 6.3 %", []]]],
+                ["output: 3 MiB, 19 %", [["mm.default 8 × 64 float32: 3 MiB, 19 %", []]]]]],
+            ["the model itself: 1 MiB, 6.3 %", [["loss.default 8 × 64 float32: 1 MiB, 6.3 %", []]]]]],
+        ["gradients: 4 MiB, 25 %", [
+            ["bert.encoder.layer.*.output: 4 MiB, 25 %", [["mm.default 8 × 64 float32: 4 MiB, 25 %", []]]]]],
+        ["inputs: 1 MiB, 6.3 %", [["no module: 1 MiB, 6.3 %", [["given 8 × 64 float32: 1 MiB, 6.3 %", []]]]]],
+    ] == nested  # fmt: skip
+    title = flame.locator(".part", has_text="add.Tensor").last.get_attribute("title")
+    whole = "bert.encoder.layer.*.attention.query"
+    assert (
+        f"add.Tensor 8 × 64 float32: 1 MiB, 6.3 % of these buffers, 2 of them, of {whole}, in modeling:forward" == title
+    )
+    assert "by category, module and operator" in flame.get_attribute("aria-label")
+    table = page.tab.locator("#table-steps .detail table", has_text=whole)
+    assert "7.0 MiB (counted)" in table.last.locator("tr", has_text=whole).inner_text()
+    assert width >= page.tab.evaluate("document.documentElement.scrollWidth")
+    if width == 320:  # each box has a line of its own, in which its whole text can be read
+        cut = page.tab.evaluate(
+            "[...document.querySelectorAll('.flame span')].filter(s => s.scrollWidth > s.clientWidth).length"
+        )
+        assert 0 == cut
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "wide"), [(320, False), (1280, False), (1280, True)])
+def test_the_head_of_a_long_table_stays_in_view(opened, tmp_path, width, wide, scheme):
+    """At the top of the screen, or of the part that scrolls where the table is wider than the page; nothing shines
+    through. On a telephone, where rows are cards, it is a strip of buttons to sort by."""
+    cells = [a_measured_cell("lora", batch_size=b, micro_batch_size=b) for b in range(1, 60)]
+    write_report([a_run(tmp_path / "run", *cells, name="toy")], tmp_path / "out", {"html"})
+    page = opened(tmp_path / "out" / "report.html", width=width, scheme=scheme)
+    if wide:
+        page.tab.add_style_tag(content="table.cells { min-width: 3000px; }")
+        page.tab.wait_for_function("!document.querySelector('#table-steps .scroll.fits')")
+
+    places = page.tab.evaluate(
+        """() => {
+        const box = document.querySelector("#table-steps .scroll");
+        box.scrollIntoView();
+        box.scrollTop = 700;
+        if (box.scrollTop === 0) scrollBy(0, 700);
+        box.scrollLeft = 200;
+        const head = box.querySelector("thead th");
+        const at = head.getBoundingClientRect();
+        const under = document.elementFromPoint(Math.max(at.left, 20) + 5, at.top + at.height / 2);
+        const whole = box.querySelector("thead");
+        const back = getComputedStyle(getComputedStyle(head).position === "sticky" ? head : whole).backgroundColor;
+        const below = at.top - Math.max(0, box.getBoundingClientRect().top);
+        return [Math.round(below), box.scrollTop > 0, whole.contains(under), back,
+          getComputedStyle(document.body).backgroundColor];
+        }"""
+    )
+
+    assert 0 <= places[0] < 12
+    assert [wide, True] == places[1:3]
+    assert places[3] == places[4]
+    page.tab.locator("#table-steps thead button", has_text="method").click()
+    assert "ascending" == page.tab.locator("#table-steps thead th[aria-sort]").get_attribute("aria-sort")
+    assert [] == page.said
+
+
+def test_axes_are_offered_by_group_with_heading_and_unit(opened, file):
+    """As the tables call them, not by their names in records; each once."""
+    page = opened()
+    groups = page.tab.evaluate(
+        """() => [...document.querySelectorAll("#chart select")[0].children].map(group =>
+        [group.label, Object.fromEntries([...group.children].map(option => [option.value, option.textContent]))])"""
+    )
+
+    assert ["shape", "memory", "speed", "exactness", "other"] == [label for label, _ in groups]
+    by_group = dict(groups)
+    assert "activation (MiB)" == by_group["memory"]["activation_peak_bytes"]
+    assert "step time (ms)" == by_group["speed"]["step_time_s"]
+    assert "reconstruction error" == by_group["exactness"]["reconstruction_rel_max"]
+    assert "trained parameters" == by_group["other"]["parameters_trainable"]
+    texts = [text for _, names in groups for text in names.values()]
+    assert len(texts) == len(set(texts))
+    assert [] == [text for text in texts if "_" in text]
+
+
 def test_a_link_to_a_cell_opens_it(opened, file):
     """Also where the table is filtered, or on another page of the table."""
     page = opened()

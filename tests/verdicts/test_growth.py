@@ -19,11 +19,14 @@ from meftbench.verdicts.growth import grown_buffers, growth, largest_buffers
 ACTIVATION = "activation_peak_bytes"
 
 
-def a_buffer(op="mm.default", size=4 * MiB, shape=(4, 8), category="activations", place="layer.0", count=1):
+def a_buffer(
+    op="mm.default", size=4 * MiB, shape=(4, 8), category="activations", place="layer.0", count=1, module=None
+):
+    """A row of `peak_buffers`; without a module as in older records."""
     return {
         "op": op, "bytes": size, "count": count, "shape": [*shape], "dtype": "float32", "category": category,
         "place": place,
-    }  # fmt: skip
+    } | ({} if module is None else {"module": module})  # fmt: skip
 
 
 def a_cell_with(*rows, **metrics):
@@ -70,6 +73,34 @@ def test_a_buffer_whose_place_was_renamed_has_not_grown():
     assert () == grown_buffers(a_cell_with(a_buffer()), a_cell_with(a_buffer(place="layer.renamed")))
 
 
+def test_what_grew_is_named_with_its_module():
+    """Of rows that differ in the module alone, each is held against that of its own; a module that was moved has not
+    grown, whatever its new name."""
+    query, key = a_buffer(module="layer.*.query"), a_buffer(module="layer.*.key")
+    larger = key | {"bytes": 6 * MiB}
+
+    (part,) = grown_buffers(a_cell_with(query, key), a_cell_with(larger, query))
+
+    assert "layer.*.key" == part.module
+    text = "larger: mm.default 4 × 8 float32 (activations, of layer.*.key, in layer.0) 4.0 MiB -> 6.0 MiB (+2.0 MiB)"
+    assert text == part.text()
+    assert () == grown_buffers(a_cell_with(query, key), a_cell_with(query, key | {"module": "layer.*.self.key"}))
+    itself = a_cell_with(a_buffer(module=""))
+    assert ["mm.default 4 × 8 float32 (activations, of the model itself, in layer.0) 4.0 MiB"] == largest_buffers(
+        itself
+    )
+
+
+def test_a_record_without_modules_is_held_against_the_sum_over_modules():
+    """Older records list buffers of one kind in one row."""
+    old = a_cell_with(a_buffer(size=8 * MiB, count=2))
+    rows = [a_buffer(module="query"), a_buffer(module="key")]
+
+    assert () == grown_buffers(old, a_cell_with(*rows)) == grown_buffers(a_cell_with(*rows), old)
+    (part,) = grown_buffers(old, a_cell_with(*rows, a_buffer(module="value")))
+    assert (None, 4 * MiB, (2, 3)) == (part.module, part.delta, part.counts)
+
+
 def test_the_growth_of_a_cell_is_its_peaks_categories_and_buffers():
     """And what no listed buffer accounts for is said."""
     before = a_cell_with(a_buffer(), peak_allocated_bytes=90 * MiB, gradients_bytes=5 * MiB)
@@ -101,6 +132,7 @@ ROWS = st.lists(
         st.sampled_from(["activations", "gradients"]),
         st.sampled_from(["a", "b"]),
         st.integers(1, 5),
+        st.sampled_from([None, "", "layer.*.query"]),
     ),
     max_size=6,
 )
@@ -215,7 +247,7 @@ def test_a_peak_that_is_no_number_has_not_grown(cli, tmp_path, value):
     assert [] == json.loads(out)["grown"]
 
 
-@pytest.mark.parametrize("row", [a_buffer(size="NaN"), {"op": "damaged"}, 7])
+@pytest.mark.parametrize("row", [a_buffer(size="NaN"), {"op": "damaged"}, 7, a_buffer(module=7)])
 def test_buffers_that_are_damaged_are_refused_with_their_line(tmp_path, row):
     """A growth could not be told from them."""
     with pytest.raises(UserError, match=r"records\.jsonl:1: is not a record \(the value of peak_buffers is "):

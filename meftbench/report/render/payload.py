@@ -18,6 +18,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record, written
 from meftbench.records.store import Run
+from meftbench.report.columns import heading_of, in_groups
 from meftbench.report.figures.style import CATEGORY, COLOUR
 from meftbench.report.results import SETTING, run_names, setting_text, shape_text
 from meftbench.report.views.detail import command, headline, sections, warnings
@@ -85,6 +86,7 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
         "metrics": {
             name: {"unit": kind.unit, "better": kind.better, "meaning": kind.meaning} for name, kind in METRICS.items()
         },
+        "headings": {name: heading_of(name) for name in numbers},
         "colours": {name: COLOUR[name] for row in rows if (name := row.cell["method_name"]) in COLOUR},
         "categories": CATEGORY,
         "environments": {name: facts(each) for run in runs for name, each in environments(run).items()},
@@ -92,7 +94,7 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
         "shapes": list(dict.fromkeys(shapes)),
         "largest": _largest(rows, shapes),
         "presets": _presets(rows, shapes, numbers),
-        "axes": [name for name in numbers if name != "micro_batch_size"],
+        "axes": in_groups(name for name in numbers if name != "micro_batch_size"),
         "mapped": [name for name in _MAPPED if name in numbers],
     }
     return Payload(packed(content), _details(runs, rows), tuple(tables), _has_map(rows))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import BREAKDOWN, METRICS, SHARED_CORES
 from meftbench.escapes import visible
@@ -15,6 +16,7 @@ from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
 from meftbench.report.results import with_used
+from meftbench.verdicts.growth import module_name, names_modules
 
 if TYPE_CHECKING:
     from rich.console import Console, OverflowMethod
@@ -48,6 +50,7 @@ _TRAINING = (
 _START = ("starting_loss", "pretrained_loss", "starting_point_shift")
 NARROW = 80  # below this many columns of the terminal a record is printed without tables
 _MOST_EVALUATIONS = 12
+MODULES_SHOWN = 8  # of the modules that hold most at the peak
 # Above this relative error the recomputed activations are not those of the forward pass.
 NOISE = 1e-3
 # A starting loss above this multiple of the pre-trained model's gets a warning.
@@ -81,22 +84,50 @@ def sections(record: Record) -> list[Section]:
 
 
 def peak_sections(record: Record) -> list[Section]:
-    """What the memory consists of at the peak: by category, and buffer by buffer; those without rows are left out."""
-    both = [
+    """What the memory consists of at the peak: by category, buffer by buffer, and by module of the model; those without
+    rows are left out."""
+    found = [
         Section("What the peak consists of", list(_breakdown(record))),
         Section("What is alive at the peak of forward and backward", list(_buffers(record))),
+        Section("Of that, the modules of the model that hold most", list(_modules(record))),
     ]
-    return [section for section in both if section.rows]
+    return [section for section in found if section.rows]
 
 
 def _buffers(record: Record) -> Iterator[tuple[str, str, str]]:
-    """A row per buffer, the largest first: its operation, its bytes, and its category, shape and place in the code."""
-    metric = record.metrics.get("peak_buffers")
-    for row in metric.value if metric is not None and isinstance(metric.value, list) else []:
+    """A row per buffer, the largest first: its operation, its bytes, and its category, shape, module and place in the
+    code."""
+    for row in _listed(record):
         times = f"{row['count']} of them, " if row["count"] > 1 else ""
         shape = " × ".join(f"{size:,}" for size in row["shape"]) or "one"
-        meaning = f"{row['category']}: {times}{shape} {row['dtype']}, in {row['place']}"
+        module = row.get("module")
+        of = "" if module is None else f", of {module_name(module)}"
+        meaning = f"{row['category']}: {times}{shape} {row['dtype']}{of}, in {row['place']}"
         yield row["op"], f"{said(row['bytes'], 'byte')} ({record.metrics['peak_buffers'].source})", meaning
+
+
+def _modules(record: Record) -> Iterator[tuple[str, str, str]]:
+    """A row for each of the modules whose buffers are largest, with its part of what is listed, by category."""
+    rows = _listed(record)
+    if not names_modules(rows):
+        return
+    whole = sum(row["bytes"] for row in rows)
+    by_module: dict[str | None, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        by_module[row.get("module")][row["category"]] += row["bytes"]
+    largest = sorted(by_module.items(), key=lambda item: (-item[1].total(), item[0] or ""))
+    for module, categories in largest[:MODULES_SHOWN]:
+        size = categories.total()
+        name = "no module" if module is None else module_name(module)
+        parts = ", ".join(f"{category} {said(part, 'byte')}" for category, part in categories.most_common())
+        value = f"{said(size, 'byte')} ({record.metrics['peak_buffers'].source})"
+        yield name, value, f"{size / whole:.0%} of these buffers: {parts}"
+
+
+def _listed(record: Record) -> list[dict[str, Any]]:
+    """The rows of `peak_buffers`; none where the record has no such list."""
+    value = record.value("peak_buffers")
+    return value if isinstance(value, list) else []
 
 
 def value_text(name: str, metric: Metric) -> str:

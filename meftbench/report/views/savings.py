@@ -6,6 +6,7 @@ A lever is judged by two cells of one shape and setting whose methods differ in 
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,17 +225,19 @@ def _largest_of_step(row: Mapping[str, Any]) -> str:
 
 
 def _largest_buffer(row: Mapping[str, Any]) -> str:
-    """The part of the model whose tensors hold most at the peak, with their bytes; "" where the record has none."""
+    """The part of the model whose tensors hold most at the peak, with their bytes and the module with the
+    largest part; "" where the record has none."""
     buffers = row.get("peak_buffers")
-    sums: dict[str, int] = {}
+    sums: dict[str, Counter[str | None]] = defaultdict(Counter)
     for buffer in buffers if isinstance(buffers, list) else []:
         if buffer["category"] in ("activations", "temporaries"):
-            part = _part_of_model(buffer)
-            sums[part] = sums.get(part, 0) + int(buffer["bytes"])
+            sums[_part_of_model(buffer)][buffer.get("module")] += int(buffer["bytes"])
     if not sums:
         return ""
-    part = min(sums, key=lambda name: (-sums[name], name))
-    return f"{part} ({format_bytes(sums[part])})"
+    part = min(sums, key=lambda name: (-sums[name].total(), name))
+    module = min(sums[part], key=lambda path: (-sums[part][path], path or ""))
+    most = f", the largest part in {module}" if module else ""
+    return f"{part} ({format_bytes(sums[part].total())}{most})"
 
 
 def _part_of_model(buffer: Mapping[str, Any]) -> str:

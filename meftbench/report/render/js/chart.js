@@ -47,7 +47,7 @@ class Chart {
 
   build() {
     const { data } = this;
-    const axes = data.axes.map(name => [name, heading(data, name)]);
+    const axes = data.axes.map(([group, names]) => [group, names.map(name => choiceOf(data, name))]);
     const again = () => { this.controls(axes); this.draw(); };
     this.again = again;
     const presets = el("div", { class: "controls" }, ...data.presets.map((preset, number) =>

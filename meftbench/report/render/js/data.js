@@ -69,10 +69,11 @@ function fill(element, ...children) {
   element.replaceChildren(...children.filter(child => child !== null && child !== undefined));
 }
 
-/** A labelled select; choices: [value, text]. */
+/** A labelled select; choices: [value, text], or [group, [[value, text], ...]]. */
 function chooser(label, choices, chosen, changed) {
-  const select = el("select", { onchange: () => changed(select.value) },
-    ...choices.map(([value, text]) => el("option", { value, selected: value === chosen }, text)));
+  const option = ([value, text]) => el("option", { value, selected: value === chosen }, text);
+  const select = el("select", { onchange: () => changed(select.value) }, ...choices.map(choice =>
+    Array.isArray(choice[1]) ? el("optgroup", { label: choice[0] }, ...choice[1].map(option)) : option(choice)));
   return el("label", {}, `${label} `, select);
 }
 
@@ -82,16 +83,32 @@ function ticked(label, on, changed) {
   return el("label", {}, box, ` ${label}`);
 }
 
-/** A part that scrolls within itself where it is wider than the page. */
+/** Parts that scroll within themselves only where they are wider than the page. Otherwise the page scrolls them, and the
+ * head of a table stays at the top of the screen. */
+const fitting = new ResizeObserver(changes => {
+  for (const box of new Set(changes.map(({ target }) => target.closest(".scroll")))) {
+    if (!box) continue;
+    box.classList.add("fits");
+    box.classList.toggle("fits", box.scrollWidth <= box.clientWidth);
+  }
+});
+
+function fitted(box) {
+  fitting.observe(box);
+  for (const inner of box.children) fitting.observe(inner);
+  return box;
+}
+
 function scrolling(label, ...children) {
-  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, ...children);
+  return fitted(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, ...children));
 }
 
 /** How numbers of a unit are shown: divided by `size`, with the unit's name. */
 function unitFor(unit, largest) {
   if (unit === "byte") return largest >= 10 * 2 ** 30 ? { size: 2 ** 30, name: "GiB" } : { size: 2 ** 20, name: "MiB" };
   if (unit === "second") return largest >= 10 ? { size: 1, name: "s" } : { size: 1e-3, name: "ms" };
-  return { size: 1, name: ["count", "ratio", "score", "loss", "token/second"].includes(unit) ? "" : unit };
+  const inHeading = ["count", "ratio", "score", "loss", "absolute", "cosine", "token/second", "sample/second"];
+  return { size: 1, name: inHeading.includes(unit) ? "" : unit };
 }
 
 function shown(value) {
@@ -113,13 +130,16 @@ function said(data, name, cell) {
   return `${shown(value / unit.size)}${unit.name ? " " + unit.name : ""}${source ? ` (${source})` : ""}`;
 }
 
+/** What a number is called, as report/columns.py has it. */
 function heading(data, name) {
-  const known = { batch_size: "batch size (samples)", sequence_length: "sequence length (tokens)" };
-  for (const table of data.tables) {
-    const column = table.columns.find(each => each.sort === name);
-    if (column && !known[name]) known[name] = column.heading;
-  }
-  return known[name] ?? name.replace(/_(bytes|s)$/, "").replace(/_per$/, " per second").replaceAll("_", " ");
+  return data.headings[name] ?? name.replaceAll("_", " ");
+}
+
+/** A choice of a number: its heading with the unit in which it is shown. */
+function choiceOf(data, name) {
+  const largest = (data.numbers[name] ?? []).reduce((most, value) => Math.max(most, Math.abs(Number(value ?? 0)) || 0), 0);
+  const unit = unitFor(data.metrics[name]?.unit ?? "", largest).name;
+  return [name, unit ? `${heading(data, name)} (${unit})` : heading(data, name)];
 }
 
 /** A number at an axis, short. */

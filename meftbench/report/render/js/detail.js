@@ -1,31 +1,68 @@
 // What is known of one cell, below its row: how it ended, how to run it again, and every number of its record.
 
-/** Buffers that are alive at the peak, as boxes within boxes: category, place in the code, operator. */
+/** In which boxes a buffer lies: category, then each step of its module's path, then the operator with what it made. In
+ * records that do not name modules: category, place in the code, operator. Steps have a kind, so that an operator is not
+ * taken for a module of its name. */
+function boxesOf(buffer, byModule) {
+  const operator = ["operator", `${buffer.op} ${buffer.shape.join(" × ") || "one"} ${buffer.dtype}`];
+  if (!byModule) return [["category", buffer.category], ["place", buffer.place], operator];
+  const path = buffer.module ? buffer.module.split(".") : [buffer.module === "" ? "the model itself" : "no module"];
+  return [["category", buffer.category], ...path.map(step => ["module", step]), operator];
+}
+
+/** Boxes within boxes; a module that has nothing but one module in it stands in one box with that. */
+function nested(buffers, byModule) {
+  const root = { name: "", kind: "", bytes: 0, inner: new Map() };
+  for (const buffer of buffers) {
+    let box = root;
+    for (const [kind, name] of boxesOf(buffer, byModule)) {
+      const key = `${kind} ${name}`;
+      if (!box.inner.has(key)) box.inner.set(key, { name, kind, bytes: 0, count: 0, places: new Set(), inner: new Map() });
+      box = box.inner.get(key);
+      box.bytes += buffer.bytes;
+      box.count += buffer.count ?? 1;
+      box.places.add(buffer.place);
+    }
+  }
+  const joined = box => {
+    let inner = [...box.inner.values()];
+    while (box.kind === "module" && inner.length === 1 && inner[0].kind === "module") {
+      box.name += `.${inner[0].name}`;
+      inner = [...inner[0].inner.values()];
+    }
+    box.inner = inner.map(joined).sort((a, b) => b.bytes - a.bytes);
+    return box;
+  };
+  return joined(root).inner;
+}
+
+/** Buffers that are alive at the peak, as a flame graph: by category, module (or place in the code) and operator. */
 function flame(data, buffers) {
   const total = buffers.reduce((sum, buffer) => sum + buffer.bytes, 0);
-  const said = `Buffers at the peak of forward and backward, ${shown(total / 2 ** 20)} MiB, by category, place and operator`;
+  const byModule = namesModules(buffers);
+  const what = `by category, ${byModule ? "module" : "place"} and operator`;
+  const said = `Buffers at the peak of forward and backward, ${shown(total / 2 ** 20)} MiB, ${what}; the tables have their numbers`;
   const box = el("div", { class: "flame", role: "img", "aria-label": said });
-  const levels = [b => b.category, b => b.place, b => `${b.op} ${b.shape.join(" × ")} ${b.dtype}`];
-  const add = (parent, members, depth, colour) => {
-    if (depth === levels.length) return;
-    const groups = new Map();
-    for (const buffer of members) {
-      const name = levels[depth](buffer);
-      groups.set(name, [...(groups.get(name) ?? []), buffer]);
-    }
-    const sized = [...groups].map(([name, group]) => [name, group, group.reduce((sum, b) => sum + b.bytes, 0)]);
-    for (const [name, group, bytes] of sized.sort((a, b) => b[2] - a[2])) {
-      const shade = depth ? colour : data.categories[`${name}_bytes`] ?? "#7F7F7F";
-      const text = `${name}: ${shown(bytes / 2 ** 20)} MiB`;
+  const add = (parent, boxes, above, colour) => {
+    for (const each of boxes) {
+      const shade = colour || (data.categories[`${each.name}_bytes`] ?? "#7F7F7F");
+      const share = `${(100 * each.bytes / total).toPrecision(2)} %`;
+      const text = `${each.name}: ${shown(each.bytes / 2 ** 20)} MiB, ${share}`;
+      const path = each.kind === "module" && above ? `${above}.${each.name}` : each.name;
+      const where = each.kind === "operator" ? `, ${each.count} of them, ${above ? `of ${above}, ` : ""}in ${[...each.places].join(", ")}` : "";
       const inner = el("div", { class: "within" });
-      const part = el("div", { class: "part", style: `flex: ${bytes} 0 0`, title: text },
-        el("span", { style: `border-color: ${shade}` }, text), inner);
-      add(inner, group, depth + 1, shade);
+      const part = el("div", { class: "part", title: `${path}: ${shown(each.bytes / 2 ** 20)} MiB, ${share} of these buffers${where}`,
+        style: `flex: ${each.bytes} 0 0; --share: ${100 * each.bytes / total}%; --shade: ${shade}` }, el("span", {}, text), inner);
+      add(inner, each.inner, each.kind === "module" ? path : above, shade);
       parent.append(part);
     }
   };
-  add(box, buffers, 0, "");
+  add(box, nested(buffers, byModule), "", "");
   return box;
+}
+
+function namesModules(buffers) {
+  return buffers.some(buffer => typeof buffer.module === "string");
 }
 
 /** The levels of one step over time, stacked by category. */
@@ -66,7 +103,8 @@ async function detailOf(data, cell) {
     box.append(el("p", {}, "Again: ", el("code", {}, repeat.command), " ", button));
     if (repeat.timeline) box.append(el("h3", {}, "One step"), timeline(data, repeat.timeline));
     if (repeat.buffers.length) {
-      box.append(el("h3", {}, "Buffers at the peak, by category, place and operator"), flame(data, repeat.buffers));
+      const middle = namesModules(repeat.buffers) ? "module of the model" : "place";
+      box.append(el("h3", {}, `Buffers at the peak, by category, ${middle} and operator`), flame(data, repeat.buffers));
     }
     for (const [title, rows] of repeat.sections) {
       const body = el("tbody", {}, ...rows.map(([name, value, meaning]) => el("tr", {},

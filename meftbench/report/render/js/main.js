@@ -15,6 +15,7 @@ async function start() {
   await at("heat", place => new HeatMap(data, place, opened));
   document.getElementById("pictures")?.removeAttribute("open");
   for (const table of document.querySelectorAll("table.sortable")) sortable(table);
+  for (const box of document.querySelectorAll(".scroll")) fitted(box);
   const follow = () => {
     const id = location.hash.slice(1);
     if (!id.startsWith("cell-")) return;

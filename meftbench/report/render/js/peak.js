@@ -106,7 +106,7 @@ class HeatMap {
     this.place.replaceChildren(
       el("div", { class: "controls" },
         chooser("method", this.names.map(each => [each, each]), this.name, value => again("name", value)),
-        chooser("of", data.mapped.map(each => [each, heading(data, each)]), this.metric, value => again("metric", value))),
+        chooser("of", data.mapped.map(each => choiceOf(data, each)), this.metric, value => again("metric", value))),
       el("p", { class: "dim" }, said + failed),
       scrolling("Memory over batch size and length", table));
   }
