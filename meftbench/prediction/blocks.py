@@ -64,6 +64,10 @@ class Pool:
             insort(self.unmapped, block.address)
             self.unmapped_at[block.address] = block
 
+    def take(self, index: int) -> None:
+        """Erase the free block that is at `index` in `order`."""
+        del self.at[self.order.pop(index)[1]]
+
     def erase(self, block: Block) -> None:
         if block.mapped:
             del self.order[bisect_left(self.order, (block.size, block.address))]

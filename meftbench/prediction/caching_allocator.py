@@ -201,7 +201,7 @@ class CachingAllocator:
             return None
         if size >= self.max_split and block.size >= size + self.max_rounding:
             return None
-        pool.erase(block)
+        pool.take(index)
         return block
 
     def alloc_block(self, pool: Pool, size: int) -> Block | None:
