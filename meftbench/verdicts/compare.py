@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from meftbench.catalogue.metrics import METRICS
@@ -67,7 +68,7 @@ class Comparison:
         return [c for c in self.changes if not only_changed or c.judgement not in UNMOVED]
 
     def counts(self) -> dict[Judgement, int]:
-        counts = Counter(change.judgement for change in self.changes)
+        counts = Counter(map(attrgetter("judgement"), self.changes))
         return {kind: counts[kind] for kind in _ORDER}
 
     def summary(self) -> str:
@@ -266,9 +267,9 @@ class _Cell:
             if name not in recorded:
                 continue
             if number := equal.get(name):
-                value, source = number
+                value, source = number["value"], number["source"]
                 if not (self.obstacles and source == "measured"):
-                    changes.append(Change(label, cell_id, name, "same", source, value, value))
+                    changes.append(Change.of_equal(label, cell_id, name, source, value))
                     continue
             before, after = left.figure(name), right.figure(name)
             if before is None or right.status != "ok":

@@ -8,13 +8,13 @@ import pytest
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, counted, measured
 from meftbench.records.record import Metric
+from meftbench.report.frame_columns import side_bits
 from meftbench.report.results import (
     frame_of,
     groups,
     methods_in_order,
     parts_of,
     share_of_full,
-    side_bits,
     sources,
     without_side_bits,
     write_csv,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.labels import split_label
@@ -128,7 +129,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> TextTable:
     names = [f"{name}{part}" for name in {*BY_METRIC, *of_metrics} for part in ("", "_source")]
     names += ["status", "cell_id", "method", "batch_size", "micro_batch_size", "sequence_length"]
     rows = list(rows_of(frame[[name for name in names if name in frame]]))
-    texts = {id(row): _cells(row, shares, size, mixed, of_metrics) for row in rows}
+    texts = dict(zip(map(id, rows), _texts(rows, shares, size, mixed, of_metrics), strict=True))
     # A column without any value is left out, since it would take the room of the others.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
     widest = max(len(line) for method in order for line in _in_lines(method).splitlines())
@@ -195,26 +196,32 @@ def unit_of(frame: DataFrame) -> tuple[int, str]:
     return unit_of_bytes(frame["peak_allocated_bytes"].astype(float).max())
 
 
-def _cells(
-    row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str], of_metrics: Sequence[str]
-) -> Sequence[str]:
-    """The texts of a row, but for its method; of_metrics: the metrics that have a column of their own."""
-    if row["status"] != "ok":
-        return [row["status"], *[""] * (len(_PLACES) - 1 + len(of_metrics))]
-    share = shares.get(row["cell_id"])
-    texts = {
-        _SHARE: f"{share:.1%}".rstrip("%") if share is not None else "-",
-        "starting_loss": start_of(row),
-    }
+def _texts(
+    rows: Sequence[dict[str, Any]], shares: dict[str, float], size: int, mixed: set[str], of_metrics: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """The texts of each row, but for its method; of_metrics: the metrics that have a column of their own."""
+    columns: list[list[str]] = []
     for name in _PLACES:
-        if name not in texts:
-            text = BY_METRIC[name].text(row.get(name), size)
-            marked = name in mixed and row[name] is not None
-            texts[name] = f"{text} {_MARK[row[f'{name}_source']]}" if marked else text
+        if name == _SHARE:
+            known = [shares.get(row["cell_id"]) for row in rows]
+            columns.append(["-" if share is None else f"{share:.1%}".rstrip("%") for share in known])
+        elif name == "starting_loss":
+            columns.append([start_of(row) for row in rows])
+        else:
+            text = BY_METRIC[name].text
+            texts = [text(row.get(name), size) for row in rows]
+            columns.append([*map(_marked, texts, rows, repeat(name))] if name in mixed else texts)
+    columns += [[in_unit(row.get(name), METRICS[name].unit, size) for row in rows] for name in of_metrics]
+    blanks = [""] * (len(columns) - 1)
     return [
-        *(texts[name] for name in _PLACES),
-        *(in_unit(row.get(name), METRICS[name].unit, size) for name in of_metrics),
+        texts if row["status"] == "ok" else (row["status"], *blanks)
+        for row, texts in zip(rows, zip(*columns, strict=True), strict=True)
     ]
+
+
+def _marked(text: str, row: dict[str, Any], metric: str) -> str:
+    """The text with the mark of the source, in a column of several sources."""
+    return text if row[metric] is None else f"{text} {_MARK[row[f'{metric}_source']]}"
 
 
 def metrics_with_columns() -> list[str]:
