@@ -41,7 +41,7 @@ _CELL_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("method_params", "lever_params", "levers", "model_config"), (dict, _NONE)),
     **dict.fromkeys(("training", "evaluation_rows"), (dict, _NONE)),
     "packing": (bool, _NONE),
-    "cuts": (list, _NONE),
+    **dict.fromkeys(("cuts", "parts"), (list, _NONE)),
 }
 _PARAMS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("arithmetic", "coupling", "output"), (str, _NONE)),
@@ -71,6 +71,9 @@ def check_record(content: Any) -> None:
     _check_types(cell.get("method_params") or {}, _PARAMS, "cell.method_params.")
     if not all(type(cut) is str for cut in cell.get("cuts") or ()):
         raise ValueError(f"cell.cuts is {_shown(cell['cuts'])}, not a list of texts")
+    for part in cell.get("parts") or ():
+        if type(part) is not dict or type(part.get("name")) is not str or type(part.get("settings")) is not dict:
+            raise ValueError(f"cell.parts has {_shown(part)}, not a method or lever with its name and settings")
     for name, amount in (content.get("status_detail") or {}).items():
         if name.endswith("_bytes") and type(amount) not in (int, _NONE):
             raise ValueError(f"status_detail.{name} is {_shown(amount)}, not a whole number")

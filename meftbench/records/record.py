@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
+from meftbench.catalogue.labels import Part, joined, label_of, parts_from, parts_of_older
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
 from meftbench.records.checks import NOT_FINITE, Source, check_metrics, check_origin, check_record
@@ -160,17 +161,24 @@ class Record:
         return str(self.cell["label"])
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """The method and then each lever, with the settings that differ from the defaults.
+
+        Records that were written before there was the field have it in the label of the cell alone.
+        """
+        if recorded := self.cell.get("parts"):
+            return parts_from(recorded)
+        whole = self.label.partition(f"/b{self.cell['batch_size']}/s")[0]
+        return parts_of_older(whole[len(self.model_label) + 1 :])
+
+    @property
     def method_label(self) -> str:
         """The method with its levers and settings, as the label of the cell has it."""
-        return self.label.partition(f"/b{self.cell['batch_size']}/s")[0][len(self.model_label) + 1 :]
+        return joined(self.parts)
 
     @property
     def model_label(self) -> str:
-        overrides = self.cell.get("model_config") or {}
-        name = str(self.cell["model"])
-        if not overrides:
-            return name
-        return f"{name}({','.join(f'{key}={value}' for key, value in sorted(overrides.items()))})"
+        return label_of(str(self.cell["model"]), self.cell.get("model_config") or {})
 
     def value(self, name: str) -> Value:
         """The value of a metric; None where it is absent or was not measured."""

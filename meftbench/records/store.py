@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from filelock import FileLock, Timeout
 from pydantic_core import from_json
 
 from meftbench.catalogue.metrics import METRICS
@@ -259,6 +258,8 @@ def writing(folder: Path) -> Iterator[Writer]:
 
     Raises UserError: when it is not writable, or another run writes there.
     """
+    from filelock import FileLock, Timeout  # which those who read need not wait for
+
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-from meftbench.catalogue.labels import split_label
+from meftbench.catalogue.labels import Part, joined
+from meftbench.catalogue.metrics import NOT_A_NUMBER
 from meftbench.escapes import single_line, visible
 from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE, WORDS
 from meftbench.plan.training import Training
 from meftbench.records.outcome import Outcome, names_of
 from meftbench.records.record import Record, StoredMetrics
-from meftbench.verdicts.budgets import NOT_A_NUMBER
 
 Column = list[Any]
 
@@ -46,15 +45,16 @@ def cell_columns(run_names: Iterable[str], outcomes: Sequence[Outcome]) -> dict[
     """What is known of each cell beside its metrics, by column. run_names: that of each cell's run."""
     worst, last = [outcome.worst for outcome in outcomes], [outcome.records[-1] for outcome in outcomes]
     cells = [record.cell for record in last]
-    params = [cell.get("method_params") or {} for cell in cells]
+    params, parts = [cell.get("method_params") or {} for cell in cells], [record.parts for record in last]
     columns: dict[str, Column] = {
         "run": list(run_names),
         "cell_id": [outcome.cell_id for outcome in outcomes],
         "label": [outcome.records[0].label for outcome in outcomes],
         "model": [record.model_label for record in last],
-        "method": [record.method_label for record in last],
+        "method": [joined(of_cell) for of_cell in parts],
         "method_name": [cell.get("method") for cell in cells],
     }
+    columns["parts"] = [*map(_shown_parts, parts, columns["method"])]
     columns |= {name: [cell.get(name, default) for cell in cells] for name, default in _DEFAULTS.items()}
     columns |= {name: [settings.get(name) for settings in params] for name in _REVERSIBLE}
     # Of rivals that keep side bits the number is a setting like others: they are no sweep over MEFT's couplings.
@@ -65,7 +65,7 @@ def cell_columns(run_names: Iterable[str], outcomes: Sequence[Outcome]) -> dict[
     trained = [_training(record) for record in last]
     columns |= {name: [fields.get(name) for fields in trained] for name in _OF_TRAINED}
     columns |= {
-        "levers": [_levers_of(method) for method in columns["method"]],
+        "levers": [joined(of_cell[1:]) if len(of_cell) > 1 else "" for of_cell in columns["parts"]],
         "status": [record.status for record in worst],
         "detail": [detail_of(record) for record in worst],
         "repeats": [len(outcome.records) for outcome in outcomes],
@@ -80,6 +80,16 @@ def shown(column: Column) -> Column:
     if all(map(str.isprintable, texts)):
         return column
     return [visible(value) if type(value) is str else value for value in column]
+
+
+def _shown_parts(parts: tuple[Part, ...], label: str) -> tuple[Part, ...]:
+    """The parts of a `label`, their texts safe to show, so that labels written from them are."""
+    if label.isprintable():
+        return parts
+    return tuple(
+        Part(visible(part.name), {visible(key): visible(str(value)) for key, value in part.settings.items()})
+        for part in parts
+    )
 
 
 def metric_columns(outcomes: Sequence[Outcome], metrics: Iterable[str]) -> dict[str, Column]:
@@ -160,9 +170,3 @@ def detail_of(record: Record) -> str:
     """Why a cell did not end ok, as one line; "" where it did."""
     detail = record.status_detail
     return single_line(str(detail.get("message") or detail.get("type") or ""))
-
-
-@lru_cache(maxsize=1024)
-def _levers_of(method: str) -> str:
-    """The levers of a method's label, joined by `+`; kept, since a run names few methods many times."""
-    return "+".join(f"{name}({','.join(settings)})" if settings else name for name, settings in split_label(method)[1:])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.catalogue.labels import split_label
+from meftbench.catalogue.labels import Part, joined
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
 from meftbench.escapes import spreadsheet_text
@@ -30,8 +30,9 @@ def frame_of(runs: Run | Sequence[Run], metrics: Collection[str] = METRICS) -> D
     """One row per cell, in the order of the runs and, within a run, of their writing.
 
     Columns: run (name, with the folder where two share it), cell_id, label, model, method (as labelled, with levers
-    and settings), the fields of the cell, of a reversible method arithmetic, side_bits, coupling and output, status,
-    detail, repeats, wall_s; and for each metric that any cell has NAME (in the unit of its Kind; missing where
+    and settings), parts (the same as fields: a catalogue.labels.Part for the method and for each lever), levers (their
+    labels, joined by `+`), the fields of the cell, of a reversible method arithmetic, side_bits, coupling and output,
+    status, detail, repeats, wall_s; and for each metric that any cell has NAME (in the unit of its Kind; missing where
     absent), NAME_low, NAME_high, NAME_source. Metrics that are lists or words are in NAME as recorded. Repeats are
     taken together as in `Outcome.figure`: median where measured.
 
@@ -73,24 +74,6 @@ def run_names(runs: Sequence[Run]) -> list[str]:
         for name, run in zip(suite_names, runs, strict=True)
     ]
     return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names, start=1)]
-
-
-def parts_of(method: str) -> tuple[str, list[str], list[str]]:
-    """Name, settings and levers of a method's label, levers with their settings in brackets: of
-    `meft1(lambda=0.5)+checkpoint(every=2)`, meft1, [lambda=0.5] and [checkpoint(every=2)]."""
-    (name, settings), *levers = split_label(method)
-    return name, settings, [_joined(lever.name, lever.settings) for lever in levers]
-
-
-def without_side_bits(method: str) -> str:
-    """The label of a method without its side bits: the same for all cells of one sweep over them."""
-    name, settings, levers = parts_of(method)
-    rest = [setting for setting in settings if not setting.startswith("side_bits=")]
-    return "+".join([_joined(name, rest), *levers])
-
-
-def _joined(name: str, settings: list[str]) -> str:
-    return f"{name}({','.join(settings)})" if settings else name
 
 
 @dataclass(frozen=True)
@@ -187,10 +170,12 @@ def write_csv(frame: DataFrame, file: Path) -> None:
 def as_csv(frame: DataFrame) -> str:
     """The table as CSV: the unit in each metric's heading, its source in a column beside it.
 
-    What is alive at the peak, a table of its own in every cell, is left to the records. A text that a spreadsheet would
+    What is alive at the peak, a table of its own in every cell, is left to the records, as are the parts of a method,
+    which its label and other columns have. A text that a spreadsheet would
     take for a formula begins with an apostrophe.
     """
-    frame = frame.drop(columns=["peak_buffers", "peak_buffers_source", "timeline", "timeline_source"], errors="ignore")
+    left_to_records = ["parts", "peak_buffers", "peak_buffers_source", "timeline", "timeline_source"]
+    frame = frame.drop(columns=left_to_records, errors="ignore")
     headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
 
     def field(value: Any) -> Any:
@@ -211,6 +196,17 @@ def methods_in_order(frame: DataFrame) -> list[str]:
         return families.index(first[method]) if first[method] in families else len(families)
 
     return sorted(dict.fromkeys(frame["method"]), key=place)
+
+
+def parts_by_method(frame: DataFrame) -> dict[str, tuple[Part, ...]]:
+    """The method and its levers as fields, by the label of the method."""
+    return dict(zip(frame["method"], frame["parts"], strict=True))
+
+
+def without_side_bits(parts: Sequence[Part]) -> str:
+    """The label of a method without its side bits: the same for all cells of one sweep over them."""
+    method, *levers = parts
+    return joined([method.without("side_bits"), *levers])
 
 
 class Row(dict[str, Any]):

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
-from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
 from meftbench.records.outcome import Figure, Outcome, equal_numbers, names_of, outcomes
 from meftbench.records.store import Run
 from meftbench.verdicts import noise
-from meftbench.verdicts.budgets import NOT_A_NUMBER
 from meftbench.verdicts.change import UNMOVED, Change, Judgement
 from meftbench.verdicts.comparable import ENVIRONMENT, TIME_UNITS, applies, check_comparable, differing, obstacles
 from meftbench.verdicts.environment import differences

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import a_record, counted, measured
-from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import UserError
 from meftbench.escapes import visible
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import RECORDS, Run, load_run, read_records, warn_of_left_out, write_whole, writing
 from meftbench.report.results import frame_of
-from meftbench.verdicts.budgets import NOT_A_NUMBER
 
 numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))
 values = st.one_of(numbers, st.text(max_size=5), st.lists(st.lists(st.floats(allow_nan=False), max_size=2), max_size=3))

@@ -75,7 +75,8 @@ def _typed(frame: DataFrame) -> DataFrame:
     """Each column of one type; lists and mappings, which differ from row to row, as JSON."""
 
     def plain(value: Any) -> Any:
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+        listed = [part.recorded() for part in value] if isinstance(value, tuple) else value
+        return json.dumps(listed, ensure_ascii=False) if isinstance(listed, (list, dict)) else value
 
     return frame.map(plain).infer_objects().convert_dtypes()
 
