@@ -1,5 +1,5 @@
 """`python -m meftbench`."""
 
-from meftbench.cli import main
+from meftbench.cli import program
 
-main()
+program()

@@ -32,9 +32,8 @@ from meftbench.plan.axes import FITTED_OPTIONS
 from meftbench.plan.cell import Cell
 from meftbench.plan.defaults import PROFILE
 from meftbench.plan.models import check_model, known_config
-from meftbench.plan.planning import ALL, OPTIMIZER, PLANNED_METHODS, Candidate, candidates, canonical
+from meftbench.plan.planning import ALL, OPTIMIZER, PLANNED_METHODS, Candidate, candidates, canonical, name_in
 from meftbench.plan.prices import price_of
-from meftbench.plan.ranking import method_of
 from meftbench.plan.sensible import sensible_length, sensible_precision
 from meftbench.report.views.plan_answer import as_plan
 from meftbench.runner.kept import ask_kept
@@ -192,8 +191,9 @@ def plan_for(
         return asked_cell("plan", model, candidate.label, chosen, overrides, None, allow_code, **fields)
 
     cells, refused = _cells(wanted, cell_for, methods or ())
-    for method in [method_of(label) for label in methods or PLANNED_METHODS]:
-        if method not in {method_of(candidate.label) for candidate in wanted}:
+    looked_at = {candidate.method for candidate in wanted}
+    for method in [name_in(label) for label in methods or PLANNED_METHODS]:
+        if method not in looked_at:
             refused[method] = f"none of its lever sets applies in {', '.join(precisions)}"
     request = {
         "cells": [_dumped(candidate, cell) for candidate, cell in cells.items()],
@@ -209,7 +209,7 @@ def plan_for(
     }
     ready()
     tell = tell or silent
-    tell(f"candidates: {len(cells):,}, of {', '.join(dict.fromkeys(method_of(one.label) for one in cells))}")
+    tell(f"candidates: {len(cells):,}, of {', '.join(dict.fromkeys(one.method for one in cells))}")
     answer = ask_kept("plan", request, tell, allow_code, resume)
     refused |= answer["refused"]
     if not answer["rows"]:

@@ -16,6 +16,7 @@ def a_row(method: str = "lora", **fields: Any) -> dict[str, Any]:
     reserved = fields.get("peak_reserved_bytes", 6 * GiB)
     row = {
         "method": method,
+        "parts": Cell.of(method, model="bert-base@random", batch_size=1, sequence_length=1).recorded()["parts"],
         "precision": "bf16",
         "optimizer": "adamw",
         "micro_batch_size": 4,

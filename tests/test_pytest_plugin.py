@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import meftbench.own_model  # noqa: F401 - pytester forgets what its sessions import, and torch cannot be imported twice
-from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import UserError
 from meftbench.own_tests import metric_named, record_of, run_of, updated_file, verdicts_on
 from meftbench.records.record import Metric
-from meftbench.verdicts.budgets import NOT_A_NUMBER, load_budgets
+from meftbench.verdicts.budgets import load_budgets
 
 pytest_plugins = ["pytester"]
 

@@ -177,3 +177,8 @@ METRICS: dict[str, Kind] = {
     "build_s": _seconds("building model, method, optimizer and batch"),
     "passes_s": _seconds("the measuring passes, warm-up included"),
 }
+
+# Metrics whose value is not a single number, so that neither bounds nor comparisons apply to it.
+NOT_A_NUMBER = frozenset(
+    {"learning_curve", "peak_buffers", "peak_phase", "reconstruction_rel", "throttle_reasons", "timeline"}
+)

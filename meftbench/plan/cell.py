@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializationInfo, field_validator, model_serializer
 
-from meftbench.catalogue.labels import label_of, read_label
+from meftbench.catalogue.labels import Part, joined, label_of, read_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.models import MODELS
@@ -133,10 +133,15 @@ class Cell(BaseModel):
         return "random" if self.model.endswith("@random") else "pretrained"
 
     @property
+    def parts(self) -> list[Part]:
+        """The method and then each lever that is on, with the settings that differ from the defaults."""
+        levers = [Part(name, self.lever_params.get(name, {})) for name in self.levers.names()]
+        return [Part(self.method, self.method_params), *levers]
+
+    @property
     def method_label(self) -> str:
         """The method as tables and plots name it: `lora+checkpoint`, `meft1(adapter_size=8)+checkpoint(every=2)`."""
-        levers = (label_of(name, self.lever_params.get(name, {})) for name in self.levers.names())
-        return "+".join([label_of(self.method, self.method_params), *levers])
+        return joined(self.parts)
 
     @property
     def model_label(self) -> str:
@@ -173,12 +178,17 @@ class Cell(BaseModel):
         }
 
     def recorded(self) -> dict[str, Any]:
-        """The `cell` of a record (docs/measuring.md 2): all fields, with all settings of the method."""
+        """The `cell` of a record (docs/measuring.md 2): all fields, with all settings of the method.
+
+        parts: beside these, the method and its levers with the settings that differ from the defaults.
+        """
         full = self.model_dump(mode="json")
         full["method_params"] = self.settings().in_full()
         full["model_config"] = full.pop("model_config_overrides")
         full["lever_params"] = {name: settings.in_full() for name, settings in self.lever_settings().items()}
-        return full | {"weights": self.weights, "model_revision": None, "attention_used": None, "label": self.label}
+        parts = [part.recorded() for part in self.parts]
+        observed = {"model_revision": None, "attention_used": None}
+        return full | {"weights": self.weights, **observed, "label": self.label, "parts": parts}
 
 
 def value_on(cell: Cell, axis: str) -> Any:

@@ -45,6 +45,11 @@ class Candidate:
     optimizer: str = OPTIMIZER
     explain: bool = False
 
+    @property
+    def method(self) -> str:
+        """The name of the method, without settings and levers."""
+        return name_in(self.label)
+
 
 def candidates(
     methods: Sequence[str] = PLANNED_METHODS,
@@ -94,6 +99,11 @@ def candidates(
 def canonical(label: str) -> str:
     """The label with its levers in the order of the catalogue, as a cell's own. Raises UserError: a name is unknown."""
     return _joined(_parts("plan: method", label))
+
+
+def name_in(label: str) -> str:
+    """The name of the method in a label, without settings and levers. Raises UserError: it is no label."""
+    return read_label("plan: method", label)[0][0]
 
 
 def _names_of(levers: str | Sequence[str]) -> set[str] | None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.methods import METHODS
 
 Row = Mapping[str, Any]
 
 
-def method_of(label: str) -> str:
-    """The name of the method in a label, without its settings and levers."""
-    return split_label(label)[0].name
+def method_of(row: Row) -> str:
+    """The name of the method of a row, without its settings and levers."""
+    return str(row["parts"][0]["name"])
 
 
-def has_backward(label: str) -> bool:
+def has_backward(row: Row) -> bool:
     """Whether the method has a backward pass. One without needs many more steps, so its speed is not comparable."""
-    return METHODS[method_of(label)].backward
+    return METHODS[method_of(row)].backward
 
 
 def by_time(rows: Iterable[Row]) -> bool:
@@ -40,6 +39,6 @@ def fastest_first(rows: Sequence[Any]) -> list[Any]:
         tokens = max(1, (row["micro_batch_size"] or 1) * row["sequence_length"])
         speed = (-row["tokens_per_s"],) if timed else (row["relative_cost"], row["host_transfer_bytes"] / tokens)
         rest = (-(row["micro_batch_size"] or 0), row["smallest_reserved_bytes"], row["method"], row["precision"])
-        return (not has_backward(row["method"]), *speed, *rest, row["optimizer"])
+        return (not has_backward(row), *speed, *rest, row["optimizer"])
 
     return sorted(rows, key=key)

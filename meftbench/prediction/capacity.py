@@ -83,7 +83,9 @@ def _fit_method(request: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         refused = str(error)
     times = {"seconds": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu_begin}
-    return {"method": cell.method_label, "lines": lines, "refused": refused, "traced": shapes.traced} | times
+    parts = [part.recorded() for part in cell.parts]
+    answer = {"method": cell.method_label, "parts": parts, "lines": lines, "refused": refused, "traced": shapes.traced}
+    return answer | times
 
 
 def _positions(cell: Cell) -> int | None:

@@ -175,6 +175,7 @@ def _row(cell: Cell, shape: Shape, profile: Profile, capacity: int | None) -> di
     cost = time_of(predicted.work, profile.speeds, predicted.tokens)
     return {
         "method": cell.method_label,
+        "parts": [part.recorded() for part in cell.parts],
         "precision": cell.precision,
         "optimizer": cell.optimizer,
         "peak_allocated_bytes": on_card.allocated_peak,

@@ -11,7 +11,8 @@ from torch import nn
 from meftbench.measuring.optimizers import paged_bytes
 from meftbench.measuring.step import Step
 from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, Origin, warmup_steps
-from meftbench.records.record import Metric, Source
+from meftbench.records.checks import Source
+from meftbench.records.record import Metric
 
 
 def count_memory(step: Step, warmup: int, steps: int, limit: int | None = None) -> dict[str, Metric]:

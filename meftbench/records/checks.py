@@ -9,7 +9,8 @@ import json
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from itertools import chain, compress
+from typing import Any, Literal, NamedTuple, get_args
 
 # JSON cannot write these numbers, and a reconstruction error may be infinite, so they are written as strings.
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
@@ -17,6 +18,9 @@ NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _NONE = type(None)
 _WORDS = {str: "a text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list", bool: "a flag"}
 _TEXT, _COUNT, _MAPPING = (str,), (int,), (dict,)
+_COUNT_OR_NONE, _LIST_OR_NONE, _TEXT_OR_NONE = (int, _NONE), (list, _NONE), (str, _NONE)
+Source = Literal["measured", "counted", "predicted"]
+_SOURCES = frozenset(get_args(Source))
 _STATUSES = ("ok", "oom", "timeout", "error", "skipped")
 
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -37,7 +41,7 @@ _CELL_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("method_params", "lever_params", "levers", "model_config"), (dict, _NONE)),
     **dict.fromkeys(("training", "evaluation_rows"), (dict, _NONE)),
     "packing": (bool, _NONE),
-    "cuts": (list, _NONE),
+    **dict.fromkeys(("cuts", "parts"), (list, _NONE)),
 }
 _PARAMS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("arithmetic", "coupling", "output"), (str, _NONE)),
@@ -67,6 +71,9 @@ def check_record(content: Any) -> None:
     _check_types(cell.get("method_params") or {}, _PARAMS, "cell.method_params.")
     if not all(type(cut) is str for cut in cell.get("cuts") or ()):
         raise ValueError(f"cell.cuts is {_shown(cell['cuts'])}, not a list of texts")
+    for part in cell.get("parts") or ():
+        if type(part) is not dict or type(part.get("name")) is not str or type(part.get("settings")) is not dict:
+            raise ValueError(f"cell.parts has {_shown(part)}, not a method or lever with its name and settings")
     for name, amount in (content.get("status_detail") or {}).items():
         if name.endswith("_bytes") and type(amount) not in (int, _NONE):
             raise ValueError(f"status_detail.{name} is {_shown(amount)}, not a whole number")
@@ -89,14 +96,82 @@ def check_training(text: str) -> None:
         raise ValueError(f"{place}: {first['msg']}") from None
 
 
-def check_metric(name: str, metric: dict[str, Any]) -> None:
-    """Raises ValueError: a field of a metric, of which source and absence were checked, is of another type."""
+def check_metrics(metrics: dict[str, dict[str, Any]]) -> None:
+    """Raises KeyError or ValueError: not each of the metrics of a record, by name, is a metric."""
+    contents = metrics.values()
+    for name, metric in metrics.items() if set(map(type, contents)) - {dict} else ():
+        if type(metric) is not dict:
+            raise ValueError(f"the metric {name} is {_shown(metric)}, not a mapping")
+    values = [*chain.from_iterable(map(dict.values, contents))]
+    fields = tuple(chain.from_iterable(contents))
+    signature = (tuple(metrics), tuple(map(len, contents)), fields, tuple(map(type, values)))
+    form = _FORMS.get(signature)
+    if form is not None:
+        numbers = [*compress(values, form.whole_numbers)]
+        if (
+            _SOURCES.issuperset(compress(values, form.sources))
+            and -LARGEST < min(numbers, default=0) <= max(numbers, default=0) < LARGEST
+            and all(check(metrics[name][key]) for name, key, check in form.nested)
+        ):
+            return
+    for name, metric in metrics.items():
+        _check_metric(name, metric)
+    if len(_FORMS) < 1000:
+        _FORMS[signature] = _form_of(metrics)
+
+
+class _Form(NamedTuple):
+    """What is still to be checked of metrics that have the names, fields and types of some that were found right.
+
+    whole_numbers, sources: for each field of each metric in turn, whether it is a whole number that may be too large,
+        and whether it is the metric's source.  nested: metric, field and check of what may be right or wrong within one
+        type, such as a list.
+    """
+
+    whole_numbers: list[bool]
+    sources: list[bool]
+    nested: list[tuple[str, str, _Check]]
+
+
+# Most cells of a run have metrics of a form that many share: to ask field by field for each of hundreds of thousands of
+# metrics takes twice as long.
+_FORMS: dict[tuple[object, ...], _Form] = {}
+
+
+def _form_of(metrics: dict[str, dict[str, Any]]) -> _Form:
+    fields = [(name, key, part) for name, metric in metrics.items() for key, part in metric.items()]
+    checks = [(name, key, _check_within(name, key, part)) for name, key, part in fields]
+    return _Form(
+        [key in _NUMBERS and type(part) is int for _, key, part in fields],
+        [key == "source" for _, key, _ in fields],
+        [(name, key, check) for name, key, check in checks if check],
+    )
+
+
+def _check_within(name: str, key: str, part: Any) -> _Check | None:
+    """What tells if a field of a metric is right, where its type leaves that open; whole numbers and sources aside."""
+    if key == "value":
+        return SHAPES[name][0] if name in SHAPES and type(part) is list else None
+    return _PARTS[key][0] if key in _PARTS and type(part) in ((str,) if key in _NUMBERS else (list, dict)) else None
+
+
+def _check_metric(name: str, metric: dict[str, Any]) -> None:
+    """Raises KeyError or ValueError: it is no metric, or a field of it is of another type."""
     value, shape = metric["value"], SHAPES.get(name)
+    check_origin(value, metric.get("absent"), metric["source"])
     if value is not None and not (shape[0](value) if shape else _is_value(value)):
         raise ValueError(f"the value of {name} is {_shown(value)}, not {shape[1] if shape else 'a number or a list'}")
     for key, part in metric.items():
         if key in _PARTS and part is not None and not _PARTS[key][0](part):
             raise ValueError(f"{key} of {name} is {_shown(part)}, not {_PARTS[key][1]}")
+
+
+def check_origin(value: Any, absent: Any, source: Any) -> None:
+    """Raises ValueError: a metric has both a value and a reason of absence, or neither; or an unknown source."""
+    if (value is None) == (absent is None):
+        raise ValueError("a metric has either a value or the reason why it is absent")
+    if source not in get_args(Source):
+        raise ValueError(f"a metric is {', '.join(get_args(Source))}, not {source!r}")
 
 
 def _check_types(content: dict[str, Any], fields: dict[str, tuple[type, ...]], place: str = "") -> None:
@@ -166,20 +241,23 @@ def _is_curve(value: Any) -> bool:
 
 
 def _are_buffers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(row, dict)
-        and type(row.get("bytes")) is int
-        and isinstance(row.get("count"), int | _NONE)
-        and isinstance(row.get("shape"), list | _NONE)
-        and isinstance(row.get("module"), str | _NONE)
-        for row in value
-    )
+    if not isinstance(value, list):
+        return False
+    for row in value:
+        if type(row) is not dict or type(row.get("bytes")) is not int:
+            return False
+        if type(row.get("count")) not in _COUNT_OR_NONE or type(row.get("shape")) not in _LIST_OR_NONE:
+            return False
+        if type(row.get("module")) not in _TEXT_OR_NONE:
+            return False
+    return True
 
 
 def _are_phases(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
+_NUMBERS = frozenset(("value", "n", "min", "max"))  # fields of a metric that are numbers, or words for some
 _Check = Callable[[Any], bool]
 SHAPES: dict[str, tuple[_Check, str]] = {
     "peak_phase": (_is_text, "a text"),

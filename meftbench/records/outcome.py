@@ -83,7 +83,8 @@ class Outcome:
             # The usual case, without the lists below: reports on large runs take much of their time here.
             metrics = self.records[0].metrics
             if isinstance(metrics, StoredMetrics) and (plain := metrics.plain(name)):
-                return Figure(*plain)
+                value, source, low, high = plain
+                return None if value is None else Figure(value, source, low, high)
             metric = metrics.get(name)
             number = as_number(metric.value) if metric else None
             return Figure(number, metric.source, metric.min, metric.max) if metric and number is not None else None
@@ -118,8 +119,8 @@ def names_of(outcome: Outcome) -> Collection[str]:
     return {name for record in outcome.records for name in record.metrics}
 
 
-def equal_numbers(first: Outcome, second: Outcome) -> dict[str, tuple[int | float, str]]:
-    """Metrics of which both cells have the same number, with all that was recorded beside it: name to value and source.
+def equal_numbers(first: Outcome, second: Outcome) -> dict[str, dict[str, Any]]:
+    """Metrics of which both cells have the same number, with all that was recorded beside it: their JSON by name.
 
     This is for comparing large runs, most numbers of which are equal: it compares what was read, without making metrics
     of it. It may leave out equal numbers; cells of several repeats, or that did not end ok, have none here.
@@ -130,11 +131,16 @@ def equal_numbers(first: Outcome, second: Outcome) -> dict[str, tuple[int | floa
     if not isinstance(before, StoredMetrics) or not isinstance(after, StoredMetrics):
         return {}
     stored = after.content
+    if before.content == stored:
+        return {name: content for name, content in stored.items() if type(content["value"]) in _NUMBERS}
     return {
-        name: (content["value"], content["source"])
+        name: content
         for name, content in before.content.items()
-        if isinstance(content["value"], (int, float)) and content == stored.get(name)
+        if type(content["value"]) in _NUMBERS and content == stored.get(name)
     }
+
+
+_NUMBERS = frozenset((int, float))
 
 
 def outcomes(run: Run) -> list[Outcome]:

@@ -9,15 +9,15 @@ import math
 from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from meftbench.catalogue.labels import Part, joined, label_of, parts_from, parts_of_older
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
-from meftbench.records.checks import LARGEST, NOT_FINITE, SHAPES, check_metric, check_record
+from meftbench.records.checks import NOT_FINITE, Source, check_metrics, check_origin, check_record
 
 SCHEMA = 1
 Status = Literal["ok", "oom", "timeout", "error", "skipped"]
-Source = Literal["measured", "counted", "predicted"]
 Value = int | float | str | list[Any] | None
 
 
@@ -41,10 +41,7 @@ class Metric:
     phases: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
-        if (self.value is None) == (self.absent is None):
-            raise ValueError("a metric has either a value or the reason why it is absent")
-        if self.source not in _SOURCES:
-            raise ValueError(f"a metric is {', '.join(_SOURCES)}, not {self.source!r}")
+        check_origin(self.value, self.absent, self.source)
 
     def to_json(self, name: str) -> dict[str, Any]:
         """The metric with its unit; fields that are None are left out, except `value`.
@@ -68,21 +65,8 @@ class Metric:
         return Metric(**known)
 
 
+_WORDY = frozenset((str, list))
 _FIELDS_OF_METRIC = frozenset(Metric.__dataclass_fields__)
-_SOURCES = get_args(Source)
-
-
-def _is_plain(metric: dict[str, Any]) -> bool:
-    """Whether a metric with value, unit and source has nothing else, or the range of its steps alone, in numbers."""
-    if len(metric) == 3:
-        return True
-    if len(metric) != 6:
-        return False
-    parts: list[Any] = [metric.get(name) for name in ("n", "min", "max")]
-    return all(type(part) in _NUMBERS and -LARGEST < part < LARGEST for part in parts)
-
-
-_NUMBERS = frozenset((int, float))
 
 
 class StoredMetrics(Mapping[str, Metric]):
@@ -91,23 +75,13 @@ class StoredMetrics(Mapping[str, Metric]):
     A run has hundreds of thousands of metrics, of which a command looks at few. That each of them is a metric is
     checked here, so that a damaged record is found when it is read.
 
-    content: JSON of each metric by name.  Raises KeyError, TypeError or ValueError: when one is not a metric.
+    content: JSON of each metric by name.  Raises KeyError or ValueError: when one is not a metric.
     """
 
     __slots__ = ("_made", "content")
 
     def __init__(self, content: dict[str, dict[str, Any]]) -> None:
-        for name, metric in content.items():
-            value = metric["value"]
-            kind = type(value)
-            # Most are a number with unit and source alone: then there is nothing else to check.
-            if (kind is float or (kind is int and -LARGEST < value < LARGEST)) and (
-                metric["source"] in _SOURCES and "unit" in metric and name not in SHAPES and _is_plain(metric)
-            ):
-                continue
-            if metric["source"] not in _SOURCES or (metric["value"] is None) == (metric.get("absent") is None):
-                Metric.from_json(metric)  # raises the error that says what is wrong
-            check_metric(name, metric)
+        check_metrics(content)
         self.content = content
         self._made: dict[str, Metric] = {}
 
@@ -120,16 +94,19 @@ class StoredMetrics(Mapping[str, Metric]):
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self.content else default
 
-    def plain(self, name: str) -> tuple[int | float, str, float | None, float | None] | None:
+    def plain(self, name: str) -> tuple[int | float | None, str, float | None, float | None] | None:
         """Value, source, min and max of a metric without making it, which takes several times as long.
 
-        None where there is no such metric, or not all of them are numbers as JSON has them: then ask for the metric.
+        The value is None where it is absent. None where there is no such metric, or one of the four is a word or a
+        list: then ask for the metric.
         """
         content = self.content.get(name)
         if content is None:
             return None
-        value, low, high = content["value"], content.get("min"), content.get("max")
-        if not isinstance(value, (int, float)) or isinstance(low, str) or isinstance(high, str):
+        value, low, high = content["value"], None, None
+        if len(content) > 3:
+            low, high = content.get("min"), content.get("max")
+        if type(value) in _WORDY or type(low) is str or type(high) is str:
             return None
         return value, content["source"], low, high
 
@@ -184,20 +161,29 @@ class Record:
         return str(self.cell["label"])
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """The method and then each lever, with the settings that differ from the defaults.
+
+        Records that were written before there was the field have it in the label of the cell alone.
+        """
+        if recorded := self.cell.get("parts"):
+            return parts_from(recorded)
+        whole = self.label.partition(f"/b{self.cell['batch_size']}/s")[0]
+        return parts_of_older(whole[len(self.model_label) + 1 :])
+
+    @property
     def method_label(self) -> str:
         """The method with its levers and settings, as the label of the cell has it."""
-        return self.label.partition(f"/b{self.cell['batch_size']}/s")[0][len(self.model_label) + 1 :]
+        return joined(self.parts)
 
     @property
     def model_label(self) -> str:
-        overrides = self.cell.get("model_config") or {}
-        name = str(self.cell["model"])
-        if not overrides:
-            return name
-        return f"{name}({','.join(f'{key}={value}' for key, value in sorted(overrides.items()))})"
+        return label_of(str(self.cell["model"]), self.cell.get("model_config") or {})
 
     def value(self, name: str) -> Value:
         """The value of a metric; None where it is absent or was not measured."""
+        if isinstance(self.metrics, StoredMetrics) and (plain := self.metrics.plain(name)):
+            return plain[0]
         metric = self.metrics.get(name)
         return metric.value if metric else None
 
@@ -220,8 +206,16 @@ class Record:
     def from_json(content: dict[str, Any]) -> Record:
         """The record that `to_json` wrote. Raises KeyError, TypeError or ValueError: when the content is no record."""
         check_record(content)
-        known = {key: value for key, value in content.items() if key in Record.__dataclass_fields__}
+        if content.keys() == _FIELDS_OF_RECORD:
+            # The usual case, without the constructor, which would set every field by itself.
+            record = object.__new__(Record)
+            vars(record).update(content, metrics=StoredMetrics(content["metrics"]))
+            return record
+        known = {key: value for key, value in content.items() if key in _FIELDS_OF_RECORD}
         return Record(**(known | {"metrics": StoredMetrics(content["metrics"])}))
+
+
+_FIELDS_OF_RECORD = frozenset(Record.__dataclass_fields__)
 
 
 def written(value: Any) -> Any:

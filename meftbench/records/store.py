@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from filelock import FileLock, Timeout
+from pydantic_core import from_json
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
@@ -115,36 +114,33 @@ def read_records(file: Path) -> tuple[list[Record], bool]:
         return [], False
     records: list[Record] = []
     with _without_garbage_collection(), file.open("rb") as stream:
-        while lines := list(islice(stream, _TOGETHER)):
-            if lines[-1][-1:] != b"\n":
-                return records + _records_in(file, lines[:-1], len(records)), True
-            records += _records_in(file, lines, len(records))
+        for number, line in enumerate(stream, start=1):
+            if line[-1:] != b"\n":
+                return records, True
+            records.append(_record_in(line, f"{file}:{number}"))
     return records, False
 
 
-_TOGETHER = 100  # lines that are parsed at once, which shares the names of their fields
-
-
-def _records_in(file: Path, lines: list[bytes], before: int) -> list[Record]:
-    """The records of some lines. before: how many lines of the file come before them."""
+def _record_in(line: bytes, place: str) -> Record:
+    """The record of a line. Raises UserError, with the `place` of the line: it is none, or of a newer schema."""
     try:
-        contents = json.loads(b"[" + b",".join(lines) + b"]")
-        together = len(contents) == len(lines)
-    except (ValueError, RecursionError):
-        together = False
-    records = []
-    for number, line in enumerate(lines):
-        try:
-            content = contents[number] if together else json.loads(line)
-            if content["schema"] > SCHEMA:
-                place = f"{file}:{before + number + 1}"
-                raise UserError(place, f"record of schema {content['schema']}", "update meftbench")
-            records.append(Record.from_json(content))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            why = f"{error} is missing" if isinstance(error, KeyError) else error
-            cure = "remove the line, or take the file from a backup"
-            raise UserError(f"{file}:{before + number + 1}", f"is not a record ({why})", cure) from None
-    return records
+        content = _parsed(line)
+        if content["schema"] > SCHEMA:
+            raise UserError(place, f"record of schema {content['schema']}", "update meftbench")
+        return Record.from_json(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(place, f"is not a record ({why})", "remove the line, or take the file from a backup") from None
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line of JSON holds. Raises ValueError or RecursionError: it is no JSON."""
+    try:
+        # A parser in Rust: in two thirds of the time and memory of `json`, since equal texts are shared.
+        return from_json(line)
+    except ValueError:
+        # It refuses what `json` takes: halves of characters, and deep nesting.
+        return json.loads(line)
 
 
 @contextmanager
@@ -262,6 +258,8 @@ def writing(folder: Path) -> Iterator[Writer]:
 
     Raises UserError: when it is not writable, or another run writes there.
     """
+    from filelock import FileLock, Timeout  # which those who read need not wait for
+
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)

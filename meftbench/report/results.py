@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meftbench.catalogue.labels import split_label
+from meftbench.catalogue.labels import Part, joined
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
-from meftbench.escapes import single_line, spreadsheet_text, visible
-from meftbench.plan.axes import FIELDS, OF_TRAINING, SETTINGS, SHAPE, WORDS
-from meftbench.plan.training import Training
-from meftbench.records.outcome import Outcome, names_of, outcomes
-from meftbench.records.record import Record, StoredMetrics
+from meftbench.escapes import spreadsheet_text
+from meftbench.plan.axes import SETTINGS, SHAPE
+from meftbench.records.outcome import outcomes
 from meftbench.records.store import Run, write_whole
-from meftbench.verdicts.budgets import NOT_A_NUMBER
+from meftbench.report.frame_columns import cell_columns, metric_columns, shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,39 +24,15 @@ if TYPE_CHECKING:
 
 # Cells that differ in one of these differ in more than method and shape, and are not ranked with each other.
 SETTING = ("run", "model", "device", *(name for name in SETTINGS if name not in ("model", "device")), "training")
-_OF_TRAINING = tuple(FIELDS[name] for name in OF_TRAINING)
-
-
-def with_used(fields: Sequence[str]) -> list[str]:
-    """`fields` of a cell, the attention that was run after the one that was asked for."""
-    asked = FIELDS["attention"]
-    return [column for name in fields for column in ((name, "attention_used") if name == asked else (name,))]
-
-
-_CELL = (
-    *("model_revision", "weights"),
-    *with_used([name for name in SETTINGS if name not in ("model", *_OF_TRAINING)]),
-    *SHAPE,
-)
-
-
-# Settings of a reversible method that tables and plots sweep; None where a method has no such setting.
-_REVERSIBLE = ("arithmetic", "side_bits", "coupling", "output")
-_BASE = (
-    *("run", "cell_id", "label", "model", "method", "method_name"),
-    *_CELL,
-    *_REVERSIBLE,
-    *(*_OF_TRAINING, "training", "scored_by", "cuts", "settings", "layers"),
-    *("levers", "status", "detail", "repeats", "wall_s"),
-)
 
 
 def frame_of(runs: Run | Sequence[Run], metrics: Collection[str] = METRICS) -> DataFrame:
     """One row per cell, in the order of the runs and, within a run, of their writing.
 
     Columns: run (name, with the folder where two share it), cell_id, label, model, method (as labelled, with levers
-    and settings), the fields of the cell, of a reversible method arithmetic, side_bits, coupling and output, status,
-    detail, repeats, wall_s; and for each metric that any cell has NAME (in the unit of its Kind; missing where
+    and settings), parts (the same as fields: a catalogue.labels.Part for the method and for each lever), levers (their
+    labels, joined by `+`), the fields of the cell, of a reversible method arithmetic, side_bits, coupling and output,
+    status, detail, repeats, wall_s; and for each metric that any cell has NAME (in the unit of its Kind; missing where
     absent), NAME_low, NAME_high, NAME_source. Metrics that are lists or words are in NAME as recorded. Repeats are
     taken together as in `Outcome.figure`: median where measured.
 
@@ -69,15 +41,15 @@ def frame_of(runs: Run | Sequence[Run], metrics: Collection[str] = METRICS) -> D
     from pandas import DataFrame
 
     listed = [runs] if isinstance(runs, Run) else list(runs)
-    names = run_names(listed)
-    wanted = [name for name in METRICS if name in metrics]
-    rows = [_row(name, outcome, wanted) for name, run in zip(names, listed, strict=True) for outcome in outcomes(run)]
-    columns = list(dict.fromkeys([*_BASE, *(key for row in rows for key in row)]))
+    named = [(name, outcome) for name, run in zip(run_names(listed), listed, strict=True) for outcome in outcomes(run)]
+    cells = [outcome for _, outcome in named]
+    columns = cell_columns([name for name, _ in named], cells)
+    columns |= metric_columns(cells, [name for name in METRICS if name in metrics])
     # A plot or table may ask for these of any run, also of one in which every cell failed.
     always = [f"{name}{part}" for name in _HEADLINE for part in ("", "_low", "_high", "_source")]
-    columns += [key for key in always if key not in {*columns}]
+    columns |= {name: [None] * len(cells) for name in always if name not in columns}
     # As objects: None (not taken) and nan (what was taken) are different answers, and counts stay whole numbers.
-    return DataFrame({key: [row.get(key) for row in rows] for key in columns}, columns=columns, dtype=object)
+    return DataFrame({name: shown(column) for name, column in columns.items()}, dtype=object)
 
 
 _HEADLINE = (
@@ -102,133 +74,6 @@ def run_names(runs: Sequence[Run]) -> list[str]:
         for name, run in zip(suite_names, runs, strict=True)
     ]
     return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names, start=1)]
-
-
-# Of fields of a cell that a record lacks: flags are off, anything else is not known.
-_DEFAULTS = {name: False if name in WORDS else None for name in _CELL}
-
-
-def _row(run: str, outcome: Outcome, metrics: Sequence[str]) -> dict[str, Any]:
-    worst, last = outcome.worst, outcome.records[-1]
-    row: dict[str, Any] = {
-        "run": run,
-        "cell_id": outcome.cell_id,
-        "label": outcome.label,
-        "model": last.model_label,
-        "method": last.method_label,
-        "method_name": last.cell.get("method"),
-    }
-    # A record that was written before there was a flag is of a cell without it.
-    cell = last.cell
-    row |= {name: cell.get(name, default) for name, default in _DEFAULTS.items()}
-    params = last.cell.get("method_params") or {}
-    row |= {name: params.get(name) for name in _REVERSIBLE}
-    # Of rivals that keep side bits the number is a setting like others: they are no sweep over MEFT's couplings.
-    row |= {"side_bits": side_bits(params) if str(row["method_name"]).startswith("meft") else None}
-    row |= _training(last)
-    row |= {"levers": _levers_of(row["method"])}
-    row |= {"status": outcome.status, "detail": detail_of(worst), "repeats": len(outcome.records)}
-    row |= {"wall_s": sum(record.wall_s for record in outcome.records)}
-    row |= _numbers(outcome, metrics)
-    # Records may be anybody's: their texts must not act on the terminals and pages that show the frame.
-    for name, value in row.items():
-        if type(value) is str and not value.isprintable():
-            row[name] = visible(value)
-    return row
-
-
-@cache
-def _columns_of(metric: str) -> tuple[str, str, str]:
-    """The columns beside a metric's own; composed for each cell they would take a third of the time of a frame."""
-    return f"{metric}_source", f"{metric}_low", f"{metric}_high"
-
-
-def _numbers(outcome: Outcome, metrics: Sequence[str]) -> dict[str, Any]:
-    """The columns of those of `metrics` that the cell has, in their order."""
-    row: dict[str, Any] = {}
-    only = outcome.records[0].metrics if len(outcome.records) == 1 and outcome.status == "ok" else None
-    stored = only if isinstance(only, StoredMetrics) else None
-    recorded = names_of(outcome)
-    for name in metrics:
-        if name not in recorded:
-            continue
-        source_column, low_column, high_column = _columns_of(name)
-        if stored is not None and name not in NOT_A_NUMBER and (plain := stored.plain(name)):
-            # The usual case, in which nothing has to be combined over repeats.
-            value, source, low, high = plain
-            row[source_column], row[name], row[low_column], row[high_column] = source, value, low, high
-            continue
-        metric = outcome.metric(name)
-        if metric is None:
-            continue
-        row[source_column] = metric.source
-        if metric.value is None and only is not None:
-            row[name] = None
-        elif name in NOT_A_NUMBER:
-            row[name] = metric.value if outcome.status == "ok" else None
-        elif figure := outcome.figure(name):
-            row[name], row[low_column], row[high_column] = figure.value, figure.low, figure.high
-        else:
-            row[name] = None
-    return row
-
-
-def _training(record: Record) -> dict[str, Any]:
-    """The columns of a cell that was trained on a task, among them the settings that differ from the defaults."""
-    fields = record.cell.get("training")
-    if not fields:
-        return {}
-    training = Training.model_validate_json(json.dumps(fields))
-    return {
-        "task": training.task,
-        "learning_rate": training.learning_rate,
-        "training": ", ".join(training.own),
-        "scored_by": record.cell.get("scored_by") or "score",
-        "cuts": record.cell.get("cuts") or [],
-        "settings": json.dumps(record.cell.get("method_params") or {}, sort_keys=True),
-        "layers": record.cell.get("layers"),
-    }
-
-
-def side_bits(params: Mapping[str, Any]) -> int | None:
-    """Side bits of an exact method, from its recorded settings; None: it is not exact, or its factors are set.
-
-    Where a record leaves them out they are 3, the default at that time. From a factor that is set (`lambda`, `beta`)
-    they follow only together with the method.
-    """
-    if params.get("arithmetic") != "exact" or params.get("lambda") is not None or params.get("beta") is not None:
-        return None
-    return int(params.get("side_bits") or 3)
-
-
-@lru_cache(maxsize=1024)
-def _levers_of(method: str) -> str:
-    """The levers of a method's label, joined by `+`; kept, since a run names few methods many times."""
-    return "+".join(parts_of(method)[2])
-
-
-def parts_of(method: str) -> tuple[str, list[str], list[str]]:
-    """Name, settings and levers of a method's label, levers with their settings in brackets: of
-    `meft1(lambda=0.5)+checkpoint(every=2)`, meft1, [lambda=0.5] and [checkpoint(every=2)]."""
-    (name, settings), *levers = split_label(method)
-    return name, settings, [_joined(lever.name, lever.settings) for lever in levers]
-
-
-def without_side_bits(method: str) -> str:
-    """The label of a method without its side bits: the same for all cells of one sweep over them."""
-    name, settings, levers = parts_of(method)
-    rest = [setting for setting in settings if not setting.startswith("side_bits=")]
-    return "+".join([_joined(name, rest), *levers])
-
-
-def _joined(name: str, settings: list[str]) -> str:
-    return f"{name}({','.join(settings)})" if settings else name
-
-
-def detail_of(record: Record) -> str:
-    """Why a cell did not end ok, as one line; "" where it did."""
-    detail = record.status_detail
-    return single_line(str(detail.get("message") or detail.get("type") or ""))
 
 
 @dataclass(frozen=True)
@@ -325,10 +170,12 @@ def write_csv(frame: DataFrame, file: Path) -> None:
 def as_csv(frame: DataFrame) -> str:
     """The table as CSV: the unit in each metric's heading, its source in a column beside it.
 
-    What is alive at the peak, a table of its own in every cell, is left to the records. A text that a spreadsheet would
+    What is alive at the peak, a table of its own in every cell, is left to the records, as are the parts of a method,
+    which its label and other columns have. A text that a spreadsheet would
     take for a formula begins with an apostrophe.
     """
-    frame = frame.drop(columns=["peak_buffers", "peak_buffers_source", "timeline", "timeline_source"], errors="ignore")
+    left_to_records = ["parts", "peak_buffers", "peak_buffers_source", "timeline", "timeline_source"]
+    frame = frame.drop(columns=left_to_records, errors="ignore")
     headings = {name: f"{name} [{METRICS[name].unit}]" for name in METRICS if name in frame}
 
     def field(value: Any) -> Any:
@@ -349,6 +196,17 @@ def methods_in_order(frame: DataFrame) -> list[str]:
         return families.index(first[method]) if first[method] in families else len(families)
 
     return sorted(dict.fromkeys(frame["method"]), key=place)
+
+
+def parts_by_method(frame: DataFrame) -> dict[str, tuple[Part, ...]]:
+    """The method and its levers as fields, by the label of the method."""
+    return dict(zip(frame["method"], frame["parts"], strict=True))
+
+
+def without_side_bits(parts: Sequence[Part]) -> str:
+    """The label of a method without its side bits: the same for all cells of one sweep over them."""
+    method, *levers = parts
+    return joined([method.without("side_bits"), *levers])
 
 
 class Row(dict[str, Any]):

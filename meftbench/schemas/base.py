@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,3 +17,11 @@ class Published(BaseModel):
     """A type of a published format. Later versions of meftbench may add fields, and take none away."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, populate_by_name=True)
+
+
+class MethodPart(Published):
+    """A method or a lever. A list of them, the method first, says as fields what a method's label says as text."""
+
+    name: str
+    settings: dict[str, Any]
+    """Those that differ from the defaults."""

@@ -7,13 +7,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from meftbench.catalogue.validated import Group
-from meftbench.schemas.base import Bytes, Published, Seconds
+from meftbench.schemas.base import Bytes, MethodPart, Published, Seconds
 
 
 class FitRow(Published):
     """The largest batch at a length, or the longest sequence at a batch, of one method on one card."""
 
     method: str
+    parts: list[MethodPart]
     asked: Literal["batch_size", "sequence_length"]
     at: int
     """The size of the other: tokens of a sample, or samples."""
@@ -52,6 +53,7 @@ class PlanRow(Published):
     """A candidate (method, levers, precision, optimizer) at the largest micro-batch that fits a card."""
 
     method: str
+    parts: list[MethodPart]
     precision: str
     optimizer: str
     memory_bytes: Bytes
@@ -98,6 +100,8 @@ class LeverPair(Published):
 
     lever: str
     with_: str = Field(alias="with")
+    parts: list[MethodPart]
+    """Of the method that `with` names."""
     without: str
     precision: str
     optimizer: str
@@ -113,6 +117,7 @@ class TooLarge(Published):
     """A method of which nothing fits: the candidate that misses least."""
 
     method: str
+    parts: list[MethodPart]
     precision: str
     optimizer: str
     least_device_bytes: Bytes
@@ -123,6 +128,7 @@ class Need(Published):
     """The smallest shipped card on which a method fits at micro-batch 1; null: none is large enough."""
 
     method: str
+    parts: list[MethodPart]
     precision: str
     optimizer: str
     least_device_bytes: Bytes

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, RootModel
 
 from meftbench.records.record import Status
-from meftbench.schemas.base import Bytes, Number, Published, Seconds, Source
+from meftbench.schemas.base import Bytes, MethodPart, Number, Published, Seconds, Source
 
 # --- the record ---
 
@@ -38,7 +38,10 @@ class RecordedCell(Published):
     cell_model_config: dict[str, Any] = Field(alias="model_config")
     method: str
     method_params: dict[str, Any]
+    """All settings of the method, with defaults."""
     levers: dict[str, bool]
+    parts: list[MethodPart] = Field(default_factory=list)
+    """The method and then each lever that is on; the label is written from them. Older records lack it."""
     batch_size: int
     micro_batch_size: int
     sequence_length: int
@@ -305,6 +308,8 @@ class PredictionError(Published):
     metric: str
     measured: Bytes
     predicted: Bytes
+    method_name: str
+    """The method without levers and settings."""
     share: float
 
 

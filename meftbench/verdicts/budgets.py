@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
-from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import UserError, unknown
 from meftbench.plan.cell import Cell
 from meftbench.records.outcome import Outcome
@@ -25,10 +25,6 @@ from meftbench.units import parse_bytes
 
 SCHEMA = 1
 Missing = Literal["error", "warn", "ignore"]
-# Metrics whose value is not a single number, so that no bound applies to it.
-NOT_A_NUMBER = frozenset(
-    {"learning_curve", "peak_buffers", "peak_phase", "reconstruction_rel", "throttle_reasons", "timeline"}
-)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ Judgement = Literal["worse", "better", "changed", "noise", "same"]
 UNMOVED: frozenset[Judgement] = frozenset({"noise", "same"})  # nothing is known to have changed
 
 
+_new = tuple.__new__
+
+
 class Change(NamedTuple):
     """One metric of one cell in both runs; or the cell's status where it differs (metric "status", no numbers).
 
@@ -31,6 +34,11 @@ class Change(NamedTuple):
     statuses: tuple[str, str] | None = None
     evidence: Evidence | None = None
     missing: str = ""
+
+    @staticmethod
+    def of_equal(label: str, cell_id: str, metric: str, source: str, value: int | float) -> Change:
+        """A number that both runs have: as the constructor makes it, in half the time, since most numbers are such."""
+        return _new(Change, (label, cell_id, metric, "same", source, value, value, None, None, ""))
 
     @property
     def delta(self) -> float | None:

@@ -6,14 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
-from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET, UserError, unknown
 from meftbench.records.outcome import Figure, Outcome, equal_numbers, names_of, outcomes
 from meftbench.records.store import Run
 from meftbench.verdicts import noise
-from meftbench.verdicts.budgets import NOT_A_NUMBER
 from meftbench.verdicts.change import UNMOVED, Change, Judgement
 from meftbench.verdicts.comparable import ENVIRONMENT, TIME_UNITS, applies, check_comparable, differing, obstacles
 from meftbench.verdicts.environment import differences
@@ -67,7 +67,7 @@ class Comparison:
         return [c for c in self.changes if not only_changed or c.judgement not in UNMOVED]
 
     def counts(self) -> dict[Judgement, int]:
-        counts = Counter(change.judgement for change in self.changes)
+        counts = Counter(map(attrgetter("judgement"), self.changes))
         return {kind: counts[kind] for kind in _ORDER}
 
     def summary(self) -> str:
@@ -266,9 +266,9 @@ class _Cell:
             if name not in recorded:
                 continue
             if number := equal.get(name):
-                value, source = number
+                value, source = number["value"], number["source"]
                 if not (self.obstacles and source == "measured"):
-                    changes.append(Change(label, cell_id, name, "same", source, value, value))
+                    changes.append(Change.of_equal(label, cell_id, name, source, value))
                     continue
             before, after = left.figure(name), right.figure(name)
             if before is None or right.status != "ok":

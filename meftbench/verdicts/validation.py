@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from meftbench.catalogue.labels import parts_of_older
 from meftbench.catalogue.profiles import PREDICTED, PROFILES, Profile, find_profile
 from meftbench.catalogue.validated import about_validation
 from meftbench.errors import NOTHING_MATCHED, UserError
@@ -31,6 +32,7 @@ AXES = ("method", "precision", "attention")
 class Error:
     """One metric of one cell, as measured and as predicted, in bytes.
 
+    method: the label of the method; method_name: its name alone, without levers and settings.
     attention: the implementation that was used, where the record has it; otherwise the requested one.
     """
 
@@ -41,6 +43,7 @@ class Error:
     metric: str
     measured: int
     predicted: int
+    method_name: str
 
     @property
     def share(self) -> float:
@@ -161,11 +164,16 @@ def errors(measured: Iterable[Record], predicted: Mapping[str, Record], profile:
             predicted_value = prediction.value(metric) if prediction else None
             if values and isinstance(predicted_value, int):
                 attention = str(record.cell.get("attention_used") or record.cell["attention_requested"])
-                precision = str(record.cell["precision"])
-                measured_value = round(median(values))
                 result.append(
                     Error(
-                        record.label, record.method_label, precision, attention, metric, measured_value, predicted_value
+                        label=record.label,
+                        method=record.method_label,
+                        precision=str(record.cell["precision"]),
+                        attention=attention,
+                        metric=metric,
+                        measured=round(median(values)),
+                        predicted=predicted_value,
+                        method_name=str(record.cell["method"]),
                     )
                 )
     return result
@@ -219,7 +227,9 @@ def saved(run: Run) -> Validation | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         fields = Error.__dataclass_fields__
-        rows = [Error(**{key: value for key, value in row.items() if key in fields}) for row in content["errors"]]
+        # Files that were written before there was the field have the name in the label alone.
+        full = [{"method_name": parts_of_older(row["method"])[0].name, **row} for row in content["errors"]]
+        rows = [Error(**{key: value for key, value in row.items() if key in fields}) for row in full]
         return Validation(str(content["profile"]), rows, [str(line) for line in content["not_predicted"]])
     except FileNotFoundError:
         return None

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meftbench.catalogue.labels import label_of, read_label, split_label, split_list
+from meftbench.catalogue.labels import (
+    Part,
+    joined,
+    label_of,
+    parts_from,
+    parts_of_older,
+    read_label,
+    split_label,
+    split_list,
+)
 from meftbench.errors import UserError
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True)
@@ -17,7 +26,8 @@ VALUES = st.one_of(
     TEXTS.filter(lambda text: text not in ("None", "True", "False")),
     st.lists(TEXTS, max_size=3),
 )
-PARTS = st.tuples(NAMES, st.dictionaries(st.from_regex(r"[a-z_]{1,6}", fullmatch=True), VALUES, max_size=3))
+SETTINGS = st.dictionaries(st.from_regex(r"[a-z_]{1,6}", fullmatch=True), VALUES, max_size=3)
+PARTS = st.builds(Part, NAMES, SETTINGS)
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4))
@@ -26,6 +36,36 @@ def test_what_is_written_is_read(parts):
     assert read_label("here", label) == [(name, settings) for name, settings in parts]
     assert [part.name for part in split_label(label)] == [name for name, _ in parts]
     assert split_list(f"{label}, {label}") == [label, label]
+
+
+@given(st.lists(PARTS, min_size=1, max_size=4))
+def test_parts_are_those_that_their_label_has(parts):
+    """As records hold them, and as they are taken from the labels of older ones."""
+    assert tuple(parts) == parts_from([part.recorded() for part in parts])
+    assert tuple(parts) == parts_of_older(joined(parts))
+
+
+@given(st.one_of(st.text(), st.from_regex(r"[a-c](\([a-c]=[0-9A-Za-z'.,]*\))?(\+[a-c])?", fullmatch=True)))
+def test_whatever_an_older_label_is_its_parts_give_it_again(label):
+    assert label == joined(parts_of_older(label))
+
+
+@pytest.mark.parametrize(
+    ("label", "parts"),
+    [
+        (
+            "lora(rank=2,targets=['a', 'b'])+offload",
+            (Part("lora", {"rank": 2, "targets": ["a", "b"]}), Part("offload", {})),
+        ),
+        ("offload(what=all)", (Part("offload", {"what": "all"}),)),
+        ("meft1(lambda=1e-05,x=1e-5)", (Part("meft1", {"lambda": 1e-05, "x": "1e-5"}),)),
+        ("lora(rank=2", (Part("lora(rank=2", {}),)),
+        ("lora(4)", (Part("lora(4)", {}),)),
+        ("lora(b=1,a=1)", (Part("lora(b=1,a=1)", {}),)),
+    ],
+)
+def test_what_no_version_has_written_stays_in_the_name(label, parts):
+    assert parts == parts_of_older(label)
 
 
 @pytest.mark.parametrize(

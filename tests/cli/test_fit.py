@@ -23,7 +23,8 @@ ABOUT |= {"context_bytes": GiB, "default_profile": True, "cards": [8 * GiB, 80 *
 
 def an_entry(method="full", refused=None, **largest):
     lines = [{"axis": axis, "at": 8, "limit": 2048, "largest": sizes} for axis, sizes in largest.items()]
-    return {"method": method, "lines": lines, "refused": refused, "traced": 3, "seconds": 1.0}
+    parts = [{"name": name, "settings": {}} for name in method.split("+")]
+    return {"method": method, "parts": parts, "lines": lines, "refused": refused, "traced": 3, "seconds": 1.0}
 
 
 def test_the_largest_batch_and_the_longest_sequence_of_each_method(cli):

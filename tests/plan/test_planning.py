@@ -14,9 +14,9 @@ from meftbench.catalogue.combinations import check_together
 from meftbench.catalogue.labels import read_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.errors import UserError
-from meftbench.plan.planning import PLANNED_METHODS, candidates
+from meftbench.plan.planning import PLANNED_METHODS, candidates, name_in
 from meftbench.plan.prices import price_of
-from meftbench.plan.ranking import fastest_first, method_of
+from meftbench.plan.ranking import fastest_first
 from planned_rows import a_row
 
 
@@ -60,7 +60,7 @@ def test_each_lever_is_open_to_every_method_that_takes_it():
     assert {f"meft1-exact(reversible_layers={n})+chunked_loss" for n in (7, 14, 21)} <= set(meft)
     assert {"adamw", "adamw-8bit"} == {candidate.optimizer for candidate in full}
     assert all("offload" in found[-1] for found in (lora, meft, [candidate.label for candidate in full]))
-    assert "mezo" == method_of(labels(depth=28)[-1])
+    assert "mezo" == name_in(labels(depth=28)[-1])
 
 
 def test_what_the_user_restricts_is_kept():
@@ -72,7 +72,7 @@ def test_what_the_user_restricts_is_kept():
     assert all("tiles=16" in label for label in labels("meft1-exact(tiles=16)", depth=12))
     chosen = candidates(["full", "lora"], precisions=["bf16", "nf4"], optimizer="lion")
     assert {"lion"} == {candidate.optimizer for candidate in chosen}
-    assert ("full", "nf4") not in {(method_of(candidate.label), candidate.precision) for candidate in chosen}
+    assert ("full", "nf4") not in {(candidate.method, candidate.precision) for candidate in chosen}
 
 
 def test_with_explain_each_lever_has_a_partner_without_it():

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import a_record, counted, measured
-from meftbench.catalogue.metrics import METRICS
+from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import UserError
 from meftbench.escapes import visible
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import RECORDS, Run, load_run, read_records, warn_of_left_out, write_whole, writing
 from meftbench.report.results import frame_of
-from meftbench.verdicts.budgets import NOT_A_NUMBER
 
 numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))
 values = st.one_of(numbers, st.text(max_size=5), st.lists(st.lists(st.floats(allow_nan=False), max_size=2), max_size=3))
@@ -262,8 +261,8 @@ def paths_in(content, path=()):
             yield from paths_in(value, (*path, key))
 
 
-def write_line(folder, content):
-    (folder / RECORDS).write_text(json.dumps(content) + "\n")
+def write_lines(folder, *contents):
+    (folder / RECORDS).write_text("".join(json.dumps(content) + "\n" for content in contents))
     return folder / RECORDS
 
 
@@ -283,7 +282,7 @@ def test_whatever_stands_in_a_field_the_record_is_read_or_refused_with_its_place
     for name in above:
         place = place[name]
     place[key] = value
-    file = write_line(tmp_path_factory.mktemp("run"), content)
+    file = write_lines(tmp_path_factory.mktemp("run"), content)
 
     record, refusal = None, None
     try:
@@ -328,9 +327,57 @@ def test_a_field_of_another_type_is_named(tmp_path, path, value, why):
     place[path[-1]] = value
 
     with pytest.raises(UserError) as refused:
-        read_records(write_line(tmp_path, content))
+        read_records(write_lines(tmp_path, content))
 
     assert why in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "why"),
+    [
+        ("step_time_s", "source", "guessed", "a metric is measured, counted, predicted, not 'guessed'"),
+        ("step_time_s", "samples", [0.9, "1.1"], 'samples of step_time_s is [0.9, "1.1"], not a list of numbers'),
+        ("peak_allocated_bytes", "value", 10**400, "the value of peak_allocated_bytes is a number of more than 300"),
+        ("peak_allocated_bytes", "n", -(10**400), "n of peak_allocated_bytes is a number of more than 300 digits"),
+        ("peak_allocated_bytes", "phases", {"forward": "5"}, 'phases of peak_allocated_bytes is {"forward": "5"}, not'),
+        (
+            "peak_buffers",
+            "value",
+            [{"bytes": 0.5}],
+            'the value of peak_buffers is [{"bytes": 0.5}], not a list of',
+        ),
+        ("step_time_s", "min", "fast", 'min of step_time_s is "fast", not a number'),
+    ],
+)
+def test_a_metric_that_is_wrong_after_one_of_the_same_form_is_named(tmp_path, name, field, value, why):
+    """Records whose metrics have the same names, fields and types are checked faster, but for the same."""
+    good, bad = a_line(), a_line()
+    good["metrics"]["peak_allocated_bytes"]["n"] = bad["metrics"]["peak_allocated_bytes"]["n"] = 3
+    good["metrics"]["step_time_s"]["min"] = "-Infinity" if field == "min" else 0.9
+    bad["metrics"][name][field] = value
+
+    with pytest.raises(UserError) as refused:
+        read_records(write_lines(tmp_path, good, good, bad))
+
+    assert f"{tmp_path / RECORDS}:3" == refused.value.where
+    assert why in str(refused.value)
+
+
+def test_a_metric_that_is_no_mapping_is_named(tmp_path):
+    content = a_line()
+    content["metrics"]["step_time_s"] = [1]
+
+    with pytest.raises(UserError, match=r"the metric step_time_s is \[1\], not a mapping"):
+        read_records(write_lines(tmp_path, content))
+
+
+def test_half_a_character_is_read(tmp_path):
+    """JSON may have it as an escape, whoever wrote it."""
+    content = a_line() | {"host": "\udcff"}
+
+    ((record,), _) = read_records(write_lines(tmp_path, content))
+
+    assert "\udcff" == record.host
 
 
 def test_a_record_nested_without_end_is_refused(tmp_path):
@@ -345,7 +392,7 @@ def test_a_metric_of_a_later_version_is_kept_as_it_stands(tmp_path, capsys):
     of_later = {"value": 5, "unit": "furlong", "source": "measured", "of_later": [1]}
     content = a_line()
     content["metrics"] |= {"zz_future": of_later}
-    write_line(tmp_path, content)
+    write_lines(tmp_path, content)
     run = Run(tmp_path, {"name": "toy", "run_id": "run-1"}, {}, read_records(tmp_path / RECORDS)[0])
 
     warn_of_left_out(run)

@@ -89,11 +89,11 @@ def test_the_suite_measures_the_row(tmp_path, label):
     assert {"num_hidden_layers": 9} == cell.model_config_overrides
 
 
-@pytest.mark.parametrize("method", sorted({method_of(row["method"]) for row in ROWS}))
+@pytest.mark.parametrize("method", sorted({method_of(row) for row in ROWS}))
 def test_what_is_typed_elsewhere_is_valid(method):
     """The snippet and each library's Python compile, YAML is a mapping; transformers and peft take their arguments."""
     for row in ROWS:
-        if method_of(row["method"]) == method:
+        if method_of(row) == method:
             check_texts(row)
 
 

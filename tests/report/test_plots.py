@@ -19,6 +19,7 @@ from builders import (
     measured,
     step_time,
 )
+from meftbench.catalogue.labels import Part
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.records.record import Metric
@@ -333,15 +334,17 @@ def test_elsewhere_a_sweep_over_side_bits_is_one_method(frame):
 
 def test_long_settings_stand_below_the_name(frame):
     """A label as wide as the axes would leave no room for them."""
-    assert "meft1-exact(side_bits=4) (counted)" == plots.named("meft1-exact(side_bits=4)", " (counted)")
+    swept = {"coupling": "centred", "output": "last", "side_bits": 4}
+
+    assert "meft1-exact(side_bits=4) (counted)" == plots.named([Part("meft1-exact", {"side_bits": 4})], " (counted)")
     assert [
         "meft1-exact+offload (counted)",
         "  coupling=centred, output=last,",
         "  side_bits=4",
-    ] == plots.named("meft1-exact(coupling=centred,output=last,side_bits=4)+offload", " (counted)").splitlines()
+    ] == plots.named([Part("meft1-exact", swept), Part("offload", {})], " (counted)").splitlines()
     # Without settings there is nothing to put below.
     assert "lora+checkpoint+offload, slope 1.00 (counted)" == plots.named(
-        "lora+checkpoint+offload", ", slope 1.00 (counted)"
+        [Part(name, {}) for name in ("lora", "checkpoint", "offload")], ", slope 1.00 (counted)"
     )
 
 
@@ -473,10 +476,11 @@ def test_methods_of_one_family_share_the_colour_and_not_the_marker(frame):
     cells = [a_record(method=m) for m in ("lora", "lora+checkpoint", "lora+offload", "lora+checkpoint+offload")]
     cells += [a_record(method="lora", method_params={"rank": r}) for r in (2, 4)]
 
-    found = plots.markers(frame(*cells))
+    of_methods = frame(*cells)
+    found = plots.markers(of_methods)
 
     assert 6 == len({*found.values()})
-    assert 1 == len({plots.colour(method) for method in found})
+    assert 1 == len({plots.colour(name) for name in of_methods["method_name"]})
 
 
 def test_every_category_of_the_breakdown_has_a_colour_of_its_own():

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builders import a_measured_cell, a_record, a_run, a_sweep, counted, measured
+from meftbench.catalogue.labels import Part, joined
+from meftbench.catalogue.levers import LEVERS
+from meftbench.errors import UserError
+from meftbench.plan.cell import Levers
 from meftbench.records.record import Metric
+from meftbench.records.store import Run
+from meftbench.report.frame_columns import side_bits
 from meftbench.report.results import (
     frame_of,
     groups,
     methods_in_order,
-    parts_of,
+    rows_of,
     share_of_full,
-    side_bits,
     sources,
     without_side_bits,
     write_csv,
@@ -106,20 +115,67 @@ def test_a_frame_knows_the_settings_of_reversible_methods(tmp_path):
     )
 
 
-def test_a_label_comes_apart_into_name_settings_and_levers():
-    """Commas within a setting are its own."""
-    assert ("lora", [], ["checkpoint", "offload"]) == parts_of("lora+checkpoint+offload")
-    assert ("lora", ["rank=2", "targets=['a', 'b']"], ["offload"]) == parts_of(
-        "lora(rank=2,targets=['a', 'b'])+offload"
+MODULES = st.from_regex(r"[a-z]+([._][a-z0-9]+)?", fullmatch=True)
+LORA = {"rank": st.integers(1, 64), "dropout": st.floats(0.01, 0.9), "targets": st.lists(MODULES, min_size=1)}
+MEFT = {"adapter_size": st.integers(1, 8), "lambda": st.floats(0.1, 0.9)}
+EXACT = {"side_bits": st.integers(1, 8), "coupling": st.sampled_from(["paper", "centred"])}
+SETTINGS = {
+    name: st.fixed_dictionaries({}, optional=of)
+    for name, of in (("full", {}), ("lora", LORA), ("meft1", MEFT), ("meft1-exact", EXACT))
+}
+METHODS_WITH_SETTINGS = st.one_of(*(st.builds(Part, st.just(name), of) for name, of in SETTINGS.items()))
+LEVER_SETS = st.fixed_dictionaries({}, optional={
+    "checkpoint": st.fixed_dictionaries({}, optional={"every": st.integers(2, 4)}),
+    "offload": st.fixed_dictionaries({}, optional={"what": st.sampled_from(["all", "checkpoints"])}),
+    "chunked_loss": st.just({}),
+})  # fmt: skip
+
+
+@given(METHODS_WITH_SETTINGS, LEVER_SETS)
+@settings(deadline=None, max_examples=100)
+def test_the_row_has_the_parts_of_the_method_whether_the_record_has_them_or_its_label_alone(method, levers):
+    """Records that were written before there was the field are read as the others."""
+    fields = {"method": method.name, "method_params": method.settings, "levers": Levers.of(levers)}
+    record = a_record(**fields, lever_params={name: given for name, given in levers.items() if given})
+    cell = {name: value for name, value in record.cell.items() if name != "parts"}
+    older = replace(record, cell=cell)
+    parts = (method, *(Part(name, levers[name]) for name in LEVERS if name in levers))
+
+    (row,), (row_of_older,) = (
+        rows_of(frame_of(Run(Path(), {"name": "toy", "run_id": "run-1"}, {}, [one]))) for one in (record, older)
     )
+
+    assert row == row_of_older
+    assert joined(parts) == row["method"]
+    assert parts == row["parts"]
+    assert row["levers"] == joined(parts[1:])
+    assert record.label.startswith(f"bert-base@random/{joined(parts)}/b8/s128")
+
+
+def test_what_acts_on_terminals_is_an_escape_in_the_parts_of_a_method(tmp_path):
+    """As it is in the label."""
+    record = a_record()
+    record.cell["parts"] = [{"name": "lo\x1bra", "settings": {"targets": "\u202e", "rank": 2}}]
+
+    row = next(rows_of(frame_of(a_run(tmp_path, record))))
+
+    assert "lo\\x1bra(rank=2,targets=\\u202e)" == row["method"] == joined(row["parts"])
+
+
+def test_a_record_with_parts_that_are_none_is_refused(tmp_path):
+    record = a_record()
+    record.cell["parts"] = [{"name": "lora"}]
+
+    with pytest.raises(UserError, match=r'cell.parts has {"name": "lora"}, not a method or lever'):
+        a_run(tmp_path, record)
 
 
 def test_a_sweep_over_side_bits_is_one_label_without_them():
     """Whatever stands beside them."""
-    assert "meft1-exact" == without_side_bits("meft1-exact(side_bits=4)")
-    assert "meft1-exact(coupling=centred,tiles=2)+offload" == without_side_bits(
-        "meft1-exact(coupling=centred,side_bits=4,tiles=2)+offload"
-    )
+    plain, tiled = Part("meft1-exact", {"side_bits": 4}), Part("meft1-exact", {"side_bits": 4, "tiles": 2})
+
+    assert "meft1-exact" == without_side_bits([plain])
+    assert "meft1-exact(tiles=2)+offload(what=all)" == without_side_bits([tiled, Part("offload", {"what": "all"})])
 
 
 def test_cells_of_other_settings_are_groups_of_their_own(tmp_path):

@@ -14,7 +14,7 @@ GiB = 2**30
 
 
 def an_error(measured, predicted, method="lora", precision="bf16", metric=METRICS[0]):
-    return Error(f"m/{method}/b1/s1", method, precision, "flash", metric, measured, predicted)
+    return Error(f"m/{method}/b1/s1", method, precision, "flash", metric, measured, predicted, method)
 
 
 def test_a_point_is_a_cell_and_the_line_is_where_both_agree():

@@ -18,7 +18,7 @@ from meftbench.report.results import (
     Group,
     groups,
     methods_in_order,
-    parts_of,
+    parts_by_method,
     rows_of,
     setting_text,
     shape_text,
@@ -175,7 +175,7 @@ def _side_bits_panels(frame: DataFrame) -> list[Panel]:
     panels: list[Panel] = []
     exact = frame[frame["side_bits"].notna() & (frame["status"] == "ok")]
     lines = _labels_with_line(exact)  # a sweep at one shape is one over all of them
-    exact = exact[exact["method"].map(without_side_bits).isin(lines)]
+    exact = exact[exact["parts"].map(without_side_bits).isin(lines)]
     names = list(dict.fromkeys(exact["method_name"]))
     all_groups = groups(frame) if names else []
     for group in all_groups:
@@ -183,7 +183,7 @@ def _side_bits_panels(frame: DataFrame) -> list[Panel]:
             best: tuple[tuple[int, int], DataFrame] | None = None
             for _, rows in group.frame.groupby(list(SHAPE), sort=True):
                 swept_rows = rows[(rows["method_name"] == name) & rows["side_bits"].notna()]
-                swept_rows = swept_rows[swept_rows["method"].map(without_side_bits).isin(_labels_with_line(swept_rows))]
+                swept_rows = swept_rows[swept_rows["parts"].map(without_side_bits).isin(_labels_with_line(swept_rows))]
                 size = int(rows["batch_size"].iloc[0]) * int(rows["sequence_length"].iloc[0])
                 if len(swept_rows) and (best is None or (len(swept_rows), size) >= best[0]):
                     references = rows[rows["method"].isin(["lora+checkpoint", name.removesuffix("-exact")])]
@@ -200,7 +200,7 @@ def _labels_with_line(lines: DataFrame) -> set[str]:
     """The method labels, without side bits, that ended ok at two side bits or more: fewer make no line."""
     bits: dict[str, set[int]] = {}
     for row in rows_of(lines[lines["status"] == "ok"]):
-        bits.setdefault(without_side_bits(row["method"]), set()).add(row["side_bits"])
+        bits.setdefault(without_side_bits(row["parts"]), set()).add(row["side_bits"])
     return {sweep for sweep, values in bits.items() if len(values) > 1}
 
 
@@ -210,18 +210,18 @@ def _one_of_each_sweep(frame: DataFrame, sweeps: list[Panel]) -> tuple[DataFrame
     A sweep has a figure of its own, and dozens of methods that differ in side bits alone would hide all others
     elsewhere. Kept is the number with the most cells; of several, the one nearest to the default, 3.
     """
-    drawn = {without_side_bits(row["method"]) for panel in sweeps for row in rows_of(panel.frame) if row["side_bits"]}
+    drawn = {without_side_bits(row["parts"]) for panel in sweeps for row in rows_of(panel.frame) if row["side_bits"]}
     if not drawn:
         return frame, ""
     counts: dict[str, dict[int, int]] = {}
     for row in rows_of(frame):
         if row["side_bits"] is not None and row["status"] == "ok":
-            rows_by_bits = counts.setdefault(without_side_bits(row["method"]), {})
+            rows_by_bits = counts.setdefault(without_side_bits(row["parts"]), {})
             rows_by_bits[row["side_bits"]] = rows_by_bits.get(row["side_bits"], 0) + 1
     kept = {sweep: min(counts[sweep], key=lambda m: (-counts[sweep][m], abs(m - 3), m)) for sweep in drawn}
     stays = [
-        kept.get(without_side_bits(method), bits) == bits
-        for method, bits in zip(frame["method"], frame["side_bits"], strict=True)
+        kept.get(without_side_bits(parts), bits) == bits
+        for parts, bits in zip(frame["parts"], frame["side_bits"], strict=True)
     ]
     shown = " and ".join(str(m) for m in sorted({*kept.values()}))
     return frame[stays], f"Methods that were run at several side bits are shown at {shown} alone."
@@ -328,7 +328,8 @@ def _share_axis_and_legend(column: list[Axes]) -> None:
 
 def _alt(heading: str, kind: Kind) -> str:
     methods = dict.fromkeys(method for panel in kind.panels for method in methods_in_order(panel.frame))
-    names = [parts_of(method)[0] for method in methods]
+    name_of = {m: parts[0].name for panel in kind.panels for m, parts in parts_by_method(panel.frame).items()}
+    names = [name_of[method] for method in methods]
     # Of a method with more than eight settings only their number is given.
     many_settings = {name: names.count(name) for name in names if names.count(name) > 8}
     descriptions = dict.fromkeys(

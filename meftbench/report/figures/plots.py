@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from meftbench.catalogue.labels import Part, joined
 from meftbench.report.figures.style import CATEGORY, LINE, colour, markers
-from meftbench.report.results import methods_in_order, parts_of, rows_of, wrong_gradient
+from meftbench.report.results import methods_in_order, parts_by_method, rows_of, wrong_gradient
 from meftbench.units import GiB, MiB
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ def plot_activation_by_batch(frame: DataFrame, ax: Axes) -> None:
 
 def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
     rows = sorted(rows_of(frame), key=lambda row: row[axis])
-    marker_of = markers(frame)
+    marker_of, parts_of = markers(frame), parts_by_method(frame)
     size, unit = unit_of(row["activation_peak_bytes"] for row in rows)
     failed: dict[Any, int] = {}
     for method in methods_in_order(frame):
+        parts = parts_of[method]
+        shade = colour(parts[0].name)
         of_method = [row for row in rows if row["method"] == method]
         known = [row for row in of_method if finite(row["activation_peak_bytes"])]
         not_ok = [row for row in of_method if row["status"] != "ok"]
@@ -59,8 +62,8 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
             xs, ys = [x for x, _ in points], [y / size for _, y in points]
             power = slope(points)
             source_text = f", slope {power:.2f} ({source})" if power is not None else f" ({source})"
-            ax.plot(xs, ys, LINE[source], color=colour(method), marker=marker_of[method], markersize=5,
-                    label=named(method, source_text + ended))  # fmt: skip
+            ax.plot(xs, ys, LINE[source], color=shade, marker=marker_of[method], markersize=5,
+                    label=named(parts, source_text + ended))  # fmt: skip
         crosses: list[tuple[Any, float]] = []
         for row in not_ok:
             # Several at one place would hide each other, so they go below each other from the top, as in the legend.
@@ -68,8 +71,8 @@ def _plot_activation(frame: DataFrame, ax: Axes, axis: str, label: str) -> None:
             failed[row[axis]] += 1
         if crosses:
             # The label of a curve says how the other cells ended; without a curve the crosses have the label.
-            label_of_crosses = "_crosses" if known else named(method, f": {not_ok[0]['status']}")
-            ax.plot([x for x, _ in crosses], [y for _, y in crosses], color=colour(method), marker="x", markersize=7,
+            label_of_crosses = "_crosses" if known else named(parts, f": {not_ok[0]['status']}")
+            ax.plot([x for x, _ in crosses], [y for _, y in crosses], color=shade, marker="x", markersize=7,
                     markeredgewidth=2, linestyle="none", transform=ax.get_xaxis_transform(), label=label_of_crosses,
                     clip_on=False)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=label, ylabel=f"activation memory ({unit})")
@@ -112,7 +115,7 @@ def plot_breakdown(frame: DataFrame, ax: Axes) -> None:
     ax.set(xlabel=f"memory at the peak of a step ({unit}, {' and '.join(known) or 'none measured'})")
     ax.set_xlim(0, largest * 1.25 or 1)
     ax.xaxis.set_major_formatter("{x:,.10g}")
-    ax.set_yticks(range(len(order)), [named(method) for method in order], fontsize=8)
+    ax.set_yticks(range(len(order)), [named(rows[method]["parts"]) for method in order], fontsize=8)
     # The bar of a single method would otherwise fill the panel.
     ax.set_ylim(max(len(order), 4) - 0.5, -0.5)
     legend_beside(ax)
@@ -136,7 +139,7 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
     for method in methods_in_order(frame):
         if method not in rows:
             continue
-        layers = rows[method]["reconstruction_rel"]
+        layers, shade = rows[method]["reconstruction_rel"], colour(rows[method]["method_name"])
         for stream in range(max(len(layer) for layer in layers)):
             errors = [float(layer[stream]) for layer in layers]
             drawn = [
@@ -145,11 +148,11 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
             not_finite = sum(not all(map(math.isfinite, layer)) for layer in layers)
             exact = f": {EXACT}" if not any(error for layer in layers for error in layer) else ""
             exact += f", not finite in {not_finite} layer{'s' * (not_finite != 1)}" if not_finite else ""
-            legend_text = named(method, f" ({rows[method]['reconstruction_rel_source']}){exact}")
+            legend_text = named(rows[method]["parts"], f" ({rows[method]['reconstruction_rel_source']}){exact}")
             label = legend_text if stream == 0 else "_second stream"
-            ax.plot(range(len(drawn)), drawn, "-" if stream == 0 else ":", color=colour(method), label=label,
+            ax.plot(range(len(drawn)), drawn, "-" if stream == 0 else ":", color=shade, label=label,
                     marker=marker_of[method], markersize=5,
-                    markerfacecolor=colour(method) if stream == 0 else "white")  # fmt: skip
+                    markerfacecolor=shade if stream == 0 else "white")  # fmt: skip
             for layer, error in enumerate(errors):
                 if not math.isfinite(error):
                     off_scale[method, layer] = None
@@ -166,8 +169,8 @@ def plot_reconstruction(frame: DataFrame, ax: Axes) -> None:
         ax.annotate(text, (place, ceiling), xytext=(0, 6), textcoords="offset points", ha=side,
                     fontsize=8, fontweight="bold")  # fmt: skip
     for method, layer in off_scale:
-        ax.plot([layer], [ceiling], marker="^", markersize=8, linestyle="none", color=colour(method),
-                markeredgecolor="black", markeredgewidth=0.6, label="_off scale")  # fmt: skip
+        ax.plot([layer], [ceiling], marker="^", markersize=8, linestyle="none", label="_off scale",
+                color=colour(rows[method]["method_name"]), markeredgecolor="black", markeredgewidth=0.6)  # fmt: skip
     ax.set(yscale="log", xlabel="layer (0: nearest the input)", ylabel="relative reconstruction error")
     # The same room for a note above the top, however many powers of ten there are below it.
     ax.set_ylim(floor / 3, ceiling * max(6.0, (ceiling / floor) ** 0.08))
@@ -208,7 +211,7 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
     size, unit = unit_of(row["peak_allocated_bytes"] for row in rows)
     notes = frontier(rows)
     for row, note in zip(rows, notes, strict=True):
-        shade = _DOMINATED if note else colour(row["method"])
+        shade = _DOMINATED if note else colour(row["method_name"])
         inside = "none" if wrong_gradient(row) else shade
         ax.plot([row["peak_allocated_bytes"] / size], [row["tokens_per_s"]], marker=marker_of[row["method"]],
                 linestyle="none", color=shade, markerfacecolor=inside, markersize=8)  # fmt: skip
@@ -220,7 +223,7 @@ def plot_memory_against_speed(frame: DataFrame, ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.grid(True, color="#DDDDDD", linewidth=0.6)
     points = [(row["peak_allocated_bytes"] / size, row["tokens_per_s"]) for row in rows]
-    names = [named(row["method"], f" ({note})" if note else "") for row, note in zip(rows, notes, strict=True)]
+    names = [named(row["parts"], f" ({note})" if note else "") for row, note in zip(rows, notes, strict=True)]
     _label_beside(ax, points, names, [bool(note) for note in notes])
 
 
@@ -257,25 +260,28 @@ def dominated(points: list[tuple[float, float]]) -> list[bool]:
     ]
 
 
-def named(method: str, besides: str = "") -> str:
-    """The legend text of a method, with `besides` behind it; what is long goes below, so that the axes stay wide."""
-    name, settings, levers = parts_of(method)
-    if len(method) + len(besides) <= LABEL_WIDTH:
-        return method + besides
-    lines = [name]
-    for lever in levers:
+def named(parts: Sequence[Part], besides: str = "") -> str:
+    """The legend text of a method and its levers, with `besides` behind it; what is long goes below, so that the axes
+    stay wide."""
+    label = joined(parts)
+    if len(label) + len(besides) <= LABEL_WIDTH:
+        return label + besides
+    method, *levers = parts
+    lines = [method.name]
+    for lever in [part.label for part in levers]:
         if len(lines[-1]) + len(lever) < LABEL_WIDTH:
             lines[-1] += f"+{lever}"
         else:
             lines.append(f"  +{lever}")
     lines[-1] += besides
-    below = textwrap.wrap(", ".join(settings), LABEL_WIDTH, break_long_words=False)
+    below = textwrap.wrap(", ".join(method.texts()), LABEL_WIDTH, break_long_words=False)
     return "\n".join([*lines, *(f"  {line}" for line in below)])
 
 
 def height_of_labels(frame: DataFrame) -> float:
     """Inches that a figure needs for its methods: a bar or legend line each, and more where labels are long."""
-    return sum(0.24 + 0.13 * named(method, " (dominated)").count("\n") for method in methods_in_order(frame))
+    parts_of = parts_by_method(frame)
+    return sum(0.24 + 0.13 * named(parts_of[m], " (dominated)").count("\n") for m in methods_in_order(frame))
 
 
 def finite(value: float | None) -> TypeGuard[float]:

@@ -51,9 +51,9 @@ def _plot_score(frame: DataFrame, ax: Axes, cost: Callable[[Result], float | Non
             frontier.append((x, result))
     for x, result in points:
         on_frontier = any(result is rival for _, rival in frontier)
-        method, deviation = result.first["method"], result.score.deviation or 0.0
-        ax.errorbar([x], [result.score.mean], yerr=[deviation], color=colour(method), marker=marker_of[method],
-                    markersize=7, markerfacecolor="white" if result.own else colour(method), capsize=3,
+        shade, marker = colour(result.first["method_name"]), marker_of[result.first["method"]]
+        ax.errorbar([x], [result.score.mean], yerr=[result.score.deviation or 0.0], color=shade, marker=marker,
+                    markersize=7, markerfacecolor="white" if result.own else shade, capsize=3,
                     linestyle="none", alpha=1.0 if on_frontier else _DOMINATED, label=result.method)  # fmt: skip
     ax.plot([x for x, _ in frontier], [r.score.mean for _, r in frontier], color="#999999", linewidth=0.8, zorder=0)
     scored = points[0][1].first["scored_by"] if points else "score"
@@ -95,7 +95,7 @@ def plot_learning_curves(frame: DataFrame, ax: Axes) -> None:
 
     by_method = {result.method: result for result in results(frame)}
     order = methods_in_order(frame)
-    shades = distinct_colours({result.method: result.first["method"] for result in by_method.values()})
+    shades = distinct_colours({result.method: result.first["method_name"] for result in by_method.values()})
     for result in sorted(by_method.values(), key=lambda r: order.index(r.first["method"])):
         curves = [row["learning_curve"] for row in result.rows if row["learning_curve"]]
         # Early stopping ends seeds at different steps: a step has the scores of the seeds that reached it.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.report.figures.plots import LABEL_WIDTH, legend_beside, named, plain_numbers, unit_of
 from meftbench.report.figures.style import LINE, SETTING_MARKERS
-from meftbench.report.results import parts_of, rows_of, without_side_bits
+from meftbench.report.results import rows_of, without_side_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,8 +66,8 @@ def _plot_by_side_bits(frame: DataFrame, ax: Axes, metric: str, size: float, lab
     swept = [row for row in rows if row["side_bits"] is not None]
     with_value = [row for row in rows if row[metric] is not None]
     used_looks: set[tuple[str, str]] = set()
-    for sweep in sorted({without_side_bits(row["method"]): None for row in swept}, key=_by_look(swept)):
-        of_sweep = sorted((r for r in swept if without_side_bits(r["method"]) == sweep), key=lambda r: r["side_bits"])
+    for sweep in sorted({without_side_bits(row["parts"]): None for row in swept}, key=_by_look(swept)):
+        of_sweep = sorted((r for r in swept if without_side_bits(r["parts"]) == sweep), key=lambda r: r["side_bits"])
         shade, marker, large = SWEEP[of_sweep[0]["coupling"], of_sweep[0]["output"]]
         # A sweep of the same coupling and output with another setting has the same colour and another marker.
         marker = next((mark for mark in (marker, *SETTING_MARKERS) if (shade, mark) not in used_looks), ".")
@@ -85,7 +85,7 @@ def _plot_by_side_bits(frame: DataFrame, ax: Axes, metric: str, size: float, lab
     for index, row in enumerate(references):
         shade, dashes = _REFERENCE[index % len(_REFERENCE)]
         if row[metric] is not None:
-            ax.axhline(row[metric] / size, color=shade, linewidth=1.2, dashes=dashes, label=named(row["method"]))
+            ax.axhline(row[metric] / size, color=shade, linewidth=1.2, dashes=dashes, label=named(row["parts"]))
     sources = " and ".join(sorted({row[f"{metric}_source"] for row in with_value})) or "not taken"
     ax.set(xlabel="side bits m, factor 2⁻ᵐ", ylabel=label.format(sources))
     places = sorted({row["side_bits"] for row in swept})
@@ -98,14 +98,15 @@ def _plot_by_side_bits(frame: DataFrame, ax: Axes, metric: str, size: float, lab
 
 
 def _by_look(swept: list[dict[str, Any]]) -> Callable[[str], int]:
-    looks = {without_side_bits(row["method"]): (row["coupling"], row["output"]) for row in swept}
+    looks = {without_side_bits(row["parts"]): (row["coupling"], row["output"]) for row in swept}
     return lambda sweep: list(SWEEP).index(looks[sweep])
 
 
 def _sweep_label(rows: list[dict[str, Any]]) -> str:
     """`paper, mean`, further settings and levers, and the side bits of cells that did not end ok, with their status."""
-    _, settings, levers = parts_of(rows[0]["method"])
-    besides = [s for s in settings if not s.startswith(("side_bits=", "coupling=", "output=", "arithmetic="))]
+    method, *levers = rows[0]["parts"]
+    besides = method.without("side_bits", "coupling", "output", "arithmetic").texts()
     failed = [f"m={row['side_bits']}: {row['status']}" for row in rows if row["status"] != "ok"]
-    text = ", ".join([rows[0]["coupling"], rows[0]["output"], *besides]) + "".join(f" +{lever}" for lever in levers)
+    beside = "".join(f" +{lever.label}" for lever in levers)
+    text = ", ".join([rows[0]["coupling"], rows[0]["output"], *besides]) + beside
     return "\n".join([text, *textwrap.wrap(", ".join(failed), LABEL_WIDTH)])

@@ -55,15 +55,15 @@ _LEVER_MARKERS = {"": "o", "checkpoint": "s", "offload": "^", "checkpoint+offloa
 SETTING_MARKERS = ("v", "P", "X", "*", "<", ">", "p", "h")
 
 
-def colour(method: str) -> str:
-    """The colour of a method, whatever its levers and settings."""
-    name = method.partition("+")[0].partition("(")[0]
+def colour(name: str) -> str:
+    """The colour of a method by its name, whatever its levers and settings."""
     return COLOUR.get(name, _FALLBACK)
 
 
 def distinct_colours(methods: Mapping[str, str]) -> dict[str, str]:
-    """A colour for each line. methods: the method of each. The first line of a method has the method's colour; further
-    ones, such as those with other settings, have colours of their own, as lines in one colour cannot be told apart."""
+    """A colour for each line. methods: the name of the method of each. The first line of a method has the method's
+    colour; further ones, such as those with other settings, have their own: lines in one colour cannot be told apart.
+    """
     colours: dict[str, str] = {}
     used: set[str] = {colour(method) for method in methods.values()}
     own: set[str] = set()
@@ -79,9 +79,10 @@ def markers(frame: DataFrame) -> dict[str, str]:
     marker_of: dict[str, str] = {}
     taken: set[tuple[str, str]] = set()
     rows = {row["method"]: row for row in rows_of(frame)}
-    for method in sorted(methods_in_order(frame), key=lambda name: "(" in name):
+    for method in sorted(methods_in_order(frame), key=lambda name: any(part.settings for part in rows[name]["parts"])):
         usual = [_LEVER_MARKERS[rows[method]["levers"]]] if rows[method]["levers"] in _LEVER_MARKERS else []
-        free = [mark for mark in (*usual, *SETTING_MARKERS) if (colour(method), mark) not in taken]
+        shade = colour(rows[method]["method_name"])
+        free = [mark for mark in (*usual, *SETTING_MARKERS) if (shade, mark) not in taken]
         marker_of[method] = free[0] if free else "."
-        taken.add((colour(method), marker_of[method]))
+        taken.add((shade, marker_of[method]))
     return marker_of

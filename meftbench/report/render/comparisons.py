@@ -30,20 +30,22 @@ def comparisons(format_: str, results: Sequence[Comparison], unchanged: bool = F
         return _json({"comparisons": [_content(result, unchanged) for result in results]})
     if format_ == "github":
         return "\n".join(comparison_github(result, unchanged) for result in results)
-    model, shortened = _without_model(results)
+    model, shortened = _without_model(results, unchanged)
     return (_side_by_side_markdown if format_ == "markdown" else _side_by_side_text)(model, shortened, unchanged)
 
 
-def _without_model(results: Sequence[Comparison]) -> tuple[str, list[Comparison]]:
+def _without_model(results: Sequence[Comparison], unchanged: bool) -> tuple[str, list[Comparison]]:
     """The model that all labels begin with, and the comparisons with labels that lack it.
 
-    "" and the comparisons as they are, where there are several models, or a single cell.
+    "" and the comparisons as they are, where there are several models, or a single cell. Without `unchanged`, cells in
+    which nothing changed keep their labels, which are not printed: that saves time, since most cells are such.
     """
     models = {result.model for result in results}
     labels = {label for result in results for label in _labels(result)}
     model = models.pop() if len(models) == 1 else ""
     if not model or len(labels) < 2:
         return "", [*results]
+    moved = {c.cell_id for result in results for c in result.changes if unchanged or c.judgement not in UNMOVED}
 
     def short(label: str) -> str:
         return label.removeprefix(f"{model}/")
@@ -51,7 +53,7 @@ def _without_model(results: Sequence[Comparison]) -> tuple[str, list[Comparison]
     return model, [
         replace(
             result,
-            changes=[change._replace(label=short(change.label)) for change in result.changes],
+            changes=[c._replace(label=short(c.label)) if c.cell_id in moved else c for c in result.changes],
             grown=[replace(cell, label=short(cell.label)) for cell in result.grown],
             only_first=[short(label) for label in result.only_first],
             only_second=[short(label) for label in result.only_second],
@@ -69,7 +71,7 @@ def _labels(result: Comparison) -> set[str]:
 
 def comparison_text(comparison: Comparison, unchanged: bool = False) -> str:
     """The model, notes, one line per change with the worst first, the cells that only one run has, and a summary."""
-    model, (comparison,) = _without_model([comparison])
+    model, (comparison,) = _without_model([comparison], unchanged)
     lines = [f"model: {single_line(model)}"] if model else []
     lines += _header(comparison)
     lines += [item.text() for item in told(comparison.changes)]
@@ -83,7 +85,8 @@ def comparison_text(comparison: Comparison, unchanged: bool = False) -> str:
 
 def _left_out(results: Sequence[Comparison], unchanged: bool) -> list[str]:
     """A line that says how many numbers are not printed, since they did not change; none where there are none."""
-    number = sum(result.counts()[judgement] for result in results for judgement in UNMOVED)
+    counts = [result.counts() for result in results]
+    number = sum(of_run[judgement] for of_run in counts for judgement in UNMOVED)
     if unchanged or not number:
         return []
     verb = "number is the same or within its noise" if number == 1 else "numbers are the same or within their noise"
@@ -173,7 +176,7 @@ def _with_largest(item: Told, grown: dict[str, Growth]) -> str:
 
 def comparison_markdown(comparison: Comparison, unchanged: bool = False) -> str:
     """The summary line, the model, what differs, what grew, and a table of the worst 200 changes."""
-    model, (comparison,) = _without_model([comparison])
+    model, (comparison,) = _without_model([comparison], unchanged)
     of_model = [f"Model: {escaped_markdown(model)}"] if model else []
     shown = told(comparison.changes)
     if unchanged:

@@ -35,7 +35,8 @@ def write_plan(answer: Row, folder: Path) -> list[str]:
     import pandas as pd
     import yaml
 
-    rows = [{k: v for k, v in row.items() if k != "breakdown"} | _breakdown(row) for row in answer["rows"]]
+    left_out = ("breakdown", "parts")  # the first has a column for each category, the second is in the label
+    rows = [{k: v for k, v in row.items() if k not in left_out} | _breakdown(row) for row in answer["rows"]]
     files: dict[str, bytes] = {
         "plan.md": markdown(answer).encode(),
         "plan.csv": pd.DataFrame(rows).assign(source="predicted").to_csv(index=False).encode(),
@@ -105,8 +106,8 @@ def plot_plan(answer: Row, ax: Axes) -> None:
         if row["capacity_index"] == 0 and row["fits"] and row["has_backward"] and not row["only_explains"]
     ]
     places = {id(row): (point_of(row, timed)[0] / GiB, abs(point_of(row, timed)[1])) for row in rows}
-    for method in dict.fromkeys(method_of(row["method"]) for row in rows):
-        points = [places[id(row)] for row in rows if method_of(row["method"]) == method]
+    for method in dict.fromkeys(method_of(row) for row in rows):
+        points = [places[id(row)] for row in rows if method_of(row) == method]
         ax.plot([y for _, y in points], [x for x, _ in points], "o", color=colour(method), markersize=6, label=method)
     frontier = sorted((places[id(row)] for row in rows if row["on_frontier"]), key=lambda place: place[0])
     ax.plot([y for _, y in frontier], [x for x, _ in frontier], color="#888888", linewidth=1.2, zorder=0,

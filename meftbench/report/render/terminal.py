@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from meftbench.catalogue.labels import split_label
+from meftbench.catalogue.labels import Part
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.store import Run
 from meftbench.report.columns import BY_METRIC, COLUMNS, SHOWN, in_unit, start_of, unit_of_bytes
@@ -17,7 +18,7 @@ from meftbench.report.results import (
     groups,
     left_out,
     methods_in_order,
-    parts_of,
+    parts_by_method,
     rows_of,
     share_of_full,
     sources,
@@ -124,14 +125,15 @@ def _table(group: Group, shares: dict[str, float], width: int) -> TextTable:
     heads += [_heading(name, unit) for name in of_metrics]
     mixed = {metric for metric in SHOWN if len(sources(frame, metric)) > 1}
     order = methods_in_order(frame)
+    in_lines = {method: _in_lines(parts) for method, parts in parts_by_method(frame).items()}
     # Rows are mappings of all columns that there are, so those that are not shown are left out.
     names = [f"{name}{part}" for name in {*BY_METRIC, *of_metrics} for part in ("", "_source")]
     names += ["status", "cell_id", "method", "batch_size", "micro_batch_size", "sequence_length"]
     rows = list(rows_of(frame[[name for name in names if name in frame]]))
-    texts = {id(row): _cells(row, shares, size, mixed, of_metrics) for row in rows}
+    texts = dict(zip(map(id, rows), _texts(rows, shares, size, mixed, of_metrics), strict=True))
     # A column without any value is left out, since it would take the room of the others.
     shown = [i for i in range(len(heads)) if i == 0 or any(text[i] not in ("-", "") for text in texts.values())]
-    widest = max(len(line) for method in order for line in _in_lines(method).splitlines())
+    widest = max(len(line) for lines in in_lines.values() for line in lines.splitlines())
     method_width = min(max(15, widest), _METHOD_WIDTH + 1)  # the longest name of a lever, and its indent
     method_width = max(NARROWEST, min(method_width, width - 12))  # beside the activation memory, whatever the width
     lines = {i: [*heads[i].splitlines(), *(text[i] for text in texts.values())] for i in shown}
@@ -148,7 +150,7 @@ def _table(group: Group, shares: dict[str, float], width: int) -> TextTable:
     for row in rows:
         shape = row["batch_size"], row["micro_batch_size"], row["sequence_length"]
         by_shape.setdefault(shape, []).append(row)
-    lines_of = {method: _within(method_width, _in_lines(method)) for method in order}
+    lines_of = {method: _within(method_width, lines) for method, lines in in_lines.items()}
     table_rows: list[list[str]] = []
     for shape, of_shape in by_shape.items():
         table_rows.append([_short_shape(*shape)])
@@ -164,16 +166,17 @@ def _short_shape(batch: int, micro_batch: int, length: int) -> str:
     return f"{batch}{f' (mb{micro_batch})' if micro_batch != batch else ''} × {length}"
 
 
-def _in_lines(method: str) -> str:
+def _in_lines(parts: Sequence[Part]) -> str:
     """A method's settings under its name, so that a long label does not push the numbers off the screen."""
-    name, settings, levers = parts_of(method)
-    beside = levers[:1] if len(" +".join([name, *levers[:1]])) <= _METHOD_WIDTH else []
-    lines = ["+".join([name, *beside])]
-    for lever in levers[len(beside) :]:
-        whole, part = f"  +{lever}", split_label(lever)[0]
-        below = part.settings if len(whole) >= _METHOD_WIDTH else []
-        lines += [f"  +{part.name}", *(f"   {setting}" for setting in below)] if below else [whole]
-    return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in settings)])
+    method, *levers = parts
+    beside = [method.name, *(lever.label for lever in levers[:1])]
+    beside = beside if len(" +".join(beside)) <= _METHOD_WIDTH else beside[:1]
+    lines = ["+".join(beside)]
+    for lever in levers[len(beside) - 1 :]:
+        whole = f"  +{lever.label}"
+        below = lever.texts() if len(whole) >= _METHOD_WIDTH else []
+        lines += [f"  +{lever.name}", *(f"   {setting}" for setting in below)] if below else [whole]
+    return "\n".join(f" {line}" for line in [*lines, *(f" {setting}" for setting in method.texts())])
 
 
 def _within(width: int, lines: str) -> str:
@@ -195,26 +198,32 @@ def unit_of(frame: DataFrame) -> tuple[int, str]:
     return unit_of_bytes(frame["peak_allocated_bytes"].astype(float).max())
 
 
-def _cells(
-    row: dict[str, Any], shares: dict[str, float], size: int, mixed: set[str], of_metrics: Sequence[str]
-) -> Sequence[str]:
-    """The texts of a row, but for its method; of_metrics: the metrics that have a column of their own."""
-    if row["status"] != "ok":
-        return [row["status"], *[""] * (len(_PLACES) - 1 + len(of_metrics))]
-    share = shares.get(row["cell_id"])
-    texts = {
-        _SHARE: f"{share:.1%}".rstrip("%") if share is not None else "-",
-        "starting_loss": start_of(row),
-    }
+def _texts(
+    rows: Sequence[dict[str, Any]], shares: dict[str, float], size: int, mixed: set[str], of_metrics: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """The texts of each row, but for its method; of_metrics: the metrics that have a column of their own."""
+    columns: list[list[str]] = []
     for name in _PLACES:
-        if name not in texts:
-            text = BY_METRIC[name].text(row.get(name), size)
-            marked = name in mixed and row[name] is not None
-            texts[name] = f"{text} {_MARK[row[f'{name}_source']]}" if marked else text
+        if name == _SHARE:
+            known = [shares.get(row["cell_id"]) for row in rows]
+            columns.append(["-" if share is None else f"{share:.1%}".rstrip("%") for share in known])
+        elif name == "starting_loss":
+            columns.append([start_of(row) for row in rows])
+        else:
+            text = BY_METRIC[name].text
+            texts = [text(row.get(name), size) for row in rows]
+            columns.append([*map(_marked, texts, rows, repeat(name))] if name in mixed else texts)
+    columns += [[in_unit(row.get(name), METRICS[name].unit, size) for row in rows] for name in of_metrics]
+    blanks = [""] * (len(columns) - 1)
     return [
-        *(texts[name] for name in _PLACES),
-        *(in_unit(row.get(name), METRICS[name].unit, size) for name in of_metrics),
+        texts if row["status"] == "ok" else (row["status"], *blanks)
+        for row, texts in zip(rows, zip(*columns, strict=True), strict=True)
     ]
+
+
+def _marked(text: str, row: dict[str, Any], metric: str) -> str:
+    """The text with the mark of the source, in a column of several sources."""
+    return text if row[metric] is None else f"{text} {_MARK[row[f'{metric}_source']]}"
 
 
 def metrics_with_columns() -> list[str]:

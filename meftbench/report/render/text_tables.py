@@ -58,6 +58,7 @@ class TextTable:
 
     def print_lines(self, out: Console) -> None:
         """Print the table as lines of text."""
+        from rich.segment import Segment, Segments
         from rich.text import Text
 
         widths = self._widths(max(out.width, self.least_width))
@@ -68,7 +69,8 @@ class TextTable:
         for first, *numbers in self.rows:
             for number, part in enumerate(_folded(first, widths[0])):
                 lines.append(self._line([part, *numbers], widths, gap) if number == 0 else part)
-        out.print(Text("\n".join(lines)), soft_wrap=True)
+        # As one segment: rich would split a Text into its lines and join them again.
+        out.print(Segments([Segment("\n".join([*lines, ""]))]), soft_wrap=True, end="")
         if self.caption:
             total = sum(widths) + self.gap * (len(widths) - 1)
             out.print(Text(self.caption, style="dim italic"), width=min(total, out.width), justify="center")

@@ -18,8 +18,9 @@ from meftbench.catalogue.profiles import PREDICTED
 from meftbench.errors import UserError
 from meftbench.records.outcome import Figure, Outcome, as_number, outcomes
 from meftbench.records.store import Run
+from meftbench.report.frame_columns import detail_of
 from meftbench.report.render.verdicts import Case, junit
-from meftbench.report.results import as_csv, detail_of, frame_of
+from meftbench.report.results import as_csv, frame_of
 from meftbench.verdicts.budgets import budgets_file, load_budgets
 from meftbench.verdicts.environment import machine
 from meftbench.verdicts.judge import exit_code, judge
@@ -74,7 +75,8 @@ def _typed(frame: DataFrame) -> DataFrame:
     """Each column of one type; lists and mappings, which differ from row to row, as JSON."""
 
     def plain(value: Any) -> Any:
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+        listed = [part.recorded() for part in value] if isinstance(value, tuple) else value
+        return json.dumps(listed, ensure_ascii=False) if isinstance(listed, (list, dict)) else value
 
     return frame.map(plain).infer_objects().convert_dtypes()
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.labels import joined
 from meftbench.report.figures.plots import legend_beside
 from meftbench.report.figures.side_bits import SWEEP
-from meftbench.report.results import parts_of
 from meftbench.report.views.scores import Result, results
 from meftbench.units import MiB
 
@@ -91,9 +91,8 @@ def _plot(
 
 def _label_without(result: Result, axis: str) -> str:
     """The method's label without the setting that is plotted."""
-    name, settings, levers = parts_of(str(result.first["method"]))
-    rest = [setting for setting in settings if not setting.startswith(f"{axis}=")]
-    return "+".join([f"{name}({','.join(rest)})" if rest else name, *levers])
+    method, *levers = result.first["parts"]
+    return joined([method.without(axis), *levers])
 
 
 def _score_label(frame: DataFrame) -> str:

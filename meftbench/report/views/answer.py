@@ -88,7 +88,7 @@ def _of_shape(title: str, rows: Sequence[dict[str, Any]]) -> Answer:
     }
     best = [*_least(ended_ok, facts), *_fastest(ended_ok, facts)]
     largest = _largest(ended_ok, facts)
-    levers = _levers(ended_ok, ended.get("oom", []), facts)
+    levers = _levers(ended_ok, [row for row in rows if row["status"] == "oom"], facts)
     every_one = f"all {len(rows)} cells ended ok" if len(rows) > 1 else "the cell ended ok"
     all_ok = [every_one] if set(ended) == {"ok"} else []
     sentences = (*(["; ".join(best)] if best else []), *_failures(rows, ended), *largest, *levers, *all_ok)
@@ -236,12 +236,12 @@ def _largest(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[
             yield sentence
 
 
-def _levers(rows: Sequence[dict[str, Any]], ran_out: list[str], facts: dict[str, Any]) -> Iterator[str]:
+def _levers(rows: Sequence[dict[str, Any]], ran_out: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[str]:
     """What each lever saves, and which methods fit with one lever more."""
     found = savings([row for row in with_peak(rows) if wrong_gradient(row) is None])
     facts["levers"] = [saving.facts() for saving in found]
     yield from (saving.sentence() for saving in of_each_lever(found))
-    fitting = rescues([row["method"] for row in rows], ran_out)
+    fitting = rescues(rows, ran_out)
     facts["fits_with"] = [{"method": method, "lever": lever} for method, lever in fitting]
     for method, pairs in groupby(fitting, key=lambda pair: pair[0]):
         yield f"{method} ends ok with {' or '.join(f'+{lever}' for _, lever in pairs)}"

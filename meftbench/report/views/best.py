@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.combinations import check_together
-from meftbench.catalogue.labels import split_label
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS, Reversible
 from meftbench.errors import UserError
 from meftbench.report.columns import count
-from meftbench.report.results import Group, groups, rows_of, shape_text, sources, wrong_gradient
+from meftbench.report.results import Group, groups, rows_of, shape_text, wrong_gradient
 from meftbench.units import format_bytes
 
 if TYPE_CHECKING:
@@ -105,13 +104,16 @@ def all_best_levers(frame: DataFrame) -> list[Fairness]:
 
 
 def _by_shape(frame: DataFrame) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    shape = ["batch_size", "micro_batch_size", "sequence_length"]
+    shape = ("batch_size", "micro_batch_size", "sequence_length")
     # Of a frame's hundreds of columns few are needed, and rows are mappings of all columns that there are.
-    needed = [*shape, "status", "method", "method_name", *_METRICS, *(f"{name}_source" for name in _METRICS)]
-    for _, rows in frame[[name for name in needed if name in frame]].groupby(shape, sort=False):
-        cells = [row for row in rows_of(rows) if row["status"] == "ok" and _known(row[PEAK])]
-        if cells and len(sources(rows, PEAK)) == 1:  # a measured peak is not ranked beside a predicted one
-            batch, micro, length = (cells[0][name] for name in ("batch_size", "micro_batch_size", "sequence_length"))
+    needed = [*shape, "status", "method", "method_name", "parts", *_METRICS, *(f"{name}_source" for name in _METRICS)]
+    by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for row in rows_of(frame[[name for name in needed if name in frame]]):
+        by_shape.setdefault(tuple(row[name] for name in shape), []).append(row)
+    for (batch, micro, length), rows in by_shape.items():
+        cells = [row for row in rows if row["status"] == "ok" and _known(row[PEAK])]
+        # A measured peak is not ranked beside a predicted one.
+        if cells and len({row[f"{PEAK}_source"] for row in rows if row[PEAK] is not None}) == 1:
             yield shape_text(batch, micro, length), batch * length, cells
 
 
@@ -134,8 +136,8 @@ def _best(method: str, cells: list[dict[str, Any]]) -> Best:
 def _unequal(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     run_with: dict[str, set[str]] = {}
     for row in rows:
-        for part in split_label(row["method"])[1:]:
-            run_with.setdefault(_part_of(part.name), set()).add(row["method_name"])
+        for lever in row["parts"][1:]:
+            run_with.setdefault(_part_of(lever.name), set()).add(row["method_name"])
     for lever, having in run_with.items():
         methods = dict.fromkeys(row["method_name"] for row in rows)
         if lacking := [method for method in methods if method not in having and _open(lever, method)]:

@@ -20,13 +20,14 @@ from meftbench.catalogue.elsewhere import (
     levers_in,
     lora_fields,
 )
-from meftbench.catalogue.labels import label_of, read_label
+from meftbench.catalogue.labels import Part, joined, parts_from
 from meftbench.catalogue.levers import NOT_IN_A_MODEL
 from meftbench.catalogue.methods import METHODS, Lora
 from meftbench.catalogue.models import MODELS
 from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.plan.factories import is_factory
 from meftbench.plan.models import known_config, split_name
+from meftbench.plan.ranking import method_of
 
 # By head of the model, the class that loads it.
 _CLASSES = {
@@ -91,12 +92,12 @@ def suite_of(row: Row, about: Row) -> dict[str, Any]:
 
 def snippet(row: Row, about: Row) -> str:
     """A Python script's lines: the model, the method with its levers, and the optimizer."""
-    (method, settings), *levers = read_label("plan", row["method"])
-    inside = [(name, given) for name, given in levers if name not in NOT_IN_A_MODEL]
+    (method, settings), *levers = parts_from(row["parts"])
+    inside = [lever for lever in levers if lever.name not in NOT_IN_A_MODEL]
     outside = [name for name, _ in levers if name in NOT_IN_A_MODEL]
     lines = ["import meftbench, torch"]
-    base = (method, settings) if METHODS[method].backward else _trained_by_forward_passes(settings)
-    label = "+".join(label_of(name, given) for name, given in [base, *inside])
+    base = Part(method, settings) if METHODS[method].backward else _trained_by_forward_passes(settings)
+    label = joined([base, *inside])
     lines += [*_loaded(row, about), f'model = meftbench.apply_method(model, "{label}")', *_outside(outside)]
     if not METHODS[method].backward:
         lines.insert(1, "from meftbench.methods.mezo import ForwardOnly")
@@ -113,11 +114,11 @@ def snippet(row: Row, about: Row) -> str:
     return "\n".join([*lines, *_of_the_step(row, about)])
 
 
-def _trained_by_forward_passes(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _trained_by_forward_passes(settings: Mapping[str, Any]) -> Part:
     """The method that chooses the weights that `mezo` moves, with its settings."""
     if settings.get("trained") != "lora":
-        return "full", {}
-    return "lora", {key: value for key, value in settings.items() if key in ("rank", "alpha", "targets")}
+        return Part("full", {})
+    return Part("lora", {key: value for key, value in settings.items() if key in ("rank", "alpha", "targets")})
 
 
 def _outside(levers: list[str]) -> list[str]:
@@ -156,7 +157,7 @@ def hub_of(about: Row) -> str:
 
 def elsewhere(row: Row, about: Row) -> dict[str, str]:
     """By library, what to write there (Python, or YAML of axolotl), or one line that says why it is not offered."""
-    (method, settings), *_ = read_label("plan", row["method"])
+    method, settings = parts_from(row["parts"])[0]
     texts = {}
     for library in VERSIONS:
         if library in _FOR_LANGUAGE_MODELS and about["head"] not in (None, "causal_lm"):
@@ -175,8 +176,8 @@ def elsewhere(row: Row, about: Row) -> dict[str, str]:
 
 def _flags(library: str, row: Row) -> tuple[dict[str, Any], list[str]]:
     """The flags of the row's precision and levers in a library, and comments on what is missing or differs."""
-    _, *levers = read_label("plan", row["method"])
-    found = levers_in(library, dict(levers))
+    _, *levers = parts_from(row["parts"])
+    found = levers_in(library, {lever.name: dict(lever.settings) for lever in levers})
     comments = [f"# {library}: not offered there: {name}; the memory is then another" for name in found.missing]
     precision = PRECISIONS_ELSEWHERE[row["precision"]][1].of(library) or {}
     return {**precision, **found.flags}, [*comments, *(f"# {note}" for note in found.notes)]
@@ -209,16 +210,16 @@ def _type_of(about: Row) -> str | None:
 
 
 def _is_lora(row: Row) -> bool:
-    return read_label("plan", row["method"])[0][0] == "lora"
+    return method_of(row) == "lora"
 
 
 def _for_trainer(row: Row, about: Row, settings: Mapping[str, Any]) -> str:
-    (method, _), *_ = read_label("plan", row["method"])
+    method = method_of(row)
     optim = OPTIMIZERS_ELSEWHERE[row["optimizer"]]
     if method not in METHODS_ELSEWHERE:
         flags = PRECISIONS_ELSEWHERE[row["precision"]][1].trainer or {}
         comments = ["# model: as in the Python snippet, where meftbench.apply_method puts the method and its levers in"]
-        outside = [name for name, _ in read_label("plan", row["method"]) if name in NOT_IN_A_MODEL]
+        outside = [part.name for part in parts_from(row["parts"]) if part.name in NOT_IN_A_MODEL]
         comments += [f"# {TRAINER}: not offered there: {name}; the memory is then another" for name in outside]
         lines = ["from transformers import TrainingArguments", "", *comments]
         return "\n".join([*lines, _arguments({**_sizes(row, about), **optim, **flags})])

@@ -15,7 +15,7 @@ from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
-from meftbench.report.results import with_used
+from meftbench.report.frame_columns import with_used
 from meftbench.verdicts.growth import module_name, names_modules
 
 if TYPE_CHECKING:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from meftbench.catalogue.metrics import SHARED_CORES
 from meftbench.escapes import single_line
 from meftbench.plan.training import NOT_CHOSEN
-from meftbench.records.outcome import as_number, outcomes
+from meftbench.records.outcome import as_number, names_of, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run
-from meftbench.report.results import detail_of
+from meftbench.report.frame_columns import detail_of
 from meftbench.units import format_bytes
 
 
 def ending(run: Run) -> str:
     """`12 cells: 10 ok, 1 oom, 1 error`."""
     cells = outcomes(run)
-    statuses = [outcome.status for outcome in cells]
-    counts = ", ".join(
-        f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses, key=_first_ok))
-    )
+    statuses = Counter(outcome.status for outcome in cells)
+    counts = ", ".join(f"{statuses[status]} {status}" for status in sorted(statuses, key=_first_ok))
     not_chosen = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in cells)
     note = f" ({not_chosen} at a learning rate that another beat)" if not_chosen else ""
-    return f"{len(statuses)} cell{'s' * (len(statuses) != 1)}: {counts}{note}"
+    return f"{len(cells)} cell{'s' * (len(cells) != 1)}: {counts}{note}"
 
 
 def _first_ok(status: str) -> int:
@@ -52,9 +52,8 @@ def shared_cores(run: Run) -> list[str]:
 
 def collapses(run: Run) -> list[str]:
     """A line for each cell whose loss or backward pass broke down, though it ended ok: its label and what happened."""
-    collapse_metrics = [
-        (outcome.label, outcome.metric("collapse")) for outcome in outcomes(run) if outcome.status == "ok"
-    ]
+    ended = [outcome for outcome in outcomes(run) if outcome.status == "ok" and "collapse" in names_of(outcome)]
+    collapse_metrics = [(outcome.label, outcome.metric("collapse")) for outcome in ended]
     return [single_line(f"{label}: {metric.value}") for label, metric in collapse_metrics if metric and metric.value]
 
 

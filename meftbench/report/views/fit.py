@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.labels import joined, parts_from
 from meftbench.report.figures.plots import legend_beside, plain_numbers
 from meftbench.report.figures.style import colour
-from meftbench.report.results import NARROWEST, parts_of, print_table
+from meftbench.report.results import NARROWEST, print_table
 from meftbench.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -23,11 +24,13 @@ _LINES = {"": "-", "checkpoint": "--", "chunked_loss": ":", "checkpoint+chunked_
 def as_answer(about: dict[str, Any], methods: list[dict[str, Any]]) -> dict[str, Any]:
     """`about` (what was asked for) with `rows`, one per method, question and card.
 
+    methods: what was found of each, with its label (`method`) and the same as fields (`parts`).
     largest: None where nothing fits.  at_limit: it is the largest size tried, or that the model has positions for.
     """
     rows = [
         {
             "method": entry["method"],
+            "parts": entry["parts"],
             "asked": line["axis"],
             "at": line["at"],
             "memory_bytes": card,
@@ -145,7 +148,7 @@ def write_fit(answer: dict[str, Any], folder: Path) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        frame = pd.DataFrame(answer["rows"]).astype({"largest": "Int64"})
+        frame = pd.DataFrame(answer["rows"]).drop(columns="parts").astype({"largest": "Int64"})
         replace_file(folder / "fit.csv", frame.assign(source="predicted").to_csv(index=False).encode())
         replace_file(folder / "fit.md", markdown(answer).encode())
         for kind in ("png", "svg"):
@@ -191,13 +194,14 @@ def plot_fit(rows: list[dict[str, Any]], ax: Axes) -> None:
         fitting = [row for row in rows if row["method"] == method and row["largest"]]
         # Lines drawn later at the same places would hide this one, so it is drawn wider.
         hidden = sum(sizes[later] == sizes[method] for later in methods[index + 1 :])
-        levers = "+".join(parts_of(method)[2])
+        parts = parts_from(next(row["parts"] for row in rows if row["method"] == method))
+        levers, shade = joined(parts[1:]), colour(parts[0].name)
         xs, ys = [row["memory_bytes"] / 2**30 for row in fitting], [row["largest"] for row in fitting]
         label = method if fitting else f"{method}: nothing fits"
-        ax.plot(xs, ys, _LINES.get(levers, "-"), color=colour(method), marker="o", label=label,
+        ax.plot(xs, ys, _LINES.get(levers, "-"), color=shade, marker="o", label=label,
                 linewidth=1.5 + 1.8 * hidden, markersize=4 + 1.8 * hidden)  # fmt: skip
         ends = [(x, y) for x, y, row in zip(xs, ys, fitting, strict=True) if row["at_limit"]]
-        ax.plot([x for x, _ in ends], [y for _, y in ends], "o", color=colour(method), fillstyle="none",
+        ax.plot([x for x, _ in ends], [y for _, y in ends], "o", color=shade, fillstyle="none",
                 markersize=9 + 1.8 * hidden, label="_limit")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="memory of the card (GiB)", ylabel=_UNIT[rows[0]["asked"]])
     places = sorted({row["memory_bytes"] / 2**30 for row in rows})

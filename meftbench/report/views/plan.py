@@ -163,7 +163,7 @@ def _closeness(pair: Row, best: Row | None) -> int:
         return 0
     if pair["with"] == best["method"]:
         return 3
-    return 2 if pair["without"] == best["method"] else int(method_of(pair["with"]) == method_of(best["method"]))
+    return 2 if pair["without"] == best["method"] else int(method_of(pair) == method_of(best))
 
 
 def _map(answer: Row) -> Table:
@@ -195,7 +195,7 @@ def larger_lines(answer: Row) -> list[str]:
     for entry in answer["too_large"] if answer["fastest"] else []:
         needed, missing = format_bytes(entry["least_device_bytes"]), format_bytes(entry["missing_bytes"])
         needs = f"needs {needed} at micro-batch 1, {missing} too much, predicted"
-        lines.append(f"does not fit: {method_of(entry['method'])}; its smallest, {name_of(entry, answer)}, {needs}")
+        lines.append(f"does not fit: {method_of(entry)}; its smallest, {name_of(entry, answer)}, {needs}")
     return lines
 
 

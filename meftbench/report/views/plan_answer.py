@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from meftbench.catalogue.labels import label_of, read_label, split_label
+from meftbench.catalogue.labels import parts_from
 from meftbench.catalogue.profiles import PROFILES
 from meftbench.plan.optimizing import IN_BACKWARD
 from meftbench.plan.planning import Candidate
 from meftbench.plan.prices import Price
 from meftbench.plan.ranking import by_time, fastest_first, has_backward, method_of
 from meftbench.report.figures.plots import dominated
+from meftbench.report.views.savings import form_of
 
 Row = dict[str, Any]
 
@@ -41,7 +42,7 @@ def as_plan(
     full = [_with_meaning(row, about, price, only_explained) for row in rows]
     own = [row for row in full if row["capacity_index"] == 0]
     fitting = fastest_first([row for row in own if row["fits"] and not row["only_explains"]])
-    comparable = [row for row in fitting if has_backward(row["method"])]
+    comparable = [row for row in fitting if has_backward(row)]
     for row, on in zip(comparable, on_frontier(comparable), strict=True):
         row["on_frontier"] = on
     fastest = fitting[0] if fitting else None
@@ -75,7 +76,7 @@ def _with_meaning(row: Mapping[str, Any], about: Mapping[str, Any], price: Price
         "least_device_bytes": least,
         "only_explains": (row["method"], row["precision"], row["optimizer"]) in explained,
         "on_frontier": False,
-        "has_backward": has_backward(row["method"]),
+        "has_backward": has_backward(row),
         "cost_per_million_tokens": price.per_million_tokens(row["tokens_per_s"]) if timed and price else None,
         "currency": price.currency if price else None,
     }
@@ -83,7 +84,7 @@ def _with_meaning(row: Mapping[str, Any], about: Mapping[str, Any], price: Price
 
 def _is_possible(row: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
     """Whether the batch that was asked for can be run: gradients that are taken in backward are not summed up."""
-    in_backward = any(lever.name == IN_BACKWARD for lever in split_label(row["method"]))
+    in_backward = any(part["name"] == IN_BACKWARD for part in row["parts"])
     return not in_backward or about["batch_size"] in (None, row["micro_batch_size"])
 
 
@@ -113,14 +114,14 @@ def _larger(rows: list[Row], fitting: list[Row], index: int, about: Mapping[str,
         "memory_bytes": about["cards"][index],
         "fastest": best,
         "speedup": best["tokens_per_s"] / before["tokens_per_s"] if best and before and timed else None,
-        "newly_fits": sorted({method_of(r["method"]) for r in there} - {method_of(r["method"]) for r in fitting}),
+        "newly_fits": sorted({method_of(r) for r in there} - {method_of(r) for r in fitting}),
     }
 
 
 def _by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
-        grouped.setdefault(method_of(row["method"]), []).append(row)
+        grouped.setdefault(method_of(row), []).append(row)
     return grouped
 
 
@@ -135,7 +136,7 @@ def _too_large(rows: list[Row], about: Mapping[str, Any]) -> list[dict[str, Any]
         if not any(row["fits"] for row in of_method):
             least = _smallest_of(of_method)
             missing = max(0, least["least_device_bytes"] - about["cards"][0])
-            keys = ("method", "precision", "optimizer", "least_device_bytes")
+            keys = ("method", "parts", "precision", "optimizer", "least_device_bytes")
             found.append({key: least[key] for key in keys} | {"missing_bytes": missing})
     return found
 
@@ -151,7 +152,7 @@ def _needs(rows: list[Row]) -> list[dict[str, Any]]:
         least = _smallest_of(of_method)
         held = least["smallest_reserved_bytes"]
         name = next((name for name, card in cards if held + card.context_bytes <= card.memory_bytes), None)
-        keys = ("method", "precision", "optimizer", "least_device_bytes")
+        keys = ("method", "parts", "precision", "optimizer", "least_device_bytes")
         memory = PROFILES[name].memory_bytes if name else None
         found.append({key: least[key] for key in keys} | {"card": name, "memory_bytes": memory})
     return sorted(found, key=lambda entry: (entry["least_device_bytes"], entry["method"]))
@@ -164,7 +165,7 @@ def lever_pairs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     by_choice: dict[Any, dict[int, Row]] = {}
     for row in rows:
-        choice = (_parts(row["method"]), row["precision"], row["optimizer"])
+        choice = (form_of(parts_from(row["parts"])), row["precision"], row["optimizer"])
         by_choice.setdefault(choice, {})[row["micro_batch_size"] if row["fits"] else 0] = row
     found = []
     for ((method, levers), precision, optimizer), sized in by_choice.items():
@@ -183,6 +184,7 @@ def _pair(lever: str, sized: dict[int, Row], partners: dict[int, Row]) -> dict[s
     return {
         "lever": lever,
         "with": row["method"],
+        "parts": row["parts"],
         "without": partner["method"],
         "precision": row["precision"],
         "optimizer": row["optimizer"],
@@ -193,9 +195,3 @@ def _pair(lever: str, sized: dict[int, Row], partners: dict[int, Row]) -> dict[s
         "relative_cost_without": partner["relative_cost"],
         "relative_cost_with": row["relative_cost"],
     }
-
-
-def _parts(label: str) -> tuple[str, frozenset[str]]:
-    """The method with its settings, and the levers with theirs, in a form that does not depend on their order."""
-    (method, settings), *levers = read_label("plan", label)
-    return label_of(method, settings), frozenset(label_of(lever, given) for lever, given in levers)

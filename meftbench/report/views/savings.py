@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from meftbench.catalogue.labels import Part
 from meftbench.catalogue.metrics import BREAKDOWN
-from meftbench.report.results import parts_of
 from meftbench.units import format_bytes
 
 PEAK = "peak_allocated_bytes"
@@ -89,7 +89,7 @@ def savings(rows: Sequence[Mapping[str, Any]]) -> list[Saving]:
 
     rows: cells of one shape and setting that ended ok.  The most saved first, then by label.
     """
-    by_form = {(_form(row["method"]), row[f"{PEAK}_source"]): row for row in rows}
+    by_form = {(form_of(row["parts"]), row[f"{PEAK}_source"]): row for row in rows}
     found = []
     for ((method, levers), source), row in by_form.items():
         for lever in levers:
@@ -110,22 +110,22 @@ def of_each_lever(found: Sequence[Saving]) -> list[Saving]:
     return chosen
 
 
-def rescues(ended_ok: Sequence[str], ran_out: Sequence[str]) -> list[tuple[str, str]]:
-    """(method, lever): methods that ran out of memory, and ended ok with this one lever more, by label."""
-    forms = {_form(method) for method in ended_ok}
+def rescues(ended_ok: Sequence[Mapping[str, Any]], ran_out: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(method, lever): methods of cells that ran out of memory, and ended ok with this one lever more, by label."""
+    forms = {form_of(row["parts"]) for row in ended_ok}
     found = []
-    for method in ran_out:
-        name, levers = _form(method)
+    for row in ran_out:
+        name, levers = form_of(row["parts"])
         for base, having in forms:
             if base == name and having > levers and len(having - levers) == 1:
-                found += [(method, lever) for lever in having - levers]
+                found += [(str(row["method"]), lever) for lever in having - levers]
     return sorted(found)
 
 
-def _form(label: str) -> tuple[str, frozenset[str]]:
-    """The method with its settings, and its levers with theirs, whatever their order in the label."""
-    name, settings, levers = parts_of(label)
-    return (f"{name}({','.join(sorted(settings))})" if settings else name), frozenset(levers)
+def form_of(parts: Sequence[Part]) -> tuple[str, frozenset[str]]:
+    """The labels of the method and of its levers, whatever the order of these."""
+    method, *levers = parts
+    return method.label, frozenset(lever.label for lever in levers)
 
 
 def _saving(lever: str, without: Mapping[str, Any], row: Mapping[str, Any]) -> Saving:

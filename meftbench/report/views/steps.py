@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from meftbench.catalogue.labels import Part, joined
 from meftbench.report.columns import Column, View, columns_of
 from meftbench.report.results import (
     SETTING,
     groups,
     methods_in_order,
-    parts_of,
     rows_of,
     share_of_full,
     taken,
@@ -102,7 +102,8 @@ def _in_order(rows: Sequence[StepRow], methods: Sequence[str]) -> list[StepRow]:
 
 
 def _row(cell: dict[str, Any], columns: Sequence[Column], shares: dict[str, float]) -> StepRow:
-    name, parameters, levers = parts_of(cell["method"])
+    method, *levers = cell["parts"]
+    name = joined([Part(method.name, {}), *levers])
     micro = f" (mb {cell['micro_batch_size']})" if cell["micro_batch_size"] != cell["batch_size"] else ""
     numbers = {}
     for column in columns:
@@ -113,9 +114,7 @@ def _row(cell: dict[str, Any], columns: Sequence[Column], shares: dict[str, floa
     numbers[SHARE] = Number("" if share is None else f"{share:.1%}", share, "")
     settings = {name: "default" if cell[name] is None else str(cell[name]) for name in SETTINGS}
     wrong = wrong_gradient(cell) or ""
-    return StepRow(
-        cell, "+".join([name, *levers]), tuple(parameters), f"{cell['batch_size']}{micro}", settings, numbers, wrong
-    )
+    return StepRow(cell, name, tuple(method.texts()), f"{cell['batch_size']}{micro}", settings, numbers, wrong)
 
 
 def _shared(frame: DataFrame, differing: Sequence[str]) -> str:

@@ -120,13 +120,13 @@ def plot_predicted_against_measured(errors: Sequence[Error], ax: Axes) -> None:
 
     size, unit = unit_of([max(error.measured, error.predicted) for error in errors])
     precisions = list(dict.fromkeys(error.precision for error in errors))
-    for method in dict.fromkeys(error.method for error in errors):
+    for method, name in dict.fromkeys((error.method, error.method_name) for error in errors):
         for precision in precisions:
             selected = [error for error in errors if (error.method, error.precision) == (method, precision)]
             if selected:
                 ax.plot([error.measured / size for error in selected], [error.predicted / size for error in selected],
                         linestyle="none", marker=_MARKERS[precisions.index(precision) % len(_MARKERS)], markersize=5,
-                        markerfacecolor="none", color=colour(method), label=f"{method}, {precision}")  # fmt: skip
+                        markerfacecolor="none", color=colour(name), label=f"{method}, {precision}")  # fmt: skip
     numbers = [number / size for error in errors for number in (error.measured, error.predicted)]
     low, high = min(numbers) / 1.3, max(numbers) * 1.3
     ax.plot([low, high], [low, high], color="#999999", linewidth=0.8, zorder=0, label="predicted = measured")
@@ -147,12 +147,11 @@ def plot_errors_by_method(errors: Sequence[Error], ax: Axes, methods: Sequence[s
     from statistics import median
 
     for place, method in enumerate(methods):
-        shares = [100 * error.share for error in errors if error.method == method]
-        if shares:
-            ax.plot(shares, [place] * len(shares), "|", color=colour(method), markersize=9, label=method)
-            ax.plot(
-                [median(shares)], [place], "o", color=colour(method), fillstyle="none", markersize=7, label="_median"
-            )
+        of_method = [error for error in errors if error.method == method]
+        if of_method:
+            shares, shade = [100 * error.share for error in of_method], colour(of_method[0].method_name)
+            ax.plot(shares, [place] * len(shares), "|", color=shade, markersize=9, label=method)
+            ax.plot([median(shares)], [place], "o", color=shade, fillstyle="none", markersize=7, label="_median")
     ax.axvline(0, color="#999999", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(methods)), methods)
     ax.set_ylim(len(methods) - 0.5, -0.5)
