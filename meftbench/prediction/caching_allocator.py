@@ -79,7 +79,7 @@ class CachingAllocator:
 
     def malloc(self, nbytes: int) -> Block | None:
         """A block for a request of `nbytes` > 0; None: out of memory, even after everything unused was given back."""
-        size = self.round_size(nbytes)
+        size = self._rounded.get(nbytes) or self.round_size(nbytes)
         pool = self.small if size <= SMALL_REQUEST else self.large
         block = self.get_free_block(pool, size)
         if block is None:
@@ -156,18 +156,15 @@ class CachingAllocator:
     # Sizes.
 
     def round_size(self, nbytes: int) -> int:
-        size = self._rounded.get(nbytes)
-        if size is None:
-            size = self._rounded[nbytes] = self._round_size(nbytes)
-        return size
-
-    def _round_size(self, nbytes: int) -> int:
         octave = min(max(nbytes.bit_length() - 21, 0), INTERVALS - 1)
         divisions = self.settings.roundup_power2_divisions[octave]
         if divisions > 1 and nbytes > MIN_BLOCK * divisions:
             step = (1 << nbytes.bit_length() - 1) // divisions
-            return -(-nbytes // step) * step
-        return max(MIN_BLOCK, -(-nbytes // MIN_BLOCK) * MIN_BLOCK)
+            size = -(-nbytes // step) * step
+        else:
+            size = max(MIN_BLOCK, -(-nbytes // MIN_BLOCK) * MIN_BLOCK)
+        self._rounded[nbytes] = size
+        return size
 
     def get_allocation_size(self, size: int) -> int:
         if size <= SMALL_REQUEST:

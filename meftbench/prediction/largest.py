@@ -28,27 +28,41 @@ class Shape:
 
     def __init__(self, predicted: Predicted, settings: AllocatorSettings) -> None:
         self.predicted, self._settings = predicted, settings
+        self._unlimited: Replayed | None = None  # that of a card with unlimited memory, once it is known
         self._fits: dict[int, bool] = {}
 
     @property
     def needed(self) -> int:
         """Peak reserved bytes on a card with unlimited memory: a card with as many fits the cell."""
-        return self.predicted.replayed.reserved_peak
+        return self._on_unlimited().reserved_peak
 
     @property
     def least(self) -> int:
         """Peak allocated bytes: a card with fewer does not fit the cell."""
-        return self.predicted.replayed.allocated_peak
+        return self._on_unlimited().allocated_peak
 
     def fits(self, capacity: int) -> bool:
         """Whether `capacity` bytes suffice for torch's allocator; it gives back cached memory before it fails."""
+        if self._unlimited is not None:
+            if self._unlimited.reserved_peak <= capacity:
+                return True
+            if self._unlimited.allocated_peak > capacity:
+                return False
         if capacity not in self._fits:
-            self._fits[capacity] = self.on_card(capacity).oom is None
+            replayed = self.on_card(capacity)
+            self._fits[capacity] = replayed.oom is None
+            if replayed.oom is None and not replayed.retries and not self._settings.garbage_collection_threshold:
+                self._unlimited = replayed  # the card was never full, so that more memory would change nothing
         return self._fits[capacity]
 
     def on_card(self, capacity: int) -> Replayed:
         """The allocator's statistics where torch may reserve `capacity` bytes."""
         return self.predicted.replayed_in(replace(self._settings, capacity=capacity))
+
+    def _on_unlimited(self) -> Replayed:
+        if self._unlimited is None:
+            self._unlimited = self.predicted.replayed
+        return self._unlimited
 
 
 class Shapes:
