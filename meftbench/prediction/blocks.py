@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+# A free block is found by one number, its size before its address: numbers are compared faster than pairs.
+ADDRESS_BITS = 48
+
 
 class Block:
     """A range of addresses in a segment: handed out, free, or (if expandable) not mapped to memory."""
@@ -42,14 +45,15 @@ class Block:
 
 
 class Pool:
-    """Free blocks by (size, address), and the unmapped ranges of expandable segments by address.
+    """Free blocks by size and address, and the unmapped ranges of expandable segments by address.
 
     page: bytes that an expandable segment maps at a time.  searches: calls of get_free_block, by which blocks age.
+    order: a number for each free block, its size before its address, in order.  at: the block of each number.
     """
 
     def __init__(self, small: bool, page: int) -> None:
         self.small, self.page = small, page
-        self.order: list[tuple[int, int]] = []
+        self.order: list[int] = []
         self.at: dict[int, Block] = {}
         self.unmapped: list[int] = []
         self.unmapped_at: dict[int, Block] = {}
@@ -58,23 +62,29 @@ class Pool:
     def insert(self, block: Block) -> None:
         if block.mapped:
             block.born = self.searches
-            insort(self.order, (block.size, block.address))
-            self.at[block.address] = block
+            place = block.size << ADDRESS_BITS | block.address
+            insort(self.order, place)
+            self.at[place] = block
         else:
             insort(self.unmapped, block.address)
             self.unmapped_at[block.address] = block
 
-    def take(self, index: int) -> None:
-        """Erase the free block that is at `index` in `order`."""
-        del self.at[self.order.pop(index)[1]]
-
     def erase(self, block: Block) -> None:
         if block.mapped:
-            del self.order[bisect_left(self.order, (block.size, block.address))]
-            del self.at[block.address]
+            place = block.size << ADDRESS_BITS | block.address
+            del self.order[bisect_left(self.order, place)]
+            del self.at[place]
         else:
             del self.unmapped[bisect_left(self.unmapped, block.address)]
             del self.unmapped_at[block.address]
 
+    def first_of(self, size: int) -> int:
+        """The index in `order` of the first block of at least `size` bytes."""
+        return bisect_left(self.order, size << ADDRESS_BITS)
+
+    def free_at(self, address: int) -> Block | None:
+        """The free block that begins at an address."""
+        return next((block for block in self.at.values() if block.address == address), None)
+
     def blocks(self) -> list[Block]:
-        return [self.at[address] for _, address in self.order]
+        return [self.at[place] for place in self.order]

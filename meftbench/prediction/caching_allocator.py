@@ -11,12 +11,12 @@ blocks of equal size; other streams, for whose events a freed block waits; priva
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from meftbench.prediction.allocator_settings import INTERVALS, MIN_LARGE_REQUEST, AllocatorSettings
-from meftbench.prediction.blocks import Block, Pool
+from meftbench.prediction.blocks import ADDRESS_BITS, Block, Pool
 from meftbench.units import MiB
 
 MIN_BLOCK = 512  # kMinBlockSize
@@ -100,7 +100,10 @@ class CachingAllocator:
             block.insert_before(remainder)
             remainder.address += size
             remainder.size -= size
-            pool.insert(remainder)
+            remainder.born = pool.searches
+            place = remainder.size << ADDRESS_BITS | remainder.address  # as `Pool.insert`, which takes longer to call
+            insort(pool.order, place)
+            pool.at[place] = remainder
         block.allocated = True
         block.requested = nbytes
         self.live[block.address] = block
@@ -131,11 +134,15 @@ class CachingAllocator:
         self.allocated -= block.size
         block.allocated = False
         block.requested = 0
+        pool = block.pool
         if block.previous is not None and not block.previous.allocated:
             self.merge(block, block.previous)
         if block.following is not None and not block.following.allocated:
             self.merge(block, block.following)
-        block.pool.insert(block)
+        block.born = pool.searches
+        place = block.size << ADDRESS_BITS | block.address
+        insort(pool.order, place)
+        pool.at[place] = block
 
     def free_blocks(self) -> tuple[object, ...]:
         """Sizes and addresses of the free blocks, the unmapped ranges, and bytes in use and reserved."""
@@ -183,14 +190,15 @@ class CachingAllocator:
 
     def get_free_block(self, pool: Pool, size: int) -> Block | None:
         pool.searches += 1
-        index = bisect_left(pool.order, (size, 0))
-        if index == len(pool.order):
+        order = pool.order
+        index = bisect_left(order, size << ADDRESS_BITS)
+        if index == len(order):
             return None
-        block = pool.at[pool.order[index][1]]
+        block = pool.at[order[index]]
         if block.segment is not None:
             # Best fit by the size a block could grow to, so that the one at the growing end is the last to be split.
-            while index + 1 < len(pool.order):
-                next_block = pool.at[pool.order[index + 1][1]]
+            while index + 1 < len(order):
+                next_block = pool.at[order[index + 1]]
                 if _expandable_size(next_block) >= _expandable_size(block):
                     break
                 block, index = next_block, index + 1
@@ -198,7 +206,7 @@ class CachingAllocator:
             return None
         if size >= self.max_split and block.size >= size + self.max_rounding:
             return None
-        pool.take(index)
+        del pool.at[order.pop(index)]
         return block
 
     def alloc_block(self, pool: Pool, size: int) -> Block | None:
@@ -275,8 +283,8 @@ class CachingAllocator:
         if self.settings.max_split_size is None:
             return False
         needed = max(size, self.max_split)
-        index = bisect_left(pool.order, (needed, 0))
-        if index < len(pool.order) and (block := pool.at[pool.order[index][1]]).segment is None:
+        index = pool.first_of(needed)
+        if index < len(pool.order) and (block := pool.at[pool.order[index]]).segment is None:
             self.release_block(block)
             return True
         released = 0

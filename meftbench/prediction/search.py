@@ -30,7 +30,7 @@ from meftbench.units import format_bytes
 MOST_TOKENS = 2**14  # of a micro-batch that is tried: a larger one computes no faster to speak of
 MOST_MAPPED = 2**22  # tokens of a shape in a map
 MAPPED = 8  # sizes on each axis of a map
-BANDS = 3  # of shapes of several samples, in a map: so that processes end at about the same time
+BANDS = 6  # of shapes of several samples, in a map: so that processes end at about the same time
 _SHORTEST = 64  # tokens: no shorter samples are mapped
 
 

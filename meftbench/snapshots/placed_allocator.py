@@ -47,7 +47,7 @@ class PlacedAllocator(CachingAllocator):
         """Give back what a segment_free or a segment_unmap gave back. False: that is not free as a whole."""
         before = len(self.actions)
         for pool in (self.small, self.large):
-            block = pool.at.get(address)
+            block = pool.free_at(address)
             if action == "segment_free":
                 if block is not None and block.size == size and block.segment is None and not block.is_split:
                     self.release_block(block)
