@@ -147,6 +147,66 @@ def test_torchs_own_function_hides_its_chunks():
     assert not any(".mm." in name or ".addmm" in name for name in seen)
 
 
+def test_a_head_with_dropout_draws_the_same_again():
+    """The backward pass runs each chunk with the random numbers of the forward pass, which come one after the other."""
+    module = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(32, 120)).double()
+    module.weight = module[1].weight
+    head = Head(module, bias=None, cap=None, in_float32=False)
+    h_ND = torch.randn(40, 32, dtype=torch.float64, requires_grad=True)
+    labels_N = torch.arange(40)
+    loss = InChunks()
+    torch.manual_seed(7)
+    total = loss(head, h_ND, labels_N, -100)
+    drawn = torch.rand(1)
+    found = torch.autograd.grad(total, [h_ND, module.weight])
+
+    torch.manual_seed(7)
+    pieces = [
+        head.summed(h, labels, -100) for h, labels in zip(h_ND.split(loss.rows), labels_N.split(loss.rows), strict=True)
+    ]
+    assert len(pieces) > 2
+    assert torch.equal(torch.rand(1), drawn)
+    assert torch.equal(torch.stack(pieces).sum(), total)
+    for gradient, expected in zip(found, torch.autograd.grad(sum(pieces), [h_ND, module.weight]), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_chunks_are_added_in_the_precision_of_the_head(dtype):
+    """In one buffer as large as the weight, as autograd adds them; more than one backward pass gives the same."""
+    head = a_head(dtype, trained=True)
+    h_ND = torch.randn(64, 32, dtype=dtype, requires_grad=True)
+    labels_N = torch.arange(64)
+    labels_N[:9] = -100
+    total = InChunks()(head, h_ND, labels_N, -100)
+
+    total.backward(retain_graph=True)
+    once = [tensor.grad.clone() for tensor in (h_ND, head.module.weight)]
+    total.backward()
+
+    whole = torch.autograd.grad(head.summed(h_ND, labels_N, -100), [h_ND, head.module.weight])
+    for tensor, first, expected in zip((h_ND, head.module.weight), once, whole, strict=True):
+        assert first.dtype == dtype
+        assert torch.equal(tensor.grad, 2 * first)
+        assert float((first - expected).norm()) <= (1e-6 if dtype == torch.float32 else 1e-2) * float(expected.norm())
+    assert not bool(h_ND.grad[:9].any())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_needs_no_gradient_gets_none(trained, wanted):
+    """A frozen head, hidden states that come from frozen layers, or both."""
+    head = a_head(torch.float32, trained=trained)
+    h_ND = torch.randn(64, 32, requires_grad=wanted)
+    total = InChunks()(head, h_ND, torch.arange(64), -100)
+
+    assert (trained or wanted) == total.requires_grad
+    if total.requires_grad:
+        total.backward()
+    assert wanted == (h_ND.grad is not None)
+    assert trained == (head.module.weight.grad is not None)
+
+
 def test_ordinary_switches_it_off():
     """What gradients are checked against is transformers' own loss, logits and all."""
     applied = prepare(a_predictor(), "lora+chunked_loss")
