@@ -178,6 +178,7 @@ def _selected_run(folder: Path, which: list[str]) -> Run:
 def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str] | None, as_json: bool) -> list[Path]:
     """Write or print a run. Returns the files that were written, which are said unless `as_json`."""
     from meftbench.catalogue.metrics import METRICS
+    from meftbench.records.store import write_named
     from meftbench.report.render import trackers
 
     for name in metric or []:
@@ -187,7 +188,7 @@ def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str]
     if format_ is Format.parquet:
         file = output or Path(f"{run.path.resolve().name}.parquet")
         table = trackers.run_parquet(run)
-        _written(file, lambda: file.write_bytes(table), as_json)
+        _written(file, lambda: write_named(file, table), as_json)
         return [file]
     if format_ is Format.github_action_benchmark:
         base, files = output or Path("benchmark.json"), []
@@ -208,7 +209,9 @@ def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str]
 
 
 def _write_text(file: Path, text: str, as_json: bool) -> None:
-    _written(file, lambda: file.write_text(text + "\n", encoding="utf-8"), as_json)
+    from meftbench.records.store import write_named
+
+    _written(file, lambda: write_named(file, (text + "\n").encode()), as_json)
 
 
 # --- formats of predicted cells ---

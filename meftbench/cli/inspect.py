@@ -86,8 +86,10 @@ def _capacity(text: str) -> int:
 
 
 def _write(output: Path, content: bytes) -> None:
+    from meftbench.records.store import write_named
+
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content)
+        write_named(output, content)
     except OSError as error:
         raise UserError(str(output), f"cannot be written ({error.strerror})", "choose another with -o") from None

@@ -150,8 +150,10 @@ def emit(text: str, output: Path | None) -> None:
     if output is None or str(output) == "-":
         print(text)
         return
+    from meftbench.records.store import write_named
+
     try:
-        output.write_text(text + "\n", encoding="utf-8")
+        write_named(output, (text + "\n").encode())
     except OSError as error:
         raise UserError(str(output), f"cannot be written ({error.strerror})", "choose another --output") from None
     print(f"{output}: written", file=sys.stderr)

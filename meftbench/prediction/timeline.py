@@ -14,6 +14,7 @@ from meftbench.plan.cell import Cell
 from meftbench.prediction.allocator import AllocatorSettings, Event, snapshot
 from meftbench.prediction.predict import predict
 from meftbench.probes.memory_counted import BLOCK, CATEGORIES
+from meftbench.records.store import write_named
 
 POINTS = 600  # a chart could not show more
 
@@ -46,7 +47,7 @@ def export(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, An
 
 def _write(file: Path, content: bytes) -> None:
     try:
-        file.write_bytes(content)
+        write_named(file, content)
     except OSError as error:
         cure = "choose another with -o/--output"
         raise UserError(str(file), f"cannot be written ({error.strerror})", cure) from None

@@ -201,6 +201,16 @@ def replace_file(file: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)  # it is there only where something failed
 
 
+def write_named(file: Path, content: bytes) -> None:
+    """Write to a file that the user named: in full or not at all, and to the target of a link; to a device or a pipe as
+    it comes. Raises OSError: it cannot be written."""
+    if file.exists() and not file.is_file():
+        with file.open("wb") as stream:
+            stream.write(content)
+    else:
+        replace_file(file.resolve(), content)
+
+
 def made(folder: Path) -> Path:
     """`folder`, created with its parents if it did not exist. Raises UserError: when that is not possible."""
     try:

@@ -1,10 +1,12 @@
 """The run folder: what was written is what is read, and a writer killed at any byte costs at most its last line."""
 
 import copy
+import errno
 import json
 import math
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,16 @@ from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import UserError
 from meftbench.escapes import visible
 from meftbench.records.record import Metric, Record
-from meftbench.records.store import RECORDS, Run, load_run, read_records, warn_of_left_out, write_whole, writing
+from meftbench.records.store import (
+    RECORDS,
+    Run,
+    load_run,
+    read_records,
+    warn_of_left_out,
+    write_named,
+    write_whole,
+    writing,
+)
 from meftbench.report.results import frame_of
 
 numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))
@@ -400,3 +411,22 @@ def test_a_metric_of_a_later_version_is_kept_as_it_stands(tmp_path, capsys):
     assert of_later == run.records[0].to_json()["metrics"]["zz_future"]
     said = "records.jsonl: 1 metric is unknown to this version and left out (zz_future); update meftbench, or read"
     assert 1 == capsys.readouterr().err.count(said)
+
+
+def test_a_file_that_the_user_named_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A link stays one, and its target is replaced; on a full disk the old content stays, with nothing beside it; a
+    device takes what it is given."""
+    target, link = tmp_path / "target.csv", tmp_path / "link.csv"
+    target.write_text("old")
+    link.symlink_to(target)
+
+    write_named(link, b"new")
+    write_named(Path(os.devnull), b"anything")
+
+    assert link.is_symlink()
+    assert "new" == target.read_text()
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        write_named(link, b"newer")
+    assert "new" == target.read_text()
+    assert {target, link} == set(tmp_path.iterdir())
