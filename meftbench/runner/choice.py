@@ -16,7 +16,8 @@ def better_rate(cell: Cell, cells: Sequence[Cell], scores: Mapping[str, float]) 
     """
     if cell.training is None or cell.training.grid == "every-seed":
         return None
-    variants = [candidate for candidate in cells if _without_rate_and_seed(candidate) == _without_rate_and_seed(cell)]
+    like = _without_rate_and_seed(cell)
+    variants = [candidate for candidate in cells if _without_rate_and_seed(candidate) == like]
     first_seed = min(candidate.seed for candidate in variants)
     first_seed_cells = [candidate for candidate in variants if candidate.seed == first_seed]
     if cell.seed == first_seed or any(candidate.cell_id not in scores for candidate in first_seed_cells):
