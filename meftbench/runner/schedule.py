@@ -69,7 +69,8 @@ def pending(plan: Plan, finished: Mapping[Key, Status], running: Collection[Key]
 
 
 class Schedule:
-    """What is left of a plan. It changes as attempts start and end, in a time that does not depend on how many are left.
+    """What is left of a plan. It changes as attempts start and end, in a time that does not depend on how many are
+    left.
 
     finished: the status of attempts that have ended, in an earlier execution.  running: attempts that are not to be
     started.  kind: of the device that a cell needs, so that cells for which there is no room are not gone through.

@@ -156,8 +156,9 @@ def test_a_schedule_that_changes_says_what_one_made_anew_says(sizes, capacity, p
     """After every start and end, of several attempts at a time on two kinds of devices."""
     plan = a_plan([a_cell(batch_size=b, sequence_length=s, device=device) for b, s, device in sizes], policy)
     schedule, finished, running = Schedule(plan, {}, kind=lambda cell: cell.device), {}, []
+    of_kind = {"counted": lambda cell: cell.device == "counted", "cuda": lambda cell: cell.device == "cuda"}
     for kind in ["counted", "cuda"] * (2 * len(sizes) + at_a_time):
-        expected = next_attempt(plan, finished, {attempt.key for attempt in running}, lambda cell: cell.device == kind)
+        expected = next_attempt(plan, finished, {attempt.key for attempt in running}, of_kind[kind])
         attempt = schedule.start({kind})
         assert expected == attempt
         running += [attempt] if attempt else []
