@@ -81,6 +81,7 @@ class Writer:
 
     def __init__(self, folder: Path, tell: Tell = _say_nothing) -> None:
         self.folder, self._tell = folder, tell
+        self._locked_file: tuple[int, int] | None = None
         self._lock = self._locked()
         try:
             refuse_link(folder / RECORDS)
@@ -180,6 +181,7 @@ class Writer:
         except FileNotFoundError:  # no run has begun yet, neither this one nor another
             another = False
         if another:
+            self._locked_file = None  # so that every later check comes to the same end
             cure = f"{len(self._lines)} records of this run are lost; run it into another --out"
             raise UserError(str(self.folder), "was taken by another run while this one wrote there", cure)
 
