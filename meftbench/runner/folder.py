@@ -204,8 +204,8 @@ def finished_records(run: Run | None, retry: frozenset[str], chosen: Collection[
     if run is None:
         return {}
     kept = [r for r in run.records if r.status not in retry or r.cell_id not in chosen]
-    out_of_memory = {r.cell_id for r in kept if r.status == "oom"}
-    return {(r.cell_id, r.repeat): r for r in kept if _cause(r) in out_of_memory | {None}}
+    standing = {None, *(r.cell_id for r in kept if r.status == "oom")}
+    return {(r.cell_id, r.repeat): r for r in kept if _cause(r) in standing}
 
 
 def _cause(record: Record) -> str | None:

@@ -28,7 +28,7 @@ from meftbench.records.store import RESUME, ended_by_disk
 from meftbench.runner import logs
 from meftbench.runner.job import Job, Outcome
 from meftbench.runner.oom_kills import Kills, of_kill, one_more, oom_kills
-from meftbench.runner.result_files import disk_error, names_disk, read_result
+from meftbench.runner.result_files import disk_error, is_of_disk, read_result
 
 # Named and not imported here, since it imports torch.
 WORKER = (sys.executable, "-m", "meftbench.worker")
@@ -248,7 +248,7 @@ class Worker:
         message = f"{_ending(code)}: {logs.end_of(running.job.log)}"
         if isinstance(result, dict):
             said = str(result["status_detail"].get("message", ""))
-            if result["status"] == "error" and names_disk(said, running.job.log.parent.parent):
+            if result["status"] == "error" and is_of_disk(said, running.job.log.parent.parent):
                 self._give_up(number, UserError(running.job.cell.label, said.partition("; ")[0], MAKE_ROOM))
             else:
                 self._finish(number, **result)

@@ -12,9 +12,9 @@ from typing import Any
 from meftbench.records.record import Metric
 
 ROOM = 64 * 2**10  # bytes; a result file takes less
-# Messages of the system (errno.ENOSPC, EDQUOT) that name a full disk, wherever it is.
+# What the system (errno.ENOSPC, EDQUOT) says of a full disk, which may be another than that of the run.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
-# Others of a disk that cannot be written. They may be about files that a cell merely reads, unless they name the run.
+# What else is said of a file that cannot be written.
 _UNWRITABLE = re.compile(r"Input/output error|Read-only file system|Permission denied|cannot be written")
 
 
@@ -47,7 +47,10 @@ def disk_error(folder: Path) -> OSError | None:
     return None
 
 
-def names_disk(message: str, run_folder: Path) -> bool:
-    """Whether the message of a cell's error says that the disk is full, or the folder of the run cannot be written."""
-    within = str(run_folder) in message or str(run_folder.resolve()) in message
-    return bool(_FULL.search(message)) or (within and bool(_UNWRITABLE.search(message)))
+def is_of_disk(message: str, run_folder: Path) -> bool:
+    """Whether the message of a cell's error says that the folder of the run cannot be written, or that a disk is full
+    where that of the run is full."""
+    full = bool(_FULL.search(message))
+    if str(run_folder.absolute()) in message or str(run_folder.resolve()) in message:
+        return full or bool(_UNWRITABLE.search(message))
+    return full and disk_error(run_folder) is not None

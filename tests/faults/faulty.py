@@ -1,4 +1,4 @@
-"""Stands in for meftbench.measuring.requests as stand_in does, with measurements that do worse things, by their seed."""
+"""Stands in for meftbench.measuring.requests as stand_in does, with cells that do worse things, by their seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from stand_in import describe
 
 __all__ = ["describe"]
 
-BLOCKED, GREEDY, PRINTING, LEAVING, FILLING, DISK_OF_OTHERS, WITHOUT_FOLDER, UNTIL_ROOM = range(100, 108)
+BLOCKED, GREEDY, PRINTING, LEAVING, FILLING, DISK_OF_OTHERS, WITHOUT_FOLDER, UNTIL_ROOM, FULL_ELSEWHERE = range(
+    100, 109
+)
 SIGNALLED = 1000  # plus the number of the signal by which the process ends itself
 PRINTED = "FAULTY_PRINTED"  # variable: bytes that PRINTING prints
 ROOM = "FAULTY_ROOM"  # variable: a file; while it is not there, UNTIL_ROOM is out of memory
@@ -51,6 +53,8 @@ def measure(request: Any, tell: Any) -> dict[str, Any]:
             fill(Path(os.environ[FILLED]))
         case s if s == DISK_OF_OTHERS:
             raise PermissionError(13, "Permission denied", "/elsewhere/model.safetensors")
+        case s if s == FULL_ELSEWHERE:
+            raise RuntimeError("unable to write to file </torch_17>: No space left on device (28)")
         case s if s == UNTIL_ROOM:
             if not Path(os.environ[ROOM]).exists():
                 raise MemoryError

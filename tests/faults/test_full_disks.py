@@ -107,9 +107,10 @@ def test_a_record_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path, mon
     with writing(tmp_path / "run") as writer:
         writer.append(a_record())
         before = (tmp_path / "run" / RECORDS).read_bytes()
-        with monkeypatch.context() as patch, pytest.raises(UserError) as raised:
+        with monkeypatch.context() as patch:
             patch.setattr(writing_records.os, call, fails)
-            writer.append(a_record(batch_size=2))
+            with pytest.raises(UserError) as raised:
+                writer.append(a_record(batch_size=2))
         assert before == (tmp_path / "run" / RECORDS).read_bytes()
         writer.append(a_record(batch_size=3))
 
@@ -121,24 +122,29 @@ def test_a_record_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path, mon
 def test_a_file_that_may_not_grow_further(tmp_path):
     """By a real limit: the record that does not fit is no record, the others are."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    written = 0
+    written = []
+
+    def append_without_end(writer):
+        while True:
+            writer.append(record := a_record(batch_size=len(written) + 1))
+            written.append(record)
+
     with writing(tmp_path / "run") as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
         try:
             with pytest.raises(UserError, match="File too large"):
-                while True:
-                    writer.append(a_record(batch_size=written + 1))
-                    written += 1
+                append_without_end(writer)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    assert (written, False) == (len((found := read_records(tmp_path / "run" / RECORDS))[0]), found[1])
-    assert written > 2
+    assert (written, False) == read_records(tmp_path / "run" / RECORDS)
+    assert len(written) > 2
 
 
-def test_a_file_of_somebody_else_that_cannot_be_read_is_an_error_of_the_cell(tmp_path):
-    """Only a full disk, or files of the run, end the run."""
-    run = sweep(a_suite(*does(faulty.DISK_OF_OTHERS, FINE)), tmp_path / "run", command=FAULTY)
+@pytest.mark.parametrize("behaviour", [faulty.DISK_OF_OTHERS, faulty.FULL_ELSEWHERE], ids=["unreadable", "full"])
+def test_a_file_or_a_disk_that_is_not_of_the_run_is_an_error_of_the_cell(tmp_path, behaviour):
+    """Shared memory that is too small for one cell must not keep the others from running."""
+    run = sweep(a_suite(*does(behaviour, FINE)), tmp_path / "run", command=FAULTY)
 
     assert ["error", "ok"] == statuses(run)
 

@@ -35,7 +35,7 @@ def test_a_run_is_not_written_through_a_link(tmp_path, target, name, is_there):
         target.unlink()
     a_link(tmp_path / "run" / name, target)
 
-    with pytest.raises(UserError, match="is a symbolic link; remove the link|is not a run folder") as raised:
+    with pytest.raises(UserError, match=r"is a symbolic link; remove the link|is not a run folder") as raised:
         sweep(a_suite(), tmp_path / "run", resume=True)
 
     assert INVALID == raised.value.exit_code

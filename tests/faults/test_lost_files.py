@@ -1,4 +1,4 @@
-"""Files of a run that others remove or replace while it runs: every record is in the folder at the end, and it is said."""
+"""Files of a run that others remove or replace while it runs: at the end every record is there, and it is said."""
 
 import json
 import os
@@ -65,7 +65,7 @@ DAMAGES = [remove, empty, tear, replace_by_older, add_to, replace_by_link, remov
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_records_lost_while_a_run_writes_are_written_again(tmp_path, damage):
-    """All records are there, in order and once each; what another program wrote is kept beside them; one line says so."""
+    """All are there, in order and once each; what another program wrote is kept beside them; one line says so."""
     suite = a_suite(*does(FINE, FINE, FINE))
     events = []
 
@@ -89,7 +89,7 @@ def test_records_lost_while_a_run_writes_are_written_again(tmp_path, damage):
     assert ["ok"] * 3 == statuses(sweep(suite, tmp_path / "run", resume=True, command=["false"]))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [empty, remove_folder])
 def test_records_lost_after_the_last_cell_are_written_again(tmp_path, damage):
     """Nothing is appended after it, so what was written is compared with what is there at the end."""
 
@@ -147,13 +147,18 @@ def test_the_lock_is_taken_again_so_that_no_second_runner_gets_in(tmp_path):
 
 def test_a_folder_that_another_run_took_is_not_written_to(tmp_path):
     """The folder was moved away, and another run began at its path."""
-    with pytest.raises(UserError, match="another run writes here") as raised, writing(tmp_path / "run") as writer:
-        writer.write("suite.yaml", "run_id: mine\n")
-        writer.append(a_record())
-        (tmp_path / "run").rename(tmp_path / "moved")
-        with writing(tmp_path / "run") as other:
-            other.write("suite.yaml", "run_id: other\n")
-            writer.append(a_record(batch_size=2))
+
+    def both_write():
+        with writing(tmp_path / "run") as writer:
+            writer.write("suite.yaml", "run_id: mine\n")
+            writer.append(a_record())
+            (tmp_path / "run").rename(tmp_path / "moved")
+            with writing(tmp_path / "run") as other:
+                other.write("suite.yaml", "run_id: other\n")
+                writer.append(a_record(batch_size=2))
+
+    with pytest.raises(UserError, match="another run writes here") as raised:
+        both_write()
 
     assert INVALID == raised.value.exit_code
     assert "run_id: other\n" == (tmp_path / "run" / "suite.yaml").read_text()
@@ -162,12 +167,16 @@ def test_a_folder_that_another_run_took_is_not_written_to(tmp_path):
 
 
 def test_a_folder_in_which_another_run_ended_is_not_written_to(tmp_path):
-    with pytest.raises(UserError, match="was taken by another run"), writing(tmp_path / "run") as writer:
-        writer.write("suite.yaml", "run_id: mine\n")
-        (tmp_path / "run").rename(tmp_path / "moved")
-        with writing(tmp_path / "run") as other:
-            other.write("suite.yaml", "run_id: other\n")
-        writer.append(a_record())
+    def one_after_the_other():
+        with writing(tmp_path / "run") as writer:
+            writer.write("suite.yaml", "run_id: mine\n")
+            (tmp_path / "run").rename(tmp_path / "moved")
+            with writing(tmp_path / "run") as other:
+                other.write("suite.yaml", "run_id: other\n")
+            writer.append(a_record())
+
+    with pytest.raises(UserError, match="was taken by another run"):
+        one_after_the_other()
 
     assert b"" == (tmp_path / "run" / RECORDS).read_bytes()
 

@@ -1,4 +1,4 @@
-"""Processes of cells that die, hang, print, allocate or leave others behind: each has an outcome, and nothing is left."""
+"""Cells that die, hang, print, allocate or leave processes behind: each has an outcome, and nothing is left."""
 
 import os
 import signal
