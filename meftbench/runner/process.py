@@ -27,7 +27,7 @@ from meftbench.records.record import Metric, Status
 from meftbench.records.store import RESUME, ended_by_disk
 from meftbench.runner import logs
 from meftbench.runner.job import Job, Outcome
-from meftbench.runner.oom_kills import Kills, of_kill, one_more, oom_kills
+from meftbench.runner.oom_kills import of_kill, oom_kills
 from meftbench.runner.result_files import disk_error, is_of_disk, read_result
 
 # Named and not imported here, since it imports torch.
@@ -36,7 +36,7 @@ IMPORT_SECONDS = 600.0
 START_SECONDS = 60.0
 TERM_SECONDS = 2.0
 KILL_SECONDS = 10.0
-MAKE_ROOM = f"make room on the disk, {RESUME}"
+MAKE_ROOM = f"make room on that disk, or make it writable, {RESUME}"
 
 Stage = Literal["running", "terminated", "killed"]
 
@@ -47,7 +47,7 @@ class _Running:
     started: datetime
     start: float
     deadline: float
-    kills: Kills  # by the kernel for memory, before the job began
+    kills: int | None  # by the kernel for memory, before the job began
     stage: Stage = "running"
     pid: int | None = None
 
@@ -270,8 +270,8 @@ class Worker:
         if not for_memory:
             self._without_result(number, detail)
             return
-        for other in self._jobs.values():
-            other.kills = one_more(other.kills)
+        for other in self._jobs.values():  # one kill explains the end of one process
+            other.kills = None if other.kills is None else other.kills + 1
         self._finish(number, "oom", detail)
 
     def _without_result(self, number: int, detail: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ def counts(tmp_path, monkeypatch):
 
     (proc / "self").mkdir(parents=True)
     (proc / "self" / "cgroup").write_text("4:cpu,memory:/kubepods/a:b\n0::/pod\n")
-    (root / "memory.events").parent.mkdir(parents=True)
+    root.mkdir()
     real = kills.oom_kills
     for module in (kills, process):
         monkeypatch.setattr(module, "oom_kills", lambda: real(root, proc))
@@ -152,6 +152,15 @@ def test_a_kill_that_the_kernel_has_counted_is_out_of_memory(tmp_path, counts, n
         "killed by the kernel because the memory of the host, or of its container, ran out"
         == (run.records[0].status_detail["message"])
     )
+
+
+def test_a_kill_in_another_cgroup_is_no_evidence(tmp_path, counts, monkeypatch):
+    """Where the own cgroup counts, the number of the whole system says nothing of this process."""
+    counts("v2", 3)
+    read = process.read_result
+    monkeypatch.setattr(process, "read_result", lambda file: counts("system", 9) or read(file))
+
+    assert ["error"] == statuses(sweep(a_suite(*does(KILLED)), tmp_path / "run"))
 
 
 def test_one_kill_explains_one_of_two_cells_that_run_side_by_side(tmp_path, counts, told_file):
