@@ -161,7 +161,7 @@ class Worker:
         self._unread = b""
         with logs.opened(self._log) as log:
             # In its own session the worker does not get the Ctrl-C of the terminal: the runner decides what it means.
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -181,7 +181,7 @@ class Worker:
             if time.monotonic() >= limit:
                 self._end(grace=0)
                 raise self._unusable(f"was not ready after {IMPORT_SECONDS:.0f} s")
-        raise self._unusable(f"ended while it was starting: {logs.end_of(self._log)}")
+        raise self._unusable(f"ended while it was starting ({_ending(process.returncode)}): {logs.end_of(self._log)}")
 
     def _unusable(self, what: str) -> UserError:
         return UserError("worker", what, f"see {self._log}; `meftbench doctor` says what this machine can measure")

@@ -14,7 +14,7 @@ from meftbench.records import writer as writing_records
 from meftbench.records.store import RECORDS, load_run, read_records
 from meftbench.records.writer import writing
 from meftbench.runner import Started
-from stand_in import BROKEN, FINE, SILENT
+from stand_in import BRIEF, BROKEN, FINE, SILENT
 from sweeps import WORKER, a_suite, does, statuses, sweep
 
 FAULTY = (*WORKER[:-1], "faulty")
@@ -69,6 +69,31 @@ def test_a_disk_that_a_cell_fills_itself(small_disk, monkeypatch):
 
     (disk / "filler").unlink()
     assert ["ok"] * 3 == statuses(resumed(suite, disk / "run", load_run(disk / "run").records))
+
+
+@pytest.mark.parametrize("kib", [4, 12])
+def test_a_disk_that_becomes_full_at_any_moment(small_disk, kib):
+    """By what the run writes, two cells at a time: each time room is made, the run goes on where it ended."""
+    disk = small_disk(kib)
+    suite, refusals = a_suite(*does(*[BRIEF] * 8)), []
+
+    def went_on():
+        try:
+            return sweep(suite, disk / "run", resume=True, jobs=2)
+        except UserError as error:
+            refusals.append(str(error))
+            return None
+
+    while (run := went_on()) is None:
+        temporary = {name for name in files_below(disk) if name.rpartition("/")[2].startswith(".")}
+        assert temporary <= {"run/.lock"}
+        kib += 4
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
+
+    assert refusals
+    assert all("No space left on device" in refusal for refusal in refusals)
+    assert ["ok"] * 8 == statuses(run)
+    assert 8 == len(read_records(disk / "run" / RECORDS)[0])
 
 
 def test_a_disk_that_is_full_before_the_run_begins(small_disk):
