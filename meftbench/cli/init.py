@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meftbench.cli.options import AllowCode, Batch, Model, Quiet
+from meftbench.cli.options import AllowCode, AsJson, Batch, Model, Quiet, say_written
 from meftbench.errors import CELLS_FAILED, DONE
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def init(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
     allow_code: AllowCode = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write what holds MODEL to memory budgets in your own repository: suites/NAME.yaml, its budgets, and a job for CI.
@@ -57,22 +58,27 @@ def init(
     )
     files = start.files()
     write_all(out, files, force)
-    for file in files:
-        print(f"{out / file}: written")
+    paths = [out / file for file in files]
+    say_written(paths, as_json, lambda: print(*(f"{path}: written" for path in paths), sep="\n"))
     commands = [] if out.resolve() == Path.cwd() else [f"cd {shlex.quote(str(out))}"]
     if not run:
         folder = f"runs/{start.name}"
         commands += [f"meftbench run {start.name} --out {folder}", f"meftbench check {folder} --update"]
-        print(f"next: {' && '.join(commands)}")
+        _say_next(commands, as_json)
         return
     with chdir(out):
-        finished = _fill(start, quiet)
+        finished = _fill(start, quiet, as_json)
     commands += [f"git add {shlex.join(str(file) for file in files)}"]
-    print(f"next: {' && '.join(commands)}")
+    _say_next(commands, as_json)
     raise typer.Exit(DONE if all(record.status == "ok" for record in finished.records) else CELLS_FAILED)
 
 
-def _fill(start: Start, quiet: bool) -> Run:
+def _say_next(commands: list[str], as_json: bool) -> None:
+    if not as_json:
+        print(f"next: {' && '.join(commands)}")
+
+
+def _fill(start: Start, quiet: bool, as_json: bool) -> Run:
     """Run the suite in the working folder, set its budgets to what was counted, and return the run."""
     from meftbench.cli.progress import progress
     from meftbench.plan.suite import load_suite
@@ -84,8 +90,9 @@ def _fill(start: Start, quiet: bool) -> Run:
 
     with progress(quiet, False) as tell:
         finished = run_suite(load_suite(str(start.suite_file)), default_folder(start.name), on_event=tell)
-    print_summary(finished)
     update = updated(finished, load_budgets(start.budgets_file))
     update.write()
-    print("\n".join([f"{start.budgets_file}: filled with what was counted", *update.kept]))
+    if not as_json:
+        print_summary(finished)
+        print("\n".join([f"{start.budgets_file}: filled with what was counted", *update.kept]))
     return finished

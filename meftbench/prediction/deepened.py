@@ -10,7 +10,7 @@ layer to layer and from depth to depth by a constant: three depths say by which,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +42,24 @@ class Growth:
             raise IrregularError("a second unit of layers adds other events than the first")
         self._rule = rule.placed([[trace.storage, trace.nbytes] for trace in traces])
         self._grown: dict[int, Trace] = {}
+
+    @classmethod
+    def of_two(cls, known: Growth, first: Trace, second: Trace) -> Growth:
+        """The same from two models alone, in another shape of the batch than that of `known`, in which layers allocate
+        otherwise: what a third would be is told from the units of the second.
+
+        Raises IrregularError: units are not inserted where they are in `known`, or what follows is no trace.
+        """
+        sizes = np.intersect1d(sizes_of(first), sizes_of(second))
+        rule = _Rule.of(first.symbols(sizes), second.symbols(sizes)).placed_as(known._rule)
+        third = Trace(
+            rule.repeated(first.what, second.what, 2),
+            rule.third(first.storage, second.storage),
+            rule.third(first.nbytes, second.nbytes),
+        )
+        growth = cls(first, second, third)
+        growth.by(2)
+        return growth
 
     def by(self, times: int) -> Trace:
         """The trace of `times` units more than the first. Raises IrregularError: values do not change by constants, or
@@ -92,11 +110,13 @@ class _Rule:
 
     blocks: (place in the shallowest trace, number of events), in order.  length: of that trace.
     slack: for each block, by how many events it can be inserted earlier, so that the same symbols result.
+    earlier: for each block, how many times its own length earlier than possible it is inserted.
     """
 
     blocks: list[tuple[int, int]]
     slack: list[int]
     length: int
+    earlier: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, first: Ints, second: Ints) -> _Rule:
@@ -123,7 +143,7 @@ class _Rule:
 
         columns: of the three traces, those whose values change by constants.
         """
-        blocks, shift = [], 0
+        backs, shift = [], 0
         for (place, size), slack in zip(self.blocks, self.slack, strict=True):
             begin = place - slack
             before = self._steady(columns, begin, place, shift)
@@ -135,9 +155,42 @@ class _Rule:
                 if before[: slack - back * size].all() and after[slack - back * size :].all()
             ]
             back = min(fitting, key=lambda back: abs(2 * back - fitting[0] - fitting[-1])) if fitting else most // 2
-            blocks.append((place - back * size, size))
+            backs.append(back)
             shift += size
-        return replace(self, blocks=blocks)
+        return self._earlier(backs)
+
+    def placed_as(self, known: _Rule) -> _Rule:
+        """The same blocks as much earlier as those of a rule that was placed. Raises IrregularError: it has others."""
+        room = [slack // size for (_, size), slack in zip(self.blocks, self.slack, strict=True)]
+        if room != [slack // size for (_, size), slack in zip(known.blocks, known.slack, strict=True)]:
+            raise IrregularError("units are inserted in other places")
+        return self._earlier(known.earlier)
+
+    def _earlier(self, backs: Sequence[int]) -> _Rule:
+        blocks = [(place - back * size, size) for (place, size), back in zip(self.blocks, backs, strict=True)]
+        return replace(self, blocks=blocks, earlier=tuple(backs))
+
+    def third(self, first: Ints, second: Ints) -> Ints:
+        """A column of a third trace, with two units more than the first, whose values change as those of the second do:
+        with the depth as in the unit before the one that is inserted, and from that to this one as to the next.
+
+        Raises IrregularError: one unit is inserted within another.
+        """
+        parts, begin, shift = [], 0, 0
+        for place, size in [*self.blocks, (self.length, 0)]:
+            own = first[begin:place]
+            parts.append(own + 2 * (second[begin + shift : place + shift] - own))
+            if size:
+                if place - size < begin:
+                    raise IrregularError("a unit is inserted within another")
+                inserted, before = (
+                    second[place + shift : place + shift + size],
+                    second[place + shift - size : place + shift],
+                )
+                next_inserted = inserted + (before - first[place - size : place])
+                parts += [next_inserted, next_inserted + (inserted - before)]
+            begin, shift = place, shift + size
+        return np.concatenate(parts)
 
     def _steady(self, columns: list[list[Ints]], begin: int, end: int, shift: int) -> NDArray[np.bool_]:
         """Which of the events from `begin` to `end` in the first trace have values that change by constants, where the

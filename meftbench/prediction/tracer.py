@@ -142,7 +142,13 @@ class Tracer:
             for growth in known:
                 if (trace := growth.alike(first.trace, times)) is not None:
                     return Traced(trace, growth.sizes(times), first.attention, first.tokens)
-            known.append(_Growth.of(first, fewer(1), fewer(2)))
+            second = fewer(1)
+            try:
+                known.append(_Growth.of_two(known[-1], first, second) if known else _Growth.of(first, second, fewer(2)))
+            except IrregularError:
+                if not known:
+                    raise
+                known.append(_Growth.of(first, second, fewer(2)))
             return Traced(known[-1].by(times), known[-1].sizes(times), first.attention, first.tokens)
         return traced(counts)
 
@@ -178,6 +184,7 @@ class Tracer:
             entered.enter_context(mode)
             counted = entered.enter_context(PredictedStep(step, self.remembered, self.profile, self.versions))
             counter = counted.counter
+            counter.adds_up = False  # what a counter sees is told from the events
             entered.enter_context(counter.work.entered())
             entered.enter_context(nullcontext() if whole_loops else left_out_by(counter))
             starts = []
@@ -262,6 +269,17 @@ class _Growth:
             if all(one is trace for one, trace in zip(whole, traces, strict=True)):
                 raise
         return cls(Growth(*whole), numbers, whole=True)
+
+    @classmethod
+    def of_two(cls, known: _Growth, first: Traced, second: Traced) -> _Growth:
+        """As of `Growth`."""
+        if first.attention != second.attention or known.whole:
+            raise IrregularError("other kernels run in further layers")
+        numbers = {
+            name: (metric, cast(int, second.sizes[name].value) - cast(int, metric.value))
+            for name, metric in first.sizes.items()
+        }
+        return cls(Growth.of_two(known.of_trace, first.trace, second.trace), numbers, whole=False)
 
     def by(self, times: int) -> Trace:
         """As of `Growth`."""

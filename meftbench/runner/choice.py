@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from meftbench.plan.cell import Cell
 
 
-def better_rate(cell: Cell, cells: Sequence[Cell], scores: Mapping[str, float]) -> Cell | None:
-    """The first seed's cell with the best learning rate, where `cell` has another and need not be trained; else None.
+class Rates:
+    """The trainings of a plan that differ in learning rate and seed alone. cells: of the plan, in order."""
 
-    Unless the grid is "every-seed", all learning rates are tried with the lowest seed, and the other seeds are trained
-    with the best of them only.  scores: of validation, by cell_id.  None: `cell` is to be trained, because it has the
-    lowest seed or the best learning rate, or because a learning rate has no score with the lowest seed.
-    """
-    if cell.training is None or cell.training.grid == "every-seed":
-        return None
-    variants = [candidate for candidate in cells if _without_rate_and_seed(candidate) == _without_rate_and_seed(cell)]
-    first_seed = min(candidate.seed for candidate in variants)
-    first_seed_cells = [candidate for candidate in variants if candidate.seed == first_seed]
-    if cell.seed == first_seed or any(candidate.cell_id not in scores for candidate in first_seed_cells):
-        return None
-    best = max(first_seed_cells, key=lambda candidate: scores[candidate.cell_id])
-    return None if _rate(best) == _rate(cell) else best
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._cells = cells
+
+    def better(self, cell: Cell, scores: Mapping[str, float]) -> Cell | None:
+        """The first seed's cell with the best learning rate, where `cell` has another and need not be trained; else
+        None.
+
+        Unless the grid is "every-seed", all learning rates are tried with the lowest seed, and the other seeds are
+        trained with the best of them only.  scores: of validation, by cell_id.  None: `cell` is to be trained, because
+        it has the lowest seed or the best learning rate, or because a learning rate has no score with the lowest seed.
+        """
+        if cell.training is None or cell.training.grid == "every-seed":
+            return None
+        variants = self._variants[_without_rate_and_seed(cell)]
+        first_seed = min(candidate.seed for candidate in variants)
+        first_seed_cells = [candidate for candidate in variants if candidate.seed == first_seed]
+        if cell.seed == first_seed or any(candidate.cell_id not in scores for candidate in first_seed_cells):
+            return None
+        best = max(first_seed_cells, key=lambda candidate: scores[candidate.cell_id])
+        return None if _rate(best) == _rate(cell) else best
+
+    @cached_property
+    def _variants(self) -> dict[str, list[Cell]]:
+        variants: dict[str, list[Cell]] = {}
+        for cell in self._cells:
+            if cell.training is not None:
+                variants.setdefault(_without_rate_and_seed(cell), []).append(cell)
+        return variants
 
 
-def _without_rate_and_seed(cell: Cell) -> tuple[object, object]:
-    training = cell.training
-    training_settings = training and training.model_dump(exclude={"learning_rate"})
-    return cell.model_dump(exclude={"seed", "training"}), training_settings
+def _without_rate_and_seed(cell: Cell) -> str:
+    return cell.model_dump_json(exclude={"seed": True, "training": {"learning_rate"}})
 
 
 def _rate(cell: Cell) -> float | None:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from meftbench.records.store import RECORDS, Run, ended_by_disk, folder_at, load
 from meftbench.records.writer import Writer, writing
 from meftbench.runner import folder, gpus, host, logs
 from meftbench.runner.attempt_records import record_of, skipped_record
-from meftbench.runner.choice import better_rate
+from meftbench.runner.choice import Rates
 from meftbench.runner.data_check import check_data
 from meftbench.runner.environment import code_digest, environment
 from meftbench.runner.job import Job
 from meftbench.runner.process import Worker, worker_environment
-from meftbench.runner.schedule import Attempt, Key, Plan, next_attempt, pending
+from meftbench.runner.schedule import Attempt, Key, Plan, Schedule, pending
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,14 @@ class _Sweep:
     done: int = 0
     stopped: bool = False
 
+    @cached_property
+    def _rates(self) -> Rates:
+        return Rates(self.plan.cells)
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.plan, self.finished, kind=_kind)
+
     def go(
         self, worker: Worker, writer: Writer, suite: Suite, identity: dict[str, Any], threads: int, memory: int
     ) -> None:
@@ -339,18 +347,18 @@ class _Sweep:
     def _next(self) -> Iterator[tuple[Attempt, str]]:
         """Yield attempts to start, with their slots, or to skip, as long as there are free slots."""
         for kind, slots in self.free.items():
-            is_of_kind = partial(_has_kind, kind)
             while slots and not self.stopped:
-                attempt = next_attempt(self.plan, self.finished, self.running, is_of_kind)
+                attempt = self._schedule.start({kind})
                 if attempt is None:
                     break
-                if not attempt.is_skipped and (better := better_rate(attempt.cell, self.plan.cells, self.scores)):
+                if not attempt.is_skipped and (better := self._rates.better(attempt.cell, self.scores)):
                     attempt = replace(attempt, beaten_by=better.cell_id)
                 yield attempt, "" if attempt.is_skipped else slots.pop(0)
 
     def _write(self, writer: Writer, record: Record, total: int) -> None:
         writer.append(record)
         self.finished[record.cell_id, record.repeat] = record.status
+        self._schedule.end((record.cell_id, record.repeat), record.status)
         self.scores |= scores_of([record])
         self.done += 1
         self.on_event(Ended(record, self.done, total))
@@ -358,10 +366,6 @@ class _Sweep:
 
 def _kind(cell: Cell) -> str:
     return "cuda" if cell.device == "cuda" else "counted"
-
-
-def _has_kind(kind: str, cell: Cell) -> bool:
-    return _kind(cell) == kind
 
 
 def _job(logs_folder: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, memory: int) -> Job:

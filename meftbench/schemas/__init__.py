@@ -25,7 +25,7 @@ FORMATS: Mapping[str, tuple[str, str]] = {
     "run": ("meftbench.schemas.runs:RunAnswer", "`run --json` and `finetune --json`"),
     "dry-run": ("meftbench.schemas.runs:DryRunAnswer", "`run --dry-run --json`"),
     "export": ("meftbench.schemas.runs:ExportedRun", "`export RUN --json`, or --format json"),
-    "written": ("meftbench.schemas.runs:WrittenAnswer", "`report --json`, and `export --json` of files"),
+    "written": ("meftbench.schemas.runs:WrittenAnswer", "`report --json`, `init --json`, and `export --json` of files"),
     "check": ("meftbench.schemas.runs:CheckAnswer", "`check --json`"),
     "compare": ("meftbench.schemas.runs:CompareAnswer", "`compare --json`"),
     "estimate": ("meftbench.estimates:Estimate", "`estimate --json`"),

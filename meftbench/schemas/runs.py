@@ -158,7 +158,7 @@ class ExportedRun(Published):
 
 
 class WrittenAnswer(Published):
-    """`meftbench report --json`, and `meftbench export --json` where it writes files."""
+    """`meftbench report --json`, `meftbench init --json`, and `meftbench export --json` where it writes files."""
 
     files: list[str]
     """Paths, as the options name their folder."""

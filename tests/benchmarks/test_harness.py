@@ -7,7 +7,7 @@ from meftbench.plan.suite import Suite
 from meftbench.records.store import load_run
 from meftbench.records.writer import writing
 from meftbench.runner import run_suite
-from meftbench.runner.schedule import Plan, next_attempt
+from meftbench.runner.schedule import Plan, Schedule
 from sweeps import a_suite, path_for_workers, sweep
 
 
@@ -35,12 +35,17 @@ def test_a_sweep_of_cells_that_do_nothing(benchmark, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cells", [100, 10_000])
 def test_choosing_the_next_cell(benchmark, cells):
-    """Benchmark one decision in the middle of a sweep."""
-    plan = Plan([a_cell(batch_size=n + 1) for n in range(cells)], {}, "bracket")
-    plan = Plan(plan.cells, {cell.cell_id: 1 for cell in plan.cells}, "bracket")
-    finished = {(cell.cell_id, 0): "ok" for cell in plan.cells[: cells // 2]}
+    """Benchmark all decisions of a sweep: their time grows with the number of cells."""
+    chosen = [a_cell(batch_size=n + 1) for n in range(cells)]
 
-    assert plan.cells[cells // 2] == benchmark(next_attempt, plan, finished).cell
+    def decided():
+        schedule, order = Schedule(Plan(chosen, {cell.cell_id: 1 for cell in chosen}, "bracket"), {}), []
+        while (attempt := schedule.start()) is not None:
+            schedule.end(attempt.key, "ok")
+            order.append(attempt.cell)
+        return order
+
+    assert chosen == benchmark.pedantic(decided, rounds=2)
 
 
 @pytest.mark.parametrize("cells", [100, 10_000])

@@ -83,6 +83,7 @@ ANSWERS = {
     ("check", "run", "--budget", "budgets.yaml"): "check",
     ("compare", "run", "other"): "compare",
     ("report", "run"): "written",
+    ("init", "bert-tiny@random", "--out", "mine"): "written",
     ("export", "run"): "export",
     ("export", "run", "--format", "junit", "-o", "it.xml"): "written",
     ("export", "run", "--format", "github-action-benchmark", "-o", "it.json"): "written",

@@ -139,6 +139,20 @@ def test_another_shape_is_told_from_one_trace():
     assert 3 == tracer.cells[-1].model_config_overrides["num_hidden_layers"]
 
 
+def test_a_shape_in_which_layers_allocate_otherwise_is_told_from_two_traces():
+    """In three tiles instead of one, where the first shape needed three depths; and it is what a trace of all is."""
+    tracer, whole = extrapolation.WatchedTracer(), extrapolation.WatchedTracer(extrapolate=False)
+    cell = a_cell_of("llama", "meft1-exact", 8, precision="bf16", device="predicted:a100-80gb")
+    tracer(cell)
+    before = tracer.traced
+    longer = cell.model_copy(update={"batch_size": 3, "micro_batch_size": 3, "sequence_length": 4200})
+    untiled = cell.model_copy(update={"batch_size": 1, "micro_batch_size": 1})
+
+    assert not tracer(longer).trace.has_events_of(tracer(untiled).trace)
+    assert [] == extrapolation.differences(tracer(longer), whole(longer))
+    assert (3, 7) == (before, tracer.traced)
+
+
 def test_a_trace_is_that_of_a_new_model_whatever_was_traced_before():
     """Buffers in host memory that another shape left are not used again: events say where each is from."""
     cell = a_deep_cell("offload")

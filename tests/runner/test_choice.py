@@ -2,7 +2,7 @@
 
 from builders import a_cell
 from meftbench.plan.training import Training
-from meftbench.runner.choice import better_rate
+from meftbench.runner.choice import Rates
 from stand_in import BRIEF, FINE
 from sweeps import a_suite, statuses, sweep, told
 
@@ -18,6 +18,10 @@ CELLS = [LOW, HIGH, LATER_LOW, LATER_HIGH]
 
 def scored(*pairs):
     return {cell.cell_id: score for cell, score in pairs}
+
+
+def better_rate(cell, cells, scores):
+    return Rates(cells).better(cell, scores)
 
 
 def test_another_rate_did_better():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import a_cell
-from meftbench.runner.schedule import Attempt, Plan, dominates, next_attempt, pending
+from meftbench.runner.schedule import Attempt, Plan, Schedule, dominates, next_attempt, pending
 
 
 def a_plan(cells, on_oom="record", repeats=1):
@@ -142,3 +142,30 @@ def test_every_policy_ends_every_attempt_once_and_never_misjudges(sizes, capacit
         assert len(cells) * repeats == len(history) == len(plan.attempts)
         assert all((status == "ok") == (batch * length <= capacity) for batch, length, status in history)
         assert not pending(plan, {attempt.key: "ok" for attempt in plan.attempts})
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["counted", "cuda"])), min_size=1, unique=True
+    ),
+    capacity=st.integers(0, 40),
+    policy=st.sampled_from(["record", "skip-larger", "bracket"]),
+    at_a_time=st.integers(1, 3),
+)
+def test_a_schedule_that_changes_says_what_one_made_anew_says(sizes, capacity, policy, at_a_time):
+    """After every start and end, of several attempts at a time on two kinds of devices."""
+    plan = a_plan([a_cell(batch_size=b, sequence_length=s, device=device) for b, s, device in sizes], policy)
+    schedule, finished, running = Schedule(plan, {}, kind=lambda cell: cell.device), {}, []
+    of_kind = {"counted": lambda cell: cell.device == "counted", "cuda": lambda cell: cell.device == "cuda"}
+    for kind in ["counted", "cuda"] * (2 * len(sizes) + at_a_time):
+        expected = next_attempt(plan, finished, {attempt.key for attempt in running}, of_kind[kind])
+        attempt = schedule.start({kind})
+        assert expected == attempt
+        running += [attempt] if attempt else []
+        if running and (len(running) >= at_a_time or attempt is None):
+            ended = running.pop(0)
+            fits = ended.cell.micro_batch_size * ended.cell.sequence_length <= capacity
+            finished[ended.key] = "skipped" if ended.is_skipped else "ok" if fits else "oom"
+            schedule.end(ended.key, finished[ended.key])
+
+    assert len(plan.attempts) == len(finished) + len(running)
