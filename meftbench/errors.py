@@ -14,6 +14,7 @@ CELLS_FAILED = 3
 NOT_COMPARABLE = 4
 NOTHING_MATCHED = 5
 BUG = 70
+RESULT_NOT_WRITTEN = 74  # of a process of the worker only; EX_IOERR in sysexits.h
 INTERRUPTED = 130
 TERMINATED = 143
 

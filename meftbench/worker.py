@@ -37,9 +37,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from meftbench.errors import CellFailure, UserError, is_out_of_memory
+from meftbench.errors import RESULT_NOT_WRITTEN, CellFailure, UserError, is_out_of_memory
 from meftbench.memory_limit import memory_limit
-from meftbench.records.store import write_whole
+from meftbench.records.store import replace_file
 from meftbench.units import requested_bytes
 
 REQUESTS = "meftbench.measuring.requests"
@@ -48,6 +48,10 @@ MESSAGE_CHARACTERS = 2_000
 _PLACE = re.compile(r'File "/[^"\n]*?/((?:site-packages|meftbench|python3\.\d+)/(?!.*site-packages)[^"\n]*)"')
 
 Tell = Callable[[str], None]
+
+
+class NotWritten(Exception):  # noqa: N818 - no error of the job
+    """The result of a job cannot be written to its file."""
 
 
 def imported(name: str) -> ModuleType:
@@ -113,13 +117,21 @@ def _no_progress(line: str) -> None:
 
 
 def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress) -> dict[str, Any]:
-    """Run a job in this process. Returns its result, which is written to a file if the job names one."""
+    """Run a job in this process. Returns its result, which is written to a file if the job names one.
+
+    Raises NotWritten: the file cannot be written.
+    """
     os.environ.update(job["environment"])
     _use_threads(job["threads"])
     with memory_limit(job["memory_bytes"]):
         content = run_job(requests, job["verb"], job["request"], tell)
     if job["result"] is not None:
-        write_whole(Path(job["result"]), json.dumps(content, allow_nan=False))
+        result = Path(job["result"])
+        try:
+            result.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed since
+            replace_file(result, json.dumps(content, allow_nan=False).encode())
+        except OSError as error:
+            raise NotWritten(f"{result}: cannot be written ({error.strerror or error})") from error
     return content
 
 
@@ -237,6 +249,9 @@ class Server:
                     os.close(permit_read)
                     perform(self._requests, job)
                     code = 0
+            except NotWritten as error:
+                code = RESULT_NOT_WRITTEN
+                print(error, file=sys.stderr)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -251,7 +266,7 @@ class Server:
         return pid
 
     def _spawned(self, log_file: str, permit_read: int) -> int:
-        with open(log_file, "wb") as log:
+        with os.fdopen(_log_opened(log_file), "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "meftbench.worker", "--requests", self._name, "--once"],
                 stdin=permit_read,
@@ -268,7 +283,7 @@ class Server:
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         os.close(self._reports)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        output = _log_opened(log)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -288,6 +303,13 @@ class Server:
             _kill_group(pid)
         for pid in self._running:
             os.waitpid(pid, 0)
+
+
+def _log_opened(log: str) -> int:
+    """A descriptor for the file, which is emptied; its folder is made where it was removed. Never a link's target."""
+    if log != os.devnull:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
 
 
 def _kill_group(pid: int) -> None:
@@ -320,7 +342,11 @@ def run_once(name: str) -> int:
 
     if job["ends_with_asker"]:
         threading.Thread(target=_end_with_asker, daemon=True).start()
-    content = perform(imported(name), job, lambda text: report(event="progress", text=text))
+    try:
+        content = perform(imported(name), job, lambda text: report(event="progress", text=text))
+    except NotWritten as error:
+        print(error, file=sys.stderr)
+        return RESULT_NOT_WRITTEN
     if job["result"] is None:
         report(event="result", content=content)
     return 0

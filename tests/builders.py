@@ -11,7 +11,8 @@ import yaml
 
 from meftbench.plan.cell import Cell
 from meftbench.records.record import Metric, Record
-from meftbench.records.store import Run, load_run, writing
+from meftbench.records.store import Run, load_run
+from meftbench.records.writer import writing
 
 MiB = 2**20
 

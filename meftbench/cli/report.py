@@ -41,7 +41,7 @@ def report(
     Several runs go into one page, side by side. The name of a plot is that of its file in plots/.
     Exits 5 where no cell of any RUN has finished; the page then says so.
     """
-    from meftbench.records.store import BUDGETS, load_run, warn_of_left_out
+    from meftbench.records.store import BUDGETS, load_run, refuse_link, warn_of_left_out
     from meftbench.report.render.report import PLOTS, write_plots, write_report
 
     loaded = [load_run(run) for run in runs]
@@ -49,6 +49,7 @@ def report(
         warn_of_left_out(run)
     folder = out or runs[0]
     if plot:
+        refuse_link(folder / PLOTS)
         files = write_plots(loaded, folder / PLOTS, plot)
         say_written(files, as_json, lambda: print("\n".join(map(str, files))))
         return

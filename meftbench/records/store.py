@@ -1,7 +1,6 @@
-"""The run folder: suite.yaml, environment.json, records.jsonl. One process writes at a time; any number may read.
+"""Reads run folders (suite.yaml, environment.json, records.jsonl), and writes files in full or not at all.
 
-A record is one line, written and fsynced; every other file is written under a temporary name and moved into place.
-So whenever a run is killed, finished records are kept, and at most the last line is torn.
+Records are written by `records.writer`, one process at a time; any number may read.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import errno
 import gc
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -220,69 +218,40 @@ def made(folder: Path) -> Path:
     return folder
 
 
+def subfolder(folder: Path, name: str) -> Path:
+    """The folder `name` of `folder`, created if it did not exist.
+
+    Raises UserError: it cannot be created, or it is a symbolic link, which would lead what is written out of `folder`.
+    """
+    inner = folder / name
+    refuse_link(inner)
+    return made(inner)
+
+
+def refuse_link(file: Path) -> None:
+    """Raises UserError where `file` is a symbolic link, through which its target would be written."""
+    if file.is_symlink():
+        cure = "remove the link: outputs are written into the folder itself, never through a link in it"
+        raise UserError(str(file), "is a symbolic link", cure)
+
+
 def unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(str(folder), f"cannot be written ({error.strerror or error})", "choose another folder with --out")
 
 
-# Halves of surrogate pairs, which UTF-8 cannot encode; a message of an exception may contain them.
-_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
+RESUME = "then run it again with --resume: finished records are kept"
+_DISK_CURES = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EIO: "check the disk",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+}
 
 
-class Writer:
-    """The one writer of a run folder. Use through `writing`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._descriptor = os.open(folder / RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._drop_torn_line()
-
-    def append(self, record: Record) -> None:
-        """Add one record; it is on the disk when this returns. Raises UserError: when it cannot be written."""
-        text = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
-        line = _HALF_CHARACTERS.sub("\ufffd", text).encode() + b"\n"
-        try:
-            while line:
-                line = line[os.write(self._descriptor, line) :]
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise unwritable(self.folder, error) from None
-
-    def write(self, name: str, text: str) -> None:
-        """Write another file of the folder, in full or not at all."""
-        write_whole(self.folder / name, text)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def _drop_torn_line(self) -> None:
-        """Cut off a last line without its end, which is no complete record, so that the next record begins a line."""
-        content = (self.folder / RECORDS).read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete != len(content):
-            os.ftruncate(self._descriptor, complete)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[Writer]:
-    """The writer of `folder`, which is created if needed.
-
-    Raises UserError: when it is not writable, or another run writes there.
-    """
-    from filelock import FileLock, Timeout  # which those who read need not wait for
-
-    lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(str(folder), "another run writes here", "wait for it, or choose another --out") from None
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    try:
-        writer = Writer(folder)
-        try:
-            yield writer
-        finally:
-            writer.close()
-    finally:
-        lock.release()
+def ended_by_disk(file: Path, error: OSError) -> UserError:
+    """The error that ends a run which cannot write `file`: why, and how the run is taken up again."""
+    cure = _DISK_CURES.get(error.errno or 0, "make that possible")
+    return UserError(str(file), f"cannot be written ({error.strerror or error})", f"{cure}, {RESUME}")

@@ -9,7 +9,8 @@ from meftbench.plan.factories import calls_of
 from meftbench.plan.identity import uuid7
 from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.record import Record
-from meftbench.runner.process import Outcome, utc_now
+from meftbench.runner.job import Outcome
+from meftbench.runner.process import utc_now
 from meftbench.runner.schedule import Attempt, Plan
 
 

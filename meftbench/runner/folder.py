@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,8 @@ from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite, shipped_suites
 from meftbench.records.record import Record
-from meftbench.records.store import BUDGETS, ENVIRONMENT, LOCK, RECORDS, SUITE, Run, Writer, load_run
+from meftbench.records.store import BUDGETS, ENVIRONMENT, LOCK, RECORDS, SUITE, Run, load_run
+from meftbench.records.writer import Writer
 
 LOGS = "logs"
 RUNS = Path("runs")
@@ -128,7 +129,11 @@ def begin(writer: Writer, suite: Suite, environment: dict[str, Any], code: Diges
 
 def _write_suite(writer: Writer, suite: Suite, run_id: str, code: Digests) -> None:
     if suite.budgets is not None:
-        shutil.copyfile(suite.budgets, writer.folder / BUDGETS)
+        try:
+            budgets = suite.budgets.read_bytes()
+        except OSError as error:
+            raise UserError(str(suite.budgets), f"cannot be read ({error.strerror})", "see to that file") from None
+        writer.write(BUDGETS, budgets)
     content = {"schema": 1, "run_id": run_id} | described(suite) | ({"own_code": dict(code)} if code else {})
     writer.write(SUITE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
@@ -190,8 +195,19 @@ def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, A
     return notes
 
 
-def finished_records(run: Run | None, retry: frozenset[str]) -> dict[tuple[str, int], Record]:
-    """The records that are kept, by (cell_id, repeat): those whose status is not in `retry`."""
+def finished_records(run: Run | None, retry: frozenset[str], chosen: Collection[str]) -> dict[tuple[str, int], Record]:
+    """The records that are kept, by (cell_id, repeat).
+
+    Not kept are those of the cells `chosen` (cell_ids) whose status is in `retry`, and those of cells that were skipped
+    because of a cell that is not out of memory any more, or is tried again: they are judged anew.
+    """
     if run is None:
         return {}
-    return {(r.cell_id, r.repeat): r for r in run.records if r.status not in retry}
+    kept = [r for r in run.records if r.status not in retry or r.cell_id not in chosen]
+    standing = {None, *(r.cell_id for r in kept if r.status == "oom")}
+    return {(r.cell_id, r.repeat): r for r in kept if _cause(r) in standing}
+
+
+def _cause(record: Record) -> str | None:
+    """The cell_id of the cell that was out of memory and because of which this one was skipped; None: it was not."""
+    return record.status_detail.get("dominated_by") if record.status == "skipped" else None

@@ -15,6 +15,7 @@ from typing import Any
 from meftbench.errors import CELLS_FAILED, UserError
 from meftbench.plan.factories import FOLDER
 from meftbench.plan.protocol import Protocol
+from meftbench.runner.oom_kills import of_kill, oom_kills
 from meftbench.runner.process import parsed_event, worker_environment
 
 # Named and not imported here, since it imports torch.
@@ -60,6 +61,7 @@ def _result_of(
     Raises RuntimeError, with the end of its log: the worker ended without a result. UserError: it was killed.
     """
     with tempfile.TemporaryFile() as log:  # without a name, so that nothing is left of it however this process ends
+        kills = oom_kills()
         # A session of its own, so that the processes it starts can be ended with it.
         process = subprocess.Popen(
             (*ONCE, *options),
@@ -84,9 +86,10 @@ def _result_of(
                     return dict(event["content"])
             code = process.wait()
             if code < 0:
-                what = f"its process was ended by signal {-code}, {signal.Signals(-code).name}"
-                likely = ", most likely by the kernel because the host ran out of memory" if code == -9 else ""
-                raise UserError(job["verb"], what + likely, "free memory of the host and try again", CELLS_FAILED)
+                for_memory, why = of_kill(kills) if code == -signal.SIGKILL else (False, "")
+                what = f"its process was ended by signal {-code}, {signal.Signals(-code).name}{why and f': {why}'}"
+                cure = "free memory of the host and try again" if for_memory else "try again"
+                raise UserError(job["verb"], what, cure, CELLS_FAILED)
             log.seek(0)
             end = log.read()[-_LOG_CHARACTERS:].decode(errors="replace")
             raise RuntimeError(f"the prediction ended with {code}:\n{end}")

@@ -15,17 +15,20 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from meftbench.errors import UserError
-from meftbench.plan.cell import Cell
+from meftbench.errors import RESULT_NOT_WRITTEN, UserError
 from meftbench.plan.factories import CALLS, FOLDER
 from meftbench.plan.protocol import Protocol
 from meftbench.records.record import Metric, Status
-from meftbench.runner.result_files import read_result
+from meftbench.records.store import RESUME, ended_by_disk
+from meftbench.runner import logs
+from meftbench.runner.job import Job, Outcome
+from meftbench.runner.oom_kills import of_kill, oom_kills
+from meftbench.runner.result_files import disk_error, is_of_disk, read_result
 
 # Named and not imported here, since it imports torch.
 WORKER = (sys.executable, "-m", "meftbench.worker")
@@ -33,46 +36,7 @@ IMPORT_SECONDS = 600.0
 START_SECONDS = 60.0
 TERM_SECONDS = 2.0
 KILL_SECONDS = 10.0
-LOG_TAIL = 400
-
-
-@dataclass(frozen=True)
-class Job:
-    """A cell to be measured in a process of its own.
-
-    result, log: files; the log takes what the process prints.  timeout: seconds.  threads: CPU threads.
-    memory_bytes: how much host memory the process may take; None: no limit.
-    environment: variables set in the process before anything looks at a device.
-    """
-
-    cell: Cell
-    repeat: int
-    protocol: Protocol
-    result: Path
-    log: Path
-    timeout: float
-    threads: int = 1
-    memory_bytes: int | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended. detail: `status_detail` of the record.  observed: fields of the cell known only after it ran.
-
-    wall_s: seconds from giving the job to the worker until its process had ended.
-    """
-
-    job: Job
-    status: Status
-    detail: dict[str, Any]
-    metrics: dict[str, Metric]
-    observed: dict[str, Any]
-    pid: int | None
-    started_at: str
-    finished_at: str
-    wall_s: float
-
+MAKE_ROOM = f"make room on that disk, or make it writable, {RESUME}"
 
 Stage = Literal["running", "terminated", "killed"]
 
@@ -80,9 +44,10 @@ Stage = Literal["running", "terminated", "killed"]
 @dataclass
 class _Running:
     job: Job
-    started_at: str
+    started: datetime
     start: float
     deadline: float
+    kills: int | None  # by the kernel for memory, before the job began
     stage: Stage = "running"
     pid: int | None = None
 
@@ -126,6 +91,7 @@ class Worker:
         self._environment, self._log, self._command = dict(environment), log, tuple(command or WORKER)
         self._jobs: dict[int, _Running] = {}
         self._ended: deque[Outcome] = deque()
+        self._disk: UserError | None = None
         self._number = 0
         self._process: subprocess.Popen[bytes] | None = None
         self.facts: dict[str, Any] = {}
@@ -144,7 +110,7 @@ class Worker:
         for stale in (job.result, job.log):
             stale.unlink(missing_ok=True)
         now = time.monotonic()
-        self._jobs[self._number] = _Running(job, utc_now(), now, now + START_SECONDS)
+        self._jobs[self._number] = _Running(job, datetime.now(UTC), now, now + START_SECONDS, oom_kills())
         line = {
             "id": self._number,
             "verb": "measure",
@@ -164,8 +130,11 @@ class Worker:
             self._died()
 
     def poll(self) -> Outcome | None:
-        """Wait until a job ends and return its outcome; None where none is running. Overdue jobs are ended here."""
-        while not self._ended and self._jobs:
+        """Wait until a job ends and return its outcome; None where none is running. Overdue jobs are ended here.
+
+        Raises UserError: the disk cannot be written, so that a job has no outcome; those of others come first.
+        """
+        while not self._ended and self._jobs and not self._disk:
             due = min(running.deadline for running in self._jobs.values())
             for event in self._events(max(0.0, due - time.monotonic())):
                 self._handle(event)
@@ -173,7 +142,11 @@ class Worker:
             for number, running in list(self._jobs.items()):
                 if now >= running.deadline and number in self._jobs:
                     self._overdue(number, running, now)
-        return self._ended.popleft() if self._ended else None
+        if self._ended:
+            return self._ended.popleft()
+        if self._disk:
+            raise self._disk
+        return None
 
     def close(self) -> None:
         """End the worker and everything it runs; unfinished jobs have no outcome."""
@@ -186,9 +159,9 @@ class Worker:
 
     def _begin(self) -> None:
         self._unread = b""
-        with self._log.open("ab") as log:
+        with logs.opened(self._log) as log:
             # In its own session the worker does not get the Ctrl-C of the terminal: the runner decides what it means.
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -208,7 +181,7 @@ class Worker:
             if time.monotonic() >= limit:
                 self._end(grace=0)
                 raise self._unusable(f"was not ready after {IMPORT_SECONDS:.0f} s")
-        raise self._unusable(f"ended while it was starting: {_tail(self._log)}")
+        raise self._unusable(f"ended while it was starting ({_ending(process.returncode)}): {logs.end_of(self._log)}")
 
     def _unusable(self, what: str) -> UserError:
         return UserError("worker", what, f"see {self._log}; `meftbench doctor` says what this machine can measure")
@@ -251,12 +224,12 @@ class Worker:
         assert self._process is not None
         process = self._process
         self._end(grace=TERM_SECONDS)
-        self._lose_jobs(f"the worker died ({_ending(process.returncode)}): {_tail(self._log)}")
+        self._lose_jobs(f"the worker died ({_ending(process.returncode)}): {logs.end_of(self._log)}")
 
     def _lose_jobs(self, message: str) -> None:
         for number, running in list(self._jobs.items()):
             _kill(running.pid, signal.SIGKILL)
-            self._finish(number, "error", {"type": "WorkerDied", "message": message})
+            self._without_result(number, {"type": "WorkerDied", "message": message})
 
     # --- its jobs ---
 
@@ -272,19 +245,47 @@ class Worker:
 
     def _exited(self, number: int, running: _Running, code: int) -> None:
         result = read_result(running.job.result)
+        message = f"{_ending(code)}: {logs.end_of(running.job.log)}"
         if isinstance(result, dict):
-            self._finish(number, **result)
+            said = str(result["status_detail"].get("message", ""))
+            if result["status"] == "error" and is_of_disk(said, running.job.log.parent.parent):
+                self._give_up(number, UserError(running.job.cell.label, said.partition("; ")[0], MAKE_ROOM))
+            else:
+                self._finish(number, **result)
         elif running.stage != "running":
             self._finish(number, "timeout", _timeout(running))
         elif code == -signal.SIGKILL:
-            message = "killed by signal 9, most likely by the kernel because the host ran out of memory"
-            self._finish(number, "oom", {"type": "Killed", "message": message, "exit_signal": 9})
+            self._killed(number, running)
         elif code < 0:
-            message = f"{_ending(code)}: {_tail(running.job.log)}"
-            self._finish(number, "error", {"type": "Crash", "message": message, "exit_signal": -code})
+            self._without_result(number, {"type": "Crash", "message": message, "exit_signal": -code})
+        elif code == RESULT_NOT_WRITTEN and disk_error(running.job.log.parent) is None:
+            self._give_up(number, UserError(str(running.job.result), f"could not be written ({message})", MAKE_ROOM))
         else:
-            message = f"{result} ({_ending(code)}): {_tail(running.job.log)}"
-            self._finish(number, "error", {"type": "NoResult", "message": message})
+            self._without_result(number, {"type": "NoResult", "message": f"{result} ({message})"})
+
+    def _killed(self, number: int, running: _Running) -> None:
+        """The process was ended by SIGKILL, not sent from here: by the kernel for memory, or by somebody."""
+        for_memory, message = of_kill(running.kills)
+        detail = {"type": "Killed", "message": message, "exit_signal": int(signal.SIGKILL)}
+        if not for_memory:
+            self._without_result(number, detail)
+            return
+        for other in self._jobs.values():  # one kill explains the end of one process
+            other.kills = None if other.kills is None else other.kills + 1
+        self._finish(number, "oom", detail)
+
+    def _without_result(self, number: int, detail: dict[str, Any]) -> None:
+        """A job has left no result: it ends as `error`, unless no result can be written, which is no fault of its."""
+        folder = self._jobs[number].job.log.parent
+        if error := disk_error(folder):
+            self._give_up(number, ended_by_disk(folder, error))
+        else:
+            self._finish(number, "error", detail)
+
+    def _give_up(self, number: int, why: UserError) -> None:
+        """A job has no outcome because the disk cannot be written: it is to be run again when that is mended."""
+        self._jobs.pop(number)
+        self._disk = self._disk or why
 
     def _overdue(self, number: int, running: _Running, now: float) -> None:
         if running.pid is None:
@@ -310,9 +311,8 @@ class Worker:
     ) -> None:
         running = self._jobs.pop(number)
         running.job.result.unlink(missing_ok=True)
-        if running.job.log.exists() and running.job.log.stat().st_size == 0:
-            running.job.log.unlink()
-        wall = time.monotonic() - running.start
+        logs.shorten(running.job.log)
+        wall_s = time.monotonic() - running.start
         self._ended.append(
             Outcome(
                 running.job,
@@ -321,9 +321,9 @@ class Worker:
                 metrics or {},
                 observed or {},
                 running.pid,
-                running.started_at,
-                utc_now(),
-                wall,
+                in_utc(running.started),
+                in_utc(running.started + timedelta(seconds=wall_s)),
+                wall_s,
             )
         )
 
@@ -366,15 +366,11 @@ def _ending(code: int) -> str:
         return f"signal {-code}"
 
 
-def _tail(log: Path) -> str:
-    """The end of what the process printed, in one line."""
-    try:
-        text = log.read_bytes().decode(errors="replace")
-    except OSError:
-        return "it printed nothing"
-    return " | ".join(text.split("\n")).strip(" |")[-LOG_TAIL:] or "it printed nothing"
+def in_utc(moment: datetime) -> str:
+    """The moment in UTC and the format of RFC 3339, to the millisecond."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def utc_now() -> str:
     """The time now, in UTC and the format of RFC 3339."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return in_utc(datetime.now(UTC))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from meftbench.records.record import Metric
-from meftbench.units import format_bytes
 
 ROOM = 64 * 2**10  # bytes; a result file takes less
+# What the system (errno.ENOSPC, EDQUOT) says of a full disk, which may be another than that of the run.
+_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+# What else is said of a file that cannot be written.
+_UNWRITABLE = re.compile(r"Input/output error|Read-only file system|Permission denied|cannot be written")
 
 
 def read_result(file: Path) -> dict[str, Any] | str:
@@ -24,8 +29,28 @@ def read_result(file: Path) -> dict[str, Any] | str:
         detail, observed = dict(content["status_detail"]), dict(answer.get("observed", {}))
         return {"status": content["status"], "status_detail": detail, "metrics": metrics, "observed": observed}
     except FileNotFoundError:
-        free = shutil.disk_usage(file.parent).free
-        disk_full = f": the disk that the run is written to is full ({format_bytes(free)} free)" if free < ROOM else ""
-        return f"the process left no result{disk_full}"
+        return "the process left no result"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"the process left an unreadable result, {type(error).__name__}: {error}"
+
+
+def disk_error(folder: Path) -> OSError | None:
+    """The error with which the size of a result cannot be written to `folder` now; None: it can. Leaves no file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(os.urandom(ROOM))  # which no file system compresses
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def is_of_disk(message: str, run_folder: Path) -> bool:
+    """Whether the message of a cell's error says that the folder of the run cannot be written, or that a disk is full
+    where that of the run is full."""
+    full = bool(_FULL.search(message))
+    if str(run_folder.absolute()) in message or str(run_folder.resolve()) in message:
+        return full or bool(_UNWRITABLE.search(message))
+    return full and disk_error(run_folder) is not None

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +19,15 @@ from meftbench.plan.factories import CALLS, FOLDER, calls_of, check_allowed
 from meftbench.plan.suite import Suite, load_suite
 from meftbench.plan.training import BEST, CELL_FOLDER, PRELOAD
 from meftbench.records.record import Record, Status
-from meftbench.records.store import Run, Writer, folder_at, load_run, writing
-from meftbench.runner import folder, gpus, host
+from meftbench.records.store import RECORDS, Run, ended_by_disk, folder_at, load_run, refuse_link, subfolder
+from meftbench.records.writer import Writer, writing
+from meftbench.runner import folder, gpus, host, logs
 from meftbench.runner.attempt_records import record_of, skipped_record
 from meftbench.runner.choice import Rates
 from meftbench.runner.data_check import check_data
 from meftbench.runner.environment import code_digest, environment
-from meftbench.runner.process import Job, Worker, worker_environment
+from meftbench.runner.job import Job
+from meftbench.runner.process import Worker, worker_environment
 from meftbench.runner.schedule import Attempt, Key, Plan, Schedule, pending
 
 
@@ -114,9 +117,13 @@ def run_suite(
     existing_run = folder.earlier_run(suite, out, resume or bool(retry))
     if command is None:  # a replaced worker reads no data
         check_data(chosen, existing_run)
-    with folder.gone_unless_begun(out), writing(out) as writer:
+    with (
+        folder.gone_unless_begun(out),
+        _disk_errors_end_the_run(out),
+        writing(out, lambda note: on_event(Noted(note))) as writer,
+    ):
         earlier = folder.earlier_run(suite, out, resume or bool(retry))
-        kept_records = folder.finished_records(earlier, retry)
+        kept_records = folder.finished_records(earlier, retry, {cell.cell_id for cell in chosen})
         finished = {key: record.status for key, record in kept_records.items()}
         plan = _plan(suite, chosen, limit, finished)
         if note := _without_weights(suite, kept_records.values(), out):
@@ -130,7 +137,24 @@ def run_suite(
                 command,
                 devices,
             )
-    return load_run(out)
+        writer.verify()
+        run = load_run(out)
+        if lost := finished.keys() - {(record.cell_id, record.repeat) for record in run.records}:
+            what = f"lacks {len(lost)} of the {len(finished)} records that were written"
+            raise UserError(str(out / RECORDS), what, "another program changes it; add --resume to run them again")
+    return run
+
+
+@contextmanager
+def _disk_errors_end_the_run(out: Path) -> Iterator[None]:
+    """Raise the UserError that ends a run in place of an OSError about a file in its folder `out`."""
+    try:
+        yield
+    except OSError as error:
+        file = error.filename
+        if not isinstance(file, str | os.PathLike) or not Path(file).absolute().is_relative_to(out.absolute()):
+            raise
+        raise ended_by_disk(Path(file), error) from None
 
 
 RETRYABLE = ("error", "timeout", "oom", "skipped")
@@ -215,8 +239,11 @@ def _execute(
     command: Sequence[str] | None,
     devices: gpus.Gpus,
 ) -> None:
-    logs = writer.folder / folder.LOGS
-    logs.mkdir(exist_ok=True)
+    logs_folder = subfolder(writer.folder, folder.LOGS)
+    logs.tidy(logs_folder)  # what a killed run has left
+    subfolder(writer.folder, folder.LOGS)
+    if any(cell.training for cell in suite.cells):
+        refuse_link(writer.folder / CELLS)
     parallel = sum(map(len, sweep.free.values()))
     omp_threads = os.environ.get("OMP_NUM_THREADS", "")
     cores = int(omp_threads) if omp_threads.isdecimal() and int(omp_threads) else host.cores()
@@ -227,7 +254,7 @@ def _execute(
     calls = calls_of(cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id))
     if calls:
         variables |= {FOLDER: os.getcwd(), CALLS: json.dumps(calls)}
-    worker = Worker(variables, logs / "worker.log", command)
+    worker = Worker(variables, logs_folder / "worker.log", command)
     try:
         if "cuda" in sweep.free and worker.facts.get("torch_cuda", "unknown") is None:
             cure = "install a CUDA build of torch, or use `--device counted`"
@@ -256,7 +283,7 @@ def _execute(
         sweep.go(worker, writer, suite, identity, threads, host.available_bytes() // parallel)
     finally:
         worker.close()
-        _tidy(logs)
+        logs.tidy(logs_folder)
 
 
 def _code_digests(suite: Suite, report: dict[str, Any]) -> dict[str, str | None]:
@@ -267,15 +294,6 @@ def _code_digests(suite: Suite, report: dict[str, Any]) -> dict[str, str | None]
     name, arguments = report["call"]
     place = suite.code.get((name, tuple(arguments)))
     raise UserError(f"{place}: {where}" if place else where, what, cure)
-
-
-def _tidy(logs: Path) -> None:
-    """Delete empty log files, and their folder if it is then empty."""
-    for log in logs.glob("*.log"):
-        if log.stat().st_size == 0:
-            log.unlink()
-    if not any(logs.iterdir()):
-        logs.rmdir()
 
 
 @dataclass
@@ -317,7 +335,7 @@ class _Sweep:
                     continue
                 self.on_event(Started(attempt.cell, attempt.repeat, self.done, total))
                 self.running[attempt.key] = attempt, slot
-                worker.give(_job(writer.folder / folder.LOGS, suite, attempt, slot, threads, memory))
+                worker.give(_job(subfolder(writer.folder, folder.LOGS), suite, attempt, slot, threads, memory))
             outcome = worker.poll()
             if outcome is None:
                 return
@@ -350,21 +368,21 @@ def _kind(cell: Cell) -> str:
     return "cuda" if cell.device == "cuda" else "counted"
 
 
-def _job(logs: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, memory: int) -> Job:
+def _job(logs_folder: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, memory: int) -> Job:
     name = f"{attempt.cell.cell_id}-{attempt.repeat}"
     on_gpu = _kind(attempt.cell) == "cuda"
     return Job(
         attempt.cell,
         attempt.repeat,
         suite.protocol,
-        result=logs / f"{name}.json",
-        log=logs / f"{name}.log",
+        result=logs_folder / f"{name}.json",
+        log=logs_folder / f"{name}.log",
         timeout=suite.protocol.timeout,
         threads=threads,
         # No limit with CUDA, which maps far more memory than it uses; the device's allocator reports when it is out.
         memory_bytes=None if on_gpu else memory,
         environment={"CUDA_VISIBLE_DEVICES": slot if on_gpu else ""}
-        | ({CELL_FOLDER: str(logs.parent.absolute() / CELLS / name)} if attempt.cell.training else {}),
+        | ({CELL_FOLDER: str(logs_folder.parent.absolute() / CELLS / name)} if attempt.cell.training else {}),
     )
 
 

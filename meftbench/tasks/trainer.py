@@ -273,7 +273,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             if not isinstance(error, OSError) and not _is_disk_error(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)  # incomplete
-            cure = "make room; `finetune --resume`, or `run --resume --retry error`, goes on from the one before"
+            cure = "make room; the same command with --resume goes on from the one before"
             raise UserError(str(folder), f"the checkpoint cannot be written ({_first_line(error)})", cure) from None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

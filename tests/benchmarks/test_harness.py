@@ -4,7 +4,8 @@ import pytest
 
 from builders import a_cell, a_record
 from meftbench.plan.suite import Suite
-from meftbench.records.store import load_run, writing
+from meftbench.records.store import load_run
+from meftbench.records.writer import writing
 from meftbench.runner import run_suite
 from meftbench.runner.schedule import Plan, Schedule
 from sweeps import a_suite, path_for_workers, sweep

@@ -25,8 +25,8 @@ from meftbench.records.store import (
     warn_of_left_out,
     write_named,
     write_whole,
-    writing,
 )
+from meftbench.records.writer import writing
 from meftbench.report.results import frame_of
 
 numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))

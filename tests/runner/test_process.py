@@ -1,10 +1,8 @@
 """The parent's side of the worker: whatever happens to a process, its job has an outcome."""
 
 import os
-import shutil
 import signal
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from builders import a_cell
 from meftbench.errors import UserError
 from meftbench.plan.protocol import Protocol
 from meftbench.runner import process
-from meftbench.runner.process import Job, Worker, worker_environment
-from meftbench.runner.result_files import read_result
+from meftbench.runner.job import Job
+from meftbench.runner.process import Worker, worker_environment
 from meftbench.worker import _without_machine
 from sweeps import WORKER, alive, told, wait_until
 
@@ -76,7 +74,7 @@ def test_a_cell_that_fits_comes_back_with_its_metrics(a_worker, tmp_path, comman
         (stand_in.OUT_OF_MEMORY, "oom", {"phase": "backward", "requested_bytes": 4096}),
         (stand_in.HOST_OUT_OF_MEMORY, "oom", {"type": "MemoryError"}),
         (stand_in.CPU_ALLOCATOR, "oom", {"type": "RuntimeError", "requested_bytes": 4096}),
-        (stand_in.KILLED, "oom", {"exit_signal": 9}),
+        (stand_in.KILLED, "error", {"exit_signal": 9, "type": "Killed"}),
         (stand_in.CRASHED, "error", {"exit_signal": 11, "type": "Crash"}),
         (stand_in.BROKEN, "error", {"type": "ZeroDivisionError", "message": "a bug in a probe"}),
         (stand_in.WRONG, "error", {"type": "UserError", "message": "model: has no weights; download it"}),
@@ -308,14 +306,3 @@ def test_the_allocator_is_the_protocols_and_not_the_shells(allocator, expected):
 def test_threads_that_wait_leave_the_cores_to_others(shell, expected):
     """Unless the user has said otherwise."""
     assert expected == worker_environment(Protocol(), 2, shell)["OMP_WAIT_POLICY"]
-
-
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    """A result that could not be written looks like a process that died."""
-    assert "the process left no result" == read_result(tmp_path / "result.json")
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4096))
-
-    assert "the process left no result: the disk that the run is written to is full (4.0 KiB free)" == read_result(
-        tmp_path / "result.json"
-    )

@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from meftbench.errors import NOTHING_MATCHED, UserError
-from meftbench.records.store import Run, unwritable, write_whole
+from meftbench.records.store import Run, subfolder, unwritable, write_whole
 from meftbench.report.figures.picture import Picture
 from meftbench.report.figures.pictures import pictures
 from meftbench.report.render.html import page
@@ -98,8 +98,8 @@ def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> 
         folder.mkdir(parents=True, exist_ok=True)
         if "html" in kinds:
             drawn = [*pictures(frame), *validation_pictures(runs, run_names(runs))]
-            (folder / PLOTS).mkdir(exist_ok=True)
-            write_whole(folder / PAGE, page(runs, frame, _drawing(drawn, folder / PLOTS, len(frame))) + "\n")
+            plots_folder = subfolder(folder, PLOTS)
+            write_whole(folder / PAGE, page(runs, frame, _drawing(drawn, plots_folder, len(frame))) + "\n")
             written.append(folder / PAGE)
             written += [folder / PLOTS / f"{picture.name}.{kind}" for picture in drawn for kind in ("png", "svg")]
         if "csv" in kinds:

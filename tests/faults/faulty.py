@@ -1,0 +1,77 @@
+"""Stands in for meftbench.measuring.requests as stand_in does, with cells that do worse things, by their seed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import stand_in
+from stand_in import describe
+
+__all__ = ["describe"]
+
+BLOCKED, GREEDY, PRINTING, LEAVING, FILLING, DISK_OF_OTHERS, WITHOUT_FOLDER, UNTIL_ROOM, FULL_ELSEWHERE = range(
+    100, 109
+)
+SIGNALLED = 1000  # plus the number of the signal by which the process ends itself
+PRINTED = "FAULTY_PRINTED"  # variable: bytes that PRINTING prints
+ROOM = "FAULTY_ROOM"  # variable: a file; while it is not there, UNTIL_ROOM is out of memory
+FILLED = "FAULTY_FILLED"  # variable: folder whose disk FILLING fills
+
+
+def measure(request: Any, tell: Any) -> dict[str, Any]:
+    seed = request["cell"]["seed"]
+    if seed >= SIGNALLED:
+        stand_in.tell(f"{request['cell']['seed']} {os.getpid()}")
+        if seed - SIGNALLED not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(seed - SIGNALLED, signal.SIG_DFL)
+        os.kill(os.getpid(), seed - SIGNALLED)
+        time.sleep(600)
+    match seed:
+        case s if s == BLOCKED:
+            # As in C code that never returns to Python: no handler runs, and SIGTERM waits.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            time.sleep(600)
+        case s if s == GREEDY:
+            taken = []
+            while True:
+                taken.append(os.urandom(1) * 2**24)
+        case s if s == PRINTING:
+            block = b"x" * 2**20
+            for _ in range(int(os.environ[PRINTED]) // len(block)):
+                os.write(1, block)
+            os.write(1, b"\nthe end\n")
+        case s if s == LEAVING:
+            child = subprocess.Popen(["sleep", "600"])
+            stand_in.tell(f"left {child.pid}")
+        case s if s == FILLING:
+            fill(Path(os.environ[FILLED]))
+        case s if s == DISK_OF_OTHERS:
+            raise PermissionError(13, "Permission denied", "/elsewhere/model.safetensors")
+        case s if s == FULL_ELSEWHERE:
+            raise RuntimeError("unable to write to file </torch_17>: No space left on device (28)")
+        case s if s == UNTIL_ROOM:
+            if not Path(os.environ[ROOM]).exists():
+                raise MemoryError
+        case s if s == WITHOUT_FOLDER:
+            shutil.rmtree(Path(os.readlink("/proc/self/fd/1")).parent)
+    return stand_in.measure(request, tell)
+
+
+def fill(folder: Path) -> None:
+    """Leave not one byte on the disk of the folder."""
+    with (folder / "filler").open("ab", buffering=0) as stream:
+        for size in (2**16, 2**12, 1):
+            try:
+                while True:
+                    stream.write(bytes(size))
+            except OSError:
+                continue
+
+
+VERBS = {"measure": measure}

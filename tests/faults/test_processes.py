@@ -1,0 +1,241 @@
+"""Cells that die, hang, print, allocate or leave processes behind: each has an outcome, and nothing is left."""
+
+import os
+import signal
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import faulty
+import pytest
+from faulty import BLOCKED, GREEDY, LEAVING, PRINTING, SIGNALLED
+
+from builders import a_cell
+from meftbench.errors import UserError
+from meftbench.records import writer as writing_records
+from meftbench.runner import logs, process, run_suite
+from meftbench.runner import oom_kills as kills
+from meftbench.runner.logs import end_of
+from stand_in import BRIEF, ENDLESS, FINE, KILLED
+from sweeps import WORKER, a_suite, alive, does, statuses, sweep, told, wait_until
+
+FAULTY = (*WORKER[:-1], "faulty")
+NOT_DEADLY = {
+    signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,  # ignored
+    signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,  # stopped
+}  # fmt: skip
+DEADLY = sorted(number for number in signal.valid_signals() if number < 32 and number not in NOT_DEADLY)
+
+
+def test_a_cell_that_dies_by_any_signal_is_an_error_with_its_number(tmp_path, told_file):
+    """And the cells after it run; SIGKILL too, because the kernel has not counted a kill for memory."""
+    suite = a_suite(*does(*(SIGNALLED + number for number in DEADLY), FINE))
+
+    run = sweep(suite, tmp_path / "run", command=FAULTY)
+
+    assert len(DEADLY) >= 20
+    assert ["error"] * len(DEADLY) + ["ok"] == statuses(run)
+    assert DEADLY == [record.status_detail["exit_signal"] for record in run.records[:-1]]
+    assert not any(alive(int(pid)) for _, pid in told(told_file))
+
+
+def test_a_cell_that_is_stopped_ends_with_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "TERM_SECONDS", 0.1)
+
+    run = sweep(a_suite(*does(SIGNALLED + signal.SIGSTOP, FINE), timeout=0.5), tmp_path / "run", command=FAULTY)
+
+    assert ["timeout", "ok"] == statuses(run)
+
+
+def test_a_cell_that_hangs_in_c_code_is_killed(tmp_path, monkeypatch):
+    """It blocks every signal that can be blocked."""
+    monkeypatch.setattr(process, "TERM_SECONDS", 0.1)
+
+    run = sweep(a_suite(*does(BLOCKED, FINE), timeout=0.5), tmp_path / "run", command=FAULTY)
+
+    assert ["timeout", "ok"] == statuses(run)
+    assert not alive(run.records[0].worker_pid)
+
+
+def test_a_cell_that_allocates_without_end_is_out_of_memory(tmp_path, monkeypatch):
+    """By its limit, before the kernel has to kill anything."""
+    monkeypatch.setattr("meftbench.runner.host.available_bytes", lambda: 2**28)
+
+    run = sweep(a_suite(*does(GREEDY, FINE)), tmp_path / "run", command=FAULTY)
+
+    assert ["oom", "ok"] == statuses(run)
+    assert "MemoryError" == run.records[0].status_detail["type"]
+
+
+def printed(tmp_path, monkeypatch, size):
+    monkeypatch.setenv(faulty.PRINTED, str(size))
+    run = sweep(a_suite(*does(PRINTING, FINE)), tmp_path / "run", command=FAULTY)
+    assert ["ok", "ok"] == statuses(run)
+    [log] = (run.path / "logs").iterdir()
+    assert logs.ROOM == log.stat().st_size
+    assert end_of(log).endswith("the end")
+
+
+def test_a_cell_that_prints_much_leaves_the_end_of_it(tmp_path, monkeypatch):
+    printed(tmp_path, monkeypatch, 2**24)
+
+
+@pytest.mark.slow
+def test_a_cell_that_prints_a_gigabyte(tmp_path, monkeypatch):
+    printed(tmp_path, monkeypatch, 2**30)
+
+
+def test_what_a_cell_leaves_running_is_ended(tmp_path, told_file):
+    run = sweep(a_suite(*does(LEAVING, FINE)), tmp_path / "run", command=FAULTY)
+
+    assert ["ok", "ok"] == statuses(run)
+    [(_, child)] = told(told_file, "left")
+    wait_until(lambda: not alive(int(child)))
+
+
+# --- who sent SIGKILL ---
+
+
+def test_a_cell_that_somebody_kills_is_an_error_and_larger_cells_run(tmp_path, told_file):
+    """Only the kernel's own count says that memory ran out."""
+    suite = a_suite(a_cell(batch_size=1, seed=ENDLESS), a_cell(batch_size=2, seed=ENDLESS), on_oom="skip-larger")
+
+    def kill():
+        for number in (1, 2):
+            wait_until(lambda number=number: len(told(told_file)) >= number)
+            os.kill(int(told(told_file)[number - 1][1]), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    run = sweep(suite, tmp_path / "run")
+
+    assert ["error", "error"] == statuses(run)
+    assert {"was killed by SIGKILL, not by the kernel for memory", "was killed by SIGKILL; this system does not tell "
+            "whether for memory"} >= {record.status_detail["message"] for record in run.records}  # fmt: skip
+
+
+@pytest.fixture
+def counts(tmp_path, monkeypatch):
+    """The files in which a kernel counts its kills for memory, at 3, and a function that sets one of them."""
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+
+    def files(name):
+        return {
+            "v2": root / "pod" / "memory.events",
+            "v1": root / "memory" / "memory.oom_control",
+            "system": proc / "vmstat",
+        }[name]
+
+    def count(name, number):
+        files(name).parent.mkdir(parents=True, exist_ok=True)
+        files(name).write_text(f"low 0\noom 7\noom_kill {number}\noom_group_kill 0\n")
+
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("4:cpu,memory:/kubepods/a:b\n0::/pod\n")
+    root.mkdir()
+    real = kills.oom_kills
+    for module in (kills, process):
+        monkeypatch.setattr(module, "oom_kills", lambda: real(root, proc))
+    return count
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "system"])
+def test_a_kill_that_the_kernel_has_counted_is_out_of_memory(tmp_path, counts, name, monkeypatch):
+    """It is the evidence for one process only: another that dies in the same way, later, has no part in it."""
+    counts(name, 3)
+    read = process.read_result
+    monkeypatch.setattr(process, "read_result", lambda file: counts(name, 4) or read(file))
+
+    run = sweep(a_suite(*does(KILLED, KILLED)), tmp_path / "run")
+
+    assert ["oom", "error"] == statuses(run)
+    assert (
+        "killed by the kernel because the memory of the host, or of its container, ran out"
+        == (run.records[0].status_detail["message"])
+    )
+
+
+def test_a_kill_in_another_cgroup_is_no_evidence(tmp_path, counts, monkeypatch):
+    """Where the own cgroup counts, the number of the whole system says nothing of this process."""
+    counts("v2", 3)
+    read = process.read_result
+    monkeypatch.setattr(process, "read_result", lambda file: counts("system", 9) or read(file))
+
+    assert ["error"] == statuses(sweep(a_suite(*does(KILLED)), tmp_path / "run"))
+
+
+def test_one_kill_explains_one_of_two_cells_that_run_side_by_side(tmp_path, counts, told_file):
+    """Both are killed, the kernel counts one."""
+    counts("v2", 3)
+
+    def kill():
+        wait_until(lambda: len(told(told_file)) == 2)
+        counts("v2", 4)
+        for _, pid in told(told_file):
+            os.kill(int(pid), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    run = sweep(a_suite(*does(ENDLESS, ENDLESS)), tmp_path / "run", jobs=2)
+
+    assert ["error", "oom"] == sorted(statuses(run))
+
+
+def test_where_nothing_is_counted_a_kill_is_an_error(tmp_path, counts):
+    run = sweep(a_suite(*does(KILLED)), tmp_path / "run")
+
+    assert ("error", "was killed by SIGKILL; this system does not tell whether for memory") == (
+        run.records[0].status,
+        run.records[0].status_detail["message"],
+    )
+
+
+# --- clocks and slow disks ---
+
+
+def test_durations_do_not_follow_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    """The clock goes back by an hour between any two looks at it."""
+
+    class Clock(datetime):
+        looks = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            cls.looks += 1
+            return datetime(2026, 1, 1, tzinfo=UTC) - timedelta(hours=cls.looks)
+
+    monkeypatch.setattr(process, "datetime", Clock)
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 3600 * Clock.looks)
+
+    run = sweep(a_suite(*does(BRIEF, BRIEF, ENDLESS), timeout=0.5), tmp_path / "run")
+
+    assert ["ok", "ok", "timeout"] == statuses(run)
+    for record in run.records:
+        took = datetime.fromisoformat(record.finished_at) - datetime.fromisoformat(record.started_at)
+        assert abs(took.total_seconds() - record.wall_s) <= 0.001
+        assert 0 < record.wall_s < 30
+
+
+def test_a_slow_disk_takes_no_time_from_cells(tmp_path, monkeypatch):
+    """While a record is synced for longer than cells may take, cells end in time."""
+    sync = os.fsync
+    monkeypatch.setattr(writing_records.os, "fsync", lambda descriptor: time.sleep(0.6) or sync(descriptor))
+
+    run = sweep(a_suite(*does(*[BRIEF] * 3), timeout=0.5), tmp_path / "run", jobs=2)
+
+    assert ["ok"] * 3 == statuses(run)
+
+
+def test_a_second_runner_is_refused_and_changes_nothing(tmp_path):
+    """In one line, at any moment of the first; the first ends as if there had been none."""
+    suite = a_suite(*does(*[BRIEF] * 4))
+    refused = []
+
+    def begin_another(event):
+        with pytest.raises(UserError, match="another run writes here; wait for it, or choose another --out") as raised:
+            run_suite(suite, tmp_path / "run", command=WORKER, resume=True)
+        refused.append(raised.value.exit_code)
+
+    run = sweep(suite, tmp_path / "run", on_event=begin_another)
+
+    assert ["ok"] * 4 == statuses(run)
+    assert {2} == {*refused}
+    assert 9 == len(refused)
