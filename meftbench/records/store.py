@@ -25,6 +25,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
 from meftbench.escapes import single_line
 from meftbench.records.record import SCHEMA, Record
+from meftbench.records.suite_text import read_suite_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -91,7 +92,8 @@ def load_run(path: Path | str) -> Run:
         cure = f"a run has {SUITE}, {ENVIRONMENT} and {RECORDS}; `meftbench run` writes one"
         raise UserError(str(folder), "is not a run folder", cure)
     try:
-        suite = yaml.load((folder / SUITE).read_text(encoding="utf-8"), Loader=_LOADER)
+        text = (folder / SUITE).read_text(encoding="utf-8")
+        suite = read_suite_text(text, lambda part: yaml.load(part, Loader=_LOADER))
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
         if not (isinstance(suite, dict) and {"name", "run_id"} <= suite.keys() and isinstance(environment, dict)):
             raise ValueError("keys are missing")

@@ -10,14 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import meftbench
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite, shipped_suites
 from meftbench.records.record import Record
 from meftbench.records.store import BUDGETS, ENVIRONMENT, LOCK, RECORDS, SUITE, Run, load_run
+from meftbench.records.suite_text import suite_text
 from meftbench.records.writer import Writer
 
 LOGS = "logs"
@@ -135,7 +134,7 @@ def _write_suite(writer: Writer, suite: Suite, run_id: str, code: Digests) -> No
             raise UserError(str(suite.budgets), f"cannot be read ({error.strerror})", "see to that file") from None
         writer.write(BUDGETS, budgets)
     content = {"schema": 1, "run_id": run_id} | described(suite) | ({"own_code": dict(code)} if code else {})
-    writer.write(SUITE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+    writer.write(SUITE, suite_text(content))
 
 
 def described(suite: Suite) -> dict[str, Any]:
