@@ -95,7 +95,9 @@ class InChunks(SummedLoss):
         trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
         if head.bias is not None and head.bias.requires_grad:
             trained.append(head.bias)
-        total: Tensor = _Summed.apply(head, labels_N, ignored, rows, h_ND, *trained)  # type: ignore[no-untyped-call]
+        total: Tensor = _Summed.apply(  # type: ignore[no-untyped-call]
+            head, labels_N, ignored, rows, torch.is_grad_enabled(), h_ND, *trained
+        )
         return total
 
     @contextmanager
@@ -127,7 +129,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head: Head, labels_N: Tensor, ignored: int, rows: int, h_ND: Tensor, *trained: Tensor
+        ctx: Any, head: Head, labels_N: Tensor, ignored: int, rows: int, recorded: bool, h_ND: Tensor, *trained: Tensor
     ) -> Tensor:
         ctx.head, ctx.ignored, ctx.trained = head, ignored, trained
         ctx.chunks = [slice(start, min(start + rows, len(h_ND))) for start in range(0, len(h_ND), rows)]
@@ -135,9 +137,9 @@ class _Summed(torch.autograd.Function):
         ctx.autocast, ctx.numerics = AutocastState.now(h_ND.device.type), Numerics.now()
         ctx.rng = None if head.is_linear else rng_state(h_ND.device)
         sums = None
-        # Gradients are recorded, and what they need is not kept: without, autocast would keep casts of weights that
-        # have no history, for whoever asks for them next.
-        with torch.enable_grad(), saved_tensors_hooks(_not_kept, _not_kept):
+        # Where gradients are recorded, so they are here, and what they need is not kept: otherwise autocast would keep
+        # casts of weights that have no history, for whoever asks for them next.
+        with torch.set_grad_enabled(recorded), saved_tensors_hooks(_not_kept, _not_kept):
             for chunk in rounds(ctx.chunks):
                 of_chunk = head.summed(h_ND.detach()[chunk], labels_N[chunk], ignored).detach()
                 if sums is None:
@@ -151,7 +153,7 @@ class _Summed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
         h_ND, labels_N = ctx.saved_tensors
-        needs_grad, of_trained = ctx.needs_input_grad[4], Sums(wide=False)
+        needs_grad, of_trained = ctx.needs_input_grad[5], Sums(wide=False)
         dh_ND = torch.empty_like(h_ND, memory_format=torch.contiguous_format) if needs_grad else None
         with (
             torch.enable_grad(),
@@ -169,7 +171,7 @@ class _Summed(torch.autograd.Function):
                     dh_ND[chunk] = gradients.pop(0)
                 of_trained.add(ctx.trained, gradients)
                 del gradients
-        return (None, None, None, None, dh_ND, *of_trained.of(ctx.trained))
+        return (None, None, None, None, None, dh_ND, *of_trained.of(ctx.trained))
 
 
 def _not_kept(_: Any) -> Any:
