@@ -12,6 +12,8 @@ from functools import lru_cache
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple, get_args
 
+from meftbench.documents import LARGEST
+
 # JSON cannot write these numbers, and a reconstruction error may be infinite, so they are written as strings.
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
@@ -47,7 +49,32 @@ _PARAMS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("arithmetic", "coupling", "output"), (str, _NONE)),
     "side_bits": (int, _NONE),
 }
-LARGEST = 10**300  # of whole numbers; above 10^308 none has a float, in which averages and shares are computed
+_SUITE_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "run_id"), _TEXT),
+    **dict.fromkeys(("suite_id", "protocol_id", "description", "source", "budgets", "command"), _TEXT_OR_NONE),
+    **dict.fromkeys(("protocol", "own_code"), (dict, _NONE)),
+    "cells": _LIST_OR_NONE,
+}
+_CELL_OF_SUITE = ("label", "cell_id")
+
+
+def check_suite(content: Any) -> None:
+    """Raises ValueError: `content` is not the resolved suite of a run, with its cells, where it lists them."""
+    if type(content) is not dict:
+        raise ValueError(f"it is {_shown(content)}, not a mapping")
+    for name in ("name", "run_id"):
+        if name not in content:
+            raise ValueError(f"{name} is missing")
+    _check_types(content, _SUITE_FIELDS, "suite.")
+    for field in ("protocol", "own_code"):
+        if any(type(key) is not str for key in content.get(field) or ()):
+            raise ValueError(f"{field} has a key that is no text")
+    for cell in content.get("cells") or ():
+        if type(cell) is not dict:
+            raise ValueError(f"cells has {_shown(cell)}, not a mapping")
+        for name in _CELL_OF_SUITE:
+            if type(cell.get(name)) is not str:
+                raise ValueError(f"{name} of a cell is {_shown(cell.get(name))}, not a text")
 
 
 def check_record(content: Any) -> None:
@@ -198,7 +225,7 @@ def _shown(value: Any) -> str:
     """A value as it stands in the message: cut, since it may be anything."""
     if type(value) is int and not -LARGEST < value < LARGEST:
         return "a number of more than 300 digits"
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

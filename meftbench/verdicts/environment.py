@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from meftbench.documents import json_object_of
 from meftbench.records.store import Run
 
 
@@ -47,7 +47,7 @@ def environments(run: Run) -> dict[str, dict[str, Any]]:
     for environment_id in {record.environment_id for record in run.records} - found.keys():
         file = run.path / f"environment-{environment_id}.json"  # written where a run is resumed (runner/folder.py)
         if file.is_file():
-            found[environment_id] = json.loads(file.read_text(encoding="utf-8"))
+            found[environment_id] = json_object_of(file)
     return found
 
 
