@@ -121,7 +121,7 @@ def check_nesting(text: str) -> None:
 
 
 def _check_repeated(node: yaml.Node, most: int) -> None:
-    """Raises yaml.YAMLError: a document has more than `most` values, with what its aliases repeat, or refers to itself."""
+    """Raises yaml.YAMLError: a document has more than `most` values, with what aliases repeat, or refers to itself."""
     level, seen = [node], 1
     for _ in range(2 * DEEPEST):
         below: list[yaml.Node] = []

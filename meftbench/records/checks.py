@@ -55,6 +55,17 @@ _SUITE_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("protocol", "own_code"), (dict, _NONE)),
     "cells": _LIST_OR_NONE,
 }
+_ENVIRONMENT_FIELDS: dict[str, tuple[type, ...]] = {
+    "environment_id": _TEXT_OR_NONE,
+    **dict.fromkeys(("comparable", "meftbench", "host", "gpus", "torch", "packages"), (dict, _NONE)),
+}
+
+
+def check_environment(content: dict[str, Any]) -> None:
+    """Raises ValueError: a field of an environment is of another type."""
+    _check_types(content, _ENVIRONMENT_FIELDS, "environment.")
+
+
 _CELL_OF_SUITE = ("label", "cell_id")
 
 
@@ -267,15 +278,22 @@ def _is_curve(value: Any) -> bool:
     )
 
 
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < LARGEST for size in value)
+
+
+_OF_BUFFER = ("op", "category", "dtype", "place")
+
+
 def _are_buffers(value: Any) -> bool:
     if not isinstance(value, list):
         return False
     for row in value:
         if type(row) is not dict or type(row.get("bytes")) is not int:
             return False
-        if type(row.get("count")) not in _COUNT_OR_NONE or type(row.get("shape")) not in _LIST_OR_NONE:
+        if type(row.get("count")) not in _COUNT_OR_NONE or not _are_sizes(row.get("shape") or []):
             return False
-        if type(row.get("module")) not in _TEXT_OR_NONE:
+        if type(row.get("module")) not in _TEXT_OR_NONE or not all(type(row.get(name)) is str for name in _OF_BUFFER):
             return False
     return True
 

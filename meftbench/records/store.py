@@ -27,7 +27,7 @@ from meftbench.catalogue.metrics import METRICS
 from meftbench.documents import check_depth, guarded, json_object_of, opened, text_of
 from meftbench.errors import UserError, one_line
 from meftbench.escapes import single_line
-from meftbench.records.checks import check_suite
+from meftbench.records.checks import check_environment, check_suite
 from meftbench.records.record import SCHEMA, Record
 from meftbench.strict_yaml import parse_generated
 from meftbench.units import MiB, format_bytes
@@ -94,7 +94,7 @@ def load_run(path: Path | str) -> Run:
     if not (folder / SUITE).is_file() or not (folder / ENVIRONMENT).is_file():
         cure = f"a run has {SUITE}, {ENVIRONMENT} and {RECORDS}; `meftbench run` writes one"
         raise UserError(str(folder), "is not a run folder", cure)
-    suite, environment = _suite_in(folder / SUITE), json_object_of(folder / ENVIRONMENT, cure=_AGAIN)
+    suite, environment = _suite_in(folder / SUITE), environment_in(folder / ENVIRONMENT)
     records, torn = read_records(folder / RECORDS)
     # A cell that was run again (`--retry`) has two lines, of which the later one counts.
     latest = {(record.cell_id, record.repeat): record for record in records}
@@ -115,6 +115,16 @@ def _suite_in(file: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(str(file), f"is damaged ({one_line(error)})", _AGAIN) from None
     return dict(suite)
+
+
+def environment_in(file: Path) -> dict[str, Any]:
+    """An environment that a run was made in. Raises UserError: the file cannot be read, or a field has another type."""
+    environment = json_object_of(file, cure=_AGAIN)
+    try:
+        check_environment(environment)
+    except ValueError as error:
+        raise UserError(str(file), f"is damaged ({error})", _AGAIN) from None
+    return environment
 
 
 def read_records(file: Path) -> tuple[list[Record], bool]:
