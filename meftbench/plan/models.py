@@ -11,6 +11,7 @@ from meftbench.catalogue.models import MODELS
 from meftbench.catalogue.peft_methods import refusal
 from meftbench.documents import json_object_of
 from meftbench.errors import UserError, unknown
+from meftbench.plan.config_values import check_sizes
 from meftbench.plan.factories import OWN_ATTENTION, check_factory, is_factory
 from meftbench.plan.gguf_files import SUFFIX, cache_folder, check_gguf, gguf_file_of
 
@@ -95,6 +96,7 @@ def _check_folder(where: str, folder: Path, random: bool) -> None:
     if not isinstance(config.get("model_type", ""), str):
         what = f"{str(folder / 'config.json')!r} has a model_type that is no name: {config['model_type']!r}"
         raise UserError(where, what, "save the model again")
+    check_sizes(f"{where}: {str(folder)!r}", config)
     if not random and not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         cure = "put model.safetensors there, or add @random to the name"
         raise UserError(where, f"model folder {str(folder)!r} has no weights", cure)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from meftbench.catalogue.labels import parts_of_older
 from meftbench.catalogue.profiles import PREDICTED, PROFILES, Profile, find_profile
 from meftbench.catalogue.validated import about_validation
-from meftbench.documents import json_object_of
+from meftbench.documents import LARGEST, json_object_of
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
@@ -223,6 +223,18 @@ def save(run: Run, validation: Validation) -> Path:
     return file
 
 
+def _check(error: Error) -> None:
+    """Raises ValueError: a field of an error has another type, or is not of those that are validated."""
+    for name, value in vars(error).items():
+        counted = name in ("measured", "predicted")
+        if counted and not (type(value) is int and 0 < value < LARGEST):
+            raise ValueError(f"{name} is no number of bytes")
+        if not counted and type(value) is not str:
+            raise ValueError(f"{name} is no text")
+    if error.metric not in METRICS:
+        raise ValueError(f"metric is none of {', '.join(METRICS)}")
+
+
 _CURE = "write it again with `meftbench validate --save`"
 
 
@@ -237,6 +249,8 @@ def saved(run: Run) -> Validation | None:
         # Files that were written before there was the field have the name in the label alone.
         full = [{"method_name": parts_of_older(row["method"])[0].name, **row} for row in content["errors"]]
         rows = [Error(**{key: value for key, value in row.items() if key in fields}) for row in full]
+        for row in rows:
+            _check(row)
         return Validation(str(content["profile"]), rows, [str(line) for line in content["not_predicted"]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(str(file), f"is damaged ({error})", _CURE) from None
