@@ -63,11 +63,12 @@ def opened(file: Path, cure: str = "name a file that can be read") -> Iterator[I
             handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise UserError(where, "no such file", "check the path") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
+        raise UserError(where, what, "name a file" if stat.S_ISDIR(mode) else "copy it to a file first")
     with os.fdopen(handle, "rb") as stream:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
-            raise UserError(where, what, "name a file" if stat.S_ISDIR(mode) else "copy it to a file first")
         yield stream
 
 

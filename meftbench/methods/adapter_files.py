@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from meftbench.documents import bytes_of, json_object_of
+from meftbench.documents import bytes_of, json_object_of, opened
 from meftbench.errors import UserError
 from meftbench.methods.applied import vocabulary_of
 from meftbench.methods.unloading import and_more
@@ -25,6 +25,7 @@ from meftbench.units import GiB
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "MEFTBENCH"
+MOST_HEADER_BYTES = 10**8  # that safetensors reads
 MOST_BYTES = 64 * GiB  # of a file of weights; those of a whole model of 15B parameters in float32 have as many
 SCHEMA = 2  # 1: from before the range of fixed-point streams was calibrated on the model
 
@@ -115,6 +116,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str
     if config["peft_type"] == PEFT_TYPE and config.get("schema") not in (1, SCHEMA):
         raise UserError(str(folder / CONFIG), f"is of schema {config.get('schema')!r}", "update meftbench")
     try:
+        with opened(folder / WEIGHTS, cure) as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if not 2 <= header_bytes <= MOST_HEADER_BYTES:  # told before the whole file is read, which may be large
+            raise ValueError(f"it begins with a header of {header_bytes:,} bytes")
         weights = bytes_of(folder / WEIGHTS, MOST_BYTES, cure)
         tensors = safetensors.torch.load(weights)
         header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])

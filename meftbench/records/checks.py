@@ -236,7 +236,10 @@ def _shown(value: Any) -> str:
     """A value as it stands in the message: cut, since it may be anything."""
     if type(value) is int and not -LARGEST < value < LARGEST:
         return "a number of more than 300 digits"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except TypeError:  # a mapping of YAML, in which a date may be a key
+        text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from meftbench.documents import bytes_of
 from meftbench.errors import UserError
-from meftbench.units import GiB
+from meftbench.units import MiB
 
 Row = dict[str, Any]
 
@@ -68,7 +68,7 @@ def read_text_files(files: Sequence[Path], ending: str) -> TextTable:
     return TextTable(names, rows, typed=ending in ("jsonl", "json"))
 
 
-MOST_BYTES = 2 * GiB  # of a file of rows; MNLI, the largest of GLUE, has 75 MiB
+MOST_BYTES = 512 * MiB  # of a file of rows; MNLI, the largest of GLUE, has 75 MiB
 MEND = "mend the file, or write it again"
 
 
