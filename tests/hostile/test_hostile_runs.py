@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import yaml
@@ -84,11 +85,14 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     a_run(place / "sound", *RECORDS, environment=MACHINE)
     (place / "b.yaml").write_text(BUDGETS)
-    for asked in COMMANDS:  # so that no mutation is timed while libraries are loaded
+    for asked in [*COMMANDS, *COMMANDS]:  # the second time, libraries are loaded
+        began = time.process_time()
         command(*(part.format(place / "sound", place=place, sound=place / "sound") for part in asked.split()))
+        USUAL_S[asked] = time.process_time() - began
     return place
 
 
+USUAL_S: dict[str, float] = {}  # CPU seconds of each command on the sound run
 COMMANDS = [
     "show {}",
     "show {} --json",
@@ -124,10 +128,10 @@ def answers(folder, asked, **files):
     names = {"place": folder, "sound": folder / "sound"}
     arguments = [part.format(folder / "damaged", **names) for part in asked.split()]
 
-    with watched(folder):
+    with watched(folder, USUAL_S[asked]):
         code, _, err = command(*arguments)
 
-    assert code in (0, 1, 2, 4, 5)
+    assert code in (0, 1, 2, 4, 5), err
     assert code != 2 or 1 == sum(line.startswith("meftbench: ") for line in err.splitlines())
 
 
