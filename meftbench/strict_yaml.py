@@ -12,20 +12,29 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from meftbench.documents import WRITTEN_BYTES, guarded, text_of
 from meftbench.errors import UserError, one_line, unknown
 
 DEEPEST = 50
+MOST_VALUES = 500_000  # of a file, with what its aliases repeat; a budgets file of 50,000 rows has as many
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+# The safe loader of libyaml, ten times as fast, where PyYAML was built with it.
+_SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What constructors of PyYAML raise for a value that is not of its tag, such as `!!bool x` or `!!int ''`.
+_UNFIT = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
+
+
+class _Loader(_SAFE_LOADER):  # type: ignore[misc]
     """A safe loader that reads 1e-5 as a number. In YAML 1.1 it is text, since it has no decimal point."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:  # such as from the date 2026-13-45; it has no line number yet
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+        except _UNFIT as error:  # such as from the date 2026-13-45; it has no line number yet
+            why = str(error) if isinstance(error, ValueError) else f"a value that is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, why, node.start_mark) from None
 
 
 _Loader.add_implicit_resolver(
@@ -33,6 +42,7 @@ _Loader.add_implicit_resolver(
 )
 
 
+_SHOWN = 10**4000  # Python writes no whole number of more than 4,300 digits
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
@@ -45,7 +55,10 @@ def _number(read: Callable[[Any, yaml.Node], Any]) -> Callable[[Any, yaml.Node],
     def number(loader: Any, node: yaml.Node) -> Any:
         value = read(loader, node)
         if ":" in node.value or _OCTAL.fullmatch(node.value):
-            raise ValueError(f"{node.value} would be read as {value}: write that number, or put a text in quotes")
+            value = str(value) if abs(value) < _SHOWN else "a number of more than 4,000 digits"
+            raise ValueError(f"{node.value[:40]} would be read as {value}: write that number, or put a text in quotes")
+        if type(value) is int and not -_SHOWN < value < _SHOWN:  # 0xfff...; a message could not show it
+            raise ValueError("a number of more than 4,000 digits")
         return value
 
     return number
@@ -57,8 +70,72 @@ for _kind in ("int", "float"):
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML text, read as in the files of this project. Raises yaml.YAMLError: it is not valid."""
-    return yaml.load(text, _Loader)
+    """The value of a YAML text, read as in the files of this project.
+
+    Raises yaml.YAMLError: it is not valid, is nested too deeply, or its aliases repeat more than is read.
+    """
+    return _parsed(text, _Loader)
+
+
+def parse_generated(text: str) -> Any:
+    """The value of a YAML text that a program wrote, with the numbers of YAML 1.1. Raises yaml.YAMLError as `parse`."""
+    try:
+        return _parsed(text, _SAFE_LOADER)
+    except _UNFIT as error:
+        raise yaml.YAMLError(f"a value is not of its tag ({error})") from None
+
+
+def _parsed(text: str, loader_class: Any) -> Any:
+    check_nesting(text)
+    loader = loader_class(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if "*" in text:
+            _check_repeated(node, MOST_VALUES + len(text))
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+# Values on one line, each within the one before: `- - - 1`, `? ? ? 1`.
+_WITHIN_ANOTHER = re.compile(r"(?:[-?:][ \t]+){40}")
+
+
+def check_nesting(text: str) -> None:
+    """Raises yaml.YAMLError: a YAML text is nested more deeply than the parser in C can read without a crash.
+
+    Only texts that may be are read for it; those with a level on each line are bounded by the size of the file.
+    """
+    if text.count("[") + text.count("{") <= DEEPEST and not _WITHIN_ANOTHER.search(text):
+        return
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 2 * DEEPEST:
+            place: Any = event.start_mark
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", place)
+
+
+def _check_repeated(node: yaml.Node, most: int) -> None:
+    """Raises yaml.YAMLError: a document has more than `most` values, with what aliases repeat, or refers to itself."""
+    level, seen = [node], 1
+    for _ in range(2 * DEEPEST):
+        below: list[yaml.Node] = []
+        for outer in level:
+            if isinstance(outer, yaml.MappingNode):
+                below += (part for pair in outer.value for part in pair)
+            elif isinstance(outer, yaml.SequenceNode):
+                below += outer.value
+            if seen + len(below) > most:
+                raise yaml.YAMLError(f"it has more than {most:,} values, with what its aliases repeat")
+        seen, level = seen + len(below), below
+        if not level:
+            return
+    raise yaml.YAMLError("it is nested too deeply, or refers to itself")
 
 
 KeyPath = tuple[str | int, ...]
@@ -111,21 +188,20 @@ def read(file: Path, example: str = "schema: 1") -> Document:
 
     Raises UserError: the file is not found, cannot be read, or is not UTF-8 or not YAML; a key is given twice.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(str(file), "no such file", "check the path") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise UserError(str(file), f"cannot be read ({type(error).__name__})", "name a readable YAML file") from None
+    text = text_of(file, WRITTEN_BYTES, "name a readable YAML file")
+    with guarded(str(file), "write it flatter"):
+        return _document(file, text, example)
+
+
+def _document(file: Path, text: str, example: str) -> Document:
     loader = _Loader(text)
     try:
+        check_nesting(text)
         node = loader.get_single_node()
         places = _Places(file, loader)
         if node is not None:
             places.locate(node, ())
         content = None if node is None else loader.construct_document(node)
-    except RecursionError:
-        raise UserError(str(file), "is nested too deeply", "write it flatter") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         context_line = error.context_mark.line + 1 if error.context_mark else line
@@ -152,10 +228,19 @@ class _Places:
         self.file, self.loader = file, loader
         self.lines: dict[KeyPath, int] = {}
         self.values: dict[KeyPath, int] = {}
+        self.seen = 0
+
+    def _count(self, line: int) -> None:
+        """Raises UserError: the document has too many values, of which aliases may repeat a few over and over."""
+        self.seen += 1
+        if self.seen > MOST_VALUES:
+            what = f"has more than {MOST_VALUES:,} values, with what its aliases repeat"
+            raise UserError(f"{self.file}:{line}", what, "write fewer, or without aliases")
 
     def locate(self, node: yaml.Node, path: KeyPath) -> None:
         """Note the lines of everything in `node`, which stands at `path`. Raises UserError: a key given twice."""
         line = node.start_mark.line + 1
+        self._count(line)
         if len(path) > DEEPEST:  # an alias inside the value that it refers to never ends
             cure = f"write it without the alias, in at most {DEEPEST} levels"
             raise UserError(f"{self.file}:{line}", "is nested too deeply, or refers to itself", cure)
@@ -173,6 +258,7 @@ class _Places:
         merged: list[yaml.Node] = []
         for key_node, value in node.value:
             key, line = self._key(key_node), key_node.start_mark.line + 1
+            self._count(line)
             if key in first_lines:
                 cure = f"it stands on line {first_lines[key]} already: remove one"
                 raise UserError(f"{self.file}:{line}", f"duplicate key {key!r}", cure)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.peft_methods import PEFT_METHODS
-from meftbench.catalogue.settings import Settings
+from meftbench.catalogue.settings import WIDEST, Settings
 
 
 class Full(Settings):
@@ -26,7 +26,7 @@ class Full(Settings):
 class Lora(Settings):
     """Low-rank adaptation (Hu et al. 2021)."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=WIDEST)
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | None = None  # None: the backbone's query and value projections
@@ -51,7 +51,7 @@ class Mezo(Settings):
 
     epsilon: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     trained: Literal["full", "lora"] = "full"
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=WIDEST)
     alpha: float | None = Field(default=None, gt=0)
     targets: list[str] | None = None
 
@@ -79,7 +79,7 @@ class Mezo(Settings):
 class Bottleneck(Settings):
     """Bottleneck adapters: down-projection to `adapter_size`, activation, up-projection."""
 
-    adapter_size: int = Field(default=64, ge=1)
+    adapter_size: int = Field(default=64, ge=1, le=WIDEST)
     activation: str | None = None  # None: the backbone's own
     init_std: float = Field(default=0.02, ge=0)
 

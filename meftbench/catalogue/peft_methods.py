@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from meftbench.catalogue.settings import Settings
+from meftbench.catalogue.settings import WIDEST, Settings
 
 
 class Peft(Settings):
@@ -37,19 +37,19 @@ class Ranked(Targeted):
 
     size = "rank"
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=WIDEST)
 
 
 class Projected(Ranked):
     """The rank of random projections: large, because they are shared by layers and not trained."""
 
-    rank: int = Field(default=256, ge=1)
+    rank: int = Field(default=256, ge=1, le=WIDEST)
 
 
 class Subspaces(Ranked):
     """The rank of the decomposition that is cut into subspaces."""
 
-    rank: int = Field(default=100, ge=1)
+    rank: int = Field(default=100, ge=1, le=WIDEST)
 
 
 class Blocks(Targeted):
@@ -57,13 +57,13 @@ class Blocks(Targeted):
 
     size = "block_size"
 
-    block_size: int = Field(default=32, ge=1)
+    block_size: int = Field(default=32, ge=1, le=WIDEST)
 
 
 class Butterflies(Blocks):
     """The size of the blocks of a butterfly factor."""
 
-    block_size: int = Field(default=4, ge=1)
+    block_size: int = Field(default=4, ge=1, le=WIDEST)
 
 
 class Vectors(Targeted):
@@ -71,7 +71,7 @@ class Vectors(Targeted):
 
     size = "vector_length"
 
-    vector_length: int = Field(default=64, ge=1)
+    vector_length: int = Field(default=64, ge=1, le=WIDEST)
 
 
 class Frequencies(Targeted):
@@ -79,7 +79,7 @@ class Frequencies(Targeted):
 
     size = "frequencies"
 
-    frequencies: int = Field(default=1000, ge=1)
+    frequencies: int = Field(default=1000, ge=1, le=WIDEST**2)
 
 
 class Prompt(Peft):
@@ -87,7 +87,7 @@ class Prompt(Peft):
 
     size = "virtual_tokens"
 
-    virtual_tokens: int = Field(default=16, ge=1)
+    virtual_tokens: int = Field(default=16, ge=1, le=WIDEST)
 
 
 @dataclass(frozen=True)

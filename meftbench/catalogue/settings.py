@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+WIDEST = 2**17  # of ranks and adapters; the widest layer of a published model has 53,248 units
+
 
 class Settings(BaseModel):
     """Hyper-parameters of a method; unknown keys and wrong types are refused before torch is loaded."""

@@ -11,6 +11,7 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.cli.options import (
+    MOST_JOBS,
     AllowCode,
     AsJson,
     Attention,
@@ -72,7 +73,7 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with the run in --out, from its last checkpoint.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; on CUDA one a GPU.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Trainings at a time; on CUDA one a GPU.")] = 1,
     timeout: Annotated[str, typer.Option(help="Time allowed for a training: 90s, 10m, 24h.")] = "24h",
     as_json: AsJson = False,
     quiet: Quiet = False,

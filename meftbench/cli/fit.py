@@ -10,6 +10,7 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.cli.options import (
+    MOST_JOBS,
     Allocator,
     AllowCode,
     AsJson,
@@ -55,7 +56,9 @@ def fit(
     allow_code: AllowCode = False,
     allocator: Allocator = "",
     for_versions: ForVersions = "",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Methods at a time. Default: cores, at most 2.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_JOBS, help="Methods at a time. Default: cores, at most 2.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown, PNG and SVG.")] = None,
     resume: Resume = False,
     as_json: AsJson = False,

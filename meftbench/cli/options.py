@@ -18,6 +18,7 @@ from meftbench.escapes import single_line
 from meftbench.plan.axes import AXES
 from meftbench.plan.defaults import PROFILE
 
+MOST_JOBS = 1024  # processes at a time
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="A folder that `meftbench run` wrote.", autocompletion=completion.runs)
 ]

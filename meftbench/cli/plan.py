@@ -9,6 +9,7 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.cli.options import (
+    MOST_JOBS,
     Allocator,
     AllowCode,
     AsJson,
@@ -71,7 +72,9 @@ def plan(
     allow_code: AllowCode = False,
     allocator: Allocator = "",
     for_versions: ForVersions = "",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: cores, at most 2.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_JOBS, help="Processes. Default: cores, at most 2.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for plan.md, plan.csv, plots and a suite.")] = None,
     resume: Resume = False,
     as_json: AsJson = False,

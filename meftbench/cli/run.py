@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meftbench.cli import completion
-from meftbench.cli.options import AllowCode, at_terminal, say_next, typed
+from meftbench.cli.options import MOST_JOBS, AllowCode, at_terminal, say_next, typed
 from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserError, unknown
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="Start at most so many cells.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and stop.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cuda, counted or predicted:PROFILE, for all cells.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; on CUDA one cell a GPU.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Cells at a time; on CUDA one cell a GPU.")] = 1,
     gpus: Annotated[str, typer.Option(metavar="I,J,...", help="GPUs to use, as `nvidia-smi` counts them.")] = "",
     timeout: Annotated[str | None, typer.Option(help="Time allowed for a cell: 90s, 10m.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Fresh processes for a cell.")] = None,

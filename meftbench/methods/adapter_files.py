@@ -17,12 +17,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from meftbench.documents import bytes_of, json_object_of, opened
 from meftbench.errors import UserError
 from meftbench.methods.applied import vocabulary_of
 from meftbench.methods.unloading import and_more
+from meftbench.units import GiB
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "MEFTBENCH"
+MOST_HEADER_BYTES = 10**8  # that safetensors reads
+MOST_BYTES = 64 * GiB  # of a file of weights; those of a whole model of 15B parameters in float32 have as many
 SCHEMA = 2  # 1: from before the range of fixed-point streams was calibrated on the model
 
 
@@ -106,19 +110,21 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str
         if not (folder / name).is_file():
             raise UserError(str(folder), f"holds no {name}", "name a folder that save_adapter wrote")
     cure = "save the adapter again, or take both files from a backup"
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(folder / CONFIG), f"cannot be read ({error})", cure) from None
-    if not isinstance(config, dict) or "peft_type" not in config:
+    config = json_object_of(folder / CONFIG, cure=cure)
+    if not isinstance(config.get("peft_type"), str):
         raise UserError(str(folder / CONFIG), "is no configuration of an adapter", cure)
     if config["peft_type"] == PEFT_TYPE and config.get("schema") not in (1, SCHEMA):
         raise UserError(str(folder / CONFIG), f"is of schema {config.get('schema')!r}", "update meftbench")
     try:
-        weights = (folder / WEIGHTS).read_bytes()
+        with opened(folder / WEIGHTS, cure) as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if not 2 <= header_bytes <= MOST_HEADER_BYTES:  # told before the whole file is read, which may be large
+            raise ValueError(f"it begins with a header of {header_bytes:,} bytes")
+        weights = bytes_of(folder / WEIGHTS, MOST_BYTES, cure)
         tensors = safetensors.torch.load(weights)
         header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    except (OSError, SafetensorError, ValueError) as error:
+    # A damaged file makes safetensors raise errors of other types, too: of an unknown type of numbers a KeyError.
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(str(folder / WEIGHTS), f"cannot be read ({error})", cure) from None
     if config.get("weights_sha256", hashlib.sha256(weights).hexdigest()) != hashlib.sha256(weights).hexdigest():
         raise UserError(str(folder / WEIGHTS), f"was not written together with {CONFIG}", cure)

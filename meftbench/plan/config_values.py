@@ -10,6 +10,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
+from meftbench.errors import UserError
 from meftbench.strict_yaml import Document, KeyPath
 
 # Sizes and counts. Some of them may be 0 (type_vocab_size of BERT) or None (a window).
@@ -48,6 +49,18 @@ def check_values(document: Document, path: KeyPath, overrides: dict[str, Any]) -
         raise document.error((*path, "hidden_size"), what, "write a multiple of it")
 
 
+def check_sizes(where: str, config: dict[str, Any]) -> None:
+    """Raises UserError: a size or count in the configuration of a model folder is larger than any model has, so that
+    building the model would not end."""
+    for key, value in config.items():
+        if _COUNTS.fullmatch(key) and type(value) is int and value > _most(key):
+            raise UserError(where, f"its config.json has {key} {value:,}", f"write at most {_most(key):,}")
+
+
+def _most(key: str) -> int:
+    return 10_000 if "layers" in key else 2**24  # the longest context of a published model has 10,485,760 positions
+
+
 def _allowed_instead(key: str, value: Any) -> str | None:
     """What to write instead of a wrong value; None: the value is not known to be wrong."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -62,8 +75,8 @@ def _allowed_instead(key: str, value: Any) -> str | None:
         if value is None and _MAY_BE_NONE.fullmatch(key):
             return None
         least = 0 if key == "type_vocab_size" or "experts" in key else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            return f"a whole number from {least}"
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _most(key):
+            return f"a whole number from {least} to {_most(key):,}"
     elif _PROBABILITIES.fullmatch(key) and value is not None and not (is_number and 0 <= value <= 1):
         return "a number from 0 to 1"
     elif _NUMBERS.fullmatch(key) and value is not None and not (is_number and math.isfinite(value)):

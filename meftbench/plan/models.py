@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from meftbench.catalogue.backbones import BACKBONES
 from meftbench.catalogue.models import MODELS
 from meftbench.catalogue.peft_methods import refusal
+from meftbench.documents import json_object_of
 from meftbench.errors import UserError, unknown
+from meftbench.plan.config_values import check_sizes
 from meftbench.plan.factories import OWN_ATTENTION, check_factory, is_factory
 from meftbench.plan.gguf_files import SUFFIX, cache_folder, check_gguf, gguf_file_of
 
@@ -50,7 +51,7 @@ def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None
     name, _ = split_name(model)
     folder = folder_of(name)
     if folder is not None and (folder / "config.json").is_file():
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))) | overrides
+        return json_object_of(folder / "config.json", cure="save the model again") | overrides
     if name in MODELS:
         return {"model_type": MODELS[name].model_type} | MODELS[name].config | overrides
     return None
@@ -89,18 +90,13 @@ def _check_folder(where: str, folder: Path, random: bool) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(where, f"{str(folder)!r} has no config.json", "name a folder written by save_pretrained")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(where, f"{str(folder / 'config.json')!r} is not JSON", "save the model again") from None
-    except OSError as error:
-        what = f"{str(folder / 'config.json')!r} cannot be read ({error.strerror})"
-        raise UserError(where, what, "check its permissions") from None
-    if not isinstance(config, dict):
-        what = f"{str(folder / 'config.json')!r} is no mapping of fields to values"
-        raise UserError(where, what, "save the model again")
+        config = json_object_of(folder / "config.json", cure="save the model again")
+    except UserError as error:
+        raise UserError(where, f"{error.where!r} {error.what}", error.cure) from None
     if not isinstance(config.get("model_type", ""), str):
         what = f"{str(folder / 'config.json')!r} has a model_type that is no name: {config['model_type']!r}"
         raise UserError(where, what, "save the model again")
+    check_sizes(f"{where}: {str(folder)!r}", config)
     if not random and not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         cure = "put model.safetensors there, or add @random to the name"
         raise UserError(where, f"model folder {str(folder)!r} has no weights", cure)

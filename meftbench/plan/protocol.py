@@ -11,6 +11,8 @@ from meftbench.plan.identity import digest
 from meftbench.strict_yaml import FaultAtError
 from meftbench.units import parse_bytes, parse_duration
 
+MOST_STEPS = 10**6  # of a pass
+LONGEST_S = 366 * 24 * 3600  # that a cell may take
 USUAL = tuple(name for name, entry in PROBES.items() if entry.usual)
 
 
@@ -51,18 +53,18 @@ class Protocol(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    warmup: int = Field(default=2, ge=0)
-    steps: int = Field(default=5, ge=1)
-    repeats: int | None = Field(default=None, ge=1)
+    warmup: int = Field(default=2, ge=0, le=MOST_STEPS)
+    steps: int = Field(default=5, ge=1, le=MOST_STEPS)
+    repeats: int | None = Field(default=None, ge=1, le=1000)
     timeout: Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)] = Field(
-        default=600.0, gt=0
+        default=600.0, gt=0, le=LONGEST_S
     )
     passes: Annotated[tuple[str, ...], BeforeValidator(_known_passes)] = Field(default=USUAL, min_length=1)
     allocator: Annotated[Literal["default", "expandable"] | dict[str, int], BeforeValidator(_split_size)] = "default"
     on_oom: Literal["record", "bracket", "skip-larger"] = "bracket"
     exclusive: bool = True
     padding: float = Field(default=0.0, ge=0, lt=1)
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=10_000)
     memory_limit: Annotated[int | None, BeforeValidator(_bytes, json_schema_input_type=int | str | None)] = None
 
     @property

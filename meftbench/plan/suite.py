@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from meftbench.documents import guarded
 from meftbench.errors import unknown
 from meftbench.plan.axes import AXES
 from meftbench.plan.cell import Cell, value_on
@@ -147,13 +148,19 @@ def find_suite(name: str) -> Path:
 def load_suite(name: str) -> Suite:
     """The suite called `name` (see `find_suite`), every cell checked. Raises UserError at the first fault."""
     file = find_suite(name)
-    return parse_suite(read(file))
+    document = read(file)
+    with guarded(str(file)):
+        return parse_suite(document)
 
 
 def parse_suite(document: Document) -> Suite:
     """The suite of a parsed file. Raises UserError: at the first fault, with file, line, key path and cure."""
     _check_schema(document)
     parsed = validated(document, SuiteFile)
+    for key in ("include", "exclude"):
+        if len(entries := getattr(parsed, key)) > MAX_CELLS:
+            what = f"has {len(entries):,} entries"
+            raise document.error((key,), what, f"at most {MAX_CELLS:,} cells are run: split the suite")
     exclusions = [_exclusion(document, ("exclude", i), point) for i, point in enumerate(parsed.exclude)]
     cells: dict[str, Cell] = {}
     unmatched = {(i, axis) for i, exclusion in enumerate(exclusions) for axis in exclusion}

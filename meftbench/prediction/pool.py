@@ -9,9 +9,14 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from meftbench.documents import bytes_of
+from meftbench.units import GiB
+
+MOST_BYTES = GiB  # of the file of kept results
 Task = dict[str, Any]
 
 
@@ -22,12 +27,11 @@ class Kept:
         self._file = None if file is None else Path(file)
         self._known: dict[str, Any] = {}
         if self._file is not None and self._file.is_file():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                try:
+            for line in bytes_of(self._file, MOST_BYTES).splitlines():
+                # The last line of a process that was killed while it wrote is cut off; other damage, too, is left out.
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
-                except ValueError:  # the last line of a process that was killed while it wrote
-                    continue
-                self._known[entry["task"]] = entry["result"]
+                    self._known[entry["task"]] = entry["result"]
 
     def get(self, task: Task) -> Any:
         """The result of a task that was carried out before; None: it was not."""

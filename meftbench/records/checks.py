@@ -12,6 +12,8 @@ from functools import lru_cache
 from itertools import chain, compress
 from typing import Any, Literal, NamedTuple, get_args
 
+from meftbench.documents import LARGEST
+
 # JSON cannot write these numbers, and a reconstruction error may be infinite, so they are written as strings.
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
@@ -47,7 +49,43 @@ _PARAMS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("arithmetic", "coupling", "output"), (str, _NONE)),
     "side_bits": (int, _NONE),
 }
-LARGEST = 10**300  # of whole numbers; above 10^308 none has a float, in which averages and shares are computed
+_SUITE_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "run_id"), _TEXT),
+    **dict.fromkeys(("suite_id", "protocol_id", "description", "source", "budgets", "command"), _TEXT_OR_NONE),
+    **dict.fromkeys(("protocol", "own_code"), (dict, _NONE)),
+    "cells": _LIST_OR_NONE,
+}
+_ENVIRONMENT_FIELDS: dict[str, tuple[type, ...]] = {
+    "environment_id": _TEXT_OR_NONE,
+    **dict.fromkeys(("comparable", "meftbench", "host", "gpus", "torch", "packages"), (dict, _NONE)),
+}
+
+
+def check_environment(content: dict[str, Any]) -> None:
+    """Raises ValueError: a field of an environment is of another type."""
+    _check_types(content, _ENVIRONMENT_FIELDS, "environment.")
+
+
+_CELL_OF_SUITE = ("label", "cell_id")
+
+
+def check_suite(content: Any) -> None:
+    """Raises ValueError: `content` is not the resolved suite of a run, with its cells, where it lists them."""
+    if type(content) is not dict:
+        raise ValueError(f"it is {_shown(content)}, not a mapping")
+    for name in ("name", "run_id"):
+        if name not in content:
+            raise ValueError(f"{name} is missing")
+    _check_types(content, _SUITE_FIELDS, "suite.")
+    for field in ("protocol", "own_code"):
+        if any(type(key) is not str for key in content.get(field) or ()):
+            raise ValueError(f"{field} has a key that is no text")
+    for cell in content.get("cells") or ():
+        if type(cell) is not dict:
+            raise ValueError(f"cells has {_shown(cell)}, not a mapping")
+        for name in _CELL_OF_SUITE:
+            if type(cell.get(name)) is not str:
+                raise ValueError(f"{name} of a cell is {_shown(cell.get(name))}, not a text")
 
 
 def check_record(content: Any) -> None:
@@ -198,7 +236,10 @@ def _shown(value: Any) -> str:
     """A value as it stands in the message: cut, since it may be anything."""
     if type(value) is int and not -LARGEST < value < LARGEST:
         return "a number of more than 300 digits"
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except TypeError:  # a mapping of YAML, in which a date may be a key
+        text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -240,15 +281,22 @@ def _is_curve(value: Any) -> bool:
     )
 
 
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < LARGEST for size in value)
+
+
+_OF_BUFFER = ("op", "category", "dtype", "place")
+
+
 def _are_buffers(value: Any) -> bool:
     if not isinstance(value, list):
         return False
     for row in value:
         if type(row) is not dict or type(row.get("bytes")) is not int:
             return False
-        if type(row.get("count")) not in _COUNT_OR_NONE or type(row.get("shape")) not in _LIST_OR_NONE:
+        if type(row.get("count")) not in _COUNT_OR_NONE or not _are_sizes(row.get("shape") or []):
             return False
-        if type(row.get("module")) not in _TEXT_OR_NONE:
+        if type(row.get("module")) not in _TEXT_OR_NONE or not all(type(row.get(name)) is str for name in _OF_BUFFER):
             return False
     return True
 

@@ -22,19 +22,21 @@ import yaml
 from pydantic_core import from_json
 
 from meftbench.catalogue.metrics import METRICS
-from meftbench.errors import UserError
+from meftbench.documents import check_depth, guarded, json_object_of, opened, text_of
+from meftbench.errors import UserError, one_line
 from meftbench.escapes import single_line
+from meftbench.records.checks import check_environment, check_suite
 from meftbench.records.record import SCHEMA, Record
 from meftbench.records.suite_text import read_suite_text
+from meftbench.strict_yaml import parse_generated
+from meftbench.units import MiB, format_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 SUITE, ENVIRONMENT, RECORDS, BUDGETS, LOCK = "suite.yaml", "environment.json", "records.jsonl", "budgets.yaml", ".lock"
 
-
-# The safe loader of libyaml, ten times as fast, where PyYAML was built with it.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MOST_BYTES_A_RECORD = 16 * MiB  # the largest of this project's has 60 KiB
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,37 @@ def load_run(path: Path | str) -> Run:
     if not (folder / SUITE).is_file() or not (folder / ENVIRONMENT).is_file():
         cure = f"a run has {SUITE}, {ENVIRONMENT} and {RECORDS}; `meftbench run` writes one"
         raise UserError(str(folder), "is not a run folder", cure)
-    try:
-        text = (folder / SUITE).read_text(encoding="utf-8")
-        suite = read_suite_text(text, lambda part: yaml.load(part, Loader=_LOADER))
-        environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        if not (isinstance(suite, dict) and {"name", "run_id"} <= suite.keys() and isinstance(environment, dict)):
-            raise ValueError("keys are missing")
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(str(folder), f"{SUITE} or {ENVIRONMENT} is damaged ({error})", "run the suite again") from None
+    suite, environment = _suite_in(folder / SUITE), environment_in(folder / ENVIRONMENT)
     records, torn = read_records(folder / RECORDS)
     # A cell that was run again (`--retry`) has two lines, of which the later one counts.
     latest = {(record.cell_id, record.repeat): record for record in records}
     return Run(folder, suite, environment, list(latest.values()), torn)
+
+
+_AGAIN = "run the suite again, or take the file from a backup"
+
+
+def _suite_in(file: Path) -> dict[str, Any]:
+    """The resolved suite of a run. Raises UserError: the file cannot be read, or lacks what a run's suite has."""
+    text = text_of(file, cure=_AGAIN)
+    try:
+        with guarded(str(file), _AGAIN):
+            suite = read_suite_text(text, parse_generated)
+            check_depth(str(file), suite, _AGAIN)
+            check_suite(suite)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(str(file), f"is damaged ({one_line(error)})", _AGAIN) from None
+    return dict(suite)
+
+
+def environment_in(file: Path) -> dict[str, Any]:
+    """An environment that a run was made in. Raises UserError: the file cannot be read, or a field has another type."""
+    environment = json_object_of(file, cure=_AGAIN)
+    try:
+        check_environment(environment)
+    except ValueError as error:
+        raise UserError(str(file), f"is damaged ({error})", _AGAIN) from None
+    return environment
 
 
 def read_records(file: Path) -> tuple[list[Record], bool]:
@@ -110,12 +131,15 @@ def read_records(file: Path) -> tuple[list[Record], bool]:
 
     Raises UserError: when a line is not a record, or is one of a newer schema.
     """
-    if not file.exists():
+    if not os.path.lexists(file):
         return [], False
     records: list[Record] = []
-    with _without_garbage_collection(), file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with _without_garbage_collection(), opened(file) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(MOST_BYTES_A_RECORD), b""), start=1):
             if line[-1:] != b"\n":
+                if len(line) == MOST_BYTES_A_RECORD:
+                    what = f"is a line of more than {format_bytes(MOST_BYTES_A_RECORD)}"
+                    raise UserError(f"{file}:{number}", what, "remove the line, or take the file from a backup")
                 return records, True
             records.append(_record_in(line, f"{file}:{number}"))
     return records, False
@@ -128,7 +152,7 @@ def _record_in(line: bytes, place: str) -> Record:
         if content["schema"] > SCHEMA:
             raise UserError(place, f"record of schema {content['schema']}", "update meftbench")
         return Record.from_json(content)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(place, f"is not a record ({why})", "remove the line, or take the file from a backup") from None
 

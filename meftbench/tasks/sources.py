@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import os
 import re
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meftbench.catalogue.task import ALIASES, Task
+from meftbench.documents import guarded, json_of, text_of
 from meftbench.errors import UserError
 from meftbench.plan.training import DATA_VARIABLE
 from meftbench.tasks.text_files import TextTable, read_text_files
@@ -213,10 +213,10 @@ class Files:
         file = self.folder / CLASSES
         if not file.is_file():
             return []
-        try:
-            return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
-        except (ValueError, TypeError):
-            raise UserError(str(file), "is not a JSON list of class names", "mend it") from None
+        names = json_of(file)
+        if not isinstance(names, list):
+            raise UserError(str(file), "is not a JSON list of class names", "mend it")
+        return [str(name) for name in names]
 
     def _verify(self, files: list[Path]) -> None:
         """Raises UserError: when a file differs from its checksum; a file without one passes."""
@@ -237,8 +237,15 @@ def _checksums(file: Path) -> dict[Path, str]:
     """The digests in `file`, which is written as sha256sum writes it, by path; none where there is no such file."""
     if not file.is_file():
         return {}
-    lines = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {(file.parent / name.lstrip("*")).resolve(): digest for digest, name in lines}
+    checksums = {}
+    with guarded(str(file)):
+        for number, line in enumerate(text_of(file).splitlines(), 1):
+            digest, _, name = line.strip().partition(" ")
+            if digest and not name:
+                raise UserError(f"{file}:{number}", "has no digest and name", "write it as sha256sum does")
+            if digest:
+                checksums[(file.parent / name.strip().lstrip("*")).resolve()] = digest
+    return checksums
 
 
 def _bitmap(pixels: Any) -> bytes:

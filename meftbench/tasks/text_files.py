@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meftbench.documents import bytes_of
 from meftbench.errors import UserError
+from meftbench.units import MiB
 
 Row = dict[str, Any]
 
@@ -66,17 +68,17 @@ def read_text_files(files: Sequence[Path], ending: str) -> TextTable:
     return TextTable(names, rows, typed=ending in ("jsonl", "json"))
 
 
+MOST_BYTES = 512 * MiB  # of a file of rows; MNLI, the largest of GLUE, has 75 MiB
 MEND = "mend the file, or write it again"
 
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        # Not `text_of`, because line ends within a text are part of it.
+        return bytes_of(file, MOST_BYTES, MEND).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = f"cannot be read (byte {error.start + 1:,} is not UTF-8)"
         raise UserError(str(file), what, "save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(str(file), f"cannot be read ({error.strerror})", MEND) from None
 
 
 # --- separated values ---
@@ -178,7 +180,7 @@ def _parsed(where: str, text: str) -> Any:
             parse_int=lambda written: _with_spelling(WrittenInt, written),
             parse_float=lambda written: _with_spelling(WrittenFloat, written),
         )
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         reason = str(error).strip().splitlines()[0] or type(error).__name__
         raise UserError(where, f"cannot be read ({reason})", MEND) from None
 

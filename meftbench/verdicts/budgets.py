@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
+from meftbench.documents import guarded
 from meftbench.errors import UserError, unknown
 from meftbench.plan.cell import Cell
 from meftbench.records.outcome import Outcome
@@ -205,6 +206,11 @@ class Budgets:
 def load_budgets(file: Path | str) -> Budgets:
     """Read and check a budgets file. Raises UserError, with file, line and key path: the file is not valid."""
     document = read(Path(file))
+    with guarded(str(file)):
+        return _checked(document)
+
+
+def _checked(document: Document) -> Budgets:
     schema = document.content.get("schema")
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
         raise document.error(("schema",), f"schema {schema} is newer than this program ({SCHEMA})", "update meftbench")
@@ -230,7 +236,9 @@ def budgets_file(run: Run, cure: str = "name a file with --budget") -> Path:
     cure: for the message where there is neither, which raises UserError.
     """
     path = run.suite.get("budgets")
-    if path and Path(str(path)).is_file():
+    with guarded(str(run.path)):
+        named_is_there = bool(path) and Path(str(path)).is_file()
+    if named_is_there:
         return Path(os.path.relpath(str(path))) if Path(str(path)).is_relative_to(Path.cwd()) else Path(str(path))
     if (run.path / BUDGETS).is_file():
         return run.path / BUDGETS
@@ -238,9 +246,16 @@ def budgets_file(run: Run, cure: str = "name a file with --budget") -> Path:
 
 
 def glob(pattern: str) -> re.Pattern[str]:
-    """A pattern in which only `*` (any text, also across `/`) and `?` (one character) are special."""
-    parts = re.split(r"([*?])", pattern)
-    return re.compile("".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in parts), re.DOTALL)
+    """A pattern in which only `*` (any text, also across `/`) and `?` (one character) are special.
+
+    What stands between two stars is taken where it first occurs and never sought again further on, which changes no
+    answer: otherwise the time to refuse a label would grow exponentially with the number of stars.
+    """
+    first, *others = ("".join("." if sign == "?" else re.escape(sign) for sign in part) for part in pattern.split("*"))
+    if not others:
+        return re.compile(first, re.DOTALL)
+    between = "".join(f"(?>.*?{part})" for part in others[:-1] if part)
+    return re.compile(f"{first}{between}.*{others[-1]}", re.DOTALL)
 
 
 def _settings_names() -> set[str]:

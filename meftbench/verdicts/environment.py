@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from meftbench.records.store import Run
+from meftbench.records.store import Run, environment_in
 
 
 def environment_names(run: Run) -> list[str]:
@@ -47,7 +46,7 @@ def environments(run: Run) -> dict[str, dict[str, Any]]:
     for environment_id in {record.environment_id for record in run.records} - found.keys():
         file = run.path / f"environment-{environment_id}.json"  # written where a run is resumed (runner/folder.py)
         if file.is_file():
-            found[environment_id] = json.loads(file.read_text(encoding="utf-8"))
+            found[environment_id] = environment_in(file)
     return found
 
 
@@ -84,7 +83,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
     Of two environments only `comparable` is looked at: the facts that make their numbers comparable.
     """
-    if "comparable" in first and "comparable" in second:
+    if first.get("comparable") and second.get("comparable"):
         first, second = first["comparable"], second["comparable"]
     left, right = dict(_flat(first)), dict(_flat(second))
     keys = [key for key in {**left, **right} if left.get(key) != right.get(key)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from meftbench.catalogue.labels import parts_of_older
 from meftbench.catalogue.profiles import PREDICTED, PROFILES, Profile, find_profile
 from meftbench.catalogue.validated import about_validation
+from meftbench.documents import LARGEST, json_object_of
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
@@ -221,20 +223,37 @@ def save(run: Run, validation: Validation) -> Path:
     return file
 
 
+def _check(error: Error) -> None:
+    """Raises ValueError: a field of an error has another type, or is not of those that are validated."""
+    for name, value in vars(error).items():
+        counted = name in ("measured", "predicted")
+        if counted and not (type(value) is int and 0 < value < LARGEST):
+            raise ValueError(f"{name} is no number of bytes")
+        if not counted and type(value) is not str:
+            raise ValueError(f"{name} is no text")
+    if error.metric not in METRICS:
+        raise ValueError(f"metric is none of {', '.join(METRICS)}")
+
+
+_CURE = "write it again with `meftbench validate --save`"
+
+
 def saved(run: Run) -> Validation | None:
     """What `save` wrote; None where there is no such file. Raises UserError: the file is damaged."""
     file = run.path / FILE
+    if not os.path.lexists(file):
+        return None
+    content = json_object_of(file, cure=_CURE)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         fields = Error.__dataclass_fields__
         # Files that were written before there was the field have the name in the label alone.
         full = [{"method_name": parts_of_older(row["method"])[0].name, **row} for row in content["errors"]]
         rows = [Error(**{key: value for key, value in row.items() if key in fields}) for row in full]
+        for row in rows:
+            _check(row)
         return Validation(str(content["profile"]), rows, [str(line) for line in content["not_predicted"]])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(str(file), f"is damaged ({error})", "write it again with `meftbench validate --save`") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(str(file), f"is damaged ({error})", _CURE) from None
 
 
 def predicted_for(run: Run) -> dict[str, str]:

@@ -403,8 +403,8 @@ def test_a_full_disk_leaves_the_old_adapter(folder, written, monkeypatch):
     [
         (lambda f: (f / CONFIG).unlink(), f"holds no {CONFIG}; name a folder"),
         (lambda f: (f / WEIGHTS).unlink(), f"holds no {WEIGHTS}; name a folder"),
-        (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG}: cannot be read"),
-        (lambda f: (f / CONFIG).write_text("[]"), "is no configuration of an adapter"),
+        (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG}: is damaged"),
+        (lambda f: (f / CONFIG).write_text("[]"), "it is no mapping of fields to values"),
         (lambda f: (f / CONFIG).write_text('{"peft_type": "MEFTBENCH", "schema": 1}'), "method is missing"),
         (lambda f: change(f, schema=3), "is of schema 3; update meftbench"),
         (lambda f: change(f, method="meft9"), "unknown method 'meft9'"),
@@ -739,9 +739,7 @@ def test_other_weights_under_an_adapter_are_said(family, method, tmp_path, recwa
         meftbench.load_adapter(other, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "sample", [True, None, 7, "text", [], {"a": None}, {"a": 1.0}, {"a": ["1"]}, {"a": [True]}, {"a": [10**400]}]
-)
+@pytest.mark.parametrize("sample", [True, None, 7, "text", [], {"a": None}, {"a": 1.0}, {"a": ["1"]}, {"a": [True]}])
 def test_a_damaged_sample_of_the_weights_is_one_line(sample, tmp_path):
     meftbench.save_adapter(applied_to(a_model(), "parallel", {}), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text()) | {"base_sample": sample}

@@ -57,6 +57,8 @@ records = st.builds(
     st.integers(0, 9),
 )
 
+BUFFER = {"bytes": 5, "count": 1, "shape": [5], "op": "mm", "category": "inputs", "dtype": "float32", "place": "a:b"}
+
 
 @given(metrics)
 def test_a_metric_comes_back_as_it_went(metric):
@@ -255,7 +257,7 @@ def a_line():
     found = {
         "step_time_s": measured(1.0, min=0.9, max=1.1, samples=[0.9, 1.1]),
         "peak_allocated_bytes": counted(5, phases={"forward": 5}),
-        "peak_buffers": counted([{"bytes": 5, "count": 1, "shape": [5]}]),
+        "peak_buffers": counted([BUFFER]),
         "learning_curve": measured([[1, 0.5, None]]),
         "reconstruction_rel": measured([[0.5, math.inf]]),
         "peak_phase": counted("forward"),
