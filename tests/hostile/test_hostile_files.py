@@ -269,7 +269,7 @@ def test_aliases_that_multiply_are_refused(tmp_path, name):
 
 
 def test_a_pipe_that_the_shell_hands_over_is_read(tmp_path):
-    """`--budget <(command)`: at its other end somebody writes, also more than a pipe holds; and no more than the limit."""
+    """`--budget <(command)`: somebody writes at its other end, also more than a pipe holds; up to the limit of size."""
     for count, expected in ((3, None), (20_000, "at most 97.7 KiB are read")):
         read_end, write_end = os.pipe()
         writer = threading.Thread(target=_written, args=(write_end, b"12345\n" * count))
