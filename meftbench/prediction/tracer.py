@@ -184,7 +184,6 @@ class Tracer:
             entered.enter_context(mode)
             counted = entered.enter_context(PredictedStep(step, self.remembered, self.profile, self.versions))
             counter = counted.counter
-            counter.adds_up = False  # what a counter sees is told from the events
             entered.enter_context(counter.work.entered())
             entered.enter_context(nullcontext() if whole_loops else left_out_by(counter))
             starts = []

@@ -78,7 +78,6 @@ class StorageCounter(TorchDispatchMode):
     events: None, or a list to which every allocation, end and change of category of a storage is appended:
         ("alloc" | "free" | "book" | "phase", key, bytes before rounding, category or phase, operator). Storages of the
         category `host` are among them.
-    adds_up: whether live bytes, peaks, history and gradients are kept; False: events alone are, which tell the rest.
     """
 
     def __init__(self, device_type: str = "cpu", block: int = BLOCK, limit: int | None = None) -> None:
@@ -100,7 +99,6 @@ class StorageCounter(TorchDispatchMode):
         self._op = "given"
         self.modules: ModulesRunning | None = None
         self.events: list[tuple[str, int, int, str, str]] | None = None
-        self.adds_up = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -134,9 +132,8 @@ class StorageCounter(TorchDispatchMode):
         elif entry[2] not in (category, "host"):
             reference, size, old_category = entry
             self._storages[key] = (reference, size, category)
-            if self.adds_up:
-                self.live[old_category] -= size
-                self.live[category] += size
+            self.live[old_category] -= size
+            self.live[category] += size
             if self.events is not None:
                 self.events.append(("book", key, 0, category, ""))
         if owner is not None and key in self._origins and self._origins[key].module != owner:
@@ -155,8 +152,7 @@ class StorageCounter(TorchDispatchMode):
         key = gradient.untyped_storage()._cdata
         entry = self._storages.get(key)
         if entry is not None:
-            if self.adds_up:
-                self.gradients.arrived(key, entry[1])
+            self.gradients.arrived(key, entry[1])
             if self.events is not None:
                 self.events.append(("book", key, 0, entry[2], GRADIENT))
 
@@ -206,10 +202,9 @@ class StorageCounter(TorchDispatchMode):
             self._origins[key] = Origin(self._op, tuple(tensor.shape), dtype, _place(), module)
         else:
             self.events.append(("alloc", key, storage.nbytes(), category, self._op))
-        if self.adds_up:
-            self.gain(size, category)
-            if category != "host":
-                self.gradients.born(key)
+        self.gain(size, category)
+        if category != "host":
+            self.gradients.born(key)
 
     def gain(self, size: int, category: str) -> None:
         """Count `size` more bytes, already rounded. Raises CellFailure (oom) above the limit."""
@@ -238,11 +233,10 @@ class StorageCounter(TorchDispatchMode):
         _, size, category = self._storages.pop(key)
         self._origins.pop(key, None)
         self._explained_at.pop(key, None)
+        self.gradients.ended(key)
         if self.events is not None:
             self.events.append(("free", key, 0, "", ""))
-        if self.adds_up:
-            self.gradients.ended(key)
-            self.lose(size, category)
+        self.lose(size, category)
 
     def _raise_peaks(self, requested: int) -> None:
         if self.total > self.phase_peaks.get(self.phase, 0):
