@@ -336,7 +336,11 @@ class CountedStep:
         """One step, observed."""
         # Contexts of autograd functions form cycles, which gc would free at a random moment (docs/measuring.md 4).
         gc.collect()
-        if self.counter.events is not None:  # there are no origins
+        # Where events are kept there are no origins, and compiled layers with hooks would not be whole graphs.
+        compiled = "compile" in self.step.applied.levers or any(
+            m._compiled_call_impl for m in self.step.model.modules()
+        )
+        if self.counter.events is not None or compiled:
             return observe(self.counter, self.step.run, self._book_optimizer)
         with self._modules as self.counter.modules:
             return observe(self.counter, self.step.run, self._book_optimizer)
