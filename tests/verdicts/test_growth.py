@@ -181,7 +181,10 @@ def exact(cli, tmp_path):
     return file
 
 
-GREW = "larger: mm.default 384 × 384 float32 (25 of them, gradients, in step:forward_backward)"
+GREW = (
+    "larger: mm.default 384 × 1,536 float32 "
+    "(6 of them, gradients, of bert.encoder.layer.*.output.dense, in step:forward_backward)"
+)
 
 
 @pytest.mark.parametrize("arguments", [["--baseline", COMMITTED], []])
@@ -196,7 +199,7 @@ def test_one_planted_byte_fails_the_check_and_is_named(cli, planted, exact, argu
     assert f"{label}: {ACTIVATION} " in line
     assert "over by 1 B" in line
     assert GREW in line
-    assert line.endswith("14,745,600 B -> 14,745,601 B (+1 B)")
+    assert line.endswith("14,155,776 B -> 14,155,777 B (+1 B)")
 
 
 def test_without_a_run_to_hold_against_the_largest_buffers_are_named(cli, planted, exact):
@@ -224,7 +227,7 @@ def test_a_comparison_names_the_planted_byte_in_every_format(cli, planted):
     (cell,) = json.loads(printed("json"))["grown"]
     assert [("larger", 1, "gradients")] == [(row["kind"], row["delta"], row["category"]) for row in cell["buffers"]]
     assert GREW in printed("github")
-    assert "- buffer larger: mm.default 384 × 384 float32" in printed("markdown")
+    assert "- buffer larger: mm.default 384 × 1,536 float32" in printed("markdown")
 
 
 def test_a_committed_run_held_against_itself_never_fails(cli, exact):
