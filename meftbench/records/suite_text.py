@@ -21,7 +21,9 @@ _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 def suite_text(content: Mapping[str, Any]) -> str:
     """The text of a suite whose `cells` are a list of mappings, of plain values."""
     rest = {key: value for key, value in content.items() if key != "cells"}
-    head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, width=120)
+    # PyYAML writes line ends of Unicode as they are, and reads them as spaces.
+    plain = _ESCAPED.search(json.dumps(rest, ensure_ascii=False, default=str)) is None
+    head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=plain, width=120)
     lines = [_flow(cell) for cell in content["cells"]]
     return head + (_CELLS + "".join(f"- {line}\n" for line in lines) if lines else "cells: []\n")
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meftbench.records.suite_text import read_suite_text, suite_text
@@ -27,6 +27,8 @@ def of_yaml(text):
     cells=st.lists(st.dictionaries(texts, values, min_size=1, max_size=4), max_size=4),
     description=texts | st.just('cells:\n- {"a": 1}'),
 )
+@example(cells=[], description="\x85")
+@example(cells=[], description="\u2028")
 def test_what_is_written_is_read_as_yaml_and_as_json(cells, description):
     """Whatever texts and numbers it holds: 1e-05 is a number to YAML, too, and a text may look like the cells."""
     content = {"name": "a", "description": description, "cells": cells}
