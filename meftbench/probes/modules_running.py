@@ -132,7 +132,7 @@ class ModulesRunning:
 
     def _ends(self, module: nn.Module, _args: Any, _result: Any) -> None:
         while self._running and self._running.pop()[0] != id(module):
-            pass  # one that torch gave no end of
+            pass  # torch calls no hook at the end of a module whose forward raised
         self._note(self.path(), _current_graph_task_id())
 
     def _note(self, path: str | None, task: int) -> None:

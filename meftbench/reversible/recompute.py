@@ -116,6 +116,14 @@ class Numerics:
                 _SWITCHES[i][1](current.values[i])
 
 
+@contextmanager
+def run_again(autocast: AutocastState, numerics: Numerics, rng: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Inside, a function that the forward pass ran does the same again, and autograd records it. The arguments are as
+    they were in the forward pass; rng: None: no random numbers were drawn."""
+    with torch.enable_grad(), numerics.entered(), autocast.entered(), replayed_rng(rng, device):
+        yield
+
+
 def _flag(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 

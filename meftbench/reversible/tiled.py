@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meftbench.reversible.gradients import Sums, edges_of
-from meftbench.reversible.recompute import AutocastState, Numerics, drew, replayed_rng, rng_state
+from meftbench.reversible.recompute import AutocastState, Numerics, drew, rng_state, run_again
 from meftbench.reversible.rounds import rounds
 from meftbench.reversible.sublayers import on_tiles, tiles_of
 from meftbench.reversible.taps import asked, pass_on, tapped_in
@@ -80,12 +80,7 @@ class _Tiled(torch.autograd.Function):
         needs_grad, sums = ctx.needs_input_grad[3], Sums()
         h_TD, dy_TD = h_BLD.flatten(0, 1), dy_BLD.flatten(0, 1)
         dh_BLD = torch.empty_like(h_BLD, memory_format=torch.contiguous_format) if needs_grad else None
-        with (
-            torch.enable_grad(),
-            ctx.numerics.entered(),
-            ctx.autocast.entered(),
-            replayed_rng(ctx.rng, h_BLD.device),
-        ):
+        with run_again(ctx.autocast, ctx.numerics, ctx.rng, h_BLD.device):
             for rows in rounds(ctx.tiles):
                 leaf = h_TD[rows][None].detach().requires_grad_(needs_grad)
                 tapped: list[Tensor] = []

@@ -31,7 +31,7 @@ from meftbench.methods.levers.base import LeverNumber
 from meftbench.methods.levers.vocabulary_loss import Head, LossLever, SummedLoss
 from meftbench.reversible import ReversibleStack
 from meftbench.reversible.gradients import Sums
-from meftbench.reversible.recompute import AutocastState, Numerics, replayed_rng, rng_state
+from meftbench.reversible.recompute import AutocastState, Numerics, rng_state, run_again
 from meftbench.reversible.rounds import rounds
 
 # Where it is not known what the layers need, a chunk has 1 / CHUNKS of the tokens (+tiled_mlp has as many tiles).
@@ -132,7 +132,7 @@ class _Summed(torch.autograd.Function):
         ctx: Any, head: Head, labels_N: Tensor, ignored: int, rows: int, recorded: bool, h_ND: Tensor, *trained: Tensor
     ) -> Tensor:
         ctx.head, ctx.ignored, ctx.trained = head, ignored, trained
-        ctx.chunks = [slice(start, min(start + rows, len(h_ND))) for start in range(0, len(h_ND), rows)]
+        ctx.chunks = [slice(start, min(start + rows, len(h_ND))) for start in range(0, max(len(h_ND), 1), rows)]
         ctx.save_for_backward(h_ND, labels_N)
         ctx.autocast, ctx.numerics = AutocastState.now(h_ND.device.type), Numerics.now()
         ctx.rng = None if head.is_linear else rng_state(h_ND.device)
@@ -155,12 +155,7 @@ class _Summed(torch.autograd.Function):
         h_ND, labels_N = ctx.saved_tensors
         needs_grad, of_trained = ctx.needs_input_grad[5], Sums(wide=False)
         dh_ND = torch.empty_like(h_ND, memory_format=torch.contiguous_format) if needs_grad else None
-        with (
-            torch.enable_grad(),
-            ctx.numerics.entered(),
-            ctx.autocast.entered(),
-            replayed_rng(ctx.rng, h_ND.device),
-        ):
+        with run_again(ctx.autocast, ctx.numerics, ctx.rng, h_ND.device):
             for chunk in rounds(ctx.chunks):
                 leaf = h_ND[chunk].detach().requires_grad_(needs_grad)
                 edge = get_gradient_edge(ctx.head.summed(leaf, labels_N[chunk], ctx.ignored))
