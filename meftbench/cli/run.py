@@ -231,6 +231,8 @@ def _print_cells(suite: Suite, cells: list[Any], jobs: int, as_json: bool) -> No
 
 
 def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
+    from meftbench.report.results import frame_of
+    from meftbench.report.views.answer import headline
     from meftbench.runner.duration import total
 
     return {
@@ -241,26 +243,21 @@ def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
         "counts": dict(Counter(record.status for record in run.records)),
         "exit_code": code,
         **(expected or total([])).to_json(),
-        "answer": _headline(run),
+        "answer": headline(frame_of(run)),
         "records": [record.to_json() for record in run.records],
     }
-
-
-def _headline(run: Run) -> list[str]:
-    """The answer of the run in one to three sentences."""
-    from meftbench.report.results import frame_of
-    from meftbench.report.views.answer import headline
-
-    return headline(frame_of(run))
 
 
 def _print_run(run: Run) -> None:
     from meftbench.cli.estimate import folded
     from meftbench.records.store import BUDGETS
     from meftbench.report.render.terminal import print_summary
+    from meftbench.report.results import frame_of
+    from meftbench.report.views.answer import headline
 
-    print_summary(run)
-    if sentences := _headline(run):
+    frame = frame_of(run)
+    print_summary(run, frame=frame)
+    if sentences := headline(frame):
         print("\n" + "\n".join(folded(sentences)))
     print(f"\nrun folder: {run.path}")
     budgets = [("check", run.path)] if (run.path / BUDGETS).is_file() else []

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 
 from meftbench.catalogue.models import MODELS
 from meftbench.errors import UserError
+from meftbench.installed import file_of, version_of
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -27,16 +27,8 @@ def gguf_file_of(name: str) -> Path | None:
     """
     if name in MODELS:
         packaged = MODELS[name].gguf
-        return None if packaged is None else _packaged(*packaged)
+        return None if packaged is None else file_of(*packaged)
     return Path(name).expanduser() if name.endswith(SUFFIX) else None
-
-
-def _packaged(distribution: str, file_name: str) -> Path | None:
-    try:
-        files = metadata.files(distribution) or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.name == file_name), None)
 
 
 def check_gguf(where: str, file: Path) -> None:
@@ -51,16 +43,8 @@ def check_gguf(where: str, file: Path) -> None:
         raise UserError(where, f"{str(file)!r} cannot be read ({error.strerror})", "check its permissions") from None
     if first_bytes != MAGIC:
         raise UserError(where, f"{str(file)!r} is no GGUF file", "download or convert it again")
-    if not _version("gguf"):
+    if not version_of("gguf"):
         raise UserError(where, f"{str(file)!r} needs the package gguf", "pip install 'meftbench[gguf]'")
-
-
-def _version(distribution: str) -> str:
-    """Version of an installed package; "" where it is not installed, even if a folder of that name can be imported."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def cache_folder(file: Path) -> Path:
@@ -70,7 +54,7 @@ def cache_folder(file: Path) -> Path:
     read it: a changed file, or another version, has another folder.
     """
     status = file.stat()
-    digest = _digest(file.resolve(), status.st_size, status.st_mtime_ns)
+    digest = _digest(file.absolute(), status.st_size, status.st_mtime_ns)
     return cache_root() / "gguf" / f"{file.stem}-{digest}"
 
 
@@ -85,7 +69,7 @@ def cache_root() -> Path:
 @lru_cache(maxsize=64)
 def _digest(file: Path, size: int, changed_ns: int) -> str:
     """The digest of `cache_folder`; cached, since a suite needs it at least once for each of its cells."""
-    readers = [_version(name) for name in ("transformers", "gguf")]
+    readers = [version_of(name) for name in ("transformers", "gguf")]
     digest = hashlib.blake2b(" ".join(map(str, [SCHEMA, size, changed_ns, *readers])).encode(), digest_size=8)
     with file.open("rb") as stream:
         digest.update(stream.read(_SAMPLE))

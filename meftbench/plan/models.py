@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from meftbench.catalogue.models import MODELS
 from meftbench.catalogue.peft_methods import refusal
 from meftbench.documents import json_object_of
 from meftbench.errors import UserError, unknown
+from meftbench.installed import folder_of_package
 from meftbench.plan.config_values import check_sizes
 from meftbench.plan.factories import OWN_ATTENTION, check_factory, is_factory
 from meftbench.plan.gguf_files import SUFFIX, cache_folder, check_gguf, gguf_file_of
@@ -34,10 +35,8 @@ def folder_of(name: str) -> Path | None:
         return cache_folder(file) if file.is_file() else None
     if name in MODELS:
         package = MODELS[name].package
-        spec = importlib.util.find_spec(package) if package else None
-        if spec is None or spec.origin is None:
-            return None
-        return Path(spec.origin).parent / "model"
+        folder = folder_of_package(package) if package else None
+        return folder and folder / "model"
     return Path(name).expanduser() if is_path(name) else None
 
 
@@ -51,10 +50,24 @@ def known_config(model: str, overrides: dict[str, Any]) -> dict[str, Any] | None
     name, _ = split_name(model)
     folder = folder_of(name)
     if folder is not None and (folder / "config.json").is_file():
-        return json_object_of(folder / "config.json", cure="save the model again") | overrides
+        return _config_in(folder) | overrides
     if name in MODELS:
         return {"model_type": MODELS[name].model_type} | MODELS[name].config | overrides
     return None
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """The content of the folder's config.json, which is read once as long as the file stays as it is: the many cells of
+    a suite ask for it several times each. Raises UserError: it cannot be read, or is damaged."""
+    file = folder / "config.json"
+    state = file.stat()
+    return _config_as_of(file, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(maxsize=64)
+def _config_as_of(file: Path, state: tuple[int, ...]) -> dict[str, Any]:
+    """state: what tells a file from the one that is there after it was changed or replaced."""
+    return json_object_of(file, cure="save the model again")
 
 
 def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
@@ -90,7 +103,7 @@ def _check_folder(where: str, folder: Path, random: bool) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(where, f"{str(folder)!r} has no config.json", "name a folder written by save_pretrained")
     try:
-        config = json_object_of(folder / "config.json", cure="save the model again")
+        config = _config_in(folder)
     except UserError as error:
         raise UserError(where, f"{error.where!r} {error.what}", error.cure) from None
     if not isinstance(config.get("model_type", ""), str):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from meftbench import __version__
+from meftbench.installed import version_of
 from meftbench.plan.gguf_files import cache_root
 from meftbench.runner.predictions import ask
 
@@ -55,13 +55,6 @@ def _count(file: Path) -> int:
 def _file_of(verb: str, request: Mapping[str, Any]) -> Path:
     """Where results of a request are kept: the same request has the same file, as long as versions are the same."""
     asked = {key: value for key, value in request.items() if key != "jobs"}
-    versions = [__version__, *(_version(name) for name in _DECIDING)]
+    versions = [__version__, *(version_of(name) for name in _DECIDING)]
     text = json.dumps([verb, asked, versions], sort_keys=True)
     return cache_root() / "searches" / f"{verb}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Conf
 from meftbench.backbones import gguf as loading
 from meftbench.backbones.build import build_model, tokenizer_of
 from meftbench.errors import UserError
+from meftbench.installed import version_of
 from meftbench.measuring.batch import PASSAGE
 from meftbench.plan.gguf_files import cache_folder, gguf_file_of
 from meftbench.plan.models import check_model, known_config
@@ -203,7 +204,7 @@ def test_a_file_that_is_not_there_or_a_folder(tmp_path):
 
 def test_without_the_package_that_reads_it(file, monkeypatch):
     """The line says what to install."""
-    monkeypatch.setattr("meftbench.plan.gguf_files._version", lambda name: "")
+    monkeypatch.setattr("meftbench.plan.gguf_files.version_of", lambda name: "")
 
     with pytest.raises(UserError, match=r"pip install 'meftbench\[gguf\]'"):
         check_model("suite.yaml", str(file), {})
@@ -217,10 +218,13 @@ def test_a_folder_named_like_the_package_is_none(file, tmp_path, monkeypatch):
 
     (tmp_path / "path" / "gguf").mkdir(parents=True)
     monkeypatch.syspath_prepend(str(tmp_path / "path"))
-    monkeypatch.setattr("meftbench.plan.gguf_files.metadata.version", none)
+    monkeypatch.setattr("meftbench.installed.metadata.version", none)
+    version_of.cache_clear()
 
     with pytest.raises(UserError, match=r"pip install 'meftbench\[gguf\]'"):
         check_model("suite.yaml", str(file), {})
+
+    version_of.cache_clear()
 
 
 def test_a_relative_path_means_another_file_in_another_folder(file, tmp_path, monkeypatch):

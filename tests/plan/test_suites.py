@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meftbench import installed
+from meftbench.documents import json_object_of
 from meftbench.errors import UserError
+from meftbench.plan import models
 from meftbench.plan.suite import load_suite, parse_suite, shipped_suites
 from meftbench.strict_yaml import Document, read
 
@@ -146,3 +149,46 @@ def test_a_line_is_known_for_every_key(tmp_path):
 
     assert {"a": [{"b": 1, "c": 2}, [3, 4]]} == document.content
     assert [1, 2, 3, 5] == [document.lines[path] for path in (("a",), ("a", 0, "b"), ("a", 0, "c"), ("a", 1, 1))]
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A folder of a model that can be read as far as its configuration."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 64}')
+    return folder
+
+
+def test_a_configuration_is_read_once_for_all_cells_and_again_when_it_changes(model_folder, monkeypatch):
+    """However many cells there are; a file that has changed since is not taken for the one that was read."""
+    reads = []
+    monkeypatch.setattr(models, "json_object_of", lambda file, **options: reads.append(file) or json_object_of(file))
+    grid = GRID | {"model": f"{model_folder}@random", "batch_size": list(range(1, 50))}
+
+    parsed(grid=grid | {"sequence_length": 64})
+    assert [model_folder / "config.json"] == reads
+
+    (model_folder / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 32}')
+    with pytest.raises(UserError, match="32"):
+        parsed(grid=grid | {"sequence_length": 64})
+
+
+@pytest.mark.parametrize("model", ["minilm", "smollm2"])
+def test_a_package_is_looked_for_once_for_all_cells(model, monkeypatch):
+    """A search goes through all of sys.path, which takes longer than all else that a cell needs."""
+    searches = []
+    for name in ("version", "files"):
+        found = getattr(installed.metadata, name)
+        monkeypatch.setattr(
+            installed.metadata, name, lambda package, found=found: searches.append(package) or found(package)
+        )
+    find = installed.importlib.util.find_spec
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: searches.append(name) or find(name))
+    for kept in (installed.version_of, installed.file_of, installed.folder_of_package):
+        kept.cache_clear()
+
+    parsed(grid=GRID | {"model": f"{model}@random", "batch_size": list(range(1, 50))})
+
+    assert searches
+    assert len(searches) == len(set(searches))

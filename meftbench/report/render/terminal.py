@@ -36,8 +36,11 @@ _METHOD_WIDTH = 24  # characters of the method column at most; a wider one would
 _MARK = {"measured": "m", "counted": "c", "predicted": "p"}
 
 
-def print_summary(run: Run, console: Console | None = None) -> None:
-    """Print the tables of a run, then a line for each cell in which something went wrong."""
+def print_summary(run: Run, console: Console | None = None, frame: DataFrame | None = None) -> None:
+    """Print the tables of a run, then a line for each cell in which something went wrong.
+
+    frame: of the run, with at least the metrics of the tables, where the caller has made one.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -45,11 +48,11 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     if not run.records:
         out.print(Text("no cell has finished"))
         return
-    whole = frame_of(run, _table_metrics())
+    whole = frame_of(run, _table_metrics()) if frame is None else frame
     print_quality(whole, out)
-    frame = untrained(whole)
-    shares = share_of_full(frame)
-    table_groups = groups(frame)
+    steps = untrained(whole)
+    shares = share_of_full(steps)
+    table_groups = groups(steps)
     for group in table_groups:
         out.print(Text(group.title, style="bold"))
         out.print(Text(caption(group.frame)))
