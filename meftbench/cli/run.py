@@ -99,15 +99,15 @@ def sweep_to(
     """
     from meftbench.cli.progress import progress
     from meftbench.runner import Event, Noted, Planned, run_suite
-    from meftbench.runner.duration import Remaining, expected, history, total
+    from meftbench.runner.duration import Known, Remaining, history, total
 
     planned: list[Duration] = []
     with _interruptions(command, folder), progress(quiet, verbose) as tell:
 
         def on_event(event: Event) -> None:
             if isinstance(event, Planned):
-                past = history(folder, tell=lambda note: tell(Noted(note)))
-                each = {attempt.key: expected(attempt.cell, suite.protocol, past) for attempt in event.attempts}
+                known = Known(history(folder, tell=lambda note: tell(Noted(note))))
+                each = {attempt.key: known.expected(attempt.cell, suite.protocol) for attempt in event.attempts}
                 planned.append(total(list(each.values()), event.at_a_time))
                 tell.begin(planned[-1], Remaining(each, event.at_a_time))
             tell(event)
@@ -204,14 +204,14 @@ def _print_cells(suite: Suite, cells: list[Any], jobs: int, as_json: bool) -> No
     from meftbench.cli.estimate import folded
     from meftbench.errors import NOTHING_MATCHED
     from meftbench.plan.factories import calls_of
-    from meftbench.runner.duration import duration, history
+    from meftbench.runner.duration import Known, duration, history
 
     if not cells:
         raise UserError("--where", f"none of the {len(suite.cells)} cells matches", "change it", NOTHING_MATCHED)
     repeats = {cell.cell_id: suite.protocol.repeats_on(cell.device) for cell in cells}
     code = sorted({name for name, _ in calls_of(cells)})
     attempts = [cell for cell in cells for _ in range(repeats[cell.cell_id])]
-    expected = duration(attempts, suite.protocol, history(), jobs)
+    expected = duration(attempts, suite.protocol, Known(history()), jobs)
     if as_json:
         listed = [{"cell_id": c.cell_id, "label": c.label, "device": c.device} for c in cells]
         content = {"suite": suite.name, "suite_id": suite.suite_id, "cells": listed, "processes": sum(repeats.values())}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import socket
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,11 +22,13 @@ from meftbench.plan.models import RANDOM
 from meftbench.plan.protocol import Protocol
 from meftbench.records.outcome import as_number
 from meftbench.records.record import Record
-from meftbench.records.store import SUITE, load_run
+from meftbench.records.store import RECORDS, SUITE, load_run
 from meftbench.runner import host
 from meftbench.runner.folder import RUNS
 
 NEWEST = 20  # run folders that are read; older ones are of older code more often than not
+MOST_BYTES = 16 * 2**20  # of their records, which are read in about a second
+_NEAREST = 100  # other shapes from which the time of one is scaled
 _SAME, _SCALED = 1.2, 2.0  # by which factor a cell may take less or more than expected
 _ENDED = ("ok", "oom")
 
@@ -140,16 +143,21 @@ def rounded(seconds: float) -> str:
 
 
 def history(out: Path | None = None, runs: Path = RUNS, tell: Callable[[str], None] = lambda note: None) -> list[Past]:
-    """The cells of the newest runs under `runs`, and of the run in `out`, that this machine measured.
+    """The cells of the newest runs under `runs`, as many as are read in about a second, and of the run in `out`, that
+    this machine measured.
 
     A folder that cannot be read is left out, and `tell` is told: it is a reason to know less, and none not to run.
     """
     files = sorted(runs.glob(f"*/{SUITE}"), key=lambda file: file.stat().st_mtime, reverse=True)[:NEWEST]
     folders = {file.parent.resolve() for file in files}
-    if out is not None and (out / SUITE).is_file():
-        folders.add(out.resolve())
-    found, here = [], host.facts()
-    for folder in sorted(folders):
+    resumed = out.resolve() if out is not None and (out / SUITE).is_file() else None
+    if resumed is not None:
+        folders.add(resumed)
+    found, here, size = [], host.facts(), 0
+    for folder in sorted(folders, key=_changed, reverse=True):
+        size += _size(folder / RECORDS)
+        if size > MOST_BYTES and folder != resumed:
+            continue
         try:
             run = load_run(folder)
         except UserError as error:
@@ -160,6 +168,14 @@ def history(out: Path | None = None, runs: Path = RUNS, tell: Callable[[str], No
         if all(there.get(fact) == here[fact] for fact in ("cpu", "cores")):
             found += pasts(run.records, run.suite.get("protocol") or {}, socket.gethostname())
     return found
+
+
+def _changed(folder: Path) -> float:
+    return (folder / SUITE).stat().st_mtime
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def pasts(records: Iterable[Record], protocol: Mapping[str, Any], machine: str) -> list[Past]:
@@ -205,25 +221,51 @@ def _kind(device: Any, precision: Any, training: Mapping[str, Any] | None) -> tu
 # --- what cells will take ---
 
 
-def expected(cell: Cell, protocol: Protocol, past: Sequence[Past]) -> Expected | None:
-    """What a cell is expected to take; None: nothing like it has run."""
-    steps = _steps(protocol.warmup, protocol.steps, protocol.passes)
-    same = [entry.wall_s for entry in past if entry.key == _key(cell.label, cell.device, steps)]
-    if same:
-        return Expected(median(same), is_same=True)
-    training = cell.training.model_dump(mode="json") if cell.training else None
-    kind = _kind(cell.device, cell.precision, training)
-    work = cell.batch_size * cell.sequence_length * steps
-    of_kind = [entry for entry in past if entry.kind == kind]
-    of_model = [entry for entry in of_kind if entry.model == cell.model_label]
-    scaled = [entry.fixed_s + entry.passes_s * work / entry.tokens_and_steps for entry in of_model]
-    if not scaled and (parameters := parameters_of(cell)):
-        scaled = [
-            entry.fixed_s + entry.passes_s * work / entry.tokens_and_steps * parameters / entry.parameters
-            for entry in of_kind
-            if entry.parameters
-        ]
-    return Expected(median(scaled), is_same=False) if scaled else None
+class Known:
+    """What is known of earlier cells, arranged so that the time of a cell is told without going through all of them."""
+
+    def __init__(self, past: Iterable[Past]) -> None:
+        self._same: dict[str, list[float]] = {}
+        self._of_model: dict[tuple[Any, ...], list[Past]] = {}
+        self._of_kind: dict[tuple[Any, ...], list[Past]] = {}
+        for entry in sorted(past, key=_work):
+            self._same.setdefault(entry.key, []).append(entry.wall_s)
+            self._of_model.setdefault((entry.kind, entry.model), []).append(entry)
+            if entry.parameters:
+                self._of_kind.setdefault(entry.kind, []).append(entry)
+
+    def expected(self, cell: Cell, protocol: Protocol) -> Expected | None:
+        """What a cell is expected to take; None: nothing like it has run."""
+        steps = _steps(protocol.warmup, protocol.steps, protocol.passes)
+        if same := self._same.get(_key(cell.label, cell.device, steps)):
+            return Expected(median(same), is_same=True)
+        training = cell.training.model_dump(mode="json") if cell.training else None
+        kind = _kind(cell.device, cell.precision, training)
+        work = cell.batch_size * cell.sequence_length * steps
+        if of_model := self._of_model.get((kind, cell.model_label)):
+            scaled = [
+                entry.fixed_s + entry.passes_s * work / entry.tokens_and_steps for entry in _nearest(of_model, work)
+            ]
+        elif (of_kind := self._of_kind.get(kind)) and (parameters := parameters_of(cell)):
+            scaled = [
+                entry.fixed_s + entry.passes_s * work / entry.tokens_and_steps * parameters / entry.parameters
+                for entry in _nearest(of_kind, work)
+                if entry.parameters
+            ]
+        else:
+            return None
+        return Expected(median(scaled), is_same=False)
+
+
+def _work(entry: Past) -> float:
+    return entry.tokens_and_steps
+
+
+def _nearest(entries: Sequence[Past], work: float) -> Sequence[Past]:
+    """Of entries in order of their tokens and steps, those about `work`."""
+    middle = bisect_left(entries, work, key=_work)
+    first = max(0, min(middle - _NEAREST // 2, len(entries) - _NEAREST))
+    return entries[first : first + _NEAREST]
 
 
 def parameters_of(cell: Cell) -> float | None:
@@ -237,9 +279,9 @@ def parameters_of(cell: Cell) -> float | None:
     return layers * (4 * hidden**2 + 3 * hidden * inner) + vocabulary * hidden
 
 
-def duration(cells: Sequence[Cell], protocol: Protocol, past: Sequence[Past], at_a_time: int = 1) -> Duration:
+def duration(cells: Sequence[Cell], protocol: Protocol, known: Known, at_a_time: int = 1) -> Duration:
     """What `cells`, one entry an attempt, are expected to take together. at_a_time: how many run beside each other."""
-    return total([expected(cell, protocol, past) for cell in cells], at_a_time)
+    return total([known.expected(cell, protocol) for cell in cells], at_a_time)
 
 
 def total(expectations: Sequence[Expected | None], at_a_time: int = 1) -> Duration:
@@ -255,37 +297,50 @@ def total(expectations: Sequence[Expected | None], at_a_time: int = 1) -> Durati
     return Duration(len(expectations), same, len(known) - same, *(sums or (None, None, None)))
 
 
-@dataclass
 class Remaining:
     """The time that is left of a run, told anew after every cell: what was expected, corrected by what cells took.
 
     expectations: of the attempts, by cell_id and repeat.
     """
 
-    expectations: dict[tuple[str, int], Expected | None]
-    at_a_time: int = 1
-    _took: list[tuple[float, Expected | None]] = field(default_factory=list)
+    def __init__(self, expectations: Mapping[tuple[str, int], Expected | None], at_a_time: int = 1) -> None:
+        self._left, self._at_a_time = dict(expectations), at_a_time
+        # Sums of seconds, kept as cells end: to go through all that is left after each cell is quadratic.
+        self._expected_s = sum(entry.seconds for entry in self._left.values() if entry is not None)
+        self._unknown = sum(entry is None for entry in self._left.values())
+        self._ended, self._took_s = 0, 0.0
+        self._told_s, self._told_took_s = 0.0, 0.0  # of cells of which something was expected
+
+    @property
+    def attempts(self) -> int:
+        """How many are left."""
+        return len(self._left)
 
     def ended(self, record: Record) -> None:
         """A cell ended; one that was skipped says nothing about the others."""
-        entry = self.expectations.pop((record.cell_id, record.repeat), None)
-        if record.status != "skipped":
-            self._took.append((record.wall_s, entry))
+        key = (record.cell_id, record.repeat)
+        entry = self._left.get(key)
+        if key in self._left:
+            del self._left[key]
+            self._expected_s -= entry.seconds if entry else 0
+            self._unknown -= entry is None
+        if record.status == "skipped":
+            return
+        self._ended += 1
+        self._took_s += record.wall_s
+        if entry is not None:
+            self._told_s += entry.seconds
+            self._told_took_s += record.wall_s
 
     def seconds(self) -> float | None:
         """Seconds that are left; None: not known yet."""
-        told = [(wall_s, entry.seconds) for wall_s, entry in self._took if entry is not None]
-        factor = sum(wall_s for wall_s, _ in told) / sum(seconds for _, seconds in told) if told else 1.0
-        mean = sum(wall_s for wall_s, _ in self._took) / len(self._took) if self._took else None
-        left = 0.0
-        for entry in self.expectations.values():
-            each = mean if entry is None else entry.seconds * factor
-            if each is None:
-                return None
-            left += each
-        return left / self.at_a_time
+        if self._unknown and not self._ended:
+            return None
+        factor = self._told_took_s / self._told_s if self._told_s else 1.0
+        of_unknown = self._unknown * self._took_s / self._ended if self._unknown else 0.0
+        return (max(0.0, self._expected_s) * factor + of_unknown) / self._at_a_time
 
     def text(self) -> str:
         """`about 3 min left`; "" where it is not known yet or nothing is left."""
         seconds = self.seconds()
-        return f"about {rounded(seconds)} left" if seconds and self.expectations else ""
+        return f"about {rounded(seconds)} left" if seconds and self._left else ""

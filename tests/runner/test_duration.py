@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -14,9 +15,9 @@ from meftbench.runner import host
 from meftbench.runner.duration import (
     Duration,
     Expected,
+    Known,
     Remaining,
     duration,
-    expected,
     history,
     parameters_of,
     pasts,
@@ -30,7 +31,7 @@ HERE = socket.gethostname()
 
 
 def past(*records):
-    return pasts(records, PROTOCOL.model_dump(mode="json"), HERE)
+    return Known(pasts(records, PROTOCOL.model_dump(mode="json"), HERE))
 
 
 def took(wall_s, passes_s=None, parameters=100, status="ok", **fields):
@@ -40,20 +41,20 @@ def took(wall_s, passes_s=None, parameters=100, status="ok", **fields):
 
 
 def test_the_same_cell_takes_what_it_took():
-    found = expected(a_cell(seed=3), PROTOCOL, past(took(10.0), took(14.0, seed=1), took(99.0, method="lora")))
+    found = past(took(10.0), took(14.0, seed=1), took(99.0, method="lora")).expected(a_cell(seed=3), PROTOCOL)
 
     assert found == Expected(12.0, is_same=True)
 
 
 def test_another_shape_is_scaled_by_its_tokens_without_what_does_not_grow():
     """Of 10 s, 2 s are for starting and building; the rest grows with twice the tokens."""
-    found = expected(a_cell(batch_size=16), PROTOCOL, past(took(10.0, passes_s=8.0)))
+    found = past(took(10.0, passes_s=8.0)).expected(a_cell(batch_size=16), PROTOCOL)
 
     assert found == Expected(18.0, is_same=False)
 
 
 def test_more_steps_take_longer():
-    found = expected(a_cell(), PROTOCOL.model_copy(update={"warmup": 2, "steps": 12}), past(took(10.0, passes_s=8.0)))
+    found = past(took(10.0, passes_s=8.0)).expected(a_cell(), PROTOCOL.model_copy(update={"warmup": 2, "steps": 12}))
 
     assert found is not None
     assert found.seconds == pytest.approx(2 + 8 * 14 / 7)
@@ -62,7 +63,7 @@ def test_more_steps_take_longer():
 def test_another_model_is_scaled_by_its_parameters():
     cell = a_cell(model="bert-large@random")
     parameters = parameters_of(cell)
-    found = expected(cell, PROTOCOL, past(took(10.0, passes_s=8.0, parameters=parameters / 3)))
+    found = past(took(10.0, passes_s=8.0, parameters=parameters / 3)).expected(cell, PROTOCOL)
 
     assert found is not None
     assert found.seconds == pytest.approx(2 + 8 * 3)
@@ -79,7 +80,7 @@ def test_parameters_are_about_those_of_the_model():
 def test_what_tells_nothing_is_left_out(other):
     status = other.pop("status", "ok")
 
-    assert expected(a_cell(), PROTOCOL, past(took(10.0, status=status, **other))) is None
+    assert past(took(10.0, status=status, **other)).expected(a_cell(), PROTOCOL) is None
 
 
 def test_a_run_says_its_time_and_from_what():
@@ -96,7 +97,7 @@ def test_a_run_says_its_time_and_from_what():
 
 
 def test_what_is_not_known_is_said():
-    nothing = duration([a_cell()], PROTOCOL, [])
+    nothing = duration([a_cell()], PROTOCOL, Known([]))
     some = total([Expected(60.0, is_same=True), None])
 
     assert nothing.sentence().startswith("1 cell; no like cell has run on this machine: the time is not known yet")
@@ -156,7 +157,7 @@ def test_a_skipped_cell_says_nothing_about_the_others():
     remaining.ended(records[0])
 
     assert remaining.text() == ""
-    assert len(remaining.expectations) == 1
+    assert remaining.attempts == 1
 
 
 def test_history_is_of_runs_here_and_of_the_folder_that_is_resumed(tmp_path):
@@ -178,3 +179,44 @@ def test_a_damaged_run_is_said_and_left_out(tmp_path):
     assert history(runs=tmp_path / "runs", tell=notes.append) == []
     assert len(notes) == 1
     assert notes[0].startswith("the times in ")
+
+
+def test_times_are_scaled_from_the_shapes_that_are_nearest():
+    """Of many shapes, those far off do not count: what a kernel takes for a token depends on how many there are."""
+    near = [took(10.0, passes_s=10.0, batch_size=1000 + n) for n in range(100)]
+    far = [took(1.0, passes_s=1.0, batch_size=1 + n % 8) for n in range(300)]
+    found = past(*far, *near).expected(a_cell(batch_size=1100), PROTOCOL)
+
+    assert found is not None
+    assert found.seconds == pytest.approx(10.0 * 1100 / 1049.5, rel=0.01)
+
+
+def test_of_many_records_no_more_are_read_than_take_a_second(tmp_path, monkeypatch):
+    """The newest runs first, and always the run that is resumed."""
+    here = {"host": host.facts()}
+    for number, name in enumerate(["runs/oldest", "runs/newest", "out"]):
+        run = a_run(tmp_path / name, took(10.0 + number), environment=here)
+        os.utime(run.path / "suite.yaml", (1000 + number % 2, 1000 + number % 2))
+    monkeypatch.setattr("meftbench.runner.duration.MOST_BYTES", (run.path / "records.jsonl").stat().st_size)
+
+    assert [11.0] == [entry.wall_s for entry in history(runs=tmp_path / "runs")]
+    assert {11.0, 12.0} == {entry.wall_s for entry in history(tmp_path / "out", runs=tmp_path / "runs")}
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 1e3), st.one_of(st.none(), st.floats(0.1, 1e3))), min_size=1, max_size=8))
+def test_what_is_left_is_the_same_as_if_all_that_is_left_were_gone_through(cells):
+    """After each cell: what was expected of the others times by how much those that ended took longer, and the mean of
+    what they took for those of which nothing is known."""
+    records = [took(wall_s, repeat=number) for number, (wall_s, _) in enumerate(cells)]
+    entries = [None if seconds is None else Expected(seconds, is_same=True) for _, seconds in cells]
+    remaining = Remaining({(r.cell_id, r.repeat): entry for r, entry in zip(records, entries, strict=True)})
+
+    for number, record in enumerate(records, start=1):
+        remaining.ended(record)
+        ended = [(r.wall_s, e) for r, e in zip(records[:number], entries[:number], strict=True)]
+        told = [(wall_s, e.seconds) for wall_s, e in ended if e is not None]
+        factor = sum(wall_s for wall_s, _ in told) / sum(seconds for _, seconds in told) if told else 1.0
+        mean = sum(wall_s for wall_s, _ in ended) / number
+        left = sum(mean if e is None else e.seconds * factor for e in entries[number:])
+
+        assert remaining.seconds() == pytest.approx(left, abs=1e-6)
