@@ -24,21 +24,25 @@ class Rates:
         """
         if cell.training is None or cell.training.grid == "every-seed":
             return None
-        variants = self._variants[_without_rate_and_seed(cell)]
-        first_seed = min(candidate.seed for candidate in variants)
-        first_seed_cells = [candidate for candidate in variants if candidate.seed == first_seed]
-        if cell.seed == first_seed or any(candidate.cell_id not in scores for candidate in first_seed_cells):
+        first_seed_cells = self._of_first_seed[_without_rate_and_seed(cell)]
+        is_first = cell.seed == first_seed_cells[0].seed
+        if is_first or any(candidate.cell_id not in scores for candidate in first_seed_cells):
             return None
         best = max(first_seed_cells, key=lambda candidate: scores[candidate.cell_id])
         return None if _rate(best) == _rate(cell) else best
 
     @cached_property
-    def _variants(self) -> dict[str, list[Cell]]:
-        variants: dict[str, list[Cell]] = {}
+    def _of_first_seed(self) -> dict[str, list[Cell]]:
+        """The cells with the lowest seed, by what cells share that differ in learning rate and seed alone."""
+        found: dict[str, list[Cell]] = {}
         for cell in self._cells:
             if cell.training is not None:
-                variants.setdefault(_without_rate_and_seed(cell), []).append(cell)
-        return variants
+                same = found.setdefault(_without_rate_and_seed(cell), [cell])
+                if cell.seed < same[0].seed:
+                    same[:] = [cell]
+                elif cell.seed == same[0].seed and cell is not same[0]:
+                    same.append(cell)
+        return found
 
 
 def _without_rate_and_seed(cell: Cell) -> str:
