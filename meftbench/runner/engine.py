@@ -6,7 +6,7 @@ starts processes: on this machine (runner/local_engine.py), or on others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,8 +77,17 @@ class Engine(Protocol):
 
 
 def kind_of(cell: Cell) -> str:
-    """The kind of device that the cell needs: `cuda`, or `counted` for whatever needs none."""
-    return CUDA if cell.device == CUDA else COUNTED
+    """The kind of device that the cell needs: `cuda`, `cuda:PROFILE`, or `counted` for whatever needs none."""
+    return cell.device if cell.device.startswith(CUDA) else COUNTED
+
+
+def refuse_without_slot(kinds: Iterable[str], slots: Iterable[Collection[str]], has: str) -> None:
+    """Raises UserError (exit 4): one of the `kinds` of cells has no slot.
+
+    slots: the kinds of cells of each slot.  has: what there is, such as "this machine has NVIDIA A10"."""
+    for kind in sorted({*kinds}.difference(*slots)):
+        cure = "choose others with --jobs or --gpus, leave cells out with --where, or use another --device"
+        raise UserError(f"device {kind}", f"no place for such cells: {has}", cure, NOT_COMPARABLE)
 
 
 def check_torch(work: Work, machine: Machine) -> None:

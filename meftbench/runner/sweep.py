@@ -16,7 +16,7 @@ from meftbench.plan.factories import calls_of, check_allowed
 from meftbench.plan.suite import Suite, load_suite
 from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Record, Status
-from meftbench.records.store import RECORDS, Run, ended_by_disk, folder_at, load_run, refuse_link, subfolder
+from meftbench.records.store import RECORDS, RESUME, Run, ended_by_disk, folder_at, load_run, refuse_link, subfolder
 from meftbench.records.writer import Writer, writing
 from meftbench.runner import folder, logs
 from meftbench.runner.attempt_records import identity, record_of, skipped_record
@@ -25,6 +25,7 @@ from meftbench.runner.data_check import check_data
 from meftbench.runner.engine import Engine, Slot, Work, kind_of
 from meftbench.runner.job import Job, Machine
 from meftbench.runner.local_engine import LocalEngine
+from meftbench.runner.retries import Retries
 from meftbench.runner.schedule import Attempt, Key, Plan, Schedule, pending
 
 
@@ -262,7 +263,8 @@ class _Sweep:
 
     scores: of trainings, by cell_id.  code: digests of the user's own functions.
     running: the attempts that run now, each with its slot.  environments: ids of those
-    that the folder has.  done: how many attempts have ended in this execution.
+    that the folder has.  retries: of cells whose machine was lost.  done: how many attempts have ended in this
+    execution.
     """
 
     plan: Plan
@@ -273,6 +275,7 @@ class _Sweep:
     code: dict[str, str | None] = field(default_factory=dict)
     running: dict[Key, tuple[Attempt, Slot]] = field(default_factory=dict)
     environments: set[str] = field(default_factory=set)
+    retries: Retries = field(default_factory=Retries)
     done: int = 0
     stopped: bool = False
 
@@ -300,8 +303,15 @@ class _Sweep:
                 engine.give(_job(subfolder(writer.folder, folder.LOGS), suite, attempt, slot), slot)
             outcome = engine.poll()
             if outcome is None:
+                if (left := total - self.done) and not self.stopped:
+                    what = f"no machine is left that can run {left} of {total} attempts"
+                    raise UserError("--engine", what, f"see to the machines, {RESUME}", NOT_COMPARABLE)
                 return
-            attempt, _ = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
+            attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
+            if outcome.lost and self.retries.again(attempt, slot, outcome):
+                self.on_event(Noted(f"{attempt.cell.label}: {outcome.detail['message']}; it is run again"))
+                continue
+            outcome = self.retries.told(outcome)
             machine = outcome.machine or first
             if machine.environment_id not in self.environments:
                 folder.add_environment(writer, machine.environment)
@@ -313,6 +323,9 @@ class _Sweep:
         """Yield attempts to start, with their slots, or to skip (None), as long as there are free slots."""
         busy = {slot for _, slot in self.running.values()}
         free = [slot for slot in engine.slots() if slot not in busy]
+        for again, slot in self.retries.placed(free, engine.slots()):
+            free.remove(slot)
+            yield again, slot
         while free and not self.stopped:
             attempt = self._schedule.start(frozenset().union(*(slot.kinds for slot in free)))
             if attempt is None:
