@@ -278,6 +278,6 @@ def _environment(record: Record) -> dict[str, Any]:
     """What the `environment` of a budgets row is compared with, as environment.json has it."""
     import torch
 
-    if record.cell["device"] != "cuda":
+    if not str(record.cell["device"]).startswith("cuda"):
         return {}
     return {"gpus": {"devices": [{"name": torch.cuda.get_device_name()}]}, "torch": {"cuda": torch.version.cuda}}

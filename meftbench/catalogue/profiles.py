@@ -16,7 +16,8 @@ from meftbench.errors import UserError, unknown
 from meftbench.strict_yaml import read, validated
 from meftbench.units import parse_bytes
 
-PREDICTED = "predicted:"
+# What comes before the name of a profile where a cell says its device: predicted for it, or measured on such a card.
+PREDICTED, CARD = "predicted:", "cuda:"
 _FOLDER = Path(__file__).with_suffix("")
 
 

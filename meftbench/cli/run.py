@@ -46,7 +46,9 @@ def run(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Start at most so many cells.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and stop.")] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cuda, counted or predicted:PROFILE, for all cells.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cuda, cuda:PROFILE, counted or predicted:PROFILE, for all cells.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Cells at a time; on CUDA one cell a GPU.")] = 1,
     gpus: Annotated[str, typer.Option(metavar="I,J,...", help="GPUs to use, as `nvidia-smi` counts them.")] = "",
     timeout: Annotated[str | None, typer.Option(help="Time allowed for a cell: 90s, 10m.")] = None,

@@ -67,7 +67,7 @@ class Cell(BaseModel):
     head: the model's head, a name in catalogue.backbones.HEADS; None: the first in the backbone's entry.
     packing: whether the samples of a micro-batch are laid end to end in one row, without padding.
     batch: the user's own function that makes the batch, as `module:function`; None: a batch is made for the model.
-    device: `counted`, `cuda`, or `predicted:PROFILE`.
+    device: `counted`, `cuda` (any GPU), `cuda:PROFILE` (the card of a device profile), or `predicted:PROFILE`.
     training: for a fine-tuning run, the task and how the cell is trained on it until it is scored; None: only steps are
         measured.
     """

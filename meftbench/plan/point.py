@@ -12,7 +12,7 @@ from meftbench.catalogue.labels import read_label
 from meftbench.catalogue.levers import LEVERS, settings_for
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
-from meftbench.catalogue.profiles import PREDICTED, find_profile
+from meftbench.catalogue.profiles import CARD, PREDICTED, find_profile
 from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
@@ -172,11 +172,13 @@ def refuse_unknown(document: Document, places: Places, values: dict[str, Any]) -
 
 
 def parse_device(where: str, device: str) -> str:
-    """The device, checked: `counted`, `cuda`, or `predicted:PROFILE`. Raises UserError: it is anything else."""
-    if device.startswith(PREDICTED):
-        find_profile(device.removeprefix(PREDICTED), where)
+    """The device, checked: `counted`, `cuda`, `cuda:PROFILE` (the card of a device profile) or `predicted:PROFILE`.
+
+    Raises UserError: it is anything else."""
+    if device.startswith((PREDICTED, CARD)):
+        find_profile(device.partition(":")[2], where)
     elif device not in ("counted", "cuda"):
-        raise unknown(where, "device", device, ["counted", "cuda", f"{PREDICTED}PROFILE"])
+        raise unknown(where, "device", device, ["counted", "cuda", f"{CARD}PROFILE", f"{PREDICTED}PROFILE"])
     return device
 
 

@@ -82,4 +82,4 @@ class Protocol(BaseModel):
 
     def repeats_on(self, device: str) -> int:
         """How many fresh processes measure a cell on `device`."""
-        return self.repeats if self.repeats is not None else (3 if device == "cuda" else 1)
+        return self.repeats if self.repeats is not None else (3 if device.startswith("cuda") else 1)

@@ -7,16 +7,29 @@ from typing import Any
 
 from meftbench.plan.factories import calls_of
 from meftbench.plan.identity import uuid7
+from meftbench.plan.suite import Suite
 from meftbench.plan.training import NOT_CHOSEN
 from meftbench.records.record import Record
-from meftbench.runner.job import Outcome
+from meftbench.runner.job import Machine, Outcome
 from meftbench.runner.process import utc_now
 from meftbench.runner.schedule import Attempt, Plan
 
 
+def identity(suite: Suite, run_id: str, machine: Machine) -> dict[str, Any]:
+    """The fields that all records of a run share that were made on the same machine."""
+    return {
+        "run_id": run_id,
+        "protocol_id": suite.protocol.protocol_id,
+        "environment_id": machine.environment_id,
+        "meftbench_version": machine.environment["meftbench"]["version"],
+        "code_digest": machine.environment["meftbench"]["code_digest"],
+        "host": machine.host,
+    }
+
+
 def record_of(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code: Mapping[str, str | None]) -> Record:
-    """The record of an attempt that has ended. identity: the fields that all records of a run share.  code: digests of
-    the user's own functions by name."""
+    """The record of an attempt that has ended. identity: what `identity` returns.  code: digests of the user's own
+    functions by name."""
     own_code = {name: code[name] for name, _ in calls_of([attempt.cell]) if name in code}
     return Record(
         record_id=uuid7(),

@@ -1,5 +1,5 @@
 """Reads the data of trainings before a run begins, so that unusable data end it early, and checks that a run that is
-resumed has the data that it began with."""
+resumed, or has several machines, has the same data throughout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from meftbench.catalogue.tasks import is_own
@@ -22,27 +22,44 @@ CHECK = (sys.executable, "-m", "meftbench.tasks.check")
 _READ_BY = ("task", "data", "train_examples", "evaluation_examples")
 
 
-def check_data(cells: Iterable[Cell], earlier: Run | None, check: tuple[str, ...] = CHECK) -> None:
+def read_data(cells: Iterable[Cell], check: tuple[str, ...] = CHECK) -> dict[str, dict[str, Any]]:
     """Read the data of all trainings among `cells`, each once, in another process: this one never loads `datasets`.
 
     Data of the Hugging Face hub are not read here but by the cells, which may have to wait for the hub.
-
-    Raises UserError: data that cannot be used (exit 2); data that have changed since the records of `earlier` (exit 4).
+    Returns, by the settings that decide which rows are read, a "task" with its "digest", or with an "error" (arguments
+    of a UserError).
     """
     requests: dict[str, dict[str, Any]] = {}
     for cell in cells:
         if cell.training and _is_local(cell):
             requests.setdefault(_data_key(cell.training.model_dump()), {n: getattr(cell.training, n) for n in _READ_BY})
     if not requests:
-        return
-    earlier_digests = _digests(earlier)
-    for key, answer in zip(requests, _answers(list(requests.values()), check), strict=True):
-        if "error" in answer:
-            raise UserError(*answer["error"])
-        if earlier_digests.get(key, answer["digest"]) != answer["digest"]:
-            what = f"the data of task {requests[key]['task']!r} have changed since its records were made"
-            cure = "restore them, or choose another --out"
-            raise UserError(str(earlier.path) if earlier else "", what, cure, NOT_COMPARABLE)
+        return {}
+    answers = zip(requests.items(), _answers(list(requests.values()), check), strict=True)
+    return {key: {"task": request["task"]} | answer for (key, request), answer in answers}
+
+
+def check_data(answers: Mapping[str, Mapping[str, dict[str, Any]]], earlier: Run | None) -> None:
+    """Check what `read_data` found, by the name of the machine on which it ran; "" for this one.
+
+    Raises UserError: data that cannot be used (exit 2); data that differ between machines, or have changed since the
+    records of `earlier` (exit 4).
+    """
+    recorded_digests = _digests(earlier)
+    first: dict[str, tuple[str, str]] = {}  # by key: the digest, and the machine on which it was found first
+    for machine, found in answers.items():
+        for key, answer in found.items():
+            if "error" in answer:
+                where, what, cure = answer["error"]
+                raise UserError(f"{machine}: {where}" if machine else where, what, cure)
+            digest, other = first.setdefault(key, (answer["digest"], machine))
+            if answer["digest"] != digest:
+                what = f"the data of task {answer['task']!r} are others on {machine} than on {other}"
+                raise UserError("data", what, "copy those of one machine to all", NOT_COMPARABLE)
+            if recorded_digests.get(key, digest) != digest:
+                what = f"the data of task {answer['task']!r} have changed since its records were made"
+                cure = "restore them, or choose another --out"
+                raise UserError(str(earlier.path) if earlier else "", what, cure, NOT_COMPARABLE)
 
 
 def _is_local(cell: Cell) -> bool:

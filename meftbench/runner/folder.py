@@ -15,7 +15,7 @@ from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite, shipped_suites
 from meftbench.records.record import Record
-from meftbench.records.store import BUDGETS, ENVIRONMENT, LOCK, RECORDS, SUITE, Run, load_run
+from meftbench.records.store import BUDGETS, ENVIRONMENT, LOCK, RECORDS, SUITE, Run, environment_in, load_run
 from meftbench.records.suite_text import suite_text
 from meftbench.records.writer import Writer
 
@@ -188,10 +188,18 @@ def continue_in(writer: Writer, run: Run, suite: Suite, environment: dict[str, A
         notes.append(f"the suite has {added} more {'cell' if added == 1 else 'cells'} than the run began with")
     now, then = environment["environment_id"], run.environment.get("environment_id")
     if now != then:
-        writer.write(f"environment-{now}.json", json.dumps(environment, indent=2, default=str) + "\n")
+        add_environment(writer, environment)
         difference = _difference(run.environment.get("comparable"), environment["comparable"])
         notes.append(f"the run began in another environment ({difference}); its records are marked by environment_id")
     return notes
+
+
+def add_environment(writer: Writer, environment: Mapping[str, Any]) -> None:
+    """Write an environment of records of the run beside its first one, under its id, unless the folder has it."""
+    environment_id = environment["environment_id"]
+    file = writer.folder / f"environment-{environment_id}.json"
+    if not file.exists() and environment_in(writer.folder / ENVIRONMENT).get("environment_id") != environment_id:
+        writer.write(file.name, json.dumps(environment, indent=2, default=str) + "\n")
 
 
 def finished_records(run: Run | None, retry: frozenset[str], chosen: Collection[str]) -> dict[tuple[str, int], Record]:

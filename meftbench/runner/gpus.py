@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pynvml
 
+from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import NOT_COMPARABLE, UserError
 
 
@@ -67,6 +68,23 @@ def _device(nvml: Any, index: int) -> dict[str, Any]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def cards(gpus: Gpus, visible: str, names: Iterable[str]) -> set[str]:
+    """Those of `names`, of device profiles, whose card is the device `visible`, a value of CUDA_VISIBLE_DEVICES.
+
+    A card is told by the product's name and, since some products were made with several sizes of memory, by that.
+    """
+    found = set()
+    for device in gpus.devices:
+        if visible not in (str(device["uuid"]), str(device["index"])):
+            continue
+        for name in names:
+            profile = find_profile(name)
+            same_memory = abs((device["memory_bytes"] or 0) - profile.memory_bytes) <= 0.05 * profile.memory_bytes
+            if device["name"] == profile.device and same_memory:
+                found.add(name)
+    return found
 
 
 def slots(gpus: Gpus, indices: tuple[int, ...], jobs: int, environment: Mapping[str, str]) -> list[str]:

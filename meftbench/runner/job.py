@@ -33,9 +33,28 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """A machine on which cells run.
+
+    host: its name.  environment: its environment.json.
+    code: what its worker reports of the user's own functions (`own_code.looked_at`).
+    """
+
+    host: str
+    environment: Mapping[str, Any]
+    code: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def environment_id(self) -> str:
+        return str(self.environment["environment_id"])
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a job ended. detail: `status_detail` of the record.  observed: fields of the cell known only after it ran.
 
+    machine: on which it ran; None: the first of the engine's machines.
+    lost: the machine, or the worker on it, was lost while the job ran: the job may be run again elsewhere.
     wall_s: seconds from giving the job to the worker until its process had ended, of a clock that nobody sets.
         finished_at is so much later than started_at.
     """
@@ -49,3 +68,5 @@ class Outcome:
     started_at: str
     finished_at: str
     wall_s: float
+    machine: Machine | None = None
+    lost: bool = False

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import meftbench
 from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError, unknown
 from meftbench.plan.cell import Cell
-from meftbench.plan.factories import CALLS, FOLDER, calls_of, check_allowed
+from meftbench.plan.factories import calls_of, check_allowed
 from meftbench.plan.suite import Suite, load_suite
-from meftbench.plan.training import BEST, CELL_FOLDER, PRELOAD
+from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Record, Status
-from meftbench.records.store import RECORDS, Run, ended_by_disk, folder_at, load_run, refuse_link, subfolder
+from meftbench.records.store import RECORDS, RESUME, Run, ended_by_disk, folder_at, load_run, refuse_link, subfolder
 from meftbench.records.writer import Writer, writing
-from meftbench.runner import folder, gpus, host, logs
-from meftbench.runner.attempt_records import record_of, skipped_record
+from meftbench.runner import folder, logs
+from meftbench.runner.attempt_records import identity, record_of, skipped_record
 from meftbench.runner.choice import Rates
 from meftbench.runner.data_check import check_data
-from meftbench.runner.environment import code_digest, environment
-from meftbench.runner.job import Job
-from meftbench.runner.process import Worker, worker_environment
+from meftbench.runner.engine import Engine, Slot, Work, kind_of
+from meftbench.runner.job import Job, Machine
+from meftbench.runner.local_engine import LocalEngine
+from meftbench.runner.retries import Retries
 from meftbench.runner.schedule import Attempt, Key, Plan, Schedule, pending
 
 
@@ -83,6 +81,7 @@ def run_suite(
     on_event: Callable[[Event], None] = lambda event: None,
     command: Sequence[str] | None = None,
     nvml: Any = None,
+    engine: Engine | None = None,
 ) -> Run:
     """Run the cells of `suite` and return the run as it then is in the folder `out`.
 
@@ -95,6 +94,7 @@ def run_suite(
     fail_fast: start nothing more after the first `error` or `timeout`.
     on_event: called with `Planned`, and with each `Started`, `Ended` and `Noted`.
     command, nvml: replace the worker and `pynvml`.
+    engine: where cells run, in place of this machine; `jobs`, `gpu_indices`, `command` and `nvml` are then its own.
     KeyboardInterrupt, SystemExit: the running cells are killed, finished records are kept.
 
     Raises UserError: the folder is not empty, not writable, in use, or of a protocol or cells that
@@ -111,37 +111,31 @@ def run_suite(
         cure = "`--dry-run` without it lists them"
         raise UserError("--where", f"none of the {len(suite.cells)} cells matches", cure, NOTHING_MATCHED)
     check_allowed(suite.code, chosen, suite.allow_code)
-    devices = gpus.read(nvml)
-    slots = _slots(suite, chosen, devices, gpu_indices, jobs)
-    # Checked before anything is written, and again below, when the folder is locked.
-    existing_run = folder.earlier_run(suite, out, resume or bool(retry))
-    if command is None:  # a replaced worker reads no data
-        check_data(chosen, existing_run)
-    with (
-        folder.gone_unless_begun(out),
-        _disk_errors_end_the_run(out),
-        writing(out, lambda note: on_event(Noted(note))) as writer,
-    ):
-        earlier = folder.earlier_run(suite, out, resume or bool(retry))
-        kept_records = folder.finished_records(earlier, retry, {cell.cell_id for cell in chosen})
-        finished = {key: record.status for key, record in kept_records.items()}
-        plan = _plan(suite, chosen, limit, finished)
-        if note := _without_weights(suite, kept_records.values(), out):
-            on_event(Noted(note))
-        if earlier is None or pending(plan, finished):
-            _execute(
-                suite,
-                writer,
-                earlier,
-                _Sweep(plan, finished, slots, fail_fast, on_event, scores_of(kept_records.values())),
-                command,
-                devices,
-            )
-        writer.verify()
-        run = load_run(out)
-        if lost := finished.keys() - {(record.cell_id, record.repeat) for record in run.records}:
-            what = f"lacks {len(lost)} of the {len(finished)} records that were written"
-            raise UserError(str(out / RECORDS), what, "another program changes it; add --resume to run them again")
+    engine = engine or LocalEngine(jobs, gpu_indices, command, nvml)
+    with closing(engine):
+        engine.survey(Work(chosen, suite.protocol))
+        # Checked before anything is written, and again below, when the folder is locked.
+        existing_run = folder.earlier_run(suite, out, resume or bool(retry))
+        check_data(engine.data_answers(chosen), existing_run)
+        with (
+            folder.gone_unless_begun(out),
+            _disk_errors_end_the_run(out),
+            writing(out, lambda note: on_event(Noted(note))) as writer,
+        ):
+            earlier = folder.earlier_run(suite, out, resume or bool(retry))
+            kept_records = folder.finished_records(earlier, retry, {cell.cell_id for cell in chosen})
+            finished = {key: record.status for key, record in kept_records.items()}
+            plan = _plan(suite, chosen, limit, finished)
+            if note := _without_weights(suite, kept_records.values(), out):
+                on_event(Noted(note))
+            if earlier is None or pending(plan, finished):
+                scores = scores_of(kept_records.values())
+                _execute(suite, writer, earlier, engine, _Sweep(plan, finished, fail_fast, on_event, scores))
+            writer.verify()
+            run = load_run(out)
+            if lost := finished.keys() - {(record.cell_id, record.repeat) for record in run.records}:
+                what = f"lacks {len(lost)} of the {len(finished)} records that were written"
+                raise UserError(str(out / RECORDS), what, "another program changes it; add --resume to run them again")
     return run
 
 
@@ -187,23 +181,6 @@ def _without_weights(suite: Suite, kept_records: Iterable[Record], out: Path) ->
     return f"{what}: to keep theirs, run them into another --out with --keep (training: keep: best)"
 
 
-def _slots(
-    suite: Suite, chosen: list[Cell], devices: gpus.Gpus, indices: tuple[int, ...], jobs: int
-) -> dict[str, list[str]]:
-    """For each kind of device, one slot (a name) for each cell that may run there at a time."""
-    slots = {}
-    kinds = {cell.device for cell in chosen}
-    if "cuda" in kinds:
-        slots["cuda"] = gpus.slots(devices, indices, jobs, os.environ)
-        if suite.protocol.exclusive:
-            gpus.refuse_shared(devices, slots["cuda"])
-    elif indices:
-        raise UserError("--gpus", "no cell of the suite runs on cuda", "add `--device cuda`, or leave it out")
-    if kinds - {"cuda"}:
-        slots["counted"] = [str(number) for number in range(jobs)]
-    return slots
-
-
 def _plan(suite: Suite, chosen: list[Cell], limit: int | None, finished: dict[Key, Status]) -> Plan:
     """The plan for `chosen`; with `limit`, for the first so many of them that are not finished."""
     repeats = {cell.cell_id: suite.protocol.repeats_on(cell.device) for cell in chosen}
@@ -220,98 +197,85 @@ SLOW_IN_BF16 = (
 )
 
 
-def _slow_in_bf16(suite: Suite) -> bool:
-    """Whether cells are timed or trained on the CPU in bf16, which the processor has no instructions for."""
+def _slow_in_bf16(suite: Suite, machines: Iterable[Machine]) -> bool:
+    """Whether cells are timed or trained on the CPU in bf16, which a processor has no instructions for."""
     timed = "throughput" in suite.protocol.passes
     slow = [
         cell
         for cell in suite.cells
         if cell.precision.startswith("bf16") and cell.device == "counted" and (timed or cell.training)
     ]
-    return bool(slow) and host.bf16_products() is False
+    return bool(slow) and any(machine.environment["host"]["bf16_products"] is False for machine in machines)
 
 
-def _execute(
-    suite: Suite,
-    writer: Writer,
-    earlier: Run | None,
-    sweep: _Sweep,
-    command: Sequence[str] | None,
-    devices: gpus.Gpus,
-) -> None:
+def _execute(suite: Suite, writer: Writer, earlier: Run | None, engine: Engine, sweep: _Sweep) -> None:
     logs_folder = subfolder(writer.folder, folder.LOGS)
     logs.tidy(logs_folder)  # what a killed run has left
     subfolder(writer.folder, folder.LOGS)
     if any(cell.training for cell in suite.cells):
         refuse_link(writer.folder / CELLS)
-    parallel = sum(map(len, sweep.free.values()))
-    omp_threads = os.environ.get("OMP_NUM_THREADS", "")
-    cores = int(omp_threads) if omp_threads.isdecimal() and int(omp_threads) else host.cores()
-    threads = suite.protocol.threads or max(1, cores // parallel)
-    variables = worker_environment(suite.protocol, threads, os.environ)
-    if any(cell.training for cell in suite.cells):
-        variables |= {PRELOAD: "tasks"}
-    calls = calls_of(cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id))
-    if calls:
-        variables |= {FOLDER: os.getcwd(), CALLS: json.dumps(calls)}
-    worker = Worker(variables, logs_folder / "worker.log", command)
+    cells = [cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id)]
+    calls = calls_of(cells)
     try:
-        if "cuda" in sweep.free and worker.facts.get("torch_cuda", "unknown") is None:
-            cure = "install a CUDA build of torch, or use `--device counted`"
-            raise UserError("device cuda", "this torch is built without CUDA", cure, NOT_COMPARABLE)
-        code = _code_digests(suite, worker.facts.pop("code", {})) if calls else {}
-        facts = environment(devices, worker.facts)
+        machines = engine.start(Work(cells, suite.protocol, calls), logs_folder)
+        if earlier is not None:  # the machine on which the run began is its first, if it is there
+            began_on = earlier.environment.get("environment_id")
+            machines = sorted(machines, key=lambda machine: machine.environment_id != began_on)
+        sweep.code = _code_digests(suite, machines) if calls else {}
+        environment = dict(machines[0].environment)
         if earlier is None:
-            run_id = folder.begin(writer, suite, facts, code)
+            run_id = folder.begin(writer, suite, environment, sweep.code)
         else:
             run_id = earlier.run_id
-            for note in folder.continue_in(writer, earlier, suite, facts, code):
+            for note in folder.continue_in(writer, earlier, suite, environment, sweep.code):
                 sweep.on_event(Noted(note))
-        if _slow_in_bf16(suite):
+        if _slow_in_bf16(suite, machines):
             sweep.on_event(Noted(SLOW_IN_BF16))
-        identity = {
-            "run_id": run_id,
-            "protocol_id": suite.protocol.protocol_id,
-            "environment_id": facts["environment_id"],
-            "meftbench_version": meftbench.__version__,
-            "code_digest": code_digest(),
-            "host": socket.gethostname(),
-        }
-        sweep.code = code
         if attempts := tuple(pending(sweep.plan, sweep.finished)):
-            sweep.on_event(Planned(attempts, parallel))
-        sweep.go(worker, writer, suite, identity, threads, host.available_bytes() // parallel)
+            sweep.on_event(Planned(attempts, len(engine.slots())))
+        sweep.go(engine, writer, suite, run_id, machines[0])
     finally:
-        worker.close()
+        engine.close()
         logs.tidy(logs_folder)
 
 
-def _code_digests(suite: Suite, report: dict[str, Any]) -> dict[str, str | None]:
-    """Digests of the user's own functions, by name. Raises UserError: the worker could not import or call one."""
-    if "error" not in report:
-        return dict(report.get("digests", {}))
-    where, what, cure = report["error"]
-    name, arguments = report["call"]
-    place = suite.code.get((name, tuple(arguments)))
-    raise UserError(f"{place}: {where}" if place else where, what, cure)
+def _code_digests(suite: Suite, machines: Sequence[Machine]) -> dict[str, str | None]:
+    """Digests of the user's own functions, by name. Raises UserError: a worker could not import or call one, or it is
+    another on another machine (exit 4)."""
+    for machine in machines:
+        if "error" in machine.code:
+            where, what, cure = machine.code["error"]
+            name, arguments = machine.code["call"]
+            place = suite.code.get((name, tuple(arguments)))
+            raise UserError(f"{place}: {where}" if place else where, what, cure)
+    digests = dict(machines[0].code.get("digests", {}))
+    for machine in machines[1:]:
+        for name, digest in machine.code.get("digests", {}).items():
+            if digest != digests.get(name):
+                what = f"is another on {machine.host} than on {machines[0].host}"
+                raise UserError(name, what, "copy the code of one machine to all", NOT_COMPARABLE)
+    return digests
 
 
 @dataclass
 class _Sweep:
     """The state of one execution: what is left to do, and where.
 
-    free: idle slots by kind of device.  scores: of trainings, by cell_id.  code: digests of the user's own functions.
-    running: the attempts that run now, each with its slot.  done: how many attempts have ended in this execution.
+    scores: of trainings, by cell_id.  code: digests of the user's own functions.
+    running: the attempts that run now, each with its slot.  environments: ids of those
+    that the folder has.  retries: of cells whose machine was lost.  done: how many attempts have ended in this
+    execution.
     """
 
     plan: Plan
     finished: dict[Key, Status]
-    free: dict[str, list[str]]
     fail_fast: bool
     on_event: Callable[[Event], None]
     scores: dict[str, float]
     code: dict[str, str | None] = field(default_factory=dict)
-    running: dict[Key, tuple[Attempt, str]] = field(default_factory=dict)
+    running: dict[Key, tuple[Attempt, Slot]] = field(default_factory=dict)
+    environments: set[str] = field(default_factory=set)
+    retries: Retries = field(default_factory=Retries)
     done: int = 0
     stopped: bool = False
 
@@ -321,39 +285,59 @@ class _Sweep:
 
     @cached_property
     def _schedule(self) -> Schedule:
-        return Schedule(self.plan, self.finished, kind=_kind)
+        return Schedule(self.plan, self.finished, kind=kind_of)
 
-    def go(
-        self, worker: Worker, writer: Writer, suite: Suite, identity: dict[str, Any], threads: int, memory: int
-    ) -> None:
-        """Fill the free slots, wait until a cell ends and write its record, until nothing is left."""
+    def go(self, engine: Engine, writer: Writer, suite: Suite, run_id: str, first: Machine) -> None:
+        """Fill the free slots, wait until a cell ends and write its record, until nothing is left.
+
+        first: the machine of records of which no other is known."""
         total = len(pending(self.plan, self.finished))
+        self.environments.add(first.environment_id)
         while True:
-            for attempt, slot in self._next():
-                if attempt.is_skipped:
-                    self._write(writer, skipped_record(identity, attempt, self.plan), total)
+            for attempt, slot in self._next(engine):
+                if slot is None:
+                    self._write(writer, skipped_record(identity(suite, run_id, first), attempt, self.plan), total)
                     continue
                 self.on_event(Started(attempt.cell, attempt.repeat, self.done, total))
                 self.running[attempt.key] = attempt, slot
-                worker.give(_job(subfolder(writer.folder, folder.LOGS), suite, attempt, slot, threads, memory))
-            outcome = worker.poll()
+                engine.give(_job(subfolder(writer.folder, folder.LOGS), suite, attempt, slot), slot)
+            outcome = engine.poll()
             if outcome is None:
+                if (left := total - self.done) and not self.stopped:
+                    what = f"no machine is left that can run {left} of {total} attempts"
+                    raise UserError("--engine", what, f"see to the machines, {RESUME}", NOT_COMPARABLE)
                 return
             attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
-            self.free[_kind(attempt.cell)].append(slot)
-            self._write(writer, record_of(identity, attempt, outcome, self.code), total)
+            if outcome.lost and self.retries.again(attempt, slot, outcome):
+                self.on_event(Noted(f"{attempt.cell.label}: {outcome.detail['message']}; it is run again"))
+                continue
+            outcome = self.retries.told(outcome)
+            machine = outcome.machine or first
+            if machine.environment_id not in self.environments:
+                folder.add_environment(writer, machine.environment)
+                self.environments.add(machine.environment_id)
+            self._write(writer, record_of(identity(suite, run_id, machine), attempt, outcome, self.code), total)
             self.stopped |= self.fail_fast and outcome.status in ("error", "timeout")
 
-    def _next(self) -> Iterator[tuple[Attempt, str]]:
-        """Yield attempts to start, with their slots, or to skip, as long as there are free slots."""
-        for kind, slots in self.free.items():
-            while slots and not self.stopped:
-                attempt = self._schedule.start({kind})
-                if attempt is None:
-                    break
-                if not attempt.is_skipped and (better := self._rates.better(attempt.cell, self.scores)):
-                    attempt = replace(attempt, beaten_by=better.cell_id)
-                yield attempt, "" if attempt.is_skipped else slots.pop(0)
+    def _next(self, engine: Engine) -> Iterator[tuple[Attempt, Slot | None]]:
+        """Yield attempts to start, with their slots, or to skip (None), as long as there are free slots."""
+        busy = {slot for _, slot in self.running.values()}
+        free = [slot for slot in engine.slots() if slot not in busy]
+        for again, slot in self.retries.placed(free, engine.slots()):
+            free.remove(slot)
+            yield again, slot
+        while free and not self.stopped:
+            attempt = self._schedule.start(frozenset().union(*(slot.kinds for slot in free)))
+            if attempt is None:
+                return
+            if not attempt.is_skipped and (better := self._rates.better(attempt.cell, self.scores)):
+                attempt = replace(attempt, beaten_by=better.cell_id)
+            if attempt.is_skipped:
+                yield attempt, None
+                continue
+            slot = next(slot for slot in free if kind_of(attempt.cell) in slot.kinds)
+            free.remove(slot)
+            yield attempt, slot
 
     def _write(self, writer: Writer, record: Record, total: int) -> None:
         writer.append(record)
@@ -364,13 +348,8 @@ class _Sweep:
         self.on_event(Ended(record, self.done, total))
 
 
-def _kind(cell: Cell) -> str:
-    return "cuda" if cell.device == "cuda" else "counted"
-
-
-def _job(logs_folder: Path, suite: Suite, attempt: Attempt, slot: str, threads: int, memory: int) -> Job:
+def _job(logs_folder: Path, suite: Suite, attempt: Attempt, slot: Slot) -> Job:
     name = f"{attempt.cell.cell_id}-{attempt.repeat}"
-    on_gpu = _kind(attempt.cell) == "cuda"
     return Job(
         attempt.cell,
         attempt.repeat,
@@ -378,10 +357,9 @@ def _job(logs_folder: Path, suite: Suite, attempt: Attempt, slot: str, threads: 
         result=logs_folder / f"{name}.json",
         log=logs_folder / f"{name}.log",
         timeout=suite.protocol.timeout,
-        threads=threads,
-        # No limit with CUDA, which maps far more memory than it uses; the device's allocator reports when it is out.
-        memory_bytes=None if on_gpu else memory,
-        environment={"CUDA_VISIBLE_DEVICES": slot if on_gpu else ""}
+        threads=slot.threads,
+        memory_bytes=slot.memory_bytes,
+        environment={"CUDA_VISIBLE_DEVICES": slot.gpu}
         | ({CELL_FOLDER: str(logs_folder.parent.absolute() / CELLS / name)} if attempt.cell.training else {}),
     )
 

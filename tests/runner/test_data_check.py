@@ -14,7 +14,7 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.training import DATA_VARIABLE, Training
 from meftbench.records.store import load_run
 from meftbench.runner import Noted, run_suite
-from meftbench.runner.data_check import check_data
+from meftbench.runner.data_check import check_data, read_data
 from sweeps import a_suite
 
 TASK = "kind: classification\ntexts: [text]\nlabel: label\n"
@@ -70,11 +70,11 @@ def test_bad_data_are_one_line_before_anything_is_written(tmp_path, damage):
 
 def test_data_of_a_root_are_read_too_and_those_of_the_hub_are_not(tmp_path, monkeypatch):
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    check_data([a_training("rte")], None, check=("false",))
+    assert {} == read_data([a_training("rte")], check=("false",))
     (tmp_path / "glue" / "rte").mkdir(parents=True)
     for cells in ([a_training("rte", data=str(tmp_path))], [a_training("rte")]):
         with pytest.raises(UserError, match="has no split 'train'"):
-            check_data(cells, None)
+            check_data({"": read_data(cells)}, None)
         monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
 
 
@@ -87,16 +87,14 @@ def test_each_reading_is_done_once(tmp_path):
     cells = [a_training(tmp_path / "task"), a_training(tmp_path / "task", keep="best")]
     cells += [cells[0].model_copy(update={"seed": 1}), a_training(tmp_path / "task", train_examples=4)]
 
-    check_data(cells, None, check=(sys.executable, "-c", script))
+    read_data(cells, check=(sys.executable, "-c", script))
 
     assert [None, 4] == [asked["train_examples"] for asked in json.loads(told.read_text())]
 
 
 def test_a_process_that_fails_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^data: the process that reads them failed \(broken\)"):
-        check_data(
-            [a_training(a_task(tmp_path / "task"))], None, check=(sys.executable, "-c", "raise SystemExit('broken')")
-        )
+        read_data([a_training(a_task(tmp_path / "task"))], check=(sys.executable, "-c", "raise SystemExit('broken')"))
 
 
 def test_a_run_is_not_taken_up_with_other_data(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from builders import a_cell
 from meftbench.errors import UserError
 from meftbench.records.store import RECORDS, load_run, read_records
 from meftbench.records.writer import writing
-from meftbench.runner import Ended, Noted, Planned, Started, run_suite
+from meftbench.runner import Ended, Noted, Planned, Started, host, run_suite
 from meftbench.runner import sweep as sweeping
 from meftbench.verdicts.environment import machine, machines
 from stand_in import BRIEF, BROKEN, CRASHED, ENDLESS, FINE, INFINITE, KILLED, OUT_OF_MEMORY
@@ -144,7 +144,7 @@ def test_jobs_run_side_by_side(tmp_path):
     run = sweep(a_suite(*does(ENDLESS, FINE, FINE), timeout=1.0), tmp_path / "run", jobs=2)
 
     assert ["ok", "ok", "timeout"] == statuses(run)
-    assert {max(1, sweeping.host.cores() // 2)} == {record.cell["threads"] for record in run.records}
+    assert {max(1, host.cores() // 2)} == {record.cell["threads"] for record in run.records}
 
 
 # --- resuming ---
@@ -266,7 +266,7 @@ def test_resuming_in_another_environment_is_said_and_recorded(tmp_path, monkeypa
     """Both environments are kept; each record names its own."""
     suite = a_suite(*does(FINE, FINE))
     sweep(suite, tmp_path / "run", limit=1)
-    monkeypatch.setattr(sweeping.host, "cores", lambda: 77)
+    monkeypatch.setattr(host, "cores", lambda: 77)
     events = []
 
     run = sweep(suite, tmp_path / "run", resume=True, on_event=events.append)
@@ -446,7 +446,7 @@ def test_kill_9_at_10_random_moments_loses_no_finished_record_and_repeats_none(t
 )
 def test_a_processor_without_bf16_products_is_said(tmp_path, monkeypatch, products, precision, passes, said):
     """Steps take thirty times as long there; a run that only counts does not mind."""
-    monkeypatch.setattr(sweeping.host, "bf16_products", lambda: products)
+    monkeypatch.setattr(host, "bf16_products", lambda: products)
     events = []
 
     sweep(a_suite(a_cell(precision=precision), passes=passes), tmp_path / "run", on_event=events.append)
