@@ -128,9 +128,10 @@ def run_suite(
             plan = _plan(suite, chosen, limit, finished)
             if note := _without_weights(suite, kept_records.values(), out):
                 on_event(Noted(note))
-            if earlier is None or pending(plan, finished):
-                scores = scores_of(kept_records.values())
-                _execute(suite, writer, earlier, engine, _Sweep(plan, finished, fail_fast, on_event, scores))
+            if earlier is not None and not pending(plan, finished):
+                return earlier
+            scores = scores_of(kept_records.values())
+            _execute(suite, writer, earlier, engine, _Sweep(plan, finished, fail_fast, on_event, scores))
             writer.verify()
             run = load_run(out)
             if lost := finished.keys() - {(record.cell_id, record.repeat) for record in run.records}:
