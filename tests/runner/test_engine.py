@@ -130,7 +130,7 @@ def test_data_that_differ_between_machines_are_refused_before_anything_is_writte
 def test_data_that_cannot_be_read_are_said_with_the_machine(tmp_path):
     found = {"alpha": {}, "beta": {"key": {"task": "rte", "error": ["rte", "has no split", "see to it"]}}}
 
-    with pytest.raises(UserError, match="^beta: rte: has no split; see to it"):
+    with pytest.raises(UserError, match=r"^beta: rte: has no split; see to it"):
         run_on(Cluster(TWO, data=found), a_suite(), tmp_path / "run")
 
 
