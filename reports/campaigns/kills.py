@@ -2,9 +2,10 @@
 
     python reports/campaigns/kills.py reports/kills --kills 1000          # half an hour on two cores
 
-A run is begun in a process of its own. After a random time the process of its runner, its worker server or one of its
-cells is killed, and the run is resumed, until all its cells have ended. Most runs have cells of a stand-in that loads
-no torch; every REAL_EVERY-th run measures cells of real, tiny models. Cells run one or two at a time.
+A run is begun in a process of its own. When it has a random number of records, and after a random time more, its
+runner, its worker server or one of its cells is killed, and the run is resumed, until all its cells have ended. Most
+runs have cells of a stand-in that loads no torch; every REAL_EVERY-th run measures cells of real, tiny models. Cells
+run one or two at a time.
 
 After each kill, and after each run, are counted:
     lost       records that were on the disk before the kill and are not there, unchanged, after it; cells without a
@@ -53,7 +54,7 @@ from meftbench.runner.environment import environment
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 MARK = "MEFTBENCH_KILLED_RUN"  # variable: marks all processes of a run, whoever their parent is
-REAL_EVERY = 12  # one run of so many measures real models: each takes a minute, of which most is the import of torch
+REAL_EVERY = 40  # one run of so many measures real models: each takes a quarter of a minute, mostly to import torch
 ENDING_SECONDS = 60.0  # within which the processes of a run whose runner was killed have to end by themselves
 VICTIMS = ("runner", "worker", "cell")
 # Exit codes of a runner by what was killed. A run goes on without its worker or a cell, and is refused in one line only
@@ -67,11 +68,15 @@ RUN_FILES = {RECORDS, "suite.yaml", "environment.json", ".lock", "logs"}
 
 @dataclass(frozen=True)
 class Load:
-    """Cells to run and the worker that runs them. seconds: after which a victim is killed, at the latest."""
+    """Cells to run and the worker that runs them.
+
+    start_s, cell_s: seconds that a worker takes to start, and a cell to end, about: the span of random moments.
+    """
 
     suite: Suite
     command: tuple[str, ...] | None
-    seconds: float
+    start_s: float
+    cell_s: float
 
 
 def stand_in() -> Load:
@@ -82,7 +87,7 @@ def stand_in() -> Load:
         for size in range(1, 25)
     ]
     command = (sys.executable, "-m", "meftbench.worker", "--requests", "stand_in")
-    return Load(Suite("kills", "", Protocol(on_oom="record"), tuple(cells), None), command, 0.5)
+    return Load(Suite("kills", "", Protocol(on_oom="record"), tuple(cells), None), command, start_s=0.5, cell_s=0.1)
 
 
 def real() -> Load:
@@ -92,7 +97,8 @@ def real() -> Load:
         for method in ("full", "lora+checkpoint", "meft1-exact", "meft2")
         for size in (1, 2)
     ]
-    return Load(Suite("kills", "", Protocol(warmup=1, steps=1, passes=("memory",)), tuple(cells), None), None, 6.0)
+    protocol = Protocol(warmup=1, steps=1, passes=("memory",))
+    return Load(Suite("kills", "", protocol, tuple(cells), None), None, start_s=6.0, cell_s=1.0)
 
 
 LOADS: dict[str, Callable[[], Load]] = {"stand-in": stand_in, "real": real}
@@ -143,7 +149,11 @@ ENGINES = {"local": Engine(begin_local, local_victims)}
 
 @dataclass
 class Kill:
-    """A row of kills.csv. victim: "" where a run ended before anything was killed; after_s: seconds from its start."""
+    """A row of kills.csv.
+
+    victim: "" where a run ended before anything was killed.  after_s: seconds from its start.
+    before, records: records on the disk before the kill, and after it.
+    """
 
     engine: str
     load: str
@@ -152,6 +162,7 @@ class Kill:
     victim: str
     after_s: float
     exit_code: int
+    before: int = 0
     records: int = 0
     lost: int = 0
     repeated: int = 0
@@ -171,15 +182,15 @@ def kills_of_run(folder: Path, number: int, seed: int, engine: str = "local", lo
     name = load or ("stand-in" if number % REAL_EVERY else "real")
     jobs, chosen = chance.choice((1, 2)), LOADS[name]()
     for turn in count(number):
-        victim, after_s = VICTIMS[turn % len(VICTIMS)], chance.uniform(0.0, chosen.seconds)
-        began = time.monotonic()
+        victim, began = VICTIMS[turn % len(VICTIMS)], time.monotonic()
         runner = ENGINES[engine].begin(chosen, folder, jobs)
-        time.sleep(after_s)
+        _wait(runner, folder, chosen, chance)
         killed, before = _killed(ENGINES[engine], runner, victim, folder, chance)
         after_s = time.monotonic() - began
         runner.join()
         assert runner.exitcode is not None
-        kill = Kill(engine, name, jobs, number, victim if killed else "", round(after_s, 3), runner.exitcode)
+        what = victim if killed else ""
+        kill = Kill(engine, name, jobs, number, what, round(after_s, 3), runner.exitcode, len(before))
         _count_left(kill, folder)
         records = _count_records(kill, folder, before)
         if kill.exit_code not in (EXPECTED[victim] if killed else {0}):
@@ -192,6 +203,21 @@ def kills_of_run(folder: Path, number: int, seed: int, engine: str = "local", lo
             yield kill
         if ended:
             return
+
+
+def _wait(runner: BaseProcess, folder: Path, load: Load, chance: random.Random) -> None:
+    """Wait until the run has a random number of records more than when it began, and a random time from then on."""
+    first = _lines(folder)
+    place = chance.randrange(first, len(load.suite.cells)) if first < len(load.suite.cells) else first
+    while runner.is_alive() and _lines(folder) < place:
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0.0, load.start_s if place == first else load.cell_s))
+
+
+def _lines(folder: Path) -> int:
+    """The number of lines in the records of a run."""
+    file = folder / RECORDS
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def _killed(
@@ -276,17 +302,24 @@ def summary(kills: pd.DataFrame, asked: int) -> str:
     """A table of counts by engine, load, cells at a time and victim, and what was found."""
     killed = kills[kills.victim != ""]
     lines = [
-        (*map(str, key), f"{len(rows):,}", *(f"{rows[name].sum():,}" for name in COUNTS))
+        (
+            *map(str, key),
+            f"{len(rows):,}",
+            f"{(rows.before > 0).sum():,}",
+            *(f"{rows[name].sum():,}" for name in COUNTS),
+        )
         for key, rows in killed.groupby(["engine", "load", "jobs", "victim"])
     ]
-    lines.append(("all", "", "", "", f"{len(killed):,}", *(f"{kills[name].sum():,}" for name in COUNTS)))
+    every = f"{len(killed):,}", f"{(killed.before > 0).sum():,}"
+    lines.append(("all", "", "", "", *every, *(f"{kills[name].sum():,}" for name in COUNTS)))
     found = [f"- run {row.run}, {row.victim} killed: {row.what}" for row in kills.itertuples() if row.what]
     parts = [
         "# Kills",
         f"{len(killed):,} of {asked:,} kills by SIGKILL at random moments, over {kills.run.nunique():,} runs that were "
         "resumed until they ended. `stand-in`: cells that sleep for 10 ms; `real`: cells of a tiny encoder. What is "
-        "counted is said in `reports/campaigns/kills.py`; each count must be 0.",
-        markdown_table(("engine", "cells", "at a time", "killed", "kills", *COUNTS), lines),
+        "counted is said in `reports/campaigns/kills.py`; each count must be 0. `with records`: kills of runs that had "
+        "finished cells by then.",
+        markdown_table(("engine", "cells", "at a time", "killed", "kills", "with records", *COUNTS), lines),
         "## What was found",
         "\n".join(found) or "Nothing.",
     ]
