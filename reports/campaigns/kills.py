@@ -2,12 +2,12 @@
 
     python reports/campaigns/kills.py reports/kills --kills 1000          # half an hour on two cores
 
-A run is begun in a process of its own. When it has a random number of records, and after a random time more, its
-runner, its worker server or one of its cells is killed, and the run is resumed, until all its cells have ended. Most
-runs have cells of a stand-in that loads no torch; every REAL_EVERY-th run measures cells of real, tiny models. Cells
-run one or two at a time.
+A run is begun in a process of its own. Again and again, after a random number of records and a random time more, its
+worker server or one of its cells is killed, until its runner is killed, too, or ends; then the run is resumed, until
+all its cells have ended. Most runs have cells of a stand-in that loads no torch; every REAL_EVERY-th run measures cells
+of real, tiny models. Cells run one or two at a time.
 
-After each kill, and after each run, are counted:
+Whenever a runner has ended are counted:
     lost       records that were on the disk before the kill and are not there, unchanged, after it; cells without a
                record in a run that says it has ended
     repeated   records of a cell that has one already
@@ -57,9 +57,6 @@ MARK = "MEFTBENCH_KILLED_RUN"  # variable: marks all processes of a run, whoever
 REAL_EVERY = 40  # one run of so many measures real models: each takes a quarter of a minute, mostly to import torch
 ENDING_SECONDS = 60.0  # within which the processes of a run whose runner was killed have to end by themselves
 VICTIMS = ("runner", "worker", "cell")
-# Exit codes of a runner by what was killed. A run goes on without its worker or a cell, and is refused in one line only
-# where the worker was killed while it started.
-EXPECTED = {"runner": {0, -signal.SIGKILL}, "worker": {0, INVALID}, "cell": {0}}
 RUN_FILES = {RECORDS, "suite.yaml", "environment.json", ".lock", "logs"}
 
 
@@ -71,23 +68,31 @@ class Load:
     """Cells to run and the worker that runs them.
 
     start_s, cell_s: seconds that a worker takes to start, and a cell to end, about: the span of random moments.
+    most_between: records that are written between two kills, at most.
     """
 
     suite: Suite
     command: tuple[str, ...] | None
     start_s: float
     cell_s: float
+    most_between: int
 
 
 def stand_in() -> Load:
-    """24 cells that sleep for 10 ms, measured by tests/stand_in.py."""
+    """48 cells that sleep for 10 ms, measured by tests/stand_in.py."""
     brief = 1  # the seed for which it does so: BRIEF of tests/stand_in.py
     cells = [
         Cell.of(model="bert-base@random", method="full", batch_size=size, sequence_length=16, seed=brief)
-        for size in range(1, 25)
+        for size in range(1, 49)
     ]
     command = (sys.executable, "-m", "meftbench.worker", "--requests", "stand_in")
-    return Load(Suite("kills", "", Protocol(on_oom="record"), tuple(cells), None), command, start_s=0.5, cell_s=0.1)
+    return Load(
+        Suite("kills", "", Protocol(on_oom="record"), tuple(cells), None),
+        command,
+        start_s=0.5,
+        cell_s=0.1,
+        most_between=6,
+    )
 
 
 def real() -> Load:
@@ -98,7 +103,7 @@ def real() -> Load:
         for size in (1, 2)
     ]
     protocol = Protocol(warmup=1, steps=1, passes=("memory",))
-    return Load(Suite("kills", "", protocol, tuple(cells), None), None, start_s=6.0, cell_s=1.0)
+    return Load(Suite("kills", "", protocol, tuple(cells), None), None, start_s=6.0, cell_s=1.0, most_between=3)
 
 
 LOADS: dict[str, Callable[[], Load]] = {"stand-in": stand_in, "real": real}
@@ -151,8 +156,10 @@ ENGINES = {"local": Engine(begin_local, local_victims)}
 class Kill:
     """A row of kills.csv.
 
-    victim: "" where a run ended before anything was killed.  after_s: seconds from its start.
-    before, records: records on the disk before the kill, and after it.
+    victim: "" where a run ended before anything was killed.  after_s: seconds since the run began or was resumed.
+    before: records on the disk before the kill.
+    exit_code: of the runner, in the row of the last kill before it ended, as are `records`, those on the disk then, and
+        all counts. Other rows have none: the run went on.
     """
 
     engine: str
@@ -161,7 +168,7 @@ class Kill:
     run: int
     victim: str
     after_s: float
-    exit_code: int
+    exit_code: str = ""
     before: int = 0
     records: int = 0
     lost: int = 0
@@ -177,41 +184,56 @@ class Kill:
 
 
 def kills_of_run(folder: Path, number: int, seed: int, engine: str = "local", load: str = "") -> Iterator[Kill]:
-    """Begin run `number` in `folder`, kill one of its processes and resume it, until all cells have ended."""
-    chance = random.Random(f"{seed} {number}")
+    """Begin run `number` in `folder`, kill its processes again and again, and resume it until all cells have ended."""
+    chance, turns = random.Random(f"{seed} {number}"), count(number)
     name = load or ("stand-in" if number % REAL_EVERY else "real")
     jobs, chosen = chance.choice((1, 2)), LOADS[name]()
-    for turn in count(number):
-        victim, began = VICTIMS[turn % len(VICTIMS)], time.monotonic()
+    ended, before = False, list[Record]()
+    while not ended:
+        kills, lost, began = list[Kill](), 0, time.monotonic()
         runner = ENGINES[engine].begin(chosen, folder, jobs)
-        _wait(runner, folder, chosen, chance)
-        killed, before = _killed(ENGINES[engine], runner, victim, folder, chance)
-        after_s = time.monotonic() - began
+        while runner.is_alive():
+            _wait(runner, folder, chosen, chance)
+            victim = VICTIMS[next(turns) % len(VICTIMS)]
+            killed, found = _killed(ENGINES[engine], runner, victim, folder, chance)
+            lost, before = lost + _lost(before, found), found
+            after_s = round(time.monotonic() - began, 3)
+            if killed:
+                kills.append(Kill(engine, name, jobs, number, victim, after_s, before=len(before)))
+            if killed and victim == "runner":
+                break
         runner.join()
-        assert runner.exitcode is not None
-        what = victim if killed else ""
-        kill = Kill(engine, name, jobs, number, what, round(after_s, 3), runner.exitcode, len(before))
-        _count_left(kill, folder)
-        records = _count_records(kill, folder, before)
-        if kill.exit_code not in (EXPECTED[victim] if killed else {0}):
-            kill.surprises += 1
-            kill.what.append(f"exit code {kill.exit_code}")
         ended = runner.exitcode == 0
+        last = kills[-1] if kills else Kill(engine, name, jobs, number, "", 0.0, before=len(before))
+        last.exit_code, last.lost = str(runner.exitcode), lost
+        _count_left(last, folder)
+        records = _count_records(last, folder, before)
+        if runner.exitcode not in _expected({kill.victim for kill in kills}):
+            last.surprises += 1
+            last.what.append(f"exit code {runner.exitcode}")
         if ended:
-            _count_ended(kill, folder, chosen, records)
-        if killed or kill.faults:
-            yield kill
-        if ended:
-            return
+            _count_ended(last, folder, chosen, records)
+        yield from kills if kills or not last.faults else [last]
+
+
+def _expected(victims: set[str]) -> set[int]:
+    """Exit codes of a runner, by what was killed. A run goes on without its worker or a cell, and is refused in one
+    line only where the worker was killed while it started."""
+    codes = {0}
+    if "worker" in victims:
+        codes.add(INVALID)
+    if "runner" in victims:
+        codes.add(-signal.SIGKILL)
+    return codes
 
 
 def _wait(runner: BaseProcess, folder: Path, load: Load, chance: random.Random) -> None:
-    """Wait until the run has a random number of records more than when it began, and a random time from then on."""
-    first = _lines(folder)
-    place = chance.randrange(first, len(load.suite.cells)) if first < len(load.suite.cells) else first
+    """Wait until the run has a random number of records more than now, and a random time from then on."""
+    more = chance.randrange(load.most_between)
+    place = _lines(folder) + more
     while runner.is_alive() and _lines(folder) < place:
         time.sleep(0.001)
-    time.sleep(chance.uniform(0.0, load.start_s if place == first else load.cell_s))
+    time.sleep(chance.uniform(0.0, load.cell_s if more else load.start_s))
 
 
 def _lines(folder: Path) -> int:
@@ -247,9 +269,14 @@ def _count_records(kill: Kill, folder: Path, before: list[Record]) -> list[Recor
         kill.torn += 1
         kill.what.append(str(error))
     kill.records = len(records)
-    kill.lost += sum(was != now for was, now in zip(before, records, strict=False)) + max(0, len(before) - len(records))
+    kill.lost += _lost(before, records)
     kill.repeated += len(records) - len({(record.cell_id, record.repeat) for record in records})
     return records
+
+
+def _lost(before: list[Record], now: list[Record]) -> int:
+    """How many of the records that were there before are gone, or changed."""
+    return sum(one != other for one, other in zip(before, now, strict=False)) + max(0, len(before) - len(now))
 
 
 def _count_left(kill: Kill, folder: Path) -> None:

@@ -21,7 +21,7 @@ COUNTS = [*kills.COUNTS]
 @pytest.fixture
 def a_kill():
     """A row of the campaign, in which nothing was counted yet."""
-    return kills.Kill("local", "stand-in", 1, 0, "runner", 0.1, -9)
+    return kills.Kill("local", "stand-in", 1, 0, "runner", 0.1, "-9")
 
 
 def killed_often(out, seed, times):
@@ -84,7 +84,7 @@ def test_what_a_run_that_has_ended_lacks_or_has_too_much(tmp_path, a_kill, monke
 
     kills._count_ended(a_kill, tmp_path / "run", kills.stand_in(), [a_measured_cell()])
 
-    assert (23, 1) == (a_kill.lost, a_kill.torn)
+    assert (47, 1) == (a_kill.lost, a_kill.torn)
     monkeypatch.setattr(kills, "kills_of_run", lambda *_: [a_kill])
     assert OVER_BUDGET == kills.main([str(tmp_path / "out"), "--kills", "1"])
 
