@@ -162,6 +162,7 @@ def hostile(reader: str) -> Callable[[Any], Any]:
 
 _watched: dict[str, Any] = {"allowed": None, "deeds": []}
 _CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "shutil.rmtree")
+_DESCRIPTORS = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2}  # place of a folder's among arguments
 _CALLS = (
     "os.system",
     "os.exec",
@@ -183,7 +184,9 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
         place, flags = arguments[0], arguments[2] if event == "open" else os.O_WRONLY
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         if writes and isinstance(place, str | bytes | os.PathLike):
-            path = os.path.realpath(os.fsdecode(place))
+            at = _DESCRIPTORS.get(event)  # of the folder that a relative path is meant in; -1: the working folder
+            base = f"/proc/self/fd/{arguments[at]}" if at and arguments[at] >= 0 else ""
+            path = os.path.realpath(os.path.join(base, os.fsdecode(place)))
             harmless = path == os.devnull or "__pycache__" in path or "/matplotlib" in path
             if not harmless and not path.startswith(allowed):
                 _watched["deeds"].append((event, path[:200]))
