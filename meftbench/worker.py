@@ -38,6 +38,7 @@ from types import ModuleType
 from typing import Any
 
 from meftbench.errors import RESULT_NOT_WRITTEN, CellFailure, UserError, is_out_of_memory
+from meftbench.kept_output import KeptOutput
 from meftbench.memory_limit import memory_limit
 from meftbench.records.store import replace_file
 from meftbench.units import requested_bytes
@@ -154,6 +155,7 @@ class Server:
         os.dup2(2, 1)
         self._name, self._fork = name, fork
         self._running: dict[int, int] = {}  # pid -> id of the job
+        self._outputs: dict[int, KeptOutput] = {}  # pid -> what it prints
         self._unread = b""
 
     def serve(self) -> int:
@@ -172,13 +174,16 @@ class Server:
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._report(event="ready", facts=self._facts())
-        with selectors.DefaultSelector() as selector:
-            selector.register(0, selectors.EVENT_READ)
-            selector.register(wake_read, selectors.EVENT_READ)
+        with selectors.DefaultSelector() as self._selector:
+            self._selector.register(0, selectors.EVENT_READ)
+            self._selector.register(wake_read, selectors.EVENT_READ)
             while True:
-                ready = {key.fd for key, _ in selector.select()}
+                ready = {key.fd: key.data for key, _ in self._selector.select()}
                 if wake_read in ready:
                     os.read(wake_read, 4096)
+                for output in filter(None, ready.values()):
+                    if not output.take():
+                        self._selector.unregister(output.read_end)  # nothing prints there any more
                 self._reap()
                 if 0 in ready and not self._take_jobs():
                     self._kill_all()
@@ -200,7 +205,7 @@ class Server:
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
-            self._become_child(os.devnull)
+            self._become_child(os.open(os.devnull, os.O_WRONLY))
             try:
                 text = json.dumps(self._requests.describe(), default=str)
             except Exception as error:
@@ -226,15 +231,18 @@ class Server:
         # The child waits for a byte, or for its job, until its start is reported. If this process is killed before,
         # nobody else knows of the child; but it then finds the end of the pipe, and ends by itself.
         permit_read, permit_write = os.pipe()
-        pid = self._forked(job, permit_read, permit_write) if self._fork else self._spawned(job["log"], permit_read)
+        output = KeptOutput(job["log"])
+        pid = self._forked(job, output, permit_read, permit_write) if self._fork else self._spawned(output, permit_read)
+        output.begun()
         os.close(permit_read)
-        self._running[pid] = job["id"]
+        self._running[pid], self._outputs[pid] = job["id"], output
+        self._selector.register(output.read_end, selectors.EVENT_READ, output)
         self._report(event="started", id=job["id"], pid=pid)
         with suppress(BrokenPipeError):  # the child has ended, which `_reap` reports
             os.write(permit_write, b"." if self._fork else json.dumps(job).encode() + b"\n")
         os.close(permit_write)
 
-    def _forked(self, job: dict[str, Any], permit_read: int, permit_write: int) -> int:
+    def _forked(self, job: dict[str, Any], output: KeptOutput, permit_read: int, permit_write: int) -> int:
         ready_read, ready_write = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -244,7 +252,9 @@ class Server:
                 os.close(ready_write)
                 os.close(ready_read)
                 os.close(permit_write)
-                self._become_child(job["log"])
+                for inherited in (output, *self._outputs.values()):
+                    inherited.close()
+                self._become_child(output.write_end)
                 if os.read(permit_read, 1):
                     os.close(permit_read)
                     perform(self._requests, job)
@@ -265,27 +275,27 @@ class Server:
         os.close(ready_read)
         return pid
 
-    def _spawned(self, log_file: str, permit_read: int) -> int:
-        with os.fdopen(_log_opened(log_file), "wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "meftbench.worker", "--requests", self._name, "--once"],
-                stdin=permit_read,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    def _spawned(self, output: KeptOutput, permit_read: int) -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "meftbench.worker", "--requests", self._name, "--once"],
+            stdin=permit_read,
+            stdout=output.write_end,
+            stderr=output.write_end,
+            start_new_session=True,
+        )
         # `_reap` waits for it, as for the others; with a return code set, Popen does not.
         process.returncode = 0
         return process.pid
 
-    def _become_child(self, log: str) -> None:
+    def _become_child(self, output: int) -> None:
+        """Print to the descriptor `output`, which is closed, and take signals as a new process does."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         os.close(self._reports)
-        output = _log_opened(log)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        os.close(output)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def _reap(self) -> None:
@@ -296,6 +306,10 @@ class Server:
             _kill_group(pid)
             _, status = os.waitpid(pid, 0)
             del self._running[pid]
+            output = self._outputs.pop(pid)
+            with suppress(KeyError):  # it printed nothing more some time ago
+                self._selector.unregister(output.read_end)
+            output.end()
             self._report(event="exited", id=job, pid=pid, code=os.waitstatus_to_exitcode(status))
 
     def _kill_all(self) -> None:
@@ -303,13 +317,6 @@ class Server:
             _kill_group(pid)
         for pid in self._running:
             os.waitpid(pid, 0)
-
-
-def _log_opened(log: str) -> int:
-    """A descriptor for the file, which is emptied; its folder is made where it was removed. Never a link's target."""
-    if log != os.devnull:
-        Path(log).parent.mkdir(parents=True, exist_ok=True)
-    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
 
 
 def _kill_group(pid: int) -> None:

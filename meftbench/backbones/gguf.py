@@ -88,7 +88,7 @@ def _read(name: str, file: Path) -> tuple[Any, Any]:
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        header = read_header(file)
+        header = read_header(name, file)
         config = completed(AutoConfig.from_pretrained(**source), header)
         check_config(name, header, config)
         gguf_config: Any = getattr(transformers, "GgufConfig", None)  # newer versions may leave the weights quantized

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from meftbench.backbones.gguf_bounds import check_bounds
 from meftbench.errors import UserError
+from meftbench.plan.config_values import LARGEST_SIZE
 
 # By header key, without the architecture's name: fields of the configuration, one of which must have the key's value.
 # `own_head_size` and `own_rotary_size` are no fields: `_field` computes them.
@@ -61,17 +63,34 @@ class Header:
     sizes: dict[str, int]
 
 
-def read_header(file: Path) -> Header:
-    """The header of a GGUF file; its weights are not read. Raises what the package gguf raises on a damaged file."""
+def read_header(name: str, file: Path) -> Header:
+    """The header of a GGUF file; its weights are not read. name: what the user calls the model.
+
+    Raises UserError: it says more than the file holds; and what the package gguf raises on a file that is damaged
+    otherwise.
+    """
     from gguf import GGUFReader
 
+    check_bounds(name, file)
     reader = GGUFReader(str(file))
     architecture = str(reader.fields["general.architecture"].contents())
     prefix = f"{architecture}."
     values = {
         name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
     }
-    return Header(architecture, values, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors})
+    header = Header(architecture, values, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors})
+    _check_counts(name, header)
+    return header
+
+
+def _check_counts(name: str, header: Header) -> None:
+    """Raises UserError: the header asks for more layers than there are tensors, or for a size that no model has.
+    transformers would build such a model without end."""
+    for key, value in header.values.items():
+        most = len(header.sizes) if key == "block_count" else LARGEST_SIZE
+        if type(value) is int and value > most and key.endswith(("_count", "_length", "_size")):
+            what = f"its header has {header.architecture}.{key} = {_short(value)}, of at most {most:,}"
+            raise UserError(name, what, "download or convert it again")
 
 
 def completed(config: Any, header: Header) -> Any:

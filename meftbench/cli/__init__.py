@@ -32,7 +32,7 @@ from meftbench.cli import (
 )
 from meftbench.cli.streams import abandon_stdout, encode_anything, flush
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
-from meftbench.escapes import single_line
+from meftbench.escapes import single_line, visible
 
 EXIT_CODES = """
 Exit codes: 0 done, budgets held · 1 over budget or regressed · 2 usage, unreadable or invalid input ·
@@ -197,6 +197,6 @@ def _exit_code(arguments: list[str] | None) -> int:
 
 def _bug() -> int:
     """Print the traceback of any other exception, which is a bug, and return an exit code that no result has."""
-    traceback.print_exc()
+    print(visible(traceback.format_exc()), end="", file=sys.stderr)
     print("meftbench: this is a bug; please report it with the lines above", file=sys.stderr)
     return BUG

@@ -14,7 +14,7 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.errors import UserError
-from meftbench.escapes import single_line
+from meftbench.escapes import single_line, visible
 from meftbench.plan.axes import AXES
 from meftbench.plan.defaults import PROFILE
 
@@ -101,8 +101,8 @@ def pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
-    """A function that prints a line on stderr; it does nothing if `quiet`."""
-    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    """A function that prints text on stderr, safe on a terminal; it does nothing if `quiet`."""
+    return (lambda text: None) if quiet else (lambda text: print(visible(text), file=sys.stderr, flush=True))
 
 
 def say(answer: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]], None]) -> None:

@@ -54,6 +54,11 @@ def _without_model(label: str, model_label: str) -> str:
     return single_line(label.removeprefix(f"{model_label}/"))
 
 
+def say_note(note: Noted) -> None:
+    """Print it on stderr, in one line."""
+    print(f"note: {single_line(note.text)}", file=sys.stderr, flush=True)
+
+
 class Plain:
     """Prints how long the run will take, then a line for each cell that ends.
 
@@ -84,7 +89,7 @@ class Plain:
                 if self.verbose and "traceback" in event.record.status_detail:
                     self.say(str(event.record.status_detail["traceback"]).rstrip())
             case Noted():
-                self.say(f"note: {event.text}")
+                say_note(event)
             case Started():
                 if self.verbose:
                     self.say(f"start {event.cell.label}")
@@ -191,7 +196,7 @@ def _end_of(text: str, room: int) -> str:
 
 
 class Silent:
-    """Prints nothing (`--quiet`)."""
+    """Prints no progress (`--quiet`), but the notes: they say what the results lack, or that files were lost."""
 
     def __enter__(self) -> Silent:
         return self
@@ -200,7 +205,8 @@ class Silent:
         return
 
     def __call__(self, event: Event) -> None:
-        return
+        if isinstance(event, Noted):
+            say_note(event)
 
     def begin(self, duration: Duration, remaining: Remaining) -> None:
         """Nothing is said."""

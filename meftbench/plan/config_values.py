@@ -20,6 +20,7 @@ _COUNTS = re.compile(
 _MAY_BE_NONE = re.compile(r".*(window|vocab_size_per_layer|head_dim|key_value_heads|_embed_proj_dim|chunk).*")
 _PROBABILITIES = re.compile(r"(?!norm_).*(dropout|dropout_prob|_prob|layerdrop)$")
 _NUMBERS = re.compile(r".*(_eps|_epsilon|initializer_range|_theta|_coef|_scalar|_multiplier|softcapping)$")
+LARGEST_SIZE = 2**24  # the longest context of a published model has 10,485,760 positions
 # The training step reads the loss by its name, which needs return_dict; problem_type decides what the labels are.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "return_dict": (True,),
@@ -58,7 +59,7 @@ def check_sizes(where: str, config: dict[str, Any]) -> None:
 
 
 def _most(key: str) -> int:
-    return 10_000 if "layers" in key else 2**24  # the longest context of a published model has 10,485,760 positions
+    return 10_000 if "layers" in key else LARGEST_SIZE
 
 
 def _allowed_instead(key: str, value: Any) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from meftbench import __version__
+from meftbench.escapes import single_line
 from meftbench.installed import version_of
 from meftbench.plan.gguf_files import cache_root
 from meftbench.runner.predictions import ask
@@ -35,17 +37,22 @@ def ask_kept(
             file.unlink(missing_ok=True)
         file.touch()
     except OSError as error:
-        tell(f"results are not kept for --resume: {file.parent} cannot be written ({error.strerror})")
+        _note(f"results are not kept for --resume: {file.parent} cannot be written ({error.strerror})")
         return ask(verb, request, tell, allow_code)
     if resume:
         tell(f"results taken up: {_count(file)}")
     try:
         answer = ask(verb, {**request, "kept": str(file)}, tell, allow_code)
     except KeyboardInterrupt:
-        tell(f"results kept: {_count(file)}; the same command with --resume goes on from there")
+        _note(f"results kept: {_count(file)}; the same command with --resume goes on from there")
         raise
     file.unlink(missing_ok=True)
     return answer
+
+
+def _note(text: str) -> None:
+    """Say on stderr what is no progress, so that `--quiet` does not hide it."""
+    print(f"note: {single_line(text)}", file=sys.stderr, flush=True)
 
 
 def _count(file: Path) -> int:

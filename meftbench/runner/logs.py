@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import IO
 
+from meftbench.kept_output import ROOM
 from meftbench.records.store import ended_by_disk, refuse_link
 
 TAIL = 400  # characters of what a process has printed that a message quotes
-ROOM = 2**20  # bytes of what a process has printed that are kept
 
 
 def opened(log: Path) -> IO[bytes]:

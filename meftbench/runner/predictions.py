@@ -20,7 +20,7 @@ from meftbench.runner.process import parsed_event, worker_environment
 
 # Named and not imported here, since it imports torch.
 ONCE = (sys.executable, "-m", "meftbench.worker", "--once")
-_LOG_CHARACTERS = 4000
+_LOG_BYTES = 4000  # of what a worker has printed that a message quotes
 
 
 def ask(
@@ -90,8 +90,8 @@ def _result_of(
                 what = f"its process was ended by signal {-code}, {signal.Signals(-code).name}{why and f': {why}'}"
                 cure = "free memory of the host and try again" if for_memory else "try again"
                 raise UserError(job["verb"], what, cure, CELLS_FAILED)
-            log.seek(0)
-            end = log.read()[-_LOG_CHARACTERS:].decode(errors="replace")
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_BYTES))
+            end = log.read().decode(errors="replace")
             raise RuntimeError(f"the prediction ended with {code}:\n{end}")
         finally:
             with suppress(ProcessLookupError, PermissionError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meftbench.catalogue.task import ALIASES, Task
 from meftbench.documents import guarded, json_of, text_of
-from meftbench.errors import UserError
+from meftbench.errors import UserError, reading
 from meftbench.plan.training import DATA_VARIABLE
 from meftbench.tasks.text_files import TextTable, read_text_files
 
@@ -293,16 +293,17 @@ def _load_by_builder(where: str, builder: str, files: list[str], **options: Any)
 
 @contextmanager
 def _reporting_faults(where: str) -> Iterator[None]:
-    """Turns errors of `datasets` and numpy into a UserError at `where`."""
-    from datasets.exceptions import DatasetsError
+    """Turns errors of `datasets` and numpy into a UserError at `where`: on a damaged file they, and the libraries that
+    they read it by, raise errors of many types."""
 
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError) as error:
+    def fault(error: Exception) -> UserError:
         reason = _reason(error)
         if "corresponds to no data" in reason:  # what datasets 5.2 says of a file with columns and no rows
-            raise empty(where) from None
-        raise UserError(where, f"cannot be read ({reason})", "mend the file, or write it again") from None
+            return empty(where)
+        return UserError(where, f"cannot be read ({reason})", "mend the file, or write it again")
+
+    with reading(fault):
+        yield
 
 
 def empty(where: str) -> UserError:

@@ -22,6 +22,7 @@ SIGNALLED = 1000  # plus the number of the signal by which the process ends itse
 PRINTED = "FAULTY_PRINTED"  # variable: bytes that PRINTING prints
 ROOM = "FAULTY_ROOM"  # variable: a file; while it is not there, UNTIL_ROOM is out of memory
 FILLED = "FAULTY_FILLED"  # variable: folder whose disk FILLING fills
+REMOVED = "FAULTY_REMOVED"  # variable: folder that WITHOUT_FOLDER removes
 
 
 def measure(request: Any, tell: Any) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def measure(request: Any, tell: Any) -> dict[str, Any]:
             if not Path(os.environ[ROOM]).exists():
                 raise MemoryError
         case s if s == WITHOUT_FOLDER:
-            shutil.rmtree(Path(os.readlink("/proc/self/fd/1")).parent)
+            shutil.rmtree(os.environ[REMOVED])
     return stand_in.measure(request, tell)
 
 

@@ -1,102 +1,100 @@
-"""kill -9 of the runner, its worker or a cell at random moments: nothing lost, repeated, torn or left."""
+"""kill -9 of the runner, its worker or a cell at random moments: nothing lost, repeated, torn or left.
 
-import contextlib
-import multiprocessing
+By the campaign that is printed in reports/kills, with fewer kills.
+"""
+
 import os
-import random
-import signal
-import time
-from dataclasses import dataclass, field
+import subprocess
 
 import psutil
 import pytest
 
-from builders import a_cell
-from meftbench.records.store import RECORDS, read_records
-from meftbench.runner import run_suite
-from stand_in import BRIEF
-from sweeps import WORKER, a_suite, sweep, wait_until
+from builders import a_measured_cell, a_record, a_run
+from campaigns import campaign
+from meftbench.errors import DONE, OVER_BUDGET
+from meftbench.records.store import RECORDS
 
-SUITE = a_suite(*(a_cell(batch_size=size, seed=BRIEF) for size in range(1, 25)))
-VICTIMS = ("runner", "worker", "cell")
-
-
-def begun(folder):
-    process = multiprocessing.get_context("fork").Process(
-        target=run_suite, args=(SUITE, folder), kwargs={"command": WORKER, "resume": True}
-    )
-    process.start()
-    return process
+kills = campaign("kills")
+COUNTS = [*kills.COUNTS]
 
 
-def family(pid):
-    """The processes of a runner: its worker, then those of cells; those that have gone in the meantime are left out."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
+@pytest.fixture
+def a_kill():
+    """A row of the campaign, in which nothing was counted yet."""
+    return kills.Kill("local", "stand-in", 1, 0, "runner", 0.1, "-9")
 
 
-@dataclass
-class Kills:
-    """How often each was killed, and what was found then."""
-
-    counts: dict = field(default_factory=lambda: dict.fromkeys(VICTIMS, 0))
-    left: set = field(default_factory=set)
-
-    def kill(self, victim, runner, chance):
-        """Kill it when it is there and a random moment has passed."""
-        time.sleep(chance.uniform(0.0, 0.5))
-        while runner.is_alive():
-            processes = family(runner.pid)
-            self.left |= set(processes)
-            chosen = {"runner": [runner.pid], "worker": processes[:1], "cell": processes[1:2]}[victim]
-            if chosen:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(getattr(chosen[0], "pid", chosen[0]), signal.SIGKILL)
-                    self.counts[victim] += 1
-                return
+def killed_often(out, seed, times):
+    """How often each was killed, in runs of the stand-in of which none was harmed."""
+    assert DONE == kills.main([str(out), "--kills", str(times), "--seed", str(seed), "--load", "stand-in"])
+    rows = kills.read_kills(out / "kills.csv")
+    assert not rows[COUNTS].to_numpy().any(), rows
+    return rows.victim.value_counts().to_dict()
 
 
-def killed_often(tmp_path, seed, times):
-    """Runs of SUITE in which so many processes are killed: each run is taken up until it has ended."""
-    chance, kills, number = random.Random(seed), Kills(), 0
-    while sum(kills.counts.values()) < times:
-        folder = tmp_path / str(number)
-        runner = begun(folder)
-        before = read_records(folder / RECORDS)[0]
-        kills.kill(victim := chance.choice(VICTIMS), runner, chance)
-        runner.join()
-        # A run goes on without a worker or a cell that was killed, except where the worker was about to start.
-        assert runner.exitcode in {"runner": (0, -9), "worker": (0, 1), "cell": (0,)}[victim]
-        found = read_records(folder / RECORDS)[0]
-        assert before == found[: len(before)], "a finished record was lost, or changed"
-        assert len(found) == len({record.cell_id for record in found}), "a cell has two records"
-        if runner.exitcode == 0:
-            assert len(SUITE.cells) == len(found), "not every cell has a record, and the exit code is 0"
-        if len(found) == len(SUITE.cells):
-            assert len(SUITE.cells) == len(sweep(SUITE, folder, resume=True, command=["false"]).records)
-            assert {RECORDS, "suite.yaml", "environment.json", ".lock"} == {*os.listdir(folder)} - {"logs"}
-            number += 1
-    wait_until(lambda: not any(is_alive(process) for process in kills.left))
-    return kills.counts
+def test_kills_at_random_moments(tmp_path, capsys):
+    """And the campaign, called again, repeats none of them."""
+    counts = killed_often(tmp_path, seed=5, times=6)
 
-
-def is_alive(process):
-    try:
-        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_kills_at_random_moments(tmp_path):
-    counts = killed_often(tmp_path, seed=2026, times=6)
-
-    assert all(counts.values()), counts
+    assert {*kills.VICTIMS} == {*counts}
+    before = (tmp_path / "kills.csv").read_bytes()
+    assert counts == killed_often(tmp_path, seed=5, times=6)
+    assert before == (tmp_path / "kills.csv").read_bytes()
+    assert (tmp_path / "summary.md").read_text() in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_many_kills_at_random_moments(tmp_path, seed):
-    counts = killed_often(tmp_path, seed, times=40)
+def test_many_kills_at_random_moments(tmp_path):
+    counts = killed_often(tmp_path, seed=2026, times=120)
 
-    assert min(counts.values()) >= 5, counts
+    assert min(counts[victim] for victim in kills.VICTIMS) >= 15, counts
+
+
+@pytest.mark.slow
+def test_kills_of_cells_that_measure_a_model(tmp_path):
+    assert DONE == kills.main([str(tmp_path), "--kills", "3", "--load", "real"])
+
+
+# --- that the campaign sees what it is to count ---
+
+
+def test_a_record_that_is_gone_or_changed_is_lost(tmp_path, a_kill):
+    before = [a_record(batch_size=1), a_record(batch_size=2), a_record(batch_size=3)]
+    a_run(tmp_path / "run", before[0], a_record("error", batch_size=2))
+
+    kills._count_records(a_kill, tmp_path / "run", before)
+
+    assert (2, 0, 0) == (a_kill.lost, a_kill.repeated, a_kill.torn)
+
+
+def test_a_second_record_of_a_cell_is_repeated_and_half_a_line_is_torn(tmp_path, a_kill):
+    a_run(tmp_path / "run", a_record(), a_record())
+    with (tmp_path / "run" / RECORDS).open("a") as stream:
+        stream.write('{"schema"')
+
+    kills._count_records(a_kill, tmp_path / "run", [])
+
+    assert (0, 1, 1) == (a_kill.lost, a_kill.repeated, a_kill.torn)
+
+
+def test_what_a_run_that_has_ended_lacks_or_has_too_much(tmp_path, a_kill, monkeypatch):
+    """Cells without a record, temporary files; and a campaign that counts something ends with exit code 1."""
+    a_run(tmp_path / "run", a_measured_cell())
+    (tmp_path / "run" / ".records.jsonl.abc").touch()
+
+    kills._count_ended(a_kill, tmp_path / "run", kills.stand_in(), [a_measured_cell()])
+
+    assert (47, 1) == (a_kill.lost, a_kill.torn)
+    monkeypatch.setattr(kills, "kills_of_run", lambda *_: [a_kill])
+    assert OVER_BUDGET == kills.main([str(tmp_path / "out"), "--kills", "1"])
+
+
+def test_a_process_that_is_left_is_counted_and_ended(tmp_path, a_kill, monkeypatch):
+    """Whoever its parent is: it is known by its environment."""
+    monkeypatch.setattr(kills, "ENDING_SECONDS", 0.0)
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, kills.MARK: str(tmp_path)}) as process:
+        while "sleep" not in psutil.Process(process.pid).name():
+            pass  # it is still a copy of this process
+        kills._count_left(a_kill, tmp_path)
+
+    assert (1, -9) == (a_kill.left, process.returncode)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faulty import WITHOUT_FOLDER
+from faulty import REMOVED, WITHOUT_FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,7 +130,8 @@ def test_other_files_that_were_removed_are_there_again(tmp_path, name):
     assert suite.suite_id == run.suite["suite_id"]
 
 
-def test_logs_removed_while_a_cell_runs_cost_no_result(tmp_path):
+def test_logs_removed_while_a_cell_runs_cost_no_result(tmp_path, monkeypatch):
+    monkeypatch.setenv(REMOVED, str(tmp_path / "run" / "logs"))
     run = sweep(a_suite(*does(FINE, WITHOUT_FOLDER, FINE)), tmp_path / "run", command=FAULTY)
 
     assert ["ok"] * 3 == statuses(run)

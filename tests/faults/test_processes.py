@@ -12,9 +12,10 @@ from faulty import BLOCKED, GREEDY, LEAVING, PRINTING, SIGNALLED
 
 from builders import a_cell
 from meftbench.errors import UserError
+from meftbench.kept_output import ROOM
 from meftbench.records import writer as writing_records
-from meftbench.runner import logs, process, run_suite
 from meftbench.runner import oom_kills as kills
+from meftbench.runner import process, run_suite
 from meftbench.runner.logs import end_of
 from stand_in import BRIEF, ENDLESS, FINE, KILLED
 from sweeps import WORKER, a_suite, alive, does, statuses, sweep, told, wait_until
@@ -72,12 +73,24 @@ def printed(tmp_path, monkeypatch, size):
     run = sweep(a_suite(*does(PRINTING, FINE)), tmp_path / "run", command=FAULTY)
     assert ["ok", "ok"] == statuses(run)
     [log] = (run.path / "logs").iterdir()
-    assert logs.ROOM == log.stat().st_size
+    assert ROOM == log.stat().st_size
     assert end_of(log).endswith("the end")
 
 
 def test_a_cell_that_prints_much_leaves_the_end_of_it(tmp_path, monkeypatch):
     printed(tmp_path, monkeypatch, 2**24)
+
+
+def test_a_cell_that_prints_more_than_the_disk_holds_does_not_fill_it(small_disk, monkeypatch):
+    """What it prints is cut while it runs, and not only when it has ended."""
+    monkeypatch.setenv(faulty.PRINTED, str(2**24))
+    disk = small_disk(4 * 2**10)
+
+    run = sweep(a_suite(*does(PRINTING, FINE)), disk / "run", command=FAULTY)
+
+    assert ["ok", "ok"] == statuses(run)
+    [log] = (run.path / "logs").iterdir()
+    assert end_of(log).endswith("the end")
 
 
 @pytest.mark.slow

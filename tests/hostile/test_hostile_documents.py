@@ -6,20 +6,18 @@ import datetime
 from pathlib import Path
 
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meftbench.catalogue.profiles import find_device
 from meftbench.catalogue.task import own_task
 from meftbench.errors import UserError
+from meftbench.plan.prices import price_of
 from meftbench.plan.suite import load_suite
 from meftbench.verdicts.budgets import load_budgets
-from mutations import EXAMPLES, SUITE, command, mutated, refused_or, watched
+from mutations import SUITE, command, hostile, mutated, refused_or, watched
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-often = settings(
-    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 
 
 TRAINING = {
@@ -47,10 +45,18 @@ TASK = {
     "template": "{q}",
     "licence": "MIT",
 }
+PRICES = {
+    "schema": 1,
+    "cards": {"h100": {"per_hour": 2.5, "currency": "USD"}, "a100-80gb": {"per_hour": 1.5, "currency": "EUR"}},
+}
 PROFILE = yaml.safe_load((REPOSITORY / "meftbench/catalogue/profiles/h100.yaml").read_text())
+CPU_PROFILE = {name: PROFILE[name] for name in ("schema", "name", "device", "memory_bytes")} | {
+    "kind": "cpu",
+    "speeds": PROFILE["speeds"],
+}
 
 
-@often
+@hostile("suite")
 @given(content=st.sampled_from([SUITE, TRAINING]).flatmap(mutated))
 def test_a_suite_is_read_or_refused(tmp_path, content):
     """With its cells, their labels and identities."""
@@ -62,7 +68,7 @@ def test_a_suite_is_read_or_refused(tmp_path, content):
             assert all(cell.cell_id and cell.label for cell in suite.cells)
 
 
-@often
+@hostile("suite, listed by the command")
 @given(content=mutated(SUITE, damaged=False))
 def test_a_dry_run_of_a_suite_lists_it_or_refuses_it(tmp_path, content):
     """In one line on stderr."""
@@ -75,7 +81,7 @@ def test_a_dry_run_of_a_suite_lists_it_or_refuses_it(tmp_path, content):
     assert code == 0 or 1 == err.count("\n")
 
 
-@often
+@hostile("budgets")
 @given(content=mutated(BUDGETS))
 def test_budgets_are_read_or_refused(tmp_path, content):
     """And match labels in no time."""
@@ -89,7 +95,7 @@ def test_budgets_are_read_or_refused(tmp_path, content):
                 row._pattern.fullmatch("bert-base@random/full/b8/s128" * 30)
 
 
-@often
+@hostile("profile of a GPU")
 @given(content=mutated(PROFILE))
 def test_a_profile_is_read_or_refused(tmp_path, content):
     (tmp_path / "gpu.yaml").write_bytes(content)
@@ -98,7 +104,28 @@ def test_a_profile_is_read_or_refused(tmp_path, content):
         refused_or(find_device, str(tmp_path / "gpu.yaml"))
 
 
-@often
+@hostile("profile of a CPU")
+@given(content=mutated(CPU_PROFILE))
+def test_a_profile_of_a_cpu_is_read_or_refused(tmp_path, content):
+    (tmp_path / "cpu.yaml").write_bytes(content)
+
+    with watched(tmp_path):
+        refused_or(find_device, str(tmp_path / "cpu.yaml"))
+
+
+@hostile("price list")
+@given(content=mutated(PRICES))
+def test_a_price_list_is_read_or_refused(tmp_path, content):
+    """A price that was read can be told for a million tokens."""
+    (tmp_path / "prices.yaml").write_bytes(content)
+
+    with watched(tmp_path):
+        price = refused_or(price_of, tmp_path / "prices.yaml", "h100")
+        if not isinstance(price, UserError):
+            assert price.per_million_tokens(1000.0) > 0
+
+
+@hostile("task")
 @given(content=mutated(TASK))
 def test_a_task_is_read_or_refused(tmp_path, content):
     (tmp_path / "task.yaml").write_bytes(content)

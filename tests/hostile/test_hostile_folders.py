@@ -8,7 +8,7 @@ import pickle
 from copy import deepcopy
 
 import pytest
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -22,13 +22,10 @@ from meftbench.plan.suite import load_suite
 from meftbench.prediction.pool import Kept
 from meftbench.snapshots.file import read_device
 from meftbench.tasks.data import load_splits
-from mutations import EXAMPLES, SUITE, mutated, refused_or, watched
+from mutations import SUITE, hostile, mutated, refused_or, watched
 from snapshots import a_step
 from task_data import ROWS, a_task
 
-often = settings(
-    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 MiB = 2**20
 TINY = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 CONFIGURATION = {
@@ -80,7 +77,7 @@ def loaded(folder, plain, config, weights):
         refused_or(load_adapter, model, folder)
 
 
-@often
+@hostile("configuration of an adapter")
 @given(which=st.integers(0, 1), data=st.data())
 def test_a_damaged_configuration_of_an_adapter_is_one_line(adapters, tmp_path, which, data):
     plain, config, weights = adapters[which]
@@ -88,7 +85,7 @@ def test_a_damaged_configuration_of_an_adapter_is_one_line(adapters, tmp_path, w
     loaded(tmp_path, plain, data.draw(mutated(config, "json")), weights)
 
 
-@often
+@hostile("weights of an adapter")
 @given(which=st.integers(0, 1), data=st.data())
 def test_damaged_weights_of_an_adapter_are_one_line(adapters, tmp_path, which, data):
     """The header of the file is JSON, behind its length."""
@@ -103,7 +100,7 @@ def test_damaged_weights_of_an_adapter_are_one_line(adapters, tmp_path, which, d
 # --- models ---
 
 
-@often
+@hostile("configuration of a model")
 @given(content=st.sampled_from([CONFIGURATION, IMAGES]).flatmap(lambda content: mutated(content, "json")))
 def test_a_model_with_a_damaged_configuration_is_refused_or_planned(tmp_path, content):
     """By a suite that names its folder."""
@@ -116,7 +113,7 @@ def test_a_model_with_a_damaged_configuration_is_refused_or_planned(tmp_path, co
         refused_or(load_suite, str(tmp_path / "suite.yaml"))
 
 
-@often
+@hostile("configuration of a model, built")
 @given(content=st.sampled_from([CONFIGURATION, IMAGES]).flatmap(lambda content: mutated(content, "json", False)))
 def test_a_model_with_a_damaged_configuration_is_refused_or_built(tmp_path, content):
     """Where a suite may name it; it may need more memory than there is, too."""
@@ -144,20 +141,20 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 SOUND = {"jsonl": LINES.encode(), "json": json.dumps(ROWS).encode(), "csv": b"title,spam\na,1\nb,0\n"}
 
 
-@often
+@hostile("data: jsonl")
 @given(line=mutated(ROWS[0], "json"), number=st.integers(0, 4))
 def test_a_damaged_line_of_data_is_one_line(tmp_path, line, number):
     lines = [json.dumps(row).encode() for row in ROWS]
     read_data(tmp_path, "train", b"\n".join([*lines[:number], line, *lines[number:], b""]), "jsonl")
 
 
-@often
+@hostile("data: json")
 @given(content=st.sampled_from([ROWS, {"title": ["a", "b"], "spam": [0, 1]}]).flatmap(lambda c: mutated(c, "json")))
 def test_a_damaged_file_of_data_is_one_line(tmp_path, content):
     read_data(tmp_path, "validation", content, "json")
 
 
-@often
+@hostile("data: csv")
 @given(
     content=st.lists(
         st.sampled_from([b"title", b"spam", b",", b"\n", b'"', b"\x00", b"1", b"0", b"\r", b"=1", b"\xff"])
@@ -176,7 +173,7 @@ def test_a_line_of_data_that_is_no_row_is_one_line(tmp_path, line):
 # --- snapshots and kept results ---
 
 
-@often
+@hostile("memory snapshot")
 @given(content=mutated(a_step(), "json", False))
 def test_a_snapshot_of_other_content_is_one_line(tmp_path, content):
     try:
@@ -188,7 +185,7 @@ def test_a_snapshot_of_other_content_is_one_line(tmp_path, content):
         refused_or(read_device, tmp_path / "snapshot.pickle")
 
 
-@often
+@hostile("memory snapshot")
 @given(place=st.integers(0, 2000), damage=st.binary(max_size=8), drop=st.integers(0, 8))
 def test_a_damaged_pickle_is_one_line(tmp_path, place, damage, drop):
     content = pickle.dumps(a_step())
@@ -205,7 +202,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     assert not (tmp_path / "PWNED").exists()
 
 
-@often
+@hostile("kept results")
 @given(content=mutated({"task": "a", "result": {"b": 1}}, "json"))
 def test_damaged_kept_results_are_computed_again(tmp_path, content):
     (tmp_path / "kept.jsonl").write_bytes(content)

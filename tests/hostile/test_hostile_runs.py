@@ -8,15 +8,14 @@ import time
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import ENVIRONMENT, a_measured_cell, a_record, a_run, an_exact_cell
 from meftbench.records.record import Metric
-from mutations import EXAMPLES, command, mutated, watched
+from mutations import command, hostile, mutated, watched
 from scored_runs import a_score
 
-often = settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 DETAIL = {
     "type": "OutOfMemoryError",
     "message": "CUDA out of memory",
@@ -139,14 +138,14 @@ def with_one(line, others):
     return b"\n".join([*(json.dumps(other).encode() for other in others), line, b""])
 
 
-@often
+@hostile("records of a run")
 @given(number=st.integers(0, len(LINES) - 1), data=st.data(), asked=st.sampled_from(COMMANDS))
 def test_a_damaged_record_is_shown_or_refused(folder, number, data, asked):
     line = data.draw(mutated(LINES[number], "json", damaged=False))
     answers(folder, asked, records_jsonl=with_one(line, LINES[:number] + LINES[number + 1 :]))
 
 
-@often
+@hostile("records of a run")
 @given(number=st.integers(0, len(LINES) - 1), data=st.data(), asked=st.sampled_from(COMMANDS))
 def test_a_damaged_metric_is_shown_or_refused(folder, number, data, asked):
     """The same where all that is mutated lies within the metrics, which are most of a record."""
@@ -155,25 +154,25 @@ def test_a_damaged_metric_is_shown_or_refused(folder, number, data, asked):
     answers(folder, asked, records_jsonl=with_one(line, LINES[:number] + LINES[number + 1 :]))
 
 
-@often
+@hostile("records of a run")
 @given(content=mutated(LINES[0], "json"), asked=st.sampled_from(COMMANDS[:1] + COMMANDS[-1:]))
 def test_a_damaged_file_of_records_is_shown_or_refused(folder, content, asked):
     answers(folder, asked, records_jsonl=content)
 
 
-@often
+@hostile("environment of a run")
 @given(content=mutated(MACHINE, "json"), asked=st.sampled_from(COMMANDS))
 def test_a_damaged_environment_is_shown_or_refused(folder, content, asked):
     answers(folder, asked, environment_json=content)
 
 
-@often
+@hostile("suite of a run")
 @given(content=mutated(SUITE), asked=st.sampled_from(COMMANDS))
 def test_a_damaged_suite_of_a_run_is_shown_or_refused(folder, content, asked):
     answers(folder, asked, suite_yaml=content)
 
 
-@often
+@hostile("validation of a run")
 @given(content=mutated(VALIDATION, "json"), asked=st.sampled_from(COMMANDS[-3:] + COMMANDS[:1]))
 def test_a_damaged_validation_is_shown_or_refused(folder, content, asked):
     answers(folder, asked, validation_json=content)

@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import threading
 from dataclasses import replace
@@ -397,40 +396,6 @@ def test_an_interrupted_sweep_keeps_what_has_finished(tmp_path, told_file):
 
     assert ["ok"] == statuses(load_run(tmp_path / "run"))
     wait_until(lambda: not any(alive(int(pid)) for _, pid in told(told_file)))
-
-
-@pytest.mark.parametrize("seed", range(2023, 2024))
-def test_kill_9_at_10_random_moments_loses_no_finished_record_and_repeats_none(tmp_path, seed):
-    """Whenever the sweep dies: every record that was on the disk stays, and no cell has two."""
-    chance = random.Random(seed)
-    suite = a_suite(*(a_cell(batch_size=size, seed=BRIEF) for size in range(1, 61)))
-    folder, number, moments = tmp_path / "0", 0, []
-    while len(moments) < 10:
-        kept = read_records(folder / RECORDS)[0]
-        if len(kept) == len(suite.cells):
-            number += 1
-            folder = tmp_path / str(number)
-            continue
-        process = in_another_process(suite, folder)
-        # At a place of the sweep and a moment more, whatever the machine needs to get there; or while it begins.
-        place = chance.randrange(len(kept), len(suite.cells))
-        while process.is_alive() and len(read_records(folder / RECORDS)[0]) < place:
-            process.join(0.005)
-        process.join(chance.uniform(0.0, 1.6 if place == len(kept) else 0.1))
-        if not process.is_alive():
-            continue
-        process.kill()
-        process.join()
-        found = read_records(folder / RECORDS)[0]
-        moments.append(len(found))
-        assert kept == found[: len(kept)]
-        assert len(found) == len({record.cell_id for record in found})
-
-    run = sweep(suite, folder, resume=True)
-    assert {cell.cell_id for cell in suite.cells} == {record.cell_id for record in run.records}
-    assert len(suite.cells) == len(read_records(folder / RECORDS)[0])
-    # The moments were worth trying: not all before the first cell.
-    assert any(0 < count < len(suite.cells) for count in moments)
 
 
 @pytest.mark.parametrize(
