@@ -124,7 +124,13 @@ def export(
 
     tell = progress(quiet)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
-    rest = {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer, "packing": packing}
+    rest: dict[str, Any] = {
+        "precision": precision,
+        "attention": attention,
+        "head": head,
+        "optimizer": optimizer,
+        "packing": packing,
+    }
     rest |= {"batch": batch, "world_size": world_size, "parallelism": parallelism}
     if (Path(what) / RECORDS).is_file():
         for name, value in {**shape, **rest, "config": config, "set": settings}.items():
