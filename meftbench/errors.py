@@ -37,6 +37,10 @@ class UserError(Exception):
         self.where, self.what, self.cure = where, what, cure
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, int]]:
+        """So that one that is raised in a rank of a distributed cell can be sent to the cell's process."""
+        return type(self), (self.where, self.what, self.cure, self.exit_code)
+
 
 def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a name that is not one of `known`: it suggests the nearest name, or lists all of them, of very many

@@ -189,8 +189,9 @@ def estimate(
     for_versions: such as "torch=2.4,transformers=4.48", where a rule is known to differ; empty: the newest.
     allow_code: whether the user's own functions that make models and batches may be called.
     tell: called with lines of progress.
-    axes: further values of the cell: precision, micro_batch_size, attention, head, optimizer, packing, batch; None: the
-        default, which is bf16 for language models and fp32 for others where it is that of the precision.
+    axes: further values of the cell: precision, micro_batch_size, attention, head, optimizer, packing, batch,
+        world_size, parallelism; None: the default, which is bf16 for language models and fp32 for others where it is
+        that of the precision. Of several ranks, memory is that of the largest.
 
     Raises UserError: a name is unknown, a value is out of its range, or the model or method cannot be predicted.
     """

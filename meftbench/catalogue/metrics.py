@@ -49,6 +49,11 @@ METRICS: dict[str, Kind] = {
     "peak_active_bytes": _bytes("as allocated, with blocks that wait for another stream"),
     "peak_reserved_bytes": _bytes("largest sum of segments the allocator held from the device"),
     "peak_requested_bytes": _bytes("largest sum of what was asked for, before rounding"),
+    "peak_memory_by_rank": Kind(
+        "byte",
+        "neither",
+        "peak_allocated_bytes of each rank of a distributed cell, rank 0 first; the cell's is the largest",
+    ),
     # step structure
     "baseline_allocated_bytes": _bytes("allocated right before the step: parameters, optimizer state, inputs"),
     "activation_peak_bytes": _bytes("peak of forward and backward above the level before the step"),
@@ -101,8 +106,10 @@ METRICS: dict[str, Kind] = {
     "forward_s": _seconds("forward and loss; median"),
     "backward_s": _seconds("backward; median"),
     "optimizer_s": _seconds("optimizer step and zero_grad; median"),
-    "tokens_per_s": Kind("token/second", "higher", "tokens that are not padding, divided by the median step time"),
-    "samples_per_s": Kind("sample/second", "higher", "samples divided by the median step time"),
+    "tokens_per_s": Kind(
+        "token/second", "higher", "tokens that are not padding, of all ranks, divided by the median step time"
+    ),
+    "samples_per_s": Kind("sample/second", "higher", "samples of all ranks divided by the median step time"),
     # fidelity
     "reconstruction_rel": Kind(
         "ratio", "lower", "norm of (recomputed - true) / norm of true, per layer [first stream, second stream]"
@@ -180,5 +187,8 @@ METRICS: dict[str, Kind] = {
 
 # Metrics whose value is not a single number, so that neither bounds nor comparisons apply to it.
 NOT_A_NUMBER = frozenset(
-    {"learning_curve", "peak_buffers", "peak_phase", "reconstruction_rel", "throttle_reasons", "timeline"}
+    {
+        *("learning_curve", "peak_buffers", "peak_memory_by_rank", "peak_phase", "reconstruction_rel"),
+        *("throttle_reasons", "timeline"),
+    }
 )

@@ -22,10 +22,12 @@ from meftbench.cli.options import (
     Optimizer,
     Override,
     Packing,
+    Parallelism,
     Precision,
     ProfileName,
     Quiet,
     Setting,
+    WorldSize,
     pairs,
     progress,
     say,
@@ -48,6 +50,8 @@ def estimate(
     head: Head = None,
     optimizer: Optimizer = None,
     packing: Packing = None,
+    world_size: WorldSize = None,
+    parallelism: Parallelism = None,
     config: Override = None,
     settings: Setting = None,
     batch: Batch = None,
@@ -84,6 +88,8 @@ def estimate(
         head=head,
         optimizer=optimizer,
         packing=packing,
+        world_size=world_size,
+        parallelism=parallelism,
     )
 
     def printed(answer: dict[str, Any]) -> None:

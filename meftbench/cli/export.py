@@ -21,10 +21,12 @@ from meftbench.cli.options import (
     Optimizer,
     Override,
     Packing,
+    Parallelism,
     Precision,
     ProfileName,
     Quiet,
     Setting,
+    WorldSize,
     pairs,
     progress,
     say_next,
@@ -90,6 +92,8 @@ def export(
     head: Head = None,
     optimizer: Optimizer = None,
     packing: Packing = None,
+    world_size: WorldSize = None,
+    parallelism: Parallelism = None,
     config: Override = None,
     settings: Setting = None,
     batch: Batch = None,
@@ -120,8 +124,14 @@ def export(
 
     tell = progress(quiet)
     shape = {"batch_size": batch_size, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
-    rest = {"precision": precision, "attention": attention, "head": head, "optimizer": optimizer, "packing": packing}
-    rest |= {"batch": batch}
+    rest: dict[str, Any] = {
+        "precision": precision,
+        "attention": attention,
+        "head": head,
+        "optimizer": optimizer,
+        "packing": packing,
+    }
+    rest |= {"batch": batch, "world_size": world_size, "parallelism": parallelism}
     if (Path(what) / RECORDS).is_file():
         for name, value in {**shape, **rest, "config": config, "set": settings}.items():
             if value is not None:

@@ -56,6 +56,8 @@ Precision = Annotated[str | None, typer.Option(help=AXES["precision"].help, auto
 Attention = Annotated[str | None, typer.Option(help=AXES["attention"].help)]
 Head = Annotated[str | None, typer.Option(help=AXES["head"].help)]
 Packing = Annotated[bool | None, typer.Option("--packing", help=AXES["packing"].help)]
+WorldSize = Annotated[int | None, typer.Option(min=1, help=AXES["world_size"].help)]
+Parallelism = Annotated[str | None, typer.Option(help=AXES["parallelism"].help)]
 Optimizer = Annotated[str | None, typer.Option(help=AXES["optimizer"].help, autocompletion=completion.optimizers)]
 Override = Annotated[
     list[str] | None, typer.Option("--config", metavar="KEY=VALUE", help="Overrides the model's configuration.")

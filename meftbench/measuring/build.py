@@ -21,6 +21,7 @@ from meftbench.errors import UserError
 from meftbench.measuring.batch import own_batch, resident_batch
 from meftbench.measuring.optimizers import build_optimizer, note_embeddings
 from meftbench.measuring.packing import STARTS, PackedStep, packed, starts_of, without_padding
+from meftbench.measuring.sharing import Rank, shared
 from meftbench.measuring.step import OwnStep, Step
 from meftbench.methods import Applied, prepare
 from meftbench.methods.levers.base import BuildOptimizer
@@ -31,16 +32,20 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}  # over float32 weights
 
 
-def build_step(cell: Cell, device: torch.device, padding: float = 0.0) -> Step:
+def build_step(cell: Cell, device: torch.device, padding: float = 0.0, rank: Rank | None = None) -> Step:
     """The step of a cell: model and method are built on the CPU from the cell's seed, then moved to `device`.
 
-    padding: share of each sequence that is padding.
-    Raises UserError: the model cannot be loaded, the method does not fit it.
+    padding: share of each sequence that is padding.  rank: this process, in a distributed cell; the batch of all ranks
+    is made from the seed, and this rank takes its part.
+    Raises UserError: the model cannot be loaded, the method does not fit it, or it cannot be shared among ranks.
     """
     model = built_model(cell)
     applied = with_method(cell, model)
     applied.model.to(device)
-    batch, extra = batch_of(cell, model, cell.batch_size, device, padding)
+    batch, extra = batch_of(cell, model, cell.batch_size * cell.world_size, device, padding)
+    if rank is not None:
+        batch = {name: rank.own(tensor) for name, tensor in batch.items()}
+        extra["sharing"] = shared(cell.label, applied, rank, device)
     return step_on(cell, applied, batch, device, kind=kind_of_step(cell), **extra)
 
 

@@ -10,6 +10,7 @@ from meftbench.catalogue.levers import LEVERS
 from meftbench.catalogue.profiles import PREDICTED
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.measuring.passes import Measured, run_passes
+from meftbench.measuring.ranks import run_ranks
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol as MeasuringProtocol
 from meftbench.prediction.predict import predicted_cell
@@ -39,14 +40,19 @@ class Counted:
                 if LEVERS[lever].uncounted is not None:
                     cure = "write passes: [throughput, reconstruction], or use --device cuda"
                     raise UserError(cell.label, str(LEVERS[lever].uncounted), cure)
+        if cell.parallelism is not None:
+            return run_ranks(cell, protocol, "cpu")
         return run_passes(cell, protocol, torch.device("cpu"), None)
 
 
 class Cuda:
-    """On the first visible GPU: memory is what torch's allocator and the driver report."""
+    """On the first visible GPU, or on as many as there are ranks: memory is what torch's allocator and the driver
+    report."""
 
     def measure(self, cell: Cell, protocol: MeasuringProtocol) -> Measured:
         """Raises UserError, too, where there is no GPU (exit code 3)."""
+        if cell.parallelism is not None:  # this process does not initialise CUDA, its children do
+            return run_ranks(cell, protocol, "cuda")
         if not torch.cuda.is_available():
             raise UserError(cell.label, "no CUDA device is available", "use --device counted", NOT_COMPARABLE)
         device = torch.device("cuda", 0)
@@ -73,5 +79,5 @@ def measure_cell(cell: Cell, protocol: MeasuringProtocol) -> Measured:
     Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built, no such device).
     """
     measured = MEASURERS[cell.device.partition(":")[0]].measure(cell, protocol)
-    measured.metrics |= {"host_rss_peak_bytes": host_peak()}
+    measured.metrics.setdefault("host_rss_peak_bytes", host_peak())  # ranks have told theirs
     return measured

@@ -18,6 +18,7 @@ from meftbench.catalogue.probes import PROBES
 from meftbench.errors import UserError
 from meftbench.measuring.build import attention_used, build_step, is_own
 from meftbench.measuring.out_of_memory import out_of_memory_as_result
+from meftbench.measuring.sharing import Rank
 from meftbench.measuring.step import Step
 from meftbench.own_code import blamed, digests_of
 from meftbench.plan.cell import Cell
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from meftbench.tasks.fine_tuning import FineTuning
 
 
+# The reference run of the reconstruction pass is one of whole weights, and of gradients that no other rank changes.
+_NOT_OF_A_RANK = Metric(None, "measured", absent="is checked in one process: leave world_size and parallelism out")
+
+
 @dataclass
 class Measured:
     """The result of measuring a cell. observed: fields of the record's `cell` that are known only once it has run."""
@@ -42,26 +47,30 @@ class Measured:
     observed: dict[str, Any] = field(default_factory=dict)
 
 
-def run_passes(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceReading | None) -> Measured:
+def run_passes(
+    cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceReading | None, rank: Rank | None = None
+) -> Measured:
     """Build the cell on `device` and run the protocol's passes; if it has a training, it is then trained and scored.
 
-    reading: what the driver reports of the device; None: nothing.
+    reading: what the driver reports of the device; None: nothing.  rank: which process of a distributed cell this is.
     Raises CellFailure (oom, error: lever-not-engaged) and UserError (what cannot be built).
     """
     if not is_own(cell):
-        return _run(cell, protocol, device, reading)
+        return _run(cell, protocol, device, reading, rank)
     # An exception from the user's own functions becomes an error that names them.
     with blamed([name for name, _ in calls_of([cell])]):
-        return _run(cell, protocol, device, reading)
+        return _run(cell, protocol, device, reading, rank)
 
 
-def _run(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceReading | None) -> Measured:
-    torch.manual_seed(cell.seed)
+def _run(
+    cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceReading | None, rank: Rank | None
+) -> Measured:
+    torch.manual_seed(cell.seed + (0 if rank is None else rank.number))  # ranks drop other units out
     begin = time.perf_counter()
     with out_of_memory_as_result(lambda: "load"):
         fine_tuning = None if cell.training is None else _fine_tuning(cell, device)
-        step = build_step(cell, device, protocol.padding) if fine_tuning is None else fine_tuning.step()
-    rebuild = fine_tuning.step if fine_tuning else partial(build_step, cell, device, protocol.padding)
+        step = build_step(cell, device, protocol.padding, rank) if fine_tuning is None else fine_tuning.step()
+    rebuild = fine_tuning.step if fine_tuning else partial(build_step, cell, device, protocol.padding, rank)
     measured = Measured({"build_s": Metric(time.perf_counter() - begin, "measured")}, _observed(cell, step))
     measured.metrics |= parameter_counts(step.model)
     begin = time.perf_counter()
@@ -70,7 +79,9 @@ def _run(cell: Cell, protocol: Protocol, device: torch.device, reading: DeviceRe
         # Training with reference autograd recomputes nothing, so there is no reconstruction to check.
         reference = cell.training is not None and cell.training.ordinary
         for name, entry in PROBES.items():
-            if name in protocol.passes and not (reference and name == "reconstruction"):
+            if name == "reconstruction" and rank is not None and name in protocol.passes:
+                measured.metrics |= dict.fromkeys(("reconstruction_rel_max", "gradient_rel_max"), _NOT_OF_A_RANK)
+            elif name in protocol.passes and not (reference and name == "reconstruction"):
                 if name == "reconstruction":
                     subject = replace(subject, step=_with_finite_weights(step, rebuild))
                 with step.applied.reference_autograd() if reference else nullcontext():

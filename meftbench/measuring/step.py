@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from meftbench.errors import UserError, one_line
 from meftbench.methods import Applied
 from meftbench.methods.mezo import ForwardOnly
+
+if TYPE_CHECKING:
+    from meftbench.measuring.sharing import Sharing
 
 PHASES = ("forward", "backward", "optimizer")
 Mark = Callable[[str], None]
@@ -36,6 +39,7 @@ class Step:
     autocast: dtype of the autocast region around forward and loss; None: no region.
     scaler: scales the loss, as fp16 needs; None: no scaling. `forward_backward` leaves gradients scaled.
     constants: arguments of the forward that are the same for all samples.
+    sharing: how the step is shared with other processes; None: there is one process.
     phase: the phase that runs now, to report where something happened.
     steps_run: steps finished.  last_loss: the loss of the last of them; None before the first.
     """
@@ -49,6 +53,7 @@ class Step:
     autocast: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     constants: dict[str, Any] = field(default_factory=dict)
+    sharing: Sharing | None = None
     phase: str = "load"
     steps_run: int = 0
     last_loss: float | None = None
@@ -56,6 +61,11 @@ class Step:
     @property
     def model(self) -> nn.Module:
         return self.applied.model
+
+    @property
+    def called(self) -> nn.Module:
+        """What is called in place of the model: DDP's wrapper around it, or the model itself."""
+        return self.model if self.sharing is None else self.sharing.called
 
     @property
     def batch_size(self) -> int:
@@ -105,14 +115,20 @@ class Step:
             return estimate
         total: Tensor | None = None
         for start in range(0, self.batch_size, self.micro_batch_size):
-            self._enter("forward", mark)
-            loss = self._forward(start)
-            self._enter("backward", mark)
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            with self._micro_batch(start):
+                self._enter("forward", mark)
+                loss = self._forward(start)
+                self._enter("backward", mark)
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
             del loss
         assert total is not None
         return total
+
+    def _micro_batch(self, start: int) -> AbstractContextManager[object]:
+        """Entered around forward and backward of the micro-batch that begins with sample `start`."""
+        last = start + self.micro_batch_size >= self.batch_size
+        return ExitStack() if self.sharing is None else self.sharing.micro_batch(last)
 
     def loss(self) -> float:
         """Loss of the batch from forward passes alone, over all micro-batches, in the mode the model is in."""
@@ -132,7 +148,7 @@ class Step:
 
     def loss_of(self, samples: dict[str, Tensor]) -> Tensor:
         """The model's loss (a scalar) of some samples of the batch."""
-        loss: Tensor = self.model(**samples).loss
+        loss: Tensor = self.called(**samples).loss
         return loss
 
     def whole(self) -> dict[str, Any]:
@@ -172,7 +188,7 @@ class OwnStep(Step):
         """Raises UserError: the model does not take the batch, gives no loss, or not one number."""
         where = type(self.model).__name__
         try:
-            output = self.model(**samples, **self.constants)
+            output = self.called(**samples, **self.constants)
         except TypeError as error:
             names = ", ".join([*samples, *self.constants])
             raise UserError(where, f"does not take the batch ({names}): {one_line(error)}", "mend the batch") from error

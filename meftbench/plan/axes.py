@@ -15,6 +15,7 @@ from typing import Literal
 from meftbench.catalogue.backbones import HEADS
 from meftbench.catalogue.choices import ATTENTIONS, PRECISIONS
 from meftbench.catalogue.optimizers import OPTIMIZER_IMPLEMENTATIONS, OPTIMIZERS
+from meftbench.catalogue.parallelisms import PARALLELISMS
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,13 @@ AXES: dict[str, Axis] = {
         word="packed",
         column="setting",
         help="Lay samples end to end in one row, without padding.",
+    ),
+    "world_size": Axis("size", column="setting", help="Processes (ranks) that share a step, each with its own batch."),
+    "parallelism": Axis(
+        "choice",
+        known={name: way.summary for name, way in PARALLELISMS.items()},
+        column="setting",
+        help="How ranks share a step: ddp or fsdp2.",
     ),
     "device": Axis(column="setting"),
     "seed": Axis("natural", column="setting"),

@@ -66,6 +66,8 @@ class Cell(BaseModel):
     lever_params: by lever, its settings that differ from its defaults.
     head: the model's head, a name in catalogue.backbones.HEADS; None: the first in the backbone's entry.
     packing: whether the samples of a micro-batch are laid end to end in one row, without padding.
+    world_size: processes (ranks) that share a training step; each has batch_size samples of its own.
+    parallelism: how they share it, a name in catalogue.parallelisms.PARALLELISMS; None: there is one process.
     batch: the user's own function that makes the batch, as `module:function`; None: a batch is made for the model.
     device: `counted`, `cuda` (any GPU), `cuda:PROFILE` (the card of a device profile), or `predicted:PROFILE`.
     training: for a fine-tuning run, the task and how the cell is trained on it until it is scored; None: only steps are
@@ -93,6 +95,8 @@ class Cell(BaseModel):
     seed: int = 0
     training: Training | None = None
     batch: str | None = None
+    world_size: int = Field(default=1, ge=1)
+    parallelism: str | None = None
 
     @classmethod
     def of(cls, method: str, **fields: Any) -> Cell:
@@ -158,6 +162,8 @@ class Cell(BaseModel):
         ]
         if self.micro_batch_size != self.batch_size:
             rest.insert(0, f"mb{self.micro_batch_size}")
+        if self.parallelism is not None:
+            rest.append(f"{self.parallelism}-x{self.world_size}")
         if self.batch is not None:
             rest.append(self.batch)
         if self.training is not None:

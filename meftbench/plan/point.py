@@ -18,6 +18,7 @@ from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
 from meftbench.plan.cell import Cell, Levers
 from meftbench.plan.config_values import check_values
+from meftbench.plan.distributing import check_distributed
 from meftbench.plan.factories import check_arguments, check_own, is_factory
 from meftbench.plan.models import attention_of, check_head, check_method, check_model, check_sequence_length
 from meftbench.plan.optimizing import check_optimizer, check_own_optimizer
@@ -94,6 +95,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     _check_precision(document, place["precision" if "precision" in values else "method"], levers, values)
     device = parse_device(document.where(place["device"]), values.get("device", Cell.model_fields["device"].default))
     _check_training(document, place, values, device)
+    check_distributed(document, place, values, method, levers.names())
     if not METHODS[method].backward:
         check_own_optimizer(document, place, values, method)
     check_model(model_place, model, overrides)

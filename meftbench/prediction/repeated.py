@@ -16,7 +16,8 @@ import numpy as np
 from meftbench.prediction.allocator import AGAIN, ONCE, Event
 from meftbench.prediction.columns import Trace
 from meftbench.prediction.cuda_counter import WORKSPACE
-from meftbench.probes.memory_counted import GRADIENT, Observed, StorageCounter, observe
+from meftbench.probes.memory_counted import Observed, observe
+from meftbench.probes.storage_counter import GRADIENT, StorageCounter
 
 
 def step_after(first: Trace) -> Trace:

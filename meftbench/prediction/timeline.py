@@ -13,7 +13,7 @@ from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.prediction.allocator import AllocatorSettings, Event, snapshot
 from meftbench.prediction.predict import predict
-from meftbench.probes.memory_counted import BLOCK, CATEGORIES
+from meftbench.probes.storage_counter import BLOCK, CATEGORIES
 from meftbench.records.store import write_named
 
 POINTS = 600  # a chart could not show more

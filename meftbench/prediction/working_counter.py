@@ -8,7 +8,7 @@ from typing import Any
 from meftbench.prediction.loops import LeftOut
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.work import WorkCounter
-from meftbench.probes.memory_counted import StorageCounter
+from meftbench.probes.storage_counter import StorageCounter
 
 
 class WorkingCounter(StorageCounter):

@@ -10,7 +10,8 @@ from torch import nn
 
 from meftbench.measuring.optimizers import paged_bytes
 from meftbench.measuring.step import Step
-from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, Origin, warmup_steps
+from meftbench.probes.memory_counted import CountedStep, Observed, warmup_steps
+from meftbench.probes.storage_counter import CATEGORIES, Origin
 from meftbench.records.checks import Source
 from meftbench.records.record import Metric
 

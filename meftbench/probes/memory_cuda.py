@@ -10,8 +10,9 @@ import torch
 
 from meftbench.measuring.step import PHASES, Step
 from meftbench.probes.counted_metrics import paged_metrics, peak_buffers
-from meftbench.probes.memory_counted import CATEGORIES, CountedStep, Observed, warmup_steps
+from meftbench.probes.memory_counted import CountedStep, Observed, warmup_steps
 from meftbench.probes.nvml import DeviceReading
+from meftbench.probes.storage_counter import CATEGORIES
 from meftbench.records.record import Metric
 
 # Metric name -> the allocator's statistic. requested <= allocated <= active <= reserved.

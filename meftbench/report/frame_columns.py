@@ -33,9 +33,9 @@ _CELL = (
     *with_used([name for name in SETTINGS if name not in ("model", *_OF_TRAINING)]),
     *SHAPE,
 )
-# Of fields of a cell that a record lacks, since it was written before there were any: flags are off, anything else is
-# not known.
-_DEFAULTS = {name: False if name in WORDS else None for name in _CELL}
+# Of fields of a cell that a record lacks, since it was written before there were any: flags are off, there was one
+# process, anything else is not known.
+_DEFAULTS = {name: False if name in WORDS else None for name in _CELL} | {"world_size": 1}
 # Settings of a reversible method that tables and plots sweep; None where a method has no such setting.
 _REVERSIBLE = ("arithmetic", "side_bits", "coupling", "output")
 _OF_TRAINED = (*_OF_TRAINING, "training", "scored_by", "cuts", "settings", "layers")

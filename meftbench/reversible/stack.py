@@ -26,6 +26,7 @@ from meftbench.reversible.recompute import modes_as, replayed_rng, rng_state, se
 from meftbench.reversible.saved_state import Context, Observer, SavedState, SideMemory, drawn_signs
 from meftbench.reversible.sublayers import SubLayer, tiles_of
 from meftbench.reversible.taps import pass_on, tapped_in
+from meftbench.reversible.watch import Range
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments (args, kwargs) of a layer beside h
 
@@ -107,7 +108,10 @@ class ReversibleStack(nn.Module):
     observer: for probes; called with ("forward", n, [x1, x2]) before block n and ("backward", n, [x1, x2]) once its
         inputs are restored, as the arithmetic represents them. The streams are overwritten after the call.
     side_memory: holds the side information of each sublayer as soon as it is made; None: it stays on the device.
-    entered: called with n before block n runs, in forward and in the backward pass.
+    entered: called with n before block n runs, in forward and in the backward pass; it may bring the frozen weights of
+        that block to the device, or gather them where they are sharded.
+    largest_of_all: of processes that share a training step: gives the elementwise largest of a tensor over them. Their
+        calibrated ranges are then the same, and where one of them runs a pass again all do.
 
     A coupling whose sign is drawn has no inverse in evaluation mode (its factor is 0). A backward pass in that mode is
     run by reference autograd, each block under checkpointing.
@@ -163,6 +167,7 @@ class ReversibleStack(nn.Module):
         self.observer: Observer | None = None
         self.side_memory: SideMemory | None = None
         self.entered: Callable[[int], None] | None = None
+        self.largest_of_all: Callable[[Tensor], Tensor] | None = None
         self.noted: list[Call] = []
 
     @property
@@ -186,7 +191,8 @@ class ReversibleStack(nn.Module):
     def forward(self, h_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if getattr(self, "_is_replica", False):  # torch's mark on the copies of DataParallel, whose buffers are lost
             raise UserError("ReversibleStack", "is copied by DataParallel", "use DistributedDataParallel")
-        if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
+        sharded = [parameter for parameter in self.parameters() if hasattr(parameter, "device_mesh")]
+        if any(parameter.requires_grad or self.entered is None for parameter in sharded):
             cure = "give fully_shard the whole stack or model, not its blocks or layers, or use DistributedDataParallel"
             raise UserError("ReversibleStack", "its parameters are sharded while it runs", cure)
         calls, self.noted = [*self.noted, (args, kwargs)], []
@@ -256,7 +262,7 @@ class ReversibleStack(nn.Module):
         while True:
             saved = SavedState.of(self, h_BLD, context, couplings, self.observer, self.strict and keep)
             streams, kept = run_forward(self, h_BLD, saved, keep=keep)
-            if self.range is None or context.filled or saved.range is None or not saved.range.left():
+            if self.range is None or context.filled or saved.range is None or not self._left(saved.range, h_BLD):
                 return streams, saved, kept
             del streams, saved, kept
             with replayed_rng(rng_before, h_BLD.device):
@@ -277,6 +283,13 @@ class ReversibleStack(nn.Module):
             largest_ND = self._largest(h_BLD, context)
         self.range.calibrate(largest_ND, self._limit(), self.first_layer)
 
+    def _left(self, watched: Range, h_BLD: Tensor) -> bool:
+        """Whether a stream left its range, here or in a process that shares the step."""
+        left = watched.left()
+        if self.largest_of_all is None or not computed(h_BLD):
+            return left
+        return bool(self.largest_of_all(torch.tensor([float(left)])))
+
     def _limit(self) -> float:
         couplings: list[Coupling] = [*self._couplings, *([] if self.start is None else [self.start])]
         limits: list[float] = [limit for coupling in couplings if (limit := coupling.limit) is not None]
@@ -290,7 +303,8 @@ class ReversibleStack(nn.Module):
             wide_BLD = h_BLD.float() if h_BLD.dtype.itemsize < 4 else h_BLD
             saved = SavedState.of(self, h_BLD, context, _with_arithmetic(self._couplings, Float()), largest)
             largest.add(run_forward(self, wide_BLD, saved, keep=False)[0])
-            return largest.table()
+            table_ND = largest.table()
+            return table_ND if self.largest_of_all is None else self.largest_of_all(table_ND)
 
     def _without_backward(self, h_BLD: Tensor, context: Context) -> Tensor:
         """The hidden state after the stack, of a pass that saves nothing."""

@@ -53,6 +53,9 @@ class RecordedCell(Published):
     optimizer_impl: str | None
     device: str
     """`counted`, `cuda`, or `predicted:PROFILE`."""
+    world_size: int = 1
+    """Processes (ranks) that shared a step, each with `batch_size` samples. Older records lack it."""
+    parallelism: str | None = None
     seed: int
     training: dict[str, Any] | None = None
     weights: Literal["random", "pretrained", "own"]

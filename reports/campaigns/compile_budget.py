@@ -30,7 +30,8 @@ from meftbench.measuring.requests import describe
 from meftbench.measuring.step import Step
 from meftbench.methods.levers import compiled
 from meftbench.plan.cell import Cell
-from meftbench.probes.memory_counted import CountedStep, Observed, StorageCounter
+from meftbench.probes.memory_counted import CountedStep, Observed
+from meftbench.probes.storage_counter import StorageCounter
 from meftbench.records.store import made
 from meftbench.runner import gpus
 from meftbench.runner.environment import environment

@@ -26,7 +26,7 @@ from meftbench.methods.levers.vocabulary_loss import Head
 from meftbench.plan.point import cell_of
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.fused_losses import LigerRule
-from meftbench.probes.memory_counted import StorageCounter
+from meftbench.probes.storage_counter import StorageCounter
 from tests.models import a_batch_for, a_model, gradients
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

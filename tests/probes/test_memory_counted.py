@@ -13,7 +13,8 @@ from meftbench.measuring.batch import resident_batch
 from meftbench.measuring.step import Step
 from meftbench.methods import prepare
 from meftbench.probes.counted_metrics import count_memory, parameter_counts
-from meftbench.probes.memory_counted import CATEGORIES, CountedStep, StorageCounter
+from meftbench.probes.memory_counted import CountedStep
+from meftbench.probes.storage_counter import CATEGORIES, StorageCounter
 from tests.models import FOUR_LAYERS, METHODS, a_step
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 
 from meftbench.probes import memory_cuda, nvml
 from meftbench.probes.counted_metrics import count_memory
-from meftbench.probes.memory_counted import CATEGORIES, StorageCounter
 from meftbench.probes.memory_cuda import measure_memory
+from meftbench.probes.storage_counter import CATEGORIES, StorageCounter
 from tests.models import a_step
 
 WORKSPACE = 1_000_448  # what a library keeps inside torch's allocator, unseen by the counter

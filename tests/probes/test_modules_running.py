@@ -15,8 +15,9 @@ from torch import nn
 from meftbench.measuring.build import build_step
 from meftbench.prediction.trace import count_uncomputed
 from meftbench.probes.counted_metrics import count_memory, peak_buffers
-from meftbench.probes.memory_counted import CountedStep, StorageCounter
+from meftbench.probes.memory_counted import CountedStep
 from meftbench.probes.modules_running import ModulesRunning, module_paths
+from meftbench.probes.storage_counter import StorageCounter
 from tests.models import a_cell_of
 
 CPU = torch.device("cpu")
