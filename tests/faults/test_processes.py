@@ -83,7 +83,7 @@ def test_a_cell_that_has_left_no_memory_for_its_error_is_out_of_memory(tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_real_cells_in_any_little_memory_are_out_of_memory(tmp_path, threads):
-    """While they are built, while threads begin, and in their steps; an error only where C++ ends the process for it."""
+    """While they are built, as threads begin, and in their steps; an error only where C++ ends the process for it."""
     protocol = Protocol(warmup=1, steps=1, passes=("memory",))
     cell = Cell.of(model="bert-tiny@random", method="lora+checkpoint", batch_size=64, sequence_length=128)
     worker = process.Worker(process.worker_environment(protocol, threads, os.environ), tmp_path / "worker.log")
