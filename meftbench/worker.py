@@ -69,17 +69,26 @@ def imported(name: str) -> ModuleType:
 # --- one job ---
 
 
-def run_job(requests: ModuleType, verb: str, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def run_job(
+    requests: ModuleType, verb: str, request: dict[str, Any], tell: Tell, memory_bytes: int | None = None
+) -> dict[str, Any]:
     """The content of the result file for a request, whatever is raised.
 
     requests: has `VERBS`: by name, functions of a request and of a function that takes lines of progress.
+    memory_bytes: that it may take; None: no limit.
     """
+    limit = memory_limit(memory_bytes)
     try:
-        content = {"status": "ok", "status_detail": {}, "answer": requests.VERBS[verb](request, tell)}
+        with limit:
+            content = {"status": "ok", "status_detail": {}, "answer": requests.VERBS[verb](request, tell)}
         json.dumps(content, allow_nan=False)
         return content
-    # Every exception is caught: if the process ended here without a result, the cell would have no record.
+    # Every exception is caught: if the process ended here without a result, the cell would have no record. What says so
+    # needs memory, too, so that the limit ends before.
     except BaseException as error:
+        if isinstance(error, SystemError) and limit.exhausted:
+            # A function of C has lost the MemoryError ("returned NULL without setting an exception"; ABCMeta of 3.11).
+            return failure(MemoryError(str(error)))
         return failure(error)
 
 
@@ -124,8 +133,7 @@ def perform(requests: ModuleType, job: dict[str, Any], tell: Tell = _no_progress
     """
     os.environ.update(job["environment"])
     _use_threads(job["threads"])
-    with memory_limit(job["memory_bytes"]):
-        content = run_job(requests, job["verb"], job["request"], tell)
+    content = run_job(requests, job["verb"], job["request"], tell, job["memory_bytes"])
     if job["result"] is not None:
         result = Path(job["result"])
         try:
@@ -141,6 +149,9 @@ def _use_threads(threads: int) -> None:
     # meftbench.measuring.requests imports torch; a substitute in a test may not.
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
+        # Work for all threads, so that they are there before memory is limited: their stacks count, and libgomp ends
+        # the process where it cannot make one (torch 2.13).
+        torch.arange(threads << 16)
 
 
 # --- the server ---

@@ -198,9 +198,11 @@ class Files:
         from datasets import Dataset, Features, Image, Value
 
         with _reporting_faults(str(file)), np.load(file) as arrays:
-            pixels, ids = arrays["images"], arrays["labels"]
-        if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or len(pixels) != len(ids):
-            what = f"images are {pixels.dtype} {pixels.shape}, labels {ids.shape}"
+            # What is no array in the archive comes as bytes, which become an array that is refused.
+            pixels, ids = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
+        are_images, are_labels = pixels.dtype == np.uint8 and pixels.ndim in (3, 4), ids.dtype.kind in "iu"
+        if not (are_images and are_labels and ids.shape == pixels.shape[:1]):
+            what = f"images are {pixels.dtype} {pixels.shape}, labels {ids.dtype} {ids.shape}"
             raise UserError(str(file), what, "store images as uint8 (N, H, W) or (N, H, W, 3), and N labels")
         labels = ids.tolist()
         if classes := self._classes():

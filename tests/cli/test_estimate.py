@@ -135,12 +135,15 @@ def test_too_big_is_an_answer_unless_it_is_to_fail(cli, answering, fits, asked, 
 
 
 def test_a_prediction_that_dies_is_a_bug_with_the_end_of_its_log(cli, monkeypatch):
-    monkeypatch.setattr(predictions, "ONCE", (sys.executable, "-c", "raise SystemExit('no memory left')"))
+    """In which nothing acts on the terminal."""
+    printed = "no memory left \x1b[31mred \u202e"
+    monkeypatch.setattr(predictions, "ONCE", (sys.executable, "-c", f"raise SystemExit({printed!r})"))
 
     code, _, err = cli("estimate", "bert-tiny@random", "full", *SHAPE)
 
     assert 70 == code
-    assert "no memory left" in err
+    assert r"no memory left \x1b[31mred \u202e" in err
+    assert "\x1b" not in err
 
 
 def test_every_number_is_said_to_be_predicted_and_whether_anybody_checked():

@@ -226,6 +226,15 @@ def test_quiet_tells_nothing_on_stderr(cli):
     assert (0, "") == (code, err)
 
 
+def test_quiet_hides_no_note(cli):
+    """What the results lack, or that files were lost, is no progress."""
+    cli("run", a_file(method=["full"]), "--quiet", "--out", "run")
+
+    code, _, err = cli("run", a_file(), "--quiet", "--out", "run", "--resume")
+
+    assert (0, "note: the suite has 2 more cells than the run began with\n") == (code, err)
+
+
 def test_json_is_one_object_on_stdout(cli):
     code, out, _ = cli("run", a_file(seed=[FINE, OUT_OF_MEMORY]), "--json", "--out", "run")
 

@@ -15,9 +15,8 @@ from stand_in import describe
 
 __all__ = ["describe"]
 
-BLOCKED, GREEDY, PRINTING, LEAVING, FILLING, DISK_OF_OTHERS, WITHOUT_FOLDER, UNTIL_ROOM, FULL_ELSEWHERE = range(
-    100, 109
-)
+BLOCKED, GREEDY, PRINTING, LEAVING, FILLING, DISK_OF_OTHERS, WITHOUT_FOLDER, UNTIL_ROOM = range(100, 108)
+FULL_ELSEWHERE, EXHAUSTED = 108, 109
 SIGNALLED = 1000  # plus the number of the signal by which the process ends itself
 PRINTED = "FAULTY_PRINTED"  # variable: bytes that PRINTING prints
 ROOM = "FAULTY_ROOM"  # variable: a file; while it is not there, UNTIL_ROOM is out of memory
@@ -42,6 +41,8 @@ def measure(request: Any, tell: Any) -> dict[str, Any]:
             taken = []
             while True:
                 taken.append(os.urandom(1) * 2**24)
+        case s if s == EXHAUSTED:
+            every_byte_taken()
         case s if s == PRINTING:
             block = b"x" * 2**20
             for _ in range(int(os.environ[PRINTED]) // len(block)):
@@ -62,6 +63,18 @@ def measure(request: Any, tell: Any) -> dict[str, Any]:
         case s if s == WITHOUT_FOLDER:
             shutil.rmtree(os.environ[REMOVED])
     return stand_in.measure(request, tell)
+
+
+def every_byte_taken() -> None:
+    """Raises MemoryError when not even a hundred bytes can be had, and holds all of it while that is reported."""
+    taken = []
+    for size in (2**24, 2**16, 2**10, 100):
+        try:
+            while True:
+                taken.append(bytes(size))
+        except MemoryError:
+            if size == 100:
+                raise
 
 
 def fill(folder: Path) -> None:

@@ -8,14 +8,17 @@ from datetime import UTC, datetime, timedelta
 
 import faulty
 import pytest
-from faulty import BLOCKED, GREEDY, LEAVING, PRINTING, SIGNALLED
+from faulty import BLOCKED, EXHAUSTED, GREEDY, LEAVING, PRINTING, SIGNALLED
 
 from builders import a_cell
 from meftbench.errors import UserError
 from meftbench.kept_output import ROOM
+from meftbench.plan.cell import Cell
+from meftbench.plan.protocol import Protocol
 from meftbench.records import writer as writing_records
 from meftbench.runner import oom_kills as kills
 from meftbench.runner import process, run_suite
+from meftbench.runner.job import Job
 from meftbench.runner.logs import end_of
 from stand_in import BRIEF, ENDLESS, FINE, KILLED
 from sweeps import WORKER, a_suite, alive, does, statuses, sweep, told, wait_until
@@ -66,6 +69,35 @@ def test_a_cell_that_allocates_without_end_is_out_of_memory(tmp_path, monkeypatc
 
     assert ["oom", "ok"] == statuses(run)
     assert "MemoryError" == run.records[0].status_detail["type"]
+
+
+def test_a_cell_that_has_left_no_memory_for_its_error_is_out_of_memory(tmp_path, monkeypatch):
+    """The limit holds for what is measured, and not for what reports that it failed."""
+    monkeypatch.setattr("meftbench.runner.host.available_bytes", lambda: 2**26)
+
+    run = sweep(a_suite(*does(EXHAUSTED, FINE)), tmp_path / "run", command=FAULTY)
+
+    assert ["oom", "ok"] == statuses(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_real_cells_in_any_little_memory_are_out_of_memory(tmp_path, threads):
+    """While they are built, as threads begin, and in their steps; an error only where C++ ends the process for it."""
+    protocol = Protocol(warmup=1, steps=1, passes=("memory",))
+    cell = Cell.of(model="bert-tiny@random", method="lora+checkpoint", batch_size=64, sequence_length=128)
+    worker = process.Worker(process.worker_environment(protocol, threads, os.environ), tmp_path / "worker.log")
+    found = []
+    for mib in (1, 12, 16, 17, 18, 19, 20, 24, 28, 32, 36, 64, 150, 4000):
+        job = Job(cell, 0, protocol, tmp_path / "a.json", tmp_path / "a.log", 200, threads, memory_bytes=mib * 2**20)
+        worker.give(job)
+        outcome = worker.poll()
+        aborted = outcome.detail.get("exit_signal") == signal.SIGABRT
+        found.append((mib, "oom" if aborted else outcome.status))
+    worker.close()
+
+    assert {"oom"} == {status for _, status in found[:-1]}, found
+    assert (4000, "ok") == found[-1]
 
 
 def printed(tmp_path, monkeypatch, size):

@@ -308,7 +308,7 @@ def test_arrays_of_another_shape(tmp_path):
 
     line = the_line(a_task(tmp_path, kind="images", texts=("image",), label="label"), None)
 
-    assert "train.npz: images are float32 (6, 8, 8, 3), labels (6,); store images as uint8" in line
+    assert "train.npz: images are float32 (6, 8, 8, 3), labels int64 (6,); store images as uint8" in line
 
 
 def test_a_column_without_images(tmp_path):
