@@ -20,7 +20,10 @@ _PATIENCE = timedelta(days=1)
 @contextmanager
 def in_group(rank: Rank, meeting: str, device: torch.device) -> Iterator[None]:
     """Within it, this process is `rank` of the default group. meeting: URL of the place where the ranks find each
-    other, such as file:///folder/file."""
+    other, such as file:///folder/file.
+
+    After an exception the group is left by the end of the process, which tells first why it ends: once it has left, the
+    other ranks fail."""
     if device.type == "cpu" and GLOO not in dist.Backend.backend_list:
         dist.Backend.register_backend(GLOO, _gloo_of_one_thread, devices=["cpu"])
     dist.init_process_group(
@@ -30,10 +33,8 @@ def in_group(rank: Rank, meeting: str, device: torch.device) -> Iterator[None]:
         world_size=rank.world_size,
         timeout=_PATIENCE,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
 def _gloo_of_one_thread(store: Any, rank: int, size: int, timeout: timedelta) -> Any:

@@ -19,6 +19,7 @@ from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.scratch import Gpu, Piece, Rule, scratch_rule
 from meftbench.prediction.working_counter import WorkingCounter
 from meftbench.probes.memory_counted import CountedStep
+from meftbench.probes.sharded_tensors import DTensor
 from meftbench.units import MiB
 
 WORKSPACE = "workspace"
@@ -54,6 +55,8 @@ class CudaCounter(WorkingCounter):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it calls operators on its local part, which come here
         name = func.__name__
         result = None
         if name in _IN_PLACE and sys._getframe(1).f_code is _ENGINE and not torch.is_grad_enabled():

@@ -51,8 +51,13 @@ def estimate(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, 
         "fits": on_card.oom is None,
         "activation_peak_bytes": predicted.replayed.steps[-1].activation_peak,
         "kernels": _kernels(cell, predicted.attention),
-        "time": time_of(predicted.work, profile.speeds, predicted.tokens),
+        "time": time_of(predicted.work, profile.speeds, predicted.tokens, _no_time(cell)),
     }
+
+
+def _no_time(cell: Cell) -> str | None:
+    """Why the time of a cell's step is not predicted; None: it is."""
+    return None if cell.parallelism is None else "what ranks send each other takes a time that is not predicted"
 
 
 def _on_cpu(cell: Cell, profile: CpuProfile, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -66,14 +71,14 @@ def _on_cpu(cell: Cell, profile: CpuProfile, tell: Callable[[str], None]) -> dic
         "fits": traced.observed[-1].peak.total <= profile.memory_bytes,
         "activation_peak_bytes": traced.observed[-1].activation_peak,
         "kernels": _kernels(cell, traced.attention),
-        "time": time_of(traced.work, profile.speeds, traced.tokens),
+        "time": time_of(traced.work, profile.speeds, traced.tokens, _no_time(cell)),
     }
 
 
-def time_of(work: Work, speeds: Speeds | None, tokens: int) -> dict[str, Any]:
+def time_of(work: Work, speeds: Speeds | None, tokens: int, absent: str | None = None) -> dict[str, Any]:
     """What a step costs: `recomputed_flops_share` and `host_transfer_bytes`, known for every device; `step_s`,
     `tokens_per_s`, `time_parts` (seconds, which add up to `step_s`) and `recomputed_s` where its speeds are known, else
-    None, with the reason in `time_absent`."""
+    None, with the reason in `time_absent`. absent: such a reason that holds whatever the speeds."""
     cost = {
         "recomputed_flops_share": work.recomputed_flops_share,
         "host_transfer_bytes": work.host_transfer_bytes,
@@ -81,7 +86,8 @@ def time_of(work: Work, speeds: Speeds | None, tokens: int) -> dict[str, Any]:
     }
     dtype = None if speeds is None else missing_rate(work, speeds)
     if speeds is None or dtype is not None:
-        absent = f"the profile has no speed for {dtype}" if dtype else "the profile has no speeds"
+        absent = absent or (f"the profile has no speed for {dtype}" if dtype else "the profile has no speeds")
+    if speeds is None or absent is not None:
         return cost | dict.fromkeys(("step_s", "tokens_per_s", "time_parts", "recomputed_s")) | {"time_absent": absent}
     time = step_time(work, speeds)
     answer = {"step_s": time.step_s, "tokens_per_s": tokens / time.step_s, "time_parts": time.parts}

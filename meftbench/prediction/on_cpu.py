@@ -14,12 +14,14 @@ from meftbench.catalogue.operations import Operator, Work
 from meftbench.measuring.step import Step
 from meftbench.plan.cell import Cell
 from meftbench.prediction.allocator import Event
+from meftbench.prediction.fake_ranks import fake_rank
 from meftbench.prediction.host_heap import fresh_bytes
 from meftbench.prediction.remembered import Remembered
 from meftbench.prediction.trace import blamed_step, named_refusals, uncomputed_step
 from meftbench.prediction.working_counter import WorkingCounter
 from meftbench.probes.counted_metrics import parameter_counts, step_metrics
 from meftbench.probes.memory_counted import CountedStep, Observed
+from meftbench.probes.sharded_tensors import DTensor
 from meftbench.records.record import Metric
 
 
@@ -29,6 +31,8 @@ class _CpuCounter(WorkingCounter):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it calls operators on its local part, which come here
         result = self._call(func, args, kwargs)
         self.returned(func.__name__, result)
         self.work.count(func, args, kwargs or {}, result, self._call.key)
@@ -69,12 +73,13 @@ def trace_on_cpu(cell: Cell) -> OnCpu:
     Raises UserError: the cell cannot be built, or a trace cannot follow it.
     """
     begin = time.perf_counter()
-    step, mode = uncomputed_step(cell)
-    traced = _TracedStep(step)
-    with blamed_step(cell), named_refusals(cell), mode, traced, traced.counter.work.entered():
-        observed = [traced.run()]
-        first_events = len(traced.counter.events or [])
-        observed.append(traced.run())
+    with fake_rank(cell) as rank:
+        step, mode = uncomputed_step(cell, rank=rank)
+        traced = _TracedStep(step)
+        with blamed_step(cell), named_refusals(cell), mode, traced, traced.counter.work.entered():
+            observed = [traced.run()]
+            first_events = len(traced.counter.events or [])
+            observed.append(traced.run())
     counter, events = traced.counter, traced.counter.events
     counter.work.phase = "forward"
     assert events is not None

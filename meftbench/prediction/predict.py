@@ -51,9 +51,10 @@ class _Steps:
 
     @classmethod
     def of(cls, trace: Trace, steps: int) -> _Steps:
-        """`steps` steps: those of the trace, and later ones that follow from its first."""
+        """`steps` steps: those of the trace, and later ones that follow from its first, or are like its last where it
+        has several."""
         told, starts = trace.without_starts()
-        if len(starts) < steps:
+        if len(starts) == 1 < steps:
             later = step_after(told.chosen(slice(starts[0], None)))
             starts.append(len(told))
             told = joined([told, later])

@@ -26,6 +26,7 @@ from meftbench.errors import UserError, one_line
 from meftbench.measuring.build import batch_of, built_model, is_own, kind_of_step, step_on, with_method
 from meftbench.measuring.optimizers import tables_without_values
 from meftbench.measuring.packing import STARTS, PackedStep
+from meftbench.measuring.sharing import Rank, shared
 from meftbench.measuring.step import Mark, OwnStep, Step
 from meftbench.methods import Applied
 from meftbench.own_code import blamed, load
@@ -33,24 +34,27 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.factories import calls_of, is_factory
 from meftbench.plan.models import RANDOM, split_name
 from meftbench.prediction.experts import EXPERTS, products_of_groups
+from meftbench.prediction.fake_ranks import Unsent, fake_rank
 from meftbench.prediction.four_bit import unfused_products
 from meftbench.prediction.peft_shapes import peft_without_values
 from meftbench.probes.memory_counted import CountedStep, Observed
 
 
-def count_uncomputed(cell: Cell, warmup: int = 1, padding: float = 0.0) -> Observed:
+def count_uncomputed(cell: Cell, warmup: int = 1, padding: float = 0.0, rank: int = 0) -> Observed:
     """What a trace of a step of `cell` on the CPU counts, after `warmup` other steps; no sequence has padding.
 
-    padding: of a packed cell, the share of each sequence that is left out.
+    padding: of a packed cell, the share of each sequence that is left out.  rank: of a distributed cell, which of its
+    processes.
     Without warm-up there is no optimizer state yet, which is no part of activation memory.
 
     Raises UserError where the cell cannot be built, as `build_step` does, or where its forward reads tensors' values.
     """
-    step, mode = uncomputed_step(cell, padding=padding)
-    with blamed_step(cell), named_refusals(cell), mode, CountedStep(step) as counted:
-        for _ in range(warmup):
-            counted.run()
-        return counted.run()
+    with fake_rank(cell, rank) as fake:
+        step, mode = uncomputed_step(cell, padding=padding, rank=fake)
+        with blamed_step(cell), named_refusals(cell), mode, CountedStep(step) as counted:
+            for _ in range(warmup):
+                counted.run()
+            return counted.run()
 
 
 @contextmanager
@@ -150,6 +154,7 @@ def uncomputed_step(
     on_meta: bool = False,
     applied: Applied | None = None,
     padding: float = 0.0,
+    rank: Rank | None = None,
 ) -> tuple[Step, AbstractContextManager[object]]:
     """The step of `cell` with fake tensors on the CPU, and the mode to enter around it.
 
@@ -158,6 +163,7 @@ def uncomputed_step(
         operators are those of no device in particular: callers replace those that differ (overlay.py).
     applied: of `uncomputed_model`; with on_meta it may have been traced in another shape before. None: it is built.
     padding: of a packed cell, the share of each sequence that is left out; others have none.
+    rank: of `fake_rank`, in which the step is made and run.
     Raises UserError: the model cannot be built, the method does not fit it, padding in the user's batch.
     """
     applied = applied or uncomputed_model(cell)
@@ -187,10 +193,13 @@ def uncomputed_step(
         }
         extra = {"constants": constants}
     device, step_class = torch.device("meta" if on_meta else "cpu"), _UNCOMPUTED[kind_of_step(cell)]
+    if rank is not None:
+        extra["sharing"] = shared(cell.label, applied, rank, device)
     step = step_on(cell, applied, batch, device, kind=step_class, foreach=foreach, scaled=False, **extra)
     if isinstance(mode, FakeTensorMode):
         tables_without_values(step.optimizer, mode)
-    return step, _entered(mode, _values_of_peft(cell), products_of_groups(), *([unfused_products()] if on_meta else []))
+    contexts = [mode, _values_of_peft(cell), products_of_groups(), *([unfused_products()] if on_meta else [])]
+    return step, _entered(*contexts, *([] if rank is None else [Unsent()]))  # type: ignore[no-untyped-call]
 
 
 def _values_of_peft(cell: Cell) -> AbstractContextManager[None]:

@@ -15,11 +15,13 @@ from meftbench.catalogue.profiles import Profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.errors import UserError
 from meftbench.measuring.build import AUTOCAST
+from meftbench.measuring.sharing import Rank
 from meftbench.methods import Applied
 from meftbench.plan.cell import Cell
 from meftbench.prediction.columns import Trace
 from meftbench.prediction.cuda_counter import PredictedStep
 from meftbench.prediction.deepened import Growth, IrregularError
+from meftbench.prediction.fake_ranks import fake_rank
 from meftbench.prediction.loops import LeftOut, OtherRoundsError, expanded, shortened
 from meftbench.prediction.older_rules import older_rules
 from meftbench.prediction.overlay import cuda_semantics
@@ -31,13 +33,17 @@ from meftbench.probes.counted_metrics import paged_metrics, parameter_counts
 from meftbench.records.record import Metric
 from meftbench.reversible.rounds import left_out_by
 
+# Steps of a distributed cell that are traced: the first, which makes the optimizer's states; the second, in which DDP
+# makes its buckets anew; and one that all later ones are like.
+DISTRIBUTED_STEPS = 3
 FEWEST = 3  # of what repeats: traced with these numbers of units, the next, and the one after that
 GAIN = 3  # further units from which on a rule is looked for
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A cell's making and its first step; the further ones, too, where the optimizer replaces its state in each.
+    """A cell's making and its first step; the further ones, too, where the optimizer replaces its state in each. Of a
+    distributed cell the first three steps of rank 0, the largest.
 
     sizes: numbers of parameters, and of bytes that are in no event.  attention: fused attention operators that ran.
     tokens: of a sample.  work: what the last step does, as a later one does it; None: only `Tracer.work` tells.
@@ -82,7 +88,7 @@ class Tracer:
 
         Raises UserError: the cell cannot be built, or a trace cannot follow it.
         """
-        if not self._extrapolate or (cell.packing and cell.micro_batch_size < cell.batch_size):
+        if not self._extrapolate or _traced_whole(cell):
             return self.directly(cell, steps, padding)
         repeating = repeated_by(cell)
         traced = partial(self._with, repeating, steps, padding)
@@ -97,7 +103,7 @@ class Tracer:
 
     def work(self, cell: Cell, steps: int = 2, padding: float = 0.0) -> Work:
         """What a step of a cell does that was traced before. Arguments: as above."""
-        if not self._extrapolate or (cell.packing and cell.micro_batch_size < cell.batch_size):
+        if not self._extrapolate or _traced_whole(cell):
             return self.directly(cell, steps, padding).work or Work()
         repeating = repeated_by(cell)
         families = self._families(cell, repeating)
@@ -156,7 +162,7 @@ class Tracer:
         """Every layer and micro-batch of a cell, and of loops over tiles or chunks the first rounds, where the others
         are like them. Arguments and errors: as above."""
         family = self._family(cell)
-        if self._extrapolate and family not in self._whole_loops:
+        if self._extrapolate and cell.parallelism is None and family not in self._whole_loops:
             try:
                 return self._traced(cell, steps, padding, whole_loops=False)
             except OtherRoundsError:
@@ -165,14 +171,22 @@ class Tracer:
 
     def _traced(self, cell: Cell, steps: int, padding: float, *, whole_loops: bool) -> Traced:
         """whole_loops: whether all rounds are traced. Raises OtherRoundsError: where not, and they are not alike."""
+        with fake_rank(cell) as rank:
+            return self._traced_rank(rank, cell, steps, padding, whole_loops=whole_loops)
+
+    def _traced_rank(self, rank: Rank | None, cell: Cell, steps: int, padding: float, *, whole_loops: bool) -> Traced:
         self.traced += 1
-        on_meta = cell.precision not in AUTOCAST
+        sharded = cell.parallelism == "fsdp2"
+        on_meta = cell.precision not in AUTOCAST and not sharded  # fully_shard refuses meta tensors
         step, mode = uncomputed_step(
             cell,
-            foreach=self.versions.foreach_optimizer,
+            # Of sharded tensors torch takes one at a time: they are none of the types that it takes several of.
+            foreach=False if sharded else self.versions.foreach_optimizer,
             on_meta=on_meta,
-            applied=self._model(cell) if on_meta else self._made(cell),
+            # A model that was shared among ranks cannot be shared again in another shape.
+            applied=self._model(cell) if on_meta and rank is None else self._made(cell),
             padding=padding,
+            rank=rank,
         )
         for lever in step.applied.levers.values():
             lever.forget_steps()  # of the model in another shape
@@ -187,7 +201,8 @@ class Tracer:
             entered.enter_context(counter.work.entered())
             entered.enter_context(nullcontext() if whole_loops else left_out_by(counter))
             starts = []
-            for _ in range(steps if OPTIMIZERS[cell.optimizer].replaces_state else 1):
+            few = 1 if rank is None else min(steps, DISTRIBUTED_STEPS)
+            for _ in range(steps if OPTIMIZERS[cell.optimizer].replaces_state else few):
                 starts.append(len(counter.events))
                 counted.run()
                 gc.collect()  # what the step leaves alive after this stays alive
@@ -211,6 +226,12 @@ class Tracer:
         if key not in self._models:
             self._models[key] = self._made(cell)
         return self._models[key]
+
+
+def _traced_whole(cell: Cell) -> bool:
+    """Whether all layers and micro-batches of a cell are traced, since a few do not tell the rest: lengths of packed
+    micro-batches differ, and so do the buckets into which DDP puts gradients by their size."""
+    return cell.parallelism is not None or (cell.packing and cell.micro_batch_size < cell.batch_size)
 
 
 def _after_starts(left_out: LeftOut, starts: list[int]) -> LeftOut:

@@ -19,7 +19,7 @@ from meftbench.probes.memory_counted import CountedStep
 
 RANKS = 2
 SAMPLES = 4  # of a rank
-STEPS = 4  # the first makes the optimizer's states, the second DDP's last buckets
+STEPS = 3  # the first makes the optimizer's states; the others are alike
 
 # Sizes that two ranks cannot share evenly: 9, 35 and 121 rows.
 _BERT = {
@@ -34,54 +34,65 @@ _LLAMA = _BERT | {"num_key_value_heads": 3, "num_attention_heads": 3, "head_dim"
 MODELS = {"bert-tiny@random": _BERT | _NO_DROPOUT, "llama-3.2-1b@random": _LLAMA}
 
 
-def a_cell(model: str, method: str, parallelism: str | None, **fields) -> Cell:
-    """A cell of two ranks in float64; `parallelism` None: of one process with the samples of both."""
+def a_cell(model: str, method: str, parallelism: str | None, precision: str = "fp64", **fields) -> Cell:
+    """A cell of two ranks; `parallelism` None: of one process with the samples of both."""
     ranks = {"world_size": RANKS, "parallelism": parallelism} if parallelism else {}
-    given = {"batch_size": SAMPLES * (1 if parallelism else RANKS), "sequence_length": 12, "precision": "fp64"}
-    overrides = {"model_config_overrides": MODELS[model]} if model in MODELS else {}
-    return Cell.of(method, model=model, **(given | overrides | ranks | fields))
+    samples = SAMPLES * (1 if parallelism else RANKS)
+    given = {"batch_size": samples, "micro_batch_size": samples, "sequence_length": 12, "precision": precision}
+    return Cell.of(method, model=model, model_config_overrides=MODELS.get(model, {}), **(given | ranks | fields))
 
 
 def whole(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
-def gradient_error(step, alone) -> float:
-    """The largest difference from the gradients of one process, as a share of its largest gradient."""
-    alone.forward_backward()
+def gradients_of(step) -> dict[str, torch.Tensor]:
+    """The whole gradient of each trained tensor, from one forward and backward pass."""
     step.forward_backward()
-    expected = {name: parameter.grad for name, parameter in alone.applied.trained().items()}
-    found = {name: whole(parameter.grad) for name, parameter in step.applied.trained().items()}
-    step.optimizer.zero_grad()
+    return {name: whole(parameter.grad) for name, parameter in step.applied.trained().items()}
+
+
+def gradient_error(number: int, cell: Cell, alone: Cell) -> float:
+    """The largest difference from the gradients of one process, as a share of its largest gradient; rank 0 looks."""
+    device = torch.device("cpu")
+    found = gradients_of(build_step(cell, device, rank=Rank(number, cell.world_size, cell.parallelism)))
+    if number:
+        return 0.0
+    expected = gradients_of(build_step(alone, device))
     assert list(expected) == list(found)
     largest = max(float(gradient.norm()) for gradient in expected.values())
     return max(float((found[name] - gradient).norm()) for name, gradient in expected.items()) / largest
 
 
-def seen_by(number: int, cell: Cell, alone: Cell):
-    """What rank `number` finds of a cell: its gradient error, and what the counter saw of each step."""
-    device = torch.device("cpu")
-    torch.manual_seed(0)
-    error = gradient_error(
-        build_step(cell, device, rank=Rank(number, cell.world_size, cell.parallelism)), build_step(alone, device)
-    )
-    step = build_step(cell, device, rank=Rank(number, cell.world_size, cell.parallelism))
+def levels(observed) -> tuple[int, dict[str, int], int]:
+    """What a counter saw of a step: bytes before it, the peak of each phase, and the highest."""
+    return observed.baseline, observed.phase_peaks, observed.peak.total
+
+
+def counted_by(number: int, cell: Cell):
+    """The levels of each step that rank `number` counts."""
+    step = build_step(cell, torch.device("cpu"), rank=Rank(number, cell.world_size, cell.parallelism))
     with CountedStep(step) as counted:
-        observed = [counted.run() for _ in range(STEPS)]
-    return error, [(each.baseline, each.phase_peaks, each.peak.total) for each in observed], observed[-1].peak.breakdown
+        return [levels(counted.run()) for _ in range(STEPS)]
 
 
 def _run(number: int, folder: Path, cases) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # counted steps collect garbage, of which there is none in what was imported
     with in_group(Rank(number, RANKS, "ddp"), (folder / "meeting").as_uri(), torch.device("cpu")):
-        seen = {case: seen_by(number, *cells) for case, cells in cases.items()}
+        seen = {
+            case: (gradient_error(number, cell, alone), counted_by(number, counted))
+            for case, (cell, alone, counted) in cases.items()
+        }
     (folder / f"{number}.pickle").write_bytes(pickle.dumps(seen))
     os._exit(0)
 
 
 def found_by_ranks(cases):
-    """For each rank, by case: what `seen_by` gives. cases: by name, a cell, and the same in one process."""
+    """For each rank, by case: its gradient error, and the levels of its steps.
+
+    cases: by name, a cell, the same in one process, and one whose steps are counted.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context = multiprocessing.get_context("fork")
