@@ -27,10 +27,20 @@ from meftbench.runner.data_check import read_data
 from meftbench.runner.engine import COUNTED, Slot, Work, check_torch
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.local_engine import kinds_of_gpu, machine_of, worker_variables
-from meftbench.runner.process import Worker
+from meftbench.runner.process import WORKER, Worker
 
-# Waits until the process that started it has ended, however that ended, and removes the folder. A second later, so that
-# the worker, which ends at the same moment, has ended its cells.
+# Runs a command as a child of a child, and ends as it ends. Ray ends a process together with its children, by SIGKILL,
+# and a worker that is ended so leaves its cells. As a child of a child it sees its standard input end, and ends them.
+_APART = """
+import os, sys
+pid = os.fork()
+if not pid:
+    os.execv(sys.argv[1], sys.argv[1:])
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+sys.exit(code) if code >= 0 else os.kill(os.getpid(), -code)
+"""
+# Waits until the process that started it has ended, and removes a folder: a second later, when the worker, which ends
+# at the same moment, has ended its cells.
 _REMOVER = "import shutil, sys, time; sys.stdin.read(); time.sleep(1); shutil.rmtree(sys.argv[1], ignore_errors=True)"
 
 
@@ -41,11 +51,11 @@ class Node:
     """
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
-        self._command = command
+        self._command = _apart(command or WORKER)
         self._folder = Path(tempfile.mkdtemp(prefix="meftbench-node-"))
         (self._folder / "logs").mkdir()
         self._remover = subprocess.Popen(
-            [sys.executable, "-c", _REMOVER, str(self._folder)], stdin=subprocess.PIPE, start_new_session=True
+            _apart((sys.executable, "-c", _REMOVER, str(self._folder))), stdin=subprocess.PIPE, start_new_session=True
         )
 
     def begin(self, request: str) -> str:
@@ -108,6 +118,10 @@ class Node:
         files = {str(file.relative_to(kept)): file.read_bytes() for file in kept.rglob("*") if file.is_file()}
         shutil.rmtree(kept, ignore_errors=True)  # it has been read, and may be large
         return json.dumps(_outcome_to_json(outcome)), files
+
+
+def _apart(command: Sequence[str]) -> tuple[str, ...]:
+    return (sys.executable, "-c", _APART, *command)
 
 
 def data_answers(cells: str) -> str:

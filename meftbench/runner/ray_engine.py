@@ -20,17 +20,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import meftbench
 from meftbench.errors import NOT_COMPARABLE, UserError, one_line
 from meftbench.plan.cell import Cell
 from meftbench.runner import node
 from meftbench.runner.data_check import distinct
 from meftbench.runner.engine import COUNTED, Slot, Work, refuse_without_slot
-from meftbench.runner.environment import code_digest, versions
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import IMPORT_SECONDS, START_SECONDS, utc_now
+from meftbench.runner.same_versions import PACKAGES, refuse_other_versions, version_reader
 
-PACKAGES = ("torch", "transformers", "peft")  # of which driver and nodes must have the same versions
 CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 60.0
 ROOM_SECONDS = 60.0  # for which other users of the cluster are waited for
@@ -200,7 +198,7 @@ class RayEngine:
         place = given.actor.place
         self._actors.pop(place.name, None)
         self._ray.kill(given.actor.handle)
-        alive = any(found["Alive"] and found["NodeID"] == place.node_id for found in self._ray.nodes())
+        alive = self._answers(place)
         if alive:
             self._begin(place)
         what = "the worker on" if alive else "machine"
@@ -246,54 +244,18 @@ class RayEngine:
                 raise UserError(f"node {hosts[node_id]}", what, cure, NOT_COMPARABLE) from None
         return answers
 
+    def _answers(self, place: _Place) -> bool:
+        """Whether the machine is there. For some seconds after its end Ray lists it as alive, so it is asked."""
+        try:
+            self._on_nodes({place.node_id: place.host}, version_reader(), (), seconds=PROBE_SECONDS)
+        except UserError:
+            return False
+        return True
+
     def _check_versions(self, hosts: Mapping[str, str]) -> None:
         """Raises UserError (exit 4): a machine has another meftbench, torch, transformers or peft than this one."""
-        answers = self._on_nodes(hosts, _version_reader(), PACKAGES, seconds=PROBE_SECONDS)
+        answers = self._on_nodes(hosts, version_reader(), PACKAGES, seconds=PROBE_SECONDS)
         refuse_other_versions({hosts[node_id]: answer for node_id, answer in answers.items()})
-
-
-def _version_reader() -> Callable[[Sequence[str]], dict[str, str | None]]:
-    """A function that Ray sends by value, for a machine whose meftbench is missing, or too old to have it."""
-
-    def read(packages: Sequence[str]) -> dict[str, str | None]:
-        from importlib import metadata
-
-        found: dict[str, str | None] = {}
-        for name in packages:
-            try:
-                found[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                found[name] = None
-        try:
-            import meftbench
-            from meftbench.runner.environment import code_digest
-
-            return found | {"meftbench": meftbench.__version__, "code": code_digest()}
-        except ImportError:
-            return found | {"meftbench": None, "code": None}
-
-    return read
-
-
-def refuse_other_versions(found: Mapping[str, Mapping[str, str | None]]) -> None:
-    """Raises UserError (exit 4): a machine has another version of a package than this one, or other code of meftbench.
-
-    found: versions by package, and the digest of meftbench's files as `code`, by machine. Builds of one version (such
-    as torch's for CPUs and for CUDA) are not told apart.
-    """
-    here = {"meftbench": meftbench.__version__} | versions(PACKAGES) | {"code": code_digest()}
-    for host, there in found.items():
-        for name, version in here.items():
-            other = there.get(name)
-            if _release(other) != _release(version):
-                package = "a meftbench whose files have digest" if name == "code" else name
-                what = f"has {package} {other or '(not installed)'}, and this machine {version or '(not installed)'}"
-                cure = "install the same on all: records of a run come from one version"
-                raise UserError(f"node {host}", what, cure, NOT_COMPARABLE)
-
-
-def _release(version: str | None) -> str | None:
-    return None if version is None else version.partition("+")[0]
 
 
 def places(nodes: Iterable[Mapping[str, Any]], work: Work, jobs: int | None) -> list[_Place]:
@@ -358,6 +320,9 @@ def connected(address: str) -> Any:
         cure = "start one (`ray start --head`), or name the HOST:PORT of its head with --address"
         what = f"no Ray cluster can be used at {address!r} ({one_line(error)[:_MESSAGE]})"
         raise UserError("--engine ray", what, cure, NOT_COMPARABLE) from None
+    else:
+        # What befalls the cluster Ray prints to stdout, which has the results of commands. Ray 2.60 has no other switch.
+        ray._private.worker._worker_logs_enabled = False
     finally:
         if in_main_thread:  # Ray takes over SIGTERM, which is to end the sweep as without it
             for number, handler in handlers.items():
