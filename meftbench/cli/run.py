@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from meftbench.runner.duration import Duration
     from meftbench.runner.engine import Engine
 
-ENGINES = ("local", "ray")
+ENGINES = ("local", "ray", "slurm")
 
 
 def run(
@@ -101,14 +101,14 @@ def run(
         "where": chosen,
         "limit": limit,
         "fail_fast": fail_fast,
-        "engine": engine_named(engine, jobs=jobs, gpus=_indices(gpus), address=address, slurm=slurm, folder=folder),
+        "engine": engine_named(engine, jobs=jobs, gpus=_indices(gpus), address=address, slurm=slurm),
     }
     finished, expected = sweep_to(folder, plan, typed(context), quiet=quiet, verbose=verbose, **options)
     raise typer.Exit(finish(finished, as_json, expected))
 
 
 def engine_named(
-    name: str, *, jobs: int | None, gpus: tuple[int, ...], address: str, slurm: str, folder: Path
+    name: str, *, jobs: int | None, gpus: tuple[int, ...], address: str, slurm: str
 ) -> Engine:
     """The engine that the options of the command line describe. Raises UserError: an option is of another engine."""
     for option, given, owner in (("--gpus", gpus, "local"), ("--address", address, "ray"), ("--slurm", slurm, "slurm")):
@@ -122,7 +122,18 @@ def engine_named(
         from meftbench.runner.ray_engine import DEFAULT_ADDRESS, RayEngine
 
         return RayEngine(address or DEFAULT_ADDRESS, jobs)
+    if name == "slurm":
+        from meftbench.runner.slurm_engine import SlurmEngine
+
+        return SlurmEngine(_sbatch_options(slurm), jobs)
     raise unknown("--engine", "engine", name, ENGINES)
+
+
+def _sbatch_options(text: str) -> dict[str, str]:
+    parts = [part.partition("=") for part in text.split(",") if part.strip()]
+    if any(not name.strip() or not value.strip() for name, _, value in parts):
+        raise UserError("--slurm", f"{text!r} is no list of NAME=VALUE", "write partition=gpu,account=me")
+    return {name.strip(): value.strip() for name, _, value in parts}
 
 
 def sweep_to(

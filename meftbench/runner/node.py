@@ -22,9 +22,9 @@ from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import CELL_FOLDER
 from meftbench.records.record import Metric
 from meftbench.records.store import replace_file
-from meftbench.runner import gpus, host
+from meftbench.runner import gpus, host, logs
 from meftbench.runner.data_check import read_data
-from meftbench.runner.engine import COUNTED, Slot, Work, check_torch
+from meftbench.runner.engine import COUNTED, Slot, Work, check_torch, kind_of, refuse_without_slot
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.local_engine import kinds_of_gpu, machine_of, worker_variables
 from meftbench.runner.process import WORKER, Worker
@@ -83,6 +83,7 @@ class Node:
         self._machine = machine_of(devices, self._worker.facts)
         if gpu:
             check_torch(work, self._machine)
+        self._kinds, self._visible, self._memory_bytes = kinds, visible, memory_bytes
         slot = {"kinds": sorted(kinds), "gpu": visible, "threads": threads, "memory_bytes": memory_bytes}
         return {"machine": asdict(self._machine), "slot": slot}
 
@@ -95,7 +96,7 @@ class Node:
         content = json.loads(request)
         name = f"{content['cell_id']}-{content['repeat']}"
         kept = self._folder / "cells" / name
-        environment = content["environment"]
+        environment = content["environment"] | {"CUDA_VISIBLE_DEVICES": self._visible}
         if CELL_FOLDER in environment:
             environment |= {CELL_FOLDER: str(kept)}
         job = Job(
@@ -106,10 +107,11 @@ class Node:
             log=self._folder / "logs" / f"{name}.log",
             timeout=content["timeout"],
             threads=content["threads"],
-            memory_bytes=content["memory_bytes"],
+            memory_bytes=self._memory_bytes,
             environment=environment,
         )
         try:
+            refuse_without_slot([kind_of(job.cell)], [self._kinds], "this machine has another card")
             self._worker.give(job)
             outcome = self._worker.poll()
         except UserError as error:
@@ -165,10 +167,11 @@ def begun_from(answer: str, where: str, name: str) -> tuple[Machine, Slot]:
 
 
 def job_request(job: Job) -> str:
-    """What `Node.run` takes: the job without its files, which are the driver's."""
+    """What `Node.run` takes: the job without its files, which are the driver's, and without its device and memory,
+    which are the node's."""
     content = {"cell_id": job.cell.cell_id, "cell": job.cell.model_dump(mode="json"), "repeat": job.repeat}
     content |= {"protocol": job.protocol.model_dump(mode="json"), "timeout": job.timeout, "threads": job.threads}
-    return json.dumps(content | {"memory_bytes": job.memory_bytes, "environment": dict(job.environment)})
+    return json.dumps(content | {"environment": dict(job.environment)})
 
 
 _PLAIN = ("status", "detail", "observed", "pid", "started_at", "finished_at", "wall_s")
@@ -189,7 +192,8 @@ def outcome_from(answer: str, job: Job, machine: Machine) -> Outcome:
     content = _answer(answer, machine.host)
     if content["log"]:
         job.log.parent.mkdir(exist_ok=True)
-        job.log.write_text(content["log"])
+        with logs.opened(job.log) as log:
+            log.write(content["log"].encode())
     metrics = {name: Metric.from_json(metric) for name, metric in content["metrics"].items()}
     lost = content["detail"].get("type") == "WorkerDied"
     return Outcome(job, **{name: content[name] for name in _PLAIN}, metrics=metrics, machine=machine, lost=lost)
@@ -202,9 +206,8 @@ def _answer(answer: str, where: str) -> dict[str, Any]:
     return content
 
 
-def keep_files(files: Mapping[str, bytes], job: Job) -> None:
+def keep_files(files: Mapping[str, bytes], folder: Path) -> None:
     """Write the files that a cell keeps into its folder in the run. Raises ValueError: a path leads out of it."""
-    folder = Path(job.environment[CELL_FOLDER])
     for name, content in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name}: a file of a cell is in its folder")

@@ -22,6 +22,7 @@ from typing import Any
 
 from meftbench.errors import NOT_COMPARABLE, UserError, one_line
 from meftbench.plan.cell import Cell
+from meftbench.plan.training import CELL_FOLDER
 from meftbench.runner import node
 from meftbench.runner.data_check import distinct
 from meftbench.runner.engine import COUNTED, Slot, Work, refuse_without_slot
@@ -190,7 +191,7 @@ class RayEngine:
         assert given.actor.machine is not None
         outcome = node.outcome_from(answer, given.job, given.actor.machine)
         if files:
-            node.keep_files(files, given.job)
+            node.keep_files(files, Path(given.job.environment[CELL_FOLDER]))
         return outcome
 
     def _lost(self, given: _Given, why: str) -> Outcome:
@@ -321,7 +322,7 @@ def connected(address: str) -> Any:
         what = f"no Ray cluster can be used at {address!r} ({one_line(error)[:_MESSAGE]})"
         raise UserError("--engine ray", what, cure, NOT_COMPARABLE) from None
     else:
-        # What befalls the cluster Ray prints to stdout, which has the results of commands. Ray 2.60 has no other switch.
+        # Ray prints what befalls the cluster to stdout, where results of commands go. Ray 2.60 has no other switch.
         ray._private.worker._worker_logs_enabled = False
     finally:
         if in_main_thread:  # Ray takes over SIGTERM, which is to end the sweep as without it

@@ -1,7 +1,6 @@
 """Clusters of Ray whose nodes are processes of this machine. What is here needs `pip install 'meftbench[ray]'`."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from sweeps import path_for_workers
 
 HERE = Path(__file__).parent
-FIRST_TIME = (sys.executable, "-m", "meftbench.worker", "--requests", "first_time")
 
 
 @pytest.fixture(scope="module")

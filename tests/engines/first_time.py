@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from stand_in import describe
 
 __all__ = ["describe"]
 
+COMMAND = (sys.executable, "-m", "meftbench.worker", "--requests", "first_time")
 FIRST_TIME = 200  # and above: seeds of cells that end only when they run again
 EACH_TIME = 100  # a cell that never ends
 

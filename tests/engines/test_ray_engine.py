@@ -10,11 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from first_time import EACH_TIME
+from first_time import COMMAND, EACH_TIME
 from first_time import FIRST_TIME as ONCE
 
 from builders import a_cell
-from conftest import FIRST_TIME
 from meftbench.errors import UserError
 from meftbench.records.store import RECORDS, load_run, read_records
 from meftbench.runner import Noted, run_suite
@@ -98,7 +97,7 @@ def test_killing_the_only_node_that_has_room_loses_nothing(tmp_path, cluster, ma
         lambda: cluster.remove_node(node, allow_graceful=False), lambda: running(marks, ONCE)
     )
     with pytest.raises(UserError, match="no machine is left that can run 1 of 3 attempts") as raised:
-        run_suite(suite, tmp_path / "run", engine=ray_engine(command=FIRST_TIME), on_event=events.append)
+        run_suite(suite, tmp_path / "run", engine=ray_engine(command=COMMAND), on_event=events.append)
     thread.join()
 
     assert "" == capfd.readouterr().out
@@ -109,7 +108,7 @@ def test_killing_the_only_node_that_has_room_loses_nothing(tmp_path, cluster, ma
     wait_until(lambda: not any(map(alive, running(marks, ONCE))))
 
     another = cluster.add_node(num_cpus=2)
-    run = run_suite(suite, tmp_path / "run", engine=ray_engine(command=FIRST_TIME), resume=True)
+    run = run_suite(suite, tmp_path / "run", engine=ray_engine(command=COMMAND), resume=True)
     cluster.remove_node(another)
 
     assert ["ok"] * 3 == statuses(run)
@@ -124,7 +123,7 @@ def test_a_cell_of_a_killed_node_is_run_on_another(tmp_path, cluster, marks, ray
     thread = in_background(
         lambda: cluster.remove_node(node, allow_graceful=False), lambda: all(running(marks, seed) for seed in seeds)
     )
-    run = run_suite(suite, tmp_path / "run", engine=ray_engine(command=FIRST_TIME), on_event=events.append)
+    run = run_suite(suite, tmp_path / "run", engine=ray_engine(command=COMMAND), on_event=events.append)
     thread.join()
 
     assert ["ok", "timeout", "timeout", "timeout"] == sorted(statuses(run))
@@ -143,7 +142,7 @@ def test_an_actor_that_is_killed_is_replaced(tmp_path, marks, ray_engine):
         os.kill(actor_of(cell), signal.SIGKILL)
 
     thread = in_background(kill, lambda: running(marks, seed))
-    engine = ray_engine(command=FIRST_TIME, jobs=1)
+    engine = ray_engine(command=COMMAND, jobs=1)
     run = run_suite(a_suite(a_cell(seed=seed)), tmp_path / "run", engine=engine, on_event=events.append)
     thread.join()
 
@@ -163,8 +162,8 @@ import sys
 from meftbench.runner import run_suite
 from meftbench.runner.ray_engine import RayEngine
 from test_ray_engine import endless_suite
-from conftest import FIRST_TIME
-run_suite(endless_suite(int(sys.argv[3])), sys.argv[2], engine=RayEngine(sys.argv[1], command=FIRST_TIME), resume=True)
+from first_time import COMMAND
+run_suite(endless_suite(int(sys.argv[3])), sys.argv[2], engine=RayEngine(sys.argv[1], command=COMMAND), resume=True)
 """
 
 
@@ -187,7 +186,7 @@ def test_a_driver_that_is_killed_leaves_a_folder_to_resume(tmp_path, cluster, ma
     assert 3 == len(before)
     wait_until(lambda: not any(alive(pid) for n in range(3) for pid in running(marks, seed + n)))
 
-    options = {"engine": ray_engine(command=FIRST_TIME)} if engine == "ray" else {"command": FIRST_TIME}
+    options = {"engine": ray_engine(command=COMMAND)} if engine == "ray" else {"command": COMMAND}
     run = run_suite(endless_suite(seed), tmp_path / "run", resume=True, **options)
 
     assert ["ok"] * 6 == statuses(run)
@@ -204,9 +203,9 @@ def test_an_interruption_ends_the_cells_on_the_nodes(tmp_path, cluster, marks, n
         "schema: 1\nname: s\ngrid: {model: [bert-tiny@random], method: [lora], batch_size: [1], sequence_length: [16],"
         f" seed: [{EACH_TIME}]}}\n"
     )
-    script = "import sys; from conftest import FIRST_TIME\n"
+    script = "import sys; from first_time import COMMAND\n"
     script += "import meftbench.runner.ray_engine as e; old = e.RayEngine.__init__\n"
-    script += "e.RayEngine.__init__ = lambda s, address, jobs: old(s, address, jobs, FIRST_TIME)\n"
+    script += "e.RayEngine.__init__ = lambda s, address, jobs: old(s, address, jobs, COMMAND)\n"
     script += "from meftbench.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "run", str(tmp_path / "s.yaml"), "--engine", "ray"]
     driver = subprocess.Popen(
