@@ -107,9 +107,7 @@ def run(
     raise typer.Exit(finish(finished, as_json, expected))
 
 
-def engine_named(
-    name: str, *, jobs: int | None, gpus: tuple[int, ...], address: str, slurm: str
-) -> Engine:
+def engine_named(name: str, *, jobs: int | None, gpus: tuple[int, ...], address: str, slurm: str) -> Engine:
     """The engine that the options of the command line describe. Raises UserError: an option is of another engine."""
     for option, given, owner in (("--gpus", gpus, "local"), ("--address", address, "ray"), ("--slurm", slurm, "slurm")):
         if given and name in ENGINES and name != owner:

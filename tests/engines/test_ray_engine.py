@@ -93,9 +93,7 @@ def test_killing_the_only_node_that_has_room_loses_nothing(tmp_path, cluster, ma
     events = []
     node = cluster.add_node(num_cpus=2)
     capfd.readouterr()
-    thread = in_background(
-        lambda: cluster.remove_node(node, allow_graceful=False), lambda: running(marks, ONCE)
-    )
+    thread = in_background(lambda: cluster.remove_node(node, allow_graceful=False), lambda: running(marks, ONCE))
     with pytest.raises(UserError, match="no machine is left that can run 1 of 3 attempts") as raised:
         run_suite(suite, tmp_path / "run", engine=ray_engine(command=COMMAND), on_event=events.append)
     thread.join()

@@ -97,5 +97,3 @@ def test_a_preempted_job_runs_its_cell_again(tmp_path):
     call = CellOfJob("{}", "{}", "result.json", None, None)
 
     assert call == call.checkpoint().function
-
-
