@@ -117,9 +117,9 @@ def engine_named(name: str, *, jobs: int | None, gpus: tuple[int, ...], address:
 
         return LocalEngine(jobs or 1, gpus)
     if name == "ray":
-        from meftbench.runner.ray_engine import DEFAULT_ADDRESS, RayEngine
+        from meftbench.runner.ray_engine import RayEngine
 
-        return RayEngine(address or DEFAULT_ADDRESS, jobs)
+        return RayEngine(address or "auto", jobs)
     if name == "slurm":
         from meftbench.runner.slurm_engine import SlurmEngine
 

@@ -7,17 +7,11 @@ with all its cells when it is killed, when its machine's Ray ends, and when this
 from __future__ import annotations
 
 import json
-import logging
-import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from meftbench.errors import NOT_COMPARABLE, UserError, one_line
@@ -28,14 +22,13 @@ from meftbench.runner.data_check import distinct
 from meftbench.runner.engine import COUNTED, Slot, Work, refuse_without_slot
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import IMPORT_SECONDS, START_SECONDS, utc_now
-from meftbench.runner.same_versions import PACKAGES, refuse_other_versions, version_reader
+from meftbench.runner.ray_connection import DEFAULT_ADDRESS, connected
+from meftbench.runner.same_versions import refuse_other_code, refuse_other_versions, version_reader
 
-CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 60.0
 ROOM_SECONDS = 60.0  # for which other users of the cluster are waited for
 LATE_SECONDS = 120.0  # after its own timeout, a cell that has not ended is on a machine that does not answer
 DATA_SECONDS = 3600.0  # large data take long to read
-DEFAULT_ADDRESS = "auto"
 _MESSAGE = 300  # characters of what Ray says that a message quotes
 
 
@@ -133,8 +126,8 @@ class RayEngine:
 
     def poll(self) -> Outcome | None:
         before = self.slots()
-        while self._running or (self._beginning and not before):
-            due = min((given.deadline for given in self._running.values()), default=time.monotonic() + ROOM_SECONDS)
+        while self._running or self._beginning:
+            due = min((given.deadline for given in self._running.values()), default=time.monotonic() + IMPORT_SECONDS)
             seconds = max(0.0, due - time.monotonic())
             done, _ = wait([*self._running, *self._beginning], seconds, return_when=FIRST_COMPLETED)
             for future in done & self._beginning.keys():
@@ -181,7 +174,9 @@ class RayEngine:
         except self._ray.exceptions.RayError:  # its machine was lost meanwhile
             self._actors.pop(actor.place.name, None)
             return
-        actor.machine, actor.slot = node.begun_from(answer, actor.place.host, actor.place.name)
+        machine, actor.slot = node.begun_from(answer, actor.place.host, actor.place.name)
+        refuse_other_code(machine)
+        actor.machine = machine
 
     def _ended(self, future: Future[Any], given: _Given) -> Outcome:
         try:
@@ -248,15 +243,15 @@ class RayEngine:
     def _answers(self, place: _Place) -> bool:
         """Whether the machine is there. For some seconds after its end Ray lists it as alive, so it is asked."""
         try:
-            self._on_nodes({place.node_id: place.host}, version_reader(), (), seconds=PROBE_SECONDS)
+            self._on_nodes({place.node_id: place.host}, version_reader(), seconds=PROBE_SECONDS)
         except UserError:
             return False
         return True
 
     def _check_versions(self, hosts: Mapping[str, str]) -> None:
         """Raises UserError (exit 4): a machine has another meftbench, torch, transformers or peft than this one."""
-        answers = self._on_nodes(hosts, version_reader(), PACKAGES, seconds=PROBE_SECONDS)
-        refuse_other_versions({hosts[node_id]: answer for node_id, answer in answers.items()})
+        answers = self._on_nodes(hosts, version_reader(), seconds=PROBE_SECONDS)
+        refuse_other_versions([(f"{hosts[node_id]} ({node_id[:8]})", answer) for node_id, answer in answers.items()])
 
 
 def places(nodes: Iterable[Mapping[str, Any]], work: Work, jobs: int | None) -> list[_Place]:
@@ -284,60 +279,3 @@ def _what_there_is(nodes: Iterable[Mapping[str, Any]], work: Work) -> str:
     sizes = "; ".join(f"{size.get('CPU', 0):g} CPUs and {size.get('GPU', 0):g} GPUs" for size in resources)
     asked = f", and `threads` is {work.protocol.threads}" if work.protocol.threads else ""
     return f"the machines of the cluster have {sizes} (others may use them){asked}"
-
-
-# --- Ray itself ---
-
-
-def ray_module() -> ModuleType:
-    """Ray, without reports of its use to its makers. Raises UserError: it is not installed."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        import ray
-        import ray.exceptions
-        import ray.util.scheduling_strategies
-    except ImportError as error:
-        what = f"needs Ray ({one_line(error)})"
-        raise UserError("--engine ray", what, "pip install 'meftbench[ray]'") from None
-    module: ModuleType = ray
-    return module
-
-
-def connected(address: str) -> Any:
-    """Ray, connected to the cluster at `address`, and silent.
-
-    Raises UserError (exit 4): there is no cluster, or it has another version of Ray or Python."""
-    ray = ray_module()
-    if address.startswith("ray://"):
-        cure = "run this on a machine of the cluster, or as a job (`ray job submit`), with --address auto"
-        raise UserError("--address", "ray:// goes through a proxy that cannot be used here", cure)
-    if address != DEFAULT_ADDRESS:
-        _refuse_unreachable(address)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, include_dashboard=None)
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        cure = "start one (`ray start --head`), or name the HOST:PORT of its head with --address"
-        what = f"no Ray cluster can be used at {address!r} ({one_line(error)[:_MESSAGE]})"
-        raise UserError("--engine ray", what, cure, NOT_COMPARABLE) from None
-    else:
-        # Ray prints what befalls the cluster to stdout, where results of commands go. Ray 2.60 has no other switch.
-        ray._private.worker._worker_logs_enabled = False
-    finally:
-        if in_main_thread:  # Ray takes over SIGTERM, which is to end the sweep as without it
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    return ray
-
-
-def _refuse_unreachable(address: str) -> None:
-    """Raises UserError (exit 4): nobody answers at the address, for which Ray itself would wait a minute, and abort."""
-    name, _, port = address.rpartition(":")
-    try:
-        if not name or not port.isdecimal():
-            raise OSError("not HOST:PORT")
-        socket.create_connection((name.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        what = f"no Ray cluster answers at {address!r} ({one_line(error)})"
-        raise UserError("--address", what, "name the HOST:PORT of its head, or `auto`", NOT_COMPARABLE) from None

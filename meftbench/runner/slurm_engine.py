@@ -28,7 +28,7 @@ from meftbench.runner.data_check import read_data
 from meftbench.runner.engine import COUNTED, Slot, Work, kind_of
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import START_SECONDS, utc_now
-from meftbench.runner.same_versions import PACKAGES, refuse_other_versions, version_reader
+from meftbench.runner.same_versions import refuse_other_versions, version_reader
 
 MOST_AT_A_TIME = 64  # jobs, where `jobs` does not say
 LOOK_SECONDS = 1.0  # between looks at the shared folder
@@ -109,7 +109,7 @@ class SlurmEngine:
                 raise UserError("--engine slurm", what, "see to it, and try again", NOT_COMPARABLE)
             time.sleep(LOOK_SECONDS)
         content = json.loads(result.read_text())
-        refuse_other_versions({content["host"]: content["versions"]})
+        refuse_other_versions([(content["host"], content["versions"])])
         machine, _ = node.begun_from(content["begun"], content["host"], "")
         return [machine]
 
@@ -249,7 +249,7 @@ class Description:
 
     def __call__(self) -> None:
         begun = node.Node(self.command).begin(self.begin)
-        _leave(self.result, {"begun": begun, "versions": version_reader()(PACKAGES)})
+        _leave(self.result, {"begun": begun, "versions": version_reader()()})
 
     def checkpoint(self) -> Any:
         return _again(self)

@@ -302,14 +302,14 @@ class _Sweep:
                 self.on_event(Started(attempt.cell, attempt.repeat, self.done, total))
                 self.running[attempt.key] = attempt, slot
                 engine.give(_job(subfolder(writer.folder, folder.LOGS), suite, attempt, slot), slot)
+            if not self.running and (self.stopped or self.done == total):
+                return
             outcome = engine.poll()
             if outcome is None:
                 if engine.slots() != slots:
                     continue
-                if (left := total - self.done) and not self.stopped:
-                    what = f"no machine is left that can run {left} of {total} attempts"
-                    raise UserError("--engine", what, f"see to the machines, {RESUME}", NOT_COMPARABLE)
-                return
+                what = f"no machine is left that can run {total - self.done} of {total} attempts"
+                raise UserError("--engine", what, f"see to the machines, {RESUME}", NOT_COMPARABLE)
             attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
             if outcome.lost and self.retries.again(attempt, slot, outcome):
                 self.on_event(Noted(f"{attempt.cell.label}: {outcome.detail['message']}; it is run again"))

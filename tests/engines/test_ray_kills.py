@@ -26,7 +26,8 @@ DRIVER = """
 import sys
 from meftbench.runner import run_suite
 from meftbench.runner.ray_engine import RayEngine
-from test_ray_kills import SUITE, WORKER
+from sweeps import WORKER
+from test_ray_kills import SUITE
 run_suite(SUITE, sys.argv[2], engine=RayEngine(sys.argv[1], command=WORKER), resume=True)
 """
 

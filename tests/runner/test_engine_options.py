@@ -9,7 +9,8 @@ from meftbench.errors import UserError
 from meftbench.plan.protocol import Protocol
 from meftbench.runner.engine import COUNTED, CUDA, Work
 from meftbench.runner.local_engine import LocalEngine
-from meftbench.runner.ray_engine import RayEngine, places, ray_module
+from meftbench.runner.ray_connection import ray_module
+from meftbench.runner.ray_engine import RayEngine, places
 from meftbench.runner.slurm_engine import SlurmEngine
 
 

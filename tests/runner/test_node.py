@@ -19,7 +19,7 @@ from meftbench.plan.training import CELL_FOLDER
 from meftbench.runner import node
 from meftbench.runner.engine import COUNTED, Work
 from meftbench.runner.job import Job
-from meftbench.runner.same_versions import PACKAGES, refuse_other_versions, version_reader
+from meftbench.runner.same_versions import refuse_other_versions, version_reader
 from sweeps import WORKER, alive, wait_until
 
 WORK = Work(frozenset({COUNTED}), False, Protocol(), (), os.getcwd())
@@ -146,11 +146,11 @@ def test_files_that_a_cell_keeps_come_back(a_node, tmp_path):
 
 def test_machines_with_other_versions_are_refused():
     """In one line that names both; builds of one version are the same."""
-    here = version_reader()(PACKAGES)
-    refuse_other_versions({"n1": here, "n2": here | {"torch": f"{here['torch'].partition('+')[0]}+cu130"}})
+    here = version_reader()()
+    refuse_other_versions([("n1", here), ("n2", here | {"torch": f"{here['torch'].partition('+')[0]}+cu130"})])
     others = {"torch": ("2.1.0", r"torch 2\.1\.0, and this machine "), "code": ("1234", "a meftbench .* digest 1234")}
     others["meftbench"] = (None, r"meftbench \(not installed\)")
     for name, (version, said) in others.items():
         with pytest.raises(UserError, match=f"^node n2: has {said}") as raised:
-            refuse_other_versions({"n1": here, "n2": here | {name: version}})
+            refuse_other_versions([("n1", here), ("n2", here | {name: version})])
         assert 4 == raised.value.exit_code
