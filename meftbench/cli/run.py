@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from meftbench.plan.suite import Suite
     from meftbench.records.store import Run
     from meftbench.runner.duration import Duration
+    from meftbench.runner.engine import Engine
+
+ENGINES = ("local", "ray", "slurm")
 
 
 def run(
@@ -49,7 +52,14 @@ def run(
     device: Annotated[
         str | None, typer.Option(help="auto, cuda, cuda:PROFILE, counted or predicted:PROFILE, for all cells.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="Cells at a time; on CUDA one cell a GPU.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_JOBS,
+            help="Cells at a time; on CUDA one cell a GPU. Default: 1, and on a cluster as many as it has room for.",
+        ),
+    ] = None,
     gpus: Annotated[str, typer.Option(metavar="I,J,...", help="GPUs to use, as `nvidia-smi` counts them.")] = "",
     timeout: Annotated[str | None, typer.Option(help="Time allowed for a cell: 90s, 10m.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Fresh processes for a cell.")] = None,
@@ -58,6 +68,13 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every start and end, and tracebacks.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop after the first error or timeout.")] = False,
     allow_code: AllowCode = False,
+    engine: Annotated[str, typer.Option(help="Where cells run: local, ray or slurm.")] = "local",
+    address: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="With --engine ray: the cluster's head.  [default: auto]")
+    ] = "",
+    slurm: Annotated[
+        str, typer.Option(metavar="NAME=VALUE,...", help="With --engine slurm: partition=gpu,account=me.")
+    ] = "",
 ) -> None:
     """Run every cell of SUITE, each in a process of its own, and print the comparison.
 
@@ -75,7 +92,7 @@ def run(
     plan = replace(plan, allow_code=plan.allow_code or allow_code)
     chosen, retried = parse_where(where or []), _statuses(retry)
     if dry_run:
-        _print_cells(plan, [cell for cell in plan.cells if chosen(cell)][:limit], jobs, as_json)
+        _print_cells(plan, [cell for cell in plan.cells if chosen(cell)][:limit], jobs or 1, as_json)
         return
     folder = out or _folder(plan, resume or bool(retried))
     options = {
@@ -83,13 +100,38 @@ def run(
         "retry": retried,
         "where": chosen,
         "limit": limit,
-        "jobs": jobs,
         "fail_fast": fail_fast,
+        "engine": engine_named(engine, jobs=jobs, gpus=_indices(gpus), address=address, slurm=slurm),
     }
-    finished, expected = sweep_to(
-        folder, plan, typed(context), quiet=quiet, verbose=verbose, **options, gpu_indices=_indices(gpus)
-    )
+    finished, expected = sweep_to(folder, plan, typed(context), quiet=quiet, verbose=verbose, **options)
     raise typer.Exit(finish(finished, as_json, expected))
+
+
+def engine_named(name: str, *, jobs: int | None, gpus: tuple[int, ...], address: str, slurm: str) -> Engine:
+    """The engine that the options of the command line describe. Raises UserError: an option is of another engine."""
+    for option, given, owner in (("--gpus", gpus, "local"), ("--address", address, "ray"), ("--slurm", slurm, "slurm")):
+        if given and name in ENGINES and name != owner:
+            raise UserError(option, f"is of --engine {owner}, not of {name}", "leave one of them out")
+    if name == "local":
+        from meftbench.runner.local_engine import LocalEngine
+
+        return LocalEngine(jobs or 1, gpus)
+    if name == "ray":
+        from meftbench.runner.ray_engine import RayEngine
+
+        return RayEngine(address or "auto", jobs)
+    if name == "slurm":
+        from meftbench.runner.slurm_engine import SlurmEngine
+
+        return SlurmEngine(_sbatch_options(slurm), jobs)
+    raise unknown("--engine", "engine", name, ENGINES)
+
+
+def _sbatch_options(text: str) -> dict[str, str]:
+    parts = [part.partition("=") for part in text.split(",") if part.strip()]
+    if any(not name.strip() or not value.strip() for name, _, value in parts):
+        raise UserError("--slurm", f"{text!r} is no list of NAME=VALUE", "write partition=gpu,account=me")
+    return {name.strip(): value.strip() for name, _, value in parts}
 
 
 def sweep_to(

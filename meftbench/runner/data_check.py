@@ -62,6 +62,11 @@ def check_data(answers: Mapping[str, Mapping[str, dict[str, Any]]], earlier: Run
                 raise UserError(str(earlier.path) if earlier else "", what, cure, NOT_COMPARABLE)
 
 
+def distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """Of trainings that read the same data, the first."""
+    return list({json.dumps([getattr(c.training, n) for n in _READ_BY]): c for c in cells if c.training}.values())
+
+
 def _is_local(cell: Cell) -> bool:
     """Whether the data are files on this machine, in a folder of the user's or in a data root; tasks/sources.py decides
     in the same way."""

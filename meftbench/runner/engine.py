@@ -6,6 +6,7 @@ starts processes: on this machine (runner/local_engine.py), or on others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.cell import Cell
+from meftbench.plan.factories import calls_of
 from meftbench.plan.protocol import Protocol as MeasuringProtocol
 from meftbench.runner.job import Job, Machine, Outcome
 
@@ -37,20 +39,32 @@ class Slot:
 
 @dataclass(frozen=True)
 class Work:
-    """What is about to be run. calls: the user's own functions that cells name, with their arguments, as
-    `plan.factories.calls_of` lists them."""
+    """What is about to be run, as far as places for it must be prepared.
 
-    cells: Sequence[Cell]
+    kinds: of all cells (`kind_of`).  trains: whether any of them is a training.
+    calls: the user's own functions that cells name, with their arguments, as `plan.factories.calls_of` lists them.
+    folder: from which these functions are imported.
+    """
+
+    kinds: frozenset[str]
+    trains: bool
     protocol: MeasuringProtocol
     calls: Sequence[Any] = ()
+    folder: str = ""
+
+    @staticmethod
+    def of(cells: Sequence[Cell], protocol: MeasuringProtocol) -> Work:
+        """The work of running `cells`, with the functions that they name in the working folder."""
+        kinds = frozenset(map(kind_of, cells))
+        return Work(kinds, any(cell.training for cell in cells), protocol, calls_of(cells), os.getcwd())
 
 
 class Engine(Protocol):
     """Runs cells in processes of their own. The methods are called in the order in which they stand here."""
 
     def survey(self, work: Work) -> None:
-        """Find the slots for `work`, before anything is written. Raises UserError (exit 4): there is none for a cell
-        of it."""
+        """Find places for `work`, before anything is written. Raises UserError (exit 4): there is none for a cell of
+        it."""
 
     def data_answers(self, cells: Sequence[Cell]) -> Mapping[str, Mapping[str, dict[str, Any]]]:
         """By machine, what `runner.data_check.read_data` finds there of the data of trainings among `cells`."""
@@ -67,7 +81,8 @@ class Engine(Protocol):
         """Have the job run in an idle slot."""
 
     def poll(self) -> Outcome | None:
-        """Wait until a job ends and return its outcome; None where none is running. Its log is then at `job.log`.
+        """Wait until a job ends and return its outcome; None where none is running, or once there are other slots than
+        before. What the job printed is then in `job.log`.
 
         Raises UserError: jobs have no outcome, since a disk is full or no machine is left."""
 
@@ -92,7 +107,6 @@ def refuse_without_slot(kinds: Iterable[str], slots: Iterable[Collection[str]], 
 
 def check_torch(work: Work, machine: Machine) -> None:
     """Raises UserError (exit 4) where cells need CUDA, and torch on the machine is built without it."""
-    needs_cuda = any(kind_of(cell) != COUNTED for cell in work.cells)
-    if needs_cuda and machine.environment["torch"].get("torch_cuda", "unknown") is None:
+    if work.kinds - {COUNTED} and machine.environment["torch"].get("torch_cuda", "unknown") is None:
         cure = "install a CUDA build of torch, or use `--device counted`"
         raise UserError("device cuda", "this torch is built without CUDA", cure, NOT_COMPARABLE)

@@ -17,7 +17,7 @@ from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import PRELOAD
 from meftbench.runner import gpus, host
 from meftbench.runner.data_check import read_data
-from meftbench.runner.engine import COUNTED, CUDA, Slot, Work, check_torch, kind_of, refuse_without_slot
+from meftbench.runner.engine import COUNTED, CUDA, Slot, Work, check_torch, refuse_without_slot
 from meftbench.runner.environment import environment
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import Worker, worker_environment
@@ -49,7 +49,7 @@ class LocalEngine:
         """Raises UserError: CUDA, or a card by name, is asked for and absent, or busy (exit 4); `gpu_indices`
         are given, and no cell runs on CUDA."""
         self._gpus = gpus.read(self._nvml)
-        kinds = {kind_of(cell) for cell in work.cells}
+        kinds = work.kinds
         if kinds - {COUNTED}:
             visible = gpus.slots(self._gpus, self._gpu_indices, _ALL, os.environ)
             of_gpu = {gpu: kinds_of_gpu(self._gpus, gpu, kinds) for gpu in visible}
@@ -112,10 +112,10 @@ def threads_of(protocol: Protocol, parallel: int) -> int:
 def worker_variables(work: Work, threads: int) -> dict[str, str]:
     """The environment variables of a worker that is to run the cells of `work`."""
     variables = worker_environment(work.protocol, threads, os.environ)
-    if any(cell.training for cell in work.cells):
+    if work.trains:
         variables |= {PRELOAD: "tasks"}
     if work.calls:
-        variables |= {FOLDER: os.getcwd(), CALLS: json.dumps(work.calls)}
+        variables |= {FOLDER: work.folder, CALLS: json.dumps(work.calls)}
     return variables
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from meftbench.errors import NOT_COMPARABLE, NOTHING_MATCHED, UserError, unknown
 from meftbench.plan.cell import Cell
-from meftbench.plan.factories import calls_of, check_allowed
+from meftbench.plan.factories import check_allowed
 from meftbench.plan.suite import Suite, load_suite
 from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Record, Status
@@ -113,7 +113,7 @@ def run_suite(
     check_allowed(suite.code, chosen, suite.allow_code)
     engine = engine or LocalEngine(jobs, gpu_indices, command, nvml)
     with closing(engine):
-        engine.survey(Work(chosen, suite.protocol))
+        engine.survey(Work.of(chosen, suite.protocol))
         # Checked before anything is written, and again below, when the folder is locked.
         existing_run = folder.earlier_run(suite, out, resume or bool(retry))
         check_data(engine.data_answers(chosen), existing_run)
@@ -216,13 +216,13 @@ def _execute(suite: Suite, writer: Writer, earlier: Run | None, engine: Engine, 
     if any(cell.training for cell in suite.cells):
         refuse_link(writer.folder / CELLS)
     cells = [cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id)]
-    calls = calls_of(cells)
+    work = Work.of(cells, suite.protocol)
     try:
-        machines = engine.start(Work(cells, suite.protocol, calls), logs_folder)
+        machines = engine.start(work, logs_folder)
         if earlier is not None:  # the machine on which the run began is its first, if it is there
             began_on = earlier.environment.get("environment_id")
             machines = sorted(machines, key=lambda machine: machine.environment_id != began_on)
-        sweep.code = _code_digests(suite, machines) if calls else {}
+        sweep.code = _code_digests(suite, machines) if work.calls else {}
         environment = dict(machines[0].environment)
         if earlier is None:
             run_id = folder.begin(writer, suite, environment, sweep.code)
@@ -295,19 +295,22 @@ class _Sweep:
         total = len(pending(self.plan, self.finished))
         self.environments.add(first.environment_id)
         while True:
-            for attempt, slot in self._next(engine):
+            slots = engine.slots()
+            for attempt, slot in self._next(slots):
                 if slot is None:
                     self._write(writer, skipped_record(identity(suite, run_id, first), attempt, self.plan), total)
                     continue
                 self.on_event(Started(attempt.cell, attempt.repeat, self.done, total))
                 self.running[attempt.key] = attempt, slot
                 engine.give(_job(subfolder(writer.folder, folder.LOGS), suite, attempt, slot), slot)
+            if not self.running and (self.stopped or self.done == total):
+                return
             outcome = engine.poll()
             if outcome is None:
-                if (left := total - self.done) and not self.stopped:
-                    what = f"no machine is left that can run {left} of {total} attempts"
-                    raise UserError("--engine", what, f"see to the machines, {RESUME}", NOT_COMPARABLE)
-                return
+                if engine.slots() != slots:
+                    continue
+                what = f"no machine is left that can run {total - self.done} of {total} attempts"
+                raise UserError("--engine", what, f"see to the machines, {RESUME}", NOT_COMPARABLE)
             attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
             if outcome.lost and self.retries.again(attempt, slot, outcome):
                 self.on_event(Noted(f"{attempt.cell.label}: {outcome.detail['message']}; it is run again"))
@@ -320,11 +323,11 @@ class _Sweep:
             self._write(writer, record_of(identity(suite, run_id, machine), attempt, outcome, self.code), total)
             self.stopped |= self.fail_fast and outcome.status in ("error", "timeout")
 
-    def _next(self, engine: Engine) -> Iterator[tuple[Attempt, Slot | None]]:
+    def _next(self, slots: Sequence[Slot]) -> Iterator[tuple[Attempt, Slot | None]]:
         """Yield attempts to start, with their slots, or to skip (None), as long as there are free slots."""
         busy = {slot for _, slot in self.running.values()}
-        free = [slot for slot in engine.slots() if slot not in busy]
-        for again, slot in self.retries.placed(free, engine.slots()):
+        free = [slot for slot in slots if slot not in busy]
+        for again, slot in self.retries.placed(free, slots):
             free.remove(slot)
             yield again, slot
         while free and not self.stopped:

@@ -51,7 +51,6 @@ def test_a_cell_whose_machine_is_lost_is_run_once_more_elsewhere(tmp_path, keeps
     run, events = run_on(cluster, suite, tmp_path / "run")
 
     assert ["ok"] * 4 == statuses(run)
-    assert 4 == len(run.records)
     [record] = [record for record in run.records if record.cell["seed"] == 3]
     assert {"type": "WorkerDied" if keeps else "NodeLost", "message": "alpha is gone", "host": "alpha"} == (
         record.status_detail["retried_after"]

@@ -1,0 +1,289 @@
+"""`--engine slurm`: cells as jobs of Slurm, in arrays, through submitit.
+
+A job leaves its result as a file in the run folder, which the nodes share with this machine. Slurm decides when and
+where jobs run; a job that it preempts and queues again runs its cell again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meftbench.errors import NOT_COMPARABLE, UserError, one_line
+from meftbench.plan.cell import Cell
+from meftbench.plan.identity import digest
+from meftbench.plan.training import CELL_FOLDER
+from meftbench.records.record import Status
+from meftbench.records.store import replace_file
+from meftbench.runner import node
+from meftbench.runner.data_check import read_data
+from meftbench.runner.engine import COUNTED, Slot, Work, kind_of
+from meftbench.runner.job import Job, Machine, Outcome
+from meftbench.runner.process import START_SECONDS, utc_now
+from meftbench.runner.same_versions import refuse_other_versions, version_reader
+
+MOST_AT_A_TIME = 64  # jobs, where `jobs` does not say
+LOOK_SECONDS = 1.0  # between looks at the shared folder
+STATE_SECONDS = 30.0  # between questions to Slurm
+LATE_SECONDS = 30.0  # that a shared folder may need to show a file
+# Options of submitit that it takes for every kind of cluster; Slurm's own have a prefix there.
+_GENERAL = ("mem_gb", "cpus_per_task", "gpus_per_node")
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+_OVER_LOCALLY = ("FINISHED", "INTERRUPTED")
+_LOST = ("NODE_FAIL", "BOOT_FAIL")
+# Status and type of a cell whose job Slurm has ended.
+_ENDED: dict[str, tuple[Status, str]] = {"TIMEOUT": ("timeout", "Timeout"), "OUT_OF_MEMORY": ("oom", "Killed")}
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """job: of submitit.  result: the file that it will leave."""
+
+    job: Any
+    given: Job
+    result: Path
+    started_at: str
+    start: float
+
+
+class SlurmEngine:
+    """The cells of a sweep as jobs of Slurm, at most `jobs` at a time.
+
+    options: of `sbatch`, such as {"partition": "gpu", "cpus_per_task": "8"}.
+    cluster: "local" runs the jobs on this machine, without Slurm.  command: replaces the worker.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, str],
+        jobs: int | None = None,
+        cluster: str = "slurm",
+        command: Sequence[str] | None = None,
+    ) -> None:
+        self._options, self._jobs, self._cluster, self._command = dict(options), jobs, cluster, command
+        self._slots: list[Slot] = []
+        self._collected: list[tuple[Job, Path]] = []
+        self._submitted: list[_Submitted] = []
+        self._folder: Path | None = None
+        self._number = 0
+        self._asked = -math.inf  # when Slurm was last asked for the state of jobs
+
+    def survey(self, work: Work) -> None:
+        """Slurm has room for whatever it accepts. Raises UserError (exit 4): submitit or Slurm is not there."""
+        self._submitit = _submitit()
+        if self._cluster == "slurm" and shutil.which("sbatch") is None:
+            what = "there is no `sbatch` on this machine"
+            raise UserError("--engine slurm", what, "run this on a login node of the cluster", NOT_COMPARABLE)
+        cpus = self._options.get("cpus_per_task", "1")
+        threads = work.protocol.threads or (int(cpus) if cpus.isdecimal() and int(cpus) else 1)
+        number = self._jobs or MOST_AT_A_TIME
+        self._slots = [Slot(f"job {n}", work.kinds, threads=threads) for n in range(number)]
+
+    def data_answers(self, cells: Sequence[Cell]) -> Mapping[str, Mapping[str, dict[str, Any]]]:
+        """The data as this machine has them, which shares its files with the nodes."""
+        return {} if self._command else {"": read_data(cells)}
+
+    def start(self, work: Work, logs: Path) -> list[Machine]:
+        """Run a job that describes its node. Raises UserError: it fails; the node has other versions (exit 4)."""
+        self._work, self._folder = work, (logs / "slurm").absolute()
+        self._name = f"meftbench-{digest(str(self._folder))[:8]}"
+        self._cancel_former()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        result = self._folder / "node.json"
+        with_gpu = bool(work.kinds - {COUNTED})
+        executor = self._executor(with_gpu, 600)
+        request = node.begin_request(work, with_gpu, self._slots[0].threads, 1)
+        job = executor.submit(Description(request, str(result), self._command))
+        while not result.exists():
+            if self._is_over(job) and not self._appears(result):
+                what = f"the first job ended as {_state(job)}, without a result: {_end_of(job)}"
+                raise UserError("--engine slurm", what, "see to it, and try again", NOT_COMPARABLE)
+            time.sleep(LOOK_SECONDS)
+        content = json.loads(result.read_text())
+        refuse_other_versions([(content["host"], content["versions"])])
+        machine, _ = node.begun_from(content["begun"], content["host"], "")
+        return [machine]
+
+    def slots(self) -> list[Slot]:
+        return self._slots
+
+    def give(self, job: Job, slot: Slot) -> None:
+        assert self._folder is not None, "`start` comes first"
+        self._number += 1
+        job.log.unlink(missing_ok=True)
+        self._collected.append((job, self._folder / f"{self._number}.json"))
+
+    def poll(self) -> Outcome | None:
+        self._submit()
+        while self._submitted:
+            for submitted in self._submitted:
+                over = submitted.result.exists() or self._is_over(submitted.job)
+                if over:
+                    self._submitted.remove(submitted)
+                    return self._outcome(submitted)
+            time.sleep(LOOK_SECONDS)
+        return None
+
+    def close(self) -> None:
+        for submitted in self._submitted:
+            submitted.job.cancel(check=False)
+        self._submitted.clear()
+        self._collected.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # --- jobs ---
+
+    def _submit(self) -> None:
+        """Submit what was given since, as one array of cells that need a GPU and one of those that need none."""
+        for with_gpu in (False, True):
+            together = [(job, file) for job, file in self._collected if (kind_of(job.cell) != COUNTED) == with_gpu]
+            if not together:
+                continue
+            seconds = max(job.timeout for job, _ in together) + START_SECONDS + 600  # imports on a cold file system
+            begin = node.begin_request(self._work, with_gpu, self._slots[0].threads, 1)
+            cells = [
+                CellOfJob(begin, node.job_request(job), str(file), job.environment.get(CELL_FOLDER), self._command)
+                for job, file in together
+            ]
+            jobs = self._executor(with_gpu, seconds).submit_array(cells)
+            self._submitted += [
+                _Submitted(submitted, job, file, utc_now(), time.monotonic())
+                for submitted, (job, file) in zip(jobs, together, strict=True)
+            ]
+        self._collected.clear()
+
+    def _executor(self, with_gpu: bool, seconds: float) -> Any:
+        assert self._folder is not None
+        general: dict[str, Any] = {"name": self._name, "timeout_min": math.ceil(seconds / 60)}
+        if with_gpu:
+            general["gpus_per_node"] = 1
+        own = {}
+        for name, value in self._options.items():
+            own[name if name in _GENERAL else f"slurm_{name}"] = int(value) if value.isdecimal() else value
+        try:
+            executor = self._submitit.AutoExecutor(folder=self._folder, cluster=self._cluster)
+            executor.update_parameters(**(general | own))
+        except (AssertionError, NameError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError("--slurm", one_line(error)[:300], "see the options of sbatch", NOT_COMPARABLE) from None
+        return executor
+
+    def _is_over(self, job: Any) -> bool:
+        now = time.monotonic()
+        if now - self._asked >= STATE_SECONDS:
+            self._asked = now
+            job.get_info(mode="force")  # asks for the states of all jobs at once
+        return _state(job) in (_OVER if self._cluster == "slurm" else _OVER_LOCALLY)
+
+    def _appears(self, result: Path) -> bool:
+        """Whether the file of a job that is over is there, which a shared folder may show late."""
+        limit = time.monotonic() + (LATE_SECONDS if self._cluster == "slurm" else LOOK_SECONDS)
+        while not result.exists() and time.monotonic() < limit:
+            time.sleep(LOOK_SECONDS / 10)
+        return result.exists()
+
+    def _outcome(self, submitted: _Submitted) -> Outcome:
+        job = submitted.given
+        if not self._appears(submitted.result):
+            return _without_result(submitted)
+        content = json.loads(submitted.result.read_text())
+        submitted.result.unlink()
+        machine, _ = node.begun_from(content["begun"], content["host"], "")
+        return node.outcome_from(content["answer"], job, machine)
+
+    def _cancel_former(self) -> None:
+        """Cancel jobs of this folder that an earlier run has left in the queue, since it was killed."""
+        if self._cluster == "slurm":
+            subprocess.run(["scancel", "--me", f"--name={self._name}"], check=False, capture_output=True)
+
+
+def _without_result(submitted: _Submitted) -> Outcome:
+    """How a job ended that has left no result, as Slurm tells it."""
+    state = _state(submitted.job)
+    status, kind = _ENDED.get(state, ("error", "NodeLost" if state in _LOST else "NoResult"))
+    message = f"its Slurm job {submitted.job.job_id} ended as {state or 'unknown'}: {_end_of(submitted.job)}"
+    wall_s = time.monotonic() - submitted.start
+    detail = {"type": kind, "message": message}
+    times = (submitted.started_at, utc_now(), wall_s)
+    return Outcome(submitted.given, status, detail, {}, {}, None, *times, lost=state in _LOST)
+
+
+def _state(job: Any) -> str:
+    """The state in Slurm's words, without what follows: `CANCELLED by 1000`."""
+    return str(job.state).partition(" ")[0].rstrip("+")
+
+
+def _end_of(job: Any) -> str:
+    lines = (job.stderr() or "").strip().splitlines()
+    return lines[-1][:400] if lines else "it printed nothing"
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        what = f"needs submitit ({one_line(error)})"
+        raise UserError("--engine slurm", what, "pip install 'meftbench[slurm]'") from None
+    return submitit
+
+
+# --- in the job ---
+
+
+@dataclass(frozen=True)
+class Description:
+    """A job that writes what it finds of its node to a file. begin: of `node.begin_request`."""
+
+    begin: str
+    result: str
+    command: Sequence[str] | None
+
+    def __call__(self) -> None:
+        begun = node.Node(self.command).begin(self.begin)
+        _leave(self.result, {"begun": begun, "versions": version_reader()()})
+
+    def checkpoint(self) -> Any:
+        return _again(self)
+
+
+@dataclass(frozen=True)
+class CellOfJob:
+    """A job that runs a cell, and writes its outcome to a file.
+
+    begin, request: of `node.begin_request`, `node.job_request`.  kept: folder for the files that the cell keeps.
+    """
+
+    begin: str
+    request: str
+    result: str
+    kept: str | None
+    command: Sequence[str] | None
+
+    def __call__(self) -> None:
+        slot = node.Node(self.command)
+        begun, answer = slot.begin(self.begin), None
+        if "user_error" not in json.loads(begun):
+            answer, files = slot.run(self.request)
+            node.keep_files(files, Path(self.kept or ""))
+        _leave(self.result, {"begun": begun, "answer": answer})
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when Slurm preempts the job: the cell runs again when the job does."""
+        return _again(self)
+
+
+def _again(call: Any) -> Any:
+    return _submitit().helpers.DelayedSubmission(call)
+
+
+def _leave(result: str, content: dict[str, Any]) -> None:
+    replace_file(Path(result), json.dumps({"host": socket.gethostname()} | content).encode())

@@ -1,0 +1,94 @@
+"""`--engine` and what each engine needs; an engine whose package is not installed is one line."""
+
+import sys
+
+import pytest
+
+from meftbench.cli.run import engine_named
+from meftbench.errors import UserError
+from meftbench.plan.protocol import Protocol
+from meftbench.runner.engine import COUNTED, CUDA, Work
+from meftbench.runner.local_engine import LocalEngine
+from meftbench.runner.ray_connection import ray_module
+from meftbench.runner.ray_engine import RayEngine, places
+from meftbench.runner.slurm_engine import SlurmEngine
+
+
+def named(name, jobs=None, gpus=(), address="", slurm=""):
+    return engine_named(name, jobs=jobs, gpus=gpus, address=address, slurm=slurm)
+
+
+def test_each_engine_has_its_name():
+    engines = [named("local"), named("ray", address="10.0.0.1:6379"), named("slurm", slurm="partition=gpu")]
+
+    assert [LocalEngine, RayEngine, SlurmEngine] == [type(engine) for engine in engines]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "rey"}, r"--engine: unknown engine 'rey'; did you mean 'ray'"),
+        ({"name": "ray", "gpus": (0,)}, "--gpus: is of --engine local, not of ray"),
+        ({"name": "local", "address": "a:1"}, "--address: is of --engine ray, not of local"),
+        ({"name": "ray", "slurm": "partition=a"}, "--slurm: is of --engine slurm"),
+        ({"name": "slurm", "slurm": "partition"}, "--slurm: 'partition' is no list of NAME=VALUE"),
+        ({"name": "slurm", "slurm": "a=,b=1"}, "is no list of NAME=VALUE"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(options, said):
+    with pytest.raises(UserError, match=said):
+        named(**options)
+
+
+@pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_package_that_is_missing_is_one_line(monkeypatch, name, package, cli, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+
+    code, out, err = cli("run", "ci", "--engine", name, "--out", tmp_path / "run")
+
+    assert (2, "") == (code, out)
+    assert f"pip install 'meftbench[{name}]'" in err
+    assert 1 == len(err.splitlines())
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurm_without_sbatch_is_one_line(monkeypatch, cli, tmp_path):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    code, _, err = cli("run", "ci", "--engine", "slurm", "--out", tmp_path / "run")
+
+    assert 4 == code
+    assert "there is no `sbatch` on this machine" in err
+
+
+def test_ray_reports_nothing_to_its_makers(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+
+    ray_module()
+
+    import os
+
+    assert "0" == os.environ["RAY_USAGE_STATS_ENABLED"]
+
+
+def a_node(name, **resources):
+    return {"NodeID": name * 8, "NodeManagerHostname": name, "Resources": resources}
+
+
+def found(nodes, kinds, jobs=None, threads=None):
+    work = Work(frozenset(kinds), False, Protocol(threads=threads))
+    return [(p.host, p.gpu, p.cpus, p.threads, p.slots_of_node) for p in places(nodes, work, jobs)]
+
+
+def test_places_are_a_gpu_or_the_cpus_that_a_cell_takes():
+    """Without `threads` a cell has all the CPUs of a machine; a machine of too few has no place."""
+    nodes = [a_node("a", CPU=8.0), a_node("b", CPU=16.0, GPU=4.0), a_node("head")]
+
+    assert [("a", False, 8, 8, 1), ("b", False, 16, 16, 1)] == found(nodes, {COUNTED})
+    assert [("a", False, 4, 4, 2)] * 2 + [("b", False, 4, 4, 4)] * 4 == found(nodes, {COUNTED}, threads=4)
+    assert [("b", False, 12, 12, 1)] == found(nodes, {COUNTED}, threads=12)
+    assert [("b", True, 0, 4, 4)] * 4 == found(nodes, {CUDA})
+    assert [("b", True, 0, 4, 5), ("a", False, 8, 8, 1)] == found(nodes, {CUDA, COUNTED}, jobs=1)
+    assert [] == found(nodes, {COUNTED}, threads=64)
