@@ -52,11 +52,20 @@ class Node:
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
         self._command = _apart(command or WORKER)
+        self._worker: Worker | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="meftbench-node-"))
         (self._folder / "logs").mkdir()
         self._remover = subprocess.Popen(
             _apart((sys.executable, "-c", _REMOVER, str(self._folder))), stdin=subprocess.PIPE, start_new_session=True
         )
+
+    def close(self) -> None:
+        """End the worker and its cells, and have the folder removed, where the process goes on."""
+        if self._worker is not None:
+            self._worker.close()
+        if self._remover.stdin is not None:
+            self._remover.stdin.close()
+        self._remover.wait()
 
     def begin(self, request: str) -> str:
         """Start the worker. request: JSON of {"work", "gpu", "threads", "slots"} (`begin_request`).
@@ -110,6 +119,7 @@ class Node:
             memory_bytes=self._memory_bytes,
             environment=environment,
         )
+        assert self._worker is not None, "`begin` comes first"
         try:
             refuse_without_slot([kind_of(job.cell)], [self._kinds], "this machine has another card")
             self._worker.give(job)

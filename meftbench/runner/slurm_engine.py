@@ -248,7 +248,9 @@ class Description:
     command: Sequence[str] | None
 
     def __call__(self) -> None:
-        begun = node.Node(self.command).begin(self.begin)
+        slot = node.Node(self.command)
+        begun = slot.begin(self.begin)
+        slot.close()
         _leave(self.result, {"begun": begun, "versions": version_reader()()})
 
     def checkpoint(self) -> Any:
@@ -274,6 +276,7 @@ class CellOfJob:
         if "user_error" not in json.loads(begun):
             answer, files = slot.run(self.request)
             node.keep_files(files, Path(self.kept or ""))
+        slot.close()
         _leave(self.result, {"begun": begun, "answer": answer})
 
     def checkpoint(self) -> Any:

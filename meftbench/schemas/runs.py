@@ -52,7 +52,7 @@ class RecordedCell(Published):
     optimizer: str
     optimizer_impl: str | None
     device: str
-    """`counted`, `cuda`, or `predicted:PROFILE`."""
+    """`counted`, `cuda`, `cuda:PROFILE` (on that card alone), or `predicted:PROFILE`."""
     seed: int
     training: dict[str, Any] | None = None
     weights: Literal["random", "pretrained", "own"]
