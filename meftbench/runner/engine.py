@@ -26,7 +26,8 @@ class Slot:
     """A place in which one cell at a time may run.
 
     name: another for each slot of an engine.  kinds: cells of these kinds (`kind_of`) may run there.
-    gpu: value of CUDA_VISIBLE_DEVICES for cells that run there; "": they see no GPU.
+    gpu: value of CUDA_VISIBLE_DEVICES for cells that run there, of several GPUs where ranks need one each; "": they
+        see no GPU.
     threads: CPU threads of a cell.  memory_bytes: of the host, that a cell may take.
     """
 
@@ -44,6 +45,8 @@ class Work:
     kinds: of all cells (`kind_of`).  trains: whether any of them is a training.
     calls: the user's own functions that cells name, with their arguments, as `plan.factories.calls_of` lists them.
     folder: from which these functions are imported.
+    gpus: of a slot on CUDA: as many as the ranks of the cell that has most. A cell with fewer leaves some idle, so that
+        no other cell is measured beside it.
     """
 
     kinds: frozenset[str]
@@ -51,12 +54,19 @@ class Work:
     protocol: MeasuringProtocol
     calls: Sequence[Any] = ()
     folder: str = ""
+    gpus: int = 1
 
     @staticmethod
     def of(cells: Sequence[Cell], protocol: MeasuringProtocol) -> Work:
         """The work of running `cells`, with the functions that they name in the working folder."""
-        kinds = frozenset(map(kind_of, cells))
-        return Work(kinds, any(cell.training for cell in cells), protocol, calls_of(cells), os.getcwd())
+        return Work(
+            frozenset(map(kind_of, cells)),
+            any(cell.training for cell in cells),
+            protocol,
+            calls_of(cells),
+            os.getcwd(),
+            max((cell.world_size for cell in cells if kind_of(cell) != COUNTED), default=1),
+        )
 
 
 class Engine(Protocol):

@@ -26,9 +26,9 @@ _ALL = 1024  # GPUs, more than a machine has
 
 
 class LocalEngine:
-    """One slot a GPU for cells on CUDA, `jobs` slots for all others.
+    """One slot a GPU for cells on CUDA, or one for as many GPUs as ranks need; `jobs` slots for all others.
 
-    gpu_indices: the devices to use, as `nvidia-smi` counts them; empty: the first `jobs`.
+    gpu_indices: the devices to use, as `nvidia-smi` counts them; empty: as many as `jobs` slots need.
     command, nvml: replace the worker and `pynvml`.
     """
 
@@ -40,7 +40,7 @@ class LocalEngine:
         nvml: Any = None,
     ) -> None:
         self._jobs, self._gpu_indices, self._command, self._nvml = jobs, gpu_indices, command, nvml
-        self._of_gpu: dict[str, frozenset[str]] = {}  # kinds of cells by value of CUDA_VISIBLE_DEVICES
+        self._of_gpu: dict[str, frozenset[str]] = {}  # kinds of cells by the CUDA_VISIBLE_DEVICES of a slot
         self._without_gpu = 0  # slots
         self._slots: list[Slot] = []
         self._worker: Worker | None = None
@@ -55,11 +55,13 @@ class LocalEngine:
             of_gpu = {gpu: kinds_of_gpu(self._gpus, gpu, kinds) for gpu in visible}
             # Cards that are asked for by name come first, so that they are among the first `jobs`.
             usable = sorted((gpu for gpu in visible if of_gpu[gpu] & kinds), key=lambda gpu: of_gpu[gpu] == {CUDA})
-            chosen = usable if self._gpu_indices else usable[: self._jobs]
-            self._of_gpu = {gpu: of_gpu[gpu] for gpu in chosen}
-            refuse_without_slot(kinds - {COUNTED}, self._of_gpu.values(), _devices(self._gpus, visible))
+            groups = _groups({gpu: of_gpu[gpu] for gpu in usable}, work.gpus)
+            chosen = list(groups) if self._gpu_indices else list(groups)[: self._jobs]
+            self._of_gpu = {gpus_of_slot: groups[gpus_of_slot] for gpus_of_slot in chosen}
+            has = _devices(self._gpus, visible) + (f", and a cell needs {work.gpus} of a kind" * (work.gpus > 1))
+            refuse_without_slot(kinds - {COUNTED}, self._of_gpu.values(), has)
             if work.protocol.exclusive:
-                gpus.refuse_shared(self._gpus, list(self._of_gpu))
+                gpus.refuse_shared(self._gpus, ",".join(self._of_gpu).split(","))
         elif self._gpu_indices:
             raise UserError("--gpus", "no cell of the suite runs on cuda", "add `--device cuda`, or leave it out")
         self._without_gpu = self._jobs if COUNTED in kinds else 0
@@ -123,6 +125,19 @@ def kinds_of_gpu(devices: gpus.Gpus, visible: str, asked: Iterable[str]) -> froz
     """The kinds of cells that may run on a GPU: any that need one, and those of `asked` that name its card."""
     names = [kind.removeprefix(CARD) for kind in asked if kind.startswith(CARD)]
     return frozenset({CUDA, *(CARD + name for name in gpus.cards(devices, visible, names))})
+
+
+def _groups(of_gpu: Mapping[str, frozenset[str]], size: int) -> dict[str, frozenset[str]]:
+    """Groups of `size` GPUs on which the same kinds of cells may run, with these kinds, by their value of
+    CUDA_VISIBLE_DEVICES. of_gpu: kinds by GPU. GPUs of a kind that are left over are in no group."""
+    alike: dict[frozenset[str], list[str]] = {}
+    for gpu, kinds in of_gpu.items():
+        alike.setdefault(kinds, []).append(gpu)
+    return {
+        ",".join(same[first : first + size]): kinds
+        for kinds, same in alike.items()
+        for first in range(0, len(same) - size + 1, size)
+    }
 
 
 def _devices(devices: gpus.Gpus, visible: Sequence[str]) -> str:

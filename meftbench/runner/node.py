@@ -52,11 +52,20 @@ class Node:
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
         self._command = _apart(command or WORKER)
+        self._worker: Worker | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="meftbench-node-"))
         (self._folder / "logs").mkdir()
         self._remover = subprocess.Popen(
             _apart((sys.executable, "-c", _REMOVER, str(self._folder))), stdin=subprocess.PIPE, start_new_session=True
         )
+
+    def close(self) -> None:
+        """End the worker and its cells, and have the folder removed, where the process goes on."""
+        if self._worker is not None:
+            self._worker.close()
+        if self._remover.stdin is not None:
+            self._remover.stdin.close()
+        self._remover.wait()
 
     def begin(self, request: str) -> str:
         """Start the worker. request: JSON of {"work", "gpu", "threads", "slots"} (`begin_request`).
@@ -75,10 +84,12 @@ class Node:
         memory_bytes: int | None = host.available_bytes() // slots
         if gpu:
             # Ray and Slurm count as the driver does; CUDA may count otherwise, but knows UUIDs.
-            [visible] = gpus.slots(devices, _indices(os.environ.get("CUDA_VISIBLE_DEVICES", "")), 1, os.environ)
+            indices = _indices(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+            own = gpus.slots(devices, indices, work.gpus, os.environ)
             if work.protocol.exclusive:
-                gpus.refuse_shared(devices, [visible])
-            kinds, memory_bytes = kinds_of_gpu(devices, visible, work.kinds), None
+                gpus.refuse_shared(devices, own)
+            kinds = frozenset.intersection(*(kinds_of_gpu(devices, gpu, work.kinds) for gpu in own))
+            visible, memory_bytes = ",".join(own), None
         self._worker = Worker(worker_variables(work, threads), self._folder / "logs" / "worker.log", self._command)
         self._machine = machine_of(devices, self._worker.facts)
         if gpu:
@@ -110,6 +121,7 @@ class Node:
             memory_bytes=self._memory_bytes,
             environment=environment,
         )
+        assert self._worker is not None, "`begin` comes first"
         try:
             refuse_without_slot([kind_of(job.cell)], [self._kinds], "this machine has another card")
             self._worker.give(job)
@@ -147,7 +159,7 @@ def _fields_of(error: UserError) -> dict[str, Any]:
 def begin_request(work: Work, gpu: bool, threads: int, slots: int) -> str:
     """What `Node.begin` takes. gpu: whether the slot has one.  slots: on that machine, which share its memory."""
     content = {"kinds": sorted(work.kinds), "trains": work.trains, "protocol": work.protocol.model_dump(mode="json")}
-    content |= {"calls": list(work.calls), "folder": work.folder}
+    content |= {"calls": list(work.calls), "folder": work.folder, "gpus": work.gpus}
     return json.dumps({"work": content, "gpu": gpu, "threads": threads, "slots": slots})
 
 
@@ -155,7 +167,7 @@ def work_from(content: Mapping[str, Any]) -> Work:
     """The work of a `begin_request`; without its folder where this machine has no such folder."""
     folder = content["folder"] if os.path.isdir(content["folder"]) else os.getcwd()
     protocol = Protocol.model_validate_json(json.dumps(content["protocol"]))
-    return Work(frozenset(content["kinds"]), content["trains"], protocol, content["calls"], folder)
+    return Work(frozenset(content["kinds"]), content["trains"], protocol, content["calls"], folder, content["gpus"])
 
 
 def begun_from(answer: str, where: str, name: str) -> tuple[Machine, Slot]:

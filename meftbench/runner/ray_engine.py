@@ -159,7 +159,7 @@ class RayEngine:
 
     def _begin(self, place: _Place) -> Future[Any]:
         """Ask for an actor in the place, which then starts its worker. The future is done when there is room for it."""
-        options = {"num_gpus": 1, "num_cpus": 0} if place.gpu else {"num_gpus": 0, "num_cpus": place.cpus}
+        options = {"num_gpus": self._work.gpus, "num_cpus": 0} if place.gpu else {"num_gpus": 0, "num_cpus": place.cpus}
         actor_class = self._ray.remote(node.Node).options(**options, max_restarts=0, **self._affinity(place.node_id))
         actor = self._actors[place.name] = _Actor(place, actor_class.remote(self._command))
         request = node.begin_request(self._work, place.gpu, place.threads, place.slots_of_node)
@@ -261,7 +261,7 @@ def places(nodes: Iterable[Mapping[str, Any]], work: Work, jobs: int | None) -> 
         node_id, host = str(found["NodeID"]), str(found["NodeManagerHostname"])
         cpus, cards = (int(found["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
         cpus_of_cell = work.protocol.threads or max(1, cpus)
-        cards = cards if work.kinds - {COUNTED} else 0
+        cards = cards // work.gpus if work.kinds - {COUNTED} else 0  # slots: each has as many as ranks need
         slots = cpus // cpus_of_cell if COUNTED in work.kinds else 0
         threads_beside_card = work.protocol.threads or max(1, cpus // max(1, cards))
         for number in range(cards):

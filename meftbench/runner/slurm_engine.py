@@ -166,7 +166,7 @@ class SlurmEngine:
         assert self._folder is not None
         general: dict[str, Any] = {"name": self._name, "timeout_min": math.ceil(seconds / 60)}
         if with_gpu:
-            general["gpus_per_node"] = 1
+            general["gpus_per_node"] = self._work.gpus
         own = {}
         for name, value in self._options.items():
             own[name if name in _GENERAL else f"slurm_{name}"] = int(value) if value.isdecimal() else value
@@ -248,7 +248,9 @@ class Description:
     command: Sequence[str] | None
 
     def __call__(self) -> None:
-        begun = node.Node(self.command).begin(self.begin)
+        slot = node.Node(self.command)
+        begun = slot.begin(self.begin)
+        slot.close()
         _leave(self.result, {"begun": begun, "versions": version_reader()()})
 
     def checkpoint(self) -> Any:
@@ -274,6 +276,7 @@ class CellOfJob:
         if "user_error" not in json.loads(begun):
             answer, files = slot.run(self.request)
             node.keep_files(files, Path(self.kept or ""))
+        slot.close()
         _leave(self.result, {"begun": begun, "answer": answer})
 
     def checkpoint(self) -> Any:

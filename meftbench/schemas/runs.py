@@ -52,7 +52,7 @@ class RecordedCell(Published):
     optimizer: str
     optimizer_impl: str | None
     device: str
-    """`counted`, `cuda`, or `predicted:PROFILE`."""
+    """`counted`, `cuda`, `cuda:PROFILE` (on that card alone), or `predicted:PROFILE`."""
     world_size: int = 1
     """Processes (ranks) that shared a step, each with `batch_size` samples. Older records lack it."""
     parallelism: str | None = None

@@ -25,6 +25,7 @@ from stand_in import BRIEF, BROKEN, CRASHED, ENDLESS, FINE, KILLED, OUT_OF_MEMOR
 from sweeps import WORKER, a_suite, alive, does, statuses, sweep, told, wait_until
 
 pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
 
 DECODER = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "ffn_dim": 64}
 DECODER |= {"word_embed_proj_dim": 32}

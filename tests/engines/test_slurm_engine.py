@@ -17,6 +17,7 @@ from stand_in import BROKEN, ENDLESS, FINE, KILLED, OUT_OF_MEMORY
 from sweeps import WORKER, a_suite, alive, does, statuses, sweep, wait_until
 
 pytest.importorskip("submitit")
+pytestmark = pytest.mark.slow
 
 
 def an_engine(**options):

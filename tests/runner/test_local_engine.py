@@ -79,3 +79,35 @@ def test_repeats_are_those_of_cuda_and_ids_of_other_cells_stay():
 
     assert 3 == suite.protocol.repeats_on("cuda:h100")
     assert len({cell.cell_id for cell in cells("cuda", "cuda", "cuda:h100")}) == 3
+
+
+def a_cell_of_ranks(ranks, device="cuda"):
+    return a_cell(device=device, world_size=ranks, parallelism="ddp")
+
+
+def test_ranks_have_a_gpu_each_and_no_other_cell_beside_them(tmp_path):
+    """A slot has as many GPUs as the cell with most ranks needs; one that is left over is not used."""
+    suite = a_suite(a_cell_of_ranks(2), *cells("cuda", "cuda"), repeats=1)
+
+    run = sweep(suite, tmp_path / "run", nvml=Cards(H100, H100, H100, H100, H100), jobs=4)
+
+    assert {"GPU-00,GPU-11", "GPU-22,GPU-33"} == used(run)["cuda"]
+
+
+def test_ranks_are_on_cards_of_one_kind_where_a_cell_names_one(tmp_path):
+    run = sweep(a_suite(a_cell_of_ranks(2, "cuda:h100"), repeats=1), tmp_path / "run", nvml=Cards(H100, A10, H100))
+
+    assert {"cuda:h100": {"GPU-00,GPU-22"}} == used(run)
+
+
+def test_more_ranks_than_gpus_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"no place for such cells: .*, and a cell needs 4 of a kind") as raised:
+        sweep(a_suite(a_cell_of_ranks(4)), tmp_path / "run", nvml=Cards(H100, H100))
+
+    assert 4 == raised.value.exit_code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_of_a_group_that_is_busy_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is in use by process"):
+        sweep(a_suite(a_cell_of_ranks(2)), tmp_path / "run", nvml=Cards(H100, H100, busy={1}))

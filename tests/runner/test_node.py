@@ -10,13 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fake_nvml import FakeNvml
 
 import stand_in
 from builders import a_cell
+from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import CELL_FOLDER
-from meftbench.runner import node
+from meftbench.runner import gpus, node
 from meftbench.runner.engine import COUNTED, Work
 from meftbench.runner.job import Job
 from meftbench.runner.same_versions import refuse_other_versions, version_reader
@@ -32,17 +34,21 @@ def a_job(tmp_path, behaviour=stand_in.FINE, **fields):
 
 
 @pytest.fixture
-def a_node(monkeypatch, tmp_path):
-    """A node that has begun, with its machine and slot. Its worker ends with the test."""
+def started(monkeypatch, tmp_path):
+    """A node that has not begun. Its worker, if it has one, ends with the test."""
     folder = tmp_path / "node"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     here = node.Node(WORKER)
-    machine, slot = node.begun_from(here.begin(node.begin_request(WORK, False, 3, 2)), "n1", "n1 cpu 0")
-    yield here, machine, slot
-    here._worker.close()
-    here._remover.stdin.close()
-    here._remover.wait()
+    yield here
+    here.close()
+
+
+@pytest.fixture
+def a_node(started):
+    """A node that has begun, with its machine and slot."""
+    machine, slot = node.begun_from(started.begin(node.begin_request(WORK, False, 3, 2)), "n1", "n1 cpu 0")
+    return started, machine, slot
 
 
 def test_an_outcome_comes_back_whole(a_node, tmp_path):
@@ -95,6 +101,38 @@ def test_a_cell_for_another_card_is_refused_on_the_node(a_node, tmp_path):
 
     with pytest.raises(UserError, match="device cuda:h100: no place") as raised:
         node.outcome_from(here.run(node.job_request(job))[0], job, machine)
+
+    assert 4 == raised.value.exit_code
+
+
+@pytest.mark.parametrize(("visible", "uuid"), [("1", "GPU-11"), ("GPU-00", "GPU-00"), (None, "GPU-00")])
+def test_a_slot_with_a_gpu_names_it_by_its_uuid(monkeypatch, started, tmp_path, visible, uuid):
+    """Ray and Slurm say which by its number, as the driver counts. The card decides which cells may run there."""
+    card = find_profile("h100")
+    found = gpus.read(FakeNvml(card.device, card.device))
+    monkeypatch.setattr(gpus, "read", lambda: found)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    work = replace(WORK, kinds=frozenset({"cuda", "cuda:h100", "cuda:a10"}))
+
+    machine, slot = node.begun_from(started.begin(node.begin_request(work, True, 2, 1)), "n1", "n1 gpu 0")
+    cell = a_cell(device="cuda:h100")
+    job = replace(a_job(tmp_path), cell=cell)
+    outcome = node.outcome_from(started.run(node.job_request(job))[0], job, machine)
+
+    assert (uuid, {"cuda", "cuda:h100"}, None) == (slot.gpu, slot.kinds, slot.memory_bytes)
+    assert ("ok", uuid) == (outcome.status, outcome.observed["gpu"])
+
+
+def test_a_gpu_that_others_use_is_refused_with_the_name_of_its_machine(monkeypatch, started):
+    found = gpus.read(FakeNvml("NVIDIA A10", busy=(7,)))
+    monkeypatch.setattr(gpus, "read", lambda: found)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    request = node.begin_request(replace(WORK, kinds=frozenset({"cuda"})), True, 2, 1)
+
+    with pytest.raises(UserError, match=r"^n1: GPU 0 \(NVIDIA A10\): is in use by process 7") as raised:
+        node.begun_from(started.begin(request), "n1", "")
 
     assert 4 == raised.value.exit_code
 
