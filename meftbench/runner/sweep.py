@@ -128,6 +128,7 @@ def run_suite(
         plan = _plan(suite, chosen, limit, finished)
         if note := _without_weights(suite, kept_records.values(), out):
             on_event(Noted(note))
+        logs.tidy(out / folder.LOGS)  # what a killed run has left, also where nothing is left to run
         if earlier is None or pending(plan, finished):
             _execute(
                 suite,
@@ -240,8 +241,6 @@ def _execute(
     devices: gpus.Gpus,
 ) -> None:
     logs_folder = subfolder(writer.folder, folder.LOGS)
-    logs.tidy(logs_folder)  # what a killed run has left
-    subfolder(writer.folder, folder.LOGS)
     if any(cell.training for cell in suite.cells):
         refuse_link(writer.folder / CELLS)
     parallel = sum(map(len, sweep.free.values()))
