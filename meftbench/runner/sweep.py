@@ -128,6 +128,7 @@ def run_suite(
             plan = _plan(suite, chosen, limit, finished)
             if note := _without_weights(suite, kept_records.values(), out):
                 on_event(Noted(note))
+            logs.tidy(out / folder.LOGS)  # what a killed run has left, also where nothing is left to run
             if earlier is not None and not pending(plan, finished):
                 return earlier
             scores = scores_of(kept_records.values())
@@ -211,8 +212,6 @@ def _slow_in_bf16(suite: Suite, machines: Iterable[Machine]) -> bool:
 
 def _execute(suite: Suite, writer: Writer, earlier: Run | None, engine: Engine, sweep: _Sweep) -> None:
     logs_folder = subfolder(writer.folder, folder.LOGS)
-    logs.tidy(logs_folder)  # what a killed run has left
-    subfolder(writer.folder, folder.LOGS)
     if any(cell.training for cell in suite.cells):
         refuse_link(writer.folder / CELLS)
     cells = [cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id)]

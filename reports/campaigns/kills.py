@@ -54,7 +54,7 @@ from meftbench.runner.environment import environment
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 MARK = "MEFTBENCH_KILLED_RUN"  # variable: marks all processes of a run, whoever their parent is
-REAL_EVERY = 40  # one run of so many measures real models: each takes a quarter of a minute, mostly to import torch
+REAL_EVERY = 12  # one run of so many measures real models: each takes a quarter of a minute, mostly to import torch
 ENDING_SECONDS = 60.0  # within which the processes of a run whose runner was killed have to end by themselves
 VICTIMS = ("runner", "worker", "cell")
 RUN_FILES = {RECORDS, "suite.yaml", "environment.json", ".lock", "logs"}

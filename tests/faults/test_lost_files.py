@@ -138,6 +138,17 @@ def test_logs_removed_while_a_cell_runs_cost_no_result(tmp_path, monkeypatch):
     assert "logs" not in os.listdir(run.path)
 
 
+def test_a_resume_of_a_finished_run_removes_what_a_killed_one_left(tmp_path):
+    """Half-written results of cells, though no cell is left to run."""
+    run = sweep(a_suite(*does(FINE)), tmp_path / "run")
+    (run.path / "logs").mkdir()
+    (run.path / "logs" / ".52d0145e-0.json.qxmqm9tb").touch()
+
+    sweep(a_suite(*does(FINE)), tmp_path / "run", resume=True, command=["false"])
+
+    assert "logs" not in os.listdir(run.path)
+
+
 def test_the_lock_is_taken_again_so_that_no_second_runner_gets_in(tmp_path):
     with writing(tmp_path / "run") as writer:
         (tmp_path / "run" / ".lock").unlink()

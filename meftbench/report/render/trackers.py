@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from meftbench.catalogue.metrics import METRICS, Kind
 from meftbench.catalogue.profiles import PREDICTED
 from meftbench.errors import UserError
+from meftbench.escapes import json_text
 from meftbench.records.outcome import Figure, Outcome, as_number, outcomes
 from meftbench.records.store import Run
 from meftbench.report.frame_columns import detail_of
@@ -54,7 +55,7 @@ def run_csv(run: Run) -> str:
 def run_json(run: Run) -> str:
     """One object: `suite` and `environment` as the run folder has them, and `records`."""
     content = {"suite": run.suite, "environment": run.environment, "records": [r.to_json() for r in run.records]}
-    return json.dumps(content, indent=1, ensure_ascii=False, default=str)
+    return json_text(json.dumps(content, indent=1, ensure_ascii=False, default=str))
 
 
 def run_parquet(run: Run) -> bytes:
@@ -110,7 +111,9 @@ def github_action_benchmark(run: Run, metrics: Sequence[str]) -> dict[str, str]:
         entry["extra"] = f"{figure.source} on {_where(run, number.outcome)}"
         entries_by_side["bigger" if number.kind.better == "higher" else "smaller"].append(entry)
     return {
-        side: json.dumps(entries, indent=1, ensure_ascii=False) for side, entries in entries_by_side.items() if entries
+        side: json_text(json.dumps(entries, indent=1, ensure_ascii=False))
+        for side, entries in entries_by_side.items()
+        if entries
     }
 
 
@@ -122,7 +125,7 @@ def bencher_metric_format(run: Run, metrics: Sequence[str]) -> str:
         bounds = {"lower_value": figure.low, "upper_value": figure.high}
         values = {"value": figure.value} | {name: value for name, value in bounds.items() if value is not None}
         benchmarks.setdefault(number.name, {})[number.metric] = values
-    return json.dumps(benchmarks, indent=1, ensure_ascii=False)
+    return json_text(json.dumps(benchmarks, indent=1, ensure_ascii=False))
 
 
 def pytorch_v3(run: Run, metrics: Sequence[str]) -> str:
@@ -155,7 +158,7 @@ def pytorch_v3(run: Run, metrics: Sequence[str]) -> str:
                 },
             }
         )
-    return json.dumps(rows, indent=1, ensure_ascii=False)
+    return json_text(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 def badge(run: Run) -> str:
