@@ -28,7 +28,7 @@ from meftbench.runner.data_check import read_data
 from meftbench.runner.engine import COUNTED, Slot, Work, kind_of
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import START_SECONDS, utc_now
-from meftbench.runner.same_versions import refuse_other_versions, version_reader
+from meftbench.runner.same_versions import refuse_other_code, refuse_other_versions, version_reader
 
 MOST_AT_A_TIME = 64  # jobs, where `jobs` does not say
 LOOK_SECONDS = 1.0  # between looks at the shared folder
@@ -198,6 +198,7 @@ class SlurmEngine:
         content = json.loads(submitted.result.read_text())
         submitted.result.unlink()
         machine, _ = node.begun_from(content["begun"], content["host"], "")
+        refuse_other_code(machine)
         return node.outcome_from(content["answer"], job, machine)
 
     def _cancel_former(self) -> None:

@@ -16,7 +16,7 @@ from builders import a_cell
 from meftbench.records.store import RECORDS, read_records
 from meftbench.runner import run_suite
 from stand_in import BRIEF
-from sweeps import a_suite, wait_until
+from sweeps import a_suite, alive, wait_until
 
 pytest.importorskip("ray")
 
@@ -38,24 +38,29 @@ def begun(cluster, folder):
     return subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
 
 
-def victims():
-    """The processes of the cluster by what they are; those that have gone in the meantime are left out."""
+def victims(seen):
+    """The processes of the cluster, which this process has started, by what they are, apart from the driver.
+
+    seen: takes all of them. Those that have gone in the meantime are left out.
+    """
     found = {name: [] for name in VICTIMS}
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             words = " ".join(process.cmdline())
             if words.startswith("ray::Node"):
                 found["actor"].append(process)
             elif "--requests stand_in" in words and "import os, sys" not in words:
-                own_parent = process.parent()
-                of_worker = own_parent is not None and "import os, sys" not in " ".join(own_parent.cmdline())
+                parent = process.parent()
+                of_worker = parent is not None and "import os, sys" not in " ".join(parent.cmdline())
                 found["cell" if of_worker else "worker"].append(process)
+    seen.update(process for processes in found.values() for process in processes)
     return found
 
 
 def killed_often(cluster, tmp_path, seed, times):
     """How often each was killed. Each run is taken up until it has ended."""
     chance, counts, number = random.Random(seed), dict.fromkeys(VICTIMS, 0), 0
+    seen = set()
     while sum(counts.values()) < times:
         folder = tmp_path / str(number)
         driver = begun(cluster, folder)
@@ -64,7 +69,7 @@ def killed_often(cluster, tmp_path, seed, times):
         while driver.poll() is None and aimed is None:
             time.sleep(chance.uniform(0.0, 0.3))
             if len(read_records(folder / RECORDS)[0]) > len(before):  # the run goes on: some cells have ended
-                chosen = [driver] if victim == "driver" else victims()[victim]
+                chosen = [driver] if victim == "driver" else victims(seen)[victim]
                 aimed = chance.choice(chosen) if chosen else None
         if aimed is not None:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -84,7 +89,7 @@ def killed_often(cluster, tmp_path, seed, times):
             run = run_suite(SUITE, folder, command=["false"], resume=True)
             assert len(SUITE.cells) == len(run.records)
             number += 1
-    wait_until(lambda: not any(victims().values()))
+    wait_until(lambda: not any(alive(process.pid) for process in seen))
     return counts
 
 
