@@ -50,6 +50,12 @@ MOST_SAMPLES = 2**16
 # The parts of the peak in the order in which they are printed, the workspace last.
 _PARTS = sorted(BREAKDOWN, key="workspace_bytes".__eq__)
 
+# Added to how far off predictions were, for a cell of several ranks.
+_OF_RANKS = (
+    "; this is the largest of several ranks, of which predictions were held against counts of two ranks on a CPU, "
+    "never against GPUs, and what NCCL holds is in no number"
+)
+
 _OF_CPU = "memory of the step's tensors on a CPU, counted by a trace"
 
 
@@ -221,7 +227,8 @@ def _estimate_of(cell: Cell, device: Profile | CpuProfile, rules: str, answer: d
         profile=device.name,
         device=device.device,
         verified=isinstance(device, Profile) and device.verified,
-        validation=about_validation(device) if isinstance(device, Profile) else _OF_CPU,
+        validation=(about_validation(device) if isinstance(device, Profile) else _OF_CPU)
+        + (_OF_RANKS if cell.parallelism else ""),
         rules=rules,
         memory_bytes=device.memory_bytes,
         context_bytes=values["context_bytes"] if on_gpu else 0,

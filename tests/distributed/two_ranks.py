@@ -31,7 +31,8 @@ _BERT = {
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _LLAMA = _BERT | {"num_key_value_heads": 3, "num_attention_heads": 3, "head_dim": 12}
-MODELS = {"bert-tiny@random": _BERT | _NO_DROPOUT, "llama-3.2-1b@random": _LLAMA}
+BERT, LLAMA, MINILM = "bert-tiny@random", "llama-3.2-1b@random", "minilm"
+MODELS = {BERT: _BERT | _NO_DROPOUT, LLAMA: _LLAMA, MINILM: _NO_DROPOUT}
 
 
 def a_cell(model: str, method: str, parallelism: str | None, precision: str = "fp64", **fields) -> Cell:
@@ -39,7 +40,7 @@ def a_cell(model: str, method: str, parallelism: str | None, precision: str = "f
     ranks = {"world_size": RANKS, "parallelism": parallelism} if parallelism else {}
     samples = SAMPLES * (1 if parallelism else RANKS)
     given = {"batch_size": samples, "micro_batch_size": samples, "sequence_length": 12, "precision": precision}
-    return Cell.of(method, model=model, model_config_overrides=MODELS.get(model, {}), **(given | ranks | fields))
+    return Cell.of(method, model=model, model_config_overrides=MODELS[model], **(given | ranks | fields))
 
 
 def whole(gradient: torch.Tensor) -> torch.Tensor:
