@@ -1,7 +1,7 @@
 """Follows the header of a GGUF file from its begin to its end, and refuses one that says more than the file can hold.
 
 The package gguf believes the counts and lengths of a header: where one of them is too large, it makes empty values
-without end. Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+without end. Layout: the specification in github.com/ggml-org/ggml, versions 2 and 3.
 """
 
 from __future__ import annotations

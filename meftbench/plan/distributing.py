@@ -26,7 +26,7 @@ def check_distributed(
         if ranks > 1:
             ways = " or ".join(PARALLELISMS)
             raise document.error(
-                place["world_size"], f"{ranks:,} ranks must share a step somehow", f"write parallelism: {ways}"
+                place["world_size"], f"it is not said how {ranks:,} ranks share a step", f"write parallelism: {ways}"
             )
         return
     if ranks == 1:
