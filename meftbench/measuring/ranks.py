@@ -56,8 +56,8 @@ def run_ranks(cell: Cell, protocol: Protocol, device_type: str) -> Measured:
 
     Memory metrics are those of the rank with the highest peak, times those of the slowest, and throughput is that of
     all ranks together.
-    Raises CellFailure and UserError as `run_passes` does in a rank, RankFailed for any other end of a rank, and
-    UserError where there are fewer GPUs than ranks.
+    Raises CellFailure and UserError as `run_passes` does in a rank, CellFailure for a rank that was ended by a signal,
+    RankFailed for any other end of a rank, and UserError where there are fewer GPUs than ranks.
     """
     if device_type == "cuda" and (gpus := torch.cuda.device_count()) < cell.world_size:
         what = f"{cell.world_size} ranks take a GPU each, and {gpus} can be seen"
@@ -133,7 +133,7 @@ def _answers(processes: list[Any], receivers: list[Connection]) -> list[Measured
             try:
                 answer = receiver.recv()
             except EOFError:
-                answer = _Failure(-1.0, RankFailed(f"rank {number} {_end_of(processes[number])}"))
+                answer = _Failure(-1.0, _without_a_word(number, processes[number]))
             if isinstance(answer, Measured):
                 measured[number] = answer
             else:
@@ -149,11 +149,15 @@ def _answers(processes: list[Any], receivers: list[Connection]) -> list[Measured
     return [measured[number] for number in range(len(processes))]
 
 
-def _end_of(process: Any) -> str:
-    """How a process ended that sent nothing, as a predicate."""
+def _without_a_word(number: int, process: Any) -> Exception:
+    """What the cell raises for a process that has ended and sent nothing."""
     process.join()
     code = process.exitcode
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code >= 0:
+        return RankFailed(f"rank {number} ended with exit code {code}")
+    # Whether the kernel sent a SIGKILL because memory ran out is found out by who started this process.
+    message = f"rank {number} was ended by {signal.Signals(-code).name}"
+    return CellFailure("error", type=RankFailed.__name__, message=message, exit_signal=-code)
 
 
 def _combined(ranks: list[Measured]) -> Measured:

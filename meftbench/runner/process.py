@@ -248,8 +248,11 @@ class Worker:
         message = f"{_ending(code)}: {logs.end_of(running.job.log)}"
         if isinstance(result, dict):
             said = str(result["status_detail"].get("message", ""))
+            killed = result["status_detail"].get("exit_signal") == signal.SIGKILL  # a rank of a distributed cell
             if result["status"] == "error" and is_of_disk(said, running.job.log.parent.parent):
                 self._give_up(number, UserError(running.job.cell.label, said.partition("; ")[0], MAKE_ROOM))
+            elif killed and of_kill(running.kills)[0]:
+                self._killed(number, running)
             else:
                 self._finish(number, **result)
         elif running.stage != "running":

@@ -81,8 +81,11 @@ def test_what_a_rank_refuses_is_said_in_one_line(ranks_do):
 
 
 def test_a_rank_that_is_killed_ends_the_cell(ranks_do):
-    with pytest.raises(RankFailed, match=r"^rank 0 was ended by SIGKILL$"):
+    with pytest.raises(CellFailure) as failed:
         ranks_do(lambda: os.kill(os.getpid(), signal.SIGKILL), wait_for_the_other)
+
+    expected = {"type": "RankFailed", "message": "rank 0 was ended by SIGKILL", "exit_signal": 9}
+    assert ("error", expected) == (failed.value.status, failed.value.detail)
 
 
 def test_a_rank_that_hangs_ends_with_another(ranks_do):

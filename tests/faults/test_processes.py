@@ -199,6 +199,24 @@ def test_a_kill_that_the_kernel_has_counted_is_out_of_memory(tmp_path, counts, n
     )
 
 
+@pytest.mark.parametrize(("kills", "status"), [(3, "error"), (4, "oom")])
+def test_a_rank_that_the_kernel_has_killed_is_out_of_memory(tmp_path, counts, kills, status, monkeypatch):
+    """As a cell of one process is; the cell's own process lives on, and leaves a result."""
+    counts("v2", 3)
+    detail = {"type": "RankFailed", "message": "rank 1 was ended by SIGKILL", "exit_signal": 9}
+
+    def read(file):
+        counts("v2", kills)
+        return {"status": "error", "status_detail": detail, "metrics": {}, "observed": {}}
+
+    monkeypatch.setattr(process, "read_result", read)
+
+    [record] = sweep(a_suite(), tmp_path / "run").records
+
+    assert (status, 9) == (record.status, record.status_detail["exit_signal"])
+    assert (detail == record.status_detail) == (status == "error")
+
+
 def test_a_kill_in_another_cgroup_is_no_evidence(tmp_path, counts, monkeypatch):
     """Where the own cgroup counts, the number of the whole system says nothing of this process."""
     counts("v2", 3)
