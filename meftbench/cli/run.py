@@ -111,7 +111,9 @@ def engine_named(name: str, *, jobs: int | None, gpus: tuple[int, ...], address:
     """The engine that the options of the command line describe. Raises UserError: an option is of another engine."""
     for option, given, owner in (("--gpus", gpus, "local"), ("--address", address, "ray"), ("--slurm", slurm, "slurm")):
         if given and name in ENGINES and name != owner:
-            raise UserError(option, f"is for --engine {owner}, not {name}", f"write --engine {owner}, or leave {option} out")
+            raise UserError(
+                option, f"is for --engine {owner}, not {name}", f"write --engine {owner}, or leave {option} out"
+            )
     if name == "local":
         from meftbench.runner.local_engine import LocalEngine
 

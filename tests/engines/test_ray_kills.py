@@ -1,4 +1,5 @@
-"""kill -9 of the driver, an actor of Ray, its worker or a cell at random: nothing lost, repeated, torn or left."""
+"""kill -9 of the driver, an actor of Ray, its worker, a cell or a whole node at random: nothing lost, repeated, torn or
+left."""
 
 import contextlib
 import os
@@ -21,7 +22,7 @@ from sweeps import a_suite, alive, wait_until
 pytest.importorskip("ray")
 
 SUITE = a_suite(*(a_cell(batch_size=size, seed=BRIEF) for size in range(1, 41)))
-VICTIMS = ("driver", "actor", "worker", "cell")
+VICTIMS = ("driver", "actor", "worker", "cell", "node")
 DRIVER = """
 import sys
 from meftbench.runner import run_suite
@@ -39,7 +40,7 @@ def begun(cluster, folder):
 
 
 def victims(seen):
-    """The processes of the cluster, which this process has started, by what they are, apart from the driver.
+    """The processes of the cluster, which this process has started, by what they are, apart from drivers and nodes.
 
     seen: takes all of them. Those that have gone in the meantime are left out.
     """
@@ -69,9 +70,14 @@ def killed_often(cluster, tmp_path, seed, times):
         while driver.poll() is None and aimed is None:
             time.sleep(chance.uniform(0.0, 0.3))
             if len(read_records(folder / RECORDS)[0]) > len(before):  # the run goes on: some cells have ended
-                chosen = [driver] if victim == "driver" else victims(seen)[victim]
+                nodes = sorted(cluster.worker_nodes, key=lambda node: node.node_id)
+                chosen = {"driver": [driver], "node": nodes}.get(victim) or victims(seen)[victim]
                 aimed = chance.choice(chosen) if chosen else None
-        if aimed is not None:
+        if aimed is not None and victim == "node":
+            cluster.remove_node(aimed, allow_graceful=False)
+            cluster.add_node(num_cpus=1)  # for the next run: this one goes on without
+            counts[victim] += 1
+        elif aimed is not None:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 os.kill(aimed.pid, signal.SIGKILL)
                 counts[victim] += 1
@@ -96,6 +102,8 @@ def killed_often(cluster, tmp_path, seed, times):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_kills_at_random_moments_on_a_cluster(tmp_path, cluster):
-    counts = killed_often(cluster, tmp_path, int(os.environ.get("KILLS_SEED", "7")), int(os.environ.get("KILLS", "12")))
+    times = int(os.environ.get("KILLS", "6"))
+    counts = killed_often(cluster, tmp_path, int(os.environ.get("KILLS_SEED", "7")), times)
 
-    assert sum(counts.values()) >= 12
+    print(", ".join(f"{count} of {victim}" for victim, count in counts.items()))
+    assert sum(counts.values()) >= times

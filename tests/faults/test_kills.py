@@ -11,6 +11,7 @@ import pytest
 
 from builders import a_measured_cell, a_record, a_run
 from campaigns import campaign
+from long_profile import many_minutes
 from meftbench.errors import DONE, OVER_BUDGET
 from meftbench.records.store import RECORDS
 
@@ -43,7 +44,7 @@ def test_kills_at_random_moments(tmp_path, capsys):
     assert (tmp_path / "summary.md").read_text() in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@many_minutes
 def test_many_kills_at_random_moments(tmp_path):
     counts = killed_often(tmp_path, seed=2026, times=120)
 

@@ -15,6 +15,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from failing_allocations import REQUESTED, FailingAllocations
+from long_profile import many_minutes
 from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import CellFailure
 from meftbench.measuring import requests
@@ -161,7 +162,7 @@ def test_a_step_without_memory_at_any_moment_leaves_nothing_behind(backbone, met
     assert {"forward", "backward"} <= phases
 
 
-@pytest.mark.slow
+@many_minutes
 @every_case
 def test_a_step_without_memory_at_every_moment_leaves_nothing_behind(backbone, method):
     phases = fails_and_is_unharmed(backbone, method, range)
@@ -224,7 +225,7 @@ def test_a_cell_without_memory_at_any_moment_is_out_of_memory(backbone, method):
     fails_as_result(backbone, method, times=6)
 
 
-@pytest.mark.slow
+@many_minutes
 @every_case
 def test_a_cell_without_memory_at_many_moments_is_out_of_memory(backbone, method):
     fails_as_result(backbone, method, times=60)

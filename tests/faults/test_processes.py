@@ -11,6 +11,7 @@ import pytest
 from faulty import BLOCKED, EXHAUSTED, GREEDY, LEAVING, PRINTING, SIGNALLED
 
 from builders import a_cell
+from long_profile import many_minutes
 from meftbench.errors import UserError
 from meftbench.kept_output import ROOM
 from meftbench.plan.cell import Cell
@@ -80,7 +81,7 @@ def test_a_cell_that_has_left_no_memory_for_its_error_is_out_of_memory(tmp_path,
     assert ["oom", "ok"] == statuses(run)
 
 
-@pytest.mark.slow
+@many_minutes
 @pytest.mark.parametrize("threads", [1, 2])
 def test_real_cells_in_any_little_memory_are_out_of_memory(tmp_path, threads):
     """While they are built, as threads begin, and in their steps; an error only where C++ ends the process for it."""
