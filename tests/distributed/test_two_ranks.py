@@ -7,6 +7,7 @@ import gc
 import pytest
 from two_ranks import BERT, LLAMA, MINILM, RANKS, STEPS, a_cell, found_by_ranks, levels
 
+from long_profile import LONG
 from meftbench.prediction.trace import count_uncomputed
 
 
@@ -22,7 +23,8 @@ CASES = {
     **cases_of(LLAMA, "ddp", "meft1-exact", micro_batch_size=2),
     **cases_of(LLAMA, "fsdp2", "lora+checkpoint", "parallel", "meft1-exact", "meft2"),
 }
-SLOW = {
+REAL = cases_of(MINILM, "ddp", "meft1-exact") | cases_of(MINILM, "fsdp2", "meft1-exact")  # real weights
+SLOW = {  # in the long profile
     **cases_of(BERT, "ddp", "parallel", "meft2", "meft3-exact+checkpoint"),
     **cases_of(BERT, "fsdp2", "lora", "lora-fa", "houlsby", "midpoint", "meft3-exact+checkpoint"),
     **cases_of(LLAMA, "ddp", "full+chunked_loss", "lora", "lora+offload", "lora+tiled_mlp", "meft2"),
@@ -30,8 +32,7 @@ SLOW = {
     **cases_of(LLAMA, "fsdp2", "full", micro_batch_size=2),
     **cases_of(LLAMA, "fsdp2", "full", optimizer="sgd-momentum"),
     **cases_of(LLAMA, "ddp", "lora", optimizer="adafactor"),
-    **cases_of(MINILM, "ddp", "meft1-exact"),  # real weights
-    **cases_of(MINILM, "fsdp2", "meft1-exact"),
+    **REAL,
 }
 # A calibrated stack holds its fixed-point steps for each channel: a trace has no values to take them from.
 # The same bytes are missing from traces of cells of one process.
@@ -110,11 +111,11 @@ def test_shards_are_smaller_than_the_whole(found, case):
 
 @pytest.fixture(scope="module")
 def found_slowly():
-    return seen(SLOW)
+    return seen(SLOW if LONG else REAL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", SLOW if LONG else REAL)
 def test_the_same_of_levers_optimizers_and_other_methods(found_slowly, case):
     check_gradients(found_slowly, case)
     for rank in range(RANKS):

@@ -51,7 +51,7 @@ def test_many_kills_at_random_moments(tmp_path):
     assert min(counts[victim] for victim in kills.VICTIMS) >= 15, counts
 
 
-@pytest.mark.slow
+@many_minutes
 def test_kills_of_cells_that_measure_a_model(tmp_path):
     assert DONE == kills.main([str(tmp_path), "--kills", "3", "--load", "real"])
 
