@@ -96,8 +96,13 @@ def groups(frame: DataFrame) -> list[Group]:
 
 
 def setting_text(name: str, value: object) -> str:
-    """A setting as titles show it: `cuda`, `head multiple_choice`."""
-    text = "default" if value is None or value != value else str(value)
+    """A setting as titles show it: `cuda`, `head multiple_choice`, `2 ranks`, `fsdp2`."""
+    if name == "world_size":
+        return "one process" if value == 1 else f"{value} ranks"
+    missing = value is None or value != value
+    if name == "parallelism":
+        return "no parallelism" if missing else str(value)
+    text = "default" if missing else str(value)
     return text if name in ("run", "device", "precision") else f"{name.removesuffix('_requested')} {text}"
 
 

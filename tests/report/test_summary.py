@@ -201,3 +201,13 @@ def test_levers_with_settings_stand_whole(tmp_path):
     assert "   +checkpoint" == lines[first + 1]
     assert "    keep=attention" == lines[first + 2]
     assert "   +optimizer_in_backward" == lines[first + 3]
+
+
+def test_cells_of_several_processes_have_a_table_of_their_own(tmp_path):
+    """Whose title says how many, and how they share a step."""
+    ranks = a_measured_cell(world_size=2, parallelism="fsdp2")
+
+    lines = printed(a_run(tmp_path, a_measured_cell(), ranks)).splitlines()
+
+    assert "bert-base@random, one process, no parallelism" in lines
+    assert "bert-base@random, 2 ranks, fsdp2" in lines
