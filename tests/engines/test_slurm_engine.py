@@ -2,11 +2,11 @@
 
 import os
 import signal
-import threading
 
 import psutil
 import pytest
 from first_time import COMMAND, EACH_TIME
+from moments import in_background, running
 
 from builders import a_cell
 from meftbench.errors import UserError
@@ -22,16 +22,6 @@ pytestmark = pytest.mark.slow
 
 def an_engine(**options):
     return SlurmEngine({}, **({"cluster": "local", "command": WORKER} | options))
-
-
-def running(marks, seed):
-    return [int(text) for file in marks.glob(f"{seed}-*.began") if (text := file.read_text())]
-
-
-def beside(action, condition):
-    thread = threading.Thread(target=lambda: (wait_until(condition), action()))
-    thread.start()
-    return thread
 
 
 def test_the_records_are_those_of_the_local_engine(tmp_path):
@@ -63,7 +53,7 @@ def test_a_job_that_is_killed_is_an_error(tmp_path, marks):
         cell = psutil.Process(running(marks, EACH_TIME)[0])
         next(p for p in cell.parents() if "submitit.core._submit" in p.cmdline()).send_signal(signal.SIGKILL)
 
-    thread = beside(kill, lambda: running(marks, EACH_TIME))
+    thread = in_background(kill, lambda: running(marks, EACH_TIME))
     run = run_suite(a_suite(a_cell(seed=EACH_TIME)), tmp_path / "run", engine=an_engine(command=COMMAND))
     thread.join()
 
@@ -75,7 +65,7 @@ def test_a_job_that_is_killed_is_an_error(tmp_path, marks):
 def test_an_interruption_ends_the_jobs(tmp_path, marks):
     for mark in marks.glob(f"{EACH_TIME}-*"):
         mark.unlink()
-    thread = beside(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: running(marks, EACH_TIME))
+    thread = in_background(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: running(marks, EACH_TIME))
     with pytest.raises(KeyboardInterrupt):
         run_suite(a_suite(a_cell(seed=EACH_TIME)), tmp_path / "run", engine=an_engine(command=COMMAND))
     thread.join()

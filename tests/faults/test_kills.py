@@ -14,6 +14,7 @@ from campaigns import campaign
 from long_profile import many_minutes
 from meftbench.errors import DONE, OVER_BUDGET
 from meftbench.records.store import RECORDS
+from sweeps import wait_until
 
 kills = campaign("kills")
 COUNTS = [*kills.COUNTS]
@@ -94,8 +95,8 @@ def test_a_process_that_is_left_is_counted_and_ended(tmp_path, a_kill, monkeypat
     """Whoever its parent is: it is known by its environment."""
     monkeypatch.setattr(kills, "ENDING_SECONDS", 0.0)
     with subprocess.Popen(["sleep", "600"], env={**os.environ, kills.MARK: str(tmp_path)}) as process:
-        while "sleep" not in psutil.Process(process.pid).name():
-            pass  # it is still a copy of this process
+        # Until then it is a copy of this process.
+        wait_until(lambda: "sleep" in psutil.Process(process.pid).name())
         kills._count_left(a_kill, tmp_path)
 
     assert (1, -9) == (a_kill.left, process.returncode)
