@@ -1,7 +1,9 @@
 """For all tests: hypothesis judges answers, not seconds; processes that share the cores take one share of them each."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -15,6 +17,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 settings.register_profile("meftbench", deadline=None)
 settings.load_profile("meftbench")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prestarted_workers(tmp_path_factory):
+    """Where many tests run, workers are forked from a process that has imported torch and transformers (prestarted.py).
+
+    With `-n0` each is started as a user's is.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    from meftbench.plan.protocol import Protocol
+    from meftbench.runner import predictions, process
+
+    program, place = Path(__file__).with_name("prestarted.py"), tmp_path_factory.mktemp("workers") / "socket"
+    environment = process.worker_environment(Protocol(), 1, os.environ)
+    command = (sys.executable, "-I", str(program), "client", str(place))
+    with (
+        subprocess.Popen([sys.executable, str(program), "serve", str(place)], stdin=subprocess.PIPE, env=environment),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(process, "WORKER", command)
+        patch.setattr(predictions, "ONCE", (*command, "--once"))
+        yield
 
 
 @pytest.fixture

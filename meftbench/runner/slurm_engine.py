@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import shutil
+import signal
 import socket
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,12 @@ from meftbench.runner.engine import COUNTED, Slot, Work, kind_of
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import START_SECONDS, utc_now
 from meftbench.runner.same_versions import refuse_other_code, refuse_other_versions, version_reader
+from meftbench.runner.slurm_jobs import LOST, LocalStates, SlurmStates, cancel_jobs, submitted
 
 MOST_AT_A_TIME = 64  # jobs, where `jobs` does not say
 LOOK_SECONDS = 1.0  # between looks at the shared folder
-STATE_SECONDS = 30.0  # between questions to Slurm
-LATE_SECONDS = 30.0  # that a shared folder may need to show a file
 # Options of submitit that it takes for every kind of cluster; Slurm's own have a prefix there.
 _GENERAL = ("mem_gb", "cpus_per_task", "gpus_per_node")
-_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
-_OVER_LOCALLY = ("FINISHED", "INTERRUPTED")
-_LOST = ("NODE_FAIL", "BOOT_FAIL")
 # Status and type of a cell whose job Slurm has ended.
 _ENDED: dict[str, tuple[Status, str]] = {"TIMEOUT": ("timeout", "Timeout"), "OUT_OF_MEMORY": ("oom", "Killed")}
 
@@ -73,8 +71,8 @@ class SlurmEngine:
         self._collected: list[tuple[Job, Path]] = []
         self._submitted: list[_Submitted] = []
         self._folder: Path | None = None
+        self._first: Any = None  # the job that describes its node, until it has
         self._number = 0
-        self._asked = -math.inf  # when Slurm was last asked for the state of jobs
 
     def survey(self, work: Work) -> None:
         """Slurm has room for whatever it accepts. Raises UserError (exit 4): submitit or Slurm is not there."""
@@ -92,22 +90,30 @@ class SlurmEngine:
         return {} if self._command else {"": read_data(cells)}
 
     def start(self, work: Work, logs: Path) -> list[Machine]:
-        """Run a job that describes its node. Raises UserError: it fails; the node has other versions (exit 4)."""
-        self._work, self._folder = work, (logs / "slurm").absolute()
-        self._name = f"meftbench-{digest(str(self._folder))[:8]}"
-        self._cancel_former()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir()
+        """Run a job that describes its node. Raises UserError (exit 4): sbatch refuses it, it fails, the node has other
+        versions."""
+        self._work, self._results = work, (logs / "slurm").absolute()
+        name = f"meftbench-{digest(str(self._results))[:8]}"
+        self._general = {"name": name}
+        self._states = SlurmStates(name) if self._cluster == "slurm" else LocalStates()
+        if self._cluster == "slurm":
+            cancel_jobs(name)  # which an earlier run in this folder has left in the queue, since it was killed
+        shutil.rmtree(self._results, ignore_errors=True)
+        # A job of an earlier run that is being cancelled, or whose node did not hear of it, may still leave a result.
+        self._folder = self._results / secrets.token_hex(4)
+        self._folder.mkdir(parents=True)
         result = self._folder / "node.json"
         with_gpu = bool(work.kinds - {COUNTED})
         executor = self._executor(with_gpu, 600)
         request = node.begin_request(work, with_gpu, self._slots[0].threads, 1)
-        job = executor.submit(Description(request, str(result), self._command))
+        jobs = submitted(partial(executor.submit_array, [Description(request, str(result), self._command)]))
+        self._first = job = jobs[0]
         while not result.exists():
-            if self._is_over(job) and not self._appears(result):
-                what = f"the first job ended as {_state(job)}, without a result: {_end_of(job)}"
+            if (state := self._states.ended(job)) and not result.exists():
+                what = f"the first job ended as {state}, without a result: {_end_of(job)}"
                 raise UserError("--engine slurm", what, "see to it, and try again", NOT_COMPARABLE)
             time.sleep(LOOK_SECONDS)
+        self._first = None
         content = json.loads(result.read_text())
         refuse_other_versions([(content["host"], content["versions"])])
         machine, _ = node.begun_from(content["begun"], content["host"], "")
@@ -125,21 +131,24 @@ class SlurmEngine:
     def poll(self) -> Outcome | None:
         self._submit()
         while self._submitted:
-            for submitted in self._submitted:
-                over = submitted.result.exists() or self._is_over(submitted.job)
-                if over:
-                    self._submitted.remove(submitted)
-                    return self._outcome(submitted)
+            jobs = [waiting.job for waiting in self._submitted]
+            for waiting in self._submitted:
+                state = "" if waiting.result.exists() else self._states.ended(waiting.job, jobs)
+                if state or waiting.result.exists():  # in this order: a job may leave its result between the two
+                    self._submitted.remove(waiting)
+                    return self._outcome(waiting, state)
             time.sleep(LOOK_SECONDS)
         return None
 
     def close(self) -> None:
-        for submitted in self._submitted:
-            submitted.job.cancel(check=False)
+        for job in [self._first, *(waiting.job for waiting in self._submitted)]:
+            if job is not None:
+                job.cancel(check=False)
+        self._first = None
         self._submitted.clear()
         self._collected.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._results, ignore_errors=True)
 
     # --- jobs ---
 
@@ -155,16 +164,17 @@ class SlurmEngine:
                 CellOfJob(begin, node.job_request(job), str(file), job.environment.get(CELL_FOLDER), self._command)
                 for job, file in together
             ]
-            jobs = self._executor(with_gpu, seconds).submit_array(cells)
+            executor = self._executor(with_gpu, seconds)
+            jobs = submitted(partial(executor.submit_array, cells))
             self._submitted += [
-                _Submitted(submitted, job, file, utc_now(), time.monotonic())
-                for submitted, (job, file) in zip(jobs, together, strict=True)
+                _Submitted(of_slurm, job, file, utc_now(), time.monotonic())
+                for of_slurm, (job, file) in zip(jobs, together, strict=True)
             ]
         self._collected.clear()
 
     def _executor(self, with_gpu: bool, seconds: float) -> Any:
         assert self._folder is not None
-        general: dict[str, Any] = {"name": self._name, "timeout_min": math.ceil(seconds / 60)}
+        general: dict[str, Any] = self._general | {"timeout_min": math.ceil(seconds / 60)}
         if with_gpu:
             general["gpus_per_node"] = self._work.gpus
         own = {}
@@ -177,50 +187,25 @@ class SlurmEngine:
             raise UserError("--slurm", one_line(error)[:300], "see the options of sbatch", NOT_COMPARABLE) from None
         return executor
 
-    def _is_over(self, job: Any) -> bool:
-        now = time.monotonic()
-        if now - self._asked >= STATE_SECONDS:
-            self._asked = now
-            job.get_info(mode="force")  # asks for the states of all jobs at once
-        return _state(job) in (_OVER if self._cluster == "slurm" else _OVER_LOCALLY)
-
-    def _appears(self, result: Path) -> bool:
-        """Whether the file of a job that is over is there, which a shared folder may show late."""
-        limit = time.monotonic() + (LATE_SECONDS if self._cluster == "slurm" else LOOK_SECONDS)
-        while not result.exists() and time.monotonic() < limit:
-            time.sleep(LOOK_SECONDS / 10)
-        return result.exists()
-
-    def _outcome(self, submitted: _Submitted) -> Outcome:
-        job = submitted.given
-        if not self._appears(submitted.result):
-            return _without_result(submitted)
-        content = json.loads(submitted.result.read_text())
-        submitted.result.unlink()
+    def _outcome(self, waiting: _Submitted, state: str) -> Outcome:
+        job = waiting.given
+        if not waiting.result.exists():
+            return _without_result(waiting, state)
+        content = json.loads(waiting.result.read_text())
+        waiting.result.unlink()
         machine, _ = node.begun_from(content["begun"], content["host"], "")
         refuse_other_code(machine)
         return node.outcome_from(content["answer"], job, machine)
 
-    def _cancel_former(self) -> None:
-        """Cancel jobs of this folder that an earlier run has left in the queue, since it was killed."""
-        if self._cluster == "slurm":
-            subprocess.run(["scancel", "--me", f"--name={self._name}"], check=False, capture_output=True)
 
-
-def _without_result(submitted: _Submitted) -> Outcome:
+def _without_result(waiting: _Submitted, state: str) -> Outcome:
     """How a job ended that has left no result, as Slurm tells it."""
-    state = _state(submitted.job)
-    status, kind = _ENDED.get(state, ("error", "NodeLost" if state in _LOST else "NoResult"))
-    message = f"its Slurm job {submitted.job.job_id} ended as {state or 'unknown'}: {_end_of(submitted.job)}"
-    wall_s = time.monotonic() - submitted.start
+    status, kind = _ENDED.get(state, ("error", "NodeLost" if state in LOST else "NoResult"))
+    message = f"its Slurm job {waiting.job.job_id} ended as {state}: {_end_of(waiting.job)}"
+    wall_s = time.monotonic() - waiting.start
     detail = {"type": kind, "message": message}
-    times = (submitted.started_at, utc_now(), wall_s)
-    return Outcome(submitted.given, status, detail, {}, {}, None, *times, lost=state in _LOST)
-
-
-def _state(job: Any) -> str:
-    """The state in Slurm's words, without what follows: `CANCELLED by 1000`."""
-    return str(job.state).partition(" ")[0].rstrip("+")
+    times = (waiting.started_at, utc_now(), wall_s)
+    return Outcome(waiting.given, status, detail, {}, {}, None, *times, lost=state in LOST)
 
 
 def _end_of(job: Any) -> str:
@@ -272,12 +257,18 @@ class CellOfJob:
     command: Sequence[str] | None
 
     def __call__(self) -> None:
+        ending = list[int]()
+        signal.signal(signal.SIGTERM, lambda number, frame: ending.append(number))
         slot = node.Node(self.command)
         begun, answer = slot.begin(self.begin), None
         if "user_error" not in json.loads(begun):
             answer, files = slot.run(self.request)
             node.keep_files(files, Path(self.kept or ""))
         slot.close()
+        # Slurm sends SIGTERM to all processes of a job that it cancels or preempts, which ends the cell, and kills what
+        # is left some time later. How the cell ended then is no result, and a job that ends itself is not queued again.
+        while ending and (answer is None or json.loads(answer).get("status") != "ok"):
+            signal.pause()
         _leave(self.result, {"begun": begun, "answer": answer})
 
     def checkpoint(self) -> Any:

@@ -1,35 +1,65 @@
-"""Cells as jobs of Slurm; here the jobs are processes, by submitit's executor for one machine."""
+"""Cells as jobs of Slurm: on a cluster of two nodes on this machine where Slurm is installed (slurm_cluster.py), else
+as processes, by submitit's executor for one machine."""
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import psutil
 import pytest
-from first_time import COMMAND, EACH_TIME
+from first_time import COMMAND, EACH_TIME, FIRST_TIME
 from moments import in_background, running
+from slurm_cluster import INSTALLED, slurm_cluster
 
 from builders import a_cell
-from meftbench.errors import UserError
+from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.records.store import load_run
-from meftbench.runner import run_suite
+from meftbench.runner import run_suite, slurm_jobs
 from meftbench.runner.slurm_engine import SlurmEngine
 from stand_in import BROKEN, ENDLESS, FINE, KILLED, OUT_OF_MEMORY
 from sweeps import WORKER, a_suite, alive, does, statuses, sweep, wait_until
 
 pytest.importorskip("submitit")
 pytestmark = pytest.mark.slow
+on_slurm = pytest.mark.skipif(not INSTALLED and not os.environ.get("CI_SLURM"), reason="needs Slurm")
 
 
-def an_engine(**options):
-    return SlurmEngine({}, **({"cluster": "local", "command": WORKER} | options))
+@pytest.fixture(scope="module")
+def slurm(marks, tmp_path_factory):
+    """The cluster; None where Slurm is not installed."""
+    if not INSTALLED:
+        yield None
+        return
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
 
 
-def test_the_records_are_those_of_the_local_engine(tmp_path):
+@pytest.fixture
+def an_engine(slurm, monkeypatch):
+    """Engines that ask Slurm often, on the cluster."""
+    monkeypatch.setattr(slurm_jobs, "STATE_SECONDS", 0.5)
+
+    def make(options=None, **more):
+        return SlurmEngine(options or {}, **({"cluster": "slurm" if slurm else "local", "command": WORKER} | more))
+
+    return make
+
+
+@pytest.fixture
+def unmarked(marks):
+    """Cells of `first_time` have not begun yet."""
+    for mark in marks.glob("*.began"):
+        mark.unlink()
+
+
+def test_the_records_are_those_of_the_local_engine(tmp_path, an_engine):
     cell = a_cell(model="bert-tiny@random", method="lora", batch_size=2, sequence_length=16)
     suite = a_suite(cell, warmup=1, steps=1, passes=["memory"], threads=1)
 
     here = run_suite(suite, tmp_path / "here")
-    there = run_suite(suite, tmp_path / "there", engine=SlurmEngine({}, cluster="local"))
+    there = run_suite(suite, tmp_path / "there", engine=an_engine(command=None))
 
     [first], [second] = here.records, there.records
     names = [name for name, metric in first.metrics.items() if metric.source == "counted"]
@@ -38,7 +68,7 @@ def test_the_records_are_those_of_the_local_engine(tmp_path):
     assert (first.environment_id, first.host, first.cell) == (second.environment_id, second.host, second.cell)
 
 
-def test_cells_end_as_on_this_machine_and_nothing_is_left(tmp_path, marks):
+def test_cells_end_as_on_this_machine_and_nothing_is_left(tmp_path, an_engine):
     suite = a_suite(*does(FINE, OUT_OF_MEMORY, BROKEN, KILLED, ENDLESS), timeout=1.0)
 
     here, there = sweep(suite, tmp_path / "here"), run_suite(suite, tmp_path / "there", engine=an_engine(jobs=3))
@@ -48,12 +78,15 @@ def test_cells_end_as_on_this_machine_and_nothing_is_left(tmp_path, marks):
     assert not (tmp_path / "there" / "logs" / "slurm").exists()
 
 
-def test_a_job_that_is_killed_is_an_error(tmp_path, marks):
-    def kill():
-        cell = psutil.Process(running(marks, EACH_TIME)[0])
-        next(p for p in cell.parents() if "submitit.core._submit" in p.cmdline()).send_signal(signal.SIGKILL)
+def job_of(cell):
+    """The process of the job that runs a cell of this pid."""
+    return next(p for p in psutil.Process(cell).parents() if "submitit.core._submit" in p.cmdline())
 
-    thread = in_background(kill, lambda: running(marks, EACH_TIME))
+
+def test_a_job_that_is_killed_is_an_error(tmp_path, marks, unmarked, an_engine):
+    thread = in_background(
+        lambda: job_of(running(marks, EACH_TIME)[0]).send_signal(signal.SIGKILL), lambda: running(marks, EACH_TIME)
+    )
     run = run_suite(a_suite(a_cell(seed=EACH_TIME)), tmp_path / "run", engine=an_engine(command=COMMAND))
     thread.join()
 
@@ -62,9 +95,7 @@ def test_a_job_that_is_killed_is_an_error(tmp_path, marks):
     wait_until(lambda: not any(map(alive, running(marks, EACH_TIME))))
 
 
-def test_an_interruption_ends_the_jobs(tmp_path, marks):
-    for mark in marks.glob(f"{EACH_TIME}-*"):
-        mark.unlink()
+def test_an_interruption_ends_the_jobs(tmp_path, marks, unmarked, an_engine):
     thread = in_background(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: running(marks, EACH_TIME))
     with pytest.raises(KeyboardInterrupt):
         run_suite(a_suite(a_cell(seed=EACH_TIME)), tmp_path / "run", engine=an_engine(command=COMMAND))
@@ -74,9 +105,9 @@ def test_an_interruption_ends_the_jobs(tmp_path, marks):
     assert [] == load_run(tmp_path / "run").records
 
 
-def test_an_option_that_sbatch_has_not_is_one_line(tmp_path):
+def test_an_option_that_sbatch_has_not_is_one_line(tmp_path, an_engine):
     with pytest.raises(UserError, match=r"^--slurm: .*no_such"):
-        run_suite(a_suite(), tmp_path / "run", engine=SlurmEngine({"no_such": "1"}, cluster="local", command=WORKER))
+        run_suite(a_suite(), tmp_path / "run", engine=an_engine({"no_such": "1"}))
 
     assert not (tmp_path / "run").exists()
 
@@ -88,3 +119,107 @@ def test_a_preempted_job_runs_its_cell_again(tmp_path):
     call = CellOfJob("{}", "{}", "result.json", None, None)
 
     assert call == call.checkpoint().function
+
+
+# --- what only Slurm does ---
+
+
+@on_slurm
+def test_what_sbatch_refuses_is_one_line(tmp_path, an_engine):
+    with pytest.raises(UserError, match=r"sbatch refuses: .*nowhere") as refused:
+        run_suite(a_suite(), tmp_path / "run", engine=an_engine({"partition": "nowhere"}))
+
+    assert NOT_COMPARABLE == refused.value.exit_code
+    assert not (tmp_path / "run").exists()
+
+
+def job_id_of(cell):
+    """Slurm's id of the job that runs a cell of this pid."""
+    environment = psutil.Process(cell).environ()
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def interrupted_by(tmp_path, marks, an_engine, seed, action):
+    """The run of three cells of which one is of `seed`, to whose pid `action` is done when it has begun."""
+    suite = a_suite(*(a_cell(seed=one, batch_size=n) for n, one in enumerate((FINE, seed, FINE), 1)))
+    thread = in_background(lambda: action(running(marks, seed)[0]), lambda: running(marks, seed))
+    run = run_suite(suite, tmp_path / "run", engine=an_engine(command=COMMAND))
+    thread.join()
+    assert len({record.cell_id for record in run.records}) == len(run.records) == 3
+    return next(record for record in run.records if record.cell["seed"] == seed)
+
+
+@on_slurm
+def test_a_job_that_somebody_cancels_is_an_error(tmp_path, marks, unmarked, an_engine, slurm):
+    record = interrupted_by(tmp_path, marks, an_engine, EACH_TIME, lambda cell: slurm.call("scancel", job_id_of(cell)))
+
+    assert ("error", "NoResult") == (record.status, record.status_detail["type"])
+    assert "CANCELLED" in record.status_detail["message"]
+
+
+@on_slurm
+def test_a_job_that_slurm_queues_again_runs_its_cell_again(tmp_path, marks, unmarked, an_engine, slurm):
+    record = interrupted_by(
+        tmp_path, marks, an_engine, FIRST_TIME, lambda cell: slurm.call("scontrol", "requeue", job_id_of(cell))
+    )
+
+    assert "ok" == record.status
+
+
+@pytest.mark.parametrize("requeue", ["0", "1"])
+@on_slurm
+def test_a_node_that_is_lost_costs_no_cell(tmp_path, marks, unmarked, an_engine, slurm, requeue):
+    """Whether Slurm queues its job again, or the engine does."""
+
+    def lose(cell):
+        node, job = psutil.Process(cell).environ()["SLURMD_NODENAME"], job_id_of(cell)
+        slurm.call("scontrol", "update", f"JobId={job}", f"Requeue={requeue}")
+        slurm.kill_node(node)
+        slurm.start_node(node)  # at once: Slurm sees that the job is no longer there
+
+    record = interrupted_by(tmp_path, marks, an_engine, FIRST_TIME, lose)
+
+    assert "ok" == record.status
+    assert ("retried_after" in record.status_detail) == (requeue == "0")
+
+
+@on_slurm
+def test_a_controller_that_is_lost_costs_no_cell(tmp_path, marks, unmarked, an_engine, slurm):
+    """Neither cells that run nor those that are submitted while it is away."""
+
+    def lose(cell):
+        slurm.kill_controller()
+        psutil.Process(cell).kill()  # its result comes, and the next cell is to be submitted
+        time.sleep(4)
+        slurm.start_controller()
+
+    record = interrupted_by(tmp_path, marks, lambda **options: an_engine(jobs=1, **options), EACH_TIME, lose)
+
+    assert ("error", "Killed") == (record.status, record.status_detail["type"])
+
+
+DRIVER = """
+import sys
+from first_time import COMMAND
+from meftbench.runner import run_suite
+from meftbench.runner.slurm_engine import SlurmEngine
+from test_slurm_engine import LEFT
+run_suite(LEFT, sys.argv[1], engine=SlurmEngine({}, command=COMMAND))
+"""
+LEFT = a_suite(a_cell(seed=FIRST_TIME), a_cell(seed=FINE))
+
+
+@on_slurm
+def test_what_a_killed_command_leaves_in_the_queue_is_cancelled_by_the_next(tmp_path, marks, unmarked, an_engine):
+    with subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "run")]) as driver:
+        wait_until(lambda: running(marks, FIRST_TIME))
+        driver.kill()
+    [left] = running(marks, FIRST_TIME)
+    assert alive(left)
+
+    run = run_suite(LEFT, tmp_path / "run", engine=an_engine(command=COMMAND), resume=True)
+
+    assert ["ok", "ok"] == statuses(run)
+    wait_until(lambda: not alive(left))

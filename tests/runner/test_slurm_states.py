@@ -1,25 +1,23 @@
-"""What Slurm says of jobs that leave no result, by a stand-in for submitit whose jobs run in this process."""
+"""What Slurm says of jobs that leave no result, by stand-ins for its commands, and for submitit, whose jobs run in this
+process. tests/engines/test_slurm_engine.py has a real Slurm."""
 
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from builders import a_cell
-from meftbench.runner import Noted, run_suite, slurm_engine
+from meftbench.errors import NOT_COMPARABLE, UserError
+from meftbench.runner import Noted, run_suite, slurm_engine, slurm_jobs
 from meftbench.runner.slurm_engine import SlurmEngine
 from sweeps import WORKER, a_suite, statuses
 
 
 class Job:
-    watcher = None
-
-    def __init__(self, number, state):
-        self.job_id, self.state, self.asked = f"7_{number}", state, 0
-
-    def get_info(self, mode):
-        self.asked += 1
+    def __init__(self, number):
+        self.job_id = f"7_{number}"
 
     def stderr(self):
         return "slurmstepd: error: ***\n"
@@ -29,11 +27,14 @@ class Job:
 
 
 class Executor:
-    """states: how the next jobs of cells end; those that complete run here.  arrays: their sizes.  parameters: all."""
+    """states: how the next jobs of cells end; those that complete run here.  refusals: of the next submissions.
+    arrays: their sizes.  parameters: all.  queue: the file that squeue prints."""
 
     states: list[str]
+    refusals: list[str]
     arrays: list[int]
     parameters: list[dict]
+    queue: Path
 
     def __init__(self, folder, cluster):
         assert "slurm" == cluster
@@ -41,34 +42,42 @@ class Executor:
     def update_parameters(self, **parameters):
         Executor.parameters.append(parameters)
 
-    def submit(self, call):
-        call()
-        return Job(0, "COMPLETED")
-
     def submit_array(self, calls):
+        if Executor.refusals:
+            raise RuntimeError(Executor.refusals.pop(0))
         Executor.arrays.append(len(calls))
         return [self.ended(number, call) for number, call in enumerate(calls)]
 
     def ended(self, number, call):
-        state = Executor.states.pop(0) if Executor.states else "COMPLETED"
+        describes_node = len(Executor.arrays) == 1
+        state = Executor.states.pop(0) if Executor.states and not describes_node else "COMPLETED"
         if state == "COMPLETED":
             call()
-        return Job(number, state)
+        Executor.queue.write_text(f"7_{number}|{state}\n")
+        return Job(number)
 
 
 @pytest.fixture
 def slurm(monkeypatch, tmp_path):
     """A machine with Slurm's commands."""
-    Executor.states, Executor.arrays, Executor.parameters = [], [], []
+    Executor.states, Executor.refusals, Executor.arrays, Executor.parameters = [], [], [], []
+    Executor.queue = tmp_path / "queue.txt"
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
-    monkeypatch.setattr(slurm_engine, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_jobs, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_engine, "LOOK_SECONDS", 0.01)
     told = tmp_path / "scancel.txt"
-    (tmp_path / "bin").mkdir()
-    for name, script in (("sbatch", "exit 1"), ("scancel", f'echo "$@" >> {told}')):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    scripts = {"sbatch": "exit 1", "scancel": f'echo "$@" >> {told}', "squeue": f"cat {Executor.queue}"}
+    commands(tmp_path / "bin", monkeypatch, **scripts)
     return told
+
+
+def commands(folder, monkeypatch, **scripts):
+    """Programs of these names that run lines of sh, before those that are installed."""
+    folder.mkdir(exist_ok=True)
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
 def run_on(folder, suite, jobs=8, **options):
@@ -84,11 +93,11 @@ def test_all_that_is_given_is_one_array(slurm, tmp_path):
     run, _ = run_on(tmp_path / "run", suite)
 
     assert ["ok"] * 3 == statuses(run)
-    assert [3] == Executor.arrays
+    assert [1, 3] == Executor.arrays
     assert {"slurm_partition": "gpu", "cpus_per_task": 4}.items() <= Executor.parameters[-1].items()
     assert 71 == Executor.parameters[-1]["timeout_min"]
     assert {4} == {record.cell["threads"] for record in run.records}
-    assert slurm.read_text().startswith("--me --name=meftbench-")
+    assert slurm.read_text().startswith("--name=meftbench-")
 
 
 def test_a_job_whose_node_failed_is_submitted_once_more(slurm, tmp_path):
@@ -109,7 +118,7 @@ def test_a_job_whose_node_failed_is_submitted_once_more(slurm, tmp_path):
         ("OUT_OF_MEMORY", "oom", "Killed"),
         ("CANCELLED by 1000", "error", "NoResult"),
         ("FAILED", "error", "NoResult"),
-        ("COMPLETED+", "error", "NoResult"),
+        ("COMPLETED ", "error", "NoResult"),
     ],
 )
 def test_how_slurm_ended_a_job_is_how_its_cell_ended(slurm, tmp_path, state, status, kind):
@@ -128,3 +137,70 @@ def test_two_failures_of_nodes_are_recorded(slurm, tmp_path):
     run, _ = run_on(tmp_path / "run", a_suite())
 
     assert ("error", "NodeLost") == (run.records[0].status, run.records[0].status_detail["type"])
+
+
+def test_a_controller_that_is_away_is_waited_for(slurm, tmp_path):
+    Executor.refusals = ["sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect)"] * 2
+
+    run, _ = run_on(tmp_path / "run", a_suite())
+
+    assert ["ok"] == statuses(run)
+
+
+def test_what_sbatch_refuses_is_one_line(slurm, tmp_path):
+    Executor.refusals = ["sbatch: error: invalid partition\nsbatch: error: Batch job submission failed"]
+
+    with pytest.raises(UserError, match=r"sbatch refuses: sbatch: error: invalid partition sbatch: ") as refused:
+        run_on(tmp_path / "run", a_suite())
+
+    assert NOT_COMPARABLE == refused.value.exit_code
+    assert not (tmp_path / "run").exists()
+
+
+# --- clusters with and without accounts ---
+
+
+@pytest.fixture
+def slurm_says(tmp_path, monkeypatch):
+    """Makes squeue and sacct print lines; None: they fail."""
+    monkeypatch.setattr(slurm_jobs, "STATE_SECONDS", 0.0)
+
+    def make(squeue, sacct=None):
+        texts = {"squeue": squeue, "sacct": sacct}
+        scripts = {name: "exit 1" if text is None else f"echo '{text}'" for name, text in texts.items()}
+        commands(tmp_path / "bin", monkeypatch, **scripts)
+
+    return make
+
+
+JOB = SimpleNamespace(job_id="7_1")
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "second"),
+    [
+        ("7_1|RUNNING", None, ""),
+        ("7_1|PENDING", "7_1|CANCELLED by 0", ""),
+        ("7_1|TIMEOUT", None, "TIMEOUT"),
+        ("8|RUNNING", "7_1|CANCELLED by 1000\n7_1.batch|FAILED", "CANCELLED"),
+        ("", "7_1|OUT_OF_MEMORY", "OUT_OF_MEMORY"),
+        ("", "7_1|COMPLETING", ""),
+        ("", None, "UNKNOWN"),
+        (None, None, ""),
+    ],
+)
+def test_a_job_is_over_where_slurm_says_so_twice(slurm_says, squeue, sacct, second):
+    """squeue knows best; a job that neither command knows is lost; a controller that does not answer says nothing."""
+    slurm_says(squeue, sacct)
+    states = slurm_jobs.SlurmStates("name")
+
+    assert ["", second] == [states.ended(JOB), states.ended(JOB)]
+
+
+def test_a_preempted_job_that_is_queued_again_is_not_over(slurm_says):
+    states, answers = slurm_jobs.SlurmStates("name"), []
+    for state in ("PREEMPTED", "PENDING", "RUNNING", "PREEMPTED", "PREEMPTED"):
+        slurm_says(f"7_1|{state}")
+        answers.append(states.ended(JOB))
+
+    assert ["", "", "", "", "PREEMPTED"] == answers

@@ -1,0 +1,107 @@
+"""What Slurm says of jobs, and jobs that it is asked to take: the commands squeue, sacct and scancel, and submitit's
+call of sbatch."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from meftbench.errors import NOT_COMPARABLE, UserError, one_line
+
+STATE_SECONDS = 30.0  # between questions to Slurm
+COMMAND_SECONDS = 60.0  # for which a command of Slurm is waited for
+AWAY_SECONDS = 600.0  # for which a controller that does not answer is waited for, as while it is restarted
+_AWAY = ("Unable to contact slurm controller", "Zero Bytes were transmitted")  # sbatch says so then
+UNKNOWN = "UNKNOWN"  # the state of a job that Slurm has forgotten
+LOST = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", UNKNOWN)  # not by the job's own doing
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "REVOKED", *LOST)
+_LOOKS = (
+    2  # a job has to be over, or not known, at so many questions in a row: one that is preempted may be queued again
+)
+
+
+class SlurmStates:
+    """The states of all jobs of a name, asked of Slurm at once.
+
+    squeue knows jobs on every cluster, those that have ended for some minutes; sacct, on clusters that keep accounts,
+    knows them for months.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._asked = 0.0  # by the monotonic clock; never, at first
+        self._states: dict[str, str] = {}
+        self._looks: dict[str, int] = {}
+
+    def ended(self, job: Any, jobs: Collection[Any] = ()) -> str:
+        """The state in which a job of submitit has ended; "" while it may still run.
+
+        jobs: all that are waited for; sacct is asked for those that squeue does not know."""
+        now = time.monotonic()
+        if not self._asked or now - self._asked >= STATE_SECONDS:
+            self._asked = now
+            self._ask({str(one.job_id) for one in jobs} | {str(job.job_id)})
+        state = self._states.get(job.job_id, "")
+        return state if self._looks.get(job.job_id, 0) >= _LOOKS else ""
+
+    def _ask(self, job_ids: set[str]) -> None:
+        queue = ("squeue", "--noheader", "--array", "--states=all", f"--name={self._name}", "--format=%i|%T")
+        answer = _answer(queue)
+        if answer is None:
+            return  # the controller does not answer: what is known stands
+        found = _states_of(answer)
+        if forgotten := job_ids - found.keys():
+            account = ("sacct", "--noheader", "--parsable2", "--format=JobID,State", f"--jobs={','.join(forgotten)}")
+            found |= _states_of(_answer(account) or "")
+        for job_id in job_ids:
+            state = found.get(job_id, UNKNOWN)
+            self._looks[job_id] = self._looks.get(job_id, 0) + 1 if state in _OVER else 0
+            self._states[job_id] = state
+
+
+class LocalStates:
+    """The states of jobs that are processes of this machine, by submitit's executor for it."""
+
+    def ended(self, job: Any, jobs: Collection[Any] = ()) -> str:
+        """As of `SlurmStates`."""
+        state = str(job.state)
+        return state if state in ("FINISHED", "INTERRUPTED") else ""
+
+
+def _answer(command: Sequence[str]) -> str | None:
+    """What the command prints; None where it is not there, fails or does not end."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _states_of(lines: str) -> dict[str, str]:
+    """The states by job, of lines `JOB|STATE`; without what follows a state, as in `CANCELLED by 1000`."""
+    pairs = (line.strip().partition("|") for line in lines.splitlines())
+    return {job_id: state.split()[0].rstrip("+") for job_id, _, state in pairs if state.strip()}
+
+
+def cancel_jobs(name: str) -> None:
+    """Cancel the jobs of this name, which are an earlier run's."""
+    _answer(("scancel", f"--name={name}"))
+
+
+def submitted(submit: Callable[[], list[Any]]) -> list[Any]:
+    """The jobs that `submit` returns.
+
+    Raises UserError (exit 4): sbatch refuses them. A controller that does not answer is waited for."""
+    limit = time.monotonic() + AWAY_SECONDS
+    while True:
+        try:
+            return submit()
+        except RuntimeError as error:  # submitit's FailedJobError has what sbatch printed
+            said = one_line(error)
+            if any(word in said for word in _AWAY) and time.monotonic() < limit:
+                time.sleep(STATE_SECONDS / 3)
+                continue
+            cure = "see `--slurm` for its options; `--jobs` says how many jobs are in the queue at a time"
+            raise UserError("--engine slurm", f"sbatch refuses: {said[:300]}", cure, NOT_COMPARABLE) from None
