@@ -17,6 +17,7 @@ from meftbench.records.store import RECORDS
 from sweeps import wait_until
 
 kills = campaign("kills")
+engines = campaign("killed_engines")
 COUNTS = [*kills.COUNTS]
 
 
@@ -38,7 +39,7 @@ def test_kills_at_random_moments(tmp_path, capsys):
     """And the campaign, called again, repeats none of them."""
     counts = killed_often(tmp_path, seed=5, times=6)
 
-    assert {*kills.VICTIMS} == {*counts}
+    assert {*engines.Local.victims} == {*counts}
     before = (tmp_path / "kills.csv").read_bytes()
     assert counts == killed_often(tmp_path, seed=5, times=6)
     assert before == (tmp_path / "kills.csv").read_bytes()
@@ -49,7 +50,7 @@ def test_kills_at_random_moments(tmp_path, capsys):
 def test_many_kills_at_random_moments(tmp_path):
     counts = killed_often(tmp_path, seed=2026, times=120)
 
-    assert min(counts[victim] for victim in kills.VICTIMS) >= 15, counts
+    assert min(counts[victim] for victim in engines.Local.victims) >= 15, counts
 
 
 @many_minutes
@@ -84,19 +85,33 @@ def test_what_a_run_that_has_ended_lacks_or_has_too_much(tmp_path, a_kill, monke
     a_run(tmp_path / "run", a_measured_cell())
     (tmp_path / "run" / ".records.jsonl.abc").touch()
 
-    kills._count_ended(a_kill, tmp_path / "run", kills.stand_in(), [a_measured_cell()])
+    kills._count_ended(a_kill, tmp_path / "run", kills.LOADS["stand-in"](48), [a_measured_cell()])
 
     assert (47, 1) == (a_kill.lost, a_kill.torn)
     monkeypatch.setattr(kills, "kills_of_run", lambda *_: [a_kill])
     assert OVER_BUDGET == kills.main([str(tmp_path / "out"), "--kills", "1"])
 
 
+def test_more_failures_than_kills_and_numbers_of_another_cell_are_surprises(a_kill):
+    load = kills.LOADS["stand-in"](3)
+    fields = {"model": "bert-base@random", "method": "full", "sequence_length": 16, "seed": 1}
+    peak = {"activation_peak_bytes": 1000}
+    fine, wrong = (a_record(metrics=peak, batch_size=size, **fields) for size in (1, 2))
+    failed = a_record("error", batch_size=3, **fields)
+    assert [cell.cell_id for cell in load.suite.cells] == [record.cell_id for record in (fine, wrong, failed)]
+
+    kills._count_wrong(a_kill, load, [fine, failed], costly=1)
+    assert 0 == a_kill.surprises
+    kills._count_wrong(a_kill, load, [fine, wrong, failed], costly=0)
+    assert 2 == a_kill.surprises
+
+
 def test_a_process_that_is_left_is_counted_and_ended(tmp_path, a_kill, monkeypatch):
     """Whoever its parent is: it is known by its environment."""
     monkeypatch.setattr(kills, "ENDING_SECONDS", 0.0)
-    with subprocess.Popen(["sleep", "600"], env={**os.environ, kills.MARK: str(tmp_path)}) as process:
-        # Until then it is a copy of this process.
-        wait_until(lambda: "sleep" in psutil.Process(process.pid).name())
-        kills._count_left(a_kill, tmp_path)
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, engines.MARK: str(tmp_path)}) as process:
+        # Until then it is a copy of this process, or has no environment yet.
+        wait_until(lambda: "sleep" in psutil.Process(process.pid).name() and [*engines.marked(str(tmp_path))])
+        kills._count_left(a_kill, engines.Local(), tmp_path)
 
     assert (1, -9) == (a_kill.left, process.returncode)
