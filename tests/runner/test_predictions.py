@@ -81,7 +81,9 @@ def test_the_answer_does_not_wait_for_what_code_of_the_user_leaves_running(funct
     """A thread that goes on would keep the interpreter of the prediction from its end; nothing is left of either."""
     (tmp_path / "lasting.py").write_text(ENDLESS)
     monkeypatch.chdir(tmp_path)
-    before = set(Path(tempfile.gettempdir()).glob("meftbench-*"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
     def asked():
         shape = {"batch_size": 1, "sequence_length": 8}
@@ -92,7 +94,7 @@ def test_the_answer_does_not_wait_for_what_code_of_the_user_leaves_running(funct
     else:
         with pytest.raises(UserError, match=said):
             asked()
-    assert before == set(Path(tempfile.gettempdir()).glob("meftbench-*"))
+    assert [] == [*(tmp_path / "temporary").iterdir()]
 
 
 def test_an_error_of_any_texts_is_an_answer():
