@@ -1,5 +1,6 @@
 """For all tests: hypothesis judges answers, not seconds; processes that share the cores take one share of them each."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -20,17 +21,28 @@ settings.load_profile("meftbench")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prestarted_workers(tmp_path_factory):
-    """Where many tests run, workers are forked from a process that has imported torch and transformers (prestarted.py).
+def few_collections():
+    """Where many tests run, what torch and transformers have made on import is exempt from garbage collections, and
+    these are rarer: they take a quarter of the time of tests that trace a step."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import meftbench.measuring.requests  # noqa: F401 - torch and transformers
 
-    With `-n0` each is started as a user's is.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_worker(tmp_path_factory):
+    """The command of the worker. Where many tests run, it asks for one that is forked from a process that has imported
+    torch and transformers (prestarted.py). With `-n0` each is started as a user's is.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        yield
-        return
     from meftbench.plan.protocol import Protocol
     from meftbench.runner import predictions, process
 
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield process.WORKER
+        return
     program, place = Path(__file__).with_name("prestarted.py"), tmp_path_factory.mktemp("workers") / "socket"
     environment = process.worker_environment(Protocol(), 1, os.environ)
     command = (sys.executable, "-I", str(program), "client", str(place))
@@ -40,7 +52,7 @@ def prestarted_workers(tmp_path_factory):
     ):
         patch.setattr(process, "WORKER", command)
         patch.setattr(predictions, "ONCE", (*command, "--once"))
-        yield
+        yield command
 
 
 @pytest.fixture

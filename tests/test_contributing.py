@@ -122,6 +122,7 @@ def test_the_recipe_of_a_method_trains_every_head(extended):
     run_in(extended, "-c", CHECK, str(extended), json.dumps(MINIATURES))
 
 
+@pytest.mark.slow
 def test_the_recipes_work_together(extended, tmp_path):
     """A run with the method, the lever, the backbone and both metrics; the table shows them; the profile predicts."""
     from transformers import Starcoder2Config

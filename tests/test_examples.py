@@ -37,6 +37,7 @@ def test_a_script_runs(tmp_path, name, said):
         assert float(out.split("differ by ")[1].split()[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_gate_holds_and_fails_by_a_byte(tmp_path):
     """The budgets are what is counted, to the byte: one byte less is exceeded, exit 1."""
     example = ROOT / "examples" / "ci"

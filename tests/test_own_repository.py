@@ -63,6 +63,7 @@ def make_it_hold_more(project):
 # --- the example ---
 
 
+@pytest.mark.slow
 def test_its_tests_pass_and_fail_by_one_line(project):
     """Tests with budgets, as its README says: the failure names bytes, source, excess, and what is alive."""
     held = in_shell(project, "python -m pytest -q")
@@ -78,6 +79,7 @@ def test_its_tests_pass_and_fail_by_one_line(project):
     assert "What is alive at the peak of forward and backward:\n  512.0 KiB (counted): addmm.default" in exceeded.stdout
 
 
+@pytest.mark.slow
 def test_its_suite_holds_and_fails_by_one_line(project):
     """By the commands of its README."""
     commands = re.findall(r"(?m)^(meftbench \w+ .*?) *#", (project / "README.md").read_text())
@@ -234,6 +236,7 @@ def calls(tmp_path):
     return file.read_text().splitlines() if file.exists() else []
 
 
+@pytest.mark.slow
 def test_a_pull_request_that_holds_more_fails_and_is_told(pull_request, tmp_path):
     """The comment is a table of what grew; the report and the badge are uploaded; the job fails at its end."""
     make_it_hold_more(pull_request.folder)

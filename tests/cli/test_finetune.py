@@ -19,9 +19,9 @@ ARGUMENTS = ("finetune", "bert-tiny@random", "lora")
 
 
 @pytest.fixture
-def real_worker(monkeypatch):
+def real_worker(monkeypatch, real_worker):
     """Cells are trained indeed."""
-    monkeypatch.setattr(process, "WORKER", (sys.executable, "-m", "meftbench.worker"))
+    monkeypatch.setattr(process, "WORKER", real_worker)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

@@ -21,7 +21,6 @@ from meftbench.schemas import DRAFT, FOLDER, FORMATS, made, schema_of, text_of
 from scored_runs import a_score
 from snapshots import a_step, written
 
-REAL_WORKER = process.WORKER
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ("--batch-size", "2", "--sequence-length", "16")
 SUITE = """
@@ -136,8 +135,8 @@ def test_a_training_is_as_its_schema_says(tmp_path, cli):
         assert faults("record", json.loads(line)) == []
 
 
-def test_a_plan_is_as_its_schema_says(cli, monkeypatch):
-    monkeypatch.setattr(process, "WORKER", REAL_WORKER)
+def test_a_plan_is_as_its_schema_says(cli, monkeypatch, real_worker):
+    monkeypatch.setattr(process, "WORKER", real_worker)
     asks = (
         "--levers",
         "none",
@@ -157,8 +156,8 @@ def test_a_plan_is_as_its_schema_says(cli, monkeypatch):
 
 
 @pytest.mark.usefixtures("runs")
-def test_a_validated_snapshot_is_as_its_schema_says(cli, monkeypatch):
-    monkeypatch.setattr(process, "WORKER", REAL_WORKER)
+def test_a_validated_snapshot_is_as_its_schema_says(cli, monkeypatch, real_worker):
+    monkeypatch.setattr(process, "WORKER", real_worker)
     cli("export", "bert-tiny@random", "lora", *SHAPE, "-o", "step.pickle", "-q")
     _, out, err = cli("validate", "step.pickle", "bert-tiny@random", "lora", *SHAPE, "--json", "-q")
 

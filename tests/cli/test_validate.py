@@ -23,7 +23,6 @@ from meftbench.verdicts.validation import (
 )
 from sweeps import a_suite
 
-REAL_WORKER = process.WORKER
 T4 = {"gpus": {"devices": [{"index": 0, "name": find_profile("t4").device}], "driver": "1", "absent": None}}
 TINY = {"model": "bert-tiny@random", "batch_size": 2, "sequence_length": 16}
 
@@ -35,9 +34,9 @@ def a_measured(peak, method="lora", **fields):
 
 
 @pytest.fixture
-def predicting(monkeypatch):
+def predicting(monkeypatch, real_worker):
     """The real worker, which knows torch."""
-    monkeypatch.setattr(process, "WORKER", REAL_WORKER)
+    monkeypatch.setattr(process, "WORKER", real_worker)
 
 
 def predicted_of(record, peak):

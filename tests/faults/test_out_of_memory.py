@@ -15,7 +15,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from failing_allocations import REQUESTED, FailingAllocations
-from long_profile import many_minutes
+from long_profile import many_minutes, sampled
 from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import CellFailure
 from meftbench.measuring import requests
@@ -157,7 +157,7 @@ def fails_and_is_unharmed(backbone: str, method: str, numbers: Callable[[int], I
     return phases
 
 
-@every_case
+@pytest.mark.parametrize(("backbone", "method"), sampled(CASES, 3))
 def test_a_step_without_memory_at_any_moment_leaves_nothing_behind(backbone, method):
     """The same step then gives the same gradients and the same weights, bit for bit."""
     phases = fails_and_is_unharmed(backbone, method, lambda count: range(0, count, count // SAMPLED))

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, LlamaModel, ViTModel
 
 import meftbench
+from long_profile import sampled
 from meftbench.backbones.quantize import quantize
 from meftbench.errors import UserError
 from meftbench.reversible import ReversibleStack
@@ -328,7 +329,7 @@ def check_trains(build, folder, method, settings):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what is deprecated in torch.ao and accelerate
-@pytest.mark.parametrize("row", BEFORE)
+@pytest.mark.parametrize("row", sampled(BEFORE, 3))
 def test_a_model_as_it_comes(row, tmp_path):
     builds, settings = BEFORE[row]
     said = {column: cell for (name, column), cell in EARLIER.items() if name == row}

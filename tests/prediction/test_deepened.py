@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from campaigns import campaign
+from long_profile import many_minutes, sampled
 from meftbench.errors import UserError
 from meftbench.prediction.columns import Trace
 from meftbench.prediction.deepened import Growth, IrregularError
@@ -45,7 +46,7 @@ CASES = {
 }
 
 # Of these the campaign in reports/extrapolation says the same, or another case does.
-SLOW = ("seq2seq", "some layers checkpointed", "adafactor", "every fourth layer attends", "experts", "checkpoint")
+LONG = ("seq2seq", "some layers checkpointed", "adafactor", "every fourth layer attends", "experts", "checkpoint")
 
 
 def a_deep_cell(name):
@@ -70,7 +71,13 @@ def totals(work):
     return found
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *sampled([name for name in CASES if name not in LONG], 2),
+        *(pytest.param(name, marks=many_minutes) for name in LONG),
+    ],
+)
 def test_what_is_told_of_a_deep_model_is_its_trace(name):
     """In the shape that came first, of which all layers are never traced, and in another one after it."""
     few, whole = extrapolation.WatchedTracer(), extrapolation.WatchedTracer(extrapolate=False)

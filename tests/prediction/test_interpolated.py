@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from long_profile import sampled
 from meftbench.catalogue.profiles import find_profile
 from meftbench.plan.cell import Cell
 from meftbench.prediction.columns import Trace, What, number_of
@@ -54,7 +55,7 @@ def assert_same(told: Traced, traced: Traced) -> None:
     assert (traced.tokens, traced.sizes, traced.attention) == (told.tokens, told.sizes, told.attention)
 
 
-@pytest.mark.parametrize(("backbone", "method"), CELLS, ids=" ".join)
+@pytest.mark.parametrize(("backbone", "method"), sampled(CELLS, 2))
 @settings(max_examples=3, deadline=None)
 @given(batch_size=st.sampled_from(BATCHES), length=st.sampled_from(LENGTHS))
 def test_a_told_shape_is_the_traced_one(backbone, method, batch_size, length):

@@ -9,6 +9,7 @@ from operator import itemgetter
 import pytest
 
 from builders import a_cell
+from long_profile import sampled
 from meftbench.catalogue import optimizers
 from meftbench.catalogue.profiles import find_profile
 from meftbench.prediction.allocator import AllocatorSettings, replay
@@ -95,7 +96,7 @@ def by_birth(events):
     return ordered
 
 
-@pytest.mark.parametrize("name", [*CELLS, *OPTIMIZERS])
+@pytest.mark.parametrize("name", sampled([*CELLS, *OPTIMIZERS], 3))
 def test_steps_told_again_are_steps_traced(name):
     """Three of them: every event in its order, peaks by phase, breakdown, and what torch would reserve."""
     cell = a_small_cell(name)
@@ -135,7 +136,9 @@ def test_what_is_remembered_of_other_shapes_changes_no_event(method):
     assert 10 * (remembered.asked - asked) < remembered.hits
 
 
-@pytest.mark.parametrize("name", [name for name, given in CELLS.items() if given.get("precision", "bf16") == "bf16"])
+@pytest.mark.parametrize(
+    "name", sampled([name for name, given in CELLS.items() if given.get("precision", "bf16") == "bf16"], 3)
+)
 def test_a_model_traced_in_other_shapes_is_as_good_as_new(name):
     """Larger, smaller, longer, shorter, and back: each trace is that of a model built for it, byte for byte."""
     cell, tracer = a_small_cell(name), Tracer(PROFILE)

@@ -7,6 +7,7 @@ import resource
 import pytest
 import torch
 
+from long_profile import sampled
 from meftbench.catalogue.optimizers import OPTIMIZERS
 from meftbench.measuring.build import build_step
 from meftbench.plan.cell import Cell
@@ -17,25 +18,27 @@ from tests.models import a_cell, a_cell_of
 STREAM = 8 * 512 * 768 * 4  # BERT-base, 8 × 512: batch × tokens × hidden × 4 bytes
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        "full",
-        "lora",
-        "lora+checkpoint",
-        "lora+checkpoint+tiled_mlp",
-        "lora+checkpoint(every=2)",
-        "full+checkpoint(keep=attention)",
-        "lora+offload",
-        "mezo",
-        "lora+checkpoint+offload(what=checkpoints)+weight_offload",
-        "meft1",
-        "meft1-exact",
-        "meft3-exact",
-        "bdia",
-    ],
-)
+METHODS = [
+    "full",
+    "lora",
+    "lora+checkpoint",
+    "lora+checkpoint+tiled_mlp",
+    "lora+checkpoint(every=2)",
+    "full+checkpoint(keep=attention)",
+    "lora+offload",
+    "mezo",
+    "lora+checkpoint+offload(what=checkpoints)+weight_offload",
+    "meft1",
+    "meft1-exact",
+    "meft3-exact",
+    "bdia",
+]
+PRECISIONS = ("fp32", "bf16-autocast")
+# Each method in one precision; in the other in the long profile.
+IN_PRECISIONS = [(method, PRECISIONS[(i + j) % 2]) for i, method in enumerate(METHODS) for j in range(2)]
+
+
+@pytest.mark.parametrize(("method", "precision"), sampled(IN_PRECISIONS, 2))
 def test_a_traced_step_is_a_computed_step_byte_for_byte(method, precision):
     """Phase peaks, breakdown, what is held after forward, and what moved to the host."""
     agree(a_cell(method, precision=precision))

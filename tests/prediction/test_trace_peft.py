@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from long_profile import sampled
 from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.catalogue.profiles import find_profile
 from meftbench.errors import UserError
@@ -57,7 +58,7 @@ MET = [
 ]
 
 
-@pytest.mark.parametrize(("name", "model"), MET)
+@pytest.mark.parametrize(("name", "model"), sampled(MET, 3))
 def test_a_traced_step_of_it_is_a_computed_step_byte_for_byte(name, model, monkeypatch):
     """Phase peaks, breakdown, what is held after forward; the attention mask, which a trace drops, is of ones."""
     monkeypatch.setattr(test_trace, "build_step", a_moved_step)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from long_profile import sampled
 from meftbench.errors import CellFailure
 from meftbench.measuring.build import build_step
 from meftbench.measuring.measurers import measure_cell
@@ -149,10 +150,13 @@ OF_EACH_FORM = ["bert", "bart", "opt-post", "vit", "llama", "gemma2", "gemma3", 
 
 @pytest.mark.parametrize(
     ("backbone", "method"),
-    [
-        *((name, "parallel") for name in OF_EACH_FORM),
-        *((name, "lora") for name in ("bert", "bart", "llama", "mixtral")),
-    ],
+    sampled(
+        [
+            *((name, "parallel") for name in OF_EACH_FORM),
+            *((name, "lora") for name in ("bert", "bart", "llama", "mixtral")),
+        ],
+        every=3,
+    ),
 )
 def test_checkpointing_and_tiles_save_what_they_must_on_every_backbone(backbone, method):
     """Alone and together, whoever runs the layers: transformers' classes, or their sublayers where an adapter is in."""

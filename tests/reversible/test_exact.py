@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from long_profile import sampled
 from meftbench.errors import UserError
 from meftbench.methods import prepare
 from meftbench.methods.bottleneck import Bottleneck
@@ -46,10 +47,13 @@ def differences(applied, batch, **autocast):
     return observer.wrong, found
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("depth", "tiles"), [(12, 1), (12, 3), (12, 8), (24, 1), (24, 3), (24, 8), (48, 3), (48, 8), (96, 3)]
-)
+DTYPES = (None, torch.bfloat16, torch.float16)
+DEPTHS = ((12, 1), (12, 3), (12, 8), (24, 1), (24, 3), (24, 8), (48, 3), (48, 8), (96, 3))
+# Each depth in one type; in the others in the long profile.
+DEPTHS_IN_DTYPES = [(*depth, DTYPES[(i + j) % 3]) for i, depth in enumerate(DEPTHS) for j in range(3)]
+
+
+@pytest.mark.parametrize(("depth", "tiles", "dtype"), sampled(DEPTHS_IN_DTYPES, 3))
 def test_nothing_differs_at_any_depth(depth, tiles, dtype):
     """fp32, bf16 and fp16 autocast, dropout on, padding on; neither 3 nor 8 tiles divide the 20 tokens."""
     applied = prepare(a_model(depth, torch.float32), "meft1-exact", {"tiles": tiles, "head_groups": 2}, seed=1)

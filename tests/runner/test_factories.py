@@ -163,6 +163,7 @@ def test_resume_says_when_the_code_has_changed(measured_by_the_stand_in, capfd):
 # --- with the real worker ---
 
 
+@pytest.mark.slow
 def test_the_documented_example_as_written(tmp_path):
     """Both files, both commands; the worker finds the code from the folder that the command was started in."""
     (tmp_path / "my_models.py").write_text(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1])

@@ -94,7 +94,7 @@ def test_the_answer_does_not_wait_for_what_code_of_the_user_leaves_running(funct
     else:
         with pytest.raises(UserError, match=said):
             asked()
-    assert [] == [*(tmp_path / "temporary").iterdir()]
+    assert [] == [*(tmp_path / "temporary").glob("meftbench-*")]
 
 
 def test_an_error_of_any_texts_is_an_answer():

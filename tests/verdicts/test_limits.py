@@ -10,7 +10,6 @@ from meftbench.prediction.trace import count_uncomputed
 from meftbench.runner import process
 from meftbench.verdicts.limits import UNUSED, Limited, limited
 
-REAL_WORKER = process.WORKER
 PROTOCOL = Protocol(warmup=1, steps=1, passes=("memory",))
 SHAPES = {
     "bert": {"model": "bert-tiny@random", "batch_size": 2, "sequence_length": 16},
@@ -26,9 +25,9 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("method", "model"), [("full", "smollm2"), ("lora+checkpoint", "bert"), ("meft1-exact", "smollm2")]
 )
-def test_a_step_runs_within_its_predicted_peak_and_not_within_a_block_less(model, method, monkeypatch):
+def test_a_step_runs_within_its_predicted_peak_and_not_within_a_block_less(model, method, monkeypatch, real_worker):
     """The trace's peak is the step's, so nothing stays unused; 512 bytes less, and the cell is out of memory."""
-    monkeypatch.setattr(process, "WORKER", REAL_WORKER)
+    monkeypatch.setattr(process, "WORKER", real_worker)
     cell = Cell.of(method, **SHAPES[model])
     peak = max(count_uncomputed(cell, warmup=warmup).peak.total for warmup in (0, 1))
     peak += 1024 * ("exact" in method)  # two vectors of its calibration, which no trace has
