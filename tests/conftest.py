@@ -33,7 +33,7 @@ def few_collections():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def real_worker(tmp_path_factory):
+def worker_command(tmp_path_factory):
     """The command of the worker. Where many tests run, it asks for one that is forked from a process that has imported
     torch and transformers (prestarted.py). With `-n0` each is started as a user's is.
     """

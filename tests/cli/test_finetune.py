@@ -19,9 +19,9 @@ ARGUMENTS = ("finetune", "bert-tiny@random", "lora")
 
 
 @pytest.fixture
-def real_worker(monkeypatch, real_worker):
+def real_worker(monkeypatch, worker_command):
     """Cells are trained indeed."""
-    monkeypatch.setattr(process, "WORKER", real_worker)
+    monkeypatch.setattr(process, "WORKER", worker_command)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

@@ -135,8 +135,8 @@ def test_a_training_is_as_its_schema_says(tmp_path, cli):
         assert faults("record", json.loads(line)) == []
 
 
-def test_a_plan_is_as_its_schema_says(cli, monkeypatch, real_worker):
-    monkeypatch.setattr(process, "WORKER", real_worker)
+def test_a_plan_is_as_its_schema_says(cli, monkeypatch, worker_command):
+    monkeypatch.setattr(process, "WORKER", worker_command)
     asks = (
         "--levers",
         "none",
@@ -156,8 +156,8 @@ def test_a_plan_is_as_its_schema_says(cli, monkeypatch, real_worker):
 
 
 @pytest.mark.usefixtures("runs")
-def test_a_validated_snapshot_is_as_its_schema_says(cli, monkeypatch, real_worker):
-    monkeypatch.setattr(process, "WORKER", real_worker)
+def test_a_validated_snapshot_is_as_its_schema_says(cli, monkeypatch, worker_command):
+    monkeypatch.setattr(process, "WORKER", worker_command)
     cli("export", "bert-tiny@random", "lora", *SHAPE, "-o", "step.pickle", "-q")
     _, out, err = cli("validate", "step.pickle", "bert-tiny@random", "lora", *SHAPE, "--json", "-q")
 

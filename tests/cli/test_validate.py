@@ -34,9 +34,9 @@ def a_measured(peak, method="lora", **fields):
 
 
 @pytest.fixture
-def predicting(monkeypatch, real_worker):
+def predicting(monkeypatch, worker_command):
     """The real worker, which knows torch."""
-    monkeypatch.setattr(process, "WORKER", real_worker)
+    monkeypatch.setattr(process, "WORKER", worker_command)
 
 
 def predicted_of(record, peak):

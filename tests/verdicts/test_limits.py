@@ -25,9 +25,9 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("method", "model"), [("full", "smollm2"), ("lora+checkpoint", "bert"), ("meft1-exact", "smollm2")]
 )
-def test_a_step_runs_within_its_predicted_peak_and_not_within_a_block_less(model, method, monkeypatch, real_worker):
+def test_a_step_runs_within_its_predicted_peak_and_not_within_a_block_less(model, method, monkeypatch, worker_command):
     """The trace's peak is the step's, so nothing stays unused; 512 bytes less, and the cell is out of memory."""
-    monkeypatch.setattr(process, "WORKER", real_worker)
+    monkeypatch.setattr(process, "WORKER", worker_command)
     cell = Cell.of(method, **SHAPES[model])
     peak = max(count_uncomputed(cell, warmup=warmup).peak.total for warmup in (0, 1))
     peak += 1024 * ("exact" in method)  # two vectors of its calibration, which no trace has
