@@ -17,9 +17,11 @@ class Parallelism:
 
     refused_levers: why a lever of LEVERS is refused, by its name.  precisions, optimizers: those that are refused,
         likewise.
+    steps_to_settle: steps before those that are all alike in memory.
     """
 
     summary: str
+    steps_to_settle: int = 1
     refused_levers: Mapping[str, str] = field(default_factory=dict)
     refused_precisions: Mapping[str, str] = field(default_factory=dict)
     refused_optimizers: Mapping[str, str] = field(default_factory=dict)
@@ -30,6 +32,7 @@ _WHOLE_WEIGHTS = "computes on whole weights, and a rank holds shards of them"
 PARALLELISMS: dict[str, Parallelism] = {
     "ddp": Parallelism(
         "torch's DistributedDataParallel: each rank holds the whole model, gradients are averaged in buckets",
+        steps_to_settle=2,  # the second one makes the buckets anew
         refused_levers={
             "optimizer_in_backward": "takes a gradient before it is averaged over the ranks",
             **dict.fromkeys(("liger_loss", "cut_loss", "compile", "optimizer_offload", "weight_offload"), _UNTRIED),

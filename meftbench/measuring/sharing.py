@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from meftbench.backbones import layouts_of
+from meftbench.catalogue.parallelisms import PARALLELISMS
 from meftbench.errors import UserError, one_line
 from meftbench.methods.applied import Applied
 from meftbench.methods.levers.transfers import allocations_as
@@ -50,9 +51,11 @@ class Sharing(Protocol):
 
     called: the module whose forward is the model's.
     gathering: the modules whose forward begins with gathering their weights.
+    steps_to_settle: steps before those that are all alike in memory.
     """
 
     gathering: Sequence[nn.Module]
+    steps_to_settle: int
 
     @property
     def called(self) -> nn.Module:
@@ -105,6 +108,8 @@ class Averaged:
     """By torch's DistributedDataParallel with its defaults: gradients are copied into buckets of 25 MiB (the first of
     1 MiB), which are averaged over the ranks as soon as they are full, and copied back."""
 
+    steps_to_settle = PARALLELISMS["ddp"].steps_to_settle
+
     def __init__(self, model: nn.Module) -> None:
         self.gathering: Sequence[nn.Module] = ()
         self._model = model
@@ -141,6 +146,8 @@ class Sharded:
     never a block, so that fully_shard's hooks would not be run: there the frozen weights of a block are gathered when
     the stack enters it (`_GatheredBlocks`), and its trained weights, which are few, are gathered for the whole step.
     """
+
+    steps_to_settle = PARALLELISMS["fsdp2"].steps_to_settle
 
     def __init__(self, label: str, applied: Applied, mesh: DeviceMesh) -> None:
         self._model = applied.model

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meftbench.catalogue.operations import Work
+from meftbench.catalogue.parallelisms import PARALLELISMS
 from meftbench.catalogue.profiles import Profile, find_profile
 from meftbench.catalogue.versions import NOW, Versions
 from meftbench.errors import CellFailure, UserError
@@ -306,10 +307,11 @@ def predicted_cell(cell: Cell, protocol: Protocol) -> tuple[dict[str, Metric], d
     if protocol.memory_limit is not None:
         capacity = min(capacity, protocol.memory_limit)
     settings = replace(AllocatorSettings.parse(protocol.alloc_conf), capacity=capacity)
+    settling = 1 if cell.parallelism is None else PARALLELISMS[cell.parallelism].steps_to_settle
     predicted = predict(
         cell,
         profile,
-        warmup=max(1, protocol.warmup),
+        warmup=max(settling, protocol.warmup),
         steps=max(1, protocol.steps),
         settings=settings,
         settle=True,

@@ -147,5 +147,7 @@ def observe(counter: StorageCounter, run: Callable[[Mark], object], at_end: Call
 
 
 def warmup_steps(step: Step, requested: int) -> int:
-    """Steps before the measured ones: at least one where the optimizer keeps state, which the first step creates."""
-    return max(requested, int(keeps_state(step.optimizer)))
+    """Steps before the measured ones: at least one where the optimizer keeps state, which the first step creates, and
+    as many as ranks need until all steps are alike."""
+    settling = 0 if step.sharing is None else step.sharing.steps_to_settle
+    return max(requested, int(keeps_state(step.optimizer)), settling)

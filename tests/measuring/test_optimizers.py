@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from meftbench.catalogue import resolve
 from meftbench.catalogue.optimizers import OPTIMIZERS
+from meftbench.catalogue.parallelisms import PARALLELISMS
 from meftbench.errors import UserError
 from meftbench.measuring.optimizers import PAGED_FROM, states_of
 from meftbench.plan.point import cell_of
@@ -134,6 +136,17 @@ def test_only_an_optimizer_without_states_needs_no_step_before(name):
     step = a_step("lora", optimizer=name)
 
     assert int(OPTIMIZERS[name].keeps_state) == warmup_steps(step, 0)
+
+
+@pytest.mark.parametrize("way", PARALLELISMS)
+def test_ranks_need_as_many_steps_before_as_they_are_not_alike(way):
+    """DDP makes its buckets anew in the second: memory that would look as if it grew."""
+    steps = PARALLELISMS[way].steps_to_settle
+    step = a_step("lora")
+    step.sharing = SimpleNamespace(steps_to_settle=steps)
+
+    assert [steps, steps, steps + 1] == [warmup_steps(step, n) for n in (0, steps, steps + 1)]
+    assert {"ddp": 2, "fsdp2": 1}[way] == steps
 
 
 @NEEDS_IT

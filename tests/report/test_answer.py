@@ -224,6 +224,26 @@ def test_shapes_are_answered_one_by_one_and_the_largest_is_the_headline(tmp_path
     assert 1 <= len(headline(frame)) <= 3
 
 
+def test_ranks_are_answered_beside_one_process_and_all_cells_are_counted(tmp_path):
+    """What is least in one process is not said as if it were least of all, nor its cells as if they were all."""
+    ranks = {"world_size": 2, "parallelism": "fsdp2"}
+    records = [a_cell_of("lora", 90), a_cell_of("full", 200), a_cell_of("lora", 50, **ranks)]
+    said = headline(frame_of(a_run(tmp_path, *records)))
+
+    assert said[0].startswith("at batch 8 × 128 tokens in one process, lora holds least, a peak of 90.0 MiB (counted)")
+    assert "in 2 ranks under fsdp2 lora holds least, 50.0 MiB (counted) in a rank" == said[1]
+    assert "of full's 200.0 MiB (counted)" in said[2]
+
+
+@pytest.mark.parametrize(("ended", "said"), [("ok", "all 3 cells ended ok"), ("error", "2 of 3 cells ended ok")])
+def test_the_headline_counts_the_cells_of_all_shapes(tmp_path, ended, said):
+    peak = {"peak_allocated_bytes": 1000}
+    records = [a_record(ended, peak, method="full", batch_size=1), a_record(metrics=peak, method="full", batch_size=2)]
+    records.append(a_record(metrics=peak, method="lora", batch_size=2))
+
+    assert said == headline(frame_of(a_run(tmp_path, *records)))[-1]
+
+
 @pytest.mark.parametrize("status", ["oom", "error", "timeout", "skipped"])
 def test_without_a_cell_that_ended_ok_only_its_end_is_said(tmp_path, status):
     answer = the_answer(tmp_path, a_record(status))

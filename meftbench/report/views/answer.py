@@ -54,7 +54,8 @@ def headline(frame: DataFrame, found: Sequence[Answer] | None = None) -> list[st
     """One to three sentences for the whole run, written as those of an answer; [] where no cell has finished.
 
     They are those of the shape at which most methods ended ok, and of several the largest. Of trainings on several
-    tasks they say on how many of these each method is among the best. found: the answers, where they are known.
+    tasks they say on how many of these each method is among the best; of cells in one process and in several ranks,
+    what holds least in a rank each way. found: the answers, where they are known.
     """
     all_answers = answers(frame) if found is None else found
     if not all_answers:
@@ -69,7 +70,45 @@ def headline(frame: DataFrame, found: Sequence[Answer] | None = None) -> list[st
     first, *others = chosen.sentences
     several = len({answer.facts["model"] for answer in all_answers}) > 1
     model = f" of {chosen.facts['model']}" if several else ""
-    return [f"{'on' if chosen in tasks else 'at'} {chosen.facts['at']}{model}, {first}", *others][:3]
+    in_ranks = [answer for answer in all_answers if answer is not chosen and _shares_step_otherwise(answer, chosen)]
+    where = f" {_in_ranks(chosen.facts)}" if in_ranks else ""
+    of_ranks = [text for answer in in_ranks for text in _least_in_ranks(answer.facts)]
+    ended = [answer.facts["ended"] for answer in all_answers]
+    every = sum(len(cells) for one in ended for cells in one.values())
+    whole = _ended_ok(sum(len(one.get("ok", [])) for one in ended), every)
+    own = len(chosen.facts["ended"].get("ok", []))
+    others = [whole if text == _ended_ok(own, own) else text for text in others]
+    opening = f"{'on' if chosen in tasks else 'at'} {chosen.facts['at']}{model}{where}, {first}"
+    return [opening, *(["; ".join(of_ranks)] if of_ranks else []), *others][:3]
+
+
+def _shares_step_otherwise(answer: Answer, other: Answer) -> bool:
+    """Whether two answers are of one model and shape, and differ in how many processes share a step, and how."""
+    facts = answer.facts
+    alike = ("model", "at", "device", "precision")
+    if "world_size" not in facts or "world_size" not in other.facts:
+        return False
+    return all(facts[name] == other.facts[name] for name in alike) and _in_ranks(facts) != _in_ranks(other.facts)
+
+
+def _in_ranks(facts: Mapping[str, Any]) -> str:
+    """`in one process`, `in 2 ranks under ddp`."""
+    if facts["world_size"] == 1:
+        return "in one process"
+    return f"in {facts['world_size']} ranks under {facts['parallelism']}"
+
+
+def _least_in_ranks(facts: Mapping[str, Any]) -> Iterator[str]:
+    for least in facts["least"]:
+        peak = f"{format_bytes(least['peak_bytes'])} ({least['source']})"
+        yield f"{_in_ranks(facts)} {listed(least['methods'])} {verb('hold', least['methods'])} least, {peak} in a rank"
+
+
+def _ended_ok(number: int, every: int) -> str:
+    """How many of so many cells ended ok."""
+    if number < every:
+        return f"{number} of {every} cells ended ok"
+    return f"all {every} cells ended ok" if every > 1 else "the cell ended ok"
 
 
 # --- cells of which steps were measured ---
@@ -82,15 +121,14 @@ def _of_shape(title: str, rows: Sequence[dict[str, Any]]) -> Answer:
     ended = {status: [row["method"] for row in rows if row["status"] == status] for status in _statuses(rows)}
     facts: dict[str, Any] = {
         "at": shape_text(*shape_of(first)),
-        **{name: first[name] for name in ("model", "device", "precision", *SHAPE)},
+        **{name: first[name] for name in ("model", "device", "precision", "world_size", "parallelism", *SHAPE)},
         "tokens": int(first["batch_size"]) * int(first["sequence_length"]),
         "ended": ended,
     }
     best = [*_least(ended_ok, facts), *_fastest(ended_ok, facts)]
     largest = _largest(ended_ok, facts)
     levers = _levers(ended_ok, [row for row in rows if row["status"] == "oom"], facts)
-    every_one = f"all {len(rows)} cells ended ok" if len(rows) > 1 else "the cell ended ok"
-    all_ok = [every_one] if set(ended) == {"ok"} else []
+    all_ok = [_ended_ok(len(rows), len(rows))] if set(ended) == {"ok"} else []
     sentences = (*(["; ".join(best)] if best else []), *_failures(rows, ended), *largest, *levers, *all_ok)
     shared = [setting_text(name, first[name]) for name in ("device", "precision")]
     parts = [title, *(text for text in shared if text not in title.split(", "))]
