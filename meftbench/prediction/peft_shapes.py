@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import _config as meta_options
@@ -229,6 +229,27 @@ def _locations(function: Callable[..., Any]) -> Callable[..., Any]:
     return locations
 
 
+def _with_dtype_of_base(function: Callable[..., Any]) -> Callable[..., Any]:
+    """peft gives an adapter the type of the layer that it adapts, but for adapters of the meta device, which it leaves
+    in float32: in a model of float64 they would be half as large."""
+
+    @wraps(function)
+    def moved(layer: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        function(layer, adapter_name, *args, **kwargs)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_meta or not weight.is_floating_point():
+            return
+        for name in (*layer.adapter_layer_names, *layer.other_param_names):
+            parts = getattr(layer, name, None)
+            if not isinstance(parts, nn.ModuleDict | nn.ParameterDict) or adapter_name not in parts:
+                continue
+            part = parts[adapter_name]
+            if isinstance(part, nn.Module) or part.is_floating_point():
+                parts[adapter_name] = part.to(weight.dtype)
+
+    return moved
+
+
 # Module, class or None, the name of the function, and what makes the one in its place from it.
 _REPLACED: tuple[tuple[str, str | None, str, Callable[..., Any]], ...] = (
     ("peft.tuners.adamss.layer", None, "slice_pca", _principal_parts),
@@ -240,6 +261,7 @@ _REPLACED: tuple[tuple[str, str | None, str, Callable[..., Any]], ...] = (
     ("peft.tuners.frod.layer", "FrodLayer", "update_layer", _on_meta_throughout),
     ("peft.tuners.frod.layer", "Linear", "_get_frod_tensors", _with_known_size),
     ("peft.tuners.shira.layer", "ShiraLayer", "update_layer", _indices_of_mask),
+    ("peft.tuners.tuners_utils", "BaseTunerLayer", "_move_adapter_to_device_of_base_layer", _with_dtype_of_base),
     ("peft.tuners.unilora.model", "UniLoraModel", "_assign_unilora_indices_and_scales", _all_fulfil),
     ("peft.tuners.waveft.layer", "WaveFTLayer", "get_delta_weight", _all_fulfil),  # selects all that lie inside
 )

@@ -203,7 +203,7 @@ def uncomputed_step(
 
 
 def _values_of_peft(cell: Cell) -> AbstractContextManager[None]:
-    return peft_without_values() if cell.method in PEFT_METHODS else nullcontext()
+    return peft_without_values() if cell.method in {*PEFT_METHODS, "lora", "lora-fa"} else nullcontext()
 
 
 @contextmanager

@@ -69,6 +69,14 @@ FAMILIES = {
 }
 
 
+@pytest.mark.parametrize("method", ["lora", "lora-fa", "parallel", "meft1-exact"])
+def test_in_float64_as_well(method):
+    """Adapters of peft have the type of the layer that they adapt."""
+    name = "smollm2-135m@random"
+    config = FAMILIES[name] | {"intermediate_size": 64, "vocab_size": 120, "num_key_value_heads": 1}
+    agree(a_cell(method, model=name, model_config_overrides=config, precision="fp64"))
+
+
 @pytest.mark.parametrize("method", ["full", "full+chunked_loss", "meft3-exact"])
 @pytest.mark.parametrize("model", FAMILIES)
 def test_other_families_as_well(model, method):

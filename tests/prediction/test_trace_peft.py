@@ -65,6 +65,16 @@ def test_a_traced_step_of_it_is_a_computed_step_byte_for_byte(name, model, monke
     test_trace.agree(a_cell(name, model), mask=False)
 
 
+REFUSED_IN_FLOAT64 = ("olora", "pissa", "psoft")  # by peft, which decomposes no weights of that type
+
+
+@pytest.mark.parametrize(("name", "model"), sampled([case for case in MET if case[0] not in REFUSED_IN_FLOAT64], 6))
+def test_in_float64_as_well(name, model, monkeypatch):
+    """Adapters have the type of the layer that they adapt, also where they are made without values."""
+    monkeypatch.setattr(test_trace, "build_step", a_moved_step)
+    test_trace.agree(a_cell(name, model, precision="fp64"), mask=False)
+
+
 def a_moved_step(cell, device, padding):
     """The cell's step after a move to another device, as in a trace: OFT's buffers no longer share memory."""
     step = build_step(cell, device, padding)
