@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from long_profile import LONG
@@ -31,6 +31,8 @@ from meftbench.cli import main
 from meftbench.errors import BUG, UserError
 
 EXAMPLES = LONG or 25
+# Without the one that traces each line, to explain a failure: what is traced takes many times as long.
+PHASES = tuple(phase for phase in Phase if phase is not Phase.explain)
 SLOWEST_S = 2.0  # CPU seconds that any input may take in the long profile
 HANGS_S = 120.0  # seconds after which an input ends the whole process, with a traceback, in any profile
 
@@ -152,7 +154,8 @@ def hostile(reader: str) -> Callable[[Any], Any]:
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
     def decorated(test: Any) -> Any:
-        return pytest.mark.reader(reader)(settings(max_examples=EXAMPLES, suppress_health_check=checks)(test))
+        chosen = settings(max_examples=EXAMPLES, suppress_health_check=checks, phases=PHASES)
+        return pytest.mark.reader(reader)(chosen(test))
 
     return decorated
 

@@ -268,7 +268,10 @@ def _are_numbers(value: Any) -> bool:
 
 
 def _are_layers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_are_numbers, value))
+    """As many numbers for each layer, and at least one."""
+    if not isinstance(value, list) or not all(map(_are_numbers, value)):
+        return False
+    return len(set(map(len, value))) <= 1 and all(value)
 
 
 def _is_curve(value: Any) -> bool:
@@ -313,7 +316,7 @@ SHAPES: dict[str, tuple[_Check, str]] = {
     "collapse": (_is_text, "a text"),
     "peak_buffers": (_are_buffers, "a list of buffers with their bytes"),
     "learning_curve": (_is_curve, "a list of step, loss and score"),
-    "reconstruction_rel": (_are_layers, "a list of numbers for each layer"),
+    "reconstruction_rel": (_are_layers, "as many numbers for each layer"),
 }
 _PARTS: dict[str, tuple[_Check, str]] = {
     "absent": (_is_text, "a text"),

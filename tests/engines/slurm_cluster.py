@@ -1,5 +1,7 @@
 """A cluster of Slurm on this machine: its controller and nodes as processes, in a folder of their own.
 
+Jobs whose node fails are not queued again, but where they ask for it: Slurm lets those wait for two minutes.
+
 Debian has it in `slurmctld`, `slurmd` and `slurm-client`.
 """
 
@@ -43,6 +45,7 @@ SchedulerParameters=bf_interval=1,sched_min_interval=10000
 KillWait=2
 SlurmdTimeout=10
 ReturnToService=2
+JobRequeue=0
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000\n"

@@ -279,6 +279,16 @@ def write_lines(folder, *contents):
     return folder / RECORDS
 
 
+@pytest.mark.parametrize("layers", [[[0.5, 0.1], [0.5]], [[0.5], []], [[]], [["a"]]])
+def test_errors_of_reconstruction_are_as_many_for_each_layer(tmp_path, layers):
+    """A picture draws a line for each stream through all layers."""
+    content = a_line()
+    content["metrics"]["reconstruction_rel"]["value"] = layers
+
+    with pytest.raises(UserError, match=r"reconstruction_rel is .*, not as many numbers for each layer"):
+        read_records(write_lines(tmp_path, content))
+
+
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(-1, 3), st.just(10**400), st.floats(), st.text(max_size=2),
     st.just([]), st.just([1]), st.just({}), st.just({"a": 1}), st.just([[1]]),
