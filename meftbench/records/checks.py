@@ -117,6 +117,8 @@ def check_record(content: Any) -> None:
         if name.endswith("_bytes") and type(amount) not in (int, _NONE):
             raise ValueError(f"status_detail.{name} is {_shown(amount)}, not a whole number")
     if cell.get("training"):
+        if type(cell.get("seed")) is not int:
+            raise ValueError(f"cell.seed of a training is {_shown(cell.get('seed'))}, not a whole number")
         check_training(json.dumps(cell["training"], sort_keys=True))
 
 
@@ -275,11 +277,13 @@ def _are_layers(value: Any) -> bool:
 
 
 def _is_curve(value: Any) -> bool:
-    """Rows of step, loss and score; an undefined score is null."""
+    """Rows of step, loss and score; an undefined score is null, and a step is finite."""
     return isinstance(value, list) and all(
         isinstance(row, list)
         and len(row) == 3
         and all(map(_is_number, row[:2]))
+        and type(row[0]) is not str
+        and math.isfinite(row[0])
         and (row[2] is None or _is_number(row[2]))
         for row in value
     )

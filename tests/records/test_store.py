@@ -289,6 +289,27 @@ def test_errors_of_reconstruction_are_as_many_for_each_layer(tmp_path, layers):
         read_records(write_lines(tmp_path, content))
 
 
+@pytest.mark.parametrize("step", [math.inf, math.nan, "Infinity", "NaN", None])
+def test_the_steps_of_a_learning_curve_are_finite(tmp_path, step):
+    content = a_line()
+    content["metrics"]["learning_curve"]["value"] = [[step, 0.5, 0.5]]
+
+    with pytest.raises(UserError, match="learning_curve"):
+        read_records(write_lines(tmp_path, content))
+
+
+@pytest.mark.parametrize("seed", [None, ...])
+def test_a_training_has_a_seed(tmp_path, seed):
+    """By which its scores are averaged; ...: the field is missing."""
+    content = a_line()
+    content["cell"]["seed"] = seed
+    if seed is ...:
+        del content["cell"]["seed"]
+
+    with pytest.raises(UserError, match=r"cell\.seed of a training is null, not a whole number"):
+        read_records(write_lines(tmp_path, content))
+
+
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(-1, 3), st.just(10**400), st.floats(), st.text(max_size=2),
     st.just([]), st.just([1]), st.just({}), st.just({"a": 1}), st.just([[1]]),
