@@ -89,8 +89,7 @@ class RayEngine:
         meftbench or torch."""
         self._ray, self._work = connected(self._address), work
         alive = [found for found in self._ray.nodes() if found["Alive"]]
-        wanted = places(alive, work, self._jobs)
-        self._check_versions({place.node_id: place.host for place in wanted})
+        wanted, alive = self._found_places(alive)
         has_room = {self._begin(place): place for place in wanted}
         wait(has_room, ROOM_SECONDS)
         present = {place.name for future, place in has_room.items() if future.done()}
@@ -154,6 +153,18 @@ class RayEngine:
         self._running.clear()
         self._ray.shutdown()
         self._ray = None
+
+    def _found_places(self, alive: list[Mapping[str, Any]]) -> tuple[list[_Place], list[Mapping[str, Any]]]:
+        """Where actors are to be, and the machines without those that are lost, which Ray lists for some seconds more.
+
+        Raises UserError, as `_check_versions` does."""
+        while True:
+            wanted = places(alive, self._work, self._jobs)
+            asked = {place.node_id: place.host for place in wanted}
+            lost = asked.keys() - self._check_versions(asked)
+            if not lost:
+                return wanted, alive
+            alive = [found for found in alive if found["NodeID"] not in lost]
 
     # --- actors ---
 
@@ -222,7 +233,8 @@ class RayEngine:
     def _on_nodes(
         self, hosts: Mapping[str, str], function: Callable[..., Any], *arguments: Any, seconds: float
     ) -> dict[str, Any]:
-        """What `function` returns on each of the machines, which are given by Ray's id with their names.
+        """What `function` returns on each of the machines, which are given by Ray's id with their names; of those that
+        are lost, nothing.
 
         Raises UserError (exit 4): a machine does not answer, or the function fails there."""
         task = self._ray.remote(function)
@@ -234,6 +246,8 @@ class RayEngine:
         for node_id, future in futures.items():
             try:
                 answers[node_id] = future.result(seconds)
+            except _lost_with_machine(self._ray):
+                continue
             except (self._ray.exceptions.RayError, TimeoutError) as error:
                 what = f"does not answer ({one_line(error)[:_MESSAGE]})"
                 cure = "see `ray status`, and that meftbench is installed on every machine"
@@ -243,15 +257,21 @@ class RayEngine:
     def _answers(self, place: _Place) -> bool:
         """Whether the machine is there. For some seconds after its end Ray lists it as alive, so it is asked."""
         try:
-            self._on_nodes({place.node_id: place.host}, version_reader(), seconds=PROBE_SECONDS)
+            return bool(self._on_nodes({place.node_id: place.host}, version_reader(), seconds=PROBE_SECONDS))
         except UserError:
             return False
-        return True
 
-    def _check_versions(self, hosts: Mapping[str, str]) -> None:
-        """Raises UserError (exit 4): a machine has another meftbench, torch, transformers or peft than this one."""
+    def _check_versions(self, hosts: Mapping[str, str]) -> set[str]:
+        """The machines that are there. Raises UserError (exit 4): one has another meftbench, torch, transformers or
+        peft than this one."""
         answers = self._on_nodes(hosts, version_reader(), seconds=PROBE_SECONDS)
         refuse_other_versions([(f"{hosts[node_id]} ({node_id[:8]})", answer) for node_id, answer in answers.items()])
+        return {*answers}
+
+
+def _lost_with_machine(ray: Any) -> tuple[type[Exception], ...]:
+    """What Ray raises of a task on a machine that is no longer there."""
+    return ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError
 
 
 def places(nodes: Iterable[Mapping[str, Any]], work: Work, jobs: int | None) -> list[_Place]:

@@ -123,6 +123,16 @@ def test_a_cell_of_a_killed_node_is_run_on_another(tmp_path, cluster, marks, ray
     assert 1 == sum("it is run again" in event.text for event in events if isinstance(event, Noted))
 
 
+def test_a_run_that_begins_when_a_node_was_just_lost_goes_without_it(tmp_path, cluster, ray_engine):
+    """Which Ray lists for some seconds more."""
+    node = cluster.add_node(num_cpus=1)
+    cluster.remove_node(node, allow_graceful=False)
+
+    run = run_suite(a_suite(*does(FINE, FINE), threads=1), tmp_path / "run", engine=ray_engine(command=WORKER))
+
+    assert ["ok", "ok"] == statuses(run)
+
+
 def test_an_actor_that_is_killed_is_replaced(tmp_path, marks, ray_engine):
     """With its worker and its cell; the node goes on."""
     seed = ONCE + 20
