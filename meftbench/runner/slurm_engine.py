@@ -75,8 +75,13 @@ class SlurmEngine:
         self._number = 0
 
     def survey(self, work: Work) -> None:
-        """Slurm has room for whatever it accepts. Raises UserError (exit 4): submitit or Slurm is not there."""
+        """Slurm has room for whatever it accepts.
+
+        Raises UserError: an option that is not the user's to give; submitit or Slurm is not there (exit 4)."""
         self._submitit = _submitit()
+        if given := sorted({"job_name", "name"} & self._options.keys()):
+            what = f"{given[0]}: the name of a job says which run it belongs to, and which jobs a resumed run cancels"
+            raise UserError("--slurm", what, "leave it out; `comment=...` takes any text")
         if self._cluster == "slurm" and shutil.which("sbatch") is None:
             what = "there is no `sbatch` on this machine"
             raise UserError("--engine slurm", what, "run this on a login node of the cluster", NOT_COMPARABLE)
@@ -95,7 +100,7 @@ class SlurmEngine:
         self._work, self._results = work, (logs / "slurm").absolute()
         name = f"meftbench-{digest(str(self._results))[:8]}"
         self._general = {"name": name}
-        self._states = SlurmStates(name) if self._cluster == "slurm" else LocalStates()
+        self._states = SlurmStates() if self._cluster == "slurm" else LocalStates()
         if self._cluster == "slurm":
             cancel_jobs(name)  # which an earlier run in this folder has left in the queue, since it was killed
         shutil.rmtree(self._results, ignore_errors=True)

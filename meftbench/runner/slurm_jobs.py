@@ -3,6 +3,7 @@ call of sbatch."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -23,14 +24,13 @@ _LOOKS = (
 
 
 class SlurmStates:
-    """The states of all jobs of a name, asked of Slurm at once.
+    """The states of jobs, asked of Slurm for all at once.
 
     squeue knows jobs on every cluster, those that have ended for some minutes; sacct, on clusters that keep accounts,
     knows them for months.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self._asked = 0.0  # by the monotonic clock; never, at first
         self._states: dict[str, str] = {}
         self._looks: dict[str, int] = {}
@@ -47,7 +47,7 @@ class SlurmStates:
         return state if self._looks.get(job.job_id, 0) >= _LOOKS else ""
 
     def _ask(self, job_ids: set[str]) -> None:
-        queue = ("squeue", "--noheader", "--array", "--states=all", f"--name={self._name}", "--format=%i|%T")
+        queue = ("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T")
         answer = _answer(queue)
         if answer is None:
             return  # the controller does not answer: what is known stands

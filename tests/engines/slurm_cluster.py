@@ -94,8 +94,11 @@ class SlurmCluster:
         """Kill what runs on a node, as if its machine had lost its power: Slurm's daemons, jobs and their children."""
         self._kill(f"{name}.pid")
         jobs = [process for process in psutil.process_iter() if self._is_of(process, name)]
-        parents = [parent for process in jobs for parent in process.parents() if parent.name() == "slurmstepd"]
-        for process in {*jobs, *parents}:
+        parents = set[psutil.Process]()
+        for process in jobs:
+            with suppress(psutil.NoSuchProcess):
+                parents |= {parent for parent in process.parents() if parent.name() == "slurmstepd"}
+        for process in (*parents, *jobs):  # in this order: nobody tells the controller how a job ended
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

@@ -157,6 +157,12 @@ def test_what_sbatch_refuses_is_one_line(slurm, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_name_of_a_job_is_not_the_users_to_give(slurm, tmp_path):
+    """A resumed run would cancel all jobs of that name."""
+    with pytest.raises(UserError, match="--slurm: job_name: the name of a job says"):
+        run_suite(a_suite(), tmp_path / "run", engine=SlurmEngine({"job_name": "mine"}, command=WORKER))
+
+
 # --- clusters with and without accounts ---
 
 
@@ -192,13 +198,13 @@ JOB = SimpleNamespace(job_id="7_1")
 def test_a_job_is_over_where_slurm_says_so_twice(slurm_says, squeue, sacct, second):
     """squeue knows best; a job that neither command knows is lost; a controller that does not answer says nothing."""
     slurm_says(squeue, sacct)
-    states = slurm_jobs.SlurmStates("name")
+    states = slurm_jobs.SlurmStates()
 
     assert ["", second] == [states.ended(JOB), states.ended(JOB)]
 
 
 def test_a_preempted_job_that_is_queued_again_is_not_over(slurm_says):
-    states, answers = slurm_jobs.SlurmStates("name"), []
+    states, answers = slurm_jobs.SlurmStates(), []
     for state in ("PREEMPTED", "PENDING", "RUNNING", "PREEMPTED", "PREEMPTED"):
         slurm_says(f"7_1|{state}")
         answers.append(states.ended(JOB))
