@@ -1,6 +1,7 @@
 """Clusters of Ray whose nodes are processes of this machine. What is here needs `pip install 'meftbench[ray]'`."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ def marks(tmp_path_factory):
         patch.setenv("STAND_IN_TOLD", str(folder / "told.txt"))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), path_for_workers()]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Of nodes; Ray's own sockets need a short path.
+        (folder / "temporary").mkdir()
+        patch.setenv("RAY_TMPDIR", tempfile.gettempdir())
+        patch.setenv("TMPDIR", str(folder / "temporary"))
         yield folder
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,7 +254,7 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, address):
 
 def test_temporary_folders_of_nodes_are_removed(tmp_path, marks, ray_engine):
     def folders():
-        return set(Path(tempfile.gettempdir()).glob("meftbench-node-*"))
+        return set((marks / "temporary").glob("meftbench-node-*"))
 
     before = folders()
     run_suite(a_suite(*does(FINE, FINE)), tmp_path / "run", engine=ray_engine(command=WORKER))
