@@ -23,7 +23,7 @@ settings.load_profile("meftbench")
 @pytest.fixture(scope="session", autouse=True)
 def few_collections():
     """Where many tests run, what torch and transformers have made on import is exempt from garbage collections, and
-    these are rarer: they take a quarter of the time of tests that trace a step."""
+    these are rarer: they go through all of it many times while a step is traced."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         import meftbench.measuring.requests  # noqa: F401 - torch and transformers
 
@@ -40,7 +40,7 @@ def worker_command(tmp_path_factory):
     from meftbench.plan.protocol import Protocol
     from meftbench.runner import predictions, process
 
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if "PYTEST_XDIST_WORKER" not in os.environ or not hasattr(os, "pidfd_open"):  # of Linux
         yield process.WORKER
         return
     program, place = Path(__file__).with_name("prestarted.py"), tmp_path_factory.mktemp("workers") / "socket"

@@ -19,6 +19,7 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 # Variables that are read when a worker works, not while it imports. Any other that differs needs a process of its own.
 READ_LATER = (
@@ -98,7 +99,7 @@ def serve(place: str) -> int:
             connection.close()
 
 
-def _keep(connection: socket.socket, begun_with: dict[str, str]) -> None:
+def _keep(connection: socket.socket, begun_with: dict[str, str]) -> NoReturn:
     """Fork the worker, tell the client how it ended, and end it when the client has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     head, ancillary, _, _ = connection.recvmsg(_LENGTH.size, socket.CMSG_SPACE(3 * array.array("i").itemsize))
@@ -122,14 +123,16 @@ def _keep(connection: socket.socket, begun_with: dict[str, str]) -> None:
     handle = os.pidfd_open(pid)
     ready, _, _ = select.select([handle, connection], [], [])
     if handle not in ready:  # the client was killed
-        os.killpg(pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):  # the worker may not lead its group yet
+            with suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with suppress(BrokenPipeError):
         connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
     os._exit(0)
 
 
-def _become_worker(content: dict, descriptors: list[int]) -> None:
+def _become_worker(content: dict, descriptors: list[int]) -> NoReturn:
     import tempfile
 
     from meftbench import worker
@@ -145,19 +148,7 @@ def _become_worker(content: dict, descriptors: list[int]) -> None:
     sys.path[:] = [content["folder"], *paths, *(path for path in sys.path[1:] if path not in paths)]
     tempfile.tempdir = None
     sys.argv = ["meftbench.worker", *content["arguments"]]
-    code = 1
-    try:
-        code = worker.main(content["arguments"])
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.exit(worker.main(content["arguments"]))  # from here on as `python -m meftbench.worker` ends
 
 
 if __name__ == "__main__":

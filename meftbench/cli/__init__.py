@@ -133,8 +133,7 @@ _ClickException: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. A UserError is printed as one line; a traceback means a bug (exit 70)."""
     collects_garbage, thresholds = gc.isenabled(), gc.get_threshold()
-    # Lists of ten thousand cells and records hold no cycles: to look for some a hundred times as often takes a tenth of
-    # the time of a resumed run.
+    # Thousands of cells and records hold no cycles, for which Python would look after every few hundred of them.
     gc.set_threshold(100_000, *thresholds[1:])
     try:
         exit_code = _exit_code(arguments)

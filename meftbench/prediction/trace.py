@@ -21,6 +21,7 @@ from transformers import masking_utils
 
 from meftbench.backbones.own import transformers_part
 from meftbench.backbones.quantize import STATISTICS, pack_without_values
+from meftbench.catalogue.methods import METHODS, Lora
 from meftbench.catalogue.peft_methods import PEFT_METHODS
 from meftbench.errors import UserError, one_line
 from meftbench.measuring.build import batch_of, built_model, is_own, kind_of_step, step_on, with_method
@@ -203,7 +204,8 @@ def uncomputed_step(
 
 
 def _values_of_peft(cell: Cell) -> AbstractContextManager[None]:
-    return peft_without_values() if cell.method in {*PEFT_METHODS, "lora", "lora-fa"} else nullcontext()
+    by_peft = cell.method in PEFT_METHODS or issubclass(METHODS[cell.method].settings, Lora)
+    return peft_without_values() if by_peft else nullcontext()
 
 
 @contextmanager

