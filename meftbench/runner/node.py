@@ -186,7 +186,7 @@ def job_request(job: Job) -> str:
     return json.dumps(content | {"environment": dict(job.environment)})
 
 
-_PLAIN = ("status", "detail", "observed", "pid", "started_at", "finished_at", "wall_s")
+_PLAIN = ("status", "detail", "observed", "pid", "started_at", "finished_at", "wall_s", "lost")
 
 
 def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
@@ -207,8 +207,7 @@ def outcome_from(answer: str, job: Job, machine: Machine) -> Outcome:
         with logs.opened(job.log) as log:
             log.write(content["log"].encode())
     metrics = {name: Metric.from_json(metric) for name, metric in content["metrics"].items()}
-    lost = content["detail"].get("type") == "WorkerDied"
-    return Outcome(job, **{name: content[name] for name in _PLAIN}, metrics=metrics, machine=machine, lost=lost)
+    return Outcome(job, **{name: content[name] for name in _PLAIN}, metrics=metrics, machine=machine)
 
 
 def _answer(answer: str, where: str) -> dict[str, Any]:

@@ -220,7 +220,7 @@ class Worker:
         return [event for line in lines if (event := parsed_event(line)) is not None]
 
     def _died(self) -> None:
-        """The worker has died: its jobs end as `error`, and the next job starts another worker."""
+        """The worker has died: its jobs end as `error`, lost, and the next job starts another worker."""
         assert self._process is not None
         process = self._process
         self._end(grace=TERM_SECONDS)
@@ -229,7 +229,7 @@ class Worker:
     def _lose_jobs(self, message: str) -> None:
         for number, running in list(self._jobs.items()):
             _kill(running.pid, signal.SIGKILL)
-            self._without_result(number, {"type": "WorkerDied", "message": message})
+            self._without_result(number, {"type": "WorkerDied", "message": message}, lost=True)
 
     # --- its jobs ---
 
@@ -277,13 +277,13 @@ class Worker:
             other.kills = None if other.kills is None else other.kills + 1
         self._finish(number, "oom", detail)
 
-    def _without_result(self, number: int, detail: dict[str, Any]) -> None:
+    def _without_result(self, number: int, detail: dict[str, Any], lost: bool = False) -> None:
         """A job has left no result: it ends as `error`, unless no result can be written, which is no fault of its."""
         folder = self._jobs[number].job.log.parent
         if error := disk_error(folder):
             self._give_up(number, ended_by_disk(folder, error))
         else:
-            self._finish(number, "error", detail)
+            self._finish(number, "error", detail, lost=lost)
 
     def _give_up(self, number: int, why: UserError) -> None:
         """A job has no outcome because the disk cannot be written: it is to be run again when that is mended."""
@@ -311,6 +311,7 @@ class Worker:
         status_detail: dict[str, Any],
         metrics: dict[str, Metric] | None = None,
         observed: dict[str, Any] | None = None,
+        lost: bool = False,
     ) -> None:
         running = self._jobs.pop(number)
         running.job.result.unlink(missing_ok=True)
@@ -327,6 +328,7 @@ class Worker:
                 in_utc(running.started),
                 in_utc(running.started + timedelta(seconds=wall_s)),
                 wall_s,
+                lost=lost,
             )
         )
 

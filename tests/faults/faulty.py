@@ -16,11 +16,12 @@ from stand_in import describe
 __all__ = ["describe"]
 
 BLOCKED, GREEDY, PRINTING, LEAVING, FILLING, DISK_OF_OTHERS, WITHOUT_FOLDER, UNTIL_ROOM = range(100, 108)
-FULL_ELSEWHERE, EXHAUSTED = 108, 109
+FULL_ELSEWHERE, EXHAUSTED, WITHOUT_WORKER = 108, 109, 110
 SIGNALLED = 1000  # plus the number of the signal by which the process ends itself
 PRINTED = "FAULTY_PRINTED"  # variable: bytes that PRINTING prints
 ROOM = "FAULTY_ROOM"  # variable: a file; while it is not there, UNTIL_ROOM is out of memory
 FILLED = "FAULTY_FILLED"  # variable: folder whose disk FILLING fills
+WORKERS = "FAULTY_WORKERS"  # variable: a file with a byte for each worker that WITHOUT_WORKER has killed, two at most
 REMOVED = "FAULTY_REMOVED"  # variable: folder that WITHOUT_FOLDER removes
 
 
@@ -60,6 +61,14 @@ def measure(request: Any, tell: Any) -> dict[str, Any]:
         case s if s == UNTIL_ROOM:
             if not Path(os.environ[ROOM]).exists():
                 raise MemoryError
+        case s if s == WITHOUT_WORKER:
+            with Path(os.environ[WORKERS]).open("a+") as killed:
+                killed.seek(0)
+                if len(killed.read()) < 2:
+                    killed.write("x")
+                    killed.flush()
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    time.sleep(600)
         case s if s == WITHOUT_FOLDER:
             shutil.rmtree(os.environ[REMOVED])
     return stand_in.measure(request, tell)

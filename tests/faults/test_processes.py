@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import faulty
 import pytest
-from faulty import BLOCKED, EXHAUSTED, GREEDY, LEAVING, PRINTING, SIGNALLED
+from faulty import BLOCKED, EXHAUSTED, GREEDY, LEAVING, PRINTING, SIGNALLED, WITHOUT_WORKER, WORKERS
 
 from builders import a_cell
 from long_profile import many_minutes
@@ -17,8 +17,8 @@ from meftbench.kept_output import ROOM
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.records import writer as writing_records
+from meftbench.runner import Noted, process, run_suite
 from meftbench.runner import oom_kills as kills
-from meftbench.runner import process, run_suite
 from meftbench.runner.job import Job
 from meftbench.runner.logs import end_of
 from stand_in import BRIEF, ENDLESS, FINE, KILLED
@@ -42,6 +42,28 @@ def test_a_cell_that_dies_by_any_signal_is_an_error_with_its_number(tmp_path, to
     assert ["error"] * len(DEADLY) + ["ok"] == statuses(run)
     assert DEADLY == [record.status_detail["exit_signal"] for record in run.records[:-1]]
     assert not any(alive(int(pid)) for _, pid in told(told_file))
+
+
+@pytest.mark.parametrize(("before", "ending"), [(1, ["ok", "ok"]), (0, ["error", "ok"])])
+def test_a_cell_whose_worker_is_killed_is_run_once_more(tmp_path, monkeypatch, before, ending):
+    """And recorded as an error when it loses its worker again. It is the same on clusters.
+
+    before: workers, of two in all, that were killed before the run."""
+    (killed := tmp_path / "killed").write_text("x" * before)
+    monkeypatch.setenv(WORKERS, str(killed))
+    suite, events = a_suite(*does(WITHOUT_WORKER, FINE)), []
+
+    run = sweep(suite, tmp_path / "run", command=FAULTY, on_event=events.append)
+
+    assert ending == statuses(run)
+    detail = run.records[0].status_detail
+    again = f"{suite.cells[0].label}: {detail['retried_after']['message']}; it is run again"
+    assert ("WorkerDied", [again]) == (
+        detail["retried_after"]["type"],
+        [event.text for event in events if isinstance(event, Noted)],
+    )
+    assert (None if before else "WorkerDied") == detail.get("type")
+    assert 2 == len(killed.read_text())
 
 
 def test_a_cell_that_is_stopped_ends_with_its_time(tmp_path, monkeypatch):
