@@ -46,7 +46,8 @@ def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserEr
     """The error for a name that is not one of `known`: it suggests the nearest name, or lists all of them, of very many
     those that contain it, or else a few that are not too unlike it."""
     names = sorted(known)
-    nearest = get_close_matches(str(name), names, n=1)
+    nearest = get_close_matches(str(name), names)
+    nearest.sort(key=lambda near: sorted(near) != sorted(str(name)))  # letters that changed places: "lroa" is "lora"
     cure = f"one of: {', '.join(names)}"
     if nearest:
         cure = f"did you mean {nearest[0]!r}?"

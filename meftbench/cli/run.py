@@ -73,7 +73,7 @@ def run(
         str, typer.Option(metavar="HOST:PORT", help="With --engine ray: the cluster's head.  [default: auto]")
     ] = "",
     slurm: Annotated[
-        str, typer.Option(metavar="NAME=VALUE,...", help="With --engine slurm: partition=gpu,account=me.")
+        str, typer.Option(metavar="NAME=VALUE,...", help="With --engine slurm: options of sbatch, such as account=me.")
     ] = "",
 ) -> None:
     """Run every cell of SUITE, each in a process of its own, and print the comparison.
@@ -125,15 +125,17 @@ def engine_named(name: str, *, jobs: int | None, gpus: tuple[int, ...], address:
     if name == "slurm":
         from meftbench.runner.slurm_engine import SlurmEngine
 
-        return SlurmEngine(_sbatch_options(slurm), jobs)
+        return SlurmEngine(sbatch_options(slurm), jobs)
     raise unknown("--engine", "engine", name, ENGINES)
 
 
-def _sbatch_options(text: str) -> dict[str, str]:
+def sbatch_options(text: str) -> dict[str, str]:
+    """Options of sbatch by their long names with underscores; those without a value have ""."""
     parts = [part.partition("=") for part in text.split(",") if part.strip()]
-    if any(not name.strip() or not value.strip() for name, _, value in parts):
+    options = {name.strip().lstrip("-").replace("-", "_"): (equals, value.strip()) for name, equals, value in parts}
+    if any(not name or (equals and not value) for name, (equals, value) in options.items()):
         raise UserError("--slurm", f"{text!r} is no list of NAME=VALUE", "write partition=gpu,account=me")
-    return {name.strip(): value.strip() for name, _, value in parts}
+    return {name: value for name, (_, value) in options.items()}
 
 
 def sweep_to(

@@ -35,8 +35,11 @@ from meftbench.runner.slurm_jobs import LOST, LocalStates, SlurmStates, cancel_j
 
 MOST_AT_A_TIME = 64  # jobs, where `jobs` does not say
 LOOK_SECONDS = 1.0  # between looks at the shared folder
-# Options of submitit that it takes for every kind of cluster; Slurm's own have a prefix there.
+# Options that submitit has names for; all others are sbatch's alone.
 _GENERAL = ("mem_gb", "cpus_per_task", "gpus_per_node")
+# Options of sbatch that meftbench and submitit set themselves.
+_OWN = {"array", "job_name", "name", "nodes", "ntasks", "ntasks_per_node", "signal", "wrap"}
+_OWN |= {"error", "open_mode", "output"}
 # Status and type of a cell whose job Slurm has ended.
 _ENDED: dict[str, tuple[Status, str]] = {"TIMEOUT": ("timeout", "Timeout"), "OUT_OF_MEMORY": ("oom", "Killed")}
 
@@ -55,7 +58,7 @@ class _Submitted:
 class SlurmEngine:
     """The cells of a sweep as jobs of Slurm, at most `jobs` at a time.
 
-    options: of `sbatch`, such as {"partition": "gpu", "cpus_per_task": "8"}.
+    options: of `sbatch`, such as {"partition": "gpu", "cpus_per_task": "8", "exclusive": ""}; "": without a value.
     cluster: "local" runs the jobs on this machine, without Slurm.  command: replaces the worker.
     """
 
@@ -79,11 +82,14 @@ class SlurmEngine:
 
         Raises UserError: an option that is not the user's to give; submitit or Slurm is not there (exit 4)."""
         self._submitit = _submitit()
-        if given := sorted({"job_name", "name"} & self._options.keys()):
-            what = f"{given[0]}: the name of a job says which run it belongs to, and which jobs a resumed run cancels"
+        if given := sorted(_OWN & self._options.keys()):
+            what = (
+                f"{given[0]}: is meftbench's to set: a cell is a job of one task, which is found by its name and files"
+            )
             raise UserError("--slurm", what, "leave it out; `comment=...` takes any text")
-        if self._cluster == "slurm" and shutil.which("sbatch") is None:
-            what = "there is no `sbatch` on this machine"
+        absent = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+        if self._cluster == "slurm" and absent:
+            what = f"there is no `{absent[0]}` on this machine"
             raise UserError("--engine slurm", what, "run this on a login node of the cluster", NOT_COMPARABLE)
         cpus = self._options.get("cpus_per_task", "1")
         threads = work.protocol.threads or (int(cpus) if cpus.isdecimal() and int(cpus) else 1)
@@ -182,14 +188,19 @@ class SlurmEngine:
         general: dict[str, Any] = self._general | {"timeout_min": math.ceil(seconds / 60)}
         if with_gpu:
             general["gpus_per_node"] = self._work.gpus
-        own = {}
-        for name, value in self._options.items():
-            own[name if name in _GENERAL else f"slurm_{name}"] = int(value) if value.isdecimal() else value
+        general |= {
+            name: int(value) if value.isdecimal() else value
+            for name, value in self._options.items()
+            if name in _GENERAL
+        }
+        general["slurm_additional_parameters"] = {
+            name: value or True for name, value in self._options.items() if name not in _GENERAL
+        }
+        executor = self._submitit.AutoExecutor(folder=self._folder, cluster=self._cluster)
         try:
-            executor = self._submitit.AutoExecutor(folder=self._folder, cluster=self._cluster)
-            executor.update_parameters(**(general | own))
-        except (AssertionError, NameError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError("--slurm", one_line(error)[:300], "see the options of sbatch", NOT_COMPARABLE) from None
+            executor.update_parameters(**general)
+        except AssertionError as error:
+            raise UserError("--slurm", one_line(error), "write a whole number, such as cpus_per_task=8") from None
         return executor
 
     def _outcome(self, waiting: _Submitted, state: str) -> Outcome:

@@ -3,10 +3,13 @@ call of sbatch."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 from meftbench.errors import NOT_COMPARABLE, UserError, one_line
@@ -15,6 +18,7 @@ STATE_SECONDS = 30.0  # between questions to Slurm
 COMMAND_SECONDS = 60.0  # for which a command of Slurm is waited for
 AWAY_SECONDS = 600.0  # for which a controller that does not answer is waited for, as while it is restarted
 _AWAY = ("Unable to contact slurm controller", "Zero Bytes were transmitted")  # sbatch says so then
+_SPEAKER = "sbatch: error: "  # begins each line of it
 UNKNOWN = "UNKNOWN"  # the state of a job that Slurm has forgotten
 LOST = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", UNKNOWN)  # not by the job's own doing
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "REVOKED", *LOST)
@@ -91,17 +95,22 @@ def cancel_jobs(name: str) -> None:
 
 
 def submitted(submit: Callable[[], list[Any]]) -> list[Any]:
-    """The jobs that `submit` returns.
+    """The jobs that `submit` returns. What sbatch warns of goes to standard error.
 
     Raises UserError (exit 4): sbatch refuses them. A controller that does not answer is waited for."""
     limit = time.monotonic() + AWAY_SECONDS
     while True:
+        printed = io.StringIO()  # submitit lets sbatch print, what it raises says it once more
         try:
-            return submit()
+            with redirect_stderr(printed):
+                jobs = submit()
         except RuntimeError as error:  # submitit's FailedJobError has what sbatch printed
             said = one_line(error)
             if any(word in said for word in _AWAY) and time.monotonic() < limit:
                 time.sleep(STATE_SECONDS / 3)
                 continue
             cure = "see `--slurm` for its options; `--jobs` says how many jobs are in the queue at a time"
-            raise UserError("--engine slurm", f"sbatch refuses: {said[:300]}", cure, NOT_COMPARABLE) from None
+            said = said.replace(_SPEAKER, "")[:300]
+            raise UserError("--engine slurm", f"sbatch refuses: {said}", cure, NOT_COMPARABLE) from None
+        sys.stderr.write(printed.getvalue())
+        return jobs

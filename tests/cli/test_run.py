@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from meftbench.cli.run import sbatch_options
 from meftbench.records.store import load_run
 from stand_in import BROKEN, ENDLESS, FINE, OUT_OF_MEMORY
 from sweeps import WORKER, alive, statuses, told, wait_until
@@ -95,6 +96,33 @@ def test_a_typo_in_the_name_of_a_suite_is_refused_with_the_nearest(cli):
     a_file(name="suites/nightly.yaml")
 
     assert "unknown suite 'nightyl'; did you mean 'nightly'?" in refused(cli, "run", "nightyl")
+
+
+def test_a_name_with_letters_in_other_places_is_nearest(cli):
+    """Not another name that has as many of them in order."""
+    assert "unknown method 'lroa'; did you mean 'lora'?" in refused(cli, "run", a_file(method="lroa"))
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("partition=gpu, account=me", {"partition": "gpu", "account": "me"}),
+        ("--cpus-per-task=8,exclusive", {"cpus_per_task": "8", "exclusive": ""}),
+        ("gres=gpu:h100:2,comment=a=b", {"gres": "gpu:h100:2", "comment": "a=b"}),
+    ],
+)
+def test_options_of_sbatch_are_named_as_sbatch_names_them(text, options):
+    assert options == sbatch_options(text)
+
+
+@pytest.mark.parametrize("text", ["partition=", "=gpu", "partition=gpu,=", "--"])
+def test_options_of_sbatch_that_are_none_are_refused(cli, text):
+    assert "is no list of NAME=VALUE" in refused(cli, "run", a_file(), "--engine", "slurm", "--slurm", text)
+
+
+def test_options_of_sbatch_are_for_slurm(cli):
+    assert "is for --engine slurm, not local" in refused(cli, "run", a_file(), "--slurm", "partition=gpu")
 
 
 def test_a_model_folder_without_weights_is_refused(cli):

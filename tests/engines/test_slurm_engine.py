@@ -105,9 +105,9 @@ def test_an_interruption_ends_the_jobs(tmp_path, marks, unmarked, an_engine):
     assert [] == load_run(tmp_path / "run").records
 
 
-def test_an_option_that_sbatch_has_not_is_one_line(tmp_path, an_engine):
-    with pytest.raises(UserError, match=r"^--slurm: .*no_such"):
-        run_suite(a_suite(), tmp_path / "run", engine=an_engine({"no_such": "1"}))
+def test_a_number_that_is_none_is_one_line(tmp_path, an_engine):
+    with pytest.raises(UserError, match=r"^--slurm: .*mem_gb.*write a whole number"):
+        run_suite(a_suite(), tmp_path / "run", engine=an_engine({"mem_gb": "many"}))
 
     assert not (tmp_path / "run").exists()
 
@@ -125,12 +125,25 @@ def test_a_preempted_job_runs_its_cell_again(tmp_path):
 
 
 @on_slurm
-def test_what_sbatch_refuses_is_one_line(tmp_path, an_engine):
-    with pytest.raises(UserError, match=r"sbatch refuses: .*nowhere") as refused:
-        run_suite(a_suite(), tmp_path / "run", engine=an_engine({"partition": "nowhere"}))
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"partition": "nowhere"}, r"[^\n]*nowhere"), ({"no_such": "1"}, r"[^\n]*no-such"), ({"mem": ""}, r"[^\n]*mem")],
+)
+def test_what_sbatch_refuses_is_one_line(tmp_path, an_engine, capfd, options, said):
+    with pytest.raises(UserError, match=rf"^--engine slurm: sbatch refuses: {said}") as refused:
+        run_suite(a_suite(), tmp_path / "run", engine=an_engine(options))
 
     assert NOT_COMPARABLE == refused.value.exit_code
+    assert "" == capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@on_slurm
+def test_any_option_of_sbatch_is_taken(tmp_path, an_engine):
+    """Those that submitit has no name for, and those without a value."""
+    run = run_suite(a_suite(), tmp_path / "run", engine=an_engine({"nice": "5", "contiguous": ""}))
+
+    assert ["ok"] == statuses(run)
 
 
 def job_id_of(cell):

@@ -66,7 +66,12 @@ def slurm(monkeypatch, tmp_path):
     monkeypatch.setattr(slurm_jobs, "STATE_SECONDS", 0.0)
     monkeypatch.setattr(slurm_engine, "LOOK_SECONDS", 0.01)
     told = tmp_path / "scancel.txt"
-    scripts = {"sbatch": "exit 1", "scancel": f'echo "$@" >> {told}', "squeue": f"cat {Executor.queue}"}
+    scripts = {
+        "sbatch": "exit 1",
+        "srun": "exit 1",
+        "scancel": f'echo "$@" >> {told}',
+        "squeue": f"cat {Executor.queue}",
+    }
     commands(tmp_path / "bin", monkeypatch, **scripts)
     return told
 
@@ -94,7 +99,8 @@ def test_all_that_is_given_is_one_array(slurm, tmp_path):
 
     assert ["ok"] * 3 == statuses(run)
     assert [1, 3] == Executor.arrays
-    assert {"slurm_partition": "gpu", "cpus_per_task": 4}.items() <= Executor.parameters[-1].items()
+    given = Executor.parameters[-1]
+    assert ({"partition": "gpu"}, 4) == (given["slurm_additional_parameters"], given["cpus_per_task"])
     assert 71 == Executor.parameters[-1]["timeout_min"]
     assert {4} == {record.cell["threads"] for record in run.records}
     assert slurm.read_text().startswith("--name=meftbench-")
@@ -150,17 +156,39 @@ def test_a_controller_that_is_away_is_waited_for(slurm, tmp_path):
 def test_what_sbatch_refuses_is_one_line(slurm, tmp_path):
     Executor.refusals = ["sbatch: error: invalid partition\nsbatch: error: Batch job submission failed"]
 
-    with pytest.raises(UserError, match=r"sbatch refuses: sbatch: error: invalid partition sbatch: ") as refused:
+    with pytest.raises(UserError, match=r"sbatch refuses: invalid partition Batch job s") as refused:
         run_on(tmp_path / "run", a_suite())
 
     assert NOT_COMPARABLE == refused.value.exit_code
     assert not (tmp_path / "run").exists()
 
 
-def test_the_name_of_a_job_is_not_the_users_to_give(slurm, tmp_path):
-    """A resumed run would cancel all jobs of that name."""
-    with pytest.raises(UserError, match="--slurm: job_name: the name of a job says"):
-        run_suite(a_suite(), tmp_path / "run", engine=SlurmEngine({"job_name": "mine"}, command=WORKER))
+@pytest.mark.parametrize("name", ["job_name", "output", "ntasks", "array"])
+def test_what_jobs_are_found_by_is_not_the_users_to_give(slurm, tmp_path, name):
+    """A resumed run would cancel all jobs of that name; results would be another's."""
+    with pytest.raises(UserError, match=f"^--slurm: {name}: is meftbench's to set"):
+        run_suite(a_suite(), tmp_path / "run", engine=SlurmEngine({name: "1"}, command=WORKER))
+
+
+def test_options_are_those_of_sbatch(slurm, tmp_path):
+    """Any that it has, not those alone that submitit knows; without a value, too."""
+    options = {"reservation": "friday", "exclusive": "", "cpus_per_task": "2", "time": "30"}
+
+    run_suite(a_suite(), tmp_path / "run", engine=SlurmEngine(options, command=WORKER))
+
+    for given in Executor.parameters:
+        assert 2 == given["cpus_per_task"]
+        assert {"reservation": "friday", "exclusive": True, "time": "30"} == given["slurm_additional_parameters"]
+
+
+def test_what_sbatch_warns_of_is_shown(slurm, tmp_path, monkeypatch, capsys):
+    submit = Executor.submit_array
+    warned = lambda *arguments: print("sbatch: warning: half used", file=sys.stderr) or submit(*arguments)  # noqa: E731
+    monkeypatch.setattr(Executor, "submit_array", warned)
+
+    run_on(tmp_path / "run", a_suite())
+
+    assert "sbatch: warning: half used\n" in capsys.readouterr().err
 
 
 # --- clusters with and without accounts ---
