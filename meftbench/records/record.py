@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, KeysView, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class Metric:
         """
         if name not in METRICS:
             raise UserError(name, "is no metric", "enter it, with its unit, into METRICS of catalogue/metrics.py")
-        fields = {key: written(value) for key, value in asdict(self).items() if value is not None}
+        fields = {key: written(value) for key, value in vars(self).items() if value is not None}
         return {"value": None, "unit": METRICS[name].unit, **fields}
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Benchmarks of what reads runs of ten thousand cells: whole processes, and the steps that take most of their time."""
 
+import csv
+import io
 import resource
 import shutil
 import subprocess
@@ -30,11 +32,16 @@ def runs(tmp_path_factory):
     return a_large_run(folder / "a", CELLS), a_large_run(folder / "b", CELLS, grown=100), folder / "budgets.yaml"
 
 
-@pytest.mark.parametrize("command", ["compare", "check", "show"])
+@pytest.mark.parametrize("command", ["compare", "check", "show", "export"])
 def test_a_command_on_a_large_run(benchmark, runs, command):
     """Benchmark a whole process, from the start of the interpreter to its end."""
     first, second, budgets = runs
-    arguments = {"compare": [first, second], "check": [first, "--budget", budgets], "show": [first]}[command]
+    arguments = {
+        "compare": [first, second],
+        "check": [first, "--budget", budgets],
+        "show": [first],
+        "export": [first, "--format", "csv"],
+    }[command]
 
     ended = benchmark.pedantic(
         subprocess.run,
@@ -45,7 +52,10 @@ def test_a_command_on_a_large_run(benchmark, runs, command):
 
     assert 0 == ended.returncode
     said = {"compare": "10000 cells in both runs: 100 worse", "check": "20000 verdicts: 20000 held", "show": "10000 ok"}
-    assert said[command] in ended.stdout
+    if command == "export":
+        assert 1 + CELLS == len(list(csv.reader(io.StringIO(ended.stdout))))
+    else:
+        assert said[command] in ended.stdout
 
 
 @pytest.fixture(scope="module")
