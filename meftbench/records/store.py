@@ -141,11 +141,11 @@ def read_records(file: Path) -> tuple[list[Record], bool]:
                     what = f"is a line of more than {format_bytes(MOST_BYTES_A_RECORD)}"
                     raise UserError(f"{file}:{number}", what, "remove the line, or take the file from a backup")
                 return records, True
-            records.append(_record_in(line, f"{file}:{number}"))
+            records.append(record_in(line, f"{file}:{number}"))
     return records, False
 
 
-def _record_in(line: bytes, place: str) -> Record:
+def record_in(line: bytes, place: str) -> Record:
     """The record of a line. Raises UserError, with the `place` of the line: it is none, or of a newer schema."""
     try:
         content = _parsed(line)
@@ -250,7 +250,7 @@ def subfolder(folder: Path, name: str) -> Path:
     Raises UserError: it cannot be created, or it is a symbolic link, which would lead what is written out of `folder`.
     """
     inner = folder / name
-    refuse_link(inner)
+    refuse_links(folder, inner)
     return made(inner)
 
 
@@ -259,6 +259,24 @@ def refuse_link(file: Path) -> None:
     if file.is_symlink():
         cure = "remove the link: outputs are written into the folder itself, never through a link in it"
         raise UserError(str(file), "is a symbolic link", cure)
+
+
+def refuse_links(folder: Path, path: Path) -> None:
+    """Raises UserError where `path`, or a folder between it and `folder`, is a symbolic link. `folder` itself, which
+    the user has named, may be one.
+
+    Raises ValueError: `path` is not below `folder`."""
+    within = path.relative_to(folder)
+    for part in (within, *within.parents[:-1]):
+        refuse_link(folder / part)
+
+
+def refuse_links_within(folder: Path) -> None:
+    """Raises UserError where anything in `folder`, at any depth, is a symbolic link, through which what is written
+    there would be led out of it."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            refuse_link(Path(place, name))
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:

@@ -19,15 +19,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meftbench.errors import UserError
+from meftbench.documents import bytes_of
+from meftbench.errors import UserError, one_line
 from meftbench.records.record import Record
 from meftbench.records.store import (
     BUDGETS,
     ENVIRONMENT,
     LOCK,
+    MOST_BYTES_A_RECORD,
     RECORDS,
     SUITE,
     ended_by_disk,
+    record_in,
     refuse_link,
     replace_file,
     unwritable,
@@ -76,11 +79,31 @@ def writing(folder: Path, tell: Tell = _say_nothing) -> Iterator[Writer]:
         writer.close()
 
 
+class NoRecordError(ValueError):
+    """What was to be a record could not be read again as one."""
+
+
+def line_of(record: Record) -> bytes:
+    """The record as a line of the file. Raises NoRecordError: a reader would refuse it, and with it the whole file."""
+    try:
+        text = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
+        line = _HALF_CHARACTERS.sub("\ufffd", text).encode() + b"\n"
+        if len(line) > MOST_BYTES_A_RECORD:
+            raise ValueError(f"it has {len(line):,} bytes")
+        record_in(line, "the line")
+    except UserError as error:
+        raise NoRecordError(error.what) from None
+    except (ValueError, TypeError, RecursionError) as error:  # of json: NaN, circles, what no JSON has, deep nesting
+        raise NoRecordError(one_line(error)) from None
+    return line
+
+
 class Writer:
     """The one writer of a run folder. Use through `writing`."""
 
     def __init__(self, folder: Path, tell: Tell = _say_nothing) -> None:
         self.folder, self._tell = folder, tell
+        self._folder_is_link = folder.is_symlink()
         self._locked_file: tuple[int, int] | None = None
         self._lock = self._locked()
         try:
@@ -90,7 +113,7 @@ class Writer:
             self._lines = self._complete_lines()
             self._size = sum(map(len, self._lines))
             self._files = {
-                file.name: file.read_bytes()
+                file.name: bytes_of(file)
                 for file in folder.iterdir()
                 if _OTHER_FILES.fullmatch(file.name) and file.is_file()
             }
@@ -104,10 +127,10 @@ class Writer:
     def append(self, record: Record) -> None:
         """Add one record; it is on the disk, in the file that is there, when this returns.
 
-        Raises UserError: it cannot be written; the file is then as it was before.
+        Raises NoRecordError: it could not be read again. Raises UserError: it cannot be written. The file is then as it
+        was before.
         """
-        text = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)
-        line = _HALF_CHARACTERS.sub("\ufffd", text).encode() + b"\n"
+        line = line_of(record)
         try:
             _write(self._descriptor, line)
             os.fsync(self._descriptor)
@@ -173,8 +196,11 @@ class Writer:
         return lock
 
     def _lock_again(self, is_suite_lost: bool) -> None:
-        """Lock the folder again where the lock was removed. Raises UserError: another run has begun there since."""
+        """Lock the folder again where the lock was removed. Raises UserError: another run has begun there since, or a
+        link has taken the place of the folder."""
         self._lock.release()
+        if not self._folder_is_link:
+            refuse_link(self.folder)
         self._lock = self._locked()
         try:
             another = not is_suite_lost and (self.folder / SUITE).read_bytes() != self._files.get(SUITE, b"")
@@ -205,10 +231,11 @@ class Writer:
         kept = ""
         try:
             for name in lost:
+                kept += self._set_aside(name)
                 replace_file(self.folder / name, self._files[name])
             if are_records_lost:
                 name = RECORDS
-                kept = self._set_aside()
+                kept += self._set_aside(name)
                 replace_file(self.folder / RECORDS, b"".join(self._lines))
                 opened = _opened(self.folder / RECORDS)
                 os.close(self._descriptor)
@@ -219,19 +246,23 @@ class Writer:
             what = "removed or changed by another program, and written again"
             self._tell(f"{self.folder}: {', '.join(names)}: {what}{kept}")
 
-    def _set_aside(self) -> str:
-        """Give another name to a file of records that holds anything which was not written here; what to say of it."""
-        file = self.folder / RECORDS
-        if not _is_file(file):
+    def _set_aside(self, name: str) -> str:
+        """Give another name to what is in the place of a file: to a folder, a pipe, and to records that hold anything
+        which was not written here. Returns what to say of it."""
+        file = self.folder / name
+        if _identity(file) is None or file.is_symlink():  # a link is replaced; its target stays
             return ""
-        found = file.read_bytes()
-        if b"".join(self._lines).startswith(found) or not {*found.splitlines(keepends=True)} - {*self._lines}:
-            return ""
-        numbers = range(1, 2 + len([*self.folder.glob("records-found-*.jsonl")]))
-        names = (f"records-found-{number}.jsonl" for number in numbers)
-        name = next(name for name in names if not (self.folder / name).exists())
-        file.rename(self.folder / name)
-        return f"; what was found there is kept in {name}"
+        if _is_file(file):
+            if name != RECORDS:
+                return ""
+            found = file.read_bytes()
+            if b"".join(self._lines).startswith(found) or not {*found.splitlines(keepends=True)} - {*self._lines}:
+                return ""
+        numbers = range(1, 2 + len([*self.folder.glob(f"{file.stem}-found-*")]))
+        names = (f"{file.stem}-found-{number}{file.suffix}" for number in numbers)
+        other = next(other for other in names if not os.path.lexists(self.folder / other))
+        file.rename(self.folder / other)
+        return f"; what was found there is kept in {other}"
 
     # --- what an earlier writer left ---
 
@@ -252,8 +283,14 @@ class Writer:
 
 
 def _opened(records: Path) -> int:
-    """A descriptor that appends to the file, which is created if needed; never to the target of a link."""
-    return os.open(records, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    """A descriptor that appends to the file, which is created if needed; never to the target of a link.
+
+    Raises UserError: it is a pipe or a device."""
+    descriptor = os.open(records, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(str(records), "is not a regular file", "remove it, or choose another --out")
+    return descriptor
 
 
 def _write(descriptor: int, content: bytes) -> None:

@@ -50,6 +50,21 @@ def record_of(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, code
     )
 
 
+def record_of_nothing(identity: dict[str, Any], attempt: Attempt, outcome: Outcome, why: str) -> Record:
+    """The record, an error, of an attempt that has ended with what is no result, since no record can hold it.
+
+    why: what is wrong with it."""
+    now = utc_now()
+    message = f"what the process left is no result: {why[:_MOST]}"
+    nothing = Outcome(
+        outcome.job, "error", {"type": "NoResult", "message": message}, {}, {}, None, now, now, 0.0, outcome.machine
+    )
+    return record_of(identity, attempt, nothing, {})
+
+
+_MOST = 400  # characters of a reason
+
+
 def skipped_record(identity: dict[str, Any], attempt: Attempt, plan: Plan) -> Record:
     """The record of an attempt that is skipped, with the cell because of which it is."""
     cause = next(cell for cell in plan.cells if cell.cell_id in (attempt.dominated_by, attempt.beaten_by))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import IO
 
+from meftbench import documents
+from meftbench.errors import UserError
 from meftbench.kept_output import ROOM
 from meftbench.records.store import ended_by_disk, refuse_link
 
@@ -24,18 +27,22 @@ def opened(log: Path) -> IO[bytes]:
 def end_of(log: Path) -> str:
     """The end of what the process printed, in one line."""
     try:
-        with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - 4 * TAIL))
+        with documents.opened(log) as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 4 * TAIL))
             text = stream.read(4 * TAIL).decode(errors="replace")
-    except OSError:
+    except (UserError, OSError):  # it is not there, or no file any more
         return "it printed nothing"
     return " | ".join(text.split("\n")).strip(" |")[-TAIL:] or "it printed nothing"
 
 
 def shorten(log: Path) -> None:
-    """Remove the file if it is empty, and cut it to its last mebibyte, in place, if it is longer."""
+    """Remove the file if it is empty, and cut it to its last mebibyte, in place, if it is longer. What is no file stays
+    as it is."""
     try:
-        size = log.lstat().st_size
+        found = log.lstat()
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            return
         if size == 0:
             log.unlink()
         elif size > ROOM:
@@ -55,7 +62,8 @@ def tidy(logs: Path) -> None:
     if logs.is_symlink() or not logs.is_dir():
         return
     for file in [*logs.glob("*.json"), *logs.glob(".*.json.*")]:
-        file.unlink(missing_ok=True)
+        if file.is_symlink() or not file.is_dir():
+            file.unlink(missing_ok=True)
     for log in logs.glob("*.log"):
         shorten(log)
     if not any(logs.iterdir()):

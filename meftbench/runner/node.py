@@ -16,18 +16,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from meftbench.errors import UserError
+from meftbench.errors import NOT_COMPARABLE, UserError, one_line
 from meftbench.plan.cell import Cell
 from meftbench.plan.protocol import Protocol
 from meftbench.plan.training import CELL_FOLDER
+from meftbench.records.checks import check_environment
 from meftbench.records.record import Metric
-from meftbench.records.store import replace_file
+from meftbench.records.store import refuse_links, replace_file
 from meftbench.runner import gpus, host, logs
 from meftbench.runner.data_check import read_data
 from meftbench.runner.engine import COUNTED, Slot, Work, check_torch, kind_of, refuse_without_slot
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.local_engine import kinds_of_gpu, machine_of, worker_variables
-from meftbench.runner.process import WORKER, Worker
+from meftbench.runner.process import WORKER, Worker, utc_now
 
 # Runs a command as a child of a child, and ends as it ends. Ray ends a process together with its children, by SIGKILL,
 # and a worker that is ended so leaves its cells. As a child of a child it sees its standard input end, and ends them.
@@ -172,10 +173,19 @@ def work_from(content: Mapping[str, Any]) -> Work:
 
 def begun_from(answer: str, where: str, name: str) -> tuple[Machine, Slot]:
     """The machine and the slot, which is called `name`, of what `Node.begin` returned at `where`. Raises UserError: the
-    one that it tells of."""
-    content = _answer(answer, where)
-    slot = content["slot"] | {"name": name, "kinds": frozenset(content["slot"]["kinds"])}
-    return Machine(**content["machine"]), Slot(**slot)
+    one that it tells of, or the answer is none."""
+    try:
+        content = _answer(answer, where)
+        slot = content["slot"] | {"name": name, "kinds": frozenset(content["slot"]["kinds"])}
+        machine = Machine(**content["machine"])
+        check_environment(dict(machine.environment))
+        named = {*machine.environment["meftbench"]} | {*machine.environment["host"]} | {*machine.environment}
+        if lacking := sorted({"version", "code_digest", "bf16_products", "environment_id"} - named):
+            raise ValueError(f"its environment lacks {', '.join(lacking)}")
+        return machine, Slot(**slot)
+    except _NO_ANSWER as error:
+        what = f"its answer cannot be read ({type(error).__name__}: {one_line(error)[:200]})"
+        raise UserError(where, what, "install the same meftbench there", NOT_COMPARABLE) from None
 
 
 def job_request(job: Job) -> str:
@@ -186,6 +196,8 @@ def job_request(job: Job) -> str:
     return json.dumps(content | {"environment": dict(job.environment)})
 
 
+# Fields of an outcome that are used before its record is made and checked.
+_KINDS = {"status": str, "detail": dict, "observed": dict, "lost": bool, "log": str}
 _PLAIN = ("status", "detail", "observed", "pid", "started_at", "finished_at", "wall_s", "lost")
 
 
@@ -197,17 +209,36 @@ def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def outcome_from(answer: str, job: Job, machine: Machine) -> Outcome:
-    """The outcome of a job from what `Node.run` returned on `machine`; what the job printed is written to its log.
+    """The outcome of a job from what `Node.run` returned on `machine`; what the job printed is written to its log. An
+    answer that is none is an `error`.
 
     Raises UserError: the one that the answer tells of, with the machine's name.
     """
-    content = _answer(answer, machine.host)
-    if content["log"]:
+    try:
+        content = _answer(answer, machine.host)
+        plain = {name: content[name] for name in _PLAIN}
+        if wrong := [name for name, kind in _KINDS.items() if type(content[name]) is not kind]:
+            raise TypeError(f"{wrong[0]} is no {_KINDS[wrong[0]].__name__}")
+        metrics = {name: Metric.from_json(metric) for name, metric in content["metrics"].items()}
+        printed = content["log"].encode(errors="replace")
+    except _NO_ANSWER as error:
+        return without_answer(job, machine, f"{type(error).__name__}: {one_line(error)[:200]}")
+    if printed:
         job.log.parent.mkdir(exist_ok=True)
         with logs.opened(job.log) as log:
-            log.write(content["log"].encode())
-    metrics = {name: Metric.from_json(metric) for name, metric in content["metrics"].items()}
-    return Outcome(job, **{name: content[name] for name in _PLAIN}, metrics=metrics, machine=machine)
+            log.write(printed)
+    return Outcome(job, **plain, metrics=metrics, machine=machine)
+
+
+def without_answer(job: Job, machine: Machine | None, why: str) -> Outcome:
+    """The outcome of a job of which a machine has answered what cannot be read."""
+    now = utc_now()
+    detail = {"type": "NoResult", "message": f"the answer of its machine cannot be read ({why})"}
+    return Outcome(job, "error", detail, {}, {}, None, now, now, 0.0, machine)
+
+
+# What reading an answer raises that has another form; others than meftbench may write where Slurm's jobs leave theirs.
+_NO_ANSWER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def _answer(answer: str, where: str) -> dict[str, Any]:
@@ -218,9 +249,10 @@ def _answer(answer: str, where: str) -> dict[str, Any]:
 
 
 def keep_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write the files that a cell keeps into its folder in the run. Raises ValueError: a path leads out of it."""
+    """Write the files that a cell keeps into its folder in the run. Raises UserError: a path leads out of it."""
     for name, content in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{name}: a file of a cell is in its folder")
+            raise UserError(name, "is no file in the folder of its cell", "see what its machine answers")
+        refuse_links(folder, folder / name)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         replace_file(folder / name, content)

@@ -81,7 +81,7 @@ def _result_of(
             for line in process.stdout:
                 event = parsed_event(line) or {}
                 if event.get("event") == "progress":
-                    tell(str(event["text"]))
+                    tell(event["text"])
                 elif event.get("event") == "result":
                     return dict(event["content"])
             code = process.wait()

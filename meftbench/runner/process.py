@@ -172,12 +172,12 @@ class Worker:
         limit = time.monotonic() + IMPORT_SECONDS
         while self._process is not None:
             for event in self._events(max(0.0, limit - time.monotonic())):
-                if event.get("event") == "ready":
-                    self.facts = dict(event.get("facts") or {})
+                if event["event"] == "ready":
+                    self.facts = event["facts"]
                     return
-                if event.get("event") == "broken":
+                if event["event"] == "broken":
                     self._end(grace=TERM_SECONDS)
-                    raise self._unusable(str(event.get("message")))
+                    raise self._unusable(event["message"])
             if time.monotonic() >= limit:
                 self._end(grace=0)
                 raise self._unusable(f"was not ready after {IMPORT_SECONDS:.0f} s")
@@ -234,14 +234,16 @@ class Worker:
     # --- its jobs ---
 
     def _handle(self, event: dict[str, Any]) -> None:
-        running = self._jobs.get(event.get("id", 0))
+        if event["event"] not in ("started", "exited"):
+            return
+        running = self._jobs.get(event["id"])
         if running is None:
             return
-        if event.get("event") == "started":
-            running.pid = int(event["pid"])
+        if event["event"] == "started":
+            running.pid = event["pid"]
             running.deadline = time.monotonic() + running.job.timeout
-        elif event.get("event") == "exited":
-            self._exited(int(event["id"]), running, int(event["code"]))
+        else:
+            self._exited(event["id"], running, event["code"])
 
     def _exited(self, number: int, running: _Running, code: int) -> None:
         result = read_result(running.job.result)
@@ -339,13 +341,29 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     return process.stdin, process.stdout
 
 
+_PIDS = 2**22  # process ids on Linux are below this number (proc(5), pid_max)
+# What events of the worker have beside their name, and of which type.
+_EVENTS: dict[str, dict[str, type]] = {
+    "ready": {"facts": dict},
+    "broken": {"message": str},
+    "started": {"id": int, "pid": int},
+    "exited": {"id": int, "code": int},
+    "progress": {"text": str},
+    "result": {"content": dict},
+}
+
+
 def parsed_event(line: bytes) -> dict[str, Any] | None:
     """The event in a line; None for any other text (a library that writes to the pipe must not end the sweep)."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) else None
+    fields = _EVENTS.get(str(event.get("event"))) if isinstance(event, dict) else None
+    if fields is None or any(type(event.get(name)) is not kind for name, kind in fields.items()):
+        return None
+    # The groups 0 and 1 are the runner's own, and everybody's.
+    return None if event["event"] == "started" and not 1 < event["pid"] < _PIDS else event
 
 
 def _timeout(running: _Running) -> dict[str, Any]:

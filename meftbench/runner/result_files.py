@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from meftbench.documents import json_object_of
+from meftbench.errors import UserError
 from meftbench.records.record import Metric
 
 ROOM = 64 * 2**10  # bytes; a result file takes less
@@ -20,16 +21,18 @@ _UNWRITABLE = re.compile(r"Input/output error|Read-only file system|Permission d
 
 def read_result(file: Path) -> dict[str, Any] | str:
     """The content of a result file, with its metrics as `Metric`; or, where it cannot be read, the reason as text."""
+    if not os.path.lexists(file):
+        return "the process left no result"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json_object_of(file)
         answer = content["answer"]
         metrics = {name: Metric.from_json(metric) for name, metric in answer.get("metrics", {}).items()}
         if content["status"] not in ("ok", "oom", "error", "skipped"):
             raise ValueError(f"status {content['status']!r}")
         detail, observed = dict(content["status_detail"]), dict(answer.get("observed", {}))
         return {"status": content["status"], "status_detail": detail, "metrics": metrics, "observed": observed}
-    except FileNotFoundError:
-        return "the process left no result"
+    except UserError as error:
+        return f"the process left an unreadable result, which {error.what}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"the process left an unreadable result, {type(error).__name__}: {error}"
 
@@ -51,6 +54,7 @@ def is_of_disk(message: str, run_folder: Path) -> bool:
     """Whether the message of a cell's error says that the folder of the run cannot be written, or that a disk is full
     where that of the run is full."""
     full = bool(_FULL.search(message))
-    if str(run_folder.absolute()) in message or str(run_folder.resolve()) in message:
+    folders = "|".join(re.escape(str(folder)) for folder in (run_folder.absolute(), run_folder.resolve()))
+    if re.search(rf"(?:{folders})(?![^/'\":;,\s])", message):  # no longer name of another folder
         return full or bool(_UNWRITABLE.search(message))
     return full and disk_error(run_folder) is not None

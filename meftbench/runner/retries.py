@@ -27,7 +27,7 @@ class Retries:
         if attempt.key in self.before:
             return False
         host = {"host": outcome.machine.host} if outcome.machine else {}
-        self.before[attempt.key] = {name: outcome.detail[name] for name in ("type", "message")} | host
+        self.before[attempt.key] = {name: outcome.detail.get(name) for name in ("type", "message")} | host
         self.waiting[attempt.key] = attempt, slot
         return True
 

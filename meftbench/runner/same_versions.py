@@ -79,4 +79,4 @@ def refuse_other_code(machine: Machine) -> None:
 
 
 def _release(version: str | None) -> str | None:
-    return None if version is None else version.partition("+")[0]
+    return None if version is None else str(version).partition("+")[0]

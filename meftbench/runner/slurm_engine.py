@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from meftbench.documents import json_object_of
 from meftbench.errors import NOT_COMPARABLE, UserError, one_line
 from meftbench.plan.cell import Cell
 from meftbench.plan.identity import digest
 from meftbench.plan.training import CELL_FOLDER
 from meftbench.records.record import Status
-from meftbench.records.store import replace_file
+from meftbench.records.store import refuse_links, replace_file
 from meftbench.runner import node
 from meftbench.runner.data_check import read_data
 from meftbench.runner.engine import COUNTED, Slot, Work, kind_of
@@ -109,6 +110,7 @@ class SlurmEngine:
         self._states = SlurmStates() if self._cluster == "slurm" else LocalStates()
         if self._cluster == "slurm":
             cancel_jobs(name)  # which an earlier run in this folder has left in the queue, since it was killed
+        refuse_links(logs.absolute().parent, self._results)
         shutil.rmtree(self._results, ignore_errors=True)
         # A job of an earlier run that is being cancelled, or whose node did not hear of it, may still leave a result.
         self._folder = self._results / secrets.token_hex(4)
@@ -125,9 +127,11 @@ class SlurmEngine:
                 raise UserError("--engine slurm", what, "see to it, and try again", NOT_COMPARABLE)
             time.sleep(LOOK_SECONDS)
         self._first = None
-        content = json.loads(result.read_text())
-        refuse_other_versions([(content["host"], content["versions"])])
-        machine, _ = node.begun_from(content["begun"], content["host"], "")
+        content = json_object_of(result)
+        host = str(content.get("host"))
+        versions = content.get("versions")
+        refuse_other_versions([(host, versions if isinstance(versions, dict) else {})])
+        machine, _ = node.begun_from(content.get("begun", ""), host, "")
         return [machine]
 
     def slots(self) -> list[Slot]:
@@ -207,11 +211,15 @@ class SlurmEngine:
         job = waiting.given
         if not waiting.result.exists():
             return _without_result(waiting, state)
-        content = json.loads(waiting.result.read_text())
-        waiting.result.unlink()
-        machine, _ = node.begun_from(content["begun"], content["host"], "")
+        try:
+            content = json_object_of(waiting.result)
+        except UserError as error:
+            return node.without_answer(job, None, error.what)
+        finally:
+            waiting.result.unlink(missing_ok=True)
+        machine, _ = node.begun_from(content.get("begun", ""), str(content.get("host")), "")
         refuse_other_code(machine)
-        return node.outcome_from(content["answer"], job, machine)
+        return node.outcome_from(content.get("answer", ""), job, machine)
 
 
 def _without_result(waiting: _Submitted, state: str) -> Outcome:

@@ -16,10 +16,20 @@ from meftbench.plan.factories import check_allowed
 from meftbench.plan.suite import Suite, load_suite
 from meftbench.plan.training import BEST, CELL_FOLDER
 from meftbench.records.record import Record, Status
-from meftbench.records.store import RECORDS, RESUME, Run, ended_by_disk, folder_at, load_run, refuse_link, subfolder
-from meftbench.records.writer import Writer, writing
+from meftbench.records.store import (
+    RECORDS,
+    RESUME,
+    Run,
+    ended_by_disk,
+    folder_at,
+    load_run,
+    refuse_link,
+    refuse_links_within,
+    subfolder,
+)
+from meftbench.records.writer import NoRecordError, Writer, writing
 from meftbench.runner import folder, logs
-from meftbench.runner.attempt_records import identity, record_of, skipped_record
+from meftbench.runner.attempt_records import identity, record_of, record_of_nothing, skipped_record
 from meftbench.runner.choice import Rates
 from meftbench.runner.data_check import check_data
 from meftbench.runner.engine import Engine, Slot, Work, kind_of
@@ -214,6 +224,7 @@ def _execute(suite: Suite, writer: Writer, earlier: Run | None, engine: Engine, 
     logs_folder = subfolder(writer.folder, folder.LOGS)
     if any(cell.training for cell in suite.cells):
         refuse_link(writer.folder / CELLS)
+        refuse_links_within(writer.folder / CELLS)
     cells = [cell for cell in suite.cells if sweep.plan.repeats.get(cell.cell_id)]
     work = Work.of(cells, suite.protocol)
     try:
@@ -312,21 +323,28 @@ class _Sweep:
                 raise UserError("--engine", what, f"see to the machines, {RESUME}", NOT_COMPARABLE)
             attempt, slot = self.running.pop((outcome.job.cell.cell_id, outcome.job.repeat))
             if outcome.lost and self.retries.again(attempt, slot, outcome):
-                self.on_event(Noted(f"{attempt.cell.label}: {outcome.detail['message']}; it is run again"))
+                cure = "`--resume` runs it again" if self.stopped else "it is run again"
+                self.on_event(Noted(f"{attempt.cell.label}: {outcome.detail.get('message')}; {cure}"))
                 continue
             outcome = self.retries.told(outcome)
             machine = outcome.machine or first
             if machine.environment_id not in self.environments:
                 folder.add_environment(writer, machine.environment)
                 self.environments.add(machine.environment_id)
-            self._write(writer, record_of(identity(suite, run_id, machine), attempt, outcome, self.code), total)
-            self.stopped |= self.fail_fast and outcome.status in ("error", "timeout")
+            shared = identity(suite, run_id, machine)
+            try:
+                record = record_of(shared, attempt, outcome, self.code)
+                self._write(writer, record, total)
+            except NoRecordError as error:
+                record = record_of_nothing(shared, attempt, outcome, str(error))
+                self._write(writer, record, total)
+            self.stopped |= self.fail_fast and record.status in ("error", "timeout")
 
     def _next(self, slots: Sequence[Slot]) -> Iterator[tuple[Attempt, Slot | None]]:
         """Yield attempts to start, with their slots, or to skip (None), as long as there are free slots."""
         busy = {slot for _, slot in self.running.values()}
         free = [slot for slot in slots if slot not in busy]
-        for again, slot in self.retries.placed(free, slots):
+        for again, slot in [] if self.stopped else self.retries.placed(free, slots):
             free.remove(slot)
             yield again, slot
         while free and not self.stopped:

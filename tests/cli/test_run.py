@@ -116,15 +116,6 @@ def test_options_of_sbatch_are_named_as_sbatch_names_them(text, options):
     assert options == sbatch_options(text)
 
 
-@pytest.mark.parametrize("text", ["partition=", "=gpu", "partition=gpu,=", "--"])
-def test_options_of_sbatch_that_are_none_are_refused(cli, text):
-    assert "is no list of NAME=VALUE" in refused(cli, "run", a_file(), "--engine", "slurm", "--slurm", text)
-
-
-def test_options_of_sbatch_are_for_slurm(cli):
-    assert "is for --engine slurm, not local" in refused(cli, "run", a_file(), "--slurm", "partition=gpu")
-
-
 def test_a_model_folder_without_weights_is_refused(cli):
     folder = Path("model")
     folder.mkdir()

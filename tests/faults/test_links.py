@@ -8,7 +8,7 @@ import pytest
 from builders import a_cell, a_record, a_run
 from meftbench.errors import INVALID, UserError
 from meftbench.plan.training import Training
-from meftbench.records.store import RECORDS
+from meftbench.records.store import RECORDS, refuse_links
 from meftbench.records.writer import writing
 from meftbench.runner import Started
 from stand_in import FINE
@@ -67,6 +67,34 @@ def test_a_folder_of_the_run_that_is_a_link_is_refused(tmp_path, name):
         sweep(suite, tmp_path / "run", resume=True)
 
     assert [] == os.listdir(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["a cell", "a cell/best", "a cell/best/adapter_config.json"])
+def test_a_link_within_the_folders_of_cells_is_refused(tmp_path, name):
+    """No cell writes its checkpoints, or the weights that it keeps, at the target."""
+    suite = a_suite(*(a_cell(training=Training(task="rte", learning_rate=rate)) for rate in (1e-3, 1e-4)))
+    run = sweep(suite, tmp_path / "run", limit=1)
+    (tmp_path / "elsewhere").mkdir()
+    link = run.path / "cells" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(UserError, match=f"{link.name}: is a symbolic link"):
+        sweep(suite, tmp_path / "run", resume=True)
+
+    assert [] == os.listdir(tmp_path / "elsewhere")
+
+
+def test_no_link_below_a_folder_is_written_through(tmp_path):
+    """Neither at the end of a path nor on the way; the folder itself, which the user has named, may be one."""
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "link").symlink_to(tmp_path)
+
+    refuse_links(tmp_path / "run", tmp_path / "run" / "inner" / "file")
+    for path in ("link", "link/file", "link/inner/file"):
+        with pytest.raises(UserError, match="link: is a symbolic link"):
+            refuse_links(tmp_path / "run", tmp_path / "run" / path)
 
 
 def test_a_log_that_is_a_link_is_replaced_by_the_log(tmp_path, target):

@@ -52,6 +52,18 @@ def replace_by_link(file):
     file.symlink_to(target)
 
 
+def replace_by_folder(file):
+    """With something in it."""
+    file.unlink()
+    file.mkdir()
+    (file / "precious.txt").write_text("precious")
+
+
+def replace_by_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
 def remove_folder(file):
     shutil.rmtree(file.parent)
 
@@ -61,6 +73,7 @@ def move_folder(file):
 
 
 DAMAGES = [remove, empty, tear, replace_by_older, add_to, replace_by_link, remove_folder, move_folder]
+DAMAGES += [replace_by_folder, replace_by_pipe]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -83,7 +96,9 @@ def test_records_lost_while_a_run_writes_are_written_again(tmp_path, damage):
     assert f"{RECORDS} (3 records)" in note
     assert "written again" in note
     found = tmp_path / "run" / "records-found-1.jsonl"
-    assert (damage is add_to) == (found.exists() and b"somebody else's line\n" in found.read_bytes())
+    assert (damage is add_to) == (found.is_file() and b"somebody else's line\n" in found.read_bytes())
+    assert (damage is replace_by_folder) == (found / "precious.txt").is_file()
+    assert (damage is replace_by_pipe) == found.is_fifo()
     if damage is replace_by_link:
         assert "precious" == (tmp_path / "run" / "elsewhere.txt").read_text()
     assert ["ok"] * 3 == statuses(sweep(suite, tmp_path / "run", resume=True, command=["false"]))
@@ -112,6 +127,36 @@ def test_a_byte_that_changed_is_found_at_the_end(tmp_path):
                 stream.write(b"\0")
 
     assert ["ok", "ok"] == statuses(sweep(a_suite(*does(FINE, FINE)), tmp_path / "run", on_event=harm))
+
+
+@pytest.mark.parametrize("name", ["suite.yaml", "environment.json"])
+def test_what_has_the_place_of_another_file_is_set_aside(tmp_path, name):
+    folder = tmp_path / "run"
+
+    def harm(event):
+        if isinstance(event, Started) and event.done == 1:
+            replace_by_folder(folder / name)
+
+    run = sweep(a_suite(*does(FINE, FINE, FINE)), folder, on_event=harm)
+
+    assert ["ok"] * 3 == statuses(run)
+    stem, _, suffix = name.partition(".")
+    assert "precious" == (folder / f"{stem}-found-1.{suffix}" / "precious.txt").read_text()
+
+
+def test_a_link_in_the_place_of_the_run_folder_ends_the_run(tmp_path):
+    """Nothing is written at its target."""
+    (tmp_path / "elsewhere").mkdir()
+
+    def harm(event):
+        if isinstance(event, Ended) and event.done == 1:
+            (tmp_path / "run").rename(tmp_path / "moved")
+            (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(UserError, match="run: is a symbolic link"):
+        sweep(a_suite(*does(FINE, FINE)), tmp_path / "run", on_event=harm)
+
+    assert [] == os.listdir(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("name", ["suite.yaml", "environment.json", ".lock", "logs"])
@@ -194,17 +239,18 @@ def test_a_folder_in_which_another_run_ended_is_not_written_to(tmp_path):
 
 
 def test_what_cannot_be_written_again_is_an_error_and_not_exit_0(tmp_path, cli, monkeypatch):
-    """A folder has the name of the file of records: one line, with the exit code of an unwritable folder."""
+    """A file has the name of the run folder: one line, with the exit code of an unwritable folder."""
 
     def harm(event):
         if isinstance(event, Ended):
-            (tmp_path / "run" / RECORDS).unlink()
-            (tmp_path / "run" / RECORDS).mkdir()
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").write_text("precious")
 
-    with pytest.raises(UserError, match=f"{RECORDS}: cannot be written") as raised:
+    with pytest.raises(UserError, match=r"run(/logs)?: cannot be written") as raised:
         sweep(a_suite(*does(FINE, FINE)), tmp_path / "run", on_event=harm)
 
     assert INVALID == raised.value.exit_code
+    assert "precious" == (tmp_path / "run").read_text()
 
 
 moments = st.lists(st.tuples(st.integers(1, 6), st.sampled_from(DAMAGES)), max_size=6)
@@ -224,7 +270,7 @@ def test_whatever_happens_to_the_folder_and_when_no_record_is_lost(tmp_path_fact
             writer.append(record)
             assert (written[:number], False) == read_records(file)
             for moment, damage in harms:
-                if moment == number and file.exists():
+                if moment == number and file.is_file():
                     damage(file)
 
     assert written == load_run(parent / "run").records

@@ -1,6 +1,7 @@
 """What a sweep asks of an engine, with several machines: each record says where it was made, and none is lost."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from stand_in_cluster import Cluster, Full, Interrupted
@@ -58,6 +59,25 @@ def test_a_cell_whose_machine_is_lost_is_run_once_more_elsewhere(tmp_path, keeps
     assert "beta" == record.host
     assert [f"{suite.cells[0].label}: alpha is gone; it is run again"] == notes(events)
     assert ["alpha0", "beta0"] == [slot for cell_id, slot in cluster.ran if cell_id == suite.cells[0].cell_id]
+
+
+def test_nothing_that_was_lost_begins_again_after_the_first_failure(tmp_path):
+    """Of a run that ends with it; `--resume` runs it."""
+
+    class Failing(Cluster):
+        def poll(self):
+            outcome = super().poll()
+            return replace(outcome, status="error") if outcome and outcome.job.cell.seed == 4 else outcome
+
+    cluster = Failing({"alpha": [COUNTED]}, losses={3: 1}, keeps=True)
+    cluster.places |= {replace(slot, name="alpha1"): "alpha" for slot in cluster.places}
+    suite = a_suite(a_cell(seed=4), a_cell(seed=3))
+
+    run, events = run_on(cluster, suite, tmp_path / "run", fail_fast=True)
+
+    assert ["error"] == statuses(run)
+    assert [f"{suite.cells[1].label}: alpha is gone; `--resume` runs it again"] == notes(events)
+    assert ["error", "ok"] == statuses(run_on(Cluster(TWO), suite, tmp_path / "run", resume=True)[0])
 
 
 def test_a_second_loss_is_recorded(tmp_path):

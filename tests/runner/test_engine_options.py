@@ -31,8 +31,10 @@ def test_each_engine_has_its_name():
         ({"name": "ray", "gpus": (0,)}, "--gpus: is for --engine local, not ray"),
         ({"name": "local", "address": "a:1"}, "--address: is for --engine ray, not local"),
         ({"name": "ray", "slurm": "partition=a"}, "--slurm: is for --engine slurm, not ray; write --engine slurm"),
-        ({"name": "slurm", "slurm": "partition"}, "--slurm: 'partition' is no list of NAME=VALUE"),
+        ({"name": "slurm", "slurm": "partition="}, "--slurm: 'partition=' is no list of NAME=VALUE"),
         ({"name": "slurm", "slurm": "a=,b=1"}, "is no list of NAME=VALUE"),
+        ({"name": "slurm", "slurm": "=gpu"}, "is no list of NAME=VALUE"),
+        ({"name": "slurm", "slurm": "--"}, "is no list of NAME=VALUE"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(options, said):

@@ -164,8 +164,12 @@ def test_kept_files_stay_in_the_folder_of_their_cell(tmp_path):
     node.keep_files({"best/adapter.safetensors": b"x"}, tmp_path / "cell")
     assert b"x" == (tmp_path / "cell" / "best" / "adapter.safetensors").read_bytes()
     for name in ("../other", "/etc/x", "best/../../x"):
-        with pytest.raises(ValueError, match="a file of a cell is in its folder"):
+        with pytest.raises(UserError, match="is no file in the folder of its cell"):
             node.keep_files({name: b""}, tmp_path / "cell")
+    (tmp_path / "cell" / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="link: is a symbolic link"):
+        node.keep_files({"link/x": b""}, tmp_path / "cell")
+    assert ["cell"] == [file.name for file in tmp_path.iterdir()]
 
 
 def test_files_that_a_cell_keeps_come_back(a_node, tmp_path):

@@ -191,6 +191,54 @@ def test_what_sbatch_warns_of_is_shown(slurm, tmp_path, monkeypatch, capsys):
     assert "sbatch: warning: half used\n" in capsys.readouterr().err
 
 
+def test_results_are_not_left_through_a_link(slurm, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "slurm").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(UserError, match="slurm: is a symbolic link"):
+        run_on(tmp_path / "run", a_suite())
+
+    assert [] == os.listdir(tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def leaves(slurm, monkeypatch):
+    """Makes jobs of cells leave bytes in place of their results."""
+    leave = slurm_engine._leave
+
+    def make(content):
+        def left(result, said):
+            leave(result, said)
+            if "answer" in said:
+                Path(result).write_bytes(content)
+
+        monkeypatch.setattr(slurm_engine, "_leave", left)
+
+    return make
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b'{"begun": ', b"\xff", b"[" * 100_000])
+def test_a_result_that_cannot_be_read_is_an_error_of_its_cell(leaves, tmp_path, content):
+    """Whatever another program leaves in its place."""
+    leaves(content)
+
+    run, _ = run_on(tmp_path / "run", a_suite())
+
+    assert [("error", "NoResult")] == [(r.status, r.status_detail["type"]) for r in run.records]
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"begun": "{}", "host": 3}', b'{"begun": [], "answer": null}'])
+def test_a_result_without_its_machine_ends_the_run(leaves, tmp_path, content):
+    """Where it was made is not known."""
+    leaves(content)
+
+    with pytest.raises(UserError, match="its answer cannot be read") as ended:
+        run_on(tmp_path / "run", a_suite())
+
+    assert NOT_COMPARABLE == ended.value.exit_code
+
+
 # --- clusters with and without accounts ---
 
 
