@@ -18,7 +18,7 @@ from meftbench.errors import NOT_COMPARABLE, UserError, one_line
 from meftbench.plan.cell import Cell
 from meftbench.plan.training import CELL_FOLDER
 from meftbench.runner import node
-from meftbench.runner.data_check import distinct
+from meftbench.runner.data_check import DATA_SECONDS, distinct
 from meftbench.runner.engine import COUNTED, Slot, Work, refuse_without_slot
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import IMPORT_SECONDS, START_SECONDS, utc_now
@@ -28,7 +28,6 @@ from meftbench.runner.same_versions import refuse_other_code, refuse_other_versi
 PROBE_SECONDS = 60.0
 ROOM_SECONDS = 60.0  # for which other users of the cluster are waited for
 LATE_SECONDS = 120.0  # after its own timeout, a cell that has not ended is on a machine that does not answer
-DATA_SECONDS = 3600.0  # large data take long to read
 _MESSAGE = 300  # characters of what Ray says that a message quotes
 
 
