@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import meftbench
+from meftbench.documents import WRITTEN_BYTES, bytes_of
 from meftbench.errors import NOT_COMPARABLE, UserError
 from meftbench.plan.identity import uuid7
 from meftbench.plan.suite import Suite, shipped_suites
@@ -128,11 +129,7 @@ def begin(writer: Writer, suite: Suite, environment: dict[str, Any], code: Diges
 
 def _write_suite(writer: Writer, suite: Suite, run_id: str, code: Digests) -> None:
     if suite.budgets is not None:
-        try:
-            budgets = suite.budgets.read_bytes()
-        except OSError as error:
-            raise UserError(str(suite.budgets), f"cannot be read ({error.strerror})", "see to that file") from None
-        writer.write(BUDGETS, budgets)
+        writer.write(BUDGETS, bytes_of(suite.budgets, WRITTEN_BYTES, "see to that file"))
     content = {"schema": 1, "run_id": run_id} | described(suite) | ({"own_code": dict(code)} if code else {})
     writer.write(SUITE, suite_text(content))
 
