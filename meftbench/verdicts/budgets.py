@@ -27,8 +27,8 @@ def budgets_file(run: Run, cure: str = "name a file with --budget") -> Path:
 
 
 def file_to_update(run: Run) -> Path:
-    """The file of `budgets_file`, to be written. A run folder may come from anybody, so neither what its suite names nor
-    a link in it decides that files elsewhere are written: the copy in the run folder is, and what lies below the
+    """The file of `budgets_file`, to be written. A run folder may come from anybody, so neither what its suite names
+    nor a link in it decides that files elsewhere are written: the copy in the run folder is, and what lies below the
     working folder.
 
     Raises UserError: there is no budgets file, or it lies elsewhere.

@@ -64,7 +64,7 @@ def elsewhere(tmp_path):
     """A budgets file that a user has in another place than the working folder."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.yaml").write_text(BUDGETS)
-    yield tmp_path / "elsewhere" / "b.yaml"
+    return tmp_path / "elsewhere" / "b.yaml"
 
 
 @pytest.fixture
