@@ -17,6 +17,7 @@ from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
 from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.config_fields import check_fields
 from meftbench.plan.config_values import check_values
 from meftbench.plan.distributing import check_distributed
 from meftbench.plan.factories import check_arguments, check_own, is_factory
@@ -101,6 +102,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     check_model(model_place, model, overrides)
     check_own(document, place, model, values)
     if not is_factory(model):
+        check_fields(document, (*place["model"], "config"), model, overrides)
         check_values(document, (*place["model"], "config"), overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
     check_method(method_place, model, overrides, values.get("head"), method)
