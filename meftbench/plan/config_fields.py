@@ -31,7 +31,7 @@ class _Fields:
 
 
 def check_fields(document: Document, path: KeyPath, model: str, overrides: dict[str, Any]) -> None:
-    """Check the names in `overrides`, at `path` of the document, by which fields of the configuration of `model` are set.
+    """Check the names in `overrides`, at `path` of the document, by which fields of the model's configuration are set.
 
     Raises UserError: at the first that it has not, with the nearest. Where the model is not on this machine, or its
     class not in transformers, nothing is known; then the cell that builds the model refuses them.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.combinations import check_attention, check_together
-from meftbench.catalogue.labels import read_label
+from meftbench.catalogue.labels import read_label, split_list
 from meftbench.catalogue.levers import LEVERS, settings_for
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
@@ -197,6 +197,9 @@ def parse_method(
     """
     text, settings = named(document, path, value, "method")
     place = name_place(path, value)
+    if len(labels := split_list(text)) > 1:
+        cure = f"write them as a list: [{', '.join(labels)}]" if document.lines else "name one here"
+        raise document.error(place, f"{text!r} is {len(labels)} methods", cure)
     (name, in_brackets), *levers = read_label(document.where(place), text)
     if name in NOT_APPLICABLE:
         raise document.error(place, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")

@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from meftbench.backbones.build import configuration_of
 from meftbench.catalogue.backbones import BACKBONES
 from meftbench.catalogue.models import MODELS
 from meftbench.errors import UserError
@@ -90,9 +89,3 @@ def test_a_suite_is_refused_at_the_line_before_anything_is_run(cli, tmp_path):
     place = f"{tmp_path}/suite.yaml:7: grid.model.config.num_hiden_layers"
     said = "unknown field of bert's configuration 'num_hiden_layers'; did you mean 'num_hidden_layers'?"
     assert (2, "", f"meftbench: {place}: {said}\n") == (code, out, err)
-
-
-def test_the_cell_names_the_nearest_too():
-    """Where the plain side does not know the fields."""
-    with pytest.raises(UserError, match=r"unknown field of its configuration .*; did you mean 'num_hidden_layers'\?"):
-        configuration_of("bert-tiny@random", None, {"num_hiden_layers": 3})
