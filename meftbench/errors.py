@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 DONE = 0
 OVER_BUDGET = 1
@@ -47,7 +47,8 @@ def unknown(where: str, kind: str, name: object, known: Iterable[str]) -> UserEr
     those that contain it, or else a few that are not too unlike it."""
     names = sorted(known)
     nearest = get_close_matches(str(name), names)
-    nearest.sort(key=lambda near: sorted(near) != sorted(str(name)))  # letters that changed places: "lroa" is "lora"
+    # Of equally near names, one whose letters changed places comes first: "lroa" is "lora", not "road".
+    nearest.sort(key=lambda near: (-SequenceMatcher(None, near, str(name)).ratio(), sorted(near) != sorted(str(name))))
     cure = f"one of: {', '.join(names)}"
     if nearest:
         cure = f"did you mean {nearest[0]!r}?"

@@ -16,12 +16,12 @@ import yaml
 
 from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import UserError, unknown
+from meftbench.plan.budgets import Budgets, Default, Row, load_budgets
 from meftbench.records.outcome import as_number, outcomes, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
 from meftbench.report.views.detail import peak_sections
 from meftbench.strict_yaml import Document, KeyPath, parse, settings_of
-from meftbench.verdicts.budgets import Budgets, Default, Row, load_budgets
 from meftbench.verdicts.judge import Verdict, judge, winners
 from meftbench.verdicts.update import NO_CELL, Update, confirm, updated
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn, optim
 
     from meftbench.own_model import Measurement
+    from meftbench.plan.budgets import Budgets
     from meftbench.records.record import Record
-    from meftbench.verdicts.budgets import Budgets
 
 MARKER = "memory_budget"
 _UPDATE = "--memory-budgets-update"
@@ -248,7 +248,7 @@ def _load(file: Path, in_test: bool) -> Budgets:
     """The budgets file. Where it is not valid, the test fails; outside of tests, pytest ends with a usage error."""
     __tracebackhide__ = True
     from meftbench.errors import UserError
-    from meftbench.verdicts.budgets import load_budgets
+    from meftbench.plan.budgets import load_budgets
 
     try:
         return load_budgets(file)

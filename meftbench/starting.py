@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from meftbench.asked import positions_of
+from meftbench.documents import text_of
 from meftbench.errors import UserError
 from meftbench.plan.cell import Cell
 from meftbench.plan.factories import check_allowed, is_factory, places_of
@@ -62,8 +63,8 @@ class Start:
         """memory.yml; where that is there for something else, such as another suite, a file with the suite's name."""
         folder = Path(".gitlab" if self.gitlab else ".github/workflows")
         first = self.out / folder / "memory.yml"
-        with suppress(OSError, UnicodeDecodeError):
-            if self._run_command not in first.read_text(encoding="utf-8"):
+        with suppress(UserError):  # it is not there, or cannot be read
+            if self._run_command not in text_of(first):
                 return folder / f"memory-{self.name}.yml"
         return folder / first.name
 
@@ -187,9 +188,15 @@ def start_of(
 def write_all(out: Path, files: Mapping[Path, str], force: bool) -> None:
     """Write every file, or none. Their paths are relative to `out`, which need not exist.
 
-    Raises UserError: one is there already and `force` is not set, or one cannot be written.
+    Raises UserError: one is there already and `force` is not set, one or a folder of it is a link, or one cannot be
+    written.
     """
-    existing = [str(out / file) for file in files if (out / file).exists() or (out / file).is_symlink()]
+    for file in files:
+        for part in (file, *file.parents[:-1]):
+            if (out / part).is_symlink():
+                cure = "put the file or folder itself there"
+                raise UserError(str(out / part), "is a link, through which files would be written elsewhere", cure)
+    existing = [str(out / file) for file in files if (out / file).exists()]
     if existing and not force:
         verb = "is" if len(existing) == 1 else "are"
         raise UserError(

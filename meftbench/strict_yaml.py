@@ -306,7 +306,7 @@ def validated_part(document: Document, path: KeyPath, content: Any, schema: type
         loc = (*path, *_path_in(content, first["loc"][:-1], False), value)
     if below:
         value = _value_at(content, path_below)
-    raise document.error(loc, _sentence(first["msg"]), _cure(kind, value))
+    raise document.error(loc, _EXPECTED.get(kind) or _sentence(first["msg"]), _cure(kind, value))
 
 
 def _path_in(content: Any, loc: KeyPath, absent: bool) -> KeyPath:
@@ -340,12 +340,19 @@ def settings_of(where: str, schema: type[M], settings: dict[str, Any]) -> M:
     return validated_part(Document(Path(where), settings, {}), (), settings, schema)
 
 
+# What pydantic says in terms of Python, in those of YAML, by its name of the fault.
+_EXPECTED = dict.fromkeys(("model_type", "dict_type"), "input should be a mapping of keys to values")
+_EXPECTED |= dict.fromkeys(("tuple_type", "list_type"), "input should be a list")
+
+
 def _sentence(message: str) -> str:
     message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
 
 
 def _cure(kind: str, value: Any) -> str:
+    if isinstance(value, bool) and kind in ("float_type", "int_type"):
+        return f"YAML read the value as {value}: write a plain number, such as 8"
     if isinstance(value, bool):
         return f"YAML read the value as {value}: put it in quotes if a word was meant"
     if kind in ("float_type", "int_type") and isinstance(value, str):

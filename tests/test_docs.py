@@ -16,9 +16,9 @@ from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.metrics import METRICS
 from meftbench.catalogue.models import MODELS
 from meftbench.cli import app
+from meftbench.plan.budgets import load_budgets
 from meftbench.plan.suite import parse_suite
 from meftbench.strict_yaml import read
-from meftbench.verdicts.budgets import load_budgets
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from meftbench.backbones.build import build_model
 from meftbench.errors import UserError
+from meftbench.plan.budgets import load_budgets
 from meftbench.plan.suite import load_suite
 from meftbench.starting import _slug, start_of, write_all
 from meftbench.strict_yaml import parse
-from meftbench.verdicts.budgets import load_budgets
 
 FILES = ["suites/bert-tiny.yaml", "suites/bert-tiny.budgets.yaml", ".github/workflows/memory.yml"]
 SMALL = ("--method", "full", "--method", "meft1-exact(tiles=2)", "--batch-size", 2, "--sequence-length", 8)

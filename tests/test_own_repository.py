@@ -17,9 +17,9 @@ import yaml
 
 from action_runner import Job, read_action
 from meftbench.cli import app
+from meftbench.plan.budgets import load_budgets
 from meftbench.plan.suite import load_suite
 from meftbench.starting import start_of
-from meftbench.verdicts.budgets import load_budgets
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "gated-project"

@@ -20,8 +20,8 @@ import meftbench.own_model  # noqa: F401 - pytester forgets what its sessions im
 from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
 from meftbench.errors import UserError
 from meftbench.own_tests import metric_named, record_of, run_of, updated_file, verdicts_on
+from meftbench.plan.budgets import load_budgets
 from meftbench.records.record import Metric
-from meftbench.verdicts.budgets import load_budgets
 
 pytest_plugins = ["pytester"]
 

@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 
 from meftbench.cli import _VERBS, main
+from meftbench.plan.budgets import load_budgets
 from meftbench.plan.suite import parse_suite, shipped_suites
 from meftbench.records.store import load_run
 from meftbench.report.render.terminal import print_summary
 from meftbench.strict_yaml import read
-from meftbench.verdicts.budgets import load_budgets
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from meftbench.backbones.gguf import dequantized
 from meftbench.backbones.own import build_own
 from meftbench.catalogue.backbones import BACKBONES
 from meftbench.catalogue.models import MODELS
-from meftbench.errors import UserError, reading, reason_of
+from meftbench.errors import UserError, reading, reason_of, unknown
 from meftbench.plan.factories import is_factory
 from meftbench.plan.gguf_files import gguf_file_of
 from meftbench.plan.models import folder_of, head_of, split_name
@@ -104,7 +104,7 @@ def configuration_of(name: str, head: str | None, overrides: dict[str, Any] | No
             config = _of_text(AutoConfig.from_pretrained(source), head)
     for key, value in (overrides or {}).items():
         if not hasattr(config, key):
-            raise UserError(name, f"its configuration has no field {key!r}", "see the model's configuration class")
+            raise unknown(name, "field of its configuration", key, config.to_dict())
         setattr(config, key, value)
     _fit_layer_types(config, overrides or {})
     return config

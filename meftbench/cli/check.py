@@ -12,8 +12,8 @@ from meftbench.cli.options import RunFolder, add_to_step_summary, emit, say_next
 from meftbench.escapes import single_line, visible
 
 if TYPE_CHECKING:
+    from meftbench.plan.budgets import Budgets
     from meftbench.records.store import Run
-    from meftbench.verdicts.budgets import Budgets
 
 
 class Format(StrEnum):
@@ -59,9 +59,10 @@ def check(
     exceeds it), 3 if a bounded cell failed, 4 if a row is for another
     environment, 5 if a row matches no cell or a number is missing.
     """
+    from meftbench.plan.budgets import load_budgets
     from meftbench.records.store import load_run, warn_of_left_out
     from meftbench.report.render.verdicts import render_verdicts, verdicts_markdown
-    from meftbench.verdicts.budgets import budgets_file, load_budgets
+    from meftbench.verdicts.budgets import budgets_file, file_to_update
     from meftbench.verdicts.explain import exceeded, explained
     from meftbench.verdicts.judge import exit_code, judge
     from meftbench.verdicts.revision import load_named
@@ -69,7 +70,7 @@ def check(
 
     loaded = load_run(run)
     warn_of_left_out(loaded)
-    budgets = load_budgets(budget or budgets_file(loaded))
+    budgets = load_budgets(budget or (file_to_update if update else budgets_file)(loaded))
     if update:
         change = updated(loaded, budgets)
         change.write()

@@ -81,11 +81,11 @@ def _say_next(commands: list[str], as_json: bool) -> None:
 def _fill(start: Start, quiet: bool, as_json: bool) -> Run:
     """Run the suite in the working folder, set its budgets to what was counted, and return the run."""
     from meftbench.cli.progress import progress
+    from meftbench.plan.budgets import load_budgets
     from meftbench.plan.suite import load_suite
     from meftbench.report.render.terminal import print_summary
     from meftbench.runner import run_suite
     from meftbench.runner.folder import default_folder
-    from meftbench.verdicts.budgets import load_budgets
     from meftbench.verdicts.update import updated
 
     with progress(quiet, False) as tell:

@@ -129,12 +129,19 @@ def engine_named(name: str, *, jobs: int | None, gpus: tuple[int, ...], address:
     raise unknown("--engine", "engine", name, ENGINES)
 
 
+_SIZES, _DIGITS = ("cpus_per_task", "mem_gb", "gpus_per_node"), 9
+
+
 def sbatch_options(text: str) -> dict[str, str]:
     """Options of sbatch by their long names with underscores; those without a value have ""."""
     parts = [part.partition("=") for part in text.split(",") if part.strip()]
     options = {name.strip().lstrip("-").replace("-", "_"): (equals, value.strip()) for name, equals, value in parts}
     if any(not name or (equals and not value) for name, (equals, value) in options.items()):
         raise UserError("--slurm", f"{text!r} is no list of NAME=VALUE", "write partition=gpu,account=me")
+    for name, (_, value) in options.items():
+        if name in _SIZES and value.isdecimal() and len(value) > _DIGITS:
+            what = f"{name} is a number of {len(value):,} digits, which no machine has"
+            raise UserError("--slurm", what, "write a whole number, such as cpus_per_task=8")
     return {name: value for name, (_, value) in options.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from meftbench.catalogue.combinations import check_attention, check_together
-from meftbench.catalogue.labels import read_label
+from meftbench.catalogue.labels import read_label, split_list
 from meftbench.catalogue.levers import LEVERS, settings_for
 from meftbench.catalogue.methods import METHODS
 from meftbench.catalogue.peft_methods import NOT_APPLICABLE, positions_taken
@@ -17,6 +17,7 @@ from meftbench.catalogue.settings import Settings
 from meftbench.errors import UserError, unknown
 from meftbench.plan.axes import AXES, FIELDS, OF_TRAINING, Axis
 from meftbench.plan.cell import Cell, Levers
+from meftbench.plan.config_fields import check_fields
 from meftbench.plan.config_values import check_values
 from meftbench.plan.distributing import check_distributed
 from meftbench.plan.factories import check_arguments, check_own, is_factory
@@ -101,6 +102,7 @@ def cell_at(document: Document, places: Places, values: dict[str, Any]) -> Cell:
     check_model(model_place, model, overrides)
     check_own(document, place, model, values)
     if not is_factory(model):
+        check_fields(document, (*place["model"], "config"), model, overrides)
         check_values(document, (*place["model"], "config"), overrides)
     check_head(document.where(place["head"]), model, overrides, values.get("head"))
     check_method(method_place, model, overrides, values.get("head"), method)
@@ -195,6 +197,9 @@ def parse_method(
     """
     text, settings = named(document, path, value, "method")
     place = name_place(path, value)
+    if len(labels := split_list(text)) > 1:
+        cure = f"write them as a list: [{', '.join(labels)}]" if document.lines else "name one here"
+        raise document.error(place, f"{text!r} is {len(labels)} methods", cure)
     (name, in_brackets), *levers = read_label(document.where(place), text)
     if name in NOT_APPLICABLE:
         raise document.error(place, f"{name} does not apply: {NOT_APPLICABLE[name].reason}", "choose another method")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from meftbench.documents import guarded
 from meftbench.errors import unknown
 from meftbench.plan.axes import AXES
+from meftbench.plan.budgets import load_budgets
 from meftbench.plan.cell import Cell, value_on
 from meftbench.plan.factories import Call, places_of
 from meftbench.plan.fine_tuning import with_training
@@ -198,6 +199,7 @@ def parse_suite(document: Document) -> Suite:
         if not budgets.is_file():
             cure = "the path is relative to the suite file"
             raise document.error(("budgets",), f"no such file {parsed.budgets!r}", cure)
+        load_budgets(budgets)  # so that what is wrong with them is said now, and only budgets are copied into a run
     return Suite(
         parsed.name,
         parsed.description,

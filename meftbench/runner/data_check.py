@@ -18,6 +18,7 @@ from meftbench.plan.training import DATA_VARIABLE
 from meftbench.records.store import Run
 
 CHECK = (sys.executable, "-m", "meftbench.tasks.check")
+DATA_SECONDS = 3600.0  # large data take long to read
 # The settings of a training that decide which data are read, and from where.
 _READ_BY = ("task", "data", "train_examples", "evaluation_examples")
 
@@ -92,7 +93,14 @@ def _digests(earlier: Run | None) -> dict[str, str]:
 
 def _answers(requests: list[dict[str, Any]], check: tuple[str, ...]) -> list[dict[str, Any]]:
     """What the process `check` found out: for each request a "digest", or an "error" (arguments of a UserError)."""
-    done = subprocess.run(check, input=json.dumps(requests), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            check, input=json.dumps(requests), capture_output=True, text=True, timeout=DATA_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        what = f"the process that reads them has not ended in {DATA_SECONDS / 60:g} minutes"
+        cure = "see that their disk answers, and use fewer or smaller files"
+        raise UserError("data", what, cure) from None
     try:
         answers: list[dict[str, Any]] = json.loads(done.stdout)
     except ValueError:

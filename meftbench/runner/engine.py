@@ -106,12 +106,16 @@ def kind_of(cell: Cell) -> str:
     return cell.device if cell.device.startswith(CUDA) else COUNTED
 
 
-def refuse_without_slot(kinds: Iterable[str], slots: Iterable[Collection[str]], has: str) -> None:
+OTHER_GPUS = "choose others with --jobs or --gpus, leave cells out with --where, or use another --device"
+
+
+def refuse_without_slot(
+    kinds: Iterable[str], slots: Iterable[Collection[str]], has: str, cure: str = OTHER_GPUS
+) -> None:
     """Raises UserError (exit 4): one of the `kinds` of cells has no slot.
 
     slots: the kinds of cells of each slot.  has: what there is, such as "this machine has NVIDIA A10"."""
     for kind in sorted({*kinds}.difference(*slots)):
-        cure = "choose others with --jobs or --gpus, leave cells out with --where, or use another --device"
         raise UserError(f"device {kind}", f"no place for such cells: {has}", cure, NOT_COMPARABLE)
 
 

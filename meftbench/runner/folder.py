@@ -130,7 +130,7 @@ def begin(writer: Writer, suite: Suite, environment: dict[str, Any], code: Diges
 
 def _write_suite(writer: Writer, suite: Suite, run_id: str, code: Digests) -> None:
     if suite.budgets is not None:
-        writer.write(BUDGETS, bytes_of(suite.budgets, WRITTEN_BYTES))
+        writer.write(BUDGETS, bytes_of(suite.budgets, WRITTEN_BYTES, "see to that file"))
     content = {"schema": 1, "run_id": run_id} | described(suite) | ({"own_code": dict(code)} if code else {})
     writer.write(SUITE, suite_text(content))
 

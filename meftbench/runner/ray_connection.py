@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ from meftbench.errors import NOT_COMPARABLE, UserError, one_line
 
 CONNECT_SECONDS = 10.0
 DEFAULT_ADDRESS = "auto"
+_SHOWN = 100  # characters of an address in a message
 
 
 def ray_module() -> ModuleType:
@@ -63,9 +65,10 @@ def _refuse_unreachable(address: str) -> None:
     """Raises UserError (exit 4): nobody answers at the address, for which Ray itself would wait a minute, and abort."""
     name, _, port = address.rpartition(":")
     try:
-        if not name or not port.isdecimal():
+        if not name or not re.fullmatch("[0-9]{1,5}", port):
             raise OSError("not HOST:PORT")
         socket.create_connection((name.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        what = f"no Ray cluster answers at {address!r} ({one_line(error)})"
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: no host has such a name
+        why = "not HOST:PORT" if isinstance(error, ValueError) else one_line(error)
+        what = f"no Ray cluster answers at {address[:_SHOWN]!r} ({why})"
         raise UserError("--address", what, "name the HOST:PORT of its head, or `auto`", NOT_COMPARABLE) from None

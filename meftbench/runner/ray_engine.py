@@ -7,6 +7,7 @@ with all its cells when it is killed, when its machine's Ray ends, and when this
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -18,7 +19,7 @@ from meftbench.errors import NOT_COMPARABLE, UserError, one_line
 from meftbench.plan.cell import Cell
 from meftbench.plan.training import CELL_FOLDER
 from meftbench.runner import node
-from meftbench.runner.data_check import distinct
+from meftbench.runner.data_check import DATA_SECONDS, distinct
 from meftbench.runner.engine import COUNTED, Slot, Work, refuse_without_slot
 from meftbench.runner.job import Job, Machine, Outcome
 from meftbench.runner.process import IMPORT_SECONDS, START_SECONDS, utc_now
@@ -28,8 +29,8 @@ from meftbench.runner.same_versions import refuse_other_code, refuse_other_versi
 PROBE_SECONDS = 60.0
 ROOM_SECONDS = 60.0  # for which other users of the cluster are waited for
 LATE_SECONDS = 120.0  # after its own timeout, a cell that has not ended is on a machine that does not answer
-DATA_SECONDS = 3600.0  # large data take long to read
 _MESSAGE = 300  # characters of what Ray says that a message quotes
+_OTHER_CELLS = "add machines to the cluster, leave cells out with --where, or use another --device"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class RayEngine:
         begun, _ = wait([f for f, actor in self._beginning.items() if actor.place.name in present], IMPORT_SECONDS)
         for future in begun:
             self._has_begun(future)
-        refuse_without_slot(work.kinds, [slot.kinds for slot in self.slots()], _what_there_is(alive, work))
+        kinds_of_slots = [slot.kinds for slot in self.slots()]
+        counted_has_none = COUNTED in work.kinds.difference(*kinds_of_slots)
+        refuse_without_slot(work.kinds, kinds_of_slots, _what_there_is(alive, work, counted_has_none), _OTHER_CELLS)
 
     def data_answers(self, cells: Sequence[Cell]) -> Mapping[str, Mapping[str, dict[str, Any]]]:
         """The data as they are on each machine that has a slot."""
@@ -193,7 +196,7 @@ class RayEngine:
         try:
             answer, files = future.result()
         except self._ray.exceptions.RayError as error:
-            return self._lost(given, one_line(error))
+            return self._lost(given, first_sentence(error))
         assert given.actor.machine is not None
         outcome = node.outcome_from(answer, given.job, given.actor.machine)
         if files:
@@ -209,7 +212,7 @@ class RayEngine:
         if alive:
             self._begin(place)
         what = "the worker on" if alive else "machine"
-        message = f"{what} {place.host} ({place.node_id[:8]}) was lost: {why[:_MESSAGE]}"
+        message = f"{what} {place.host} ({place.node_id[:8]}) was lost: {why}"
         return Outcome(
             given.job,
             "error",
@@ -293,9 +296,17 @@ def places(nodes: Iterable[Mapping[str, Any]], work: Work, jobs: int | None) -> 
     return with_gpu[:jobs] + without[:jobs]
 
 
-def _what_there_is(nodes: Iterable[Mapping[str, Any]], work: Work) -> str:
-    """What the cluster has, for the message that it is too little."""
+def first_sentence(error: BaseException) -> str:
+    """What Ray says first of an error: the ids and addresses of its parts that follow say nothing to users. Of an error
+    that Ray quotes with its traceback, the last line, which is the error itself."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[-1 if "Traceback (most recent call last)" in str(error) else 0]
+    return " ".join(re.split(r"(?<=[.!?])\s", line.strip())[0].split())[:_MESSAGE].rstrip(".")
+
+
+def _what_there_is(nodes: Iterable[Mapping[str, Any]], work: Work, counted_has_none: bool) -> str:
+    """What the cluster has, for the message that it is too little. `threads` decide where cells without a GPU fit."""
     resources = [found["Resources"] for found in nodes]
     sizes = "; ".join(f"{size.get('CPU', 0):g} CPUs and {size.get('GPU', 0):g} GPUs" for size in resources)
-    asked = f", and `threads` is {work.protocol.threads}" if work.protocol.threads else ""
+    asked = f", and `threads` is {work.protocol.threads}" if work.protocol.threads and counted_has_none else ""
     return f"the machines of the cluster have {sizes} (others may use them){asked}"

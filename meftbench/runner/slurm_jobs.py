@@ -18,6 +18,7 @@ STATE_SECONDS = 30.0  # between questions to Slurm
 COMMAND_SECONDS = 60.0  # for which a command of Slurm is waited for
 AWAY_SECONDS = 600.0  # for which a controller that does not answer is waited for, as while it is restarted
 _AWAY = ("Unable to contact slurm controller", "Zero Bytes were transmitted")  # sbatch says so then
+_UNCONFIGURED = "Could not establish a configuration source"  # and then: no file and no controller says what there is
 _SPEAKER = "sbatch: error: "  # begins each line of it
 UNKNOWN = "UNKNOWN"  # the state of a job that Slurm has forgotten
 LOST = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", UNKNOWN)  # not by the job's own doing
@@ -97,8 +98,9 @@ def cancel_jobs(name: str) -> None:
 def submitted(submit: Callable[[], list[Any]]) -> list[Any]:
     """The jobs that `submit` returns. What sbatch warns of goes to standard error.
 
-    Raises UserError (exit 4): sbatch refuses them. A controller that does not answer is waited for."""
-    limit = time.monotonic() + AWAY_SECONDS
+    A controller that does not answer is waited for, which is said there, too.
+    Raises UserError (exit 4): sbatch refuses them, or knows of no cluster."""
+    limit, told = time.monotonic() + AWAY_SECONDS, False
     while True:
         printed = io.StringIO()  # submitit lets sbatch print, what it raises says it once more
         try:
@@ -106,7 +108,15 @@ def submitted(submit: Callable[[], list[Any]]) -> list[Any]:
                 jobs = submit()
         except RuntimeError as error:  # submitit's FailedJobError has what sbatch printed
             said = one_line(error)
+            if _UNCONFIGURED in said:
+                cure = "run this on a login node of the cluster"
+                raise UserError(
+                    "--engine slurm", "Slurm is not configured on this machine", cure, NOT_COMPARABLE
+                ) from None
             if any(word in said for word in _AWAY) and time.monotonic() < limit:
+                if not told:
+                    print("meftbench: waiting for Slurm's controller, which does not answer", file=sys.stderr)
+                told = True
                 time.sleep(STATE_SECONDS / 3)
                 continue
             cure = "see `--slurm` for its options; `--jobs` says how many jobs are in the queue at a time"

@@ -123,24 +123,28 @@ def run_suite(
     check_allowed(suite.code, chosen, suite.allow_code)
     engine = engine or LocalEngine(jobs, gpu_indices, command, nvml)
     with closing(engine):
-        engine.survey(Work.of(chosen, suite.protocol))
-        # Checked before anything is written, and again below, when the folder is locked.
+        # Before the engine is asked for machines, which takes time, and again below, when the folder is locked.
         existing_run = folder.earlier_run(suite, out, resume or bool(retry))
-        check_data(engine.data_answers(chosen), existing_run)
+        _, finished, plan = _left_to_do(suite, chosen, limit, existing_run, retry)
+        # Where nothing is left, machines are asked for the data of trainings only: a run is not shown with other data.
+        surveyed = existing_run is None or bool(pending(plan, finished)) or any(cell.training for cell in chosen)
+        if surveyed:
+            engine.survey(Work.of(chosen, suite.protocol))
+            check_data(engine.data_answers(chosen), existing_run)
         with (
             folder.gone_unless_begun(out),
             _disk_errors_end_the_run(out),
             writing(out, lambda note: on_event(Noted(note))) as writer,
         ):
             earlier = folder.earlier_run(suite, out, resume or bool(retry))
-            kept_records = folder.finished_records(earlier, retry, {cell.cell_id for cell in chosen})
-            finished = {key: record.status for key, record in kept_records.items()}
-            plan = _plan(suite, chosen, limit, finished)
+            kept_records, finished, plan = _left_to_do(suite, chosen, limit, earlier, retry)
             if note := _without_weights(suite, kept_records.values(), out):
                 on_event(Noted(note))
             logs.tidy(out / folder.LOGS)  # what a killed run has left, also where nothing is left to run
             if earlier is not None and not pending(plan, finished):
                 return earlier
+            if not surveyed:
+                raise UserError(str(out), "was changed by another command meanwhile", "run this again")
             scores = scores_of(kept_records.values())
             _execute(suite, writer, earlier, engine, _Sweep(plan, finished, fail_fast, on_event, scores))
             writer.verify()
@@ -191,6 +195,15 @@ def _without_weights(suite: Suite, kept_records: Iterable[Record], out: Path) ->
         return ""
     what = f"{len(lacking)} of {len(done)} finished trainings kept no weights, and are not trained again"
     return f"{what}: to keep theirs, run them into another --out with --keep (training: keep: best)"
+
+
+def _left_to_do(
+    suite: Suite, chosen: list[Cell], limit: int | None, earlier: Run | None, retry: frozenset[str]
+) -> tuple[dict[Key, Record], dict[Key, Status], Plan]:
+    """The records of `earlier` that are kept, the statuses in them, and the plan for what is chosen."""
+    kept_records = folder.finished_records(earlier, retry, {cell.cell_id for cell in chosen})
+    finished = {key: record.status for key, record in kept_records.items()}
+    return kept_records, finished, _plan(suite, chosen, limit, finished)
 
 
 def _plan(suite: Suite, chosen: list[Cell], limit: int | None, finished: dict[Key, Status]) -> Plan:

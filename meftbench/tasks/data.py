@@ -73,7 +73,13 @@ def load_splits(
             raise empty(f"{source.origin}, {name}")
         label_kind(f"{source.origin}, {name}", task, rows, like=kind)
         used[name] = rows_of(
-            f"{source.origin}, {name}", task, rows, _drawn_indices(len(rows), limit, seed), labels, digest
+            f"{source.origin}, {name}",
+            task,
+            rows,
+            _drawn_indices(len(rows), limit, seed),
+            labels,
+            digest,
+            source.folders,
         )
         published = task.rows.get(task.train if name == "train" else task.evaluations[name], len(rows))
         if published != len(used[name]):

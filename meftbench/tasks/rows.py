@@ -6,18 +6,25 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.task import IMAGE_COLUMN, Task
+from meftbench.documents import bytes_of
 from meftbench.errors import UserError
 from meftbench.tasks.labels import as_written, check_columns, class_of, name_of_id, names_of_ids, whole_number
 from meftbench.tasks.text_files import TextTable
+from meftbench.units import MiB
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+# Of an image file; Pillow takes an image of more than 179 million pixels for a trap.
+MOST_IMAGE_BYTES = 256 * MiB
 
 
 class Digest:
@@ -36,11 +43,18 @@ class Digest:
 
 
 def rows_of(
-    where: str, task: Task, raw: Dataset | TextTable, indices: list[int], labels: Sequence[str] | None, digest: Digest
+    where: str,
+    task: Task,
+    raw: Dataset | TextTable,
+    indices: list[int],
+    labels: Sequence[str] | None,
+    digest: Digest,
+    folders: Sequence[Path],
 ) -> Dataset:
     """The rows `indices` of `raw`, checked and in the form of data.Splits; they are added to `digest`.
 
     where: begins the place in errors, which count rows from 1 as they are in the file.
+    folders: below which image files are read that rows name; relative names are from the first.
     Raises UserError: when a column is missing, or a text, choice, label or image cannot be used.
     """
     from datasets import Dataset, Features, Image, List, Value
@@ -60,7 +74,7 @@ def rows_of(
     for index, row in zip(indices, _selected(raw, indices), strict=True):
         if names is not None:
             row = row | {task.label: name_of_id(row[task.label], names)}
-        checked, content = _checked_row(f"{where}, row {index + 1}", task, row, labels)
+        checked, content = _checked_row(f"{where}, row {index + 1}", task, row, labels, folders)
         digest.add({name: value for name, value in checked.items() if name != IMAGE_COLUMN or not content}, content)
         for column, value in checked.items():
             columns[column].append(value)
@@ -75,11 +89,13 @@ def _selected(raw: Dataset | TextTable, indices: list[int]) -> Iterable[dict[str
 
 
 def _checked_row(
-    where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | None
+    where: str, task: Task, row: dict[str, Any], labels: Sequence[str] | None, folders: Sequence[Path]
 ) -> tuple[dict[str, Any], bytes]:
     """The row as it is used, and the content of its image file (b"" without an image)."""
     if task.kind == "images":
-        image = row[task.texts[0]]
+        image = row[task.texts[0]] or {}
+        if not image.get("bytes"):
+            image = image | {"path": str(_named_file(where, image.get("path"), folders))}
         content = _image_file(where, image)
         return {IMAGE_COLUMN: image, "label": class_of(where, row[task.label], labels or ())}, content
     texts = {column: _text(where, column, row[column]) for column in task.texts}
@@ -164,14 +180,14 @@ def _undecoded_images(where: str, raw: Dataset | TextTable, column: str) -> Data
     return raw.cast_column(column, Image(decode=False))
 
 
-def _image_file(where: str, image: dict[str, Any] | None) -> bytes:
-    """The bytes of an image file. Raises UserError: when they cannot be decoded."""
+def _image_file(where: str, image: dict[str, Any]) -> bytes:
+    """The bytes of an image file. Raises UserError: when they cannot be decoded, or the file is none that `bytes_of`
+    reads."""
     from PIL import Image, UnidentifiedImageError
 
-    image = image or {}
     place = image.get("path") or where
+    content: bytes = image.get("bytes") or bytes_of(Path(image["path"]), MOST_IMAGE_BYTES, "replace or remove it")
     try:
-        content: bytes = image.get("bytes") or Path(image["path"]).read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
             opened.load()
     # Broken files raise all of these from Pillow 13's decoders.
@@ -180,3 +196,19 @@ def _image_file(where: str, image: dict[str, Any] | None) -> bytes:
         why = "not of a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(str(place), f"is not an image that can be decoded ({why})", "replace or remove it") from None
     return content
+
+
+def _named_file(where: str, name: str | None, folders: Sequence[Path]) -> Path:
+    """The image file that a row names. Data may come from anybody, so a name does not lead out of the data's own
+    folders; a link that lies there may, since stores of large files keep data in that way.
+
+    Raises UserError: the row has no image, or its name leads out."""
+    if not name:
+        raise UserError(where, "has no image", "put one there, or remove the row")
+    # `abspath` takes away `..` and follows no links.
+    roots = [Path(os.path.abspath(folder)) for folder in folders]
+    file = Path(os.path.abspath(roots[0] / name))
+    if not any(file.is_relative_to(root) for root in roots):
+        cure = "store the image beside the data, or in the row itself"
+        raise UserError(where, f"names the image {name[:200]!r}, which is not below {roots[0]}", cure)
+    return file

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import file_digest
@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meftbench.catalogue.task import ALIASES, Task
-from meftbench.documents import guarded, json_of, text_of
+from meftbench.documents import guarded, json_object_of, json_of, text_of
 from meftbench.errors import UserError, reading
 from meftbench.plan.training import DATA_VARIABLE
-from meftbench.tasks.text_files import TextTable, read_text_files
+from meftbench.tasks.text_files import MEND, MOST_BYTES, TextTable, read_text_files
+from meftbench.units import format_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CHECKSUMS = "SHA256SUMS"
 CLASSES = "classes.json"
+STATE, INFO = "state.json", "dataset_info.json"  # of a split that `save_to_disk` of `datasets` wrote
 # The builder of `datasets` that reads files of an ending; None: text_files.py reads them.
 FORMATS: dict[str, str | None] = {
     "jsonl": None,
@@ -42,6 +44,10 @@ class Source(Protocol):
     @property
     def origin(self) -> str:
         """Where it is, as a record names it."""
+
+    @property
+    def folders(self) -> Sequence[Path]:
+        """Folders below which the files lie that its rows may name."""
 
     @property
     def digests(self) -> list[str]:
@@ -104,18 +110,28 @@ def _files(folder: Path, name: str, ending: str) -> list[Path]:
     return pieces
 
 
+_DIGITS = 18  # of a number of pieces
+
+
 def _check_pieces(name: str, pieces: list[Path]) -> None:
     """Raises UserError: when `pieces` are of several sets, or one is missing."""
     matches = [re.fullmatch(rf"{re.escape(name)}-([0-9]+)-of-([0-9]+)", piece.stem) for piece in pieces]
+    if long := [piece for piece, match in zip(pieces, matches, strict=True) if match and len(match[2]) > _DIGITS]:
+        raise UserError(str(long[0]), "says a number of pieces that no data have", "rename it as the hub names pieces")
     counts = {int(match[2]) for match in matches if match}
     if len(counts) > 1:
         what = f"lies beside pieces of {len(counts)} sets, of which each has another number"
         raise UserError(str(pieces[0]), what, "leave one set there")
+    if irregular := [piece for piece in pieces if not piece.is_file()]:
+        raise UserError(str(irregular[0]), "is not a regular file", "put the piece there itself")
     present = {int(match[1]) for match in matches if match}
-    missing = sorted(set(range(*counts)) - present) if counts else []
+    count = max(counts, default=0)
+    # A name may say any number of pieces: those that are present are counted, not those that are not.
+    missing = count - sum(number < count for number in present)
     if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        what = f"piece {missing[0]:05d} of {max(counts):05d} is missing{more}"
+        first = next(number for number in range(count) if number not in present)
+        more = f", and {missing - 1:,} more" if missing > 1 else ""
+        what = f"piece {first:05d} of {count:05d} is missing{more}"
         raise UserError(str(pieces[0].parent / name), what, "put all pieces there")
 
 
@@ -136,6 +152,10 @@ class Files:
     @property
     def origin(self) -> str:
         return str(self.folder)
+
+    @property
+    def folders(self) -> Sequence[Path]:
+        return (self.folder,)
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | TextTable | None:
         present = [split_name for split_name in (name, *ALIASES.get(name, ())) if _has_split(self.folder, split_name)]
@@ -178,13 +198,21 @@ class Files:
         """A split that `save_to_disk` of `datasets` wrote, or images in folders by class."""
         from datasets import load_from_disk
 
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        files = sorted(file for file in folder.rglob("*") if not file.is_dir())
+        for file in files:
+            if not file.is_file():  # such as a pipe, at which a reader would wait for ever
+                raise UserError(str(file), "is not a regular file", "remove it, or replace it by the file itself")
         self._verify(files)
-        if (folder / "state.json").is_file():
+        if (folder / STATE).is_file():
+            _check_saved(folder)
             with _reporting_faults(str(folder)):
                 return load_from_disk(str(folder), keep_in_memory=True)
         if not files:
             raise empty(str(folder))
+        for file in files:
+            if file.stat().st_size > MOST_BYTES:
+                what = f"has {format_bytes(file.stat().st_size)}, and at most {format_bytes(MOST_BYTES)} are read"
+                raise UserError(str(file), what, "store images, and rows about them, in smaller files")
         rows = _load_by_builder(str(folder), "imagefolder", [glob.escape(str(folder)) + "/**"], drop_labels=False)
         # imagefolder numbers the classes of each split by itself; names of classes are the same in all splits.
         names = rows.features["label"].names
@@ -235,6 +263,22 @@ class Files:
             self.digests.append(expected)
 
 
+def _check_saved(folder: Path) -> None:
+    """Raises UserError: what `save_to_disk` wrote is damaged, or names files other than those beside it: `datasets`
+    opens whatever is named there, wherever it is."""
+    state = json_object_of(folder / STATE)
+    json_object_of(folder / INFO)
+    tables = state.get("_data_files")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(str(folder / STATE), "lists no data files", MEND)
+    beside = {file.name for file in folder.iterdir() if file.is_file()}
+    for table in tables:
+        name = table.get("filename")
+        if not isinstance(name, str) or name not in beside:
+            what = f"names the file {name!r:.200}, which does not lie beside it"
+            raise UserError(str(folder / STATE), what, "save the data again, or name a file of this folder")
+
+
 def _checksums(file: Path) -> dict[Path, str]:
     """The digests in `file`, which is written as sha256sum writes it, by path; none where there is no such file."""
     if not file.is_file():
@@ -269,6 +313,14 @@ class Hub:
         self.path, self.config = task.hub
         self.origin = "hub " + "/".join(filter(None, task.hub))
         self.digests: list[str] = []  # stays empty: `datasets` checks files by the hub's checksums
+
+    @property
+    def folders(self) -> Sequence[Path]:
+        """The caches into which archives of images are unpacked."""
+        from datasets import config
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return (Path(config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
 
     def split(self, task: Task, name: str, hub_name: str) -> Dataset | None:
         from datasets import load_dataset

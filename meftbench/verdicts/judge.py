@@ -11,10 +11,10 @@ from typing import Any, Literal
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import CELLS_FAILED, DONE, NOT_COMPARABLE, NOTHING_MATCHED, OVER_BUDGET
 from meftbench.escapes import single_line
+from meftbench.plan.budgets import Budgets, Missing, Row, glob
 from meftbench.records.outcome import Figure, Outcome, outcomes, said, said_apart
 from meftbench.records.store import Run
 from meftbench.units import format_bytes
-from meftbench.verdicts.budgets import Budgets, Missing, Row, glob
 from meftbench.verdicts.environment import environment_names
 
 State = Literal["over", "oom", "failed", "elsewhere", "unmatched", "missing", "warned", "waived", "held"]

@@ -14,11 +14,11 @@ import yaml
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
+from meftbench.plan.budgets import Budgets, Row
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.store import Run, write_whole
 from meftbench.strict_yaml import KeyPath, parse
 from meftbench.units import MiB
-from meftbench.verdicts.budgets import Budgets, Row
 from meftbench.verdicts.judge import winners
 
 # Where a text of several lines (`|-`, `>-`) ends, what follows it begins, so that it is not replaced.

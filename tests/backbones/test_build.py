@@ -125,7 +125,7 @@ def test_the_demo_package_carries_real_weights():
 
 def test_a_field_that_the_configuration_has_not_is_refused():
     """An override with a typo is one line, not a silent new attribute."""
-    with pytest.raises(UserError, match="no field 'num_hiden_layers'"):
+    with pytest.raises(UserError, match=r"unknown field of its configuration .*; did you mean 'num_hidden_layers'\?"):
         build_model("bert-tiny@random", {"num_hiden_layers": 3})
 
 

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from large_runs import a_large_run
+from meftbench.plan.budgets import load_budgets
 from meftbench.records.store import load_run
 from meftbench.report.results import frame_of
-from meftbench.verdicts.budgets import load_budgets
 from meftbench.verdicts.compare import compare
 from meftbench.verdicts.judge import judge
 

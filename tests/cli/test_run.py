@@ -70,6 +70,10 @@ def refused(cli, *arguments, code=2):
         ({"schema": 2}, "toy.yaml:1: schema: schema 2 is newer than this program (1); update meftbench"),
         ({"budgets": "none.yaml"}, "no such file 'none.yaml'; the path is relative to the suite file"),
         ({"description": [1]}, "toy.yaml:14: description: input should be a valid string; it is [1]"),
+        ({"description": True}, "input should be a valid string; YAML read the value as True: put it in quotes if"),
+        ({"batch_size": True}, "input should be a valid integer; YAML read the value as True: write a plain number"),
+        ({"protocol": 3}, "protocol: input should be a mapping of keys to values; it is 3"),
+        ({"include": 3}, "include: input should be a list; it is 3"),
         ({"exclude": [{"method": "full"}, {"method": "lora"}]}, "no cell is left"),
     ],
 )
@@ -101,6 +105,14 @@ def test_a_typo_in_the_name_of_a_suite_is_refused_with_the_nearest(cli):
 def test_a_name_with_letters_in_other_places_is_nearest(cli):
     """Not another name that has as many of them in order."""
     assert "unknown method 'lroa'; did you mean 'lora'?" in refused(cli, "run", a_file(method="lroa"))
+
+
+def test_several_methods_are_a_list(cli):
+    """Commas within brackets belong to a setting."""
+    said = "'full, lora+checkpoint(every=2)' is 2 methods; write them as a list: [full, lora+checkpoint(every=2)]"
+    assert said in refused(cli, "run", a_file(method="full, lora+checkpoint(every=2)"))
+    code, _, err = cli("init", "bert-tiny@random", "--method", "full,lora")
+    assert (2, True) == (code, "'full,lora' is 2 methods; name one here" in err)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from meftbench.catalogue.profiles import find_device
 from meftbench.catalogue.task import own_task
 from meftbench.errors import UserError
+from meftbench.plan.budgets import load_budgets
 from meftbench.plan.prices import price_of
 from meftbench.plan.suite import load_suite
-from meftbench.verdicts.budgets import load_budgets
 from mutations import SUITE, command, hostile, mutated, refused_or, watched
 
 REPOSITORY = Path(__file__).resolve().parents[2]

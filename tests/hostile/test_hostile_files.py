@@ -17,12 +17,12 @@ from meftbench.catalogue.task import own_task
 from meftbench.documents import bytes_of, check_depth, guarded, json_of, text_of
 from meftbench.errors import UserError
 from meftbench.methods.adapter_files import CONFIG, WEIGHTS, read
+from meftbench.plan.budgets import glob, load_budgets
 from meftbench.plan.suite import load_suite
 from meftbench.records.store import load_run
 from meftbench.snapshots.file import read_device
 from meftbench.strict_yaml import parse
 from meftbench.tasks.data import load_splits
-from meftbench.verdicts.budgets import glob, load_budgets
 from meftbench.verdicts.validation import saved
 from mutations import SUITE, command, refused_or, watched
 from task_data import some_mail

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meftbench.errors import UserError
+from meftbench.plan.budgets import load_budgets
 from meftbench.plan.suite import load_suite, shipped_suites
 from meftbench.strict_yaml import read
-from meftbench.verdicts.budgets import load_budgets
 
 HEAD = "# a comment\n\nschema: 1\nname: toy\n"
 GRID = "grid:\n  model: bert-tiny@random\n  method: full\n  batch_size: 1\n  sequence_length: 16\n"

@@ -9,7 +9,7 @@ from stand_in_cluster import Cluster, Full, Interrupted
 from builders import a_cell
 from meftbench.errors import UserError
 from meftbench.records.store import load_run
-from meftbench.runner import Noted, Planned, run_suite
+from meftbench.runner import Noted, Planned, folder, run_suite
 from meftbench.runner.engine import COUNTED
 from meftbench.verdicts.environment import environments
 from sweeps import a_suite, statuses, sweep
@@ -163,3 +163,37 @@ def test_own_code_that_differs_between_machines_is_refused(tmp_path, here):
         run_on(Cluster(TWO, code=code), allowed, tmp_path / "run")
 
     assert not (tmp_path / "run").exists()
+
+
+class Unasked(Cluster):
+    """An engine that takes long to find machines, as Ray does."""
+
+    def survey(self, work):
+        raise AssertionError("the folder is looked at first")
+
+
+def test_an_engine_is_not_asked_for_machines_where_the_folder_decides(tmp_path):
+    """It is in use for something else, of another suite, or nothing is left to run."""
+    suite = a_suite(*cells(2))
+    first, _ = run_on(Cluster(TWO), suite, tmp_path / "run")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "a.txt").touch()
+
+    again, _ = run_on(Unasked(TWO), suite, tmp_path / "run", resume=True)
+
+    assert [r.record_id for r in first.records] == [r.record_id for r in again.records]
+    with pytest.raises(UserError, match="used: is not empty"):
+        run_on(Unasked(TWO), suite, tmp_path / "used")
+    with pytest.raises(UserError, match="holds a run of another suite"):
+        run_on(Unasked(TWO), a_suite(a_cell(batch_size=77)), tmp_path / "run", resume=True)
+
+
+def test_what_is_left_meanwhile_is_not_run_without_machines(tmp_path, monkeypatch):
+    """Another command may retry cells between the first look at the folder and the one under its lock."""
+    suite = a_suite(*cells(2))
+    run_on(Cluster(TWO), suite, tmp_path / "run")
+    looks = iter([folder.earlier_run, lambda *given: None])
+    monkeypatch.setattr(folder, "earlier_run", lambda *given: next(looks)(*given))
+
+    with pytest.raises(UserError, match="was changed by another command meanwhile; run this again"):
+        run_on(Unasked(TWO), suite, tmp_path / "run", resume=True)

@@ -145,12 +145,13 @@ def test_two_failures_of_nodes_are_recorded(slurm, tmp_path):
     assert ("error", "NodeLost") == (run.records[0].status, run.records[0].status_detail["type"])
 
 
-def test_a_controller_that_is_away_is_waited_for(slurm, tmp_path):
+def test_a_controller_that_is_away_is_waited_for_and_that_is_said_once(slurm, tmp_path, capsys):
     Executor.refusals = ["sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect)"] * 2
 
     run, _ = run_on(tmp_path / "run", a_suite())
 
     assert ["ok"] == statuses(run)
+    assert "meftbench: waiting for Slurm's controller, which does not answer\n" == capsys.readouterr().err
 
 
 def test_what_sbatch_refuses_is_one_line(slurm, tmp_path):
@@ -286,3 +287,19 @@ def test_a_preempted_job_that_is_queued_again_is_not_over(slurm_says):
         answers.append(states.ended(JOB))
 
     assert ["", "", "", "", "PREEMPTED"] == answers
+
+
+def test_a_machine_of_no_cluster_is_one_line(slurm, tmp_path):
+    """As sbatch 22.05 says it where no file and no record of DNS names a cluster."""
+    Executor.refusals = [
+        "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+        "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+        "sbatch: fatal: Could not establish a configuration source"
+    ]
+
+    with pytest.raises(UserError) as caught:
+        run_on(tmp_path / "run", a_suite(a_cell()))
+
+    said = "Slurm is not configured on this machine; run this on a login node of the cluster"
+    assert f"--engine slurm: {said}" == str(caught.value)
+    assert NOT_COMPARABLE == caught.value.exit_code

@@ -9,7 +9,7 @@ import pytest
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
-from meftbench.verdicts.budgets import Increase, glob, load_budgets
+from meftbench.plan.budgets import Increase, glob, load_budgets
 
 
 def budgets_at(tmp_path, text: str):

@@ -7,7 +7,7 @@ import datetime
 import pytest
 
 from builders import MiB, a_record, a_run, measured
-from meftbench.verdicts.budgets import load_budgets
+from meftbench.plan.budgets import load_budgets
 from meftbench.verdicts.judge import exit_code, judge
 
 ACTIVATION = "activation_peak_bytes"

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from builders import a_record, a_run
 from meftbench.catalogue.metrics import METRICS, NOT_A_NUMBER
+from meftbench.plan.budgets import load_budgets
 from meftbench.records.record import Metric
 from meftbench.records.store import load_run
-from meftbench.verdicts.budgets import load_budgets
 from meftbench.verdicts.compare import compare
 from meftbench.verdicts.compare import exit_code as comparison_code
 from meftbench.verdicts.judge import exit_code, judge

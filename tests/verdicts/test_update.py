@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from builders import a_record, a_run, measured
 from meftbench.catalogue.metrics import BREAKDOWN
 from meftbench.errors import UserError
-from meftbench.verdicts.budgets import load_budgets
+from meftbench.plan.budgets import load_budgets
 from meftbench.verdicts.judge import exit_code, judge
 from meftbench.verdicts.update import updated
 

@@ -17,12 +17,13 @@ from meftbench.catalogue.metrics import METRICS, Kind
 from meftbench.catalogue.profiles import PREDICTED
 from meftbench.errors import UserError
 from meftbench.escapes import json_text
+from meftbench.plan.budgets import load_budgets
 from meftbench.records.outcome import Figure, Outcome, as_number, outcomes
 from meftbench.records.store import Run
 from meftbench.report.frame_columns import detail_of
 from meftbench.report.render.verdicts import Case, junit
 from meftbench.report.results import as_csv, frame_of
-from meftbench.verdicts.budgets import budgets_file, load_budgets
+from meftbench.verdicts.budgets import budgets_file
 from meftbench.verdicts.environment import machine
 from meftbench.verdicts.judge import exit_code, judge
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from meftbench.errors import NOTHING_MATCHED, UserError
 from meftbench.escapes import single_line
+from meftbench.plan.budgets import glob
 from meftbench.records.outcome import Outcome, collect
 from meftbench.records.record import Record
 from meftbench.records.store import Run
-from meftbench.verdicts.budgets import glob
 
 SHOWN = 20  # cells that a list of those that are meant has at most
 
