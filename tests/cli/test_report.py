@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from builders import a_run, a_sweep
+from builders import a_record, a_run, a_sweep
 
 
 @pytest.fixture
@@ -65,3 +67,18 @@ def test_of_a_run_in_which_no_cell_has_finished_the_page_says_so(cli, run, tmp_p
 
     assert (5, f"{empty.path}/table.md\n", note) == (code, out, err)
     assert (0, note) == (beside[0], beside[2])
+
+
+@pytest.mark.parametrize("cell_id", ["\x1b[1m0", "a b", 'x" onclick="', "\u202e0"])
+def test_a_cell_id_that_acts_on_a_terminal_has_its_row_and_its_detail(cli, tmp_path, cell_id):
+    """A row's id and the links to it are the same, and hold nothing that an id may not."""
+    metrics = {"activation_peak_bytes": 5, "peak_allocated_bytes": 9, "drift_bytes_per_step": 4}
+    run = a_run(tmp_path / "run", a_record(cell_id=cell_id, metrics=metrics))
+
+    code, _, err = cli("report", run.path)
+
+    assert 0 == code, err
+    page = (run.path / "report.html").read_text()
+    (row,) = re.findall(r'<tr id="(cell-[^"]*)"', page)
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", row)
+    assert [row] == re.findall(r'<a href="#(cell-[^"]*)"', page)

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import BREAKDOWN, METRICS, SHARED_CORES
-from meftbench.escapes import visible
 from meftbench.plan.axes import IN_LABEL
 from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
+from meftbench.report.console import text_of
 from meftbench.report.frame_columns import with_used
 from meftbench.verdicts.growth import module_name, names_modules
 
 if TYPE_CHECKING:
-    from rich.console import Console, OverflowMethod
-    from rich.text import Text
+    from rich.console import Console
 
 # Smallest first: each includes the one before it. The text says what it is good for.
 LADDER = {
@@ -260,16 +259,16 @@ def print_records(run: Run, records: list[Record], traceback: bool = False, cons
 
     out = console or Console()
     for record in records:
-        out.print(_text(record.label, style="bold"), _text(f"cell {record.cell_id}, repeat {record.repeat}"))
+        out.print(text_of(record.label, style="bold"), text_of(f"cell {record.cell_id}, repeat {record.repeat}"))
         for line in headline(record):
-            out.print(_text(line))
+            out.print(text_of(line))
         for sentence in warnings(record):
-            out.print(_text(f"warning: {sentence}", style="yellow"))
+            out.print(text_of(f"warning: {sentence}", style="yellow"))
         for section in sections(record):
             _print_section(section, out)
         if traceback:
-            out.print(_text(str(record.status_detail.get("traceback") or "no traceback was recorded")))
-        out.print(_text(f"again: {command(run, record)}"), soft_wrap=True)
+            out.print(text_of(str(record.status_detail.get("traceback") or "no traceback was recorded")))
+        out.print(text_of(f"again: {command(run, record)}"), soft_wrap=True)
 
 
 def _print_section(section: Section, out: Console) -> None:
@@ -278,25 +277,18 @@ def _print_section(section: Section, out: Console) -> None:
     from rich.table import Table
 
     if out.width < NARROW:
-        out.print(_text(section.title, style="italic"))
+        out.print(text_of(section.title, style="italic"))
         for name, value, meaning in section.rows:
-            out.print(_text(f" {name}", overflow="fold"))
-            out.print(Padding(_text(value), (0, 0, 0, 3)), Padding(_text(meaning, style="dim"), (0, 0, 0, 3)))
+            out.print(text_of(f" {name}", overflow="fold"))
+            out.print(Padding(text_of(value), (0, 0, 0, 3)), Padding(text_of(meaning, style="dim"), (0, 0, 0, 3)))
         return
     table = Table(title=section.title, title_justify="left", title_style="italic", box=None, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold", min_width=24)
     table.add_column(overflow="fold", style="dim")
     for row in section.rows:
-        table.add_row(*(_text(text) for text in row))
+        table.add_row(*(text_of(text) for text in row))
     out.print(table)
-
-
-def _text(text: str, style: str = "", overflow: OverflowMethod | None = None) -> Text:
-    """A text for the console, in which what a record holds cannot act on the terminal."""
-    from rich.text import Text
-
-    return Text(visible(text), style=style, overflow=overflow)
 
 
 def headline(record: Record) -> list[str]:
