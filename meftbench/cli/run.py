@@ -171,7 +171,18 @@ def finish(run: Run, as_json: bool, expected: Duration | None) -> int:
         put_json(_summary(run, code, expected))
     else:
         _print_run(run)
+    if expected is None:
+        put_error(_nothing_left(run))
     return code
+
+
+def _nothing_left(run: Run) -> str:
+    """That everything had ended before, and how cells that failed are tried again."""
+    from meftbench.report.views.not_run import to_go_on
+
+    failed = sorted({record.status for record in run.records if record.status in ("error", "timeout")})
+    cure = f"; `{to_go_on(run, retry=','.join(failed))}` tries again what ended in {' or '.join(failed)}"
+    return f"note: nothing was left to run{cure if failed else ''}"
 
 
 def _overridden(suite: Suite, device: str | None, timeout: str | None, repeats: int | None) -> Suite:
@@ -287,6 +298,7 @@ def _count(count: int, one: str, several: str) -> str:
 def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
     from meftbench.report.results import frame_of
     from meftbench.report.views.answer import headline
+    from meftbench.report.views.not_run import cells_not_run
     from meftbench.runner.duration import total
 
     return {
@@ -297,7 +309,7 @@ def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
         "counts": dict(Counter(record.status for record in run.records)),
         "exit_code": code,
         **(expected or total([])).to_json(),
-        "answer": headline(frame_of(run)),
+        "answer": headline(frame_of(run), not_run=cells_not_run(run)[0]),
         "records": [record.to_json() for record in run.records],
     }
 
@@ -308,10 +320,11 @@ def _print_run(run: Run) -> None:
     from meftbench.report.render.terminal import print_summary
     from meftbench.report.results import frame_of
     from meftbench.report.views.answer import headline
+    from meftbench.report.views.not_run import cells_not_run
 
     frame = frame_of(run)
     print_summary(run, frame=frame)
-    if sentences := headline(frame):
+    if sentences := headline(frame, not_run=cells_not_run(run)[0]):
         put("", *folded(sentences))
     put("", f"run folder: {path_text(run.path)}")
     budgets = [("check", run.path)] if (run.path / BUDGETS).is_file() else []

@@ -12,6 +12,7 @@ from meftbench.report.results import run_names
 from meftbench.report.views import answer, claims
 from meftbench.report.views.best import BEST_HEAD, all_best_levers
 from meftbench.report.views.heads import heads_of
+from meftbench.report.views.not_run import cells_not_run
 from meftbench.report.views.scores import Table as ScoreTable
 from meftbench.report.views.scores import results, untrained
 from meftbench.report.views.scores import tables as score_tables
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     """The answer, a line per run with its machine, date and commit, and the tables."""
+    left = sum(cells_not_run(run)[0] for run in runs)
     heads = "\n".join(
         "- "
         + _paragraph(
@@ -31,7 +33,7 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
         )
         for head in heads_of(runs, run_names(runs))
     )
-    answered = "\n".join(f"- {_paragraph(sentence)}" for sentence in answer.headline(frame))
+    answered = "\n".join(f"- {_paragraph(sentence)}" for sentence in answer.headline(frame, not_run=left))
     parts = [*filter(None, [answered]), heads, *(_scores(table) for table in score_tables(results(frame)))]
     steps = untrained(frame)
     if len(steps) or not len(frame):
