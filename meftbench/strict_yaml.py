@@ -306,7 +306,9 @@ def validated_part(document: Document, path: KeyPath, content: Any, schema: type
         loc = (*path, *_path_in(content, first["loc"][:-1], False), value)
     if below:
         value = _value_at(content, path_below)
-    raise document.error(loc, _sentence(first["msg"]), _cure(kind, value))
+    said, _, cure = _sentence(first["msg"]).partition("; ")
+    quoted = bool(cure) and repr(value) in said  # a fault found by code of ours, which has said what to write
+    raise document.error(loc, *((said, cure) if quoted else (_sentence(first["msg"]), _cure(kind, value))))
 
 
 def _path_in(content: Any, loc: KeyPath, absent: bool) -> KeyPath:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from meftbench.escapes import visible
@@ -19,3 +20,22 @@ def text_of(text: str, style: str = "", overflow: OverflowMethod | None = None) 
     from rich.text import Text
 
     return Text(visible(text), style=style, overflow=overflow)
+
+
+_BREAKS = re.compile(r"(?<=[_./,=+])(?=[^_./,=+])")  # behind which a long name may go on in the next line
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters: broken at spaces, and a word that is longer, such as the name of
+    a module, behind an underscore or a full stop where it has one."""
+    lines = [""]
+    for word in text.split(" "):
+        pieces = [word] if len(word) <= width else _BREAKS.split(word)
+        before = " " if lines != [""] else ""
+        for piece in pieces:
+            if len(lines[-1] + before + piece) <= width:
+                lines[-1] += before + piece
+            else:
+                lines += [piece[start : start + width] for start in range(0, len(piece), width)] or [""]
+            before = ""
+    return "\n".join(lines).removeprefix("\n")

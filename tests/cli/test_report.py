@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 import pytest
@@ -82,3 +84,22 @@ def test_a_cell_id_that_acts_on_a_terminal_has_its_row_and_its_detail(cli, tmp_p
     (row,) = re.findall(r'<tr id="(cell-[^"]*)"', page)
     assert re.fullmatch(r"[A-Za-z0-9_-]+", row)
     assert [row] == re.findall(r'<a href="#(cell-[^"]*)"', page)
+
+
+@pytest.mark.parametrize("more", [(), ("--plot", "breakdown")], ids=["report", "plot"])
+def test_a_full_disk_leaves_no_empty_folder(cli, run, tmp_path, monkeypatch, more):
+    """One line; neither a folder of plots nor the one that was named."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("meftbench.report.figures.picture.replace_file", full)
+    monkeypatch.setattr("meftbench.records.store.replace_file", full)
+    before = sorted(run.path.iterdir())
+
+    for folder in (run.path, tmp_path / "new"):
+        code, out, err = cli("report", run.path, "--out", folder, *more)
+        assert (2, "", 1) == (code, out, err.count("\n"))
+        assert "cannot be written (No space left on device)" in err
+    assert before == sorted(run.path.iterdir())
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_dir()]
