@@ -15,6 +15,7 @@ from os import PathLike
 
 # White space that is kept beside spaces.
 _SEPARATORS = frozenset("\n\t")
+_TO_LOOK_AT = re.compile(r"[^ -~\n\t]")  # all but ASCII that is always shown as it is
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 
 
@@ -24,7 +25,7 @@ def visible(text: str) -> str:
     Those are the characters that a terminal or a browser acts on without showing them: escape sequences, carriage
     returns, marks of writing direction, zero-width characters. Line ends, tabs and all kinds of spaces are kept.
     """
-    if text.isprintable():
+    if text.isprintable() or not _TO_LOOK_AT.search(text):
         return text
     return _by_line(text, _escape)
 

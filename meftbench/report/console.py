@@ -22,7 +22,8 @@ def text_of(text: str, style: str = "", overflow: OverflowMethod | None = None) 
     return Text(visible(text), style=style, overflow=overflow)
 
 
-_BREAKS = re.compile(r"(?<=[_./,=+])(?=[^_./,=+])")  # behind which a long name may go on in the next line
+# Behind these a long name may go on in the next line: rather between its parts than between the words of one.
+_PARTS, _WORDS = re.compile(r"(?<=[./,:=+])(?=[^./,:=+])"), re.compile(r"(?<=_)(?=[^_])")
 
 
 def wrapped(text: str, width: int) -> str:
@@ -30,7 +31,8 @@ def wrapped(text: str, width: int) -> str:
     a module, behind an underscore or a full stop where it has one."""
     lines = [""]
     for word in text.split(" "):
-        pieces = [word] if len(word) <= width else _BREAKS.split(word)
+        parts = [word] if len(word) <= width else _PARTS.split(word)
+        pieces = [piece for part in parts for piece in ([part] if len(part) <= width else _WORDS.split(part))]
         before = " " if lines != [""] else ""
         for piece in pieces:
             if len(lines[-1] + before + piece) <= width:

@@ -82,7 +82,8 @@ def headline(frame: DataFrame, found: Sequence[Answer] | None = None, not_run: i
     others = [whole if text == _ended_ok(own, own) else text for text in others]
     if not_run:
         first = f"{own} {'cell' if own == 1 else 'cells'} ended ok" if first == _ended_ok(own, own) else first
-        others = [f"{not_run} of {every + not_run} cells are not run yet", *(text for text in others if text != whole)]
+        left = f"{not_run} of {every + not_run} cells {'is' if not_run == 1 else 'are'} not run yet"
+        others = [left, *(text for text in others if text != whole)]
     opening = f"{'on' if chosen in tasks else 'at'} {chosen.facts['at']}{model}{where}, {first}"
     return [opening, *(["; ".join(of_ranks)] if of_ranks else []), *others][:3]
 
