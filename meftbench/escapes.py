@@ -7,11 +7,15 @@ recolour a terminal or move its cursor, marks that reverse the order of letters,
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
+from collections.abc import Callable
+from os import PathLike
 
 # White space that is kept beside spaces.
 _SEPARATORS = frozenset("\n\t")
+_TO_LOOK_AT = re.compile(r"[^ -~\n\t]")  # all but ASCII that is always shown as it is
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 
 
@@ -21,9 +25,9 @@ def visible(text: str) -> str:
     Those are the characters that a terminal or a browser acts on without showing them: escape sequences, carriage
     returns, marks of writing direction, zero-width characters. Line ends, tabs and all kinds of spaces are kept.
     """
-    if text.isprintable():
+    if text.isprintable() or not _TO_LOOK_AT.search(text):
         return text
-    return "".join(sign if _is_shown(sign) else _escape(sign) for sign in text)
+    return _by_line(text, _escape)
 
 
 def single_line(text: str) -> str:
@@ -33,11 +37,16 @@ def single_line(text: str) -> str:
     return " ".join(visible(text.replace("\r\n", "\n")).split())
 
 
+def path_text(path: PathLike[str] | str) -> str:
+    """A path as `visible` shows it, on one line: its spaces are kept, its line ends and tabs are escapes, too."""
+    return visible(os.fspath(path)).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def json_text(text: str) -> str:
     """JSON of which the strings hold invisible characters as `\\u` escapes: the same JSON, safe on a terminal."""
     if text.isascii() and "\x7f" not in text:  # JSON has the other control characters as escapes already
         return text
-    return "".join(sign if _is_shown(sign) else _json_escape(sign) for sign in text)
+    return _by_line(text, _json_escape)
 
 
 def spreadsheet_text(text: str) -> str:
@@ -48,6 +57,15 @@ def spreadsheet_text(text: str) -> str:
     if not _FORMULA.match(text) or _is_number(text):
         return text
     return f"'{text}"
+
+
+def _by_line(text: str, escape: Callable[[str], str]) -> str:
+    """The text with `escape` of each character that is not shown. Only lines that have one are read by character: of
+    tables of thousands of cells these are few."""
+    return "\n".join(
+        line if line.isprintable() else "".join(sign if _is_shown(sign) else escape(sign) for sign in line)
+        for line in text.split("\n")
+    )
 
 
 def _is_shown(sign: str) -> bool:

@@ -306,7 +306,10 @@ def validated_part(document: Document, path: KeyPath, content: Any, schema: type
         loc = (*path, *_path_in(content, first["loc"][:-1], False), value)
     if below:
         value = _value_at(content, path_below)
-    raise document.error(loc, _EXPECTED.get(kind) or _sentence(first["msg"]), _cure(kind, value))
+    text = _EXPECTED.get(kind) or _sentence(first["msg"])
+    said, _, cure = text.partition("; ")
+    quoted = bool(cure) and repr(value) in said  # a fault found by code of ours, which has said what to write
+    raise document.error(loc, *((said, cure) if quoted else (text, _cure(kind, value))))
 
 
 def _path_in(content: Any, loc: KeyPath, absent: bool) -> KeyPath:

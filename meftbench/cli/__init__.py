@@ -30,9 +30,10 @@ from meftbench.cli import (
     show,
     validate,
 )
+from meftbench.cli.output import put, put_error
 from meftbench.cli.streams import abandon_stdout, encode_anything, flush
 from meftbench.errors import BUG, INTERRUPTED, INVALID, UserError
-from meftbench.escapes import single_line, visible
+from meftbench.escapes import single_line
 
 EXIT_CODES = """
 Exit codes: 0 done, budgets held · 1 over budget or regressed · 2 usage, unreadable or invalid input ·
@@ -107,7 +108,7 @@ for _name, _verb in _VERBS.items():
 
 def _version(requested: bool) -> None:
     if requested:
-        typer.echo(f"meftbench {__version__}")
+        put(f"meftbench {__version__}")
         raise typer.Exit
 
 
@@ -120,7 +121,7 @@ def _options(
 ) -> None:
     """Which fine-tuning method fits your GPU, and what does it cost?"""
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
+        context.get_help()  # printed by rich
         raise typer.Exit(INVALID)
 
 
@@ -161,17 +162,17 @@ def _exit_code(arguments: list[str] | None) -> int:
         flush()
         return outcome if isinstance(outcome, int) else 0
     except UserError as error:
-        print(f"meftbench: {single_line(str(error))}", file=sys.stderr)
+        put_error(f"meftbench: {single_line(str(error))}")
         return error.exit_code
     except _ClickException as error:
         # Some of the messages come from pydantic, with this prefix.
         message = single_line(error.format_message().replace("Value error, ", ""))  # type: ignore[attr-defined]
-        print(f"meftbench: {message.rstrip('.')}; see `meftbench --help`", file=sys.stderr)
+        put_error(f"meftbench: {message.rstrip('.')}; see `meftbench --help`")
         return INVALID
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except _Interrupted:
-        print("meftbench: interrupted", file=sys.stderr)
+        put_error("meftbench: interrupted")
         return INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
         # Where a pipe is closed, rich and typer exit with 1, which here would mean "over budget".
@@ -182,17 +183,12 @@ def _exit_code(arguments: list[str] | None) -> int:
         return 0
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print(
-                f"meftbench: {single_line(str(error.filename))}: is too long for a path; give a shorter one",
-                file=sys.stderr,
-            )
+            put_error(f"meftbench: {single_line(str(error.filename))}: is too long for a path; give a shorter one")
             return INVALID
         if error.errno not in _CANNOT_WRITE or error.filename is not None:
             return _bug()
         abandon_stdout()
-        print(
-            f"meftbench: output cannot be written ({error.strerror}); make room, or send it elsewhere", file=sys.stderr
-        )
+        put_error(f"meftbench: output cannot be written ({error.strerror}); make room, or send it elsewhere")
         return INVALID
     except Exception:  # not swallowed: shown with its traceback
         return _bug()
@@ -200,6 +196,5 @@ def _exit_code(arguments: list[str] | None) -> int:
 
 def _bug() -> int:
     """Print the traceback of any other exception, which is a bug, and return an exit code that no result has."""
-    print(visible(traceback.format_exc()), end="", file=sys.stderr)
-    print("meftbench: this is a bug; please report it with the lines above", file=sys.stderr)
+    put_error(traceback.format_exc().rstrip("\n"), "meftbench: this is a bug; please report it with the lines above")
     return BUG

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meftbench.cli.options import RunFolder, add_to_step_summary, emit, say_next
+from meftbench.cli.output import put_error
 from meftbench.escapes import single_line, visible
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def check(
     from meftbench.plan.budgets import load_budgets
     from meftbench.records.store import load_run, warn_of_left_out
     from meftbench.report.render.verdicts import render_verdicts, verdicts_markdown
+    from meftbench.report.views.not_run import not_run, to_go_on
     from meftbench.verdicts.budgets import budgets_file, file_to_update
     from meftbench.verdicts.explain import exceeded, explained
     from meftbench.verdicts.judge import exit_code, judge
@@ -70,6 +72,8 @@ def check(
 
     loaded = load_run(run)
     warn_of_left_out(loaded)
+    if left := not_run(loaded):
+        put_error(single_line(f"note: {left}, and not checked: `{to_go_on(loaded)}`"))
     budgets = load_budgets(budget or (file_to_update if update else budgets_file)(loaded))
     if update:
         change = updated(loaded, budgets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,9 @@ import typer
 
 from meftbench.cli.estimate import folded
 from meftbench.cli.options import Quiet, progress, say_next
+from meftbench.cli.output import put, put_json
 from meftbench.errors import UserError
+from meftbench.escapes import path_text
 
 NEEDED = ("torch", "transformers", "peft", "safetensors")
 
@@ -37,17 +38,19 @@ def doctor(
         from meftbench.runner.calibrate import calibrate as write_profile
 
         profile = write_profile(out, device, threads, progress(quiet))
-        print(json.dumps(profile, ensure_ascii=False) if as_json else _calibrated(out, profile))
+        if as_json:
+            put_json(profile)
+        else:
+            put(_calibrated(out, profile))
         say_next(("plan", "MODEL", "--profile", out), as_json=as_json)
         return
     if given := [name for name, value in (("--device", device), ("--threads", threads)) if value is not None]:
         raise UserError(f"doctor {given[0]}", "only measuring takes it", "add --calibrate, or leave it out")
     result = findings()
-    print(
-        json.dumps(result, indent=2, ensure_ascii=False, default=str)
-        if as_json
-        else "\n".join(folded(rendered(result).splitlines()))
-    )
+    if as_json:
+        put_json(result, indent=2, default=str)
+    else:
+        put(*folded(rendered(result).splitlines()))
     say_next(("run", "smoke"), ("doctor", "--calibrate"), ("list", "suites"), as_json=as_json)
 
 
@@ -58,7 +61,9 @@ def _calibrated(out: Path, profile: dict[str, Any]) -> str:
     lines += [f"  {dtype:<20}{rate['rate'] / 1e9:12,.0f} GFLOP/s" for dtype, rate in speeds["matrix"].items()]
     lines += [f"  {'memory':<20}{max(rate for _, rate in speeds['memory']['elementwise']) / 1e9:12,.0f} GB/s"]
     lines += [f"  {'start of a kernel':<20}{speeds['launch_s'] * 1e6:12,.1f} µs"]
-    return "\n".join([*lines, f"written to {out}: meftbench estimate MODEL METHOD ... --profile {out}"])
+    return "\n".join(
+        [*lines, f"written to {path_text(out)}: meftbench estimate MODEL METHOD ... --profile {path_text(out)}"]
+    )
 
 
 def findings(nvml: Any = None) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from meftbench.cli.options import (
     say,
     say_next,
 )
+from meftbench.cli.output import put
 from meftbench.errors import DONE, OVER_BUDGET
 from meftbench.plan.defaults import PROFILE
 
@@ -93,7 +94,7 @@ def estimate(
     )
 
     def printed(answer: dict[str, Any]) -> None:
-        print("\n".join(folded([*lines(answer, by_default=profile is None), *next_steps(model, answer)])))
+        put(*folded([*lines(answer, by_default=profile is None), *next_steps(model, answer)]))
 
     answer = prediction.to_json()
     say(answer, as_json, printed)

@@ -32,7 +32,9 @@ from meftbench.cli.options import (
     say_next,
     say_written,
 )
+from meftbench.cli.output import put
 from meftbench.errors import UserError, unknown
+from meftbench.escapes import path_text
 from meftbench.plan.defaults import PROFILE
 
 if TYPE_CHECKING:
@@ -207,12 +209,12 @@ def _write_run(run: Run, format_: Format, output: Path | None, metric: list[str]
             _write_text(part, text, as_json)
             files.append(part)
             if not as_json:
-                print(f"  tool: custom{side.title()}IsBetter")
+                put(f"  tool: custom{side.title()}IsBetter")
         return files
     whole, of_metrics = trackers.WHOLE.get(format_), trackers.OF_METRICS.get(format_)
     text = whole(run) if whole else of_metrics(run, metrics) if of_metrics else ""
     if output is None or str(output) == "-":
-        print(text)
+        put(text)
         return []
     _write_text(output, text, as_json)
     return [output]
@@ -273,7 +275,7 @@ def _write_predicted(
     if format_ is Format.memory_viz:
         file = _with_folder(output or Path("snapshot.pickle"))
         ask("export", request | {"snapshot": str(file.absolute())}, tell, allow_code)
-        say_written([file], as_json, lambda: print(f"{file}: drop it on https://pytorch.org/memory_viz"))
+        say_written([file], as_json, lambda: put(f"{path_text(file)}: drop it on https://pytorch.org/memory_viz"))
         say_next(("inspect", file), as_json=as_json)
         return
     file = _with_folder(output or Path("timeline"))
@@ -284,7 +286,7 @@ def _write_predicted(
     except OSError as error:
         raise _unwritable(file.parent, error) from None
     files = [file.with_name(f"{name}.{kind}") for kind in ("png", "svg")]
-    say_written(files, as_json, lambda: print(f"{files[0]} and {name}.svg: written"))
+    say_written(files, as_json, lambda: put(f"{path_text(files[0])} and {path_text(name)}.svg: written"))
 
 
 # --- files ---
@@ -298,7 +300,7 @@ def _written(file: Path, write: Callable[[], object], as_json: bool) -> None:
     except OSError as error:
         raise _unwritable(file, error) from None
     if not as_json:
-        print(f"{file}: written")
+        put(f"{path_text(file)}: written")
 
 
 def _with_folder(file: Path) -> Path:

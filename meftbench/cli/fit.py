@@ -31,6 +31,7 @@ from meftbench.cli.options import (
     say_next,
 )
 from meftbench.errors import UserError
+from meftbench.escapes import path_text
 from meftbench.plan.defaults import FITTED_METHODS
 
 
@@ -99,7 +100,7 @@ def fit(
     say(answer, as_json, print_fit)
     if out is not None:
         write_fit(answer, out)
-        progress(quiet)(f"{out}: written")
+        progress(quiet)(f"{path_text(out)}: written")
     of_card = ("--memory", memory[0].split()[0]) if memory and memory[0].split() else ()
     chosen = () if profile is None else ("--profile", profile)
     say_next(("plan", model, *of_card, *chosen), as_json=as_json)

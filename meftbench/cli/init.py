@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meftbench.cli.options import AllowCode, AsJson, Batch, Model, Quiet, say_written
+from meftbench.cli.output import put
 from meftbench.errors import CELLS_FAILED, DONE
+from meftbench.escapes import path_text
 
 if TYPE_CHECKING:
     from meftbench.records.store import Run
@@ -59,7 +61,7 @@ def init(
     files = start.files()
     write_all(out, files, force)
     paths = [out / file for file in files]
-    say_written(paths, as_json, lambda: print(*(f"{path}: written" for path in paths), sep="\n"))
+    say_written(paths, as_json, lambda: put(*(f"{path_text(path)}: written" for path in paths)))
     commands = [] if out.resolve() == Path.cwd() else [f"cd {shlex.quote(str(out))}"]
     if not run:
         folder = f"runs/{start.name}"
@@ -75,7 +77,7 @@ def init(
 
 def _say_next(commands: list[str], as_json: bool) -> None:
     if not as_json:
-        print(f"next: {' && '.join(commands)}")
+        put(f"next: {' && '.join(commands)}")
 
 
 def _fill(start: Start, quiet: bool, as_json: bool) -> Run:
@@ -94,5 +96,5 @@ def _fill(start: Start, quiet: bool, as_json: bool) -> Run:
     update.write()
     if not as_json:
         print_summary(finished)
-        print("\n".join([f"{start.budgets_file}: filled with what was counted", *update.kept]))
+        put(f"{path_text(start.budgets_file)}: filled with what was counted", *update.kept)
     return finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,9 @@ import typer
 
 from meftbench.cli.estimate import folded
 from meftbench.cli.options import AsJson, Quiet, progress, say_next
+from meftbench.cli.output import put, put_json
 from meftbench.errors import UserError
+from meftbench.escapes import path_text
 
 # Named and not imported here: it runs in a process of its own, with a limit on its memory, and needs no torch.
 _REQUESTS = "meftbench.snapshots.inspection"
@@ -51,14 +52,14 @@ def inspect(
     }
     answer = ask("inspect", request, progress(quiet), requests=_REQUESTS)
     if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
+        put_json(answer)
     else:
-        print("\n".join(folded(snapshot_lines(answer))))
+        put(*folded(snapshot_lines(answer)))
     if output is not None and kind is not None:
         from meftbench.report.views.snapshot import snapshot_picture
 
         _write(output, snapshot_picture(answer, kind))
-        progress(quiet)(f"{output}: written")
+        progress(quiet)(f"{path_text(output)}: written")
     shape = ("--batch-size", "N", "--sequence-length", "N")
     say_next(("validate", snapshot, "MODEL", "METHOD", *shape), as_json=as_json)
 

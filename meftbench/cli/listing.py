@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 from enum import StrEnum
@@ -12,7 +11,9 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.cli.options import say_next
+from meftbench.cli.output import put, put_json
 from meftbench.errors import UserError
+from meftbench.escapes import single_line
 from meftbench.schemas import FOLDER, FORMATS, schema_of
 
 if TYPE_CHECKING:
@@ -56,21 +57,22 @@ def list_(
         raise UserError("list", f"{kind} takes no name, and {name!r} is given", f"write `meftbench list {kind}`")
     content = schema_of(name or "suite") if kind is Kind.schema else LISTINGS[kind]()
     if as_json or kind is Kind.schema:
-        print(json.dumps(content, indent=2, ensure_ascii=False))
+        put_json(content, indent=2)
         return
-    print("\n".join(_lines(content, shutil.get_terminal_size().columns)))
+    put(*_lines(content, shutil.get_terminal_size().columns))
     say_next(_NEXT[kind])
 
 
 def _lines(content: dict[str, Any], width: int) -> list[str]:
     """A name at the beginning of a line, and its summary and settings beside it, wrapped at `width` characters."""
-    column = max(map(len, content), default=0) + 2
+    names = {name: single_line(name) for name in content}  # those of suites are names of files
+    column = max(map(len, names.values()), default=0) + 2
     texts = []
-    for name, about in content.items():
-        settings = " ".join(f"{key}={value}" for key, value in about.get("settings", {}).items())
+    for key, about in content.items():
+        settings = " ".join(f"{name}={value}" for name, value in about.get("settings", {}).items())
         room = max(_NARROWEST, width - column)
         parts = [part for text in (about["summary"], settings) for part in textwrap.wrap(text, room)]
-        texts += [f"{name:<{column}}{parts[0] if parts else ''}".rstrip()]
+        texts += [f"{names[key]:<{column}}{parts[0] if parts else ''}".rstrip()]
         texts += [" " * column + part for part in parts[1:]]
     return texts
 

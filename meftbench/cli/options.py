@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -13,8 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from meftbench.cli import completion
+from meftbench.cli.output import put, put_error, put_json
 from meftbench.errors import UserError
-from meftbench.escapes import single_line, visible
+from meftbench.escapes import path_text, single_line
 from meftbench.plan.axes import AXES
 from meftbench.plan.defaults import PROFILE
 
@@ -104,13 +104,13 @@ def pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
 
 def progress(quiet: bool) -> Callable[[str], None]:
     """A function that prints text on stderr, safe on a terminal; it does nothing if `quiet`."""
-    return (lambda text: None) if quiet else (lambda text: print(visible(text), file=sys.stderr, flush=True))
+    return (lambda text: None) if quiet else put_error
 
 
 def say(answer: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]], None]) -> None:
     """Print an answer: as one JSON object, or by `printed`."""
     if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
+        put_json(answer)
     else:
         printed(answer)
 
@@ -118,7 +118,7 @@ def say(answer: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]
 def say_written(files: Sequence[Path], as_json: bool, printed: Callable[[], None]) -> None:
     """Say which files were written: as one JSON object, or by `printed`."""
     if as_json:
-        print(json.dumps({"files": [str(file) for file in files]}, ensure_ascii=False))
+        put_json({"files": [str(file) for file in files]})
     else:
         printed()
 
@@ -145,13 +145,13 @@ def say_next(*commands: tuple[str | Path, ...], as_json: bool = False) -> None:
             break
         line = longer
     if line:
-        print(line, file=sys.stderr)
+        put_error(line)
 
 
 def emit(text: str, output: Path | None) -> None:
     """Print `text`, or write it to the file `output` (`-` is stdout). Raises UserError: it cannot be written."""
     if output is None or str(output) == "-":
-        print(text)
+        put(text)
         return
     from meftbench.records.store import write_named
 
@@ -159,7 +159,7 @@ def emit(text: str, output: Path | None) -> None:
         write_named(output, (text + "\n").encode())
     except OSError as error:
         raise UserError(str(output), f"cannot be written ({error.strerror})", "choose another --output") from None
-    print(f"{output}: written", file=sys.stderr)
+    put_error(f"{path_text(output)}: written")
 
 
 def add_to_step_summary(markdown: str, title: str) -> None:
@@ -170,7 +170,7 @@ def add_to_step_summary(markdown: str, title: str) -> None:
     try:
         append_step_summary(markdown, title)
     except UserError as error:
-        print(f"meftbench: {single_line(str(error))}", file=sys.stderr)
+        put_error(f"meftbench: {single_line(str(error))}")
 
 
 def typed(context: typer.Context) -> str:

@@ -29,6 +29,7 @@ from meftbench.cli.options import (
     say_next,
 )
 from meftbench.errors import DONE, OVER_BUDGET
+from meftbench.escapes import path_text
 
 
 def plan(
@@ -121,7 +122,7 @@ def plan(
     answer = found.to_json()
     say(answer, as_json, print_plan)
     if out is not None:
-        progress(quiet)(f"{out}: {', '.join(write_plan(answer, out))} written")
+        progress(quiet)(f"{path_text(out)}: {', '.join(write_plan(answer, out))} written")
     chosen = () if profile is None else ("--profile", profile)
     of_card = () if memory is None else ("--memory", memory)
     if answer["fastest"] is None:

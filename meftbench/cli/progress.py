@@ -8,6 +8,7 @@ from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from meftbench.cli.output import put_error
 from meftbench.escapes import single_line, visible
 from meftbench.records.record import Record
 from meftbench.runner import Ended, Event, Noted, Planned, Started
@@ -56,7 +57,7 @@ def _without_model(label: str, model_label: str) -> str:
 
 def say_note(note: Noted) -> None:
     """Print it on stderr, in one line."""
-    print(f"note: {single_line(note.text)}", file=sys.stderr, flush=True)
+    put_error(f"note: {single_line(note.text)}")
 
 
 class Plain:
@@ -97,7 +98,7 @@ class Plain:
                 pass  # `begin` has said it
 
     def say(self, text: str) -> None:
-        print(visible(text), file=sys.stderr, flush=True)
+        put_error(text)
 
 
 class Bar:

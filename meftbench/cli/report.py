@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import webbrowser
 from enum import StrEnum
 from pathlib import Path
@@ -12,8 +11,9 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.cli.options import AsJson, say_next, say_written
+from meftbench.cli.output import put, put_error
 from meftbench.errors import NOTHING_MATCHED
-from meftbench.escapes import single_line
+from meftbench.escapes import path_text
 
 
 class Format(StrEnum):
@@ -51,18 +51,18 @@ def report(
     if plot:
         refuse_link(folder / PLOTS)
         files = write_plots(loaded, folder / PLOTS, plot)
-        say_written(files, as_json, lambda: print("\n".join(map(str, files))))
+        say_written(files, as_json, lambda: put(*map(path_text, files)))
         return
     kinds = {"html", "md", "csv"} if format_ is Format.all else {format_.value}
     written = write_report(loaded, folder, kinds)
-    say_written(written, as_json, lambda: print("\n".join(map(str, written))))
+    say_written(written, as_json, lambda: put(*map(path_text, written)))
     if open_ and not webbrowser.open(written[0].resolve().as_uri()):
-        print(f"no browser to open {written[0]} with", file=sys.stderr)
+        put_error(f"no browser to open {path_text(written[0])} with")
     commands: list[tuple[str | Path, ...]] = [("compare", *runs)] if len(runs) > 1 else []
     commands += [("check", runs[0])] if (runs[0] / BUDGETS).is_file() else []
     empty = [run for run in loaded if not run.records]
     for run in empty:
-        print(f"{single_line(str(run.path))}: no cell has finished, so that its page is empty", file=sys.stderr)
+        put_error(f"{path_text(run.path)}: no cell has finished, so that its page is empty")
     if len(empty) == len(loaded):
         raise typer.Exit(NOTHING_MATCHED)
     say_next(*commands, ("show", runs[0], "CELL"), as_json=as_json)

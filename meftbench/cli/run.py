@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,9 @@ import typer
 
 from meftbench.cli import completion
 from meftbench.cli.options import MOST_JOBS, AllowCode, at_terminal, say_next, typed
+from meftbench.cli.output import put, put_error, put_json
 from meftbench.errors import CELLS_FAILED, DONE, INTERRUPTED, TERMINATED, UserError, unknown
+from meftbench.escapes import path_text, single_line
 
 if TYPE_CHECKING:
     from meftbench.plan.suite import Suite
@@ -175,10 +175,21 @@ def finish(run: Run, as_json: bool, expected: Duration | None) -> int:
     """Print the results of `run`, and return the exit code. expected: what its cells were expected to take."""
     code = CELLS_FAILED if any(r.status in ("error", "timeout") for r in run.records) else DONE
     if as_json:
-        print(json.dumps(_summary(run, code, expected), ensure_ascii=False))
+        put_json(_summary(run, code, expected))
     else:
         _print_run(run)
+    if expected is None:
+        put_error(_nothing_left(run))
     return code
+
+
+def _nothing_left(run: Run) -> str:
+    """That everything had ended before, and how cells that failed are tried again."""
+    from meftbench.report.views.not_run import to_go_on
+
+    failed = sorted({record.status for record in run.records if record.status in ("error", "timeout")})
+    cure = f"; `{to_go_on(run, retry=','.join(failed))}` tries again what ended in {' or '.join(failed)}"
+    return f"note: nothing was left to run{cure if failed else ''}"
 
 
 def _overridden(suite: Suite, device: str | None, timeout: str | None, repeats: int | None) -> Suite:
@@ -249,7 +260,7 @@ def _interruptions(command: str, folder: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
         cure = f"`meftbench {command} --out {shlex.quote(str(folder))} --resume` goes on"
-        print(f"meftbench: interrupted: finished records are kept in {folder}; {cure}", file=sys.stderr)
+        put_error(f"meftbench: interrupted: finished records are kept in {path_text(folder)}; {cure}")
         raise typer.Exit(INTERRUPTED if isinstance(end, KeyboardInterrupt) else TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
@@ -271,23 +282,30 @@ def _print_cells(suite: Suite, cells: list[Any], jobs: int, as_json: bool) -> No
         listed = [{"cell_id": c.cell_id, "label": c.label, "device": c.device} for c in cells]
         content = {"suite": suite.name, "suite_id": suite.suite_id, "cells": listed, "processes": sum(repeats.values())}
         content |= ({"code": code} if code else {}) | expected.to_json()
-        print(json.dumps(content, ensure_ascii=False))
+        put_json(content)
         return
     width = shutil.get_terminal_size().columns
     for cell in cells:
-        line = f"{cell.cell_id}  {cell.device:<8} {cell.label}"
+        label = single_line(cell.label)
+        line = f"{cell.cell_id}  {cell.device:<8} {label}"
         # In a pipe a cell is a line; a terminal shows a long label below, whole.
-        print(line if len(line) <= width or not at_terminal() else f"{cell.cell_id}  {cell.device}\n  {cell.label}")
-    print(f"{len(cells)} cells, {sum(repeats.values())} processes; nothing was run")
-    print("\n".join(folded([f"a run: {expected.sentence()}"])))
+        put(line if len(line) <= width or not at_terminal() else f"{cell.cell_id}  {cell.device}\n  {label}")
+    processes = sum(repeats.values())
+    put(f"{_count(len(cells), 'cell', 'cells')}, {_count(processes, 'process', 'processes')}; nothing was run")
+    put(*folded([f"a run: {expected.sentence()}"]))
     if code:
         allowed = "" if suite.allow_code else ", with --allow-code only"
-        print(f"a run imports and calls code: {', '.join(code)}{allowed}; nothing was imported")
+        put(f"a run imports and calls code: {', '.join(code)}{allowed}; nothing was imported")
+
+
+def _count(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
     from meftbench.report.results import frame_of
     from meftbench.report.views.answer import headline
+    from meftbench.report.views.not_run import cells_not_run
     from meftbench.runner.duration import total
 
     return {
@@ -298,7 +316,7 @@ def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
         "counts": dict(Counter(record.status for record in run.records)),
         "exit_code": code,
         **(expected or total([])).to_json(),
-        "answer": headline(frame_of(run)),
+        "answer": headline(frame_of(run), not_run=cells_not_run(run)[0]),
         "records": [record.to_json() for record in run.records],
     }
 
@@ -309,11 +327,12 @@ def _print_run(run: Run) -> None:
     from meftbench.report.render.terminal import print_summary
     from meftbench.report.results import frame_of
     from meftbench.report.views.answer import headline
+    from meftbench.report.views.not_run import cells_not_run
 
     frame = frame_of(run)
     print_summary(run, frame=frame)
-    if sentences := headline(frame):
-        print("\n" + "\n".join(folded(sentences)))
-    print(f"\nrun folder: {run.path}")
+    if sentences := headline(frame, not_run=cells_not_run(run)[0]):
+        put("", *folded(sentences))
+    put("", f"run folder: {path_text(run.path)}")
     budgets = [("check", run.path)] if (run.path / BUDGETS).is_file() else []
     say_next(("report", run.path), *budgets, ("show", run.path, "CELL"))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
 
 from meftbench.cli.options import RunFolder, say_next
-from meftbench.escapes import json_text
+from meftbench.cli.output import put, put_error, put_json
 
 
 def show(
@@ -44,15 +42,19 @@ def show(
     records = find_records(loaded, cell) if cell else loaded.records
     if cells:
         listed = collect(records)
-        lines = [json.dumps(facts_of(one), ensure_ascii=False) for one in listed] if as_json else lines_of(listed)
-        print("\n".join(map(json_text, lines) if as_json else lines))
+        if as_json:
+            for one in listed:
+                put_json(facts_of(one))
+        else:
+            put(*lines_of(listed))
         return
     if cell and (choice := several(loaded, cell, records)):
         lines, error = choice
-        print("\n".join(lines), file=sys.stderr)
+        put_error(*lines)
         raise error
     if as_json:
-        print("\n".join(json_text(json.dumps(record.to_json(), ensure_ascii=False)) for record in records))
+        for record in records:
+            put_json(record.to_json())
     elif cell:
         print_records(loaded, records, traceback)
         failed = not traceback and any("traceback" in record.status_detail for record in records)

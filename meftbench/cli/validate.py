@@ -27,7 +27,9 @@ from meftbench.cli.options import (
     progress,
     say_next,
 )
+from meftbench.cli.output import put, put_json
 from meftbench.errors import NOTHING_MATCHED, UserError
+from meftbench.escapes import path_text
 from meftbench.plan.defaults import PROFILE
 
 if TYPE_CHECKING:
@@ -146,8 +148,11 @@ def _run(
         what = f"no cell has a prediction ({'; '.join(result.missing)})"
         raise UserError(str(folder), what, "measure others", NOTHING_MATCHED)
     if save:
-        tell(f"{validation.save(loaded, result)}: written; `meftbench report {folder}` shows it")
-    print(json.dumps(validation.as_json(result), ensure_ascii=False) if as_json else validation_text(result))
+        tell(f"{path_text(validation.save(loaded, result))}: written; `meftbench report {path_text(folder)}` shows it")
+    if as_json:
+        put_json(validation.as_json(result))
+    else:
+        put(validation_text(result))
     say_next(("report", folder) if save else ("validate", folder, "--save"), as_json=as_json)
 
 
@@ -174,8 +179,10 @@ def _snapshot(
     request = {"cell": cell.model_dump(mode="json"), "profile": asked["profile"], "allocator": rules["allocator"]}
     request |= {"versions": rules["for_versions"], "begin": begin}
     found = validate_snapshot(file, recorded, ask("allocations", request, tell, allow_code), versions)
-    text = "\n".join(folded(snapshot_validation_lines(found)))
-    print(json.dumps(found.to_json(), ensure_ascii=False) if as_json else text)
+    if as_json:
+        put_json(found.to_json())
+    else:
+        put(*folded(snapshot_validation_lines(found)))
     say_next(("inspect", file), as_json=as_json)
 
 
@@ -192,12 +199,12 @@ def _published(table: Path | None, as_json: bool) -> None:
     if as_json:
         answer = content.model_dump(by_alias=True)
         rows = None if figures is None else json.loads(figures.to_json(orient="records"))
-        print(json.dumps(answer | {"figures": rows}, ensure_ascii=False))
+        put_json(answer | {"figures": rows})
         return
     if figures is not None:
-        print("\n".join([*folded(figure_lines(figures)), ""]))
+        put(*folded(figure_lines(figures)), "")
     lines = published_lines(content)
     if figures is None:
         lines.append("every figure is in meftbench's repository: --table reports/published/table.csv prints them")
-    print("\n".join(folded(lines)))
+    put(*folded(lines))
     say_next(("estimate", "MODEL", "METHOD"), ("list", "profiles"))

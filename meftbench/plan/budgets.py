@@ -45,14 +45,14 @@ class Increase:
         return grown + self.amount if self.amount else grown
 
 
-_LARGEST = 10**300  # of bounds; above 10^308 a whole number has no float, in which headroom is said
+LARGEST_BOUND = 10**300  # above 10^308 a whole number has no float, in which headroom is said
 
 
 def _amount(value: Any) -> Any:
     """The bytes of a text such as "412MiB"; any other value unchanged. Raises ValueError: it is not finite."""
     if isinstance(value, str):
         value = parse_bytes(value)
-    if isinstance(value, (int, float)) and not -_LARGEST < value < _LARGEST:  # nan is not in between, either
+    if isinstance(value, (int, float)) and not -LARGEST_BOUND < value < LARGEST_BOUND:  # nan is not in between, either
         raise ValueError("it is not a finite number, so that it bounds nothing; write 412MiB or a plain number")
     return value
 

@@ -85,14 +85,19 @@ class Group:
 
 
 def groups(frame: DataFrame) -> list[Group]:
-    """The cells grouped by every setting but method and shape; the titles say in what the groups differ."""
+    """The cells grouped by every setting but method and shape; the titles say in what the groups differ, and always in
+    how many ranks a step was taken, and how these shared it."""
     all_groups = []
     differing = [name for name in SETTING if frame[name].nunique(dropna=False) > 1]
     for values, rows in frame.groupby(list(SETTING), dropna=False, sort=False):
-        shared = dict(zip(SETTING, values, strict=True))
-        parts = [str(shared["model"]), *(setting_text(name, shared[name]) for name in differing if name != "model")]
+        shared: dict[str, Any] = dict(zip(SETTING, values, strict=True))
+        told = [name for name in SETTING if name in differing or (name in _RANKS and shared["world_size"] > 1)]
+        parts = [str(shared["model"]), *(setting_text(name, shared[name]) for name in told if name != "model")]
         all_groups.append(Group(", ".join(parts), rows))
     return all_groups
+
+
+_RANKS = ("world_size", "parallelism")
 
 
 def setting_text(name: str, value: object) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from meftbench.catalogue.metrics import METRICS
 from meftbench.errors import UserError
-from meftbench.plan.budgets import Budgets, Row
+from meftbench.plan.budgets import LARGEST_BOUND, Budgets, Row
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.store import Run, write_whole
 from meftbench.strict_yaml import KeyPath, parse
@@ -130,6 +130,8 @@ def _largest(row: Row, cells: list[Outcome]) -> tuple[int | float | None, str]:
             return None, f"{outcome.label} has {figure.value}"
         values.append(figure.value)
     largest = max(values)
+    if not -LARGEST_BOUND < largest < LARGEST_BOUND:
+        return None, f"{largest} is more than a bound may be"
     if row.warn is not None and row.warn > largest:
         return None, f"its warn would be above the new max {largest}: lower warn first"
     return largest, ""

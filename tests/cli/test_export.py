@@ -300,3 +300,17 @@ def test_a_badge_of_a_run_without_budgets(tmp_path, cli):
     assert (2, "", 1) == (code, out, err.count("\n"))
     assert "its suite names no budgets; write `budgets: FILE` into the suite, and run it" in err
     assert not (tmp_path / "badge.json").exists()
+
+
+@pytest.mark.parametrize("size", [2**63, -(2**63) - 1, 10**299], ids=["2**63", "-2**63 - 1", "10**299"])
+def test_numbers_beyond_64_bits_are_floating_point_in_parquet(cli, tmp_path, size):
+    """Records may hold them, as values and as sizes; beside them smaller ones, to the last digit that fits."""
+    records = [a_record(metrics={PEAK: size}, batch_size=abs(size)), a_record(metrics={PEAK: 5}, method="lora")]
+    run = a_run(tmp_path / "run", *records).path
+
+    code, _, err = cli("export", run, "--format", "parquet", "-o", tmp_path / "t.parquet")
+
+    assert 0 == code, err
+    table = pd.read_parquet(tmp_path / "t.parquet")
+    assert [float(size), 5.0] == list(table[PEAK])
+    assert [float(abs(size)), 8.0] == list(table["batch_size"])

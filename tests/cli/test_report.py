@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 import pytest
 
-from builders import a_run, a_sweep
+from builders import a_record, a_run, a_sweep
 
 
 @pytest.fixture
@@ -65,3 +69,37 @@ def test_of_a_run_in_which_no_cell_has_finished_the_page_says_so(cli, run, tmp_p
 
     assert (5, f"{empty.path}/table.md\n", note) == (code, out, err)
     assert (0, note) == (beside[0], beside[2])
+
+
+@pytest.mark.parametrize("cell_id", ["\x1b[1m0", "a b", 'x" onclick="', "\u202e0"])
+def test_a_cell_id_that_acts_on_a_terminal_has_its_row_and_its_detail(cli, tmp_path, cell_id):
+    """A row's id and the links to it are the same, and hold nothing that an id may not."""
+    metrics = {"activation_peak_bytes": 5, "peak_allocated_bytes": 9, "drift_bytes_per_step": 4}
+    run = a_run(tmp_path / "run", a_record(cell_id=cell_id, metrics=metrics))
+
+    code, _, err = cli("report", run.path)
+
+    assert 0 == code, err
+    page = (run.path / "report.html").read_text()
+    (row,) = re.findall(r'<tr id="(cell-[^"]*)"', page)
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", row)
+    assert [row] == re.findall(r'<a href="#(cell-[^"]*)"', page)
+
+
+@pytest.mark.parametrize("more", [(), ("--plot", "breakdown")], ids=["report", "plot"])
+def test_a_full_disk_leaves_no_empty_folder(cli, run, tmp_path, monkeypatch, more):
+    """One line; neither a folder of plots nor the one that was named."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("meftbench.report.figures.picture.replace_file", full)
+    monkeypatch.setattr("meftbench.records.store.replace_file", full)
+    before = sorted(run.path.iterdir())
+
+    for folder in (run.path, tmp_path / "new"):
+        code, out, err = cli("report", run.path, "--out", folder, *more)
+        assert (2, "", 1) == (code, out, err.count("\n"))
+        assert "cannot be written (No space left on device)" in err
+    assert before == sorted(run.path.iterdir())
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_dir()]

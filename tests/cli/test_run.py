@@ -67,6 +67,7 @@ def refused(cli, *arguments, code=2):
         ({"method": False}, "put the word in quotes"),
         ({"device": "predicted:h10"}, "grid.device: unknown profile 'h10'; did you mean 'h100'?"),
         ({"device": "prediction"}, "grid.device: unknown device 'prediction'"),
+        ({"protocol": {"timeout": "10x"}}, "protocol.timeout: '10x' is not a duration; write 600s, 10m or 1h\n"),
         ({"schema": 2}, "toy.yaml:1: schema: schema 2 is newer than this program (1); update meftbench"),
         ({"budgets": "none.yaml"}, "no such file 'none.yaml'; the path is relative to the suite file"),
         ({"description": [1]}, "toy.yaml:14: description: input should be a valid string; it is [1]"),
@@ -357,7 +358,7 @@ def test_retry_names_the_statuses_to_try_again(cli):
     file = a_file(seed=BROKEN, batch_size=1, method="full")
     cli("run", file, "--out", "run")
 
-    assert "" == cli("run", file, "--out", "run", "--resume")[2]
+    assert cli("run", file, "--out", "run", "--resume")[2].startswith("note: nothing was left to run; ")
     assert "[1/1] error" in cli("run", file, "--out", "run", "--resume", "--retry", "error,timeout")[2]
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
+from meftbench.catalogue.metrics import METRICS
 from meftbench.records.record import Metric
+from meftbench.report.console import wrapped
 from meftbench.report.views.detail import print_records, sections
 from tests.builders import MiB, a_measured_cell, a_run, measured
 
@@ -93,3 +97,32 @@ def test_no_value_of_a_record_is_cut(tmp_path, width):
     values = [value for section in sections(run.records[0]) for _, value, _ in section.rows]
     assert len(values) > 10
     assert [] == [word for value in values for word in value.split() if word not in words]
+
+
+@given(st.text("ab_. ", max_size=60), st.integers(1, 30))
+def test_wrapped_text_fits_and_loses_nothing(text, width):
+    """But the spaces at which lines end."""
+    lines = wrapped(text, width).split("\n")
+
+    assert all(len(line) <= width for line in lines)
+    assert text.replace(" ", "") == "".join(lines).replace(" ", "")
+
+
+@pytest.mark.parametrize("width", [80, 100, 60, 40])
+def test_names_are_broken_at_their_joints_only(tmp_path, width):
+    """Names of metrics not at all, and those of modules, which are longer than a column, at `_` and `.`."""
+    module = "base_model.model.bert.encoder.layer.*.intermediate.intermediate_act_fn"
+    metrics = {"peak_buffers": Metric([BUFFERS[0] | {"module": module}], "counted")}
+    metrics |= {"first_step_peak_allocated_bytes": measured(5), "activation_gradients_bytes": measured(5)}
+    record = a_measured_cell("meft1", metrics=metrics)
+    console = Console(file=io.StringIO(), width=width)
+
+    print_records(a_run(tmp_path / "run", record), [record], console=console)
+
+    lines = console.file.getvalue().splitlines()
+    names = {word for line in lines for word in line.split() if word in METRICS}
+    assert {"first_step_peak_allocated_bytes", "activation_gradients_bytes"} <= names
+    pieces = [line.rsplit("  ", 1)[-1].strip() for line in lines]
+    ends = [piece for piece in pieces if piece and module.startswith(piece.split()[-1]) and "." in piece]
+    assert all(piece.endswith((".", "_", module)) for piece in ends)
+    assert all(len(line) <= width for line in lines if not line.startswith("again:"))

@@ -75,7 +75,7 @@ def test_a_bound_that_is_shared_through_an_anchor_is_kept(tmp_path):
 NUMBERS = st.one_of(
     st.integers(0, 2**60),
     st.integers(0, 2**30).map(lambda mib: mib * 2**20),
-    st.floats(0, 1e300, allow_nan=False, allow_infinity=False),
+    st.floats(0, 9e299, allow_nan=False, allow_infinity=False),
 )
 
 
@@ -99,6 +99,18 @@ def test_an_updated_budget_holds_on_its_run_and_not_on_more(values, exact):
         if exact:
             more = a_run(folder / "more", a_record(metrics={metric: max(values) + 1}))
             assert ["over"] == [verdict.state for verdict in judge(more, load_budgets(file))]
+
+
+def test_a_bound_that_could_not_be_read_is_not_written(tmp_path):
+    """A record may hold what is more than a bound may be: the row is kept, and the reason said."""
+    file = tmp_path / "b.yaml"
+    file.write_text(text := "schema: 1\nbudgets:\n  - {match: '*', metric: step_time_s, max: 1}\n")
+    run = a_run(tmp_path / "run", a_record(metrics={"step_time_s": measured(1e300)}))
+
+    update = updated(run, load_budgets(file))
+
+    assert text == update.after
+    assert [f"{file}:3: kept: 1e+300 is more than a bound may be"] == update.kept
 
 
 def test_updating_twice_changes_nothing(tmp_path):

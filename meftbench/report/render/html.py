@@ -24,6 +24,7 @@ from meftbench.report.views.best import BEST_HEAD, all_best_levers
 from meftbench.report.views.detail import NOISE, warnings
 from meftbench.report.views.endings import failures
 from meftbench.report.views.heads import heads_of
+from meftbench.report.views.not_run import cells_not_run
 from meftbench.report.views.scores import results, untrained
 from meftbench.report.views.scores import tables as score_tables
 from meftbench.report.views.side_by_side import side_by_side
@@ -64,6 +65,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Callable[[], Sequence[Pic
     )
     names = run_names(runs)
     steps, found = untrained(frame), answer.answers(frame)
+    left = sum(cells_not_run(run)[0] for run in runs)
     held = payload(runs, frame)
     warned = _warnings(runs, names)
     failed = [line for run in runs for line in failures(run)]
@@ -72,7 +74,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Callable[[], Sequence[Pic
         style=Markup(_text_of("vendor/uPlot.min.css") + _text_of("page.css")),
         script=Markup("\n".join(map(_text_of, ("vendor/uPlot.iife.min.js", *(f"js/{name}" for name in _SCRIPTS))))),
         held=held,
-        answered=[_sentence(text) for text in answer.headline(frame, found)],
+        answered=[_sentence(text) for text in answer.headline(frame, found, left)],
         answers=found,
         sentence=_sentence,
         runs=heads_of(runs, names),

@@ -11,7 +11,9 @@ from meftbench.report.render.verdicts import escaped_markdown, markdown_table
 from meftbench.report.results import run_names
 from meftbench.report.views import answer, claims
 from meftbench.report.views.best import BEST_HEAD, all_best_levers
+from meftbench.report.views.endings import shared_cores
 from meftbench.report.views.heads import heads_of
+from meftbench.report.views.not_run import cells_not_run
 from meftbench.report.views.scores import Table as ScoreTable
 from meftbench.report.views.scores import results, untrained
 from meftbench.report.views.scores import tables as score_tables
@@ -23,16 +25,20 @@ if TYPE_CHECKING:
 
 def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     """The answer, a line per run with its machine, date and commit, and the tables."""
+    names = run_names(runs)
+    named = zip([f"{name}: " for name in names] if len(runs) > 1 else [""], runs, strict=True)
+    left = sum(cells_not_run(run)[0] for run in runs)
     heads = "\n".join(
         "- "
         + _paragraph(
             f"{head.name}: {head.machine}, {head.date}, {head.checkout}; {head.cells}"
             + (f"; predicted: {head.validation}" if head.validation else "")
         )
-        for head in heads_of(runs, run_names(runs))
+        for head in heads_of(runs, names)
     )
-    answered = "\n".join(f"- {_paragraph(sentence)}" for sentence in answer.headline(frame))
-    parts = [*filter(None, [answered]), heads, *(_scores(table) for table in score_tables(results(frame)))]
+    answered = "\n".join(f"- {_paragraph(sentence)}" for sentence in answer.headline(frame, not_run=left))
+    waited = [_paragraph(f"{name}{line}.") for name, run in named for line in shared_cores(run)]
+    parts = [*filter(None, [answered]), heads, *waited, *(_scores(table) for table in score_tables(results(frame)))]
     steps = untrained(frame)
     if len(steps) or not len(frame):
         parts.append(_steps(step_table(steps, "markdown"), len(runs) > 1))
@@ -90,7 +96,9 @@ def _steps(table: StepTable, several_runs: bool) -> str:
         for row in table.rows
     ]
     shared = f" All cells: {escaped_markdown(table.shared)}." if table.shared else ""
-    return f"Compared at equal batch, micro-batch and length.{shared}\n\n{markdown_table(head, lines)}"
+    several = len(table.groups) > 1
+    apart = " The cells differ in more than method and shape: do not rank across those settings." if several else ""
+    return f"Compared at equal batch, micro-batch and length.{shared}{apart}\n\n{markdown_table(head, lines)}"
 
 
 def _text(row: StepRow, name: str) -> str:

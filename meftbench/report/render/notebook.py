@@ -11,6 +11,7 @@ from meftbench.report.results import frame_of
 from meftbench.report.views.answer import headline as answered
 from meftbench.report.views.detail import headline, sections, warnings
 from meftbench.report.views.endings import ending
+from meftbench.report.views.not_run import cells_not_run
 from meftbench.report.views.scores import results, tables, untrained
 from meftbench.report.views.steps import SHARE, Number, step_table
 
@@ -23,7 +24,7 @@ def run_html(run: Run) -> str:
     parts = [
         f"<p><strong>{escape(run.name)}</strong>: {escape(ending(run)) if run.records else 'no cell has finished'}</p>"
     ]
-    parts += [f"<p>{escape(sentence)}</p>" for sentence in answered(frame)]
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in answered(frame, not_run=cells_not_run(run)[0])]
     for scores in tables(results(frame)):
         parts += [f"<p>{escape(scores.title)}</p>", _table(scores.head, scores.lines)]
     steps = step_table(untrained(frame), "page")

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.metrics import METRICS
+from meftbench.escapes import visible
 from meftbench.records.outcome import Outcome, outcomes
 from meftbench.records.record import Record, written
 from meftbench.records.store import Run
@@ -101,10 +102,15 @@ def payload(runs: Sequence[Run], frame: DataFrame) -> Payload:
 
 
 def anchor(run: str, cell_id: str) -> str:
-    """The id of a cell's row in the page. Characters that an id may not have are their numbers, so that two runs whose
-    names differ in these alone have different ids."""
-    text = "".join(char if char.isascii() and (char.isalnum() or char == "-") else f"_{ord(char):x}_" for char in run)
-    return f"cell-{text}-{cell_id}"
+    """The id of a cell's row in the page, of the names as records or as tables have them. Characters that an id may not
+    have are their numbers, so that two runs whose names differ in these alone have different ids."""
+    return f"cell-{_in_id(run)}-{_in_id(cell_id)}"
+
+
+def _in_id(name: str) -> str:
+    return "".join(
+        char if char.isascii() and (char.isalnum() or char == "-") else f"_{ord(char):x}_" for char in visible(name)
+    )
 
 
 def _titles(rows: Sequence[StepRow]) -> list[str]:
@@ -289,7 +295,8 @@ def _has_map(rows: Sequence[StepRow]) -> bool:
 def _details(runs: Sequence[Run], rows: Sequence[StepRow]) -> tuple[str, ...]:
     found: dict[tuple[str, str], tuple[Run, Outcome]] = {}
     for name, run in zip(run_names(runs), runs, strict=True):
-        found |= {(name, outcome.cell_id): (run, outcome) for outcome in outcomes(run)}
+        # As the frame, and so each row, has the names.
+        found |= {(visible(name), visible(outcome.cell_id)): (run, outcome) for outcome in outcomes(run)}
     described = []
     for row in rows:
         run, outcome = found[row.cell["run"], row.cell["cell_id"]]

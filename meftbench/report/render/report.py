@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from pathlib import Path
 
 from meftbench.errors import NOTHING_MATCHED, UserError
@@ -43,7 +44,7 @@ def write_plots(runs: Sequence[Run], folder: Path, names: Sequence[str]) -> list
             cure = f"it has {', '.join(found)}" if found else "no cell has numbers to plot"
             raise UserError(where, f"no plot {name!r}", cure, NOTHING_MATCHED)
     written = []
-    try:
+    with _writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in dict.fromkeys(names):
             found[name].write(folder)
@@ -52,9 +53,23 @@ def write_plots(runs: Sequence[Run], folder: Path, names: Sequence[str]) -> list
             if data is not None:
                 write_csv(data, folder / f"{name}.csv")
                 written.append(folder / f"{name}.csv")
-    except OSError as fault:
-        raise unwritable(folder, fault) from None
     return written
+
+
+@contextmanager
+def _writing_into(*folders: Path) -> Iterator[None]:
+    """Raise UserError in place of an OSError. Of the `folders`, the outermost first, those that were made in vain, as
+    nothing could be written into them, are removed again."""
+    before = [folder for folder in folders if folder.exists()]
+    try:
+        yield
+    except (OSError, UserError) as fault:
+        for folder in reversed(folders):
+            if folder not in before and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(fault, OSError):
+            raise unwritable(folders[0], fault) from None
+        raise
 
 
 MANY = 2000  # cells from which on pictures are drawn beside the rest, which takes as long
@@ -94,7 +109,7 @@ def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> 
     """
     frame = frame_of(runs)
     written: list[Path] = []
-    try:
+    with _writing_into(folder, folder / PLOTS):
         folder.mkdir(parents=True, exist_ok=True)
         if "html" in kinds:
             drawn = [*pictures(frame), *validation_pictures(runs, run_names(runs))]
@@ -108,6 +123,4 @@ def write_report(runs: Sequence[Run], folder: Path, kinds: AbstractSet[str]) -> 
         if "md" in kinds:
             write_whole(folder / MARKDOWN, markdown(runs, frame))
             written.append(folder / MARKDOWN)
-    except OSError as fault:
-        raise unwritable(folder, fault) from None
     return written

@@ -10,6 +10,7 @@ from meftbench.catalogue.labels import Part
 from meftbench.catalogue.metrics import METRICS
 from meftbench.records.store import Run
 from meftbench.report.columns import BY_METRIC, COLUMNS, SHOWN, in_unit, start_of, unit_of_bytes
+from meftbench.report.console import text_of
 from meftbench.report.render.text_tables import TextTable
 from meftbench.report.results import (
     NARROWEST,
@@ -42,11 +43,10 @@ def print_summary(run: Run, console: Console | None = None, frame: DataFrame | N
     frame: of the run, with at least the metrics of the tables, where the caller has made one.
     """
     from rich.console import Console
-    from rich.text import Text
 
     out = console or Console()
     if not run.records:
-        out.print(Text("no cell has finished"))
+        out.print(text_of("no cell has finished"))
         return
     whole = frame_of(run, _table_metrics()) if frame is None else frame
     print_quality(whole, out)
@@ -54,18 +54,18 @@ def print_summary(run: Run, console: Console | None = None, frame: DataFrame | N
     shares = share_of_full(steps)
     table_groups = groups(steps)
     for group in table_groups:
-        out.print(Text(group.title, style="bold"))
-        out.print(Text(caption(group.frame)))
+        out.print(text_of(group.title, style="bold"))
+        out.print(text_of(caption(group.frame)))
         _table(group, shares, out.width).print(out)
         if best := best_levers(group):
             largest = max(best.comparisons, key=lambda comparison: comparison.tokens)
             for sentence in [largest.sentence(), *best.unequal]:
-                out.print(Text(sentence, overflow="fold"))
+                out.print(text_of(sentence, overflow="fold"))
     if len(table_groups) > 1:
-        out.print(Text("Between tables more than the method differs: do not rank across them."))
-    out.print(Text(ending(run)))
+        out.print(text_of("Between tables more than the method differs: do not rank across them."))
+    out.print(text_of(ending(run)))
     for line in [*shared_cores(run), *collapses(run), *failures(run)]:
-        out.print(Text(line, overflow="fold"))
+        out.print(text_of(line, overflow="fold"))
 
 
 def _table_metrics() -> set[str]:

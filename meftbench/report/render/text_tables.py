@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from meftbench.escapes import visible
+from meftbench.report.console import text_of
 from meftbench.report.results import print_table
 
 if TYPE_CHECKING:
@@ -45,21 +47,19 @@ class TextTable:
     def print_drawn(self, out: Console) -> None:
         """Print the table as rich draws it."""
         from rich.table import Table
-        from rich.text import Text
 
         table = Table(box=None, padding=(0, self.gap, 0, 0), pad_edge=False, show_edge=False)
         table.add_column(self.heads[0], overflow="fold", min_width=self.first_width)
         for head in self.heads[1:]:
             table.add_column(head, justify="right", no_wrap=True)
         for first, *numbers in self.rows:
-            table.add_row(Text(first, style="" if numbers else "italic"), *map(Text, numbers))
+            table.add_row(text_of(first, style="" if numbers else "italic"), *map(text_of, numbers))
         table.caption = self.caption or None
         print_table(table, out, self.least_width)
 
     def print_lines(self, out: Console) -> None:
         """Print the table as lines of text."""
         from rich.segment import Segment, Segments
-        from rich.text import Text
 
         widths = self._widths(max(out.width, self.least_width))
         gap = " " * self.gap
@@ -70,10 +70,10 @@ class TextTable:
             for number, part in enumerate(_folded(first, widths[0])):
                 lines.append(self._line([part, *numbers], widths, gap) if number == 0 else part)
         # As one segment: rich would split a Text into its lines and join them again.
-        out.print(Segments([Segment("\n".join([*lines, ""]))]), soft_wrap=True, end="")
+        out.print(Segments([Segment("\n".join([*map(visible, lines), ""]))]), soft_wrap=True, end="")
         if self.caption:
             total = sum(widths) + self.gap * (len(widths) - 1)
-            out.print(Text(self.caption, style="dim italic"), width=min(total, out.width), justify="center")
+            out.print(text_of(self.caption, style="dim italic"), width=min(total, out.width), justify="center")
 
     def _widths(self, room: int) -> list[int]:
         """Characters of each column: of numbers what they need, of the first what it needs or is left for it."""

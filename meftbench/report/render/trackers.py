@@ -74,9 +74,14 @@ def run_parquet(run: Run) -> bytes:
 
 
 def _typed(frame: DataFrame) -> DataFrame:
-    """Each column of one type; lists and mappings, which differ from row to row, as JSON."""
+    """Each column of one type; lists and mappings, which differ from row to row, as JSON.
+
+    A whole number beyond 64 bits, which a record may hold and no type of Parquet does, is a floating-point number.
+    """
 
     def plain(value: Any) -> Any:
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            return float(value)
         listed = [part.recorded() for part in value] if isinstance(value, tuple) else value
         return json.dumps(listed, ensure_ascii=False) if isinstance(listed, (list, dict)) else value
 

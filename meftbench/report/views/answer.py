@@ -50,12 +50,13 @@ def answers(frame: DataFrame) -> list[Answer]:
     return found
 
 
-def headline(frame: DataFrame, found: Sequence[Answer] | None = None) -> list[str]:
+def headline(frame: DataFrame, found: Sequence[Answer] | None = None, not_run: int = 0) -> list[str]:
     """One to three sentences for the whole run, written as those of an answer; [] where no cell has finished.
 
     They are those of the shape at which most methods ended ok, and of several the largest. Of trainings on several
     tasks they say on how many of these each method is among the best; of cells in one process and in several ranks,
-    what holds least in a rank each way. found: the answers, where they are known.
+    what holds least in a rank each way. found: the answers, where they are known.  not_run: cells of the suites that
+    have no record, so that nobody takes those that ended for all.
     """
     all_answers = answers(frame) if found is None else found
     if not all_answers:
@@ -71,13 +72,18 @@ def headline(frame: DataFrame, found: Sequence[Answer] | None = None) -> list[st
     several = len({answer.facts["model"] for answer in all_answers}) > 1
     model = f" of {chosen.facts['model']}" if several else ""
     in_ranks = [answer for answer in all_answers if answer is not chosen and _shares_step_otherwise(answer, chosen)]
-    where = f" {_in_ranks(chosen.facts)}" if in_ranks else ""
+    told = in_ranks or chosen.facts.get("world_size", 1) > 1
+    where = f" {_in_ranks(chosen.facts)}" if told else ""
     of_ranks = [text for answer in in_ranks for text in _least_in_ranks(answer.facts)]
     ended = [answer.facts["ended"] for answer in all_answers]
     every = sum(len(cells) for one in ended for cells in one.values())
     whole = _ended_ok(sum(len(one.get("ok", [])) for one in ended), every)
     own = len(chosen.facts["ended"].get("ok", []))
     others = [whole if text == _ended_ok(own, own) else text for text in others]
+    if not_run:
+        first = f"{own} {'cell' if own == 1 else 'cells'} ended ok" if first == _ended_ok(own, own) else first
+        left = f"{not_run} of {every + not_run} cells {'is' if not_run == 1 else 'are'} not run yet"
+        others = [left, *(text for text in others if text != whole)]
     opening = f"{'on' if chosen in tasks else 'at'} {chosen.facts['at']}{model}{where}, {first}"
     return [opening, *(["; ".join(of_ranks)] if of_ranks else []), *others][:3]
 
@@ -101,7 +107,8 @@ def _in_ranks(facts: Mapping[str, Any]) -> str:
 def _least_in_ranks(facts: Mapping[str, Any]) -> Iterator[str]:
     for least in facts["least"]:
         peak = f"{format_bytes(least['peak_bytes'])} ({least['source']})"
-        yield f"{_in_ranks(facts)} {listed(least['methods'])} {verb('hold', least['methods'])} least, {peak} in a rank"
+        each = " in a rank" if facts["world_size"] > 1 else ""
+        yield f"{_in_ranks(facts)} {listed(least['methods'])} {verb('hold', least['methods'])} least, {peak}{each}"
 
 
 def _ended_ok(number: int, every: int) -> str:
@@ -178,7 +185,8 @@ def _least(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[st
         methods = [row["method"] for row in best]
         fact = {"methods": methods, "peak_bytes": peak, "activation_bytes": _activation_of(best), "source": source}
         least = " least," if len(known) > 1 else ""
-        text = f"{listed(methods)} {verb('hold', best)}{least} a peak of {format_bytes(peak)} ({source})"
+        each = " in a rank" if facts["world_size"] > 1 else ""
+        text = f"{listed(methods)} {verb('hold', best)}{least} a peak of {format_bytes(peak)} ({source}){each}"
         if fact["activation_bytes"] is not None:
             text += f" with {format_bytes(fact['activation_bytes'])} of activation memory"
         if reference := _reference(candidates, best):
@@ -226,7 +234,8 @@ def _fastest(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[
     for source, known in by_source(rows, STEP):
         candidates = [row for row in known if _is_candidate(row)]
         if len(candidates) == 1:
-            yield f"a step of {candidates[0]['method']} takes {format_duration(candidates[0][STEP])} ({source})"
+            only = candidates[0]
+            yield f"a step of {only['method']} takes {format_duration(only[STEP])} ({source}){_cores(candidates)}"
         if len(candidates) < 2:
             continue
         best = min(candidates, key=lambda row: (row[STEP], row["method"]))
@@ -249,11 +258,16 @@ def _fastest(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[
             text += f", {format_duration(seconds)} a step ({source})"
         if near:
             text += f", {listed(sorted(near))} within the spread of {'their' if len(methods) > 1 else 'its'} times"
-        fact["cores_shared"] = any(_or(row["cpu_wait_share"], 0) > SHARED_CORES for row in candidates)
-        if fact["cores_shared"]:
-            text += ", while other processes held the cores"
+        shared = _cores(candidates)
+        fact["cores_shared"] = bool(shared)
         facts["fastest"].append(fact)
-        yield text
+        yield f"{text}{shared}"
+
+
+def _cores(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What is said of times that were taken while other processes held the cores; "" where none was."""
+    waited = any(_or(row["cpu_wait_share"], 0) > SHARED_CORES for row in rows)
+    return ", while other processes held the cores" if waited else ""
 
 
 def _or(value: Any, otherwise: float) -> float:

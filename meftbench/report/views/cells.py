@@ -70,7 +70,7 @@ def several(run: Run, selector: str, found: Sequence[Record]) -> tuple[list[str]
 def lines_of(cells: Sequence[Outcome]) -> list[str]:
     """A line for each cell: cell_id, status and label, below each other."""
     width = max((len(cell.status) for cell in cells), default=0)
-    return [f"{cell.cell_id}  {cell.status:<{width}}  {single_line(cell.label)}" for cell in cells]
+    return [f"{single_line(cell.cell_id)}  {cell.status:<{width}}  {single_line(cell.label)}" for cell in cells]
 
 
 def facts_of(cell: Outcome) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from meftbench.plan.factories import OWN_ATTENTION
 from meftbench.records.outcome import as_number, said
 from meftbench.records.record import Metric, Record
 from meftbench.records.store import Run
+from meftbench.report.console import text_of, wrapped
 from meftbench.report.frame_columns import with_used
 from meftbench.verdicts.growth import module_name, names_modules
 
 if TYPE_CHECKING:
-    from rich.console import Console, OverflowMethod
-    from rich.text import Text
+    from rich.console import Console
 
 # Smallest first: each includes the one before it. The text says what it is good for.
 LADDER = {
@@ -131,14 +131,12 @@ def _listed(record: Record) -> list[dict[str, Any]]:
 
 
 def value_text(name: str, metric: Metric) -> str:
-    """A value with unit and source, `412.0 MiB (counted)`, or `absent: no driver`; of a list, its length."""
+    """A value with unit and source, `412.0 MiB (counted)`, or `absent: no driver`."""
     if metric.absent is not None:
         return f"absent: {metric.absent}"
     value = as_number(metric.value)
     if value is None:
-        text = str(metric.value)
-        if isinstance(metric.value, list):
-            text = f"{len(metric.value)} {'evaluations' if name == 'learning_curve' else 'layers'}"
+        text = _list_text(name, metric.value) if isinstance(metric.value, list) else str(metric.value)
         return f"{text} ({metric.source})"
     unit = METRICS[name].unit
     spread = ""
@@ -146,6 +144,19 @@ def value_text(name: str, metric: Metric) -> str:
         spread = f", {said(metric.min, unit)} to {said(metric.max, unit)}"
     unit_suffix = f" {unit}" if unit in ("ratio", "celsius", "watt", "megahertz", "cosine") else ""
     return f"{said(value, unit)}{unit_suffix} ({metric.source}{spread})"
+
+
+def _list_text(name: str, values: list[Any]) -> str:
+    """A list as a row has it: the bytes of each rank, words, or how many entries there are."""
+    if name == "peak_memory_by_rank" and values and all(type(value) in (int, float) for value in values):
+        return ", ".join(f"rank {rank} {said(nbytes, 'byte')}" for rank, nbytes in enumerate(values))
+    if values and all(isinstance(value, str) for value in values):
+        return ", ".join(values)
+    one, several = _ENTRIES.get(name, ("entry", "entries"))
+    return f"{len(values)} {one if len(values) == 1 else several}"
+
+
+_ENTRIES = {"learning_curve": ("evaluation", "evaluations"), "reconstruction_rel": ("layer", "layers")}
 
 
 def warnings(record: Record) -> list[str]:
@@ -260,16 +271,16 @@ def print_records(run: Run, records: list[Record], traceback: bool = False, cons
 
     out = console or Console()
     for record in records:
-        out.print(_text(record.label, style="bold"), _text(f"cell {record.cell_id}, repeat {record.repeat}"))
+        out.print(text_of(record.label, style="bold"), text_of(f"cell {record.cell_id}, repeat {record.repeat}"))
         for line in headline(record):
-            out.print(_text(line))
+            out.print(text_of(line))
         for sentence in warnings(record):
-            out.print(_text(f"warning: {sentence}", style="yellow"))
+            out.print(text_of(f"warning: {sentence}", style="yellow"))
         for section in sections(record):
             _print_section(section, out)
         if traceback:
-            out.print(_text(str(record.status_detail.get("traceback") or "no traceback was recorded")))
-        out.print(_text(f"again: {command(run, record)}"), soft_wrap=True)
+            out.print(text_of(str(record.status_detail.get("traceback") or "no traceback was recorded")))
+        out.print(text_of(f"again: {command(run, record)}"), soft_wrap=True)
 
 
 def _print_section(section: Section, out: Console) -> None:
@@ -278,25 +289,32 @@ def _print_section(section: Section, out: Console) -> None:
     from rich.table import Table
 
     if out.width < NARROW:
-        out.print(_text(section.title, style="italic"))
+        out.print(text_of(section.title, style="italic"))
         for name, value, meaning in section.rows:
-            out.print(_text(f" {name}", overflow="fold"))
-            out.print(Padding(_text(value), (0, 0, 0, 3)), Padding(_text(meaning, style="dim"), (0, 0, 0, 3)))
+            room = max(1, out.width - 3)
+            out.print(Padding(text_of(wrapped(visible(name), room)), (0, 0, 0, 1)))
+            for text, style in ((value, ""), (meaning, "dim")):
+                out.print(Padding(text_of(wrapped(visible(text), room), style=style), (0, 0, 0, 3)))
         return
     table = Table(title=section.title, title_justify="left", title_style="italic", box=None, show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold", min_width=24)
-    table.add_column(overflow="fold", style="dim")
+    widths = _widths(section, out.width)
+    for width, style in zip(widths, ("", "", "dim"), strict=True):
+        table.add_column(overflow="fold", width=width, style=style)
     for row in section.rows:
-        table.add_row(*(_text(text) for text in row))
+        table.add_row(*(text_of(wrapped(visible(text), width)) for text, width in zip(row, widths, strict=True)))
     out.print(table)
 
 
-def _text(text: str, style: str = "", overflow: OverflowMethod | None = None) -> Text:
-    """A text for the console, in which what a record holds cannot act on the terminal."""
-    from rich.text import Text
+_NAME_WIDTH, _VALUE_WIDTH = 31, 24  # at least, where a name or value needs it: the longest name of a metric in one line
+_GAPS = 6  # a space before and behind each of three columns
 
-    return Text(visible(text), style=style, overflow=overflow)
+
+def _widths(section: Section, room: int) -> tuple[int, int, int]:
+    """Characters of the columns name, value and meaning: what they need, in a table of at most `room` characters."""
+    names, values, meanings = (max(map(len, column)) for column in zip(*section.rows, strict=True))
+    name = min(names, max(_NAME_WIDTH, room // 4))
+    value = min(values, max(_VALUE_WIDTH, (room - _GAPS - name) // 2))
+    return name, value, min(max(1, meanings), room - _GAPS - name - value)
 
 
 def headline(record: Record) -> list[str]:

@@ -11,17 +11,20 @@ from meftbench.records.outcome import as_number, names_of, outcomes
 from meftbench.records.record import Record
 from meftbench.records.store import Run
 from meftbench.report.frame_columns import detail_of
+from meftbench.report.views.not_run import not_run, to_go_on
 from meftbench.units import format_bytes
 
 
-def ending(run: Run) -> str:
-    """`12 cells: 10 ok, 1 oom, 1 error`."""
+def ending(run: Run, folder: str | None = None) -> str:
+    """`12 cells: 10 ok, 1 oom, 1 error`; where some of its suite are left: `; 8 of 20 cells not run yet`, and what runs
+    them. folder: of the run, as it is shown there."""
     cells = outcomes(run)
     statuses = Counter(outcome.status for outcome in cells)
     counts = ", ".join(f"{statuses[status]} {status}" for status in sorted(statuses, key=_first_ok))
     not_chosen = sum(outcome.worst.status_detail.get("type") == NOT_CHOSEN for outcome in cells)
     note = f" ({not_chosen} at a learning rate that another beat)" if not_chosen else ""
-    return f"{len(cells)} cell{'s' * (len(cells) != 1)}: {counts}{note}"
+    left = f"; {left}: `{to_go_on(run, folder)}`" if (left := not_run(run)) else ""
+    return f"{len(cells)} cell{'s' * (len(cells) != 1)}: {counts}{note}{left}"
 
 
 def _first_ok(status: str) -> int:

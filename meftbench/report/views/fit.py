@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meftbench.catalogue.labels import joined, parts_from
+from meftbench.report.console import text_of
 from meftbench.report.figures.plots import legend_beside, plain_numbers
 from meftbench.report.figures.style import colour
 from meftbench.report.results import NARROWEST, print_table
@@ -91,22 +92,21 @@ def tables(answer: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
 def print_fit(answer: dict[str, Any], console: Console | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     out = console or Console()
     for heading, head, body in tables(answer):
-        out.print(Text(f"{heading}, predicted", style="bold"))
+        out.print(text_of(f"{heading}, predicted", style="bold"))
         for method_width, columns, widths in _column_groups(head, body, out.width):
             table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
             table.add_column(head[0], overflow="fold", width=method_width)
             for index in columns:
                 table.add_column(head[index], justify="right", overflow="fold", width=widths[index])
             for row in body:
-                table.add_row(Text(row[0]), *(Text(row[index]) for index in columns))
+                table.add_row(text_of(row[0]), *(text_of(row[index]) for index in columns))
             print_table(table, out, method_width + sum(2 + widths[index] for index in columns))
     for note in notes(answer):
-        out.print(Text(note, overflow="fold"))
-    out.print(Text(f"{answer['cells']:,} cells predicted in {format_duration(answer['predict_s'])}, measured"))
+        out.print(text_of(note, overflow="fold"))
+    out.print(text_of(f"{answer['cells']:,} cells predicted in {format_duration(answer['predict_s'])}, measured"))
 
 
 def _column_groups(

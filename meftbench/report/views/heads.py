@@ -38,15 +38,16 @@ def heads_of(runs: Sequence[Run], names: Sequence[str]) -> list[Head]:
 def _head(name: str, run: Run) -> Head:
     started = run.records[0].started_at if run.records else str(run.environment.get("taken_at", "unknown date"))
     checked_out = checkout(run.environment)
+    path = run.path.name if run.path.is_absolute() else str(run.path)
     return Head(
         name=name,
         machine=machines(run),
         date=started,
         checkout=checked_out,
         commit=f"commit {checked_out}" if checked_out[:1] in string.hexdigits else checked_out,
-        cells=ending(run) if run.records else "no cell has finished",
+        cells=ending(run, path) if run.records else "no cell has finished",
         description=str(run.suite.get("description") or ""),
-        path=run.path.name if run.path.is_absolute() else str(run.path),
+        path=path,
         validation="; ".join(f"{device}: {about}" for device, about in predicted_for(run).items()),
         protocol=", ".join(_protocol_texts(run.suite.get("protocol") or {})),
     )

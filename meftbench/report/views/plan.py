@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.ranking import method_of
+from meftbench.report.console import text_of
 from meftbench.report.results import print_table
 from meftbench.report.views.commands import elsewhere, estimate_command, snippet
 from meftbench.units import format_bytes, format_duration
@@ -229,13 +230,12 @@ def print_plan(answer: Row, console: Console | None = None) -> None:
     """Print the answer first, then tables, what larger cards buy, what to type, and notes."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     out = console or Console()
     for line in answer_lines(answer):
-        out.print(Text(line, overflow="fold"))
+        out.print(text_of(line, overflow="fold"))
     for title, head, body in tables(answer):
-        out.print(Text(f"\n{title}", style="bold"))
+        out.print(text_of(f"\n{title}", style="bold"))
         widths = _columns_in(head, body, out.width)
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
         names = [_stacked(name) for name in head]
@@ -244,18 +244,18 @@ def print_plan(answer: Row, console: Console | None = None) -> None:
             lowered = "\n" * (most - name.count("\n")) + name
             table.add_column(lowered, justify="left" if index == 0 else "right", overflow="fold", width=width)
         for row in body:
-            table.add_row(*(Text(broken(cell, width)) for cell, width in zip(row, widths, strict=True)))
+            table.add_row(*(text_of(broken(cell, width)) for cell, width in zip(row, widths, strict=True)))
         print_table(table, out, sum(2 + width for width in widths))
     for line in ["", *larger_lines(answer)]:
-        out.print(Text(line, overflow="fold"))
+        out.print(text_of(line, overflow="fold"))
     if answer["fastest"]:
-        out.print(Text("\nin Python", style="bold"))
-        out.print(Text(snippet(answer["fastest"], answer)), soft_wrap=True)
+        out.print(text_of("\nin Python", style="bold"))
+        out.print(text_of(snippet(answer["fastest"], answer)), soft_wrap=True)
         for library, text in elsewhere(answer["fastest"], answer).items():
-            out.print(Text(f"\nin {library}", style="bold"))
-            out.print(Text(text), soft_wrap=True)
+            out.print(text_of(f"\nin {library}", style="bold"))
+            out.print(text_of(text), soft_wrap=True)
     for line in ["", *notes(answer), last_line(answer)]:
-        out.print(Text(line, overflow="fold"))
+        out.print(text_of(line, overflow="fold"))
 
 
 def _columns_in(head: list[str], body: list[list[str]], room: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from meftbench.plan.axes import SETTINGS, SHAPE
 from meftbench.report.columns import count
+from meftbench.report.console import text_of
 from meftbench.report.results import NARROWEST, left_out, methods_in_order, print_table, rows_of, setting_text
 
 if TYPE_CHECKING:
@@ -301,10 +302,9 @@ _OMITTABLE = {"tokens/s": -3, "% of full": -5, "trained": -1, "time": -4, "rate"
 def print_quality(frame: DataFrame, out: Console) -> None:
     """Print the tables of results; nothing where nothing was trained."""
     from rich.table import Table as RichTable
-    from rich.text import Text
 
     for table in tables(results(frame)):
-        out.print(Text(table.title, style="bold"))
+        out.print(text_of(table.title, style="bold"))
         roomy = out.width >= ROOMY
         head, lines, notes = table.head, table.lines, table.notes
         method_width, least_width = None, 0  # None: as wide as the labels
@@ -326,7 +326,7 @@ def print_quality(frame: DataFrame, out: Console) -> None:
             width = method_width if place == 0 else None
             drawn.add_column(name, justify=justify, overflow="fold", no_wrap=place > 0, width=width)
         for line in lines:
-            drawn.add_row(*map(Text, line))
+            drawn.add_row(*map(text_of, line))
         print_table(drawn, out, least_width)
         for note in notes:
-            out.print(Text(note))
+            out.print(text_of(note))

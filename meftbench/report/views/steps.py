@@ -112,9 +112,16 @@ def _row(cell: dict[str, Any], columns: Sequence[Column], shares: dict[str, floa
         numbers[column.metric] = Number(column.text(value, MiB), value, source)
     share = shares.get(cell["cell_id"])
     numbers[SHARE] = Number("" if share is None else f"{share:.1%}", share, "")
-    settings = {name: "default" if cell[name] is None else str(cell[name]) for name in SETTINGS}
+    settings = {name: _setting(name, cell[name]) for name in SETTINGS}
     wrong = wrong_gradient(cell) or ""
     return StepRow(cell, name, tuple(method.texts()), f"{cell['batch_size']}{micro}", settings, numbers, wrong)
+
+
+def _setting(name: str, value: Any) -> str:
+    """A setting as a row shows it. One process has no parallelism; of others None is left to the program."""
+    if value is None:
+        return "none" if name == "parallelism" else "default"
+    return str(value)
 
 
 def _shared(frame: DataFrame, differing: Sequence[str]) -> str:
