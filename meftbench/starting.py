@@ -22,7 +22,7 @@ from meftbench.plan.cell import Cell
 from meftbench.plan.factories import check_allowed, is_factory, places_of
 from meftbench.plan.models import RANDOM, folder_of, split_name
 from meftbench.plan.point import cell_of
-from meftbench.records.store import unwritable
+from meftbench.records.store import refuse_links, unwritable
 from meftbench.strict_yaml import parse
 
 METHODS = ("full", "lora", "lora+checkpoint")
@@ -192,10 +192,7 @@ def write_all(out: Path, files: Mapping[Path, str], force: bool) -> None:
     written.
     """
     for file in files:
-        for part in (file, *file.parents[:-1]):
-            if (out / part).is_symlink():
-                cure = "put the file or folder itself there"
-                raise UserError(str(out / part), "is a link, through which files would be written elsewhere", cure)
+        refuse_links(out, out / file)
     existing = [str(out / file) for file in files if (out / file).exists()]
     if existing and not force:
         verb = "is" if len(existing) == 1 else "are"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,8 @@ class LocalEngine:
 def threads_of(protocol: Protocol, parallel: int) -> int:
     """CPU threads of each of `parallel` cells: those of the protocol, or a share of those that this process may use."""
     omp_threads = os.environ.get("OMP_NUM_THREADS", "")
-    cores = int(omp_threads) if omp_threads.isdecimal() and int(omp_threads) else host.cores()
+    named = re.fullmatch("0*([1-9][0-9]{0,5})", omp_threads, re.ASCII)  # more than a million says nothing
+    cores = int(named[1]) if named else host.cores()
     return protocol.threads or max(1, cores // parallel)
 
 

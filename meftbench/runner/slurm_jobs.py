@@ -78,7 +78,8 @@ class LocalStates:
 def _answer(command: Sequence[str]) -> str | None:
     """What the command prints; None where it is not there, fails or does not end."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+        options: Any = {"capture_output": True, "text": True, "errors": "replace", "check": False}
+        done = subprocess.run(command, timeout=COMMAND_SECONDS, **options)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -131,7 +131,7 @@ def test_init_writes_through_no_link(working, tmp_path, part, more):
     code, out, err = command("init", "bert-tiny@random", *more)
 
     assert (2, "", 1) == (code, out, err.count("\n"))
-    assert f"{part}: is a link" in err
+    assert f"{part}: is a symbolic link" in err
     assert [] == list((tmp_path / "target").iterdir())
     assert before == sorted(working.rglob("*"))
 
