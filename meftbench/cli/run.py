@@ -316,7 +316,7 @@ def _summary(run: Run, code: int, expected: Duration | None) -> dict[str, Any]:
         "counts": dict(Counter(record.status for record in run.records)),
         "exit_code": code,
         **(expected or total([])).to_json(),
-        "answer": headline(frame_of(run), not_run=cells_not_run(run)[0]),
+        "answer": headline(frame_of(run), not_run=cells_not_run(run)),
         "records": [record.to_json() for record in run.records],
     }
 
@@ -331,7 +331,7 @@ def _print_run(run: Run) -> None:
 
     frame = frame_of(run)
     print_summary(run, frame=frame)
-    if sentences := headline(frame, not_run=cells_not_run(run)[0]):
+    if sentences := headline(frame, not_run=cells_not_run(run)):
         put("", *folded(sentences))
     put("", f"run folder: {path_text(run.path)}")
     budgets = [("check", run.path)] if (run.path / BUDGETS).is_file() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from meftbench.catalogue.levers import LEVERS
 from meftbench.errors import UserError
 from meftbench.plan.cell import Levers
 from meftbench.records.record import Metric
-from meftbench.records.store import Run
+from meftbench.records.store import Run, load_run
 from meftbench.report.frame_columns import side_bits
 from meftbench.report.results import (
     frame_of,
@@ -163,11 +164,12 @@ def test_what_acts_on_terminals_is_an_escape_in_the_parts_of_a_method(tmp_path):
 
 
 def test_a_record_with_parts_that_are_none_is_refused(tmp_path):
-    record = a_record()
+    file = a_run(tmp_path, record := a_record()).path / "records.jsonl"
     record.cell["parts"] = [{"name": "lora"}]
+    file.write_text(json.dumps(record.to_json()) + "\n")
 
     with pytest.raises(UserError, match=r'cell.parts has {"name": "lora"}, not a method or lever'):
-        a_run(tmp_path, record)
+        load_run(tmp_path)
 
 
 def test_a_sweep_over_side_bits_is_one_label_without_them():

@@ -65,7 +65,7 @@ def page(runs: Sequence[Run], frame: DataFrame, drawn: Callable[[], Sequence[Pic
     )
     names = run_names(runs)
     steps, found = untrained(frame), answer.answers(frame)
-    left = sum(cells_not_run(run)[0] for run in runs)
+    left = cells_not_run(*runs)
     held = payload(runs, frame)
     warned = _warnings(runs, names)
     failed = [line for run in runs for line in failures(run)]

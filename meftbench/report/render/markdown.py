@@ -27,7 +27,7 @@ def markdown(runs: Sequence[Run], frame: DataFrame) -> str:
     """The answer, a line per run with its machine, date and commit, and the tables."""
     names = run_names(runs)
     named = zip([f"{name}: " for name in names] if len(runs) > 1 else [""], runs, strict=True)
-    left = sum(cells_not_run(run)[0] for run in runs)
+    left = cells_not_run(*runs)
     heads = "\n".join(
         "- "
         + _paragraph(

@@ -24,7 +24,7 @@ def run_html(run: Run) -> str:
     parts = [
         f"<p><strong>{escape(run.name)}</strong>: {escape(ending(run)) if run.records else 'no cell has finished'}</p>"
     ]
-    parts += [f"<p>{escape(sentence)}</p>" for sentence in answered(frame, not_run=cells_not_run(run)[0])]
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in answered(frame, not_run=cells_not_run(run))]
     for scores in tables(results(frame)):
         parts += [f"<p>{escape(scores.title)}</p>", _table(scores.head, scores.lines)]
     steps = step_table(untrained(frame), "page")

@@ -50,13 +50,13 @@ def answers(frame: DataFrame) -> list[Answer]:
     return found
 
 
-def headline(frame: DataFrame, found: Sequence[Answer] | None = None, not_run: int = 0) -> list[str]:
+def headline(frame: DataFrame, found: Sequence[Answer] | None = None, not_run: tuple[int, int] = (0, 0)) -> list[str]:
     """One to three sentences for the whole run, written as those of an answer; [] where no cell has finished.
 
     They are those of the shape at which most methods ended ok, and of several the largest. Of trainings on several
     tasks they say on how many of these each method is among the best; of cells in one process and in several ranks,
     what holds least in a rank each way. found: the answers, where they are known.  not_run: cells of the suites that
-    have no record, so that nobody takes those that ended for all.
+    have no record, of so many, so that nobody takes those that ended for all.
     """
     all_answers = answers(frame) if found is None else found
     if not all_answers:
@@ -80,9 +80,10 @@ def headline(frame: DataFrame, found: Sequence[Answer] | None = None, not_run: i
     whole = _ended_ok(sum(len(one.get("ok", [])) for one in ended), every)
     own = len(chosen.facts["ended"].get("ok", []))
     others = [whole if text == _ended_ok(own, own) else text for text in others]
-    if not_run:
+    missing, of_suites = not_run
+    if missing:
         first = f"{own} {'cell' if own == 1 else 'cells'} ended ok" if first == _ended_ok(own, own) else first
-        left = f"{not_run} of {every + not_run} cells {'is' if not_run == 1 else 'are'} not run yet"
+        left = f"{missing} of {of_suites} cells {'is' if missing == 1 else 'are'} not run yet"
         others = [left, *(text for text in others if text != whole)]
     opening = f"{'on' if chosen in tasks else 'at'} {chosen.facts['at']}{model}{where}, {first}"
     return [opening, *(["; ".join(of_ranks)] if of_ranks else []), *others][:3]

@@ -10,14 +10,18 @@ from meftbench.plan.protocol import Protocol
 from meftbench.records.store import Run
 
 
-def cells_not_run(run: Run) -> tuple[int, int]:
-    """How many cells of the run's suite have no record, and how many the suite has.
+def cells_not_run(*runs: Run) -> tuple[int, int]:
+    """How many cells of the runs' suites have no record, and how many the suites have.
 
-    (0, 0) where suite.yaml lists no cells, as those of runs made by hand.
+    (0, 0) where no suite.yaml lists cells, as those of runs made by hand.
     """
-    recorded = {record.cell_id for record in run.records}
-    cells = run.suite.get("cells") or ()
-    return sum(cell["cell_id"] not in recorded for cell in cells), len(cells)
+    missing = every = 0
+    for run in runs:
+        recorded = {record.cell_id for record in run.records}
+        cells = run.suite.get("cells") or ()
+        missing += sum(cell["cell_id"] not in recorded for cell in cells)
+        every += len(cells)
+    return missing, every
 
 
 def not_run(run: Run) -> str:
