@@ -126,6 +126,7 @@ def compare(
     of_other_source: Counter[tuple[str, str]] = Counter()  # numbers, by their source before and after
     by_obstacle: dict[str, None] = {}
     undecided: list[_Undecided] = []
+    too_few: Counter[tuple[int, int]] = Counter()  # times, by the number of their samples before and after
     by_quartiles, has_test = 0, noise.available()
     for before, after in pairs:
         of_cell = obstacles(before, after)
@@ -135,8 +136,9 @@ def compare(
         left_out.update(cell.left_out)
         of_other_source.update(cell.of_other_source)
         undecided += cell.undecided
+        too_few += cell.single
         by_quartiles += cell.by_quartiles
-    decided, notes = _decided(undecided)
+    decided, notes = _decided(undecided, too_few)
     changes += decided
     for (earlier, later), number in of_other_source.items():
         what = (
@@ -238,6 +240,8 @@ class _Cell:
     scipy is there to judge samples.
 
     left_out: how many measured values each obstacle left out.  undecided: times whose noise is still to be judged.
+    single: times of which one run has a single sample, whose noise nobody knows, by the number of samples before and
+        after.
     by_quartiles: how many times were judged without their samples.  of_other_source: how many numbers had one source
         before and have another after.
     """
@@ -250,6 +254,7 @@ class _Cell:
         self.left_out: Counter[str] = Counter()
         self.of_other_source: Counter[tuple[str, str]] = Counter()
         self.undecided: list[_Undecided] = []
+        self.single: Counter[tuple[int, int]] = Counter()
         self.by_quartiles = 0
 
     def changes(self, chosen: Sequence[str]) -> list[Change]:
@@ -315,6 +320,9 @@ class _Cell:
         of_time = METRICS[name].unit in _SPEEDS and _quartiles_overlap(before, after) is None
         source = "step_time_s" if of_time else name
         samples = noise.samples_of(self.left, source), noise.samples_of(self.right, source)
+        if any(len(side) == 1 for side in samples):
+            self.single[len(samples[0]), len(samples[1])] += 1
+            return change._replace(judgement="noise")
         if self.has_test and all(len(side) >= 2 and min(side) > 0 and max(side) < math.inf for side in samples):
             self.undecided.append(_Undecided(change, tolerance, samples, of_time))
             return None
@@ -341,10 +349,12 @@ def _direction(name: str, before: Figure, after: Figure) -> Judgement:
     return "better" if (after.value > before.value) == (better == "higher") else "worse"
 
 
-def _decided(undecided: Sequence[_Undecided]) -> tuple[list[Change], list[str]]:
-    """The changes of measured times as their samples show them, and notes on what could not be shown."""
+def _decided(undecided: Sequence[_Undecided], single: Counter[tuple[int, int]]) -> tuple[list[Change], list[str]]:
+    """The changes of measured times as their samples show them, and notes on what could not be shown.
+
+    single: times that no sample could show to have changed, by the number of samples before and after."""
     changes = []
-    too_few: Counter[tuple[int, int]] = Counter()  # by the number of samples before and after
+    too_few = Counter(single)
     for (change, tolerance, _, of_time), found in zip(
         undecided, noise.evidences([item.samples for item in undecided]), strict=True
     ):

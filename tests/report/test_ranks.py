@@ -15,6 +15,7 @@ from meftbench.report.render.terminal import print_summary
 from meftbench.report.results import frame_of, groups
 from meftbench.report.views.answer import answers, headline
 from meftbench.report.views.detail import sections, value_text
+from meftbench.report.views.endings import shared_cores
 
 DDP, FSDP2 = ({"world_size": 2, "parallelism": name} for name in ("ddp", "fsdp2"))
 
@@ -123,3 +124,16 @@ def test_a_record_says_the_bytes_of_each_rank():
 def test_other_lists_are_words_or_a_count(name, value, said):
     """Whatever a record holds."""
     assert said == value_text(name, Metric(value, "measured"))
+
+
+def test_ranks_that_outnumber_the_cores_are_told_so(tmp_path):
+    """No quiet machine would help them."""
+    host = {"host": {"cores": 2}}
+    records = [a_cell_of("full", 200, waited=0.5), a_cell_of("full", 150, waited=0.9, **DDP | {"world_size": 4})]
+    run = a_run(tmp_path / "run", *records, environment=host)
+
+    others, own = shared_cores(run)
+
+    assert others.startswith("1 of 2 cells were timed while other processes held the cores (they waited up to 50%")
+    assert own.startswith("1 of 2 cells were timed with more ranks and threads than there were cores (they waited up")
+    assert "on more cores" in own

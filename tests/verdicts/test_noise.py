@@ -66,6 +66,18 @@ def test_too_few_samples_are_said_by_their_number(compared):
     assert "(2 and 3, whatever they are)" in comparison.notes[0]
 
 
+@pytest.mark.parametrize("before", [[1.0], samples(5)])
+@pytest.mark.parametrize("has_test", [True, False])
+def test_a_single_step_shows_nothing(compared, monkeypatch, before, has_test):
+    """It has no noise of its own to be beyond, with scipy or without."""
+    monkeypatch.setattr(noise, "available", lambda: has_test)
+
+    comparison = compared(a_timed_cell(before), a_timed_cell([7.0]))
+
+    assert ["noise"] == [change.judgement for change in comparison.changes]
+    assert f"too few samples to show a change ({len(before)} and 1, whatever they are)" in comparison.notes[0]
+
+
 def test_more_repeats_are_more_samples(tmp_path):
     """Two repeats of three steps each are six samples."""
 

@@ -44,13 +44,30 @@ def failures(run: Run) -> list[str]:
 
 
 def shared_cores(run: Run) -> list[str]:
-    """A line that says how many cells were timed while other processes held the cores; none if there are none."""
-    waited = [as_number(record.value("cpu_wait_share")) for record in run.records]
-    too_long = [share for share in waited if share is not None and share > SHARED_CORES]
-    if not too_long:
-        return []
-    what = f"{len(too_long)} of {len(waited)} cells were timed while other processes held the cores (they waited up to"
-    return [f"{what} {max(too_long):.0%} of the time): rerun them on a quiet machine before comparing times"]
+    """A line for the cells that were timed while other processes held the cores, and one for those whose own ranks and
+    threads are more than there were cores; none where there are no such cells."""
+    waited: dict[bool, list[float]] = {False: [], True: []}
+    for record in run.records:
+        share = as_number(record.value("cpu_wait_share"))
+        if share is not None and share > SHARED_CORES:
+            waited[_asks_for_more_cores(run, record)].append(share)
+    reasons = {
+        False: ("while other processes held the cores", "rerun them on a quiet machine"),
+        True: ("with more ranks and threads than there were cores", "rerun them with fewer, or on more cores"),
+    }
+    return [
+        f"{len(shares)} of {len(run.records)} cells were timed {why} (they waited up to {max(shares):.0%} of the time): "
+        f"{cure} before comparing times"
+        for own, (why, cure) in reasons.items()
+        if (shares := waited[own])
+    ]
+
+
+def _asks_for_more_cores(run: Run, record: Record) -> bool:
+    """Whether the ranks and threads of a cell are more than the cores of the machine on which its run began."""
+    cores = as_number((run.environment.get("host") or {}).get("cores"))
+    ranks, threads = (as_number(record.cell.get(name)) or 1 for name in ("world_size", "threads"))
+    return cores is not None and ranks * threads > cores
 
 
 def collapses(run: Run) -> list[str]:
