@@ -56,8 +56,8 @@ def shared_cores(run: Run) -> list[str]:
         True: ("with more ranks and threads than there were cores", "rerun them with fewer, or on more cores"),
     }
     return [
-        f"{len(shares)} of {len(run.records)} cells were timed {why} (they waited up to {max(shares):.0%} of the time): "
-        f"{cure} before comparing times"
+        f"{len(shares)} of {len(run.records)} cells were timed {why} "
+        f"(they waited up to {max(shares):.0%} of the time): {cure} before comparing times"
         for own, (why, cure) in reasons.items()
         if (shares := waited[own])
     ]
