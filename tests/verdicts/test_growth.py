@@ -14,6 +14,7 @@ from builders import MiB, a_record, a_run, counted
 from meftbench.errors import UserError
 from meftbench.records.outcome import collect
 from meftbench.records.record import Metric
+from meftbench.records.store import load_run
 from meftbench.verdicts.growth import grown_buffers, growth, largest_buffers
 
 ACTIVATION = "activation_peak_bytes"
@@ -253,5 +254,8 @@ def test_a_peak_that_is_no_number_has_not_grown(cli, tmp_path, value):
 @pytest.mark.parametrize("row", [a_buffer(size="NaN"), {"op": "damaged"}, 7, a_buffer(module=7)])
 def test_buffers_that_are_damaged_are_refused_with_their_line(tmp_path, row):
     """A growth could not be told from them."""
+    record = a_record(metrics={"peak_buffers": Metric([row], "counted")})
+    (a_run(tmp_path / "a").path / "records.jsonl").write_text(json.dumps(record.to_json()) + "\n")
+
     with pytest.raises(UserError, match=r"records\.jsonl:1: is not a record \(the value of peak_buffers is "):
-        a_run(tmp_path / "a", a_record(metrics={"peak_buffers": Metric([row], "counted")}))
+        load_run(tmp_path / "a")
