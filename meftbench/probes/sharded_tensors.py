@@ -44,7 +44,8 @@ def done(tensors: Tensor | list[Tensor]) -> Any:
 class Settled(TorchDispatchMode):
     """Ends each collective of a group of `GLOO` before the next operator, also in the thread that runs collectives. The
     thread holds their tensors for a moment after it has said that it is done, and what is freed would be counted as
-    alive for as long as that takes. There is one such thread, so that once it has run a barrier, it has let go.
+    alive for as long as that takes. There is one such thread, so that once it has run another collective, it has let
+    go. A barrier will not do: it keeps what is in progress when it begins, to wait for it, until it is freed itself.
     """
 
     def __torch_dispatch__(
@@ -56,7 +57,8 @@ class Settled(TorchDispatchMode):
         if not is_collective(func):
             return result
         dist.Work.unbox(result[-1]).wait()
-        dist.barrier()
+        with _disable_current_modes():  # what is reduced here is no part of a step
+            dist.all_reduce(torch.zeros(1))
         # Some works copy whenever they are waited for, from buffers of gloo's own that are no part of a step.
         return *result[:-1], done(result[0])
 
