@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from meftbench.documents import WRITTEN_BYTES, guarded, text_of
 from meftbench.errors import UserError, one_line, unknown
+from meftbench.schema_faults import fault_and_cure
 
 DEEPEST = 50
 MOST_VALUES = 500_000  # of a file, with what its aliases repeat; a budgets file of 50,000 rows has as many
@@ -306,10 +306,7 @@ def validated_part(document: Document, path: KeyPath, content: Any, schema: type
         loc = (*path, *_path_in(content, first["loc"][:-1], False), value)
     if below:
         value = _value_at(content, path_below)
-    text = _EXPECTED.get(kind) or _sentence(first["msg"])
-    said, _, cure = text.partition("; ")
-    quoted = bool(cure) and repr(value) in said  # a fault found by code of ours, which has said what to write
-    raise document.error(loc, *((said, cure) if quoted else (text, _cure(kind, value))))
+    raise document.error(loc, *fault_and_cure(kind, first["msg"], value))
 
 
 def _path_in(content: Any, loc: KeyPath, absent: bool) -> KeyPath:
@@ -341,28 +338,6 @@ def _value_at(content: Any, path: KeyPath) -> Any:
 def settings_of(where: str, schema: type[M], settings: dict[str, Any]) -> M:
     """`settings` from Python code as a `schema`. Raises UserError, with the nearest key: they are not valid."""
     return validated_part(Document(Path(where), settings, {}), (), settings, schema)
-
-
-# What pydantic says in terms of Python, in those of YAML, by its name of the fault.
-_EXPECTED = dict.fromkeys(("model_type", "dict_type"), "input should be a mapping of keys to values")
-_EXPECTED |= dict.fromkeys(("tuple_type", "list_type"), "input should be a list")
-
-
-def _sentence(message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
-
-
-def _cure(kind: str, value: Any) -> str:
-    if isinstance(value, bool) and kind in ("float_type", "int_type"):
-        return f"YAML read the value as {value}: write a plain number, such as 8"
-    if isinstance(value, bool):
-        return f"YAML read the value as {value}: put it in quotes if a word was meant"
-    if kind in ("float_type", "int_type") and isinstance(value, str):
-        return f"YAML read {value!r} as text: write a plain number, such as 8 or 1.0e-4"
-    if isinstance(value, datetime.date):  # as the file has it
-        return f"it is {value.isoformat()}"
-    return f"it is {value!r}"
 
 
 def _keys_at(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import meftbench
 from meftbench.errors import NOT_COMPARABLE, UserError
+from meftbench.plan.suite import Suite
 from meftbench.runner.environment import code_digest, versions
 from meftbench.runner.job import Machine
 
@@ -76,6 +77,24 @@ def refuse_other_code(machine: Machine) -> None:
     there = machine.environment["meftbench"]
     here = {name: str(version) for name, version in versions(PACKAGES).items()}
     refuse_other_versions([(machine.host, here | {"meftbench": there["version"], "code": there["code_digest"]})])
+
+
+def code_digests(suite: Suite, machines: Sequence[Machine]) -> dict[str, str | None]:
+    """Digests of the user's own functions, by name. Raises UserError: a worker could not import or call one, or it is
+    another on another machine (exit 4)."""
+    for machine in machines:
+        if "error" in machine.code:
+            where, what, cure = machine.code["error"]
+            name, arguments = machine.code["call"]
+            place = suite.code.get((name, tuple(arguments)))
+            raise UserError(f"{place}: {where}" if place else where, what, cure)
+    digests = dict(machines[0].code.get("digests", {}))
+    for machine in machines[1:]:
+        for name, digest in machine.code.get("digests", {}).items():
+            if digest != digests.get(name):
+                what = f"is another on {machine.host} than on {machines[0].host}"
+                raise UserError(name, what, "copy the code of one machine to all", NOT_COMPARABLE)
+    return digests
 
 
 def _release(version: str | None) -> str | None:

@@ -36,6 +36,7 @@ from meftbench.runner.engine import Engine, Slot, Work, kind_of
 from meftbench.runner.job import Job, Machine
 from meftbench.runner.local_engine import LocalEngine
 from meftbench.runner.retries import Retries
+from meftbench.runner.same_versions import code_digests
 from meftbench.runner.schedule import Attempt, Key, Plan, Schedule, pending
 
 
@@ -245,7 +246,7 @@ def _execute(suite: Suite, writer: Writer, earlier: Run | None, engine: Engine, 
         if earlier is not None:  # the machine on which the run began is its first, if it is there
             began_on = earlier.environment.get("environment_id")
             machines = sorted(machines, key=lambda machine: machine.environment_id != began_on)
-        sweep.code = _code_digests(suite, machines) if work.calls else {}
+        sweep.code = code_digests(suite, machines) if work.calls else {}
         environment = dict(machines[0].environment)
         if earlier is None:
             run_id = folder.begin(writer, suite, environment, sweep.code)
@@ -261,24 +262,6 @@ def _execute(suite: Suite, writer: Writer, earlier: Run | None, engine: Engine, 
     finally:
         engine.close()
         logs.tidy(logs_folder)
-
-
-def _code_digests(suite: Suite, machines: Sequence[Machine]) -> dict[str, str | None]:
-    """Digests of the user's own functions, by name. Raises UserError: a worker could not import or call one, or it is
-    another on another machine (exit 4)."""
-    for machine in machines:
-        if "error" in machine.code:
-            where, what, cure = machine.code["error"]
-            name, arguments = machine.code["call"]
-            place = suite.code.get((name, tuple(arguments)))
-            raise UserError(f"{place}: {where}" if place else where, what, cure)
-    digests = dict(machines[0].code.get("digests", {}))
-    for machine in machines[1:]:
-        for name, digest in machine.code.get("digests", {}).items():
-            if digest != digests.get(name):
-                what = f"is another on {machine.host} than on {machines[0].host}"
-                raise UserError(name, what, "copy the code of one machine to all", NOT_COMPARABLE)
-    return digests
 
 
 @dataclass
